@@ -1,0 +1,1 @@
+"""Named models that a config can start from."""

@@ -1,0 +1,1 @@
+"""Checkpoints that forget the machines that wrote them."""
