@@ -1,0 +1,186 @@
+"""From a YAML file and overrides to one validated value. Whatever is wrong is told in a line each: file, key, got, wanted, remedy."""
+
+import difflib
+import json
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from manta.cluster.config import ClusterConfig
+from manta.data.errors import InputError
+from manta.trainer.config import TrainingConfig
+
+Tree = dict[str, Any]
+
+
+class RunConfig(TrainingConfig):
+    """A whole run: what each rank reads, and where the ranks are placed."""
+
+    cluster: ClusterConfig = ClusterConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class ConfigError(InputError):
+    """Something in a config is wrong; a line for each thing."""
+
+
+def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in `file`, with `section.key=value` laid over it. Raises ConfigError."""
+    tree = _read(file)
+    sources = dict.fromkeys(_leaves(tree), str(file))
+    for override in overrides:
+        key, value = _parse_override(override)
+        _set(tree, key, value)
+        sources[key] = "command line"
+    if isinstance(model := tree.get("model"), dict) and "preset" in model:
+        tree["model"] = {**preset(model["preset"], file), **model}
+    return validate(tree, file, sources)
+
+
+def validate(tree: Tree, file: Path, sources: Mapping[str, str]) -> RunConfig:
+    """`sources`: where each dotted key was set, for the message."""
+    try:
+        # Strict JSON: no text for a number, no `yes` for one; and still paths and tuples.
+        return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_tell(e, file, sources) for e in error.errors(include_url=False))) from None
+    except TypeError as error:
+        raise ConfigError(f"{file}: {error}; wants numbers, texts, lists and sections") from None
+
+
+def preset(name: object, file: Path) -> Tree:
+    folder = resources.files("manta.launch.presets")
+    names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    if name not in names:
+        raise ConfigError(f"{file}: model.preset: got {name!r}, wants one of {', '.join(names)}{_nearest(str(name), names)}")
+    return yaml.safe_load((folder / f"{name}.yaml").read_text())
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as people mean it: 1e-4 is a number, and a key stands once."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: dict[object, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.value in seen:
+            raise ConfigError(
+                f"{key.start_mark.name}:{line}: {key.value}: got it twice, first in line {seen[key.value]}, wants it once; remove one"
+            )
+        seen[key.value] = line
+    loader.flatten_mapping(node)
+    return {loader.construct_object(key, deep=True): loader.construct_object(value, deep=True) for key, value in node.value}
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _read(file: Path) -> Tree:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            tree = yaml.load(stream, _Loader)  # noqa: S506  a SafeLoader
+    except OSError as error:
+        near = _nearest(file.name, [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else [])
+        raise ConfigError(f"{file}: {error.strerror}; wants a config in YAML, such as examples/gpt-tiny.yaml{near}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: byte {error.start}: not UTF-8; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}; wants YAML") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: got {type(tree).__name__}, wants sections: {', '.join(RunConfig.model_fields)}")
+    return tree
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)*", key):
+        raise ConfigError(f"command line: got {text!r}, wants section.key=value, such as train.steps=100")
+    try:
+        return key, yaml.load(value, _Loader)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError:
+        return key, value
+
+
+def _set(tree: Tree, dotted: str, value: object) -> None:
+    *sections, key = dotted.split(".")
+    for name in sections:
+        inner = tree.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"command line: {dotted}: {name} is no section")
+        tree = inner
+    tree[key] = value
+
+
+def _leaves(tree: object, prefix: str = "") -> Iterator[str]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix
+
+
+def _tell(error: ErrorDetails, file: Path, sources: Mapping[str, str]) -> str:
+    """One line for one of pydantic's errors."""
+    key = ".".join(str(part) for part in error["loc"])
+    where = next((source for name, source in sources.items() if name == key or name.startswith(f"{key}.")), str(file))
+    got = json.dumps(error["input"], default=str)
+    match error["type"]:
+        case "missing":
+            return f"{where}: {key}: got nothing, wants {_described(error['loc'])}; {_remedy(error['loc'])}"
+        case "extra_forbidden":
+            names = list(_section(error["loc"][:-1]).model_fields)
+            near = _nearest(str(error["loc"][-1]), names) or f"; use one of {', '.join(names)}"
+            return f"{where}: {key}: got an unknown key, wants one that manta has{near}"
+        case "value_error":
+            told = str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
+            return f"{where}: {key}{'.' if key else ''}{told}"
+        case _:
+            wants = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+            return f"{where}: {key}: got {got}, wants {wants} ({_described(error['loc'])}); {_remedy(error['loc'])}"
+
+
+def _section(loc: Sequence[int | str]) -> type[BaseModel]:
+    model: type[BaseModel] = RunConfig
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation
+        model = next(m for m in (annotation, *get_args(annotation)) if isinstance(m, type) and issubclass(m, BaseModel))
+    return model
+
+
+def _field(loc: Sequence[int | str]) -> Any:
+    names = [part for part in loc if isinstance(part, str)]
+    return _section(names[:-1]).model_fields.get(names[-1])
+
+
+def _described(loc: Sequence[int | str]) -> str:
+    field = _field(loc)
+    prose = (field.description or "").strip() if field else ""
+    return prose.rstrip(".") or f"the section {loc[-1]}"
+
+
+def _remedy(loc: Sequence[int | str]) -> str:
+    field, key = _field(loc), ".".join(str(part) for part in loc if isinstance(part, str))
+    if field is not None and field.examples:
+        return f"try {key}={field.examples[0]}"
+    if field is not None and not field.is_required() and not isinstance(field.default, BaseModel):
+        return f"leave it out, or try {key}={json.dumps(field.default, default=str)}"
+    return f"set {key}"
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,91 @@
+"""What a person sees while a run goes on: a bar on a terminal, a line an interval elsewhere, and every transition."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from manta.cluster.journal import POLL, Event
+from manta.trainer.metrics import Line, describe, duration, parse
+from manta.trainer.rundir import RunDirectory
+
+INTERVAL = 10.0  # seconds between lines where there is no terminal
+SMOOTHING = 0.1  # share of the newest step in the average step time
+
+
+def say(text: str) -> None:
+    """One line to the person, on standard error: standard output is for what a command was asked for."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text)
+
+
+class Display:
+    """Shows the events of a controller, and the metrics that the ranks write meanwhile."""
+
+    def __init__(self, home: RunDirectory, steps: int) -> None:
+        self._home, self._steps = home, steps
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task("", total=steps, told="starting")
+        self._read = home.metrics_file.stat().st_size if home.metrics_file.exists() else 0
+        self._step_time: float | None = None
+        self._spoke = 0.0
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, event: Event) -> None:
+        for line in self._new_lines():
+            self._show_line(line)
+        if event.kind != POLL and (told := _tell(event, self._home)):
+            self._console.print(told)
+
+    def _new_lines(self) -> list[Line]:
+        if not self._home.metrics_file.exists():
+            return []
+        with self._home.metrics_file.open("rb") as file:
+            file.seek(self._read)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return parse(whole.decode())
+
+    def _show_line(self, line: Line) -> None:
+        newest = line["step_time"]
+        self._step_time = newest if self._step_time is None else (1 - SMOOTHING) * self._step_time + SMOOTHING * newest
+        told = f"{describe(line)}  ETA {duration(self._step_time * (self._steps - line['step']))}"
+        if self._bar:
+            self._bar.update(self._task, completed=line["step"], told=told)
+        due = time.monotonic() - self._spoke >= INTERVAL and not self._bar
+        if due or "eval/loss" in line:
+            self._console.print(f"step {line['step']}/{self._steps}  {told}")
+            self._spoke = time.monotonic()
+
+
+def _tell(event: Event, home: RunDirectory) -> str | None:
+    """One line for a transition; None for one that only the journal wants."""
+    details = event.details
+    match event.kind:
+        case "rank-failed":
+            log = home.path / "logs" / f"attempt-{event.attempt:04d}" / f"rank-{details.get('rank') or 0:04d}.log"
+            return f"attempt {event.attempt}: rank {details.get('rank')} failed at step {details.get('step')}: {details.get('message')} ({log})"
+        case "node-lost":
+            return f"attempt {event.attempt}: node {details['node']} lost: {details['message']}"
+        case "decided":
+            return f"attempt {event.attempt}: {details['decision']}" + (f": {details['reason']}" if "reason" in details else "")
+        case "first-step":
+            return f"attempt {event.attempt}: first step done"
+        case "leaving":
+            return "told to leave: saving"
+        case _:
+            return None

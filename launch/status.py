@@ -1,0 +1,74 @@
+"""How a run stands, read from its directory alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from manta.data.errors import InputError
+from manta.launch.train import is_running
+from manta.trainer.metrics import duration, read_metrics
+from manta.trainer.rundir import RunDirectory
+
+ENDS = {0: "done", 75: "stopped, saved", 130: "interrupted, saved", 143: "stopped, not saved"}
+
+
+def status(directory: Path) -> dict[str, Any]:
+    """What programs and people want to know. Raises InputError where there is no run."""
+    home = RunDirectory(directory.absolute())
+    if not home.events_file.exists():
+        raise InputError(f"{directory}: got no {home.events_file.name}, wants a run directory; start one with: manta train FILE run.dir={directory}")
+    events = [json.loads(line) for line in home.events_file.read_text().splitlines() if line.endswith("}")]
+    lines = read_metrics(home.metrics_file)
+    newest = lines[-1] if lines else {}
+    steps = home.config().train.steps
+    evaluated = [line for line in lines if "eval/loss" in line]
+    checkpoints = sorted(path.name for path in home.checkpoints.glob("step-*"))
+    done = newest.get("step", 0)
+    return {
+        "run": str(home.path),
+        "state": _state(home, events),
+        "step": done,
+        "steps": steps,
+        "train_loss": newest.get("train/loss"),
+        "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
+        "tokens": newest.get("tokens", 0),
+        "tokens_per_second": newest.get("tokens_per_second"),
+        "seconds_left": newest["step_time"] * (steps - done) if newest else None,
+        "world_size": newest.get("world_size"),
+        "attempts": max((event["attempt"] for event in events), default=0),
+        "failures": [event["message"] for event in events if event["event"] in {"rank-failed", "node-lost"}],
+        "checkpoint": checkpoints[-1] if checkpoints else None,
+    }
+
+
+def show(told: dict[str, Any]) -> None:
+    table = Table.grid(padding=(0, 2))
+    left = told["seconds_left"]
+    rows = {
+        "run": told["run"],
+        "state": told["state"],
+        "step": f"{told['step']} of {told['steps']}" + (f", {duration(left)} left" if left and told["state"] == "running" else ""),
+        "loss": _or_none(told["train_loss"], ".4f") + (f", validation {told['eval_loss']:.4f}" if told["eval_loss"] is not None else ""),
+        "speed": f"{_or_none(told['tokens_per_second'], ',.0f')} tokens/s on {told['world_size'] or '?'} ranks",
+        "attempts": f"{told['attempts']}" + (f"; the last failure: {told['failures'][-1]}" if told["failures"] else ""),
+        "checkpoint": told["checkpoint"] or "none yet",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+
+
+def _state(home: RunDirectory, events: list[dict[str, Any]]) -> str:
+    if is_running(home):
+        return "running"
+    ended = [event for event in events if event["event"] in {"run-started", "run-ended"}][-1:]
+    if not ended or ended[0]["event"] == "run-started":
+        return f"broken off; go on with: manta resume {home.path}"
+    return ENDS.get(ended[0]["exit_code"], "failed")
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "none yet" if value is None else format(value, form)

@@ -1,0 +1,155 @@
+"""From a config to a supervised run: checked whole, prepared, claimed, then handed to the controller."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from manta.cluster.controller import Controller
+from manta.cluster.job import Job
+from manta.cluster.machine import default_ranks, gpus
+from manta.data.errors import InputError
+from manta.data.prepare import Prepared, prepare
+from manta.launch import __version__
+from manta.launch.config import RunConfig
+from manta.launch.display import Display, say
+from manta.trainer.layout import plan
+from manta.trainer.rundir import RunDirectory
+
+STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
+
+
+def train(config: RunConfig) -> int:
+    """Starts the run, or goes on with it where it was begun. Gives the exit code. Raises InputError before anything is started."""
+    home = RunDirectory(config.run.dir.absolute())
+    ranks = ranks_at_hand(config)
+    layout = plan(config.train, ranks)
+    refuse_another_run(home, config)
+    prepared = prepare(config.data, config.tokenizer)
+    with claim(home):
+        check_corpus(home, prepared)
+        home.config_file.write_text(config.to_yaml())
+        if not home.manifest_file.exists():
+            home.manifest_file.write_text(json.dumps(manifest(config, prepared), indent=1) + "\n")
+        if ranks > layout.data:
+            turns = f"global batch {config.train.global_batch} / micro batch {config.train.micro_batch}"
+            say(f"{ranks - layout.data} of {ranks} ranks stand by: {turns} deals out evenly over {layout.data}")
+        say(
+            f"{home.path}: {layout.data} ranks x micro batch {layout.micro_batch} x accumulation {layout.accumulation}"
+            f" = {layout.global_batch} sequences of {config.data.sequence_length} tokens a step, {config.precision}"
+        )
+        job = Job(
+            command=(sys.executable, "-P", "-m", "manta.trainer", str(home.path)),
+            environment={},
+            directory=home.path,
+            ranks=layout.data,
+            ranks_per_node=layout.data,
+        )
+        return follow(Controller(job, config.cluster), Display(home, config.train.steps))
+
+
+def follow(controller: Controller, display: Display) -> int:
+    code = 1
+    with display:
+        for event in controller.run():
+            display.show(event)
+            code = event.details.get("exit_code", code)
+    return code
+
+
+def ranks_at_hand(config: RunConfig) -> int:
+    asked = config.cluster.ranks_per_node
+    if asked is None:
+        return default_ranks()
+    if 0 < gpus() < asked:
+        raise InputError(f"cluster.ranks_per_node: got {asked}, wants at most one a GPU, of which there are {gpus()}; lower it or leave it out")
+    return asked
+
+
+def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
+    """Raises InputError where the directory holds a run that this config would not go on with, and shows what differs."""
+    if not home.config_file.exists():
+        return
+    tree = yaml.safe_load(home.config_file.read_text())
+    old = RunConfig.model_validate_json(json.dumps(tree), strict=True)
+    before, now = old.identity(), config.identity()
+    differ = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in now if now[key] != before.get(key)]
+    if config.train.steps < old.train.steps:
+        differ.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
+    if differ:
+        remedy = "choose another run.dir, or go on as it is: manta resume " + str(config.run.dir)
+        raise InputError(f"{home.path}: holds a run of another config: {'; '.join(differ)}; {remedy}")
+
+
+def check_corpus(home: RunDirectory, prepared: Prepared) -> None:
+    """Raises InputError where the run was begun with another corpus."""
+    if home.manifest_file.exists() and (begun := home.prepared().fingerprint) != prepared.fingerprint:
+        remedy = "bring back the corpus it was begun with, or choose another run.dir"
+        raise InputError(f"{home.path}: corpus fingerprint: got {prepared.fingerprint}, wants {begun}; {remedy}")
+
+
+@contextmanager
+def claim(home: RunDirectory) -> Iterator[None]:
+    """Makes the directory, and holds it against a second run. The claim ends with this process, however it ends."""
+    try:
+        home.path.mkdir(parents=True, exist_ok=True)
+        (home.path / ".writable").touch()
+        (home.path / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"run.dir: got {home.path} ({error.strerror}), wants a directory that can be written; choose another") from None
+    lock = FileLock(home.lock_file)
+    try:
+        lock.acquire(timeout=1)  # a moment of patience: `manta status` holds it for an instant
+    except Timeout:
+        raise InputError(f"{home.path}: another manta is running it; wait for it or stop it first: manta status {home.path}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_running(home: RunDirectory) -> bool:
+    if not home.lock_file.exists():
+        return False
+    try:
+        with FileLock(home.lock_file, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """What the run was begun with: versions, machine, seed, corpus."""
+    return {
+        "manta": __version__,
+        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in STACK},
+        "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus()},
+        "seed": config.run.seed,
+        "corpus": prepared.to_json(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def resume_config(directory: Path) -> Path:
+    """The config file of the run in `directory`. Raises InputError where there is none."""
+    file = RunDirectory(directory).config_file
+    if not file.exists():
+        raise InputError(f"{directory}: got no {file.name}, wants a run directory; start one with: manta train FILE run.dir={directory}")
+    return file

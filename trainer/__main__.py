@@ -1,0 +1,89 @@
+"""A rank's entry: `python -m manta.trainer RUN`, alone, under torchrun, or under a supervisor.
+
+A supervisor starts it with MANTA_STANDBY: it then imports everything, waits for its place on standard input (one line, a JSON
+object of environment variables), and goes. That is what makes a restart cost no imports.
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from manta.data.errors import InputError
+from manta.trainer.heartbeat import Heartbeat
+
+FAILED, USAGE = 1, 2
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        sys.stderr.write("usage: python -m manta.trainer RUN_DIRECTORY\n")
+        return USAGE
+    if "MANTA_STANDBY" in os.environ:
+        stand_by()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    place = f"attempt {os.environ.get('MANTA_ATTEMPT', '0')} rank {os.environ.get('RANK', '0')}"
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {place} %(name)s: %(message)s", force=True)
+    heartbeat = Heartbeat.from_environment()
+    heartbeat("start", 0)
+    try:
+        from manta.trainer.rank import run
+
+        return run(Path(sys.argv[1]), heartbeat)
+    except InputError as error:
+        logging.getLogger("manta").error("%s", error)
+        report(error, heartbeat, "input")
+        return USAGE
+    except BaseException as error:
+        traceback.print_exc()
+        report(error, heartbeat, "out_of_memory" if _out_of_memory(error) else "exception")
+        return FAILED
+
+
+def stand_by() -> None:
+    """Gets warm, waits for a place, takes it. Ends the process where none comes: the supervisor is gone."""
+    import manta.trainer.rank  # noqa: F401  all that a rank will need
+
+    line = sys.stdin.readline()
+    if not line:
+        sys.exit(0)
+    os.environ.update(json.loads(line))
+    if path := os.environ.get("MANTA_LOG"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.dup2(descriptor, sys.stderr.fileno())
+        os.close(descriptor)
+
+
+def report(error: BaseException, heartbeat: Heartbeat, category: str) -> None:
+    """Leaves the error where the supervisor looks for it."""
+    path = os.environ.get("MANTA_ERROR")
+    if path is None:
+        return
+    told = {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+        "step": heartbeat.step,
+        "phase": heartbeat.phase,
+        "category": category,
+    }
+    beside = Path(f"{path}.new")
+    beside.write_text(json.dumps(told))
+    beside.replace(path)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a library's thread that lingers must not keep a rank that has ended.
+    os._exit(code)

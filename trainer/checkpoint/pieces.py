@@ -1,0 +1,94 @@
+"""From a rank's flat fragment to rectangles of the whole tensor.
+
+Under ZeRO a rank holds, for each parameter, a flat range of it. A flat range of a row-major tensor is a short list of
+rectangles, each contiguous in memory, so each is a view and nothing is copied. Given to torch DCP as chunks of the whole
+tensor they are written, and read back under any other cut.
+
+Private parts relied on: DCP's _Checkpointable protocol (the three dunder methods of `Pieces`).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def rectangles(shape: Sequence[int], start: int, stop: int) -> list[Rectangle]:
+    """The flat range [start, stop) of a row-major tensor of `shape`, as rectangles in order, each contiguous: at most 2 ndim - 1."""
+    if start >= stop:
+        return []
+    if len(shape) <= 1:
+        return [Rectangle((start,) * len(shape), (stop - start,) * len(shape))]
+    row = math.prod(shape[1:])
+    (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
+    if first == last:
+        return _within(first, rectangles(shape[1:], head, tail))
+    found: list[Rectangle] = []
+    if head:
+        found += _within(first, rectangles(shape[1:], head, row))
+        first += 1
+    if last > first:
+        found.append(Rectangle((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    if tail:
+        found += _within(last, rectangles(shape[1:], 0, tail))
+    return found
+
+
+def _within(row: int, inner: list[Rectangle]) -> list[Rectangle]:
+    return [Rectangle((row, *r.offsets), (1, *r.sizes)) for r in inner]
+
+
+class Pieces(torch.Tensor):
+    """What this rank holds of one whole tensor: `flat`, which is the range of it that begins at `start`."""
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], flat: Tensor, start: int) -> Self:
+        del start
+        return torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=flat.dtype, device=flat.device)  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def __init__(self, shape: Sequence[int], flat: Tensor, start: int) -> None:
+        super().__init__()
+        self.whole = torch.Size(shape)
+        self.chunks: list[ChunkStorageMetadata] = []
+        self.views: list[Tensor] = []
+        position = 0
+        for rectangle in rectangles(shape, start, start + flat.numel()):
+            count = math.prod(rectangle.sizes)
+            self.views.append(flat.narrow(0, position, count).view(rectangle.sizes))
+            self.chunks.append(ChunkStorageMetadata(offsets=torch.Size(rectangle.offsets), sizes=torch.Size(rectangle.sizes)))
+            position += count
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(f"{func} on pieces of a tensor: they are for saving and loading alone")
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        del tensor_contents
+        return f"Pieces({tuple(self.whole)}, {self.chunks})"
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets, index),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=TensorProperties.create_from_tensor(view), size=self.whole),
+            )
+            for index, (chunk, view) in enumerate(zip(self.chunks, self.views, strict=True))
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return self.chunks
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return next(view for chunk, view in zip(self.chunks, self.views, strict=True) if chunk.offsets == index.offset)

@@ -1,0 +1,199 @@
+"""Where checkpoints lie, and which of them count.
+
+One directory a step. It is written beside its place and renamed into it whole; its manifest names every file with size and
+hash, and every tensor with its shape. What has no manifest, or does not match it, does not count.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from manta.trainer.checkpoint.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a run has come. Everything else about its position follows from its config."""
+
+    step: int  # optimizer steps taken
+    samples_consumed: int
+    optimizer_steps: int  # steps counted by the optimizer's bias correction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    path: Path
+    progress: Progress
+    tensors: dict[str, tuple[int, ...]]
+    identity: dict[str, str]  # fingerprints of what the weights depend on
+
+
+def save(directory: Path, state: Mapping[str, Any], progress: Progress, *, identity: Mapping[str, str], attempt: int, keep: int) -> Path:
+    """All ranks call this together. Gives the committed path; until then nothing of it counts.
+
+    Raises OSError where the disk says so; checkpoints that were there stay as they are.
+    """
+    final = directory / f"step-{progress.step:08d}"
+    partial = directory / f".{final.name}.attempt-{attempt:04d}.partial"
+    first = dist.get_rank() == 0
+    if first:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
+        metadata = dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+    files = [{p.name: _describe(p) for p in sorted(partial.glob(f"__{dist.get_rank()}_*"))}] * dist.get_world_size()
+    dist.all_gather_object(files, files[0])
+    if first:
+        tensors = {k: list(v.size) for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        described = {".metadata": _describe(partial / ".metadata")} | {n: d for held in files for n, d in held.items()}
+        manifest = {"format": FORMAT, **asdict(progress), "identity": dict(identity), "files": described, "tensors": tensors}
+        _write(partial / MANIFEST, json.dumps(manifest, indent=1))
+        _sync(partial)
+        if final.exists():  # a resumed run has come here again: the newer one is as good, and whole
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(directory)
+        _write(directory / "latest", final.name + "\n")
+        _prune(directory, keep)
+    dist.barrier()
+    return final
+
+
+def newest(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint that holds what its manifest says, every byte hashed. None where there never was one.
+
+    Raises CheckpointError where there are checkpoints and all are bad: a run never starts afresh over them.
+    """
+    passed_over: list[str] = []
+    for path in committed(directory):
+        try:
+            checkpoint = verify(path)
+        except CheckpointError as error:
+            log.warning("passed over a bad checkpoint: %s", error)
+            passed_over.append(str(error))
+        else:
+            return checkpoint
+    if passed_over:
+        raise CheckpointError(f"{directory}: every checkpoint is bad: {'; '.join(passed_over)}; restore one, or choose another run.dir")
+    return None
+
+
+def committed(directory: Path) -> list[Path]:
+    """Checkpoints under their final name, newest first."""
+    return sorted((p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), reverse=True)
+
+
+def verify(path: Path) -> Checkpoint:
+    """Reads every byte of the checkpoint. Raises CheckpointError with the first thing that is not as its manifest says."""
+    manifest = read_manifest(path)
+    for name, wanted in manifest["files"].items():
+        try:
+            found = _describe(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}") from None
+        for key in ("bytes", "xxh3"):
+            if found[key] != wanted[key]:
+                raise CheckpointError(f"{path / name}: {key}: got {found[key]}, wants {wanted[key]}")
+    return _checkpoint(path, manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError where there is none, or it is of another format."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format: got {manifest['format']}, wants {FORMAT}; use the manta that wrote it")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: {type(error).__name__}: {error}") from None
+    return manifest
+
+
+def load(checkpoint: Checkpoint, state: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Fills `state` in place; each rank reads only its own pieces. All ranks call this together.
+
+    `wanted` names every tensor of the whole model. Raises CheckpointError where the checkpoint has another set, or other shapes.
+    """
+    if wanted != checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.path}: {_difference(wanted, checkpoint.tensors)}; was it another model or optimizer?")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
+        dcp.load(dict(state), storage_reader=dcp.FileSystemReader(checkpoint.path))
+
+
+def load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The fp32 masters, whole, by parameter name: for one process that trains nothing."""
+    prefix = "master/"
+    weights = {k: torch.empty(shape) for k, shape in checkpoint.tensors.items() if k.startswith(prefix)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
+        dcp.load(weights, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
+    return {k.removeprefix(prefix): tensor for k, tensor in weights.items()}
+
+
+def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+    progress = Progress(**{k: manifest[k] for k in Progress.__dataclass_fields__})
+    tensors = {k: tuple(shape) for k, shape in manifest["tensors"].items()}
+    return Checkpoint(path=path, progress=progress, tensors=tensors, identity=manifest["identity"])
+
+
+def _difference(wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str:
+    def lines() -> Iterator[str]:
+        for key in sorted(wanted.keys() | got.keys()):
+            if wanted.get(key) != got.get(key):
+                yield f"{key}: got {got.get(key, 'nothing')}, wants {wanted.get(key, 'nothing')}"
+
+    found = list(lines())
+    return found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+
+
+def _describe(path: Path) -> dict[str, int | str]:
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            hasher.update(block)
+        return {"bytes": file.tell(), "xxh3": hasher.hexdigest()}
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(directory: Path, keep: int) -> None:
+    """Removes committed checkpoints beyond the newest `keep`, and what a dead attempt left half written."""
+    for path in [*committed(directory)[keep:], *directory.glob(".step-*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""metrics.jsonl: one JSON object a logged step. After a restart a step may stand again: the later attempt's line is the true one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends lines; one process writes at a time."""
+
+    def __init__(self, path: Path) -> None:
+        _drop_torn_line(path)
+        self._file = path.open("a", buffering=1)  # by lines: a reader, and whoever kills us, finds whole ones
+
+    def write(self, line: Line) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def parse(text: str) -> list[Line]:
+    """The lines of a part of the file that begins and ends with whole ones."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """One line a step, the last that was written, in order of step. A line still being written is left for the next time."""
+    text = path.read_text() if path.exists() else ""
+    lines = {line["step"]: line for line in parse(text[: text.rfind("\n") + 1])}
+    return [lines[step] for step in sorted(lines)]
+
+
+def describe(line: Line) -> str:
+    """What people want to know of a step."""
+    parts = [f"loss {line['train/loss']:.4f}", f"{line['tokens_per_second']:,.0f} tokens/s"]
+    if line.get("mfu") is not None:
+        parts.append(f"MFU {line['mfu']:.1%}")
+    if "eval/loss" in line:
+        parts.append(f"validation loss {line['eval/loss']:.4f}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 9s, 4m10s, 3h05m, 2d04h."""
+    whole = round(seconds)
+    for size, unit, below, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // below:02d}{part}"
+    return f"{whole}s"
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A rank killed in mid-write leaves half a line."""
+    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)

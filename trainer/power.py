@@ -1,0 +1,25 @@
+"""What the device could do at best, in floating point operations a second: what MFU is measured against."""
+
+import time
+
+import torch
+
+# Dense bf16 without sparsity, from NVIDIA's data sheets.
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """A GPU's bf16 figure by its name, None where we do not know it or the dtype is another; a CPU's, as a matrix product finds it."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for key, peak in PEAKS.items() if key in name), None) if dtype is torch.bfloat16 else None
+    side = 1024
+    a, b = torch.ones(side, side, dtype=dtype), torch.ones(side, side, dtype=dtype)
+    best = min(_seconds(a, b) for _ in range(4))
+    return 2 * side**3 / best
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    torch.mm(a, b)
+    return time.perf_counter() - start
