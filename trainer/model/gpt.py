@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from manta.trainer.config import ModelConfig
 from manta.trainer.model.attention import Cache
-from manta.trainer.model.layers import Attention, RMSNorm, Rotary, Rotation, SwiGLU
+from manta.trainer.model.layers import Attention, RMSNorm, Rotation, SwiGLU, rotation
 from manta.trainer.model.losses import cross_entropy
 
 VOCABULARY_MULTIPLE = 128  # embedding rows are padded to this, the same for every layout
@@ -27,8 +27,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
         self.mlp = SwiGLU(config.width, config.mlp_width)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation, cache: Cache | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, cache)
+    def forward(self, x_BTD: Tensor, turn: Rotation, cache: Cache | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), turn, cache)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -42,7 +42,6 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.head = None if config.tied_head else nn.Linear(config.width, padded, bias=False)
-        self.rotary = Rotary(config.head_width, config.rope_theta)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The mean loss over targets_BT, in nats a token."""
@@ -55,9 +54,9 @@ class GPT(nn.Module):
     def hidden(self, tokens_BT: Tensor, *, first: int = 0, caches: Sequence[Cache] | None = None) -> Tensor:
         """What the head reads: x_BTD."""
         x_BTD = self.embedding(tokens_BT)
-        rotation = self.rotary(first, tokens_BT, x_BTD.dtype)
+        turn = rotation(self.config.head_width, self.config.rope_theta, first=first, tokens_BT=tokens_BT, dtype=x_BTD.dtype)
         for index, block in enumerate(self.layers):
-            x_BTD = block(x_BTD, rotation, None if caches is None else caches[index])
+            x_BTD = block(x_BTD, turn, None if caches is None else caches[index])
         return self.norm(x_BTD)
 
     @property

@@ -24,25 +24,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_BTD.float(), self.weight.shape, eps=self.epsilon).to(x_BTD.dtype) * self.weight
 
 
-class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021): the angles, kept in fp32 whatever the model's precision."""
-
-    def __init__(self, head_width: int, theta: float) -> None:
-        super().__init__()
-        self.frequencies = theta ** -(torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-
-    def forward(self, first: int, tokens: Tensor, dtype: torch.dtype) -> Rotation:
-        """For positions first, first + 1, … of tokens_BT -> cosine_TH, sine_TH."""
-        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device, dtype=torch.float32)
-        if self.frequencies.device != tokens.device:
-            self.frequencies = self.frequencies.to(tokens.device)
-        angles = torch.outer(positions, self.frequencies).repeat(1, 2)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+def rotation(head_width: int, theta: float, *, first: int, tokens_BT: Tensor, dtype: torch.dtype) -> Rotation:
+    """Rotary position embedding (Su et al. 2021) for positions first, first + 1, …: angles in fp32 whatever the model's precision."""
+    device = tokens_BT.device
+    frequencies = theta ** -(torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
+    positions = torch.arange(first, first + tokens_BT.shape[1], dtype=torch.float32, device=device)
+    angles_TH = torch.outer(positions, frequencies).repeat(1, 2)
+    return angles_TH.cos().to(dtype), angles_TH.sin().to(dtype)
 
 
-def rotate(x_BNTH: Tensor, rotation: Rotation) -> Tensor:
+def rotate(x_BNTH: Tensor, turn: Rotation) -> Tensor:
     """Turns the pairs (i, i + H/2), as Hugging Face's Llama does, so that weights go there unchanged."""
-    cosine_TH, sine_TH = rotation
+    cosine_TH, sine_TH = turn
     first, second = x_BNTH.chunk(2, dim=-1)
     return x_BNTH * cosine_TH + torch.cat((-second, first), dim=-1) * sine_TH
 
@@ -58,13 +51,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_heads * self.head_width, bias=False)
         self.o_proj = nn.Linear(heads * self.head_width, width, bias=False)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation, cache: Cache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, turn: Rotation, cache: Cache | None = None) -> Tensor:
         B, T, _ = x_BTD.shape
         # heads are counted from the weight, not the config: tensor parallelism leaves this rank a share of them
         q_BNTH, k_BKTH, v_BKTH = (
             project(x_BTD).view(B, T, -1, self.head_width).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_BNTH, k_BKTH = rotate(q_BNTH, rotation), rotate(k_BKTH, rotation)
+        q_BNTH, k_BKTH = rotate(q_BNTH, turn), rotate(k_BKTH, turn)
         if cache is not None:
             k_BKTH, v_BKTH = cache.extend(k_BKTH, v_BKTH)
         return self.o_proj(attend(q_BNTH, k_BKTH, v_BKTH).transpose(1, 2).reshape(B, T, -1))

@@ -1,0 +1,200 @@
+"""What runs on one node? An actor that starts, watches and ends the ranks there. It decides nothing."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from pydantic import TypeAdapter, ValidationError
+
+from manta.cluster.failure import LEFT, RankError, RankStatus
+from manta.cluster.heartbeat import HeartbeatReader
+from manta.cluster.machine import cores
+from manta.cluster.process import Process
+
+log = logging.getLogger(__name__)
+
+LOOK = 0.05  # seconds between two readings of the heartbeats; an exit is seen at once
+TAIL = 4096  # bytes of a log that stand for an error
+NOT_FOR_RANKS = ("RAY_", "PYTHONPATH", "PYTHONBREAKPOINT", "OMP_NUM_THREADS", "SPT_NOENV")  # what Ray sets for its workers
+_ERROR = TypeAdapter(RankError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    host: str
+    address: str
+    interface: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """A process that has its place."""
+
+    process: Process
+    number: int
+    log: Path
+    error: Path
+    heartbeat: HeartbeatReader
+
+
+class NodeAgent:
+    """A Ray actor, but written as a plain class: every method runs on one event loop, in one thread, so there is nothing to lock."""
+
+    def __init__(
+        self, *, address: str, command: Sequence[str], environment: Mapping[str, str], directory: Path, ranks: int, scratch: Path
+    ) -> None:
+        self._address = address
+        self._command = command
+        self._directory = directory
+        self._count = ranks
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._scratch = Path(tempfile.mkdtemp(prefix="agent-", dir=scratch))
+        self._environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(NOT_FOR_RANKS)},
+            "OMP_NUM_THREADS": str(max(1, cores() // ranks)),
+            **environment,
+            "MANTA_STANDBY": "1",
+        }
+        self._ended = asyncio.Event()  # some process has
+        self._started = 0
+        self._spares: list[Process] = []
+        self._ranks: list[_Rank] = []
+        self._reported: object = None
+
+    async def outlive_no_parent(self) -> None:
+        """Leave when the raylet does. Ray looks whether its process id is still there, and takes a zombie for a living one."""
+        raylet = os.pidfd_open(os.getppid())
+        asyncio.get_running_loop().add_reader(raylet, os._exit, 1)
+
+    async def describe(self) -> NodeFacts:
+        return NodeFacts(host=socket.gethostname(), address=self._address, interface=_interface(self._address))
+
+    async def free_port(self) -> int:
+        """A port that is free now. Another may take it: then the attempt fails, and the next asks again."""
+        with socket.socket() as probe:
+            probe.bind((self._address, 0))
+            return probe.getsockname()[1]
+
+    async def warm(self) -> list[int]:
+        """Have a full set of spares; they warm up on their own. Their process ids."""
+        self._spares = [spare for spare in self._spares if spare.alive]
+        self._spares += [self._spawn() for _ in range(self._count - len(self._spares))]
+        return [spare.pid for spare in self._spares]
+
+    async def start(self, attempt: int, places: Sequence[Mapping[str, str]]) -> list[int]:
+        """Make the spares the ranks of an attempt, starting what is missing. Their process ids."""
+        await self.kill()
+        await self.warm()
+        self._ranks = [self._place(self._spares.pop(0), attempt, place) for place in places]
+        self._reported = None
+        return [rank.process.pid for rank in self._ranks]
+
+    async def poll(self, wait: float) -> list[RankStatus]:
+        """How the ranks are: at once when one has exited or all have made their first step, else after `wait` seconds."""
+        deadline = time.monotonic() + wait
+        while (news := self._news()) == self._reported and (left := deadline - time.monotonic()) > 0:
+            self._ended.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), min(LOOK, left))
+        self._reported = news
+        return [_status(rank) for rank in self._ranks]
+
+    async def terminate(self) -> None:
+        """Ask the ranks to save and leave. Spares have nothing to save."""
+        for rank in self._ranks:
+            rank.process.send(signal.SIGTERM)
+        await self._end(self._spares)
+
+    async def dump_stacks(self) -> None:
+        for rank in self._ranks:
+            rank.process.send(signal.SIGUSR2)
+
+    async def kill(self) -> None:
+        """End the ranks; return when they are gone. Spares live on."""
+        await self._end([rank.process for rank in self._ranks])
+
+    async def close(self) -> None:
+        await self._end([*self._spares, *(rank.process for rank in self._ranks)])
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    async def sentinel(self) -> None:
+        """Never returns: whoever waits for it learns of this actor's death at once."""
+        await asyncio.Event().wait()
+
+    async def _end(self, processes: Sequence[Process]) -> None:
+        await asyncio.gather(*(process.kill() for process in processes))
+
+    def _spawn(self) -> Process:
+        self._started += 1
+        standby = self._scratch / f"standby-{self._started:04d}.log"
+        return Process(self._command, environment=self._environment, directory=self._directory, log=standby, ended=self._ended)
+
+    def _place(self, process: Process, attempt: int, place: Mapping[str, str]) -> _Rank:
+        number = int(place["RANK"])
+        logs = self._directory / "logs" / f"attempt-{attempt:04d}"
+        logs.mkdir(parents=True, exist_ok=True)
+        heartbeat = self._scratch / f"heartbeat-{attempt:04d}-{number:04d}"
+        rank = _Rank(process, number, logs / f"rank-{number:04d}.log", logs / f"rank-{number:04d}.error.json", HeartbeatReader(heartbeat))
+        files = {"MANTA_HEARTBEAT": str(heartbeat), "MANTA_ERROR": str(rank.error), "MANTA_LOG": str(rank.log)}
+        rank.error.unlink(missing_ok=True)  # a controller killed before it could note this attempt's number leaves the number to us
+        process.go({**place, **files})
+        return rank
+
+    def _news(self) -> object:
+        for rank in self._ranks:
+            rank.heartbeat.read()
+        return sum(not rank.process.alive for rank in self._ranks), all(rank.heartbeat.has_stepped for rank in self._ranks)
+
+
+def _status(rank: _Rank) -> RankStatus:
+    beat = rank.heartbeat.read()
+    failed = rank.process.code not in LEFT | {None, 0}
+    if failed and not rank.log.exists():  # it fell before it could take its log
+        shutil.copyfile(rank.process.log, rank.log)
+    return RankStatus(
+        rank=rank.number,
+        pid=rank.process.pid,
+        step=beat.step,
+        phase=beat.phase,
+        quiet=rank.heartbeat.quiet,
+        has_stepped=rank.heartbeat.has_stepped,
+        state=rank.process.state,
+        code=rank.process.code,
+        exited_at=rank.process.exited_at or 0.0,
+        error=_error(rank.error) if failed else None,
+        tail=_tail(rank.log) if failed else "",
+    )
+
+
+def _error(path: Path) -> RankError | None:
+    try:
+        return _ERROR.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        log.warning("%s is not an error report: %s", path, error)
+        return None
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        return file.read().decode(errors="replace")
+
+
+def _interface(address: str) -> str:
+    """The network interface that carries an address: gloo and NCCL are told to use it, or they may pick another."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            return name
+    raise LookupError(f"no network interface has the address {address}")

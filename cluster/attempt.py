@@ -1,0 +1,145 @@
+"""One attempt: from the word "go" to its outcome. It says what it sees as events, and leaves what follows to its caller."""
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from manta.cluster.config import ClusterConfig
+from manta.cluster.failure import LEFT, Cause, Failure, RankStatus, explain, guilty, stalled
+from manta.cluster.job import Job
+from manta.cluster.journal import POLL, Event
+from manta.cluster.orders import Orders
+
+if TYPE_CHECKING:  # it imports Ray, which must wait until its environment stands
+    from manta.cluster.agent import NodeFacts
+    from manta.cluster.nodes import Nodes
+
+TICK = 0.25  # seconds between two reports of progress
+SETTLE = 0.1  # seconds to wait for a killed rank after one that raised: the killed one is the cause
+STACKS = 1.0  # seconds that hung ranks have to write their stacks down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """All ranks ended well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """The ranks were told to leave; `saved` when every one of them did."""
+
+    saved: bool
+
+
+Outcome = Done | Left | Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    number: int
+    nodes: "Nodes"
+    job: Job
+    config: ClusterConfig
+    orders: Orders
+
+    def run(self) -> Generator[Event, None, Outcome]:
+        """NodeLostError goes up to the caller; after any other outcome no rank is left."""
+        for index, facts in self.nodes.welcome():
+            yield self._event("node-ready", node=index, host=facts.host, address=facts.address)
+        pids = self.nodes.start(self.number, places(self.job, self.number, self.nodes.facts, self.nodes.free_port()))
+        yield self._event("attempt-started", ranks=[{"rank": rank, "pid": pid} for rank, pid in enumerate(pids)])
+        stepped = False
+        while True:
+            statuses = self.nodes.poll(TICK)
+            exited = [status for status in statuses if status.code is not None]
+            if any(status.code not in LEFT | {0} for status in exited):
+                return (yield from self._crash())
+            if self.orders.leave or any(status.code in LEFT for status in exited):
+                return (yield from self._leave())
+            if statuses and len(exited) == len(statuses):
+                return Done()
+            if not stepped and statuses and all(status.has_stepped for status in statuses):
+                stepped = True
+                if self.config.keep_warm:
+                    self.nodes.warm()
+                yield self._event("first-step", step=min(status.step for status in statuses))
+            if hung := stalled(statuses, start_timeout=self.config.start_timeout, step_timeout=self.config.step_timeout):
+                return (yield from self._hang(hung))
+            yield self._tick(statuses)
+
+    def _crash(self) -> Generator[Event, None, Failure]:
+        """What survivors could still do does not count: what counts is on disk. So they are ended at once."""
+        noticed = time.time()
+        status = guilty(self._failed(self.nodes.poll(0)))
+        if status.code is not None and status.code > 0:
+            time.sleep(SETTLE)
+            status = guilty(self._failed(self.nodes.poll(0)))
+        self.nodes.kill()
+        failure = explain(status)
+        yield self._event(
+            "rank-failed",
+            rank=status.rank,
+            code=status.code,
+            cause=failure.cause.name,
+            message=failure.message,
+            step=status.step,
+            phase=status.phase,
+            traceback=status.error.traceback if status.error else status.tail,
+            noticed_after=round(noticed - status.exited_at, 3),
+        )
+        return failure
+
+    def _hang(self, status: RankStatus) -> Generator[Event, None, Failure]:
+        self.nodes.dump_stacks()
+        time.sleep(STACKS)
+        self.nodes.kill()
+        stopped = ", the process is stopped" if status.state == "T" else ""
+        message = f"rank {status.rank} gave no sign of life for {status.quiet:.1f} s in phase {status.phase or 'import'}{stopped}"
+        failure = Failure(cause=Cause.HANG, rank=status.rank, step=status.step, message=message)
+        yield self._event(
+            "rank-failed", rank=status.rank, code=None, cause=failure.cause.name, message=message, step=status.step, phase=status.phase
+        )
+        return failure
+
+    def _leave(self) -> Generator[Event, None, Done | Left]:
+        self.nodes.terminate()
+        yield self._event("leaving", signal=self.orders.leave.name if self.orders.leave else None, grace=self.config.grace)
+        deadline = time.monotonic() + self.config.grace
+        statuses = self.nodes.poll(0)
+        while any(s.code is None for s in statuses) and time.monotonic() < deadline and not self.orders.at_once:
+            statuses = self.nodes.poll(TICK)
+            yield self._tick(statuses)
+        self.nodes.kill()
+        codes = {status.code for status in statuses}
+        return Done() if codes == {0} else Left(saved=codes <= {0, 75})
+
+    @staticmethod
+    def _failed(statuses: Sequence[RankStatus]) -> list[RankStatus]:
+        return [status for status in statuses if status.code not in LEFT | {None, 0}]
+
+    def _tick(self, statuses: Sequence[RankStatus]) -> Event:
+        return self._event(POLL, ranks=[{"rank": s.rank, "step": s.step, "phase": s.phase, "quiet": round(s.quiet, 2)} for s in statuses])
+
+    def _event(self, kind: str, **details: Any) -> Event:
+        return Event(kind=kind, attempt=self.number, time=time.time(), details=details)
+
+
+def places(job: Job, attempt: int, facts: "Sequence[NodeFacts]", port: int) -> list[list[dict[str, str]]]:
+    """The environment of every rank, node by node: ranks are numbered along the nodes."""
+    return [
+        [
+            {
+                "RANK": str(node * job.ranks_per_node + local),
+                "WORLD_SIZE": str(job.ranks),
+                "LOCAL_RANK": str(local),
+                "LOCAL_WORLD_SIZE": str(job.ranks_on(node)),
+                "MASTER_ADDR": facts[0].address,
+                "MASTER_PORT": str(port),
+                "MANTA_ATTEMPT": str(attempt),
+                **{name: job.environment.get(name, facts[node].interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
+            }
+            for local in range(job.ranks_on(node))
+        ]
+        for node in range(job.nodes)
+    ]

@@ -1,0 +1,150 @@
+"""What ended an attempt, and what to do about it: decisions, made from what was seen and nothing else."""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+LEFT = frozenset({75, 143})  # exit codes of a rank that was told to leave: saved, could not save
+
+
+class Cause(Enum):
+    """Why an attempt ended, as far as the evidence goes."""
+
+    EXCEPTION = "a rank raised"
+    INPUT = "the user's input is wrong"
+    OUT_OF_MEMORY = "a rank ran out of memory"
+    SIGNAL = "a rank was killed by a signal"
+    HANG = "no step in time"
+    NODE_LOST = "a node is gone"
+    PREEMPTED = "the cluster asked us to leave"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankError:
+    """What a rank wrote down before it fell."""
+
+    type: str
+    message: str
+    traceback: str = ""
+    step: int = 0
+    phase: str = ""
+    category: Literal["exception", "out_of_memory", "input"] = "exception"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStatus:
+    """One rank as its agent sees it. `code` is None while it lives; negative, it names a signal. `quiet`: seconds since its last beat."""
+
+    rank: int
+    pid: int
+    step: int
+    phase: str
+    quiet: float
+    has_stepped: bool
+    state: str = ""
+    code: int | None = None
+    exited_at: float = 0.0
+    error: RankError | None = None
+    tail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One ended attempt. `rank` is the first to fail: the others fell over it. `step` is the last it finished."""
+
+    cause: Cause
+    rank: int | None
+    step: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How much the run may cost before a person is asked."""
+
+    restarts_without_progress: int = 3
+    backoff: float = 1.0  # seconds before the second restart in a row; doubles
+    longest_backoff: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    after: float  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveUp:
+    reason: str
+    exit_code: int = 1
+
+
+def decide(history: Sequence[Failure], policy: Policy) -> Restart | GiveUp:
+    """The next move after the last failure in `history` (oldest first, never empty).
+
+    Progress forgives: an attempt that got further than any before it starts the count anew. The same exception at the same step
+    twice in a row, running out of memory, and bad input are the user's to mend. A preemption costs nothing.
+    """
+    last = history[-1]
+    if last.cause is Cause.PREEMPTED:
+        return Restart(after=0.0)
+    if last.cause is Cause.INPUT:
+        return GiveUp(reason=last.message, exit_code=2)
+    if last.cause is Cause.OUT_OF_MEMORY:
+        return GiveUp(reason=f"rank {last.rank}: {last.message}; lower train.micro_batch or raise parallel.zero")
+    failures = [f for f in history if f.cause is not Cause.PREEMPTED]
+    if last.cause is Cause.EXCEPTION and len(failures) > 1 and _alike(failures[-2], last):
+        return GiveUp(reason=f"rank {last.rank} failed twice at step {last.step} with the same error: {last.message}")
+    tries = _tries_without_progress(failures)
+    if tries > policy.restarts_without_progress:
+        return GiveUp(reason=f"{tries} attempts and no step beyond {max(f.step for f in failures)}; the last: {last.message}")
+    return Restart(after=0.0 if tries == 1 else min(policy.longest_backoff, policy.backoff * 2 ** (tries - 2)))
+
+
+def guilty(exited: Sequence[RankStatus]) -> RankStatus:
+    """The rank whose end is the cause. The first to exit, but a signal outranks an exception: a rank that is killed takes its peers'
+    connections with it, and one of them may be told of sooner. Not so SIGABRT: it is how libraries raise when a peer is gone.
+    """
+    return min(exited, key=lambda s: (not _is_killed(s), s.exited_at, s.rank))
+
+
+def stalled(statuses: Sequence[RankStatus], *, start_timeout: float, step_timeout: float) -> RankStatus | None:
+    """The rank to name when some rank has given no sign of life for too long. One hung rank stops all: a stopped process is named
+    first, then the one with the fewest steps, then the quietest.
+    """
+    alive = [s for s in statuses if s.code is None]
+    if not any(s.quiet > (start_timeout if s.phase in {"", "start", "load"} else step_timeout) for s in alive):
+        return None
+    return min(alive, key=lambda s: (s.state != "T", s.step, -s.quiet))
+
+
+def explain(status: RankStatus) -> Failure:
+    """The failure that a rank's exit amounts to."""
+    assert status.code is not None
+    if _is_killed(status) or (status.code < 0 and status.error is None):
+        return Failure(cause=Cause.SIGNAL, rank=status.rank, step=status.step, message=f"killed by {signal.Signals(-status.code).name}")
+    if status.error is None:
+        last_line = (status.tail.strip().splitlines() or [""])[-1]
+        return Failure(
+            cause=Cause.EXCEPTION, rank=status.rank, step=status.step, message=f"exit code {status.code}: {last_line}".rstrip(": ")
+        )
+    cause = {"exception": Cause.EXCEPTION, "input": Cause.INPUT, "out_of_memory": Cause.OUT_OF_MEMORY}[status.error.category]
+    return Failure(cause=cause, rank=status.rank, step=status.step, message=f"{status.error.type}: {status.error.message}")
+
+
+def _is_killed(status: RankStatus) -> bool:
+    return status.code is not None and status.code < 0 and status.code != -signal.SIGABRT
+
+
+def _alike(one: Failure, other: Failure) -> bool:
+    return (one.cause, one.step, one.message) == (other.cause, other.step, other.message)
+
+
+def _tries_without_progress(failures: Sequence[Failure]) -> int:
+    furthest, tries = -1, 0
+    for failure in failures:
+        if failure.step > furthest:
+            furthest, tries = failure.step, 0
+        tries += 1
+    return tries

@@ -1,0 +1,137 @@
+"""What a prepared corpus says of itself. A directory without a manifest is no corpus: it is written last, at once."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import xxhash
+from pydantic import BaseModel, ValidationError
+
+from manta.data import shards, tokenizer
+from manta.data.errors import InputError
+from manta.data.shards import Shard
+
+FORMAT = 1
+NAME = "manifest.json"
+_REMEDY = "run `manta prepare` again"
+
+
+class PieceRecord(BaseModel, frozen=True, extra="forbid"):
+    """The shards of one piece; its file beside them says that they are complete."""
+
+    train: Shard | None
+    validation: Shard | None
+
+    def shards(self) -> tuple[Shard, ...]:
+        return tuple(shard for shard in (self.train, self.validation) if shard)
+
+
+class Split(BaseModel, frozen=True, extra="forbid"):
+    tokens: int
+    documents: int
+    text_bytes: int
+    unigram_entropy: float | None
+    """Nats a token, of the split's own token frequencies: what a model that knows only these would reach. Of validation alone."""
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, parts: tuple[Shard, ...], unigram_entropy: float | None = None) -> Self:
+        return cls(
+            tokens=sum(shard.tokens for shard in parts),
+            documents=sum(shard.documents for shard in parts),
+            text_bytes=sum(shard.text_bytes for shard in parts),
+            unigram_entropy=unigram_entropy,
+            shards=parts,
+        )
+
+
+class Manifest(BaseModel, frozen=True, extra="forbid"):
+    format: int
+    source: str
+    text_field: str
+    validation_share: float
+    tokenizer: str
+    """Fingerprint of the tokenizer that wrote the ids."""
+    vocabulary: int
+    encoder: str
+    """Which library encoded, and why that one."""
+    text_bytes: int
+    train: Split
+    validation: Split
+    fingerprint: str
+    """Identity of the content: the hash of all shards' hashes, in order."""
+
+    def problem(self, directory: Path, *, contents: bool = False) -> str | None:
+        """What is wrong with the corpus's files, if anything; sizes only, or where asked, every byte."""
+        if self.fingerprint != content_identity(self.train.shards, self.validation.shards):
+            return f"{directory / NAME}: its fingerprint is not that of its shards"
+        found = (shards.problem(directory, shard, contents=contents) for shard in (*self.train.shards, *self.validation.shards))
+        return next((problem for problem in found if problem), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What `prepare` hands on: where tokens lie, and which they are. The run's own manifest keeps it."""
+
+    tokenizer: Path
+    corpora: tuple[Path, ...]
+    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"tokenizer": str(self.tokenizer), "corpora": [str(path) for path in self.corpora], "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        corpora = tuple(Path(path) for path in content["corpora"])
+        return cls(tokenizer=Path(content["tokenizer"]), corpora=corpora, fingerprint=content["fingerprint"])
+
+
+def load(directory: Path) -> Manifest:
+    """Raises InputError where there is no manifest, or one this version can not read."""
+    path = directory / NAME
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and content.get("format") != FORMAT:
+            raise InputError(f"{path}: format {content.get('format')}; this version reads {FORMAT}: {_REMEDY}")
+        return Manifest.model_validate(content)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; the corpus is not prepared, or only in part: {_REMEDY}") from None
+    except ValidationError as error:
+        raise InputError(f"{path}: {error.error_count()} fields are wrong; the file is damaged: {_REMEDY}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: malformed JSON ({error}); the file is damaged: {_REMEDY}") from None
+
+
+def load_checked(prepared: Prepared, *, contents: bool = False) -> tuple[Manifest, ...]:
+    """The manifests of a run's corpora, once their files are there and they are the ones that were prepared; else InputError."""
+    manifests = tuple(load(directory) for directory in prepared.corpora)
+    for directory, manifest in zip(prepared.corpora, manifests, strict=True):
+        if problem := manifest.problem(directory, contents=contents):
+            raise InputError(f"{problem}; {_REMEDY}")
+    if not prepared.tokenizer.is_file():
+        raise InputError(f"{prepared.tokenizer}: missing; {_REMEDY}")
+    written_by = tokenizer.fingerprint(tokenizer.read(prepared.tokenizer))
+    if any(manifest.tokenizer != written_by for manifest in manifests):
+        raise InputError(f"{prepared.tokenizer}: not the tokenizer that the corpora were written with; {_REMEDY}")
+    if (got := joint_fingerprint(manifests)) != prepared.fingerprint:
+        where = ", ".join(map(str, prepared.corpora))
+        raise InputError(
+            f"{where}: fingerprint {got}; the run wants {prepared.fingerprint}: the corpus is another one than the run began with"
+        )
+    return manifests
+
+
+def content_identity(train: tuple[Shard, ...], validation: tuple[Shard, ...]) -> str:
+    hashes = [[(shard.tokens, shard.bin_xxh3, shard.idx_xxh3) for shard in split] for split in (train, validation)]
+    return digest(hashes)
+
+
+def joint_fingerprint(manifests: tuple[Manifest, ...]) -> str:
+    """Which tokens a run reads: its corpora in order, and the tokenizer that wrote them."""
+    return digest([[manifest.fingerprint, manifest.tokenizer] for manifest in manifests])
+
+
+def digest(value: object) -> str:
+    """A hash of anything JSON can spell."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value).encode())

@@ -1,0 +1,147 @@
+"""Samples by number: which tokens stand in sample g of a run, for any g, from any rank, at once.
+
+Each source's train shards, end to end, are one stream of tokens. Window w of it is tokens [w T, w T + T + 1): T inputs and the
+T targets one further on, so that neighbours share one token and every token is predicted once an epoch. Sample g is the window
+that the order puts at g. Legend: K samples asked for, T sequence length.
+"""
+
+import math
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manta.data import manifest
+from manta.data.errors import InputError
+from manta.data.manifest import Manifest, Prepared, Split
+from manta.data.order import Order
+from manta.data.shards import dtype_for, map_tokens
+
+_OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor
+
+
+class Stream:
+    """The tokens of one split of one corpus, end to end over its shards."""
+
+    def __init__(self, directory: Path, split: Split, vocabulary: int) -> None:
+        self.tokens = split.tokens
+        self._starts = np.array([0, *accumulate(shard.tokens for shard in split.shards)], dtype=np.int64)
+        self._files = [directory / shard.file for shard in split.shards]
+        self._dtype = dtype_for(vocabulary)
+        self._map = lru_cache(_OPEN_SHARDS)(self._open)
+
+    def gather(self, starts: NDArray[np.int64], out: NDArray[np.int64]) -> None:
+        """Tokens [start, start + width) for each start [K] -> the rows of out [K, width]."""
+        width = out.shape[1]
+        shards = np.searchsorted(self._starts, starts, side="right") - 1
+        offsets = starts - self._starts[shards]
+        for row, shard, offset in zip(out, shards.tolist(), offsets.tolist(), strict=True):
+            piece = self._map(shard)[offset : offset + width]
+            if len(piece) == width:
+                row[:] = piece
+            else:
+                row[:] = self._across(shard, offset, width)
+
+    def _open(self, shard: int) -> NDArray[Any]:
+        return map_tokens(self._files[shard], self._dtype)
+
+    def _across(self, shard: int, offset: int, width: int) -> NDArray[np.int64]:
+        """A window that begins in one shard and ends in another."""
+        parts: list[NDArray[np.integer]] = []
+        while width:
+            part = self._map(shard)[offset : offset + width]
+            parts.append(part)
+            shard, offset, width = shard + 1, 0, width - len(part)
+        return np.concatenate(parts).astype(np.int64)
+
+
+class Windows:
+    """The windows of several streams, numbered through."""
+
+    def __init__(self, streams: list[Stream], sequence_length: int) -> None:
+        self._streams = streams
+        self._length = sequence_length
+        counts = [max(0, stream.tokens - 1) // sequence_length for stream in streams]
+        self._starts = np.array([0, *accumulate(counts)], dtype=np.int64)
+        self.counts = counts
+        self.total = sum(counts)
+
+    def read(self, windows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Windows [K] in range(total) -> tokens [K, T + 1]."""
+        windows = np.asarray(windows, dtype=np.int64)
+        if windows.size and (windows.min() < 0 or windows.max() >= self.total):
+            raise IndexError(f"windows {windows.min()} to {windows.max()}: there are {self.total}")
+        tokens_KT = np.empty((len(windows), self._length + 1), dtype=np.int64)
+        if len(self._streams) == 1:
+            self._streams[0].gather(windows * self._length, tokens_KT)
+            return tokens_KT
+        sources = np.searchsorted(self._starts, windows, side="right") - 1
+        for source in np.unique(sources):
+            here = np.flatnonzero(sources == source)
+            rows = np.empty((len(here), self._length + 1), dtype=np.int64)
+            self._streams[source].gather((windows[here] - self._starts[source]) * self._length, rows)
+            tokens_KT[here] = rows
+        return tokens_KT
+
+
+class Samples:
+    """A run's samples. Opening reads the manifests and the sizes of the shards; shards are mapped when they are asked for."""
+
+    def __init__(self, prepared: Prepared, *, sequence_length: int, seed: int) -> None:
+        """Raises InputError where a shard is missing, truncated or not the one prepared, or where text is too short for a sample."""
+        self._prepared = prepared
+        manifests = manifest.load_checked(prepared)
+        vocabulary = max(corpus.vocabulary for corpus in manifests)
+        corpora = list(zip(prepared.corpora, manifests, strict=True))
+        self._train = Windows([Stream(at, corpus.train, corpus.vocabulary) for at, corpus in corpora], sequence_length)
+        self._validation = Windows([Stream(at, corpus.validation, corpus.vocabulary) for at, corpus in corpora], sequence_length)
+        _check_enough(manifests, self._train, self._validation, sequence_length)
+        self._order = Order(self._train.total, seed)
+        self.sequence_length = sequence_length
+        self.tokenizer_vocabulary = vocabulary
+        self.train_windows = self._train.total
+        self.validation_windows = self._validation.total
+
+    def train(self, numbers: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Global sample numbers [K], of any epoch -> tokens [K, T + 1]."""
+        _, windows = self._order(numbers)
+        return self._train.read(windows)
+
+    def validation(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Validation windows [K] in range(validation_windows), in the corpus's own order -> tokens [K, T + 1]."""
+        return self._validation.read(indices)
+
+    def validation_unigram_entropy(self, indices: NDArray[np.integer]) -> float:
+        """Nats a token: the loss on these windows' targets of a model that knows their token frequencies and nothing else."""
+        targets_KT = self.validation(indices)[:, 1:]
+        return entropy(np.bincount(targets_KT.ravel(), minlength=self.tokenizer_vocabulary))
+
+    def verify(self) -> None:
+        """Read every byte and compare hashes. Raises InputError where one has changed since the corpus was prepared."""
+        manifest.load_checked(self._prepared, contents=True)
+
+
+def entropy(counts: NDArray[np.integer]) -> float:
+    """Of the distribution that these counts [V] are, in nats."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _check_enough(manifests: tuple[Manifest, ...], train: Windows, validation: Windows, sequence_length: int) -> None:
+    wanted = sequence_length + 1
+    for corpus, count in zip(manifests, train.counts, strict=True):
+        if not count:
+            raise InputError(
+                f"data.sequence_length: {corpus.source!r} has {corpus.train.tokens} train tokens; a sample of {sequence_length}"
+                f" wants {wanted}: give more text or lower data.sequence_length"
+            )
+    if validation.total:
+        return
+    held = max(corpus.validation.tokens for corpus in manifests)
+    tokens = max(corpus.train.tokens + corpus.validation.tokens for corpus in manifests)
+    share = math.ceil(200 * wanted / tokens) / 100  # twice what is needed: documents fall to either side by chance
+    remedy = f"raise data.validation to {share}" if share < 0.5 else "give more text or lower data.sequence_length"
+    raise InputError(f"data.validation: {held} tokens are held out; a sample of {sequence_length} wants {wanted}: {remedy}")

@@ -1,0 +1,140 @@
+"""One run that loses a rank by every means, one after the other, and is done in the end."""
+
+import os
+import signal
+import stat
+import time
+from pathlib import Path
+
+import pytest
+from cluster_scene import Scene
+
+HOSTILE = ["ray.py", "manta.py", "pydantic.py", "psutil.py", "json.py", "data.py", "cluster.py"]
+RAISE, KILL, STOP, SEGV = 1, 2, 3, 4  # the attempt in which each strikes
+LOST, LAST = 5, 6
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """Attempts fail at steps 10, 20, 30 …, so each gets further than the one before and none waits."""
+    root = tmp_path_factory.mktemp("faults")
+    cwd = root / "hostile"
+    cwd.mkdir()
+    for name in HOSTILE:
+        (cwd / name).write_text(f"raise SystemExit('shadowed by {name}')")
+    faults = [[8, [[RAISE], 0], "raise"], [30, [[KILL], 1], "SIGKILL"], [50, [[STOP], 1], "SIGSTOP"], [70, [[SEGV], 0], "SIGSEGV"]]
+    plan = {"every": 20, "steps": 120, "step_time": 0.05, "warm_time": 0.3, "faults": faults}
+    scene = Scene(root / "run", plan, cluster={"step_timeout": 1.0}, cwd=cwd)
+    yield scene
+    scene.close()
+
+
+@pytest.fixture(scope="module")
+def secrets(scene):
+    """The token, looked at while the run is under way, and where it was seen that it should not be."""
+    scene.event("first-step")
+    scratch = Path(scene.rank_environment()["MANTA_HEARTBEAT"]).parents[1]
+    token = (scratch / "token").read_text()
+    seen = [pid for pid in scene.processes() for name in ("cmdline", "environ") if token in Path(f"/proc/{pid}/{name}").read_text()]
+    return scratch, stat.S_IMODE((scratch / "token").stat().st_mode), stat.S_IMODE(scratch.stat().st_mode), token, seen
+
+
+@pytest.fixture(scope="module")
+def spares(scene):
+    """Which processes there are after the second attempt's first step, in the end."""
+    scene.event("first-step", KILL)
+    time.sleep(0.2)
+    return scene.ranks()
+
+
+@pytest.fixture(scope="module")
+def ended(scene, secrets, spares):
+    """The agent, too, is lost: then the run goes on to its end."""
+    del secrets, spares
+    scene.event("first-step", LOST)
+    os.kill(scene.agent(), signal.SIGKILL)
+    return scene.end(), scene.events()
+
+
+def of(events, kind, attempt):
+    (event,) = [event for event in events if (event["event"], event["attempt"]) == (kind, attempt)]
+    return event
+
+
+def test_the_run_is_done_in_spite_of_all(ended, scene):
+    code, events = ended
+    assert code == 0, scene.output()
+    assert events[-1]["event"] == "run-ended"
+    assert of(events, "attempt-stopped", LAST)["outcome"] == "done"
+    assert scene.output() == ""
+
+
+def test_ranks_start_within_seconds(ended):
+    _, events = ended
+    assert of(events, "attempt-started", 1)["time"] - of(events, "run-started", 0)["time"] < 10  # 3 to 4.3 s, alone on two cores
+
+
+def test_a_killed_rank_is_named_noticed_and_replaced_at_once(ended):
+    _, events = ended
+    failed = of(events, "rank-failed", KILL)
+    assert (failed["rank"], failed["code"], failed["message"], failed["step"]) == (1, -signal.SIGKILL, "killed by SIGKILL", 30)
+    assert failed["noticed_after"] < 0.5
+    assert of(events, "attempt-started", KILL + 1)["time"] - failed["time"] < 0.4
+    assert of(events, "first-step", KILL + 1)["time"] - failed["time"] < 1.0
+
+
+def test_spares_stand_ready_after_the_first_step(spares, scene):
+    """Two ranks and two spares; the spares become the next attempt's ranks."""
+    assert len(spares) == 4
+    assert set(scene.pids(KILL)) | set(scene.pids(KILL + 1)) == spares
+
+
+def test_a_stopped_rank_is_a_hang_and_all_stacks_are_kept(ended, scene):
+    _, events = ended
+    failed = of(events, "rank-failed", STOP)
+    assert (failed["cause"], failed["rank"]) == ("HANG", 1)
+    assert "stopped" in failed["message"]
+    assert "most recent call first" in scene.log(STOP, 0)  # a stopped process can not write its own
+
+
+def test_a_segfault_is_named(ended):
+    _, events = ended
+    assert of(events, "rank-failed", SEGV)["message"] == "killed by SIGSEGV"
+
+
+def test_an_exception_is_told_with_its_traceback(ended):
+    _, events = ended
+    failed = of(events, "rank-failed", RAISE)
+    assert failed["message"] == "RuntimeError: a loss of nan"
+    assert "cluster_fake_rank.py" in failed["traceback"]
+
+
+def test_a_lost_agent_is_replaced(ended):
+    _, events = ended
+    assert of(events, "node-lost", LOST)["node"] == 0
+    assert of(events, "node-ready", LAST)["node"] == 0
+
+
+@pytest.mark.usefixtures("ended")
+def test_the_token_is_the_runs_own_and_in_no_argument_environment_or_log(secrets, scene):
+    scratch, token_mode, folder_mode, token, seen = secrets
+    assert (token_mode, folder_mode) == (0o600, 0o700)
+    assert seen == []
+    assert all(token not in path.read_text() for path in scene.directory.rglob("*.*") if path.is_file())
+    assert not scratch.exists()
+
+
+@pytest.mark.usefixtures("ended")
+def test_ranks_get_their_place_and_nothing_of_ray(scene):
+    place = scene.rank_environment(KILL, 1)
+    assert {name: place[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MANTA_ATTEMPT")} == {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MANTA_ATTEMPT": str(KILL),
+    }
+    assert place["GLOO_SOCKET_IFNAME"] == place["NCCL_SOCKET_IFNAME"] == "lo"
+    assert [name for name in place if name.startswith("RAY_")] == []
+    assert place["MASTER_PORT"] == scene.rank_environment(KILL, 0)["MASTER_PORT"]

@@ -1,0 +1,44 @@
+"""Runs that a restart can not mend. They are started together."""
+
+import pytest
+from cluster_scene import Scene
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("giving-up")
+    always = list(range(1, 10))
+    scenes = {
+        "twice": Scene(root / "twice", {"steps": 50, "faults": [[5, [always, 1], "raise"]]}),
+        "input": Scene(root / "input", {"faults": [[0, [always, 0], "input"]]}),
+        "stillborn": Scene(root / "stillborn", {}, command=["/bin/sh", "-c", "echo there is no module named nonsense; exit 3"]),
+        "missing": Scene(root / "missing", {}, command=["/no/such/program"]),
+    }
+    yield scenes
+    for scene in scenes.values():
+        scene.close()
+
+
+def test_the_same_exception_at_the_same_step_is_not_tried_a_third_time(scenes):
+    assert scenes["twice"].end() == 1
+    events = scenes["twice"].events()
+    assert [event["attempt"] for event in events if event["event"] == "rank-failed"] == [1, 2]
+    assert scenes["twice"].event("decided", 2)["reason"] == (
+        "rank 1 failed twice at step 5 with the same error: RuntimeError: a loss of nan"
+    )
+
+
+def test_bad_input_is_not_retried(scenes):
+    assert scenes["input"].end() == 2
+    assert scenes["input"].event("decided")["reason"] == "LookupError: no such file: corpus.jsonl"
+
+
+def test_a_process_that_dies_before_it_has_a_place_is_told_by_its_own_words(scenes):
+    assert scenes["stillborn"].end() == 1
+    assert scenes["stillborn"].event("rank-failed")["message"] == "exit code 3: there is no module named nonsense"
+    assert "nonsense" in scenes["stillborn"].log(1, 0)
+
+
+def test_a_command_that_does_not_exist_is_named(scenes):
+    assert scenes["missing"].end() == 1
+    assert "can not start /no/such/program: No such file" in scenes["missing"].event("rank-failed")["message"]

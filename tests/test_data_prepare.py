@@ -1,0 +1,330 @@
+"""Preparing a corpus: once, whole, the same to the byte however it was reached, and never half."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from manta.data import manifest, prepare
+from manta.data.config import DataConfig, TokenizerConfig
+from manta.data.encode import Task
+from manta.data.errors import InputError
+from manta.data.formats import JsonLines, Piece
+from manta.data.manifest import Prepared
+from manta.data.shards import dtype_for, map_tokens, read_index
+from manta.data.tokenizer import Tokenizer
+
+SMALL = TokenizerConfig(vocabulary=400, train_bytes=100_000)
+
+
+def config(directory: Path, *sources: object, **more) -> DataConfig:
+    settings = {"sequence_length": 16, "validation": 0.1, "workers": 1} | more
+    return DataConfig(sources=tuple(map(str, sources)), directory=directory, **settings)
+
+
+def documents(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(500)]
+    return [" ".join(rng.choices(words, k=rng.randint(5, 120))) for _ in range(count)]
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Every file of a prepared corpus, byte for byte."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def texts_of(prepared: Prepared, split: str) -> list[str]:
+    tokenizer = Tokenizer(prepared.tokenizer)
+    found = []
+    for directory in prepared.corpora:
+        for shard in getattr(manifest.load(directory), split).shards:
+            index = read_index(directory / shard.file)
+            tokens = map_tokens(directory / shard.file, index.dtype)
+            for start, length in zip(index.pointers // index.dtype.itemsize, index.lengths, strict=True):
+                document = tokens[start : start + length]
+                assert document[-1] == tokenizer.end_of_text
+                found.append(tokenizer.decode(document[:-1]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory) -> Path:
+    """Twelve files of one source, so that work can stop between them."""
+    folder = tmp_path_factory.mktemp("source")
+    for part in range(12):
+        write_lines(folder / f"{part:02d}.jsonl", documents(100, seed=part))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lines, tmp_path_factory) -> Prepared:
+    return prepare.prepare(config(tmp_path_factory.mktemp("corpora"), lines), SMALL)
+
+
+def test_every_document_is_kept_once_and_none_on_both_sides(undisturbed):
+    written = [text for part in range(12) for text in documents(100, seed=part)]
+    train, validation = texts_of(undisturbed, "train"), texts_of(undisturbed, "validation")
+    assert sorted(train + validation) == sorted(written)
+    assert not set(train) & set(validation)
+    assert 0.07 < len(validation) / len(written) < 0.13
+
+
+def test_a_document_that_stands_in_two_sources_falls_on_one_side(tmp_path):
+    texts = documents(300)
+    data = config(tmp_path / "corpora", write_lines(tmp_path / "a.jsonl", texts), write_lines(tmp_path / "b.jsonl", texts[::-1]))
+    prepared = prepare.prepare(data, SMALL)
+    assert len(prepared.corpora) == 2
+    assert not set(texts_of(prepared, "train")) & set(texts_of(prepared, "validation"))
+
+
+def test_two_workers_write_the_same_bytes_as_one(lines, undisturbed, tmp_path):
+    prepared = prepare.prepare(config(tmp_path, lines, workers=2), SMALL)
+    assert content(prepared.corpora[0]) == content(undisturbed.corpora[0])
+    assert prepared.tokenizer.read_bytes() == undisturbed.tokenizer.read_bytes()
+    assert prepared.fingerprint == undisturbed.fingerprint
+
+
+def test_the_manifest_adds_up(undisturbed):
+    (directory,) = undisturbed.corpora
+    made = manifest.load(directory)
+    assert made.encoder.startswith("tiktoken: same ids as tokenizers on")
+    assert made.tokenizer == Tokenizer(undisturbed.tokenizer).fingerprint
+    assert made.text_bytes == sum(len(text) for part in range(12) for text in documents(100, seed=part))
+    dtype = dtype_for(made.vocabulary)
+    tokens = np.concatenate([map_tokens(directory / shard.file, dtype) for shard in made.validation.shards])
+    assert made.validation.tokens == len(tokens)
+    shares = np.bincount(tokens) / len(tokens)
+    assert made.validation.unigram_entropy == pytest.approx(-sum(p * np.log(p) for p in shares if p))
+
+
+def test_what_is_prepared_is_found_and_not_made_again(lines, undisturbed):
+    data = config(undisturbed.corpora[0].parent, lines)
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.corpora[0].iterdir()}
+    assert prepare.find(data, SMALL) == undisturbed
+    assert prepare.prepare(data, SMALL) == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.corpora[0].iterdir()} == before
+    assert Prepared.from_json(json.loads(json.dumps(undisturbed.to_json()))) == undisturbed
+
+
+def test_other_settings_or_files_are_another_corpus(lines, undisturbed, tmp_path):
+    directory = undisturbed.corpora[0].parent
+    assert prepare.find(config(directory, lines, validation=0.2), SMALL) is None
+    assert prepare.find(config(directory, lines), SMALL.model_copy(update={"vocabulary": 401})) is None
+    assert prepare.find(config(directory, write_lines(tmp_path / "other.jsonl", ["x"])), SMALL) is None
+
+
+def test_a_tokenizer_file_is_taken_as_it_is(lines, undisturbed, tmp_path):
+    given = TokenizerConfig(file=undisturbed.tokenizer)
+    prepared = prepare.prepare(config(tmp_path, lines), given)
+    assert prepared.tokenizer.read_bytes() == undisturbed.tokenizer.read_bytes()
+    assert prepared.fingerprint == undisturbed.fingerprint
+    assert prepare.find(config(tmp_path, lines), given) == prepared
+
+
+def test_a_damaged_corpus_is_mended_by_preparing_again(lines, undisturbed, tmp_path):
+    data = config(tmp_path, lines)
+    (directory,) = prepare.prepare(data, SMALL).corpora
+    whole = content(directory)
+    for damage in (
+        lambda: os.truncate(directory / "piece-00003.train.bin", 100),
+        lambda: (directory / "piece-00004.train.idx").write_bytes(whole["piece-00004.train.idx"][:-1] + b"\1"),
+        (directory / "piece-00005.validation.bin").unlink,
+        lambda: (directory / "manifest.json").write_text("{}"),
+        lambda: (directory / "manifest.json").write_bytes(whole["manifest.json"][:-9]),
+    ):
+        damage()
+        assert prepare.prepare(data, SMALL) == Prepared(
+            tokenizer=prepare.find(data, SMALL).tokenizer, corpora=(directory,), fingerprint=undisturbed.fingerprint
+        )
+        assert content(directory) == whole
+
+
+@dataclass(frozen=True)
+class Stalling:
+    """A piece that keeps its worker busy for ever."""
+
+    piece: Piece
+    size: int = 1
+
+    def documents(self):
+        if multiprocessing.parent_process():
+            time.sleep(600)
+        yield from self.piece.documents()
+
+
+def prepare_and_die(directory: str, lines: str, rename: str) -> None:
+    """Prepare; be killed at the given rename, with what was to be renamed written."""
+    replace, left = Path.replace, [int(rename)]
+
+    def count(path: Path, target: Path) -> Path:
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(path, target)
+
+    Path.replace = count
+    prepare.prepare(config(Path(directory), lines), SMALL)
+
+
+def prepare_and_stall(directory: str, lines: str) -> None:
+    pieces = prepare.corpus.pieces
+    prepare.corpus.pieces = lambda *args: [*pieces(*args)[:-1], Stalling(pieces(*args)[-1])]
+    prepare.prepare(config(Path(directory), lines, workers=2), SMALL)
+
+
+def prepare_alone(directory: str, lines: str) -> None:
+    prepare.prepare(config(Path(directory), lines), SMALL)
+
+
+def start(function: Callable[..., None], *args: object) -> subprocess.Popen[bytes]:
+    program = f"import sys, test_data_prepare; test_data_prepare.{function.__name__}(*sys.argv[1:])"
+    command = [sys.executable, "-c", program, *map(str, args)]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)}, stderr=subprocess.DEVNULL)
+
+
+def records(directory: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in directory.glob("*/piece-*.json")}
+
+
+@pytest.mark.parametrize("rename", [1, 4, 6, 33, 62])
+def test_a_preparation_killed_at_any_file_goes_on_to_the_same_bytes(lines, undisturbed, tmp_path, rename):
+    """Renames: 1 the tokenizer; then five a piece, two of each shard and its record, up to 61; 62 the manifest."""
+    assert start(prepare_and_die, tmp_path, lines, rename).wait() == -signal.SIGKILL
+    assert not list(tmp_path.glob("*/manifest.json"))
+    assert prepare.find(config(tmp_path, lines), SMALL) is None
+    finished = records(tmp_path)
+    assert len(finished) == max(0, rename - 2) // 5
+    prepared = prepare.prepare(config(tmp_path, lines), SMALL)
+    assert content(prepared.corpora[0]) == content(undisturbed.corpora[0])
+    assert finished.items() <= records(tmp_path).items()
+
+
+def test_a_killed_preparation_leaves_no_worker_and_goes_on_to_the_same_bytes(lines, undisturbed, tmp_path):
+    process = start(prepare_and_stall, tmp_path, lines)
+    while len(records(tmp_path)) < 11:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert not list(tmp_path.glob("*/manifest.json"))
+    prepared = prepare.prepare(config(tmp_path, lines), SMALL)
+    assert content(prepared.corpora[0]) == content(undisturbed.corpora[0])
+
+
+def test_two_preparations_at_once_agree(lines, undisturbed, tmp_path):
+    processes = [start(prepare_alone, tmp_path, lines) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert content(prepare.find(config(tmp_path, lines), SMALL).corpora[0]) == content(undisturbed.corpora[0])
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """A piece whose reader is killed, as by the kernel when memory is short."""
+
+    name: str = "deadly.jsonl"
+    size: int = 1
+
+    def documents(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield ""
+
+
+def task(piece: Piece, prepared: Prepared, directory: Path) -> Task:
+    return Task(
+        piece=piece,
+        index=0,
+        directory=directory,
+        tokenizer=prepared.tokenizer,
+        end_of_text="<|endoftext|>",
+        encoder="tokenizers",
+        validation=0.1,
+    )
+
+
+def test_a_worker_that_dies_ends_the_preparation_and_its_files_are_named(undisturbed, tmp_path):
+    with pytest.raises(RuntimeError, match=r"while it encoded one of: deadly\.jsonl"):
+        list(prepare._encode_each([task(Deadly(), undisturbed, tmp_path)] * 2, workers=2))
+
+
+def test_an_error_does_not_wait_for_the_others(undisturbed, tmp_path):
+    bad = JsonLines(path=str(write_lines(tmp_path / "x.jsonl", ["x"])), field="none", start=0, stop=None, size=1)
+    with pytest.raises(InputError, match="no field 'none'"):
+        list(prepare._encode_each([task(piece, undisturbed, tmp_path) for piece in (Stalling(bad), bad)], workers=2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_bad_line_fails_the_whole_and_leaves_no_manifest(tmp_path, monkeypatch, workers):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for part in range(4):
+        write_lines(folder / f"{part}.jsonl", documents(100, seed=part))
+    with (folder / "2.jsonl").open("a") as stream:
+        stream.write('{"text": "cut sho')
+    data, tokens = config(tmp_path / "corpora", folder, workers=workers), SMALL.model_copy(update={"train_bytes": 10_000})
+    monkeypatch.setattr(prepare, "_PROOF_BYTES", 10_000)  # the bad line is met by a worker, not by the sample
+    with pytest.raises(InputError) as caught:
+        prepare.prepare(data, tokens)
+    assert str(caught.value).startswith(f"{folder}/2.jsonl: line 101: malformed JSON")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("corpora/*/manifest.json"))
+
+
+def test_a_bad_source_is_told_before_anything_is_written(tmp_path):
+    good = write_lines(tmp_path / "good.jsonl", documents(20))
+    with pytest.raises(InputError, match="no such files"):
+        prepare.prepare(config(tmp_path / "corpora", good, tmp_path / "none.jsonl"), SMALL)
+    with pytest.raises(InputError, match=r"none\.json: cannot be read"):
+        prepare.prepare(config(tmp_path / "corpora", good), TokenizerConfig(file=tmp_path / "none.json"))
+    assert not (tmp_path / "corpora").exists()
+
+
+def test_a_source_without_documents_is_told(tmp_path):
+    blank = tmp_path / "blank.jsonl.gz"
+    blank.write_bytes(gzip.compress(b"\n\n"))
+    with pytest.raises(InputError, match="holds no documents"):
+        prepare.prepare(config(tmp_path / "corpora", blank), SMALL)
+    assert not list(tmp_path.glob("corpora/*/manifest.json"))
+
+
+def test_a_directory_that_can_not_be_written_is_told(tmp_path):
+    good = write_lines(tmp_path / "good.jsonl", documents(20))
+    with pytest.raises(InputError, match=r"data\.directory: .*good\.jsonl"):
+        prepare.prepare(config(good, good), SMALL)
+
+
+def test_a_corpus_too_small_is_told_with_the_remedy(tmp_path):
+    good = write_lines(tmp_path / "good.jsonl", documents(20))
+    with pytest.raises(InputError, match=r"data\.sequence_length: .* train tokens; a sample of 100000 wants 100001"):
+        prepare.prepare(config(tmp_path / "corpora", good, sequence_length=100_000), SMALL)
+    with pytest.raises(InputError, match=r"data\.validation: 0 tokens are held out; .* raise data\.validation to 0\.\d"):
+        prepare.prepare(config(tmp_path / "corpora", good, sequence_length=300, validation=0.0001), SMALL)
+
+
+def test_a_source_that_changes_under_the_reader_is_refused(tmp_path, monkeypatch):
+    good = write_lines(tmp_path / "good.jsonl", documents(20))
+    encode = prepare.encode
+    monkeypatch.setattr(prepare, "encode", lambda task: (encode(task), write_lines(good, documents(21)))[0])
+    with pytest.raises(InputError, match="changed while it was read"):
+        prepare.prepare(config(tmp_path / "corpora", good), SMALL)
+    assert not list(tmp_path.glob("corpora/*/manifest.json"))

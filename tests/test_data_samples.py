@@ -1,0 +1,145 @@
+"""Samples by number: the windows of the corpus, each once an epoch, for any rank that asks."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_data_prepare import SMALL, config, documents, write_lines
+
+from manta.data import manifest, prepare, samples
+from manta.data.errors import InputError
+from manta.data.manifest import Prepared
+from manta.data.order import Order
+from manta.data.samples import Samples
+from manta.data.shards import dtype_for, map_tokens
+
+T = 16
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Prepared:
+    """Two sources, the first of fifteen shards."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "many").mkdir()
+    for part in range(15):
+        write_lines(folder / "many" / f"{part:02d}.jsonl", documents(10, seed=part))
+    one = write_lines(folder / "one.jsonl", documents(40, seed=9))
+    return prepare.prepare(config(folder / "corpora", folder / "many", one), SMALL)
+
+
+def stream(directory: Path, split: str) -> np.ndarray:
+    made = manifest.load(directory)
+    return np.concatenate([map_tokens(directory / shard.file, dtype_for(made.vocabulary)) for shard in getattr(made, split).shards])
+
+
+def windows(prepared: Prepared, split: str) -> list[list[int]]:
+    """By the definition: T + 1 tokens every T, of each source's tokens end to end."""
+    found = []
+    for directory in prepared.corpora:
+        tokens = stream(directory, split).tolist()
+        found += [tokens[at : at + T + 1] for at in range(0, len(tokens) - T, T)]
+    return found
+
+
+def test_samples_are_the_windows_in_the_order_of_the_seed(prepared):
+    opened = Samples(prepared, sequence_length=T, seed=5)
+    expected = windows(prepared, "train")
+    assert opened.train_windows == len(expected)
+    numbers = np.arange(3 * opened.train_windows - 7, 3 * opened.train_windows + 25)  # over the end of an epoch
+    got = opened.train(numbers)
+    assert got.dtype == np.int64
+    assert got.tolist() == [expected[window] for window in Order(opened.train_windows, seed=5)(numbers)[1]]
+
+
+def test_every_window_is_read_once_an_epoch_by_any_number_of_ranks(prepared):
+    opened = Samples(prepared, sequence_length=T, seed=5)
+    for ranks in (1, 3):
+        epoch = np.arange(opened.train_windows)
+        read = [row for rank in range(ranks) for row in opened.train(epoch[rank::ranks]).tolist()]
+        assert sorted(read) == sorted(windows(prepared, "train"))
+
+
+def test_validation_is_read_in_its_own_order(prepared):
+    opened = Samples(prepared, sequence_length=T, seed=5)
+    expected = windows(prepared, "validation")
+    assert opened.validation(np.arange(opened.validation_windows)).tolist() == expected
+    assert opened.validation(np.array([3, 3, 0])).tolist() == [expected[3], expected[3], expected[0]]
+    with pytest.raises(IndexError):
+        opened.validation(np.array([opened.validation_windows]))
+
+
+def test_a_sample_longer_than_a_shard_runs_across_several(prepared):
+    length = 2500
+    opened = Samples(prepared, sequence_length=length, seed=0)
+    tokens = stream(prepared.corpora[0], "train")
+    assert max(shard.tokens for shard in manifest.load(prepared.corpora[0]).train.shards) < length
+    order = Order(opened.train_windows, seed=0)(np.arange(opened.train_windows))[1]
+    first = int(np.flatnonzero(order == 0)[0])
+    assert np.array_equal(opened.train(np.array([first]))[0], tokens[: length + 1])
+
+
+def test_more_shards_than_may_be_open_are_read_all_the_same(prepared, monkeypatch):
+    numbers = np.arange(200)
+    expected = Samples(prepared, sequence_length=T, seed=5).train(numbers)
+    monkeypatch.setattr(samples, "_OPEN_SHARDS", 1)
+    assert np.array_equal(Samples(prepared, sequence_length=T, seed=5).train(numbers), expected)
+
+
+def test_the_unigram_entropy_is_that_of_the_targets(prepared):
+    opened = Samples(prepared, sequence_length=T, seed=5)
+    targets = opened.validation(np.arange(4))[:, 1:].ravel().tolist()
+    shares = [targets.count(token) / len(targets) for token in set(targets)]
+    assert opened.validation_unigram_entropy(np.arange(4)) == pytest.approx(-sum(p * np.log(p) for p in shares))
+    assert opened.tokenizer_vocabulary == 400
+
+
+@pytest.fixture
+def damaged(prepared, tmp_path) -> Prepared:
+    """A copy that a test may harm."""
+    target = tmp_path / "copy"
+    target.mkdir()
+    for path in prepared.corpora[0].iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return Prepared(tokenizer=prepared.tokenizer, corpora=(target, prepared.corpora[1]), fingerprint=prepared.fingerprint)
+
+
+def refused(prepared: Prepared) -> str:
+    with pytest.raises(InputError) as caught:
+        Samples(prepared, sequence_length=T, seed=0).verify()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_truncated_missing_or_changed_shard_is_refused(damaged):
+    Samples(damaged, sequence_length=T, seed=0).verify()
+    path = damaged.corpora[0] / "piece-00002.train.bin"
+    whole = path.read_bytes()
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert refused(damaged) == f"{path}: its content has changed since it was written; run `manta prepare` again"
+    os.truncate(path, len(whole) - 2)
+    assert refused(damaged) == f"{path}: {len(whole) - 2} bytes; wants {len(whole)}; run `manta prepare` again"
+    path.unlink()
+    assert refused(damaged) == f"{path}: missing; run `manta prepare` again"
+
+
+def test_a_manifest_that_is_missing_older_or_altered_is_refused(damaged):
+    path = damaged.corpora[0] / manifest.NAME
+    spec = json.loads(path.read_bytes())
+    path.write_text(json.dumps(spec | {"format": 0}))
+    assert "format 0; this version reads 1" in refused(damaged)
+    path.write_text(json.dumps(spec | {"surplus": 1}))
+    assert "1 fields are wrong" in refused(damaged)
+    path.write_text(json.dumps(spec | {"fingerprint": "0"}))
+    assert "fingerprint is not that of its shards" in refused(damaged)
+    path.unlink()
+    assert "not prepared, or only in part" in refused(damaged)
+
+
+def test_another_corpus_or_tokenizer_than_the_runs_is_refused(prepared, tmp_path):
+    turned = Prepared(tokenizer=prepared.tokenizer, corpora=prepared.corpora[::-1], fingerprint=prepared.fingerprint)
+    assert "another one than the run began with" in refused(turned)
+    other = tmp_path / "tokenizer.json"
+    other.write_text(prepared.tokenizer.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert "not the tokenizer" in refused(Prepared(tokenizer=other, corpora=prepared.corpora, fingerprint=prepared.fingerprint))
