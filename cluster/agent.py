@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import os
 import shutil
 import signal
@@ -20,8 +19,6 @@ from manta.cluster.failure import LEFT, RankError, RankStatus
 from manta.cluster.heartbeat import HeartbeatReader
 from manta.cluster.machine import cores
 from manta.cluster.process import Process
-
-log = logging.getLogger(__name__)
 
 LOOK = 0.05  # seconds between two readings of the heartbeats; an exit is seen at once
 TAIL = 4096  # bytes of a log that stand for an error
@@ -71,7 +68,7 @@ class NodeAgent:
         self._ranks: list[_Rank] = []
         self._reported: object = None
 
-    async def outlive_no_parent(self) -> None:
+    async def follow_raylet(self) -> None:
         """Leave when the raylet does. Ray looks whether its process id is still there, and takes a zombie for a living one."""
         raylet = os.pidfd_open(os.getppid())
         asyncio.get_running_loop().add_reader(raylet, os._exit, 1)
@@ -179,10 +176,7 @@ def _status(rank: _Rank) -> RankStatus:
 def _error(path: Path) -> RankError | None:
     try:
         return _ERROR.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        log.warning("%s is not an error report: %s", path, error)
+    except (FileNotFoundError, ValidationError):  # none, or the rank fell while it wrote: the end of its log must do
         return None
 
 

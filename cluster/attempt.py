@@ -5,15 +5,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from manta.cluster.agent import NodeFacts
 from manta.cluster.config import ClusterConfig
-from manta.cluster.failure import LEFT, Cause, Failure, RankStatus, explain, guilty, stalled
+from manta.cluster.failure import LEFT, Failure, RankStatus, explain, guilty, stalled
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event
 from manta.cluster.orders import Orders
 
-if TYPE_CHECKING:  # it imports Ray, which must wait until its environment stands
-    from manta.cluster.agent import NodeFacts
-    from manta.cluster.nodes import Nodes
+if TYPE_CHECKING:
+    from manta.cluster.nodes import Nodes  # it imports Ray, which must wait until its environment stands
 
 TICK = 0.25  # seconds between two reports of progress
 SETTLE = 0.1  # seconds to wait for a killed rank after one that raised: the killed one is the cause
@@ -90,16 +90,11 @@ class Attempt:
         )
         return failure
 
-    def _hang(self, status: RankStatus) -> Generator[Event, None, Failure]:
+    def _hang(self, failure: Failure) -> Generator[Event, None, Failure]:
         self.nodes.dump_stacks()
         time.sleep(STACKS)
         self.nodes.kill()
-        stopped = ", the process is stopped" if status.state == "T" else ""
-        message = f"rank {status.rank} gave no sign of life for {status.quiet:.1f} s in phase {status.phase or 'import'}{stopped}"
-        failure = Failure(cause=Cause.HANG, rank=status.rank, step=status.step, message=message)
-        yield self._event(
-            "rank-failed", rank=status.rank, code=None, cause=failure.cause.name, message=message, step=status.step, phase=status.phase
-        )
+        yield self._event("rank-failed", rank=failure.rank, code=None, cause=failure.cause.name, message=failure.message, step=failure.step)
         return failure
 
     def _leave(self) -> Generator[Event, None, Done | Left]:
@@ -125,7 +120,7 @@ class Attempt:
         return Event(kind=kind, attempt=self.number, time=time.time(), details=details)
 
 
-def places(job: Job, attempt: int, facts: "Sequence[NodeFacts]", port: int) -> list[list[dict[str, str]]]:
+def places(job: Job, attempt: int, facts: Sequence[NodeFacts], port: int) -> list[list[dict[str, str]]]:
     """The environment of every rank, node by node: ranks are numbered along the nodes."""
     return [
         [

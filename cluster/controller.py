@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manta.cluster.attempt import Attempt, Done, Left, Outcome
 from manta.cluster.config import ClusterConfig
@@ -16,6 +16,9 @@ from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event, Journal
 from manta.cluster.orders import Orders
 from manta.cluster.runtime import ADDRESS, local_ray
+
+if TYPE_CHECKING:
+    from manta.cluster.nodes import Nodes
 
 LEFT_SAVED, LEFT_UNSAVED, INTERRUPTED = 75, 143, 130
 USERS_CHOICE = ("OMP_NUM_THREADS",)  # Ray sets it for its workers, so what the user said must be handed over
@@ -69,6 +72,8 @@ class Controller:
                     return 0
                 if isinstance(outcome, Left):
                     return self._left(saved=outcome.saved)
+                if self._orders.leave:
+                    break
                 self._history.append(outcome)
                 decision = decide(self._history, policy)
                 if isinstance(decision, GiveUp):
@@ -81,7 +86,7 @@ class Controller:
                     return None
             return INTERRUPTED if self._orders.leave is signal.SIGINT else LEFT_UNSAVED
 
-    def _try(self, nodes: Any) -> Generator[Event, None, Outcome]:
+    def _try(self, nodes: "Nodes") -> Generator[Event, None, Outcome]:
         from manta.cluster.nodes import NodeLostError
 
         self._attempt += 1

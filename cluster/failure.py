@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+BEFORE_THE_FIRST_STEP = frozenset({"", "start", "load"})  # phases of a heartbeat; "" is none yet
 LEFT = frozenset({75, 143})  # exit codes of a rank that was told to leave: saved, could not save
 
 
@@ -19,6 +20,9 @@ class Cause(Enum):
     HANG = "no step in time"
     NODE_LOST = "a node is gone"
     PREEMPTED = "the cluster asked us to leave"
+
+
+CATEGORIES = {"exception": Cause.EXCEPTION, "input": Cause.INPUT, "out_of_memory": Cause.OUT_OF_MEMORY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,28 +113,35 @@ def guilty(exited: Sequence[RankStatus]) -> RankStatus:
     return min(exited, key=lambda s: (not _is_killed(s), s.exited_at, s.rank))
 
 
-def stalled(statuses: Sequence[RankStatus], *, start_timeout: float, step_timeout: float) -> RankStatus | None:
-    """The rank to name when some rank has given no sign of life for too long. One hung rank stops all: a stopped process is named
-    first, then the one with the fewest steps, then the quietest.
+def stalled(statuses: Sequence[RankStatus], *, start_timeout: float, step_timeout: float) -> Failure | None:
+    """The failure that silence amounts to, if some rank has given no sign of life for too long.
+
+    One hung rank stops all, so the quietest is often not the guilty one: a stopped process is named first, then the rank with the
+    fewest steps, then the quietest. Ranks that never came up are named all.
     """
     alive = [s for s in statuses if s.code is None]
-    if not any(s.quiet > (start_timeout if s.phase in {"", "start", "load"} else step_timeout) for s in alive):
+    if not any(s.quiet > (start_timeout if s.phase in BEFORE_THE_FIRST_STEP else step_timeout) for s in alive):
         return None
-    return min(alive, key=lambda s: (s.state != "T", s.step, -s.quiet))
+    named = min(alive, key=lambda s: (s.state != "T", s.step, -s.quiet))
+    if missing := [str(s.rank) for s in alive if not s.phase]:
+        message = f"no sign of life within {named.quiet:.1f} s from rank {', '.join(missing)}"
+    else:
+        stopped = ", its process is stopped" if named.state == "T" else ""
+        message = f"rank {named.rank} gave no sign of life for {named.quiet:.1f} s in phase {named.phase}{stopped}"
+    return Failure(cause=Cause.HANG, rank=named.rank, step=named.step, message=message)
 
 
 def explain(status: RankStatus) -> Failure:
     """The failure that a rank's exit amounts to."""
     assert status.code is not None
-    if _is_killed(status) or (status.code < 0 and status.error is None):
-        return Failure(cause=Cause.SIGNAL, rank=status.rank, step=status.step, message=f"killed by {signal.Signals(-status.code).name}")
-    if status.error is None:
-        last_line = (status.tail.strip().splitlines() or [""])[-1]
-        return Failure(
-            cause=Cause.EXCEPTION, rank=status.rank, step=status.step, message=f"exit code {status.code}: {last_line}".rstrip(": ")
-        )
-    cause = {"exception": Cause.EXCEPTION, "input": Cause.INPUT, "out_of_memory": Cause.OUT_OF_MEMORY}[status.error.category]
-    return Failure(cause=cause, rank=status.rank, step=status.step, message=f"{status.error.type}: {status.error.message}")
+    if status.code < 0 and (status.error is None or _is_killed(status)):
+        cause, message = Cause.SIGNAL, f"killed by {signal.Signals(-status.code).name}"
+    elif status.error is None:
+        last_line = (status.tail.strip().splitlines() or ["it said nothing"])[-1]
+        cause, message = Cause.EXCEPTION, f"exit code {status.code}: {last_line}"
+    else:
+        cause, message = CATEGORIES[status.error.category], f"{status.error.type}: {status.error.message}"
+    return Failure(cause=cause, rank=status.rank, step=status.step, message=message)
 
 
 def _is_killed(status: RankStatus) -> bool:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from manta.cluster.failure import BEFORE_THE_FIRST_STEP
+
 SIZE = 256  # bytes: one pwrite, padded with spaces, so that a shorter beat leaves no rest of a longer one
-BEFORE_THE_FIRST_STEP = frozenset({"", "start", "load"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

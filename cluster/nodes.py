@@ -137,7 +137,7 @@ class Nodes:
                 scratch=self._scratch,
             )
         )
-        agent.outlive_no_parent.remote()
+        agent.follow_raylet.remote()
         agent.warm.remote()
         return _Node(agent=agent, sentinel=agent.sentinel.remote())
 

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 OBJECT_STORE_BYTES = 80_000_000  # nothing of size ever passes through it; this is near the least that Ray accepts
-ADDRESS = "127.0.0.1"
-HOME = Path("/tmp")  # noqa: S108  whatever TMPDIR says: Ray's socket paths must fit into 107 bytes
+ADDRESS = "127.0.0.1"  # where ranks meet
+# Ray takes 127.0.0.1 as a wish for the outward address, which a laptop loses when it changes networks; this one it takes as it is.
+RAYS_ADDRESS = "127.0.0.2"
+TEMPORARY = Path("/tmp")  # noqa: S108  whatever TMPDIR says: Ray's socket paths must fit into 107 bytes
 PREFIX = "manta-ray-"
 # Ray's autoscaler, log forwarder and web server: 1.2 s of processor time to start, 1.3 s to stop, and nobody to talk to here.
 NOT_NEEDED = ("start_monitor", "start_log_monitor", "start_api_server")
@@ -30,7 +32,7 @@ NOT_NEEDED = ("start_monitor", "start_log_monitor", "start_api_server")
 def local_ray(*, nodes: int) -> Generator[Path]:
     """Start Ray on this machine with room for `nodes` agents; yields a private folder (0700) that is removed at the end."""
     _sweep()
-    scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=HOME))
+    scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=TEMPORARY))
     try:
         with _token(scratch) as token, _environment(token):
             import ray
@@ -71,7 +73,7 @@ def _start(scratch: Path, nodes: int) -> None:
             log_to_driver=False,
             logging_level=logging.CRITICAL,
             _temp_dir=str(scratch / "ray"),  # Ray opens this folder to everyone; the one above stays shut
-            _node_ip_address=ADDRESS,
+            _node_ip_address=RAYS_ADDRESS,
         )
 
 
@@ -142,7 +144,7 @@ def _token(scratch: Path) -> Generator[Path]:
 
 def _sweep() -> None:
     """Remove what killed runs left. A minute old at least: a younger one may not have its lock yet."""
-    for token in HOME.glob(f"{PREFIX}*/token"):
+    for token in TEMPORARY.glob(f"{PREFIX}*/token"):
         with contextlib.suppress(OSError), token.open() as file:  # held, another user's, or just gone
             if time.time() - os.fstat(file.fileno()).st_mtime > 60:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

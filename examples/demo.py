@@ -1,6 +1,6 @@
 """The main job, end to end: prepare a corpus, train on it, kill a rank on the way, and see the run come back to the same losses.
 
-    make demo
+make demo
 """
 
 import json
@@ -97,7 +97,9 @@ def tell_recovery(home: RunDirectory, killed_at: int, when: float) -> None:
     again = {line["step"]: line for line in second}
     twice = [(line["train/loss"], again[line["step"]]["train/loss"]) for line in first if line["step"] in again]
     same = sum(a == b for a, b in twice)
-    out.print(f"killed after step {killed_at}, went on from step {second[0]['step'] - 1}: {same} of {len(twice)} losses done twice are the same, bit by bit")
+    out.print(
+        f"killed after step {killed_at}, went on from step {second[0]['step'] - 1}: {same} of {len(twice)} losses done twice are the same, bit by bit"
+    )
     if same < len(twice):
         sys.exit("the run did not come back to the same losses")
 
@@ -107,7 +109,10 @@ def tell_loss(home: RunDirectory, lines: list[Line]) -> None:
     samples = Samples(home.prepared(), sequence_length=config.data.sequence_length, seed=config.run.seed)
     entropy = samples.validation_unigram_entropy(np.arange(validation_samples(config, samples)))
     loss = lines[-1]["eval/loss"]
-    out.print(f"validation loss {loss:.3f} nats a token; the same tokens' unigram entropy {entropy:.3f}: {entropy - loss:.3f} below it", style="bold")
+    out.print(
+        f"validation loss {loss:.3f} nats a token; the same tokens' unigram entropy {entropy:.3f}: {entropy - loss:.3f} below it",
+        style="bold",
+    )
 
 
 def curve(lines: list[Line], width: int = 72, height: int = 10) -> str:

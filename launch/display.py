@@ -78,7 +78,7 @@ def _tell(event: Event, home: RunDirectory) -> str | None:
     match event.kind:
         case "rank-failed":
             log = home.path / "logs" / f"attempt-{event.attempt:04d}" / f"rank-{details.get('rank') or 0:04d}.log"
-            return f"attempt {event.attempt}: rank {details.get('rank')} failed at step {details.get('step')}: {details.get('message')} ({log})"
+            return f"attempt {event.attempt}: rank {details['rank']} failed at step {details['step']}: {details['message']} ({log})"
         case "node-lost":
             return f"attempt {event.attempt}: node {details['node']} lost: {details['message']}"
         case "decided":

@@ -19,7 +19,9 @@ def status(directory: Path) -> dict[str, Any]:
     """What programs and people want to know. Raises InputError where there is no run."""
     home = RunDirectory(directory.absolute())
     if not home.events_file.exists():
-        raise InputError(f"{directory}: got no {home.events_file.name}, wants a run directory; start one with: manta train FILE run.dir={directory}")
+        raise InputError(
+            f"{directory}: got no {home.events_file.name}, wants a run directory; start one with: manta train FILE run.dir={directory}"
+        )
     events = [json.loads(line) for line in home.events_file.read_text().splitlines() if line.endswith("}")]
     lines = read_metrics(home.metrics_file)
     newest = lines[-1] if lines else {}

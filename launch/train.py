@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,7 +71,9 @@ def ranks_at_hand(config: RunConfig) -> int:
     if asked is None:
         return default_ranks()
     if 0 < gpus() < asked:
-        raise InputError(f"cluster.ranks_per_node: got {asked}, wants at most one a GPU, of which there are {gpus()}; lower it or leave it out")
+        raise InputError(
+            f"cluster.ranks_per_node: got {asked}, wants at most one a GPU, of which there are {gpus()}; lower it or leave it out"
+        )
     return asked
 
 
@@ -98,7 +100,7 @@ def check_corpus(home: RunDirectory, prepared: Prepared) -> None:
 
 
 @contextmanager
-def claim(home: RunDirectory) -> Iterator[None]:
+def claim(home: RunDirectory) -> Generator[None]:
     """Makes the directory, and holds it against a second run. The claim ends with this process, however it ends."""
     try:
         home.path.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ class Scene:
         with (directory / "controller.log").open("w") as output:
             self.process = subprocess.Popen(
                 [PYTHON, "-P", "-W", "error", str(HERE / "cluster_controller.py"), str(directory), *command],
-                env={**os.environ, "FAKE": json.dumps(plan), "CLUSTER": json.dumps(cluster or {})},
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", "FAKE": json.dumps(plan), "CLUSTER": json.dumps(cluster or {})},
                 cwd=cwd,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -48,9 +48,15 @@ def spares(scene):
 
 
 @pytest.fixture(scope="module")
-def ended(scene, secrets, spares):
+def raylet(scene):
+    scene.event("first-step")
+    return next(command for command in scene.processes().values() if command.split()[0].endswith("/raylet"))
+
+
+@pytest.fixture(scope="module")
+def ended(scene, secrets, raylet, spares):
     """The agent, too, is lost: then the run goes on to its end."""
-    del secrets, spares
+    del secrets, raylet, spares
     scene.event("first-step", LOST)
     os.kill(scene.agent(), signal.SIGKILL)
     return scene.end(), scene.events()
@@ -136,5 +142,28 @@ def test_ranks_get_their_place_and_nothing_of_ray(scene):
         "MANTA_ATTEMPT": str(KILL),
     }
     assert place["GLOO_SOCKET_IFNAME"] == place["NCCL_SOCKET_IFNAME"] == "lo"
+    assert place["CUDA_VISIBLE_DEVICES"] == "0,1"  # Ray hides all GPUs from an actor that asks for none
     assert [name for name in place if name.startswith("RAY_")] == []
     assert place["MASTER_PORT"] == scene.rank_environment(KILL, 0)["MASTER_PORT"]
+
+
+def test_ray_keeps_to_the_loopback(raylet):
+    """A laptop that changes networks loses its outward address."""
+    assert "--node_ip_address=127.0.0.2 " in raylet
+
+
+@pytest.mark.slow
+def test_ray_itself_is_started_anew_when_it_is_lost(tmp_path):
+    """It takes Ray about 13 s to believe it. Meanwhile no rank of the old attempt may live on."""
+    scene = Scene(tmp_path / "run", {"steps": 60, "step_time": 0.05})
+    try:
+        old = set(scene.pids())
+        scene.event("first-step")
+        (raylet,) = [pid for pid, command in scene.processes().items() if command.split()[0].endswith("/raylet")]
+        os.kill(raylet, signal.SIGKILL)
+        scene.event("node-lost")
+        time.sleep(0.5)
+        assert not old & scene.ranks()
+        assert scene.end(within=90) == 0
+    finally:
+        scene.close()

@@ -12,6 +12,7 @@ def scenes(tmp_path_factory):
         "twice": Scene(root / "twice", {"steps": 50, "faults": [[5, [always, 1], "raise"]]}),
         "input": Scene(root / "input", {"faults": [[0, [always, 0], "input"]]}),
         "stillborn": Scene(root / "stillborn", {}, command=["/bin/sh", "-c", "echo there is no module named nonsense; exit 3"]),
+        "absent": Scene(root / "absent", {"warm_time": 99}, cluster={"start_timeout": 1, "restarts_without_progress": 0}),
         "missing": Scene(root / "missing", {}, command=["/no/such/program"]),
     }
     yield scenes
@@ -42,3 +43,8 @@ def test_a_process_that_dies_before_it_has_a_place_is_told_by_its_own_words(scen
 def test_a_command_that_does_not_exist_is_named(scenes):
     assert scenes["missing"].end() == 1
     assert "can not start /no/such/program: No such file" in scenes["missing"].event("rank-failed")["message"]
+
+
+def test_ranks_that_never_come_up_are_listed(scenes):
+    assert scenes["absent"].end() == 1
+    assert "from rank 0, 1" in scenes["absent"].event("rank-failed")["message"]

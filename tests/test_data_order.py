@@ -10,11 +10,13 @@ from manta.data.order import Order, Permutation
 seeds = st.integers(-(2**70), 2**70)
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 5000), key=seeds)
 def test_a_permutation_is_a_bijection(n, key):
     assert np.array_equal(np.sort(Permutation(n, key)(np.arange(n))), np.arange(n))
 
 
+@settings(deadline=None)
 @given(n=st.integers(2**40, 2**62 - 1), key=seeds, start=st.integers(0, 2**39))
 def test_a_vast_permutation_stays_in_range_and_repeats_nothing(n, key, start):
     samples = Permutation(n, key)(np.arange(start, start + 500))
@@ -44,6 +46,7 @@ def test_the_order_never_changes():
     assert Order(9389, seed=1234)(np.array([0, 1, 2, 3, 9388, 9389]))[1].tolist() == [7984, 5566, 4503, 9048, 809, 2627]
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 300), seed=seeds, epoch=st.integers(0, 10**9))
 def test_every_window_is_read_once_an_epoch(n, seed, epoch):
     epochs, windows = Order(n, seed)(np.arange(epoch * n, (epoch + 1) * n))
@@ -51,7 +54,7 @@ def test_every_window_is_read_once_an_epoch(n, seed, epoch):
     assert sorted(windows.tolist()) == list(range(n))
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(n=st.integers(1, 1000), seed=seeds, global_batch=st.integers(1, 48), step=st.integers(0, 10**6))
 def test_a_global_batch_is_the_same_on_1_to_24_ranks(n, seed, global_batch, step):
     """Slots are dealt over ranks; a batch may straddle epochs. Put together again it is the batch one rank alone would read."""

@@ -88,7 +88,10 @@ def test_every_document_is_kept_once_and_none_on_both_sides(undisturbed):
 
 def test_a_document_that_stands_in_two_sources_falls_on_one_side(tmp_path):
     texts = documents(300)
-    data = config(tmp_path / "corpora", write_lines(tmp_path / "a.jsonl", texts), write_lines(tmp_path / "b.jsonl", texts[::-1]))
+    (tmp_path / "b").mkdir()
+    write_lines(tmp_path / "b" / "0.jsonl", texts[150:])
+    write_lines(tmp_path / "b" / "1.jsonl", texts[:150][::-1])
+    data = config(tmp_path / "corpora", write_lines(tmp_path / "a.jsonl", texts), tmp_path / "b")
     prepared = prepare.prepare(data, SMALL)
     assert len(prepared.corpora) == 2
     assert not set(texts_of(prepared, "train")) & set(texts_of(prepared, "validation"))

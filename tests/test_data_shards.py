@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manta.data.errors import InputError
@@ -21,6 +21,7 @@ def write(prefix, documents, vocabulary=2**16):
         return writer.commit()
 
 
+@settings(deadline=None)
 @given(documents=documents, vocabulary=st.sampled_from([300, 2**16, 2**16 + 1]))
 def test_documents_come_back(tmp_path_factory, documents, vocabulary):
     prefix = tmp_path_factory.getbasetemp() / "back.train"

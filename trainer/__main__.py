@@ -5,6 +5,7 @@ object of environment variables), and goes. That is what makes a restart cost no
 """
 
 import faulthandler
+import importlib
 import json
 import logging
 import os
@@ -35,10 +36,10 @@ def main() -> int:
 
         return run(Path(sys.argv[1]), heartbeat)
     except InputError as error:
-        logging.getLogger("manta").error("%s", error)
+        logging.getLogger("manta").error("%s", error)  # noqa: TRY400  the user's to mend: a trace would only hide it
         report(error, heartbeat, "input")
         return USAGE
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  whatever it was, the supervisor wants to know
         traceback.print_exc()
         report(error, heartbeat, "out_of_memory" if _out_of_memory(error) else "exception")
         return FAILED
@@ -46,7 +47,7 @@ def main() -> int:
 
 def stand_by() -> None:
     """Gets warm, waits for a place, takes it. Ends the process where none comes: the supervisor is gone."""
-    import manta.trainer.rank  # noqa: F401  all that a rank will need
+    importlib.import_module("manta.trainer.rank")  # all that a rank will need
 
     line = sys.stdin.readline()
     if not line:

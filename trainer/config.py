@@ -11,8 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from manta.data.config import DataConfig, TokenizerConfig
 
 Precision = Literal["fp32", "bf16"]
-FREE = ("run.dir", "data.directory", "data.workers", "model.preset", "train.steps", "train.micro_batch", "parallel.", "checkpoint.", "evaluate.", "track.")
-"""Keys that may change when a run is resumed (train.steps upwards only)."""
+FREE = (
+    *("run.dir", "data.directory", "data.workers", "model.preset", "train.steps", "train.micro_batch"),
+    *("parallel.", "checkpoint.", "evaluate.", "track.", "cluster."),
+)
+"""Keys, and sections, that may change when a run is resumed (train.steps upwards only)."""
 
 
 class Section(BaseModel):
@@ -162,11 +165,12 @@ class TrainingConfig(Section):
             raise ValueError(f"schedule.warmup_steps: got {self.schedule.warmup_steps}, wants {wants}; shorten the warmup or train longer")
         return self
 
-
     def identity(self) -> dict[str, object]:
         """By dotted key, all that samples and mathematics depend on: none of it may change when a run is resumed."""
-        flat = {f"{name}.{key}": value for name, section in self.model_dump(mode="json").items() if isinstance(section, dict) for key, value in section.items()}
-        flat["precision"] = self.precision
+        flat: dict[str, object] = {"precision": self.precision}
+        for name, section in self.model_dump(mode="json").items():
+            if isinstance(section, dict):
+                flat |= {f"{name}.{key}": value for key, value in section.items()}
         return {key: value for key, value in flat.items() if not key.startswith(FREE)}
 
 

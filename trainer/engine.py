@@ -3,29 +3,31 @@
 Its config dict is built from our typed one alone: it accepts unknown keys without a word.
 """
 
+import importlib
 import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else its import tries every vendor's
 
-import deepspeed  # noqa: E402
-import deepspeed.ops  # noqa: E402
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  what initialize would import: a spare must have it all
-import deepspeed.runtime.zero.stage_1_and_2  # noqa: E402
-import torch._dynamo  # noqa: E402, F401  what an optimizer's constructor would import
+import deepspeed
+import deepspeed.ops
 
-from manta.trainer.config import OptimizerConfig, Precision  # noqa: E402
-from manta.trainer.layout import Layout  # noqa: E402
-from manta.trainer.optim import build_optimizer  # noqa: E402
+from manta.trainer.config import OptimizerConfig, Precision
+from manta.trainer.layout import Layout
+from manta.trainer.optim import build_optimizer
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # On CPU it would compile this at the first collective, for half a minute, and training is as fast without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# What initialize and an optimizer's constructor would import: a spare must have it all.
+for name in ("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage_1_and_2", "torch._dynamo"):
+    importlib.import_module(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, *, layout: Layout, optimizer: OptimizerConfig, precision: Precision) -> None:
         """model: maps (tokens, targets) to a mean loss, in fp32, its weights the same on every rank."""
-        self.layout = layout
+        self.layout, self._model = layout, model
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, optimizer), config=_settings(layout, optimizer, precision)
@@ -50,11 +52,11 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The model in training precision."""
-        return self.deepspeed.module
+        return self._model
 
     @property
-    def zero(self) -> "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer":
-        """The optimizer that holds this rank's share of masters and state."""
+    def zero(self) -> Any:
+        """DeepSpeed's optimizer, which holds this rank's share of masters and state. Untyped: its private parts are read."""
         return self.deepspeed.optimizer
 
     def step(self, microbatches: Iterable[Microbatch], *, learning_rate: float) -> tuple[Tensor, float]:
@@ -71,7 +73,9 @@ class Engine:
             self.deepspeed.backward(loss)  # divides by the accumulation
             self.deepspeed.step()  # acts on the last micro batch
             total += loss.detach()
-        return total / self.layout.accumulation, float(self.deepspeed.get_global_grad_norm())
+        norm = self.deepspeed.get_global_grad_norm()
+        assert norm is not None, "ZeRO keeps the norm of each step"
+        return total / self.layout.accumulation, float(norm)
 
     @torch.no_grad()
     def loss(self, batch: Microbatch) -> Tensor:

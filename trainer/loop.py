@@ -96,16 +96,16 @@ class Loop:
     def _step(self, step: int) -> tuple[Line, bool]:
         """One optimizer step; the line that tells of it, and whether any rank was told to leave."""
         start = time.perf_counter()
-        rate = learning_rate(
-            self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps
-        )
+        rate = learning_rate(self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps)
         self._digest, self._waited = 0, 0.0
         loss, norm = self.engine.step(self._microbatches(step), learning_rate=rate)
         loss, asked, digest = self._total(float(loss), float(self.notice.signal is not None), float(self._digest))
         loss /= self.world.size
         seconds = time.perf_counter() - start
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.learning_rate or lengthen the warmup")
+            raise FloatingPointError(
+                f"step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.learning_rate or lengthen the warmup"
+            )
         tokens = self.config.train.global_batch * self.config.data.sequence_length
         speed = tokens / seconds
         peak = self.peak and self.peak * self.world.size
@@ -161,7 +161,7 @@ class Loop:
         log.info("saved %s", path)
 
     def _microbatch(self, windows: NDArray[np.int64]) -> Microbatch:
-        """windows [B, T + 1] -> tokens and targets [B, T] on the device."""
+        """Windows [B, T + 1] -> tokens and targets [B, T] on the device."""
         both = torch.from_numpy(windows)
         if self.world.device.type == "cuda":
             both = both.pin_memory().to(self.world.device, non_blocking=True)

@@ -10,7 +10,7 @@ Private parts relied on: DCP's _Checkpointable protocol (the three dunder method
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,9 +53,12 @@ class Pieces(torch.Tensor):
     """What this rank holds of one whole tensor: `flat`, which is the range of it that begins at `start`."""
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], flat: Tensor, start: int) -> Self:
+    def __new__(  # noqa: PYI034  a static method knows no Self
+        cls: "type[Pieces]", shape: Sequence[int], flat: Tensor, start: int
+    ) -> "Pieces":
         del start
-        return torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=flat.dtype, device=flat.device)  # type: ignore[attr-defined]  # noqa: SLF001
+        wrap: Any = torch.Tensor._make_wrapper_subclass  # noqa: SLF001
+        return wrap(cls, torch.Size(shape), dtype=flat.dtype, device=flat.device)
 
     def __init__(self, shape: Sequence[int], flat: Tensor, start: int) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ Private parts of DeepSpeed relied on (ZeRO 1, 2): `param._hp_mapping` and its ad
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def after_load(engine: Engine, steps: int) -> None:
 
 def _fragments(engine: Engine) -> Iterator[Fragment]:
     for name, parameter in engine.module.named_parameters():
-        mapping = parameter._hp_mapping  # noqa: SLF001
+        mapping: Any = getattr(parameter, "_hp_mapping")  # noqa: B009  DeepSpeed hangs it there, unknown to torch
         if mapping is None:  # all of it lies on other ranks
             continue
         lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address

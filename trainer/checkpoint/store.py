@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import xxhash
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as read_pieces
+from torch.distributed.checkpoint.state_dict_saver import save as write_pieces
 
 from manta.trainer.checkpoint.errors import CheckpointError
 
@@ -60,7 +62,7 @@ def save(directory: Path, state: Mapping[str, Any], progress: Progress, *, ident
         shutil.rmtree(partial, ignore_errors=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-        metadata = dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+        metadata = write_pieces(dict(state), storage_writer=FileSystemWriter(partial, sync_files=True))
     files = [{p.name: _describe(p) for p in sorted(partial.glob(f"__{dist.get_rank()}_*"))}] * dist.get_world_size()
     dist.all_gather_object(files, files[0])
     if first:
@@ -137,7 +139,7 @@ def load(checkpoint: Checkpoint, state: Mapping[str, Any], wanted: Mapping[str, 
         raise CheckpointError(f"{checkpoint.path}: {_difference(wanted, checkpoint.tensors)}; was it another model or optimizer?")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-        dcp.load(dict(state), storage_reader=dcp.FileSystemReader(checkpoint.path))
+        read_pieces(dict(state), storage_reader=FileSystemReader(checkpoint.path))
 
 
 def load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -146,7 +148,7 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     weights = {k: torch.empty(shape) for k, shape in checkpoint.tensors.items() if k.startswith(prefix)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-        dcp.load(weights, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
+        read_pieces(weights, storage_reader=FileSystemReader(checkpoint.path), no_dist=True)
     return {k.removeprefix(prefix): tensor for k, tensor in weights.items()}
 
 

@@ -1,0 +1,131 @@
+"""The small parts: heartbeat, journal, orders, config, the machine, and what we hold of Ray that is not public."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manta.cluster.agent import NodeFacts
+from manta.cluster.attempt import places
+from manta.cluster.config import ClusterConfig
+from manta.cluster.heartbeat import SIZE, HeartbeatReader
+from manta.cluster.job import Job
+from manta.cluster.journal import Event, Journal
+from manta.cluster.machine import default_ranks, gpus
+from manta.cluster.orders import Orders
+
+
+def beat(step, phase="step"):
+    return json.dumps({"step": step, "phase": phase, "time": 1.5}).encode().ljust(SIZE)
+
+
+@given(st.integers(0, SIZE))
+def test_a_torn_beat_leaves_the_last_good_one(tmp_path_factory, cut):
+    path = tmp_path_factory.mktemp("beats") / "beat"
+    reader = HeartbeatReader(path)
+    assert reader.read().phase == ""
+    path.write_bytes(beat(9, "load"))
+    assert reader.read().step == 9
+    path.write_bytes(beat(10, "step")[:cut])
+    assert (reader.read().step, reader.read().phase) in {(9, "load"), (10, "step")}
+
+
+def test_a_rank_has_stepped_when_it_got_further_than_where_it_began(tmp_path):
+    path = tmp_path / "beat"
+    reader = HeartbeatReader(path)
+    for step, phase, has_stepped in [(0, "start", False), (40, "load", False), (40, "step", False), (41, "step", True), (41, "save", True)]:
+        path.write_bytes(beat(step, phase))
+        reader.read()
+        assert reader.has_stepped is has_stepped
+
+
+def test_quiet_is_the_time_since_the_beat_changed(tmp_path):
+    path = tmp_path / "beat"
+    reader = HeartbeatReader(path)
+    path.write_bytes(beat(1))
+    reader.read()
+    time.sleep(0.05)
+    path.write_bytes(beat(1))
+    reader.read()
+    assert reader.quiet >= 0.05
+    path.write_bytes(beat(2))
+    reader.read()
+    assert reader.quiet < 0.05
+
+
+def test_a_journal_goes_on_after_a_torn_line(tmp_path):
+    path = tmp_path / "events.jsonl"
+    with Journal(path) as journal:
+        assert journal.last_attempt == 0
+        journal.write(Event(kind="attempt-started", attempt=3, time=1.0, details={"ranks": []}))
+    with path.open("ab") as file:
+        file.write(b'{"time": 2.0, "event": "attempt-sto')
+    with Journal(path) as journal:
+        assert journal.last_attempt == 3
+        journal.write(Event(kind="run-started", attempt=0, time=3.0))
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[0]) == {"time": 1.0, "event": "attempt-started", "attempt": 3, "ranks": []}
+    assert json.loads(lines[2])["event"] == "run-started"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_orders_are_noted_and_old_handlers_put_back(number):
+    before = signal.getsignal(number)
+    with Orders() as orders:
+        assert orders.leave is None
+        os.kill(os.getpid(), number)
+        assert (orders.leave, orders.at_once) == (number, False)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (orders.leave, orders.at_once) == (number, True)
+    assert signal.getsignal(number) is before
+
+
+def test_every_setting_is_explained_and_more_nodes_than_one_are_refused():
+    assert all(field.description for field in ClusterConfig.model_fields.values())
+    with pytest.raises(pydantic.ValidationError, match="nodes"):
+        ClusterConfig.model_validate({"nodes": 2})
+    with pytest.raises(pydantic.ValidationError, match="step_timeout"):
+        ClusterConfig.model_validate({"step_timeout": float("nan")})
+
+
+def test_ranks_are_numbered_along_the_nodes(tmp_path):
+    job = Job(command=("x",), environment={"NCCL_SOCKET_IFNAME": "mine"}, directory=tmp_path, ranks=5, ranks_per_node=2)
+    facts = [NodeFacts(host=f"h{n}", address=f"10.0.0.{n}", interface=f"eth{n}") for n in range(job.nodes)]
+    by_node = places(job, 7, facts, 1234)
+    assert [[place["RANK"] for place in node] for node in by_node] == [["0", "1"], ["2", "3"], ["4"]]
+    assert [[place["LOCAL_RANK"] for place in node] for node in by_node] == [["0", "1"], ["0", "1"], ["0"]]
+    assert {place["MASTER_ADDR"] for node in by_node for place in node} == {"10.0.0.0"}
+    assert by_node[2][0]["LOCAL_WORLD_SIZE"] == "1"
+    assert by_node[1][0]["GLOO_SOCKET_IFNAME"] == "eth1"
+    assert by_node[1][0]["NCCL_SOCKET_IFNAME"] == "mine"
+
+
+def test_gpus_that_are_hidden_do_not_count(monkeypatch):
+    for visible, count in [("", 0), ("-1", 0), ("0,1", 2), ("GPU-4f2c", 1)]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpus() == count
+        assert default_ranks() == (count or min(2, len(os.sched_getaffinity(0))))
+
+
+def test_ray_is_imported_only_by_a_run():
+    code = "import sys, manta.cluster.config, manta.cluster.controller; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_what_we_hold_of_ray_that_is_not_public_is_there():
+    """runtime.py touches these and nothing else that is private."""
+    code = """
+from ray._private import node, services, worker
+import subprocess
+assert issubclass(services.ConsolePopen, subprocess.Popen)
+assert worker._worker_logs_enabled is True
+assert all(callable(getattr(node.Node, name)) for name in ("start_monitor", "start_log_monitor", "start_api_server"))
+"""
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
