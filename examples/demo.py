@@ -97,9 +97,8 @@ def tell_recovery(home: RunDirectory, killed_at: int, when: float) -> None:
     again = {line["step"]: line for line in second}
     twice = [(line["train/loss"], again[line["step"]]["train/loss"]) for line in first if line["step"] in again]
     same = sum(a == b for a, b in twice)
-    out.print(
-        f"killed after step {killed_at}, went on from step {second[0]['step'] - 1}: {same} of {len(twice)} losses done twice are the same, bit by bit"
-    )
+    out.print(f"killed after step {killed_at}, went on from step {second[0]['step'] - 1}")
+    out.print(f"{same} of the {len(twice)} losses that were done twice are the same, bit by bit")
     if same < len(twice):
         sys.exit("the run did not come back to the same losses")
 

@@ -18,7 +18,8 @@ from manta.cluster.controller import Controller
 from manta.cluster.job import Job
 from manta.cluster.machine import default_ranks, gpus
 from manta.data.errors import InputError
-from manta.data.prepare import Prepared, prepare
+from manta.data.prepare import Prepared, find, prepare
+from manta.data.samples import Samples
 from manta.launch import __version__
 from manta.launch.config import RunConfig
 from manta.launch.display import Display, say
@@ -34,9 +35,8 @@ def train(config: RunConfig) -> int:
     ranks = ranks_at_hand(config)
     layout = plan(config.train, ranks)
     refuse_another_run(home, config)
-    prepared = prepare(config.data, config.tokenizer)
+    prepared = corpus(home, config)
     with claim(home):
-        check_corpus(home, prepared)
         home.config_file.write_text(config.to_yaml())
         if not home.manifest_file.exists():
             home.manifest_file.write_text(json.dumps(manifest(config, prepared), indent=1) + "\n")
@@ -92,11 +92,21 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
         raise InputError(f"{home.path}: holds a run of another config: {'; '.join(differ)}; {remedy}")
 
 
-def check_corpus(home: RunDirectory, prepared: Prepared) -> None:
-    """Raises InputError where the run was begun with another corpus."""
-    if home.manifest_file.exists() and (begun := home.prepared().fingerprint) != prepared.fingerprint:
+def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
+    """What the run reads: what it was begun with, where that is still there, even if its sources are not; else found or prepared.
+
+    Raises InputError where it is damaged, or other tokens than the run was begun with.
+    """
+    begun = home.prepared() if home.manifest_file.exists() else None
+    if begun is not None and all(directory.exists() for directory in (begun.tokenizer, *begun.corpora)):
+        prepared = begun
+    else:
+        prepared = find(config.data, config.tokenizer) or prepare(config.data, config.tokenizer)
+    if begun is not None and begun.fingerprint != prepared.fingerprint:
         remedy = "bring back the corpus it was begun with, or choose another run.dir"
-        raise InputError(f"{home.path}: corpus fingerprint: got {prepared.fingerprint}, wants {begun}; {remedy}")
+        raise InputError(f"{home.path}: corpus fingerprint: got {prepared.fingerprint}, wants {begun.fingerprint}; {remedy}")
+    Samples(prepared, sequence_length=config.data.sequence_length, seed=config.run.seed)  # raises where shards are not as written
+    return prepared
 
 
 @contextmanager

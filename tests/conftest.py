@@ -19,6 +19,9 @@ class Case:
     file: Path
     home: Path  # a working directory with a space in its path, and the user's own data.py, trainer/ and cluster.py in it
 
+    command = (str(MANTA),)
+    environment = dict(os.environ)
+
     def start(self, *arguments: str, **options) -> subprocess.Popen:
         return subprocess.Popen([MANTA, *arguments], cwd=self.home, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
 

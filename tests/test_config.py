@@ -1,0 +1,150 @@
+"""Bad input gets one line: file, key, got, wanted, remedy; exit 2; in under two seconds; nothing written."""
+
+import subprocess
+import time
+
+import pytest
+import yaml
+
+from manta.data.errors import InputError
+from manta.launch import config
+
+BAD = {
+    "an unknown key": ("train:\n  step: 4\n", "train.step", "unknown key", "did you mean steps?"),
+    "a wrong type": ("train:\n  global_batch: many\n", "train.global_batch", 'got "many", wants', "try train.global_batch="),
+    "a yes for a number": ("train:\n  steps: yes\n", "train.steps", "got true, wants", "try train.steps="),
+    "a key that stands twice": ("run:\n  seed: 1\n  seed: 2\n", "seed", "got it twice, first in line", "remove one"),
+    "a batch that can not be dealt out": (
+        "train:\n  global_batch: 10\n  micro_batch: 4\n",
+        "train.micro_batch",
+        "got 4, wants a divisor of global_batch 10",
+        "use 1, 2, 5 or 10",
+    ),  # noqa: E501
+    "heads that can not be grouped": ("model:\n  kv_heads: 3\n", "model.kv_heads", "got 3, wants a divisor of heads 4", "use 1, 2 or 4"),
+    "heads that do not divide the width": ("model:\n  heads: 3\n  kv_heads: 1\n", "model.heads", "got 3, wants", "use 1, 2, 4"),
+    "a negative learning rate": (
+        "optimizer:\n  learning_rate: -1e-3\n",
+        "optimizer.learning_rate",
+        "got -0.001, wants greater than 0",
+        "try optimizer.learning_rate=",
+    ),  # noqa: E501
+    "a learning rate that is no number": (
+        "optimizer:\n  learning_rate: .nan\n",
+        "optimizer.learning_rate",
+        "got NaN, wants",
+        "try optimizer.learning_rate=",
+    ),  # noqa: E501
+    "a warmup longer than the run": (
+        "schedule:\n  warmup_steps: 99\ntrain:\n  steps: 50\n",
+        "schedule.warmup_steps",
+        "got 99, wants at most train.steps 50",
+        "shorten the warmup",
+    ),  # noqa: E501
+    "a layout that is not proven": ("parallel:\n  zero: 3\n", "parallel.zero", "got 3, wants 1", "only 1"),
+    "two precisions": ("precision: fp16-bf16\n", "precision", "got \"fp16-bf16\", wants 'fp32' or 'bf16'", "leave it out"),
+    "an unknown preset": ("model:\n  preset: gpt-tinny\n", "model.preset", "got 'gpt-tinny', wants one of", "did you mean gpt-tiny?"),
+    "a missing corpus": ("data:\n  sources: [nowhere/*.txt]\n", "nowhere/*.txt", "", ""),
+    "no list of sources": ("data:\n  sources: stdlib:x\n", "data.sources", "wants", ""),
+    "more ranks than none": ("cluster:\n  ranks_per_node: 0\n", "cluster.ranks_per_node", "got 0, wants", ""),
+}
+
+
+def write(case, name: str, text: str):
+    """The small config, with `text` laid over it as it stands: so that duplicates stay duplicates."""
+    whole = yaml.safe_load(case.file.read_text())
+    for section, values in (yaml.safe_load(text) or {}).items():
+        if isinstance(values, dict):
+            whole[section] = {k: v for k, v in whole.get(section, {}).items() if k not in values}
+        else:
+            whole.pop(section, None)
+    file = case.home / f"{name}.yaml"
+    sections = {line.rstrip(":") for line in text.splitlines() if not line.startswith(" ")}
+    rest = {name: value for name, value in whole.items() if name not in sections}
+    merged = "".join(
+        line
+        + "\n"
+        + "".join(f"  {k}: {yaml.safe_dump(v, default_flow_style=True).splitlines()[0]}\n" for k, v in whole[line.rstrip(":")].items())
+        if line.rstrip(":") in whole and not line.startswith(" ")
+        else line + "\n"
+        for line in text.splitlines()
+    )
+    file.write_text(merged + yaml.safe_dump(rest))
+    return file
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_config_is_told_in_one_line(case, name):
+    text, key, got, remedy = BAD[name]
+    file = write(case, name, text)
+    start = time.perf_counter()
+    done = case.manta("train", file.name, "run.dir=never")
+    took = time.perf_counter() - start
+    assert done.returncode == 2, done.stderr
+    told = done.stderr.strip()
+    assert "\n" not in told, told
+    if name != "a missing corpus":
+        assert file.name in told
+    for part in (key, got, remedy):
+        assert part in told
+    assert not (case.home / "never").exists()
+    assert took < 2.0
+
+
+def test_a_missing_file_is_told_with_the_nearest(case):
+    done = case.manta("train", "run fil.yaml")
+    assert done.returncode == 2
+    assert "did you mean run file.yaml?" in done.stderr
+
+
+def test_a_directory_that_can_not_be_written_is_told(case):
+    done = case.manta("train", case.file.name, "run.dir=/proc/manta")
+    assert done.returncode == 2
+    assert "run.dir: got /proc/manta" in done.stderr
+
+
+def test_more_gpus_than_there_are_is_told(case):
+    command = [*case.command, "train", case.file.name, "run.dir=never", "cluster.ranks_per_node=4"]
+    done = subprocess.run(
+        command, cwd=case.home, capture_output=True, text=True, env=case.environment | {"CUDA_VISIBLE_DEVICES": "0,1"}, check=False
+    )
+    assert done.returncode == 2
+    assert "cluster.ranks_per_node: got 4, wants at most one a GPU, of which there are 2" in done.stderr
+
+
+def test_every_mistake_is_told_at_once_and_where_it_was_made(case):
+    done = case.manta("train", case.file.name, "train.stepz=1", "optimizer.beta1=2")
+    assert done.returncode == 2
+    assert sorted(line.split(": ")[1:3] for line in done.stderr.splitlines()) == [
+        ["command line", "optimizer.beta1"],
+        ["command line", "train.stepz"],
+    ]
+
+
+def test_numbers_are_read_as_people_write_them(case):
+    loaded = config.load(case.file, ["optimizer.learning_rate=1e-4", "optimizer.epsilon=1E-9", "train.steps=1_000"])
+    assert loaded.optimizer.learning_rate == 1e-4
+    assert loaded.optimizer.epsilon == 1e-9
+    assert loaded.train.steps == 1000
+
+
+def test_a_config_comes_back_from_its_own_yaml(case, tmp_path):
+    loaded = config.load(case.file)
+    again = tmp_path / "config.yaml"
+    again.write_text(loaded.to_yaml())
+    assert config.load(again) == loaded
+
+
+def test_what_is_written_in_a_config_outweighs_its_preset(case):
+    loaded = config.load(case.file, ["model.preset=gpt-124m", "model.width=96"])
+    assert (loaded.model.layers, loaded.model.width, loaded.model.heads) == (2, 96, 12)
+
+
+@pytest.mark.parametrize("name", ["gpt-tiny", "gpt-124m", "gpt-350m", "gpt-1.3b"])
+def test_each_preset_is_a_whole_model(case, name):
+    tree = yaml.safe_load(case.file.read_text()) | {"model": config.preset(name, case.file)}
+    assert config.validate(tree, case.file, {}).model.layers >= 4
+
+
+def test_an_override_must_name_a_key(case):
+    with pytest.raises(InputError, match=r"got 'steps', wants section.key=value"):
+        config.load(case.file, ["steps"])
