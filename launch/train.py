@@ -32,6 +32,7 @@ STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
 def train(config: RunConfig) -> int:
     """Starts the run, or goes on with it where it was begun. Gives the exit code. Raises InputError before anything is started."""
     home = RunDirectory(config.run.dir.absolute())
+    check_place(home)
     ranks = ranks_at_hand(config)
     layout = plan(config.train, ranks)
     refuse_another_run(home, config)
@@ -75,6 +76,15 @@ def ranks_at_hand(config: RunConfig) -> int:
             f"cluster.ranks_per_node: got {asked}, wants at most one a GPU, of which there are {gpus()}; lower it or leave it out"
         )
     return asked
+
+
+def check_place(home: RunDirectory) -> None:
+    """Raises InputError where the run directory could not be made: said before a corpus is prepared, not after."""
+    nearest = next(path for path in (home.path, *home.path.parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"run.dir: got {home.path}, wants a directory, and {nearest} is a file; choose another")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"run.dir: got {home.path}, and {nearest} can not be written; choose another, or change its permissions")
 
 
 def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:

@@ -19,7 +19,7 @@ BAD = {
         "train.micro_batch",
         "got 4, wants a divisor of global_batch 10",
         "use 1, 2, 5 or 10",
-    ),  # noqa: E501
+    ),
     "heads that can not be grouped": ("model:\n  kv_heads: 3\n", "model.kv_heads", "got 3, wants a divisor of heads 4", "use 1, 2 or 4"),
     "heads that do not divide the width": ("model:\n  heads: 3\n  kv_heads: 1\n", "model.heads", "got 3, wants", "use 1, 2, 4"),
     "a negative learning rate": (
@@ -27,19 +27,19 @@ BAD = {
         "optimizer.learning_rate",
         "got -0.001, wants greater than 0",
         "try optimizer.learning_rate=",
-    ),  # noqa: E501
+    ),
     "a learning rate that is no number": (
         "optimizer:\n  learning_rate: .nan\n",
         "optimizer.learning_rate",
         "got NaN, wants",
         "try optimizer.learning_rate=",
-    ),  # noqa: E501
+    ),
     "a warmup longer than the run": (
         "schedule:\n  warmup_steps: 99\ntrain:\n  steps: 50\n",
         "schedule.warmup_steps",
         "got 99, wants at most train.steps 50",
         "shorten the warmup",
-    ),  # noqa: E501
+    ),
     "a layout that is not proven": ("parallel:\n  zero: 3\n", "parallel.zero", "got 3, wants 1", "only 1"),
     "two precisions": ("precision: fp16-bf16\n", "precision", "got \"fp16-bf16\", wants 'fp32' or 'bf16'", "leave it out"),
     "an unknown preset": ("model:\n  preset: gpt-tinny\n", "model.preset", "got 'gpt-tinny', wants one of", "did you mean gpt-tiny?"),
