@@ -19,14 +19,12 @@ class Case:
     file: Path
     home: Path  # a working directory with a space in its path, and the user's own data.py, trainer/ and cluster.py in it
 
-    command = (str(MANTA),)
-    environment = dict(os.environ)
-
     def start(self, *arguments: str, **options) -> subprocess.Popen:
         return subprocess.Popen([MANTA, *arguments], cwd=self.home, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
 
-    def manta(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
-        return subprocess.run([MANTA, *arguments], cwd=self.home, capture_output=True, text=True, timeout=timeout, check=False)
+    def manta(self, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+        there = os.environ | environment
+        return subprocess.run([MANTA, *arguments], cwd=self.home, env=there, capture_output=True, text=True, timeout=timeout, check=False)
 
     def train(self, run: str, *overrides: str, code: int = 0) -> subprocess.CompletedProcess:
         done = self.manta("train", str(self.file), f"run.dir={run}", *overrides)

@@ -1,6 +1,5 @@
 """Bad input gets one line: file, key, got, wanted, remedy; exit 2; in under two seconds; nothing written."""
 
-import subprocess
 import time
 
 import pytest
@@ -103,10 +102,7 @@ def test_a_directory_that_can_not_be_written_is_told(case):
 
 
 def test_more_gpus_than_there_are_is_told(case):
-    command = [*case.command, "train", case.file.name, "run.dir=never", "cluster.ranks_per_node=4"]
-    done = subprocess.run(
-        command, cwd=case.home, capture_output=True, text=True, env=case.environment | {"CUDA_VISIBLE_DEVICES": "0,1"}, check=False
-    )
+    done = case.manta("train", case.file.name, "run.dir=never", "cluster.ranks_per_node=4", CUDA_VISIBLE_DEVICES="0,1")
     assert done.returncode == 2
     assert "cluster.ranks_per_node: got 4, wants at most one a GPU, of which there are 2" in done.stderr
 
