@@ -15,6 +15,7 @@ class Cause(Enum):
 
     EXCEPTION = "a rank raised"
     INPUT = "the user's input is wrong"
+    HOPELESS = "another try would meet the same"
     OUT_OF_MEMORY = "a rank ran out of memory"
     SIGNAL = "a rank was killed by a signal"
     HANG = "no step in time"
@@ -22,7 +23,7 @@ class Cause(Enum):
     PREEMPTED = "the cluster asked us to leave"
 
 
-CATEGORIES = {"exception": Cause.EXCEPTION, "input": Cause.INPUT, "out_of_memory": Cause.OUT_OF_MEMORY}
+CATEGORIES = {"exception": Cause.EXCEPTION, "input": Cause.INPUT, "hopeless": Cause.HOPELESS, "out_of_memory": Cause.OUT_OF_MEMORY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class RankError:
     traceback: str = ""
     step: int = 0
     phase: str = ""
-    category: Literal["exception", "out_of_memory", "input"] = "exception"
+    category: Literal["exception", "out_of_memory", "input", "hopeless"] = "exception"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,15 +89,13 @@ def decide(history: Sequence[Failure], policy: Policy) -> Restart | GiveUp:
     """The next move after the last failure in `history` (oldest first, never empty).
 
     Progress forgives: an attempt that got further than any before it starts the count anew. The same exception at the same step
-    twice in a row, running out of memory, and bad input are the user's to mend. A preemption costs nothing.
+    twice in a row is the user's to mend. A preemption costs nothing.
     """
     last = history[-1]
     if last.cause is Cause.PREEMPTED:
         return Restart(after=0.0)
-    if last.cause is Cause.INPUT:
-        return GiveUp(reason=last.message, exit_code=2)
-    if last.cause is Cause.OUT_OF_MEMORY:
-        return GiveUp(reason=f"rank {last.rank}: {last.message}; lower train.micro_batch or raise parallel.zero")
+    if (beyond := _beyond_help(last)) is not None:
+        return beyond
     failures = [f for f in history if f.cause is not Cause.PREEMPTED]
     if last.cause is Cause.EXCEPTION and len(failures) > 1 and _alike(failures[-2], last):
         return GiveUp(reason=f"rank {last.rank} failed twice at step {last.step} with the same error: {last.message}")
@@ -104,6 +103,19 @@ def decide(history: Sequence[Failure], policy: Policy) -> Restart | GiveUp:
     if tries > policy.restarts_without_progress:
         return GiveUp(reason=f"{tries} attempts and no step beyond {max(f.step for f in failures)}; the last: {last.message}")
     return Restart(after=0.0 if tries == 1 else min(policy.longest_backoff, policy.backoff * 2 ** (tries - 2)))
+
+
+def _beyond_help(failure: Failure) -> GiveUp | None:
+    """What no restart mends: bad input, too little memory, and what the rank itself calls hopeless."""
+    match failure.cause:
+        case Cause.INPUT:
+            return GiveUp(reason=failure.message, exit_code=2)
+        case Cause.HOPELESS:
+            return GiveUp(reason=failure.message)
+        case Cause.OUT_OF_MEMORY:
+            return GiveUp(reason=f"rank {failure.rank}: {failure.message}; lower train.micro_batch")
+        case _:
+            return None
 
 
 def guilty(exited: Sequence[RankStatus]) -> RankStatus:

@@ -50,7 +50,7 @@ def train(config: RunConfig) -> int:
         )
         job = Job(
             command=(sys.executable, "-P", "-m", "manta.trainer", str(home.path)),
-            environment={},
+            environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
             directory=home.path,
             ranks=layout.data,
             ranks_per_node=layout.data,

@@ -52,6 +52,7 @@ def test_preemptions_cost_nothing(history, count):
 @given(st.lists(failures))
 def test_what_is_the_users_to_mend_is_never_retried(history):
     assert decide([*history, failure(Cause.INPUT, message="no such file")], POLICY) == GiveUp(reason="no such file", exit_code=2)
+    assert decide([*history, failure(Cause.HOPELESS, message="no")], POLICY) == GiveUp(reason="no", exit_code=1)
     assert isinstance(decide([*history, failure(Cause.OUT_OF_MEMORY)], POLICY), GiveUp)
 
 

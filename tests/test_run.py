@@ -2,11 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -152,13 +152,14 @@ def test_another_config_is_refused_and_the_difference_shown(case, undisturbed):
     assert (case.home / undisturbed / "config.yaml").read_bytes() == before
 
 
-def test_a_run_whose_checkpoints_are_all_bad_never_starts_afresh(case):
-    case.train("bad", "train.steps=4")
-    for path in Path(case.home / "bad/checkpoints").glob("step-*"):
+def test_a_run_whose_checkpoints_are_all_bad_never_starts_afresh(case, undisturbed):
+    shutil.copytree(case.home / undisturbed, case.home / "bad")
+    for path in (case.home / "bad/checkpoints").glob("step-*"):
         (path / "manifest.json").write_text("{")
-    failed = case.train("bad", "train.steps=8", code=1)
+    failed = case.train("bad", "train.steps=44", code=1)
     assert "every checkpoint is bad" in failed.stderr
-    assert lines(case, "bad")[-1]["step"] == 4
+    assert [event["event"] for event in events(case, "bad")].count("attempt-started") == 2, "another try would meet the same"
+    assert lines(case, "bad")[-1]["step"] == STEPS
 
 
 def test_status_for_people(case, undisturbed):

@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from manta.data.errors import InputError
+from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.heartbeat import Heartbeat
 
 FAILED, USAGE = 1, 2
@@ -41,7 +42,7 @@ def main() -> int:
         return USAGE
     except BaseException as error:  # noqa: BLE001  whatever it was, the supervisor wants to know
         traceback.print_exc()
-        report(error, heartbeat, "out_of_memory" if _out_of_memory(error) else "exception")
+        report(error, heartbeat, _category(error))
         return FAILED
 
 
@@ -78,8 +79,11 @@ def report(error: BaseException, heartbeat: Heartbeat, category: str) -> None:
     beside.replace(path)
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+def _category(error: BaseException) -> str:
+    """What a supervisor should make of it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out_of_memory"
+    return "hopeless" if isinstance(error, CheckpointError) else "exception"
 
 
 if __name__ == "__main__":

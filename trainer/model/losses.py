@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2**20  # logits held at once in fp32: 4 MiB stays in a CPU's cache, and is little on a GPU
+CHUNK = {"cpu": 2**20, "cuda": 2**27}  # logits held at once in fp32: 4 MiB stays in a CPU's cache, 512 MiB keeps a GPU busy
+LEAST = 256  # tokens a chunk, whatever the vocabulary: below it, reading the weights again costs more than the products
 
 
 def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Mean negative log-likelihood of the targets under softmax(x weight^T), in nats a token.
 
-    The head is part of it, so that logits for all tokens are never held at once: memory is O(CHUNK + N D + V D), not O(N V).
+    The head is part of it, so that logits for all tokens are never held at once: memory is that of a chunk, not O(N V).
     Products are taken in the weights' precision, the softmax in fp32.
     """
     return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N)  # type: ignore[no-any-return]
@@ -30,8 +31,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         grad_x = torch.empty_like(x_ND) if wanted else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted else None
-        for rows in torch.arange(len(x_ND), device="cpu").split(max(1, CHUNK // len(weight_VD))):
-            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
+        rows = max(LEAST, CHUNK[x_ND.device.type] // len(weight_VD))
+        for first in range(0, len(x_ND), rows):
+            chunk = slice(first, first + rows)
             logits = F.linear(x_ND[chunk], weight_VD).float()
             targets = targets_N[chunk, None]
             log_sum = logits.logsumexp(dim=1, keepdim=True)
