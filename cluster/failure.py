@@ -132,7 +132,7 @@ def stalled(statuses: Sequence[RankStatus], *, start_timeout: float, step_timeou
     fewest steps, then the quietest. Ranks that never came up are named all.
     """
     alive = [s for s in statuses if s.code is None]
-    if not any(s.quiet > (start_timeout if s.phase in BEFORE_THE_FIRST_STEP else step_timeout) for s in alive):
+    if not any(s.quiet > (step_timeout if s.has_stepped and s.phase != "save" else start_timeout) for s in alive):
         return None
     named = min(alive, key=lambda s: (s.state != "T", s.step, -s.quiet))
     if missing := [str(s.rank) for s in alive if not s.phase]:

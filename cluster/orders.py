@@ -23,7 +23,8 @@ class Orders:
         self.leave = self.leave or signal.Signals(number)
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self.note) for number in LEAVE}
+        heard = [number for number in LEAVE if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's wish stands
+        self._before = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -13,10 +13,11 @@ from threading import Thread
 import numpy as np
 import xxhash
 
+from manta.data.durable import write_atomically
 from manta.data.formats import Piece
 from manta.data.manifest import PieceRecord
 from manta.data.order import Permutation
-from manta.data.shards import ShardWriter, dtype_for, write_atomically
+from manta.data.shards import ShardWriter, dtype_for
 from manta.data.tokenizer import Encoder, Tokenizer
 
 _BATCH = 1 << 20  # characters encoded at once

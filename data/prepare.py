@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from manta.data import corpus, manifest, shards, tokenizer
 from manta.data.config import DataConfig, TokenizerConfig
+from manta.data.durable import TEMPORARY, write_atomically
 from manta.data.encode import Task, encode, sample, start_worker
 from manta.data.errors import InputError
 from manta.data.formats import Piece
@@ -80,7 +81,7 @@ def _make_tokenizer(file: Path, data: DataConfig, tokens: TokenizerConfig) -> No
         texts = sample(pieces, tokens.train_bytes)
         content = tokenizer.train(texts, vocabulary=tokens.vocabulary, end_of_text=tokens.end_of_text)
     file.parent.mkdir(exist_ok=True)
-    shards.write_atomically(file, content.encode())
+    write_atomically(file, content.encode())
 
 
 def _make_corpus(source: str, directory: Path, data: DataConfig, tokens: TokenizerConfig, file: Path) -> Manifest:
@@ -91,7 +92,7 @@ def _make_corpus(source: str, directory: Path, data: DataConfig, tokens: Tokeniz
     opened = tokenizer.Tokenizer(file, end_of_text=tokens.end_of_text)
     choice = opened.choose_encoder(list(sample(pieces, _PROOF_BYTES)))
     directory.mkdir(exist_ok=True)
-    for leftover in directory.glob(f".*{shards.TEMPORARY}"):
+    for leftover in directory.glob(f".*{TEMPORARY}"):
         leftover.unlink(missing_ok=True)
     tasks = [
         Task(
@@ -125,7 +126,7 @@ def _make_corpus(source: str, directory: Path, data: DataConfig, tokens: Tokeniz
         validation=Split.of(validation, _unigram_entropy(directory, validation, opened.vocabulary)),
         fingerprint=manifest.content_identity(train, validation),
     )
-    shards.write_atomically(directory / manifest.NAME, made.model_dump_json(indent=1).encode())
+    write_atomically(directory / manifest.NAME, made.model_dump_json(indent=1).encode())
     say(
         f"prepared {source} with {made.train.tokens:,} train and {made.validation.tokens:,} validation tokens"
         f" of {made.text_bytes / 1e6:.1f} MB text in {directory} ({choice})"

@@ -19,13 +19,13 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from manta.data.durable import TEMPORARY, write_atomically
 from manta.data.errors import InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 DTYPES = {8: np.dtype(np.uint16), 4: np.dtype(np.int32)}
-TEMPORARY = ".tmp"
 
 
 class Shard(BaseModel, frozen=True, extra="forbid"):
@@ -153,21 +153,6 @@ def problem(directory: Path, shard: Shard, *, contents: bool) -> str | None:
         if contents and _xxh3(path) != digest:
             return f"{path}: its content has changed since it was written"
     return None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file is there whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # a rename lives in the directory, and so does that of the shard before it
-    finally:
-        os.close(folder)
 
 
 def _with(prefix: Path, suffix: str) -> Path:

@@ -123,6 +123,9 @@ def export(
 
 def main() -> None:
     """The console script. Bad input ends with a line each and exit code 2."""
+    if sys.platform != "linux":
+        sys.stderr.write(f"manta: got {sys.platform}, wants Linux: it supervises processes by means that others lack\n")
+        sys.exit(USAGE)
     try:
         app(prog_name="manta")
     except InputError as error:

@@ -77,6 +77,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     seen: dict[object, int] = {}
     for key, _ in node.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{key.start_mark.name}:{line}: got a list or section for a key, wants a name; write name: value")
         if key.value in seen:
             raise ConfigError(
                 f"{key.start_mark.name}:{line}: {key.value}: got it twice, first in line {seen[key.value]}, wants it once; remove one"
@@ -147,7 +149,7 @@ def _tell(error: ErrorDetails, file: Path, sources: Mapping[str, str]) -> str:
             return f"{where}: {key}: got an unknown key, wants one that manta has{near}"
         case "value_error":
             told = str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
-            return f"{where}: {key}{'.' if key else ''}{told}"
+            return f"{where}: {key}{': ' if told.startswith('got') else '.' if key else ''}{told}"
         case _:
             wants = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
             return f"{where}: {key}: got {got}, wants {wants} ({_described(error['loc'])}); {_remedy(error['loc'])}"

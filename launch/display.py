@@ -15,9 +15,19 @@ INTERVAL = 10.0  # seconds between lines where there is no terminal
 SMOOTHING = 0.1  # share of the newest step in the average step time
 
 
+class Voice(Console):
+    """Speaks on standard error: standard output is for what a command was asked for. A listener who is gone is no reason to end a run."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def say(text: str) -> None:
-    """One line to the person, on standard error: standard output is for what a command was asked for."""
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text)
+    """One line to the person."""
+    Voice().print(text)
 
 
 class Display:
@@ -25,13 +35,13 @@ class Display:
 
     def __init__(self, home: RunDirectory, steps: int) -> None:
         self._home, self._steps = home, steps
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self._console = Voice()
         self._bar: Progress | None = None
         if self._console.is_terminal:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=steps, told="starting")
-        self._read = home.metrics_file.stat().st_size if home.metrics_file.exists() else 0
+        self._read = home.metrics_file.read_bytes().rfind(b"\n") + 1 if home.metrics_file.exists() else 0
         self._step_time: float | None = None
         self._spoke = 0.0
 
@@ -45,6 +55,12 @@ class Display:
             self._bar.stop()
 
     def show(self, event: Event) -> None:
+        try:
+            self._show(event)
+        except OSError:  # the terminal is gone
+            self._console.quiet = True
+
+    def _show(self, event: Event) -> None:
         for line in self._new_lines():
             self._show_line(line)
         if event.kind != POLL and (told := _tell(event, self._home)):

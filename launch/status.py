@@ -8,11 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from manta.data.errors import InputError
-from manta.launch.train import is_running
 from manta.trainer.metrics import duration, read_metrics
 from manta.trainer.rundir import RunDirectory
 
-ENDS = {0: "done", 75: "stopped, saved", 130: "interrupted, saved", 143: "stopped, not saved"}
+ENDS = {0: "done", 75: "stopped, saved", 130: "interrupted", 143: "stopped, not saved"}
 
 
 def status(directory: Path) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def show(told: dict[str, Any]) -> None:
 
 
 def _state(home: RunDirectory, events: list[dict[str, Any]]) -> str:
-    if is_running(home):
+    if home.is_claimed:
         return "running"
     ended = [event for event in events if event["event"] in {"run-started", "run-ended"}][-1:]
     if not ended or ended[0]["event"] == "run-started":

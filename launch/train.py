@@ -5,23 +5,19 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-from filelock import FileLock, Timeout
-
 from manta.cluster.controller import Controller
 from manta.cluster.job import Job
 from manta.cluster.machine import default_ranks, gpus
+from manta.data.durable import write_atomically
 from manta.data.errors import InputError
 from manta.data.prepare import Prepared, find, prepare
 from manta.data.samples import Samples
 from manta.launch import __version__
-from manta.launch.config import RunConfig
+from manta.launch.config import RunConfig, load
 from manta.launch.display import Display, say
 from manta.trainer.layout import plan
 from manta.trainer.rundir import RunDirectory
@@ -37,10 +33,10 @@ def train(config: RunConfig) -> int:
     layout = plan(config.train, ranks)
     refuse_another_run(home, config)
     prepared = corpus(home, config)
-    with claim(home):
-        home.config_file.write_text(config.to_yaml())
-        if not home.manifest_file.exists():
-            home.manifest_file.write_text(json.dumps(manifest(config, prepared), indent=1) + "\n")
+    with home.claim():
+        begun = home.manifest() if home.manifest_file.exists() else manifest(config)
+        write_atomically(home.manifest_file, json.dumps(begun | {"corpus": prepared.to_json()}, indent=1).encode())
+        write_atomically(home.config_file, config.to_yaml().encode())
         if ranks > layout.data:
             turns = f"global batch {config.train.global_batch} / micro batch {config.train.micro_batch}"
             say(f"{ranks - layout.data} of {ranks} ranks stand by: {turns} deals out evenly over {layout.data}")
@@ -91,12 +87,14 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     """Raises InputError where the directory holds a run that this config would not go on with, and shows what differs."""
     if not home.config_file.exists():
         return
-    tree = yaml.safe_load(home.config_file.read_text())
-    old = RunConfig.model_validate_json(json.dumps(tree), strict=True)
+    old = load(home.config_file)
     before, now = old.identity(), config.identity()
     differ = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in now if now[key] != before.get(key)]
     if config.train.steps < old.train.steps:
         differ.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
+    shape = config.schedule.shape
+    if config.train.steps > old.train.steps and shape != "constant":
+        say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
     if differ:
         remedy = "choose another run.dir, or go on as it is: manta resume " + str(config.run.dir)
         raise InputError(f"{home.path}: holds a run of another config: {'; '.join(differ)}; {remedy}")
@@ -119,38 +117,8 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
     return prepared
 
 
-@contextmanager
-def claim(home: RunDirectory) -> Generator[None]:
-    """Makes the directory, and holds it against a second run. The claim ends with this process, however it ends."""
-    try:
-        home.path.mkdir(parents=True, exist_ok=True)
-        (home.path / ".writable").touch()
-        (home.path / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"run.dir: got {home.path} ({error.strerror}), wants a directory that can be written; choose another") from None
-    lock = FileLock(home.lock_file)
-    try:
-        lock.acquire(timeout=1)  # a moment of patience: `manta status` holds it for an instant
-    except Timeout:
-        raise InputError(f"{home.path}: another manta is running it; wait for it or stop it first: manta status {home.path}") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def is_running(home: RunDirectory) -> bool:
-    if not home.lock_file.exists():
-        return False
-    try:
-        with FileLock(home.lock_file, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
-    """What the run was begun with: versions, machine, seed, corpus."""
+def manifest(config: RunConfig) -> dict[str, Any]:
+    """What the run was begun with: versions, machine, seed. The corpus is added, with where it lies now."""
     return {
         "manta": __version__,
         "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -158,7 +126,6 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "versions": {name: _version(name) for name in STACK},
         "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus()},
         "seed": config.run.seed,
-        "corpus": prepared.to_json(),
     }
 
 

@@ -127,7 +127,9 @@ def two_checkpoints(tmp_path_factory) -> Path:
     spmd(save_and_go_on, 2, directory, "adamw", "fp32")
     manifest = json.loads((directory / "step-00000004/manifest.json").read_text())
     shutil.copytree(directory / "step-00000004", directory / "step-00000008")
-    (directory / "step-00000008/manifest.json").write_text(json.dumps(manifest | {"step": 8}))
+    del manifest["xxh3"]
+    later = manifest | {"step": 8}
+    (directory / "step-00000008/manifest.json").write_text(json.dumps(later | {"xxh3": store._digest(later)}))
     return directory
 
 
@@ -143,7 +145,7 @@ def test_the_newest_checkpoint_is_taken_and_half_written_ones_are_not_seen(check
     assert store.newest(checkpoints).progress.step == 8
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "torn manifest"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "torn manifest", "another key", "another step"])
 def test_a_damaged_checkpoint_is_passed_over_and_named(checkpoints, damage, caplog):
     shard = next((checkpoints / "step-00000008").glob("__1_*"))
     manifest = checkpoints / "step-00000008/manifest.json"
@@ -158,6 +160,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(checkpoints, damage, capl
             shard.unlink()
         case "no manifest":
             manifest.unlink()
+        case "another key":
+            manifest.write_text(manifest.read_text().replace('"files"', '"filez"'))
+        case "another step":
+            manifest.write_text(manifest.read_text().replace('"step": 8', '"step": 9'))
         case "torn manifest":
             manifest.write_text(manifest.read_text()[:100])
     assert store.newest(checkpoints).progress.step == 4
@@ -176,6 +182,21 @@ def test_another_model_is_refused_with_the_first_difference(checkpoints):
     checkpoint = store.newest(checkpoints)
     with pytest.raises(CheckpointError, match=r"exp_avg/embedding.weight: got \(256, 48\), wants \(256, 64\)"):
         store.load(checkpoint, {}, checkpoint.tensors | {"exp_avg/embedding.weight": (256, 64)})
+
+
+def save_step_six(directory: Path) -> None:
+    engine = build("adamw", "fp32")
+    progress = store.Progress(step=6, samples_consumed=48, optimizer_steps=0)
+    store.save(directory, logical_state(engine), progress, identity={}, attempt=2, keep=1)
+
+
+def test_bad_checkpoints_ahead_push_no_good_one_out(checkpoints):
+    (checkpoints / "step-00000008/.metadata").unlink()
+    spmd(save_step_six, 2, checkpoints)
+    assert store.newest(checkpoints).progress.step == 6
+    store.set_aside(checkpoints, store.newest(checkpoints))
+    assert [path.name for path in store.committed(checkpoints)] == ["step-00000006"]
+    assert (checkpoints / "bad-step-00000008").exists()
 
 
 def save_three_times(directory: Path) -> None:

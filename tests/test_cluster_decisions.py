@@ -82,7 +82,7 @@ def test_a_rank_that_stalls_is_named():
     assert stalled([fine, status(1, quiet=4.0)], start_timeout=100, step_timeout=3) == failure(
         Cause.HANG, 5, "rank 1 gave no sign of life for 4.0 s in phase step", 1
     )
-    assert stalled([fine, status(1, quiet=4.0, phase="load")], start_timeout=100, step_timeout=3) is None
+    assert stalled([fine, status(1, quiet=4.0, phase="save")], start_timeout=100, step_timeout=3) is None
     assert stalled([fine, status(1, quiet=400, code=0)], start_timeout=100, step_timeout=3) is None
 
 

@@ -43,6 +43,12 @@ BAD = {
     "two precisions": ("precision: fp16-bf16\n", "precision", "got \"fp16-bf16\", wants 'fp32' or 'bf16'", "leave it out"),
     "an unknown preset": ("model:\n  preset: gpt-tinny\n", "model.preset", "got 'gpt-tinny', wants one of", "did you mean gpt-tiny?"),
     "a missing corpus": ("data:\n  sources: [nowhere/*.txt]\n", "nowhere/*.txt", "", ""),
+    "a batch beyond all reason": (
+        "train:\n  global_batch: 99999999999999\n",
+        "train.global_batch",
+        "wants less than or equal to",
+        "try train",
+    ),
     "no list of sources": ("data:\n  sources: stdlib:x\n", "data.sources", "wants", ""),
     "more ranks than none": ("cluster:\n  ranks_per_node: 0\n", "cluster.ranks_per_node", "got 0, wants", ""),
 }
@@ -87,6 +93,15 @@ def test_a_bad_config_is_told_in_one_line(case, name):
         assert part in told
     assert not (case.home / "never").exists()
     assert took < 2.0
+
+
+def test_a_list_for_a_key_and_a_path_that_is_none_are_told(case, tmp_path):
+    file = tmp_path / "odd.yaml"
+    file.write_text("? [a, b]\n: 1\n")
+    with pytest.raises(InputError, match=r"odd.yaml:1: got a list or section for a key, wants a name"):
+        config.load(file)
+    with pytest.raises(InputError, match=r"run.dir: got .*wants a path; leave out the NUL"):
+        config.load(case.file, [r'run.dir="a\0b"'])
 
 
 def test_a_missing_file_is_told_with_the_nearest(case):

@@ -21,7 +21,7 @@ def build(seed: int = 3, **changes) -> GPT:
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 256])
 def test_the_chunked_loss_and_its_gradients_are_those_of_softmax(chunk, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", {"cpu": 1})
+    monkeypatch.setattr(losses, "CHUNK", {"cpu": 1, "cuda": 1})
     monkeypatch.setattr(losses, "LEAST", chunk)
     torch.manual_seed(0)
     x, weight = torch.randn(50, 16, dtype=torch.float64), torch.randn(256, 16, dtype=torch.float64)

@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+from conftest import MANTA
 
 from manta.trainer.generate import Sampling, write
 from manta.trainer.metrics import parse, read_metrics
@@ -140,7 +141,7 @@ def test_a_second_manta_in_the_same_directory_is_refused(case):
     time.sleep(1)
     assert not of_run(case, "twice")
     told = json.loads(case.manta("status", "twice", "--json").stdout)
-    assert told["state"] == "interrupted, saved"
+    assert told["state"] == "interrupted"
     assert told["checkpoint"] == f"step-{told['step']:08d}"
 
 
@@ -175,6 +176,31 @@ def test_generate_writes_the_same_text_for_the_same_seed(case, undisturbed):
     here = write(RunDirectory(case.home / undisturbed), "import ", count=20, sampling=Sampling(seed=3))
     assert "".join(here) + "\n" == written.stdout
     assert case.manta("generate", undisturbed, "--top-p", "2").returncode == 2
+
+
+def test_an_export_overwrites_nothing_else(case, undisturbed):
+    thesis = case.home / "thesis"
+    thesis.mkdir()
+    for name in ("config.json", "thesis.tex"):
+        (thesis / name).write_text("years of work")
+    done = case.manta("export", undisturbed, "--output", "thesis")
+    assert done.returncode == 2
+    assert "got something that is no export" in done.stderr
+    assert (thesis / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_run_outlives_its_listener_and_moves_its_corpus(case):
+    shutil.copytree(case.home / "corpora", case.home / "moved")
+    case.train("moved run", "train.steps=4", "data.directory=moved")
+    shutil.rmtree(case.home / "moved")
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [MANTA, "resume", "moved run", "train.steps=6", "data.directory=corpora"], cwd=case.home, stderr=writing
+    ) as running:
+        os.close(writing)
+        os.close(reading)  # as when `| tee log` dies of the same Ctrl-C
+        assert running.wait(60) == 0
+    assert lines(case, "moved run")[-1]["step"] == 6
 
 
 def test_an_export_has_equal_logits_in_transformers(case, undisturbed):

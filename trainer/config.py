@@ -3,10 +3,11 @@
 Importing this costs no torch: a bad config is told in tenths of a second. Each field's line of prose is its help.
 """
 
+import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from manta.data.config import DataConfig, TokenizerConfig
 
@@ -27,6 +28,14 @@ class Section(BaseModel):
 class RunSection(Section):
     dir: Path
     """Where everything of this run lies."""
+
+    @field_validator("dir")
+    @classmethod
+    def _can_be_a_path(cls, value: Path) -> Path:
+        if "\0" in str(value):
+            raise ValueError(f"got {str(value)!r}, wants a path; leave out the NUL")
+        return value
+
     seed: int = Field(default=1, ge=0, lt=2**63)
     """Fixes the initial weights and the order of samples."""
 
@@ -79,7 +88,7 @@ class OptimizerConfig(Section):
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled decay, on matrices only: not on norms."""
+    """Decay, on matrices only: not on norms. Decoupled under adamw."""
     gradient_clipping: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; a larger gradient is scaled down to it."""
 
@@ -96,7 +105,7 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(ge=1, examples=[1000])
     """Optimizer steps of the whole run."""
-    global_batch: int = Field(ge=1, examples=[256])
+    global_batch: int = Field(ge=1, le=2**20, examples=[256])
     """Sequences an optimizer step, over all ranks: data size x micro batch x accumulation."""
     micro_batch: int = Field(ge=1, examples=[8])
     """Sequences a rank takes at once; lower it where memory is short."""
@@ -175,8 +184,9 @@ class TrainingConfig(Section):
 
 
 def _divisors(n: int) -> str:
-    """In words, the powers of two first choice: `1, 2, 4 or 8`."""
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    """In words: `1, 2, 4 or 8`; of many the smallest and the largest."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    divisors = sorted({*small, *(n // d for d in small)})
     if len(divisors) > 8:
         divisors = divisors[:4] + divisors[-4:]
     return " or ".join(filter(None, [", ".join(map(str, divisors[:-1])), str(divisors[-1])]))

@@ -20,6 +20,11 @@ class Heartbeat:
     def from_environment(cls) -> Self:
         return cls(os.environ.get("MANTA_HEARTBEAT"))
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether a supervisor reads it."""
+        return self._file is not None
+
     def __call__(self, phase: Phase, step: int) -> None:
         """`step`: optimizer steps finished."""
         self.step, self.phase = step, phase

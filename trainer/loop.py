@@ -4,7 +4,6 @@ import logging
 import math
 import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -74,11 +73,10 @@ class Loop:
         self.saved = step or None
         leave = False
         while step < last and not leave:
-            self.heartbeat("step", step)
             line, leave = self._step(step)
             step += 1
             self.heartbeat("step", step)
-            if step % self.config.evaluate.every_steps == 0 or step == last:
+            if step == last or (step % self.config.evaluate.every_steps == 0 and not leave):
                 line["eval/loss"] = self.evaluate(step)
             due = step % self.config.track.every_steps == 0 or "eval/loss" in line
             if metrics and due:
@@ -129,6 +127,7 @@ class Loop:
 
     def _microbatches(self, step: int) -> Iterator[Microbatch]:
         for turn in range(self.engine.layout.accumulation):
+            self.heartbeat("step", step)
             start = time.perf_counter()
             numbers = self.engine.layout.samples(step=step, turn=turn, rank=self.world.rank)
             windows = self.samples.train(numbers)
@@ -144,6 +143,7 @@ class Loop:
         indices = np.arange(validation_samples(self.config, self.samples))[self.world.rank :: self.world.size]
         total = torch.zeros((), dtype=torch.float64)
         for first in range(0, len(indices), self.config.train.micro_batch):
+            self.heartbeat("evaluate", step)
             chunk = indices[first : first + self.config.train.micro_batch]
             total += float(self.engine.loss(self._microbatch(self.samples.validation(chunk)))) * len(chunk)
         loss, count = self._total(float(total), float(len(indices)))
@@ -177,7 +177,7 @@ class Loop:
         """Bytes: of the GPU where there is one, else of this process."""
         if self.world.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.world.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def validation_samples(config: TrainingConfig, samples: Samples) -> int:

@@ -27,10 +27,14 @@ def parse(text: str) -> list[Line]:
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """One line a step, the last that was written, in order of step. A line still being written is left for the next time."""
+    """One line a step, in order: a run that went back to a step takes back what it wrote from there on. A torn last line is left out."""
     text = path.read_text() if path.exists() else ""
-    lines = {line["step"]: line for line in parse(text[: text.rfind("\n") + 1])}
-    return [lines[step] for step in sorted(lines)]
+    lines: list[Line] = []
+    for line in parse(text[: text.rfind("\n") + 1]):
+        while lines and lines[-1]["step"] >= line["step"]:
+            lines.pop()
+        lines.append(line)
+    return lines
 
 
 def describe(line: Line) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,11 +30,16 @@ DONE, LEFT, INTERRUPTED = 0, 75, 130
 
 def run(directory: Path, heartbeat: Heartbeat) -> int:
     """Trains until the last step, or until told to leave. Gives the exit code; what goes wrong is raised."""
+    home, world = RunDirectory(directory.absolute()), World.from_environment()
+    # A supervisor has claimed the run. Without one its first rank does.
+    with nullcontext() if heartbeat.is_heard or world.rank > 0 else home.claim():
+        return train(home, world, heartbeat)
+
+
+def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     notice = Notice()
     heartbeat("load", 0)
-    home = RunDirectory(directory)
     config = home.config()
-    world = World.from_environment()
     layout = fits(config.train, world.size)
     prepared = home.prepared()
     samples = Samples(prepared, sequence_length=config.data.sequence_length, seed=config.run.seed)
@@ -74,7 +80,9 @@ def resume(engine: Engine, home: RunDirectory, identity: dict[str, str]) -> int:
     chosen: list[store.Checkpoint | Exception | None] = [None]
     if dist.get_rank() == 0:
         try:
-            chosen[0] = store.newest(home.checkpoints)
+            chosen[0] = found = store.newest(home.checkpoints)
+            if found is not None:
+                store.set_aside(home.checkpoints, found)
         except CheckpointError as error:
             chosen[0] = error
     dist.broadcast_object_list(chosen, device=torch.device("cpu"))

@@ -1,11 +1,16 @@
 """A run directory: what lies where. Whoever sees it can say all about the run."""
 
+import fcntl
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from manta.data.errors import InputError
 from manta.data.prepare import Prepared
@@ -42,16 +47,61 @@ class RunDirectory:
 
     def config(self) -> TrainingConfig:
         """The config that every rank of the run reads; where the ranks are placed is not its matter."""
-        sections = yaml.safe_load(_read(self.config_file))
-        sections.pop("cluster", None)
-        return TrainingConfig.model_validate_json(json.dumps(sections), strict=True)
+        try:
+            sections = yaml.safe_load(_read(self.config_file))
+            sections.pop("cluster", None)
+            return TrainingConfig.model_validate_json(json.dumps(sections), strict=True)
+        except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
+            raise InputError(f"{self.config_file}: {_one_line(error)}; wants the config that manta wrote there") from None
 
     def manifest(self) -> dict[str, Any]:
-        return json.loads(_read(self.manifest_file))
+        """What the run was begun with."""
+        try:
+            return json.loads(_read(self.manifest_file))
+        except ValueError as error:
+            raise InputError(f"{self.manifest_file}: {_one_line(error)}; wants the manifest that manta wrote there") from None
 
     def prepared(self) -> Prepared:
         """The corpus and tokenizer that the run reads."""
         return Prepared.from_json(self.manifest()["corpus"])
+
+    @contextmanager
+    def claim(self) -> Generator[None]:
+        """Makes the directory, and holds it against a second run. The claim ends with this process, however it ends.
+
+        Raises InputError where it can not be made, or another process holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.lock_file)
+            lock.acquire(timeout=1)  # a moment of patience: `manta status` holds it for an instant
+        except OSError as error:
+            if isinstance(error, Timeout):
+                remedy = f"wait for it or stop it first: manta status {self.path}"
+                raise InputError(f"{self.path}: another manta is running it; {remedy}") from None
+            raise InputError(
+                f"run.dir: got {self.path} ({error.strerror}), wants a directory that can be written; choose another"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether some process holds the run. Reading is enough to ask: it may be another user's."""
+        if not self.lock_file.exists():
+            return False
+        with self.lock_file.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _read(path: Path) -> str:

@@ -6,7 +6,6 @@ hash, and every tensor with its shape. What has no manifest, or does not match i
 
 import json
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_pieces
 from torch.distributed.checkpoint.state_dict_saver import save as write_pieces
 
+from manta.data.durable import sync_directory, write_atomically
 from manta.trainer.checkpoint.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def save(directory: Path, state: Mapping[str, Any], progress: Progress, *, ident
 
     Raises OSError where the disk says so; checkpoints that were there stay as they are.
     """
-    final = directory / f"step-{progress.step:08d}"
+    final = directory / _name(progress.step)
     partial = directory / f".{final.name}.attempt-{attempt:04d}.partial"
     first = dist.get_rank() == 0
     if first:
@@ -69,14 +69,13 @@ def save(directory: Path, state: Mapping[str, Any], progress: Progress, *, ident
         tensors = {k: list(v.size) for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         described = {".metadata": _describe(partial / ".metadata")} | {n: d for held in files for n, d in held.items()}
         manifest = {"format": FORMAT, **asdict(progress), "identity": dict(identity), "files": described, "tensors": tensors}
-        _write(partial / MANIFEST, json.dumps(manifest, indent=1))
-        _sync(partial)
+        write_atomically(partial / MANIFEST, json.dumps(manifest | {"xxh3": _digest(manifest)}, indent=1).encode())
         if final.exists():  # a resumed run has come here again: the newer one is as good, and whole
             shutil.rmtree(final)
         partial.rename(final)
-        _sync(directory)
-        _write(directory / "latest", final.name + "\n")
-        _prune(directory, keep)
+        sync_directory(directory)
+        write_atomically(directory / "latest", f"{final.name}\n".encode())
+        _prune(directory, final, keep)
     dist.barrier()
     return final
 
@@ -120,13 +119,18 @@ def verify(path: Path) -> Checkpoint:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError where there is none, or it is of another format."""
+    """Raises CheckpointError where there is none, it is of another format, or not as it was written."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format: got {manifest['format']}, wants {FORMAT}; use the manta that wrote it")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        form, written = manifest["format"], manifest.pop("xxh3")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: {type(error).__name__}: {error}") from None
+    if form != FORMAT:
+        raise CheckpointError(f"{path}: format: got {form}, wants {FORMAT}; use the manta that wrote it")
+    if (found := _digest(manifest)) != written:
+        raise CheckpointError(f"{path / MANIFEST}: xxh3: got {found}, wants {written}")
+    if path.name != _name(manifest["step"]):
+        raise CheckpointError(f"{path}: holds step {manifest['step']}, wants the directory {_name(manifest['step'])}")
     return manifest
 
 
@@ -150,6 +154,21 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
         read_pieces(weights, storage_reader=FileSystemReader(checkpoint.path), no_dist=True)
     return {k.removeprefix(prefix): tensor for k, tensor in weights.items()}
+
+
+def set_aside(directory: Path, resumed: Checkpoint) -> None:
+    """What lies ahead of the checkpoint that a run goes on from was passed over: under another name, it is met no second time."""
+    for path in committed(directory):
+        if path.name > resumed.path.name:
+            path.rename(path.with_name(f"bad-{path.name}"))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
@@ -176,26 +195,10 @@ def _describe(path: Path) -> dict[str, int | str]:
         return {"bytes": file.tell(), "xxh3": hasher.hexdigest()}
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _prune(directory: Path, keep: int) -> None:
-    """Removes committed checkpoints beyond the newest `keep`, and what a dead attempt left half written."""
-    for path in [*committed(directory)[keep:], *directory.glob(".step-*.partial")]:
+def _prune(directory: Path, newest: Path, keep: int) -> None:
+    """Removes checkpoints older than the newest `keep`, and what a dead attempt left half written. What lies ahead of `newest` was
+    passed over as bad: it does not count among those kept.
+    """
+    kept = [path for path in committed(directory) if path.name <= newest.name]
+    for path in [*kept[keep:], *directory.glob(".step-*.partial")]:
         shutil.rmtree(path, ignore_errors=True)

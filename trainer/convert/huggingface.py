@@ -13,13 +13,14 @@ from manta.trainer.pretrained import Pretrained
 
 # Ours -> theirs; the rotation pairs the same halves, so that weights go over unchanged.
 OUTSIDE = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 INSIDE = {"attention_norm.": "input_layernorm.", "mlp_norm.": "post_attention_layernorm.", "attention.": "self_attn."}
 
 
 def export(trained: Pretrained, directory: Path, *, dtype: torch.dtype) -> None:
-    """Writes config, weights, tokenizer. Raises InputError where something else lies in `directory`."""
-    if directory.exists() and not (directory / "config.json").exists() and any(directory.iterdir()):
-        raise InputError(f"{directory}: got files that are no export, wants a new or empty directory; choose another with --output")
+    """Writes config, weights, tokenizer. Raises InputError where anything but an earlier export lies in `directory`."""
+    if directory.exists() and (not directory.is_dir() or {entry.name for entry in directory.iterdir()} - FILES):
+        raise InputError(f"{directory}: got something that is no export, wants a new or empty directory; choose another with --output")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -19,19 +19,18 @@ def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     The head is part of it, so that logits for all tokens are never held at once: memory is that of a chunk, not O(N V).
     Products are taken in the weights' precision, the softmax in fp32.
     """
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N)  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient of a softmax is at hand when its loss is (p - 1 at the target): it is taken on the way forward, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, wanted: bool) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         grad_x = torch.empty_like(x_ND) if wanted else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted else None
-        rows = max(LEAST, CHUNK[x_ND.device.type] // len(weight_VD))
+        rows = max(LEAST, CHUNK.get(x_ND.device.type, CHUNK["cuda"]) // len(weight_VD))
         for first in range(0, len(x_ND), rows):
             chunk = slice(first, first + rows)
             logits = F.linear(x_ND[chunk], weight_VD).float()
@@ -49,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / len(x_ND)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
-        scale = grads[0] / len(grad_x)
-        return grad_x * scale.to(grad_x.dtype), (grad_weight * scale).to(grad_x.dtype), None
+        scale = grads[0] / len(grad_x)  # fp32 without a dimension: it lends a bf16 tensor its value, not its type
+        return grad_x * scale, (grad_weight * scale).to(grad_x.dtype), None, None
