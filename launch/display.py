@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from manta.cluster.journal import POLL, Event
-from manta.trainer.metrics import Line, describe, duration, parse
+from manta.trainer.metrics import Line, describe, duration, end_of_lines, parse
 from manta.trainer.rundir import RunDirectory
 
 INTERVAL = 10.0  # seconds between lines where there is no terminal
@@ -41,7 +41,7 @@ class Display:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=steps, told="starting")
-        self._read = home.metrics_file.read_bytes().rfind(b"\n") + 1 if home.metrics_file.exists() else 0
+        self._read = end_of_lines(home.metrics_file)
         self._step_time: float | None = None
         self._spoke = 0.0
 

@@ -129,3 +129,14 @@ assert worker._worker_logs_enabled is True
 assert all(callable(getattr(node.Node, name)) for name in ("start_monitor", "start_log_monitor", "start_api_server"))
 """
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_a_signal_that_the_parent_told_us_to_ignore_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Orders() as orders:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert orders.leave is signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGHUP, before)

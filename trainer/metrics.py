@@ -1,18 +1,20 @@
 """metrics.jsonl: one JSON object a logged step. After a restart a step may stand again: the later attempt's line is the true one."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+LONGEST_LINE = 1 << 16  # bytes
 
 
 class MetricsLog:
     """Appends lines; one process writes at a time."""
 
     def __init__(self, path: Path) -> None:
-        _drop_torn_line(path)
         self._file = path.open("a", buffering=1)  # by lines: a reader, and whoever kills us, finds whole ones
+        self._file.truncate(end_of_lines(path))
 
     def write(self, line: Line) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -56,8 +58,11 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
-def _drop_torn_line(path: Path) -> None:
-    """A rank killed in mid-write leaves half a line."""
-    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(text.rfind(b"\n") + 1)
+def end_of_lines(path: Path) -> int:
+    """Where the last whole line ends: a rank killed in mid-write leaves half of one. Reads the end of the file alone."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        first = file.seek(max(0, size - LONGEST_LINE))
+        return first + file.read().rfind(b"\n") + 1

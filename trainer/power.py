@@ -16,12 +16,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for key, peak in PEAKS.items() if key in name), None) if dtype is torch.bfloat16 else None
-    side = 1024
-    seconds = min(_seconds(torch.ones(side, side, dtype=kind)) for _ in range(3) for kind in {dtype, torch.float32})
+    side = 512
+    seconds = min(_seconds(torch.ones(side, side, dtype=kind)) for _ in range(12) for kind in {dtype, torch.float32})
     return 2 * side**3 / seconds
 
 
 def _seconds(square: torch.Tensor) -> float:
+    """Of a product short enough to fall between what else the machine does."""
     start = time.perf_counter()
     torch.mm(square, square)
     return time.perf_counter() - start
