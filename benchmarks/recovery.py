@@ -20,7 +20,7 @@ from typing import Any
 from manta.trainer.metrics import parse
 
 MANTA = Path(sys.executable).with_name("manta")
-WARM = 8.0  # seconds that spares need to import everything
+WARM = 20.0  # seconds in which spares have imported everything, while training has both cores
 
 
 def main(kills: int) -> int:

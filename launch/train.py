@@ -92,12 +92,12 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     differ = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in now if now[key] != before.get(key)]
     if config.train.steps < old.train.steps:
         differ.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
-    shape = config.schedule.shape
-    if config.train.steps > old.train.steps and shape != "constant":
-        say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
     if differ:
         remedy = "choose another run.dir, or go on as it is: manta resume " + str(config.run.dir)
         raise InputError(f"{home.path}: holds a run of another config: {'; '.join(differ)}; {remedy}")
+    shape = config.schedule.shape
+    if config.train.steps > old.train.steps and shape != "constant":
+        say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
 
 
 def corpus(home: RunDirectory, config: RunConfig) -> Prepared:

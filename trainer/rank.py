@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from manta.data import order
 from manta.data.errors import InputError
 from manta.data.samples import Samples
 from manta.trainer.checkpoint import store
@@ -44,13 +45,15 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     prepared = home.prepared()
     samples = Samples(prepared, sequence_length=config.data.sequence_length, seed=config.run.seed)
     world.join()
+    log.info("joined %d ranks on %s", world.size, world.device)
 
     model = GPT(config.model, vocabulary=samples.tokenizer_vocabulary)
     model.initialize(config.run.seed)
     cost = flops_per_token(model, config.data.sequence_length)
     peak = peak_flops(world.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     engine = Engine(model, layout=layout, optimizer=config.optimizer, precision=config.precision)
-    identity = {"corpus": prepared.fingerprint, "config": _digest(config.identity())}
+    log.info("built %s parameters in %s", f"{sum(p.numel() for p in model.parameters()):,}", config.precision)
+    identity = {"corpus": prepared.fingerprint, "config": _digest(config.identity()), "order": str(order.VERSION)}
     step = resume(engine, home, identity)
 
     loop = Loop(
