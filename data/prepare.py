@@ -128,7 +128,7 @@ def _make_corpus(source: str, directory: Path, data: DataConfig, tokens: Tokeniz
     )
     write_atomically(directory / manifest.NAME, made.model_dump_json(indent=1).encode())
     say(
-        f"prepared {source} with {made.train.tokens:,} train and {made.validation.tokens:,} validation tokens"
+        f"prepared {source!r}: {made.train.tokens:,} train and {made.validation.tokens:,} validation tokens"
         f" of {made.text_bytes / 1e6:.1f} MB text in {directory} ({choice})"
     )
     return made

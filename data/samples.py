@@ -142,6 +142,9 @@ def _check_enough(manifests: tuple[Manifest, ...], train: Windows, validation: W
         return
     held = max(corpus.validation.tokens for corpus in manifests)
     tokens = max(corpus.train.tokens + corpus.validation.tokens for corpus in manifests)
-    share = math.ceil(200 * wanted / tokens) / 100  # twice what is needed: documents fall to either side by chance
-    remedy = f"raise data.validation to {share}" if share < 0.5 else "give more text or lower data.sequence_length"
+    documents = max(corpus.train.documents + corpus.validation.documents for corpus in manifests)
+    now = max(corpus.validation_share for corpus in manifests)
+    # Documents fall to either side by chance: aim at twice the tokens that are needed, at three documents, and above what did not do.
+    share = math.ceil(100 * max(2 * wanted / tokens, 3 / documents, 2 * now)) / 100
+    remedy = f"raise data.validation from {now:g} to {share:g}" if share < 0.5 else "give more documents"
     raise InputError(f"data.validation: {held} tokens are held out; a sample of {sequence_length} wants {wanted}: {remedy}")

@@ -3,12 +3,15 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from manta.data.errors import InputError
 from manta.launch import __version__
+
+if TYPE_CHECKING:
+    from manta.trainer.rundir import RunDirectory
 
 FAILED, USAGE = 1, 2
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -88,13 +91,13 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 1,
 ) -> None:
     """Write text with a run's newest checkpoint."""
-    from manta.trainer.generate import Sampling, write
-    from manta.trainer.rundir import RunDirectory
-
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"--top-p: got {top_p}, wants a probability above 0, at most 1; try 0.95")
+    home = _trained(run)
+    from manta.trainer.generate import Sampling, write
+
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    for text in write(RunDirectory(run.absolute()), prompt, count=tokens, sampling=sampling):
+    for text in write(home, prompt, count=tokens, sampling=sampling):
         typer.echo(text, nl=False)
     typer.echo()
 
@@ -109,16 +112,28 @@ def export(
     """Write the newest checkpoint as a Hugging Face Llama: config, safetensors, tokenizer."""
     if dtype not in {"float32", "bfloat16", "float16"}:
         raise InputError(f"--dtype: got {dtype}, wants float32, bfloat16 or float16")
+    home = _trained(run)
     import torch
 
     from manta.trainer.convert import huggingface
     from manta.trainer.pretrained import load_pretrained
-    from manta.trainer.rundir import RunDirectory
 
-    home = RunDirectory(run.absolute())
     directory = home.path / "export" / "hf" if output is None else output.absolute()
     huggingface.export(load_pretrained(home), directory, dtype=getattr(torch, dtype))
     typer.echo(str(directory))
+
+
+def _trained(run: Path) -> "RunDirectory":
+    """The run in a directory. Its mistakes are told before torch is imported."""
+    from manta.launch import config
+    from manta.launch.train import resume_config
+    from manta.trainer.rundir import RunDirectory
+
+    config.load(resume_config(run))
+    home = RunDirectory(run.absolute())
+    if not home.saved_step:
+        raise InputError(f"{run}: got no checkpoint, wants one; train first: manta resume {home.typed}")
+    return home
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from manta.cluster.config import ClusterConfig
@@ -149,7 +150,13 @@ def _tell(error: ErrorDetails, file: Path, sources: Mapping[str, str]) -> str:
             return f"{where}: {key}: got an unknown key, wants one that manta has{near}"
         case "value_error":
             told = str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
-            return f"{where}: {key}{': ' if told.startswith('got') else '.' if key else ''}{told}"
+            # Two keys disagree: it is the one that was set last, on the command line, that brought it about.
+            section = f"{key}." if key else ""
+            named = {source for name, source in sources.items() if name.removeprefix(section) in re.findall(r"[a-z_.]+", told)}
+            where = "command line" if "command line" in named else where
+            return f"{where}: {key}{': ' if told.startswith('got') else section[-1:]}{told}"
+        case "too_short":
+            return f"{where}: {key}: got {got}, wants at least one ({_described(error['loc'])}); {_remedy(error['loc'])}"
         case _:
             wants = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
             return f"{where}: {key}: got {got}, wants {wants} ({_described(error['loc'])}); {_remedy(error['loc'])}"
@@ -176,11 +183,35 @@ def _described(loc: Sequence[int | str]) -> str:
 
 def _remedy(loc: Sequence[int | str]) -> str:
     field, key = _field(loc), ".".join(str(part) for part in loc if isinstance(part, str))
-    if field is not None and field.examples:
+    if field is None:
+        return f"set {key}"
+    if field.examples:
         return f"try {key}={field.examples[0]}"
-    if field is not None and not field.is_required() and not isinstance(field.default, BaseModel):
-        return f"leave it out, or try {key}={json.dumps(field.default, default=str)}"
-    return f"set {key}"
+    if isinstance(section := field.annotation, type) and issubclass(section, BaseModel):
+        required = {name: inner for name, inner in section.model_fields.items() if inner.is_required() and inner.examples}
+        needed = (f"{key}.{name}={inner.examples[0]}" for name, inner in required.items() if inner.examples)
+        return f"try {' '.join(needed)}"
+    return f"set {key}" if field.is_required() else f"leave it out, or try {key}={json.dumps(field.default, default=str)}"
+
+
+def reference() -> str:
+    """Every key of a config with its type, default and meaning, as Markdown: docs/config.md."""
+    lines = ["# Every key of a config", "", "A YAML file of these sections; `section.key=value` on the command line is laid over it.", ""]
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            lines += [f"## {name}", "", f"`{field.default}` unless set: {_prose(field)}", ""]
+            continue
+        lines += [f"## {name}", "", "| key | default | |", "|---|---|---|"]
+        for key, inner in section.model_fields.items():
+            default = "required" if inner.is_required() else f"`{json.dumps(inner.default, default=str)}`"
+            lines.append(f"| `{name}.{key}` | {default} | {_prose(inner)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _prose(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

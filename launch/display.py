@@ -7,6 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from manta.cluster.controller import INTERRUPTED, LEFT_SAVED, LEFT_UNSAVED
 from manta.cluster.journal import POLL, Event
 from manta.trainer.metrics import Line, describe, duration, end_of_lines, parse
 from manta.trainer.rundir import RunDirectory
@@ -40,10 +41,12 @@ class Display:
         if self._console.is_terminal:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task("", total=steps, told="starting")
+            self._task = self._bar.add_task("", total=steps, completed=home.saved_step, told="starting")
         self._read = end_of_lines(home.metrics_file)
         self._step_time: float | None = None
         self._spoke = 0.0
+        self._begun = time.monotonic()
+        self._bad = set(home.checkpoints.glob("bad-*"))
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -63,7 +66,7 @@ class Display:
     def _show(self, event: Event) -> None:
         for line in self._new_lines():
             self._show_line(line)
-        if event.kind != POLL and (told := _tell(event, self._home)):
+        if event.kind != POLL and (told := self._tell(event)):
             self._console.print(told)
 
     def _new_lines(self) -> list[Line]:
@@ -87,21 +90,37 @@ class Display:
             self._console.print(f"step {line['step']}/{self._steps}  {told}")
             self._spoke = time.monotonic()
 
+    def _tell(self, event: Event) -> str | None:  # noqa: PLR0911  a table: a line a kind
+        """One line for a transition; None for one that only the journal wants."""
+        details, home = event.details, self._home
+        match event.kind:
+            case "rank-failed":
+                log = home.path / "logs" / f"attempt-{event.attempt:04d}" / f"rank-{details.get('rank') or 0:04d}.log"
+                return f"attempt {event.attempt}: rank {details['rank']} failed at step {details['step']}: {details['message']} ({log})"
+            case "node-lost":
+                return f"attempt {event.attempt}: node {details['node']} lost: {details['message']}"
+            case "decided":
+                return f"attempt {event.attempt}: {details['decision']}" + (f": {details['reason']}" if "reason" in details else "")
+            case "first-step" if details["step"] > 1:
+                return f"attempt {event.attempt}: went on from step {details['step'] - 1}{self._passed_over()}"
+            case "leaving":
+                return "told to leave: saving"
+            case "run-ended":
+                return self._ending(details["exit_code"])
+            case _:
+                return None
 
-def _tell(event: Event, home: RunDirectory) -> str | None:
-    """One line for a transition; None for one that only the journal wants."""
-    details = event.details
-    match event.kind:
-        case "rank-failed":
-            log = home.path / "logs" / f"attempt-{event.attempt:04d}" / f"rank-{details.get('rank') or 0:04d}.log"
-            return f"attempt {event.attempt}: rank {details['rank']} failed at step {details['step']}: {details['message']} ({log})"
-        case "node-lost":
-            return f"attempt {event.attempt}: node {details['node']} lost: {details['message']}"
-        case "decided":
-            return f"attempt {event.attempt}: {details['decision']}" + (f": {details['reason']}" if "reason" in details else "")
-        case "first-step":
-            return f"attempt {event.attempt}: first step done"
-        case "leaving":
-            return "told to leave: saving"
-        case _:
-            return None
+    def _passed_over(self) -> str:
+        """What the ranks found bad, and named so."""
+        bad = sorted(path.name for path in set(self._home.checkpoints.glob("bad-*")) - self._bad)
+        return f"; passed over {', '.join(bad)}: {self._home.path / 'logs'} says why" if bad else ""
+
+    def _ending(self, code: int) -> str | None:
+        """How it ended, where that leaves the run, and what comes next."""
+        home = self._home
+        if code == 0:
+            return f"done: {self._steps} steps, {duration(time.monotonic() - self._begun)} of it now; try: manta generate {home.typed}"
+        if code in {LEFT_SAVED, LEFT_UNSAVED, INTERRUPTED}:
+            stands = f"step {home.saved_step} is saved" if home.saved_step else "nothing is saved yet"
+            return f"left; {stands}; go on with: manta resume {home.typed}"
+        return None

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from manta.data.errors import InputError
+from manta.launch.train import ranks_in_words
 from manta.trainer.metrics import duration, read_metrics
 from manta.trainer.rundir import RunDirectory
 
@@ -53,7 +54,7 @@ def show(told: dict[str, Any]) -> None:
         "state": told["state"],
         "step": f"{told['step']} of {told['steps']}" + (f", {duration(left)} left" if left and told["state"] == "running" else ""),
         "loss": _or_none(told["train_loss"], ".4f") + (f", validation {told['eval_loss']:.4f}" if told["eval_loss"] is not None else ""),
-        "speed": f"{_or_none(told['tokens_per_second'], ',.0f')} tokens/s on {told['world_size'] or '?'} ranks",
+        "speed": f"{_or_none(told['tokens_per_second'], ',.0f')} tokens/s on {ranks_in_words(told['world_size'] or 0)}",
         "attempts": f"{told['attempts']}" + (f"; the last failure: {told['failures'][-1]}" if told["failures"] else ""),
         "checkpoint": told["checkpoint"] or "none yet",
     }
@@ -67,7 +68,7 @@ def _state(home: RunDirectory, events: list[dict[str, Any]]) -> str:
         return "running"
     ended = [event for event in events if event["event"] in {"run-started", "run-ended"}][-1:]
     if not ended or ended[0]["event"] == "run-started":
-        return f"broken off; go on with: manta resume {home.path}"
+        return f"broken off; go on with: manta resume {home.typed}"
     return ENDS.get(ended[0]["exit_code"], "failed")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +33,9 @@ def train(config: RunConfig) -> int:
     ranks = ranks_at_hand(config)
     layout = plan(config.train, ranks)
     refuse_another_run(home, config)
+    if is_done(home, config):
+        say(f"{home.path}: already done: step {config.train.steps} of {config.train.steps}; raise train.steps to go on")
+        return 0
     prepared = corpus(home, config)
     with home.claim():
         begun = home.manifest() if home.manifest_file.exists() else manifest(config)
@@ -41,7 +45,7 @@ def train(config: RunConfig) -> int:
             turns = f"global batch {config.train.global_batch} / micro batch {config.train.micro_batch}"
             say(f"{ranks - layout.data} of {ranks} ranks stand by: {turns} deals out evenly over {layout.data}")
         say(
-            f"{home.path}: {layout.data} ranks x micro batch {layout.micro_batch} x accumulation {layout.accumulation}"
+            f"{home.path}: {ranks_in_words(layout.data)} x micro batch {layout.micro_batch} x accumulation {layout.accumulation}"
             f" = {layout.global_batch} sequences of {config.data.sequence_length} tokens a step, {config.precision}"
         )
         job = Job(
@@ -93,11 +97,23 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     if config.train.steps < old.train.steps:
         differ.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
     if differ:
-        remedy = "choose another run.dir, or go on as it is: manta resume " + str(config.run.dir)
+        remedy = "choose another run.dir, or go on as it is: manta resume " + home.typed
         raise InputError(f"{home.path}: holds a run of another config: {'; '.join(differ)}; {remedy}")
     shape = config.schedule.shape
     if config.train.steps > old.train.steps and shape != "constant":
         say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
+
+
+def ranks_in_words(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
+def is_done(home: RunDirectory, config: RunConfig) -> bool:
+    """Whether the run has ended well, at the last step, and nothing is left to do."""
+    if home.saved_step != config.train.steps or not home.events_file.exists():
+        return False
+    last = json.loads(home.events_file.read_text().splitlines()[-1])
+    return last["event"] == "run-ended" and last["exit_code"] == 0
 
 
 def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
@@ -140,5 +156,6 @@ def resume_config(directory: Path) -> Path:
     """The config file of the run in `directory`. Raises InputError where there is none."""
     file = RunDirectory(directory).config_file
     if not file.exists():
-        raise InputError(f"{directory}: got no {file.name}, wants a run directory; start one with: manta train FILE run.dir={directory}")
+        start = f"manta train FILE run.dir={shlex.quote(str(directory))}"
+        raise InputError(f"{directory}: got no {file.name}, wants a run directory; start one with: {start}")
     return file

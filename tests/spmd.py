@@ -53,9 +53,7 @@ def _answer(reading: Connection, process: Any, timeout: float) -> tuple[str | No
         return f"died with exit code {process.exitcode}", None
 
 
-def _rank(  # noqa: PLR0917  what a forked process is given
-    rank: int, ranks: int, port: int, home: str, writing: Connection, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, ranks: int, port: int, home: str, writing: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
     os.chdir(Path(home))

@@ -1,6 +1,7 @@
 """Bad input gets one line: file, key, got, wanted, remedy; exit 2; in under two seconds; nothing written."""
 
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -49,7 +50,7 @@ BAD = {
         "wants less than or equal to",
         "try train",
     ),
-    "no list of sources": ("data:\n  sources: stdlib:x\n", "data.sources", "wants", ""),
+    "no list of sources": ("data:\n  sources: 4\n", "data.sources", "wants", ""),
     "more ranks than none": ("cluster:\n  ranks_per_node: 0\n", "cluster.ranks_per_node", "got 0, wants", ""),
 }
 
@@ -154,6 +155,31 @@ def test_what_is_written_in_a_config_outweighs_its_preset(case):
 def test_each_preset_is_a_whole_model(case, name):
     tree = yaml.safe_load(case.file.read_text()) | {"model": config.preset(name, case.file)}
     assert config.validate(tree, case.file, {}).model.layers >= 4
+
+
+def test_sources_are_read_as_people_write_them(case):
+    for written in ("stdlib:", "[stdlib:]", "['stdlib:']"):
+        assert config.load(case.file, [f"data.sources={written}"]).data.sources == ("stdlib:",)
+    with pytest.raises(InputError, match=r"data.sources: got \[\], wants at least one .*; try data.sources=\["):
+        config.load(case.file, ["data.sources=[]"])
+
+
+def test_two_keys_that_disagree_are_laid_to_the_one_set_last(case):
+    with pytest.raises(InputError, match=r"^command line: train.micro_batch: got 4, wants a divisor of global_batch 9"):
+        config.load(case.file, ["train.global_batch=9"])
+
+
+def test_a_missing_section_is_told_with_what_it_needs(case, tmp_path):
+    file = tmp_path / "no-run.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(case.file.read_text()).items() if k != "run"}))
+    with pytest.raises(InputError, match=r"run: got nothing, wants .*; try run.dir=runs/mine"):
+        config.load(file)
+
+
+def test_the_reference_is_that_of_the_code():
+    written = Path(__file__).parents[1] / "docs" / "config.md"
+    told = "run: .venv/bin/python -c 'from manta.launch.config import reference; print(reference())' > docs/config.md"
+    assert written.read_text().rstrip() == config.reference().rstrip(), told
 
 
 def test_an_override_must_name_a_key(case):

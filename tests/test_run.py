@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MANTA
+import torch
 
+from manta.data.errors import InputError
+from manta.trainer.convert.huggingface import export
 from manta.trainer.generate import Sampling, write
 from manta.trainer.metrics import parse, read_metrics
+from manta.trainer.pretrained import load_pretrained
 from manta.trainer.rundir import RunDirectory
 
 STEPS = 40
@@ -62,10 +66,12 @@ def test_a_run_leaves_what_its_directory_promises(case, undisturbed):
     assert [line["step"] for line in lines(case, undisturbed) if "eval/loss" in line] == [20, STEPS]
     assert losses(case, undisturbed)[-1] < losses(case, undisturbed)[0] - 0.3
     assert [event["event"] for event in events(case, undisturbed)][-1] == "run-ended"
+    again = case.train(undisturbed)
+    assert "already done: step 40 of 40; raise train.steps to go on" in again.stderr
 
 
 def test_a_rank_killed_in_mid_run_changes_no_loss(case, undisturbed):
-    with case.start("train", str(case.file), "run.dir=killed", "checkpoint.every_steps=8") as running:
+    with case.start("train", str(case.file), "run.dir=killed", "checkpoint.every_steps=8", "cluster.keep_warm=true") as running:
         wait_for_step(case, "killed", 10, running)
         victim = next(e for e in events(case, "killed") if e["event"] == "attempt-started")["ranks"][1]["pid"]
         os.kill(victim, signal.SIGKILL)
@@ -79,70 +85,48 @@ def test_a_rank_killed_in_mid_run_changes_no_loss(case, undisturbed):
     assert len(written) > STEPS, "no step was done twice: the kill came too late to prove anything"
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_stopped_run_goes_on_with_another_number_of_ranks(case, undisturbed, before, after):
+@pytest.mark.parametrize(("before", "after", "told", "code"), [(2, 1, signal.SIGTERM, 75), (1, 2, signal.SIGINT, 130)])
+def test_a_stopped_run_goes_on_with_another_number_of_ranks(case, undisturbed, before, after, told, code):
     run = f"from {before} to {after}"
     with case.start("train", str(case.file), f"run.dir={run}", f"cluster.ranks_per_node={before}") as running:
         wait_for_step(case, run, 3, running)
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(60) == 75, running.stderr.read()
-        running.communicate()
+        running.send_signal(told)
+        assert running.wait(60) == code, running.stderr.read()
+        assert "is saved; go on with: manta resume '" in running.communicate()[1]
+    assert not of_run(case, run)
     stopped = lines(case, run)[-1]["step"]
     assert stopped <= STEPS - 20
+    assert json.loads(case.manta("status", run, "--json").stdout)["checkpoint"] == f"step-{stopped:08d}"
     done = case.manta("resume", run, f"cluster.ranks_per_node={after}")
     assert done.returncode == 0, done.stderr
-    told = lines(case, run)
-    assert [line["world_size"] for line in told] == [before] * stopped + [after] * (STEPS - stopped)
-    assert [line["data/digest"] for line in told] == [line["data/digest"] for line in lines(case, undisturbed)]
+    after_all = lines(case, run)
+    assert [line["world_size"] for line in after_all] == [before] * stopped + [after] * (STEPS - stopped)
+    assert [line["data/digest"] for line in after_all] == [line["data/digest"] for line in lines(case, undisturbed)]
     assert losses(case, run) == pytest.approx(losses(case, undisturbed), abs=1e-5)
 
 
+def copy_of(case, run: str, name: str) -> Path:
+    """A run of its own, as far as `run` has come."""
+    copy = case.home / name
+    shutil.copytree(case.home / run, copy)
+    return copy
+
+
 def test_a_rank_alone_and_torchrun_go_on_with_the_same_run(case, undisturbed):
-    case.train("by hand", "train.steps=6", "schedule.shape=constant")
-    home = case.home / "by hand"
+    home = copy_of(case, undisturbed, "by hand")
+    shutil.rmtree(home / "checkpoints/step-00000040")
     config = home / "config.yaml"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for steps, command in (
-        (9, [sys.executable, "-P", "-m", "manta.trainer", str(home)]),
-        (
-            12,
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node=2",
-                "--no-python",
-                sys.executable,
-                "-P",
-                "-m",
-                "manta.trainer",
-                str(home),
-            ],
-        ),
-    ):
-        config.write_text(config.read_text().replace(f"steps: {steps - 3}\n", f"steps: {steps}\n", 1))
+    alone = [sys.executable, "-P", "-m", "manta.trainer", str(home)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", *alone]
+    for steps, command in ((STEPS, alone), (STEPS + 4, torchrun)):
+        config.write_text(config.read_text().replace(f"steps: {STEPS}\n", f"steps: {steps}\n", 1))
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=case.home, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         assert lines(case, "by hand")[-1]["step"] == steps
     told = lines(case, "by hand")
-    assert [line["world_size"] for line in told] == [2] * 6 + [1] * 3 + [2] * 3
-    assert [line["data/digest"] for line in told] == [line["data/digest"] for line in lines(case, undisturbed)[:12]]
-
-
-def test_a_second_manta_in_the_same_directory_is_refused(case):
-    with case.start("train", str(case.file), "run.dir=twice", "train.steps=2000") as running:
-        wait_for_step(case, "twice", 1, running)
-        second = case.train("twice", "train.steps=2000", code=2)
-        assert "another manta is running it" in second.stderr
-        assert json.loads(case.manta("status", "twice", "--json").stdout)["state"] == "running"
-        running.send_signal(signal.SIGINT)  # Ctrl-C
-        assert running.wait(60) == 130
-        running.communicate()
-    time.sleep(1)
-    assert not of_run(case, "twice")
-    told = json.loads(case.manta("status", "twice", "--json").stdout)
-    assert told["state"] == "interrupted"
-    assert told["checkpoint"] == f"step-{told['step']:08d}"
+    assert [line["world_size"] for line in told] == [2] * 36 + [1] * 4 + [2] * 4
+    assert [line["data/digest"] for line in told[:STEPS]] == [line["data/digest"] for line in lines(case, undisturbed)]
 
 
 def test_another_config_is_refused_and_the_difference_shown(case, undisturbed):
@@ -154,13 +138,34 @@ def test_another_config_is_refused_and_the_difference_shown(case, undisturbed):
 
 
 def test_a_run_whose_checkpoints_are_all_bad_never_starts_afresh(case, undisturbed):
-    shutil.copytree(case.home / undisturbed, case.home / "bad")
-    for path in (case.home / "bad/checkpoints").glob("step-*"):
+    home = copy_of(case, undisturbed, "bad")
+    for path in (home / "checkpoints").glob("step-*"):
         (path / "manifest.json").write_text("{")
     failed = case.train("bad", "train.steps=44", code=1)
     assert "every checkpoint is bad" in failed.stderr
     assert [event["event"] for event in events(case, "bad")].count("attempt-started") == 2, "another try would meet the same"
     assert lines(case, "bad")[-1]["step"] == STEPS
+
+
+def test_a_run_survives_a_bad_checkpoint_a_moved_corpus_and_a_second_manta(case, undisturbed):
+    home = copy_of(case, undisturbed, "survivor")
+    (home / "checkpoints/step-00000040/__0_0.distcp").write_bytes(b"")
+    manifest = json.loads((home / "manifest.json").read_text())
+    moved = json.loads(json.dumps(manifest["corpus"]).replace("/corpora/", "/elsewhere/"))
+    (home / "manifest.json").write_text(json.dumps(manifest | {"corpus": moved}))
+    with case.start("train", str(case.file), "run.dir=survivor", "train.steps=2000") as running:
+        wait_for_step(case, "survivor", 50, running)
+        second = case.train("survivor", "train.steps=2000", code=2)
+        assert "another manta is running it" in second.stderr
+        assert json.loads(case.manta("status", "survivor", "--json").stdout)["state"] == "running"
+        running.stderr.close()  # as when `| tee log` dies of the same Ctrl-C
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 130
+    assert (home / "checkpoints/bad-step-00000040").exists()
+    assert [line["attempt"] for line in lines(case, "survivor")][35:37] == [1, 2]
+    told = json.loads(case.manta("status", "survivor", "--json").stdout)
+    assert told["state"] == "interrupted"
+    assert told["checkpoint"] == f"step-{told['step']:08d}"
 
 
 def test_status_for_people(case, undisturbed):
@@ -183,24 +188,11 @@ def test_an_export_overwrites_nothing_else(case, undisturbed):
     thesis.mkdir()
     for name in ("config.json", "thesis.tex"):
         (thesis / name).write_text("years of work")
-    done = case.manta("export", undisturbed, "--output", "thesis")
-    assert done.returncode == 2
-    assert "got something that is no export" in done.stderr
+    trained = load_pretrained(RunDirectory(case.home / undisturbed))
+    for place in (thesis, thesis / "thesis.tex"):
+        with pytest.raises(InputError, match="got something that is no export"):
+            export(trained, place, dtype=torch.float32)
     assert (thesis / "thesis.tex").read_text() == "years of work"
-
-
-def test_a_run_outlives_its_listener_and_moves_its_corpus(case):
-    shutil.copytree(case.home / "corpora", case.home / "moved")
-    case.train("moved run", "train.steps=4", "data.directory=moved")
-    shutil.rmtree(case.home / "moved")
-    reading, writing = os.pipe()
-    with subprocess.Popen(
-        [MANTA, "resume", "moved run", "train.steps=6", "data.directory=corpora"], cwd=case.home, stderr=writing
-    ) as running:
-        os.close(writing)
-        os.close(reading)  # as when `| tee log` dies of the same Ctrl-C
-        assert running.wait(60) == 0
-    assert lines(case, "moved run")[-1]["step"] == 6
 
 
 def test_an_export_has_equal_logits_in_transformers(case, undisturbed):
@@ -210,6 +202,7 @@ def test_an_export_has_equal_logits_in_transformers(case, undisturbed):
 import torch, warnings
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from manta.trainer.pretrained import load_pretrained
 from manta.trainer.pretrained import load_pretrained
 from manta.trainer.rundir import RunDirectory
 ours = load_pretrained(RunDirectory(Path({str(case.home / undisturbed)!r})))

@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    dir: Path
+    dir: Path = Field(examples=["runs/mine"])
     """Where everything of this run lies."""
 
     @field_validator("dir")

@@ -27,7 +27,7 @@ def load_pretrained(home: RunDirectory) -> Pretrained:
     config = home.config()
     checkpoint = store.newest(home.checkpoints)
     if checkpoint is None:
-        raise InputError(f"{home.checkpoints}: got no checkpoint, wants one; train first: manta resume {home.path}")
+        raise InputError(f"{home.checkpoints}: got no checkpoint, wants one; train first: manta resume {home.typed}")
     file = home.prepared().tokenizer
     tokenizer = Tokenizer(file, end_of_text=config.tokenizer.end_of_text)
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shlex
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,17 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def typed(self) -> str:
+        """The path as a person can type it."""
+        return shlex.quote(str(self.path))
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest committed checkpoint, whose content nobody has looked at; 0 where there is none."""
+        steps = (path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/manifest.json"))
+        return max((int(step) for step in steps if step.isdigit()), default=0)
+
     def config(self) -> TrainingConfig:
         """The config that every rank of the run reads; where the ranks are placed is not its matter."""
         try:
@@ -77,7 +89,7 @@ class RunDirectory:
             lock.acquire(timeout=1)  # a moment of patience: `manta status` holds it for an instant
         except OSError as error:
             if isinstance(error, Timeout):
-                remedy = f"wait for it or stop it first: manta status {self.path}"
+                remedy = f"wait for it or stop it first: manta status {self.typed}"
                 raise InputError(f"{self.path}: another manta is running it; {remedy}") from None
             raise InputError(
                 f"run.dir: got {self.path} ({error.strerror}), wants a directory that can be written; choose another"
@@ -101,6 +113,9 @@ class RunDirectory:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
     return " ".join(str(error).split())
 
 
