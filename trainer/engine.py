@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,12 @@ from manta.trainer.optim import build_optimizer
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # On CPU it would compile this at the first collective, for half a minute, and training is as fast without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# What initialize and an optimizer's constructor would import: a spare must have it all.
-for name in ("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage_1_and_2", "torch._dynamo"):
-    importlib.import_module(name)
+# What initialize and an optimizer's constructor would import: a spare must have it all. Muon's module compiles a function when it is
+# imported, which takes a quarter of all start-up, for an optimizer that we do not use.
+importlib.import_module("torch._dynamo")
+with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
+    for name in ("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage_1_and_2"):
+        importlib.import_module(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
