@@ -119,7 +119,8 @@ class Display:
         """How it ended, where that leaves the run, and what comes next."""
         home = self._home
         if code == 0:
-            return f"done: {self._steps} steps, {duration(time.monotonic() - self._begun)} of it now; try: manta generate {home.typed}"
+            took = duration(time.monotonic() - self._begun)
+            return f"done: {self._steps} steps, {took} since this start; try: manta generate {home.typed}"
         if code in {LEFT_SAVED, LEFT_UNSAVED, INTERRUPTED}:
             stands = f"step {home.saved_step} is saved" if home.saved_step else "nothing is saved yet"
             return f"left; {stands}; go on with: manta resume {home.typed}"
