@@ -43,15 +43,20 @@ BAD = {
     "a layout that is not proven": ("parallel:\n  zero: 3\n", "parallel.zero", "got 3, wants 1", "only 1"),
     "two precisions": ("precision: fp16-bf16\n", "precision", "got \"fp16-bf16\", wants 'fp32' or 'bf16'", "leave it out"),
     "an unknown preset": ("model:\n  preset: gpt-tinny\n", "model.preset", "got 'gpt-tinny', wants one of", "did you mean gpt-tiny?"),
-    "a missing corpus": ("data:\n  sources: [nowhere/*.txt]\n", "nowhere/*.txt", "", ""),
+    "a missing corpus": ("data:\n  sources: [nowhere/*.txt]\n", "nowhere/*.txt", "no such file", ""),
     "a batch beyond all reason": (
         "train:\n  global_batch: 99999999999999\n",
         "train.global_batch",
         "wants less than or equal to",
         "try train",
     ),
-    "no list of sources": ("data:\n  sources: 4\n", "data.sources", "wants", ""),
-    "more ranks than none": ("cluster:\n  ranks_per_node: 0\n", "cluster.ranks_per_node", "got 0, wants", ""),
+    "no list of sources": ("data:\n  sources: 4\n", "data.sources", "got 4, wants", "try data.sources="),
+    "more ranks than none": (
+        "cluster:\n  ranks_per_node: 0\n",
+        "cluster.ranks_per_node",
+        "got 0, wants greater than or equal to 1",
+        "leave it out",
+    ),
 }
 
 

@@ -119,7 +119,6 @@ def test_zero_1_equals_one_plain_process(ranks, precision, optimizer):
         loss, norm = trace.differs(wanted)
         assert loss <= LOSS_BOUND[precision]
         assert norm <= NORM_BOUND[precision]
-    assert wanted.losses[-1] < wanted.losses[0] or optimizer == "sgd"
 
 
 @pytest.mark.parametrize("fault", ["a gradient doubled", "the reduction left out"])
