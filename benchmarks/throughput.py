@@ -1,6 +1,6 @@
 """Tokens a second and MFU of a config on the device at hand, written to benchmarks/results/<device>.json.
 
-python benchmarks/throughput.py examples/gpt-124m.yaml [key=value …]
+python benchmarks/throughput.py examples/gpt2-124m.yaml [key=value …]
 """
 
 import json

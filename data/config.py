@@ -1,7 +1,7 @@
 """The `data` and `tokenizer` sections of a run's config."""
 
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -14,6 +14,15 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, us
 
     sequence_length: int = Field(ge=2, examples=[1024])
     """Tokens a sample predicts."""
+
+    objective: Literal["causal", "masked"] = "causal"
+    """causal: each token is predicted from those before it. masked: hidden tokens from all the others, and whether B follows A (BERT)."""
+
+    separate_documents: bool = False
+    """Whether a token sees its own document only, of the several in a sample; positions then begin anew in each. Causal only."""
+
+    mask_share: float = Field(default=0.15, gt=0, lt=1)
+    """Share of tokens that a masked objective predicts: 80 % of them hidden, 10 % replaced, 10 % left as they are."""
 
     directory: Path = Path("corpora")
     """Where prepared corpora live; runs share it."""
@@ -37,6 +46,14 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, us
         return tuple(f"{next(iter(one))}:" if _is_bare(one) else one for one in cast("list[Any]", listed))
 
     @model_validator(mode="after")
+    def _fits_the_objective(self) -> Self:
+        if self.objective == "masked" and self.separate_documents:
+            raise ValueError("separate_documents: got true, wants false where objective is masked: B must see A; leave it out")
+        if self.objective == "masked" and self.sequence_length < 5:
+            raise ValueError(f"sequence_length: got {self.sequence_length}, wants at least 5 for [CLS] A [SEP] B [SEP] (masked); raise it")
+        return self
+
+    @model_validator(mode="after")
     def _each_source_once(self) -> Self:
         for source in self.sources:
             if self.sources.count(source) > 1:
@@ -46,16 +63,16 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, us
 
 class TokenizerConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     vocabulary: int = Field(default=4096, ge=BYTES + 1, le=2**24)
-    """Size of the byte-level BPE to train, the end-of-text token included; a small corpus may fill less of it."""
+    """Size of the byte-level BPE to train, special tokens included; a small corpus may fill less of it."""
 
     file: Path | None = None
-    """A tokenizer.json to load instead of training one."""
+    """A tokenizer.json to load instead of training one; for a masked objective it has [CLS] [SEP] [MASK] [PAD] or <s> </s> <mask> <pad>."""
 
     train_bytes: int = Field(default=30_000_000, ge=1)
     """Bytes of text the tokenizer is trained on: a sample spread over all sources, the same each time."""
 
     end_of_text: str = Field(default="<|endoftext|>", min_length=1)
-    """The token that ends each document."""
+    """The token that ends each document; a BERT tokenizer has no other than [SEP]."""
 
 
 def _is_bare(source: object) -> bool:

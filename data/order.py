@@ -13,9 +13,10 @@ from math import isqrt
 import numpy as np
 from numpy.typing import NDArray
 
+from manta.data.hashing import GOLDEN, hashed, mix
+
 VERSION = 1
 ROUNDS = 6  # three fail a serial test by 1,000 sigma; four pass; six leave a margin
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: multiples of it spread evenly
 
 Indices = NDArray[np.uint64]
 
@@ -34,7 +35,7 @@ class Permutation:
         self.n = n
         self._left, self._right = np.uint64(side), np.uint64(-(-n // side))  # left * right >= n, by less than one row
         rounds = np.arange(1, ROUNDS + 1, dtype=np.uint64)
-        self._keys = _mix(rounds * _GOLDEN + np.uint64(key & (2**64 - 1)))
+        self._keys = mix(rounds * GOLDEN + np.uint64(key & (2**64 - 1)))
 
     def __call__(self, positions: NDArray[np.integer]) -> Indices:
         """Positions [K] in range(n) -> samples [K]."""
@@ -47,9 +48,9 @@ class Permutation:
         left, right = x // self._right, x % self._right
         for turn, key in enumerate(self._keys):
             if turn % 2:
-                left = (left + _mix(right + key) % self._left) % self._left
+                left = (left + mix(right + key) % self._left) % self._left
             else:
-                right = (right + _mix(left + key) % self._right) % self._right
+                right = (right + mix(left + key) % self._right) % self._right
         return left * self._right + right
 
 
@@ -66,18 +67,5 @@ class Order:
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            windows[here] = Permutation(self.n, _epoch_key(self.seed, int(epoch)))(positions[here])
+            windows[here] = Permutation(self.n, int(hashed(self.seed, epoch)[0]))(positions[here])
         return epochs, windows
-
-
-def _epoch_key(seed: int, epoch: int) -> int:
-    """Mixed twice, so that epoch e + 1 of one seed is not epoch e of the next."""
-    key = _mix(np.array([seed & (2**64 - 1)], dtype=np.uint64) + _GOLDEN)
-    return int(_mix(key + np.array([epoch], dtype=np.uint64) * _GOLDEN)[0])
-
-
-def _mix(x: Indices) -> Indices:
-    """splitmix64's finalizer: every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from manta.data import corpus, manifest, shards, tokenizer
-from manta.data.config import DataConfig, TokenizerConfig
+from manta.data.config import BYTES, DataConfig, TokenizerConfig
 from manta.data.durable import TEMPORARY, write_atomically
 from manta.data.encode import Task, encode, sample, start_worker
 from manta.data.errors import InputError
@@ -57,6 +57,7 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
     Raises InputError for whatever is wrong with a source, with the tokenizer's file, or with so little text that no sample results.
     """
     _tokenizer_file(data, tokens)
+    _check_tokenizer(data, tokens)
     for source in data.sources:
         corpus.files(source)  # what is missing is told before anything is written
     with _alone(data.directory):
@@ -67,19 +68,36 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
         directories = [_corpus_directory(data, source, tokens, fingerprint) for source in data.sources]
         manifests = [_make_corpus(*pair, data, tokens, file) for pair in zip(data.sources, directories, strict=True)]
     prepared = _prepared(file, directories, manifests)
-    Samples(prepared, sequence_length=data.sequence_length, seed=0)  # raises where no sample results
+    Samples(prepared, data, tokens, seed=0)  # raises where no sample results
     return prepared
+
+
+def _check_tokenizer(data: DataConfig, tokens: TokenizerConfig) -> None:
+    """Raises InputError where the tokenizer's file, or the size of the one to train, is of no use for the objective."""
+    if tokens.file:
+        given = tokenizer.Tokenizer(tokens.file, end_of_text=tokens.end_of_text)
+        if data.objective == "masked":
+            given.special_tokens()
+        return
+    special = {tokens.end_of_text, *_marks(data)}
+    if tokens.vocabulary < BYTES + len(special):
+        least = f"at least {BYTES + len(special)}: {BYTES} bytes and {' '.join(sorted(special))}"
+        raise InputError(f"tokenizer.vocabulary: got {tokens.vocabulary}, wants {least}; raise it")
+
+
+def _marks(data: DataConfig) -> tuple[str, ...]:
+    """The special tokens that the objective asks of a tokenizer that is trained for it."""
+    return tokenizer.MARKS if data.objective == "masked" else ()
 
 
 def _make_tokenizer(file: Path, data: DataConfig, tokens: TokenizerConfig) -> None:
     if tokens.file:
         content = tokenizer.read(tokens.file)
-        tokenizer.Tokenizer(tokens.file, end_of_text=tokens.end_of_text)  # raises where it is of no use
     else:
         say(f"tokenizer: training {tokens.vocabulary} tokens on up to {tokens.train_bytes / 1e6:.1f} MB of text")
         pieces = [piece for source in data.sources for piece in corpus.pieces(source, data.text_field)]
         texts = sample(pieces, tokens.train_bytes)
-        content = tokenizer.train(texts, vocabulary=tokens.vocabulary, end_of_text=tokens.end_of_text)
+        content = tokenizer.train(texts, vocabulary=tokens.vocabulary, end_of_text=tokens.end_of_text, marks=_marks(data))
     file.parent.mkdir(exist_ok=True)
     write_atomically(file, content.encode())
 
@@ -206,7 +224,7 @@ def _tokenizer_file(data: DataConfig, tokens: TokenizerConfig) -> Path:
         decides: list[object] = [tokenizer.fingerprint(tokenizer.read(tokens.file))]
     else:
         trained_on = [corpus.identity(source) for source in data.sources]
-        decides = [trained_on, data.text_field, tokens.vocabulary, tokens.train_bytes, tokens.end_of_text]
+        decides = [trained_on, data.text_field, tokens.vocabulary, tokens.train_bytes, tokens.end_of_text, *_marks(data)]
     return data.directory.absolute() / f"tokenizer-{_key(decides)}" / "tokenizer.json"
 
 

@@ -7,6 +7,7 @@ once it has given the same ids on a sample of the very documents to be encoded (
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +24,24 @@ Tokens = NDArray[np.uint32]
 # The split that `tokenizers` calls ByteLevel (GPT-2's), spelled so that only the one alternative that must backtrack does.
 _SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+MARKS = ("[CLS]", "[SEP]", "[MASK]", "[PAD]")  # what a masked objective needs, as a tokenizer of ours spells it
+_ELSEWHERE = ("<s>", "</s>", "<mask>", "<pad>")  # and as others do
 _LONG_BLANK = 250_000  # characters of white space in a row; near a million, tiktoken's regular expression overflows its stack
 
 
-def train(texts: Iterable[str], *, vocabulary: int, end_of_text: str) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SpecialTokens:
+    """The ids that are no text."""
+
+    end_of_text: int
+    cls: int
+    sep: int
+    mask: int
+    pad: int
+    is_text: NDArray[np.bool_]  # [vocabulary]: whether an id is that of a token which text is made of
+
+
+def train(texts: Iterable[str], *, vocabulary: int, end_of_text: str, marks: tuple[str, ...] = ()) -> str:
     """The text of a tokenizer.json. The same texts give the same bytes, on any number of cores."""
     from tokenizers import Tokenizer as Reference
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -35,7 +50,8 @@ def train(texts: Iterable[str], *, vocabulary: int, end_of_text: str) -> str:
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     reference.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[end_of_text], initial_alphabet=alphabet, show_progress=False)
+    special = list(dict.fromkeys((end_of_text, *marks)))
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     reference.train_from_iterator(texts, trainer)
     return reference.to_str(pretty=True)
 
@@ -48,6 +64,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Reference
 
         content = read(file)
+        self._file = file
         try:
             self._reference = Reference.from_str(content)
         except Exception as error:  # noqa: BLE001  `tokenizers` raises nothing narrower
@@ -77,6 +94,26 @@ class Tokenizer:
             fast.encode_to_numpy(text, allowed_special=set(), disallowed_special=()) if _is_plain(text) else self._encode_slowly([text])[0]
             for text in texts
         ]
+
+    def special_tokens(self) -> SpecialTokens:
+        """What a masked objective is made with. Raises InputError where one is missing, or where a document could spell it."""
+        found = [self._mark(*names) for names in zip(MARKS, _ELSEWHERE, strict=True)]
+        special = {self.end_of_text, *found, *(token["id"] for token in self._spec["added_tokens"] if token["special"])}
+        is_text = np.zeros(self.vocabulary, dtype=np.bool_)
+        is_text[[number for number in self._reference.get_vocab(with_added_tokens=True).values() if number not in special]] = True
+        cls, sep, mask, pad = found
+        return SpecialTokens(end_of_text=self.end_of_text, cls=cls, sep=sep, mask=mask, pad=pad, is_text=is_text)
+
+    def _mark(self, *names: str) -> int:
+        found = {name: number for name in names if (number := self._reference.token_to_id(name)) is not None}
+        wanted = f"wants {' '.join(MARKS)} (or {' '.join(_ELSEWHERE)}) for data.objective masked"
+        if not found:
+            remedy = "set tokenizer.file to one that has them, or leave it out to train one"
+            raise InputError(f"{self._file}: got no token {' or '.join(names)}, {wanted}; {remedy}")
+        name, number = next(iter(found.items()))
+        if number in self._encode_slowly([name])[0]:
+            raise InputError(f"{self._file}: got {name} for text that spells it, {wanted}; mark it as special among its added_tokens")
+        return number
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._reference.decode([int(i) for i in ids], skip_special_tokens=False)

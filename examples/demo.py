@@ -105,7 +105,7 @@ def tell_recovery(home: RunDirectory, killed_at: int, when: float) -> None:
 
 def tell_loss(home: RunDirectory, lines: list[Line]) -> None:
     config = home.config()
-    samples = Samples(home.prepared(), sequence_length=config.data.sequence_length, seed=config.run.seed)
+    samples = Samples(home.prepared(), config.data, config.tokenizer, seed=config.run.seed)
     entropy = samples.validation_unigram_entropy(np.arange(validation_samples(config, samples)))
     loss = lines[-1]["eval/loss"]
     out.print(

@@ -1,6 +1,7 @@
 """The `manta` command. Each command imports what it needs when it runs: help and config errors come at once."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -90,7 +91,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that have this probability.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 1,
 ) -> None:
-    """Write text with a run's newest checkpoint."""
+    """Write text with a run's newest checkpoint, or with an imported model."""
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"--top-p: got {top_p}, wants a probability above 0, at most 1; try 0.95")
     home = _trained(run)
@@ -107,11 +108,15 @@ def export(
     run: Run,
     *,
     output: Annotated[Path | None, typer.Option(help="Where to; RUN/export/hf where not given.", show_default=False)] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (as runs have it), bfloat16 or float16; as it came where imported.", show_default=False)
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest file of weights: 5GB, 500MB.")] = "5GB",
 ) -> None:
-    """Write the newest checkpoint as a Hugging Face Llama: config, safetensors, tokenizer."""
-    if dtype not in {"float32", "bfloat16", "float16"}:
+    """Write the newest checkpoint for Hugging Face transformers: config, safetensors, tokenizer, model card."""
+    if dtype not in {None, "float32", "bfloat16", "float16"}:
         raise InputError(f"--dtype: got {dtype}, wants float32, bfloat16 or float16")
+    limit = _bytes(shard_size)
     home = _trained(run)
     import torch
 
@@ -119,18 +124,43 @@ def export(
     from manta.trainer.pretrained import load_pretrained
 
     directory = home.path / "export" / "hf" if output is None else output.absolute()
-    huggingface.export(load_pretrained(home), directory, dtype=getattr(torch, dtype))
+    huggingface.refuse_to_overwrite(directory)
+    huggingface.export(load_pretrained(home), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=limit)
     typer.echo(str(directory))
 
 
+@app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of config.json, safetensors and tokenizer.json.", show_default=False)],
+    *,
+    output: Annotated[Path | None, typer.Option(help="Where to; imported/NAME where not given.", show_default=False)] = None,
+) -> None:
+    """Take in a model of Hugging Face transformers: GPT-2, Llama, Mistral, Qwen3, BERT, and mixtures of experts."""
+    from manta.trainer.convert.importing import import_model
+
+    place = Path("imported") / directory.absolute().name if output is None else output
+    import_model(directory, place)
+    typer.echo(str(place))
+
+
+def _bytes(text: str) -> int:
+    """5GB -> 5 000 000 000."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)) or float(found[1]) == 0:
+        raise InputError(f"--shard-size: got {text!r}, wants a size such as 5GB or 500MB")
+    return int(float(found[1]) * units[found[2].upper()])
+
+
 def _trained(run: Path) -> "RunDirectory":
-    """The run in a directory. Its mistakes are told before torch is imported."""
+    """The run, or the import, in a directory. Its mistakes are told before torch is imported."""
     from manta.launch import config
     from manta.launch.train import resume_config
     from manta.trainer.rundir import RunDirectory
 
-    config.load(resume_config(run))
     home = RunDirectory(run.absolute())
+    if (home.path / "source.json").exists():
+        return home
+    config.load(resume_config(run))
     if not home.saved_step:
         raise InputError(f"{run}: got no checkpoint, wants one; train first: manta resume {home.typed}")
     return home

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from manta.cluster.config import ClusterConfig
 from manta.data.errors import InputError
-from manta.trainer.config import TrainingConfig
+from manta.trainer.config import ModelConfig, TrainingConfig
 
 Tree = dict[str, Any]
 
@@ -41,8 +41,11 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
         key, value = _parse_override(override)
         _set(tree, key, value)
         sources[key] = "command line"
-    if isinstance(model := tree.get("model"), dict) and "preset" in model:
-        tree["model"] = {**preset(model["preset"], file), **model}
+    if isinstance(model := tree.get("model"), dict) and "preset" in model and not model.keys() >= ModelConfig.model_fields.keys():
+        values = preset(model["preset"], file)
+        tree["model"] = _laid_over(values, model)
+        if _is_path(model["preset"]):
+            sources = {f"model.{key}": str(model["preset"]) for key in values} | sources
     return validate(tree, file, sources)
 
 
@@ -58,11 +61,31 @@ def validate(tree: Tree, file: Path, sources: Mapping[str, str]) -> RunConfig:
 
 
 def preset(name: object, file: Path) -> Tree:
+    """A model section to start from: a named one, or a YAML file of yours, looked for from where the command is given."""
+    if _is_path(name):
+        path = Path(str(name))
+        if not path.is_file():
+            raise ConfigError(f"{file}: model.preset: got {name!r}, and {path.absolute()} is no file; wants the path of a model.yaml")
+        tree = _read(path)
+        if "preset" in tree or any(section in tree for section in RunConfig.model_fields):
+            raise ConfigError(f"{path}: got {', '.join(tree)}, wants the keys of a model section, such as layers: 12")
+        return tree
     folder = resources.files("manta.launch.presets")
     names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
     if name not in names:
-        raise ConfigError(f"{file}: model.preset: got {name!r}, wants one of {', '.join(names)}{_nearest(str(name), names)}")
+        wants = f"one of {', '.join(names)}, or the path of a YAML file"
+        raise ConfigError(f"{file}: model.preset: got {name!r}, wants {wants}{_nearest(str(name), names)}")
     return yaml.safe_load((folder / f"{name}.yaml").read_text())
+
+
+def _is_path(preset: object) -> bool:
+    return isinstance(preset, str) and (preset.endswith((".yaml", ".yml")) or "/" in preset)
+
+
+def _laid_over(below: Tree, above: Tree) -> Tree:
+    """Key by key, sections in sections too."""
+    both = {key for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    return {**below, **above, **{key: _laid_over(below[key], above[key]) for key in both}}
 
 
 class _Loader(yaml.SafeLoader):

@@ -31,29 +31,33 @@ def train(config: RunConfig) -> int:
     home = RunDirectory(config.run.dir.absolute())
     check_place(home)
     ranks = ranks_at_hand(config)
-    layout = plan(config.train, ranks)
+    layout = plan(config.train, ranks, config.parallel)
     refuse_another_run(home, config)
+    check_start(home, config)
     if is_done(home, config):
         say(f"{home.path}: already done: step {config.train.steps} of {config.train.steps}; raise train.steps to go on")
         return 0
+    code = check_own_model(home, config)
     prepared = corpus(home, config)
     with home.claim():
         begun = home.manifest() if home.manifest_file.exists() else manifest(config)
-        write_atomically(home.manifest_file, json.dumps(begun | {"corpus": prepared.to_json()}, indent=1).encode())
+        write_atomically(home.manifest_file, json.dumps(begun | code | {"corpus": prepared.to_json()}, indent=1).encode())
         write_atomically(home.config_file, config.to_yaml().encode())
-        if ranks > layout.data:
+        if ranks > layout.ranks:
             turns = f"global batch {config.train.global_batch} / micro batch {config.train.micro_batch}"
-            say(f"{ranks - layout.data} of {ranks} ranks stand by: {turns} deals out evenly over {layout.data}")
+            say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns} deals out evenly over {layout.data}")
+        each = layout.ranks // layout.data
+        groups = ranks_in_words(layout.data) if each == 1 else f"{layout.data} x {ranks_in_words(each)} ({layout})"
         say(
-            f"{home.path}: {ranks_in_words(layout.data)} x micro batch {layout.micro_batch} x accumulation {layout.accumulation}"
+            f"{home.path}: {groups} x micro batch {layout.micro_batch} x accumulation {layout.accumulation}"
             f" = {layout.global_batch} sequences of {config.data.sequence_length} tokens a step, {config.precision}"
         )
         job = Job(
             command=(sys.executable, "-P", "-m", "manta.trainer", str(home.path)),
             environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
             directory=home.path,
-            ranks=layout.data,
-            ranks_per_node=layout.data,
+            ranks=layout.ranks,
+            ranks_per_node=layout.ranks,
         )
         return follow(Controller(job, config.cluster), Display(home, config.train.steps))
 
@@ -104,6 +108,19 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
         say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
 
 
+def check_start(home: RunDirectory, config: RunConfig) -> None:
+    """Raises InputError where the weights that a new run would begin with are not there: said before a corpus is prepared, not after."""
+    start = config.run.start_from
+    if start is None or home.saved_step:
+        return
+    is_checkpoint = start.name.startswith("step-") and (start / "manifest.json").exists()
+    if not is_checkpoint and RunDirectory(start).newest is None:
+        raise InputError(
+            f"run.start_from: got {start}, which has no checkpoint, wants a run's directory, an imported one, or checkpoints/step-...;"
+            " name one, or leave it out"
+        )
+
+
 def ranks_in_words(count: int) -> str:
     return f"{count} rank" if count == 1 else f"{count} ranks"
 
@@ -114,6 +131,16 @@ def is_done(home: RunDirectory, config: RunConfig) -> bool:
         return False
     last = json.loads(home.events_file.read_text().splitlines()[-1])
     return last["event"] == "run-ended" and last["exit_code"] == 0
+
+
+def check_own_model(home: RunDirectory, config: RunConfig) -> dict[str, str]:
+    """What the manifest remembers of a model of the user's own: where it is looked for. Raises InputError where it can not be had."""
+    if ":" not in config.model.family:
+        return {}
+    from manta.trainer.model.build import own  # torch: a second and a half, for those alone who need it
+
+    own(config.model.family, home.code)
+    return {"code": str(home.code)}
 
 
 def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
@@ -129,7 +156,7 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
     if begun is not None and begun.fingerprint != prepared.fingerprint:
         remedy = "bring back the corpus it was begun with, or choose another run.dir"
         raise InputError(f"{home.path}: corpus fingerprint: got {prepared.fingerprint}, wants {begun.fingerprint}; {remedy}")
-    Samples(prepared, sequence_length=config.data.sequence_length, seed=config.run.seed)  # raises where shards are not as written
+    Samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises where shards are not as written
     return prepared
 
 

@@ -47,7 +47,7 @@ def case(tmp_path_factory) -> Case:
         "run": {"dir": "run", "seed": 5},
         "data": {"sources": ["documents/*.txt"], "sequence_length": 32, "validation": 0.1},
         "tokenizer": {"vocabulary": 512},
-        "model": {"preset": "gpt-tiny", "layers": 2, "width": 64, "mlp_width": 128},
+        "model": {"preset": "llama-tiny", "layers": 2, "width": 64, "mlp_width": 128},
         "optimizer": {"learning_rate": 1e-3},
         "train": {"steps": 40, "global_batch": 8, "micro_batch": 4},
         "checkpoint": {"every_steps": 6},

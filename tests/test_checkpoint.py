@@ -1,29 +1,37 @@
-"""A checkpoint is whole tensors: it comes back under another number of ranks, and a damaged one does not count."""
+"""A checkpoint is whole tensors: it comes back under any other layout, and a damaged one does not count."""
 
 import json
 import math
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from parity import RATES, Cell, batch, model, optimizer_config, rows
 from spmd import spmd
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from manta.trainer import engine as engines
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.checkpoint.pieces import rectangles
-from manta.trainer.checkpoint.state import after_load, logical_shapes, logical_state, optimizer_steps
-from manta.trainer.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
-from manta.trainer.engine import Engine, Microbatch
+from manta.trainer.checkpoint.pieces import Pieces, rectangles
+from manta.trainer.checkpoint.state import LOSS_SCALER, load_masters, logical_state, progress, restore
+from manta.trainer.config import ParallelConfig, TrainConfig
+from manta.trainer.engine import Engine
 from manta.trainer.layout import fits
-from manta.trainer.model.gpt import GPT
 from manta.trainer.world import World
 
-MODEL = ModelConfig(layers=2, width=48, heads=4, kv_heads=2, mlp_width=96)
-TRAIN = TrainConfig(steps=20, global_batch=8, micro_batch=2)
+LINEAR = torch.nn.functional.linear  # ZeRO-3 puts another in its place, for good, which rounds otherwise
+SAVED, LAST = 2, 7
+TRAIN = TrainConfig(steps=LAST, global_batch=4, micro_batch=2)
+BOUNDS = {"fp32": 1e-6, "bf16-autocast": 1e-3, "bf16": 1e-3, "fp16": 1e-3}  # of losses, where the layout is another
 
 
 @given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=4), data=st.data())
@@ -38,93 +46,271 @@ def test_rectangles_cover_a_flat_range_once_and_in_order(shape, data):
     assert len(found) <= 2 * len(shape) - 1
 
 
-def build(optimizer: str, precision: Precision) -> Engine:
-    model = GPT(MODEL, vocabulary=250)
-    model.initialize(seed=1)
-    layout = fits(TRAIN, World.from_environment().size)
-    return Engine(model, layout=layout, optimizer=OptimizerConfig(name=optimizer, gradient_clipping=0.5), precision=precision)
+@given(data=st.data(), shape=st.lists(st.integers(1, 5), min_size=1, max_size=3))
+def test_pieces_lie_where_a_rank_s_part_lies_in_the_whole(shape, data):
+    wholes = [size + data.draw(st.integers(0, 3)) for size in shape]
+    offsets = [data.draw(st.integers(0, whole - size)) for whole, size in zip(wholes, shape, strict=True)]
+    start = data.draw(st.integers(0, math.prod(shape)))
+    whole = torch.arange(math.prod(wholes)).view(wholes)
+    part = whole[tuple(slice(o, o + s) for o, s in zip(offsets, shape, strict=True))].reshape(-1)[start:].clone()
+    pieces = Pieces(wholes, part, held=shape, offsets=offsets, start=start)
+    for chunk, view in zip(pieces.chunks, pieces.views, strict=True):
+        assert torch.equal(view, whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))])
+        assert view.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()  # nothing is copied
+    assert sum(view.numel() for view in pieces.views) == part.numel()
 
 
-def advance(engine: Engine, first: int, last: int) -> list[float]:
-    """Losses of steps first … last - 1 over the whole global batch."""
-    losses = []
+@dataclass(frozen=True)
+class Trail:
+    """What is seen of an engine on its way."""
+
+    losses: list[float]
+    scaler: dict[str, float] | None
+    biases: list[list[float]]
+
+
+def build(cell: Cell, optimizer: str = "adamw", zero: dict | None = None) -> Engine:
+    """zero: what DeepSpeed is told beside our own settings."""
+    layout = fits(TRAIN, World.from_environment().size, cell.parallel)
+    known = engines._settings
+    torch.nn.functional.linear = LINEAR
+
+    def settings(*given):
+        told = known(*given)
+        told["zero_optimization"] |= zero or {}
+        return told
+
+    with patch.object(engines, "_settings", settings):
+        return Engine(
+            model(cell.model), mesh=World.from_environment().mesh(layout), optimizer=optimizer_config(optimizer), precision=cell.precision
+        )
+
+
+def advance(engine: Engine, cell: Cell, optimizer: str, first: int, last: int) -> Trail:
+    """Steps first … last - 1; losses are of the whole global batch."""
+    losses, layout = [], engine.layout
     for step in range(first, last):
-        windows = torch.randint(0, 250, (TRAIN.global_batch, 17), generator=torch.Generator().manual_seed(step))
-        rank, layout = World.from_environment().rank, engine.layout
-        taken = (windows[torch.from_numpy(layout.samples(step=0, turn=turn, rank=rank))] for turn in range(layout.accumulation))
-        loss, _ = engine.step((Microbatch(tokens=w[:, :-1], targets=w[:, 1:]) for w in taken), learning_rate=1e-2)
-        torch.distributed.all_reduce(loss)
-        losses.append(float(loss) / World.from_environment().size)
-    return losses
+        whole = batch(cell.model, step)
+        numbers = (layout.samples(step=0, turn=turn, rank=engine.mesh.data_rank) for turn in range(layout.accumulation))
+        terms = engine.step([rows(whole, taken) for taken in numbers], learning_rate=RATES[optimizer]).terms.double()
+        dist.all_reduce(terms, group=engine.mesh.replicas)
+        losses.append(float(terms.sum()))
+    biases = [router.bias.tolist() for _, router in engine.module.routers() if router.bias is not None]
+    return Trail(losses, progress(engine, step=0, samples_consumed=0).loss_scaler, biases)
 
 
-def save_and_go_on(directory: Path, optimizer: str, precision: Precision) -> list[float]:
-    engine = build(optimizer, precision)
-    advance(engine, 0, 4)
-    progress = store.Progress(step=4, samples_consumed=32, optimizer_steps=optimizer_steps(engine))
-    store.save(directory, logical_state(engine), progress, identity={"corpus": "c"}, attempt=1, keep=2)
-    return advance(engine, 4, 9)
+def save(engine: Engine, directory: Path, step: int, *, attempt: int = 1, keep: int = 2) -> Path:
+    come = progress(engine, step=step, samples_consumed=step * TRAIN.global_batch)
+    return store.save(directory, logical_state(engine), come, identity={"corpus": "c"}, attempt=attempt, keep=keep)
 
 
-def load_and_go_on(directory: Path, optimizer: str, precision: Precision) -> list[float]:
-    engine = build(optimizer, precision)
-    checkpoint = store.newest(directory)
-    store.load(checkpoint, logical_state(engine), logical_shapes(engine))
-    after_load(engine, checkpoint.progress.optimizer_steps)
-    return advance(engine, 4, 9)
+Job = tuple[Path, Cell, str]  # where the checkpoint lies, which layout, which optimizer
 
 
-@pytest.mark.parametrize(
-    ("writers", "readers", "optimizer", "precision"),
-    [
-        (1, (1, 2), "adamw", "fp32"),
-        (2, (1, 2, 4), "adamw", "fp32"),
-        (2, (1, 2), "adamw", "bf16"),
-        (2, (1, 2), "sgd", "fp32"),
-        pytest.param(4, (1, 2, 4), "adamw", "fp32", marks=pytest.mark.slow),
-        pytest.param(4, (1, 2, 4), "adamw", "bf16", marks=pytest.mark.slow),
-    ],
-)
-def test_any_number_of_ranks_loads_what_any_other_saved(tmp_path, writers, readers, optimizer, precision):
-    undisturbed = spmd(save_and_go_on, writers, tmp_path, optimizer, precision)[0]
-    for ranks in readers:
-        resumed = spmd(load_and_go_on, ranks, tmp_path, optimizer, precision)[0]
-        if ranks == writers:
-            assert resumed == undisturbed  # bit by bit
-        else:
-            assert resumed == pytest.approx(undisturbed, rel=1e-6 if precision == "fp32" else 1e-3)
+def write(jobs: list[Job], zero: dict | None = None) -> list[Trail]:
+    """Each cell trains, saves, and goes on undisturbed."""
+    trails = []
+    for directory, cell, optimizer in jobs:
+        engine = build(cell, optimizer, zero)
+        if cell.precision == "fp16":  # about to be raised, where the run has come so far
+            for name, value in zip(LOSS_SCALER, (2.0**15, 995, -1, 1), strict=True):
+                setattr(engine.zero.loss_scaler, name, value)
+        advance(engine, cell, optimizer, 0, SAVED)
+        save(engine, directory, SAVED)
+        trails.append(advance(engine, cell, optimizer, SAVED, LAST))
+    return trails
 
 
-def load_without_optimizer_state(directory: Path) -> list[float]:
-    engine = build("adamw", "fp32")
-    checkpoint = store.newest(directory)
-    state = {key: pieces for key, pieces in logical_state(engine).items() if key.startswith("master/")}
-    store.load(checkpoint, state, checkpoint.tensors)
-    after_load(engine, 0)
-    return advance(engine, 4, 9)
+def read(jobs: list[Job], zero: dict | None = None) -> list[Trail]:
+    """Each cell goes on from where a checkpoint was left."""
+    trails = []
+    for directory, cell, optimizer in jobs:
+        engine = build(cell, optimizer, zero)
+        restore(store.newest(directory), engine)
+        trails.append(advance(engine, cell, optimizer, SAVED, LAST))
+    return trails
 
 
-def test_the_comparison_notices_a_lost_optimizer_state(tmp_path):
-    undisturbed = spmd(save_and_go_on, 2, tmp_path, "adamw", "fp32")[0]
-    resumed = spmd(load_without_optimizer_state, 2, tmp_path)[0]
-    assert resumed != pytest.approx(undisturbed, rel=1e-4)
+def by_ranks(function, jobs: list[Job]) -> dict[Job, Trail]:
+    """Those of as many ranks, one after another in the same processes; what rank 0 saw."""
+    seen = {}
+    for ranks in sorted({cell.ranks for _, cell, _ in jobs}):
+        here = [job for job in jobs if job[1].ranks == ranks]
+        seen |= dict(zip(here, spmd(function, ranks, here, timeout=1800.0)[0], strict=True))
+    return seen
 
 
-def save_unstepped(directory: Path) -> list[float]:
-    engine = build("adamw", "fp32")
-    progress = store.Progress(step=0, samples_consumed=0, optimizer_steps=optimizer_steps(engine))
-    store.save(directory, logical_state(engine), progress, identity={}, attempt=1, keep=2)
-    return advance(engine, 4, 9)
+def check(writers: list[Job], readers: Callable[[Job], list[Cell]]) -> None:
+    """Every writer's checkpoint, under the layouts of `readers`: bit by bit the same where it is the writer's own."""
+    undisturbed = by_ranks(write, writers)
+    jobs = {(writer[0], reader, writer[2]): writer for writer in writers for reader in readers(writer)}
+    for job, trail in by_ranks(read, list(jobs)).items():
+        writer, reader, wanted = jobs[job][1], job[1], undisturbed[jobs[job]]
+        difference = max(abs(a - b) / abs(b) for a, b in zip(trail.losses, wanted.losses, strict=True))
+        assert difference <= BOUNDS[reader.precision], f"{writer} -> {reader}"
+        assert trail.scaler == wanted.scaler, f"{writer} -> {reader}"
+        assert wanted.scaler is None or wanted.scaler["cur_scale"] == 2.0**16  # it was raised on the way
+        if reader.precision == "fp32":
+            assert trail.biases == wanted.biases, f"{writer} -> {reader}"
+        if reader == writer:
+            assert trail == wanted, f"{writer}: not bit by bit"
+
+
+def cells(name: str, precision: str, ranks: int, *parallels: dict) -> list[Cell]:
+    return [Cell(name, ranks, precision, ParallelConfig(**parallel)) for parallel in parallels]
+
+
+STAGES = [{"zero": stage} for stage in (0, 1, 2, 3)]
+OFFLOADED = [{"zero": stage, "offload": True} for stage in (1, 2, 3)]
+SHARED = [{"tensor": 2}, {"tensor": 2, "zero": 3}, {"sequence": 2}, {"sequence": 2, "zero": 3}]
+EXPERTS = [{"expert": 2}, {"expert": 2, "zero": 3}]
+
+
+def test_what_any_layout_saved_others_load(tmp_path):
+    families = (
+        ("adamw", [*cells("llama", "fp32", 2, *STAGES, OFFLOADED[1], {"tensor": 2}), *cells("llama", "fp32", 1, {})]),
+        ("sgd", cells("gpt2", "bf16", 2, {"zero": 2}, {"zero": 3})),
+        ("adamw", cells("gpt2", "fp16", 2, {"zero": 1}, {"zero": 3, "offload": True})),
+        ("adamw", cells("gpt2-moe", "fp32", 2, *EXPERTS)),
+    )
+    writers = [(tmp_path / str(cell), cell, optimizer) for optimizer, family in families for cell in family]
+
+    def itself_and_another(writer: Job) -> list[Cell]:
+        family = next(family for _, family in families if writer[1] in family)
+        return [writer[1], family[family.index(writer[1]) - max(1, len(family) // 2)]]
+
+    check(writers, itself_and_another)
+
+
+def every_layout(name: str, precision: str) -> list[Cell]:
+    products = (
+        {"tensor": 2, "sequence": 2},
+        {"tensor": 2, "zero": 3},
+        {"sequence": 2, "expert": 2, "zero": 2},
+        {"sequence": 2, "expert": 4},
+    )
+    named = (
+        *cells(name, precision, 1, {"zero": 1}, {"zero": 3}),
+        *cells(name, precision, 2, *STAGES, *OFFLOADED, *SHARED, *EXPERTS),
+        *cells(name, precision, 4, *products),
+    )
+    return [cell for cell in named if cell.refusal is None]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["llama", "gpt2-moe"])
+def test_what_any_layout_saved_every_other_loads(tmp_path, name):
+    layouts = every_layout(name, "fp32")
+    check([(tmp_path / str(cell), cell, "adamw") for cell in layouts], lambda _: layouts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-autocast", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["gpt2", "moe"])
+def test_what_any_layout_saved_others_load_in_every_precision(tmp_path, name, precision, optimizer):
+    layouts = every_layout(name, precision)
+    after = dict(zip(layouts, [*layouts[5:], *layouts[:5]], strict=True))
+    check([(tmp_path / str(cell), cell, optimizer) for cell in layouts], lambda writer: [writer[1], after[writer[1]]])
+
+
+KINDS = cells("llama", "fp32", 2, *STAGES, OFFLOADED[2], {"tensor": 2})
+
+
+PIECEMEAL = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}
+
+
+def piecemeal(directory: Path) -> None:
+    own, other = ((directory, cell, "adamw") for cell in (KINDS[3], KINDS[1]))
+    zero = build(own[1], zero=PIECEMEAL).zero
+    assert len(zero.fp32_partitioned_groups_flat) > len(zero.optimizer.param_groups)
+    assert 0 < len(zero.persistent_parameters) < len(zero.grad_position)
+    wanted = write([own], PIECEMEAL)
+    assert read([own], PIECEMEAL) == wanted
+    assert read([other])[0].losses == pytest.approx(wanted[0].losses, rel=1e-6)
+
+
+def test_zero_3_may_keep_masters_in_many_pieces_and_small_weights_whole(tmp_path):
+    spmd(piecemeal, 2, tmp_path)
+
+
+def unstepped(directory: Path) -> None:
+    for place, cell in enumerate(KINDS):
+        engine = build(cell)
+        save(engine, directory / str(place), 0)
+        wanted = advance(engine, cell, "adamw", 0, 2)
+        resumed = build(cell)
+        restore(store.newest(directory / str(place)), resumed)
+        assert advance(resumed, cell, "adamw", 0, 2) == wanted, str(cell)
 
 
 def test_a_run_that_never_stepped_can_be_saved(tmp_path):
-    assert spmd(save_unstepped, 2, tmp_path) == spmd(load_and_go_on, 2, tmp_path, "adamw", "fp32")
+    spmd(unstepped, 2, tmp_path)
+
+
+def weights_alone(directory: Path) -> None:
+    writer = KINDS[1]
+    (undisturbed,) = write([(directory, writer, "adamw")])
+    for cell in KINDS:
+        engine = build(cell, "sgd")  # another optimizer: nothing of the old one's is asked for
+        load_masters(store.newest(directory), engine)
+        assert progress(engine, step=0, samples_consumed=0).optimizer_steps == 0
+        begun = advance(engine, cell, "sgd", SAVED, SAVED + 2)
+        assert begun.losses[0] == pytest.approx(undisturbed.losses[0], rel=1e-6), str(cell)
+        assert begun.losses[1] != pytest.approx(undisturbed.losses[1], rel=1e-4), str(cell)
+    with pytest.raises(CheckpointError, match=r"master/blocks.0.attention.k_norm.weight: got \(8,\), wants nothing \(and"):
+        load_masters(store.newest(directory), build(Cell("gpt2", 2)))
+    with pytest.raises(CheckpointError, match=r"exp_avg/blocks.0.attention.k_norm.weight: got \(8,\), wants nothing \(and"):
+        restore(store.newest(directory), build(writer, "sgd"))
+
+
+def test_weights_are_loaded_without_their_optimizer_and_only_into_their_model(tmp_path):
+    spmd(weights_alone, 2, tmp_path)
+
+
+def losing(directory: Path) -> None:
+    cell = KINDS[1]
+    (undisturbed,) = write([(directory, cell, "adamw")])
+    for lost in ("exp_avg/", "exp_avg_sq/", "master/blocks.1.mlp"):
+        engine = build(cell)
+        kept = {key: pieces for key, pieces in logical_state(engine).items() if not key.startswith(lost)}
+        with patch("manta.trainer.checkpoint.state.logical_state", lambda _, kept=kept: kept):
+            restore(store.newest(directory), engine)
+        assert advance(engine, cell, "adamw", SAVED, LAST).losses != pytest.approx(undisturbed.losses, rel=1e-4), lost
+
+
+def test_the_comparison_notices_what_is_lost(tmp_path):
+    spmd(losing, 2, tmp_path)
+
+
+def save_alike(directory: Path) -> None:
+    for cell in (KINDS[0], KINDS[-1]):
+        save(build(cell), directory / str(cell), 0)
+
+
+def test_what_ranks_hold_alike_is_written_once_by_all_of_them(tmp_path):
+    spmd(save_alike, 2, tmp_path)
+    for directory in tmp_path.iterdir():
+        path = store.newest(directory).path
+        wholes = FileSystemReader(path).read_metadata().state_dict_metadata
+        for key, tensor in wholes.items():
+            assert sum(math.prod(chunk.sizes) for chunk in tensor.chunks) == math.prod(tensor.size), key
+        first, second = (sum(file.stat().st_size for file in path.glob(f"__{rank}_*")) for rank in (0, 1))
+        assert first == pytest.approx(second, rel=0.1)
+
+
+def save_steps(directory: Path, steps: list[int], keep: int) -> None:
+    engine = build(KINDS[1])
+    for step in steps:
+        save(engine, directory, step, keep=keep)
 
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints")
-    spmd(save_and_go_on, 2, directory, "adamw", "fp32")
+    spmd(save_steps, 2, directory, [4], 2)
     manifest = json.loads((directory / "step-00000004/manifest.json").read_text())
     shutil.copytree(directory / "step-00000004", directory / "step-00000008")
     del manifest["xxh3"]
@@ -143,6 +329,14 @@ def test_the_newest_checkpoint_is_taken_and_half_written_ones_are_not_seen(check
     assert store.newest(checkpoints).progress.step == 8
     (checkpoints / "latest").write_text("step-00000099\n")
     assert store.newest(checkpoints).progress.step == 8
+
+
+def test_a_checkpoint_from_before_there_was_a_loss_scaler_is_read(checkpoints):
+    file = checkpoints / "step-00000008/manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["loss_scaler"], manifest["xxh3"]
+    file.write_text(json.dumps(manifest | {"xxh3": store._digest(manifest)}))
+    assert store.newest(checkpoints).progress == store.Progress(step=8, samples_consumed=16, optimizer_steps=0)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "torn manifest", "another key", "another step"])
@@ -180,48 +374,46 @@ def test_a_run_whose_checkpoints_are_all_bad_stops(checkpoints):
 
 def test_another_model_is_refused_with_the_first_difference(checkpoints):
     checkpoint = store.newest(checkpoints)
-    with pytest.raises(CheckpointError, match=r"exp_avg/embedding.weight: got \(256, 48\), wants \(256, 64\)"):
-        store.load(checkpoint, {}, checkpoint.tensors | {"exp_avg/embedding.weight": (256, 64)})
-
-
-def save_step_six(directory: Path) -> None:
-    engine = build("adamw", "fp32")
-    progress = store.Progress(step=6, samples_consumed=48, optimizer_steps=0)
-    store.save(directory, logical_state(engine), progress, identity={}, attempt=2, keep=1)
+    with pytest.raises(CheckpointError, match=r"exp_avg/embedding.weight: got \(256, 64\), wants \(256, 96\)"):
+        store.load(checkpoint, {}, checkpoint.tensors | {"exp_avg/embedding.weight": (256, 96)})
 
 
 def test_bad_checkpoints_ahead_push_no_good_one_out(checkpoints):
     (checkpoints / "step-00000008/.metadata").unlink()
-    spmd(save_step_six, 2, checkpoints)
+    spmd(save_steps, 2, checkpoints, [6], 1)
     assert store.newest(checkpoints).progress.step == 6
     store.set_aside(checkpoints, store.newest(checkpoints))
     assert [path.name for path in store.committed(checkpoints)] == ["step-00000006"]
     assert (checkpoints / "bad-step-00000008").exists()
 
 
-def save_three_times(directory: Path) -> None:
-    engine = build("adamw", "fp32")
-    for step in (1, 2, 3):
-        advance(engine, step - 1, step)
-        progress = store.Progress(step=step, samples_consumed=8 * step, optimizer_steps=step)
-        store.save(directory, logical_state(engine), progress, identity={}, attempt=1, keep=2)
-
-
 def test_only_the_newest_are_kept(tmp_path):
-    spmd(save_three_times, 2, tmp_path)
+    spmd(save_steps, 2, tmp_path, [1, 2, 3], 2)
     assert [path.name for path in store.committed(tmp_path)] == ["step-00000003", "step-00000002"]
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
 
 
 def private_parts() -> None:
-    engine = build("adamw", "fp32")
-    assert {"single_partition_of_fp32_groups", "update_lp_params", "_lazy_init_hp_params_optimizer_state"} <= set(dir(engine.zero))
-    mapped = [p._hp_mapping for p in engine.module.parameters() if p._hp_mapping is not None]
-    assert mapped
-    for mapping in mapped:
-        for address in (mapping.lp_fragment_address, mapping.hp_fragment_address):
-            assert address.numel > 0 <= address.start
-        assert mapping.param_group_index in (0, 1)
+    for cell in (*KINDS, *cells("llama", "fp16", 2, {"zero": 1}, {"zero": 3, "offload": True})):
+        engine = build(cell)
+        match engine.layout.zero:
+            case 1 | 2:
+                assert {"single_partition_of_fp32_groups", "update_lp_params"} <= set(dir(engine.zero))
+                mapped = [p._hp_mapping for p in engine.module.parameters() if p._hp_mapping is not None]
+                assert mapped
+                for mapping in mapped:
+                    for address in (mapping.lp_fragment_address, mapping.hp_fragment_address):
+                        assert address.numel > 0 <= address.start
+                    assert mapping.param_group_index in (0, 1)
+            case 3:
+                used = {"checkpoint_event_prologue", "checkpoint_event_epilogue", "_reassign_or_swap_out_partitioned_parameters"}
+                assert used <= set(dir(engine.zero))
+                for parameter in engine.module.parameters():
+                    group, offset, size = engine.zero.grad_position[engine.zero.get_param_id(parameter)]
+                    assert offset + size <= len(engine.zero.fp32_partitioned_groups_flat[group])
+                    assert size * dist.get_world_size(parameter.ds_process_group) >= parameter.ds_numel == math.prod(parameter.ds_shape)
+        if cell.precision == "fp16":
+            assert set(LOSS_SCALER) <= vars(engine.zero.loss_scaler).keys()
 
 
 def test_deepspeed_still_has_the_private_parts_we_read():

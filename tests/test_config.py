@@ -4,10 +4,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from manta.data.errors import InputError
 from manta.launch import config
+from manta.trainer.model.build import build
 
 BAD = {
     "an unknown key": ("train:\n  step: 4\n", "train.step", "unknown key", "did you mean steps?"),
@@ -40,9 +42,25 @@ BAD = {
         "got 99, wants at most train.steps 50",
         "shorten the warmup",
     ),
-    "a layout that is not proven": ("parallel:\n  zero: 3\n", "parallel.zero", "got 3, wants 1", "only 1"),
-    "two precisions": ("precision: fp16-bf16\n", "precision", "got \"fp16-bf16\", wants 'fp32' or 'bf16'", "leave it out"),
-    "an unknown preset": ("model:\n  preset: gpt-tinny\n", "model.preset", "got 'gpt-tinny', wants one of", "did you mean gpt-tiny?"),
+    "a ZeRO stage that is none": ("parallel:\n  zero: 4\n", "parallel.zero", "got 4, wants 0, 1, 2 or 3", "try parallel.zero="),
+    "two precisions": ("precision: fp16-bf16\n", "precision", "got \"fp16-bf16\", wants 'fp32'", "leave it out"),
+    "a tensor size that does not divide": (
+        "parallel:\n  tensor: 3\n",
+        "parallel.tensor",
+        "got 3, wants a divisor of model.heads 4",
+        "use another",
+    ),
+    "experts that are not there": ("parallel:\n  expert: 2\n", "parallel.expert", "got 2, and the model has no experts", "leave it out"),
+    "bf16 without ZeRO": ("parallel:\n  zero: 0\nprecision: bf16\n", "parallel.zero", "got 0, which goes wrong in bf16", "use 1, 2 or 3"),
+    "fp8 here": ("precision: fp8\n", "precision", "got fp8", "use bf16"),
+    "a key of another family": ("model:\n  family: gpt2\n", "model.kv_heads", "got 2, and family gpt2 has none", "leave it out"),
+    "an encoder on a causal objective": (
+        "model:\n  preset: bert-tiny\n  kv_heads: null\n",
+        "data.objective",
+        "got 'causal', wants 'masked' for model.family bert",
+        "set it",
+    ),
+    "an unknown preset": ("model:\n  preset: llama-tinny\n", "model.preset", "got 'llama-tinny', wants one of", "did you mean llama-tiny?"),
     "a missing corpus": ("data:\n  sources: [nowhere/*.txt]\n", "nowhere/*.txt", "no such file", ""),
     "a batch beyond all reason": (
         "train:\n  global_batch: 99999999999999\n",
@@ -152,14 +170,42 @@ def test_a_config_comes_back_from_its_own_yaml(case, tmp_path):
 
 
 def test_what_is_written_in_a_config_outweighs_its_preset(case):
-    loaded = config.load(case.file, ["model.preset=gpt-124m", "model.width=96"])
+    loaded = config.load(case.file, ["model.preset=gpt2-124m", "model.width=96"])
     assert (loaded.model.layers, loaded.model.width, loaded.model.heads) == (2, 96, 12)
 
 
-@pytest.mark.parametrize("name", ["gpt-tiny", "gpt-124m", "gpt-350m", "gpt-1.3b"])
-def test_each_preset_is_a_whole_model(case, name):
+PRESETS = {
+    "gpt2-tiny": 0.83e6,
+    "gpt2-124m": 124.4e6,
+    "gpt2-350m": 354.8e6,
+    "gpt2-774m": 774.0e6,
+    "gpt2-1.5b": 1557.6e6,
+    "llama-tiny": 0.804e6,
+    "llama-1b": 1038.7e6,
+    "llama-8b": 7241.7e6,
+    "moe-tiny": 2.57e6,
+    "moe-8x": 3123.9e6,
+    "bert-tiny": 0.86e6,
+    "bert-base": 109.5e6,
+    "bert-large": 335.2e6,
+}  # parameters: of gpt2 with its own vocabulary of 50257 and 1024 positions, bert with 30522 and 512; of tiny ones and llama without one
+
+
+def test_each_preset_is_tried():
+    assert {path.stem for path in (Path(config.__file__).parent / "presets").glob("*.yaml")} == PRESETS.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_is_a_model_of_the_size_that_it_says(case, name):
     tree = yaml.safe_load(case.file.read_text()) | {"model": config.preset(name, case.file)}
-    assert config.validate(tree, case.file, {}).model.layers >= 4
+    tree["data"]["objective"] = "masked" if name.startswith("bert") else "causal"
+    model = config.validate(tree, case.file, {}).model
+    own = {"gpt2": (50257, 1024), "bert": (30522, 512)}
+    vocabulary, length = (128, 128) if "tiny" in name else own.get(model.family, (50257 if "moe" in name else 32000, 1024))
+    with torch.device("meta"):
+        made = build(model, vocabulary=vocabulary, sequence_length=length)
+    parameters = sum(parameter.numel() for parameter in made.parameters())
+    assert parameters == pytest.approx(PRESETS[name], rel=0.01)
 
 
 def test_sources_are_read_as_people_write_them(case):

@@ -29,6 +29,11 @@ def test_config_is_read_strictly_from_json():
         {"validation": 0.5},
         {"validation": float("nan")},
         {"workers": 0},
+        {"objective": "seq2seq"},
+        {"mask_share": 0.0},
+        {"mask_share": 1.0},
+        {"objective": "masked", "separate_documents": True},
+        {"objective": "masked", "sequence_length": 4},
         {"surplus": 1},
     ],
 )

@@ -11,6 +11,7 @@ from test_data_prepare import SMALL, config, documents, write_lines
 from manta.data import manifest, prepare, samples
 from manta.data.errors import InputError
 from manta.data.manifest import Prepared
+from manta.data.objectives import Examples
 from manta.data.order import Order
 from manta.data.samples import Samples
 from manta.data.shards import dtype_for, map_tokens
@@ -29,6 +30,15 @@ def prepared(tmp_path_factory) -> Prepared:
     return prepare.prepare(config(folder / "corpora", folder / "many", one), SMALL)
 
 
+def open_samples(prepared: Prepared, *, seed: int = 0, sequence_length: int = T, **more) -> Samples:
+    return Samples(prepared, config(Path("corpora"), "unread", sequence_length=sequence_length, **more), SMALL, seed=seed)
+
+
+def text(examples: Examples) -> list[list[int]]:
+    """The windows that causal examples were made of."""
+    return np.concatenate([examples.tokens, examples.targets[:, -1:]], axis=1).tolist()
+
+
 def stream(directory: Path, split: str) -> np.ndarray:
     made = manifest.load(directory)
     return np.concatenate([map_tokens(directory / shard.file, dtype_for(made.vocabulary)) for shard in getattr(made, split).shards])
@@ -44,52 +54,53 @@ def windows(prepared: Prepared, split: str) -> list[list[int]]:
 
 
 def test_samples_are_the_windows_in_the_order_of_the_seed(prepared):
-    opened = Samples(prepared, sequence_length=T, seed=5)
+    opened = open_samples(prepared, seed=5)
     expected = windows(prepared, "train")
     assert opened.train_windows == len(expected)
     numbers = np.arange(3 * opened.train_windows - 7, 3 * opened.train_windows + 25)  # over the end of an epoch
     got = opened.train(numbers)
-    assert got.dtype == np.int64
-    assert got.tolist() == [expected[window] for window in Order(opened.train_windows, seed=5)(numbers)[1]]
+    assert got.samples.tolist() == numbers.tolist()
+    assert {array.dtype for array in (got.tokens, got.targets, got.positions, got.samples)} == {np.dtype(np.int64)}
+    assert text(got) == [expected[window] for window in Order(opened.train_windows, seed=5)(numbers)[1]]
 
 
 def test_every_window_is_read_once_an_epoch_by_any_number_of_ranks(prepared):
-    opened = Samples(prepared, sequence_length=T, seed=5)
+    opened = open_samples(prepared, seed=5)
     for ranks in (1, 3):
         epoch = np.arange(opened.train_windows)
-        read = [row for rank in range(ranks) for row in opened.train(epoch[rank::ranks]).tolist()]
+        read = [row for rank in range(ranks) for row in text(opened.train(epoch[rank::ranks]))]
         assert sorted(read) == sorted(windows(prepared, "train"))
 
 
 def test_validation_is_read_in_its_own_order(prepared):
-    opened = Samples(prepared, sequence_length=T, seed=5)
+    opened = open_samples(prepared, seed=5)
     expected = windows(prepared, "validation")
-    assert opened.validation(np.arange(opened.validation_windows)).tolist() == expected
-    assert opened.validation(np.array([3, 3, 0])).tolist() == [expected[3], expected[3], expected[0]]
+    assert text(opened.validation(np.arange(opened.validation_windows))) == expected
+    assert text(opened.validation(np.array([3, 3, 0]))) == [expected[3], expected[3], expected[0]]
     with pytest.raises(IndexError):
         opened.validation(np.array([opened.validation_windows]))
 
 
 def test_a_sample_longer_than_a_shard_runs_across_several(prepared):
     length = 2500
-    opened = Samples(prepared, sequence_length=length, seed=0)
+    opened = open_samples(prepared, sequence_length=length)
     tokens = stream(prepared.corpora[0], "train")
     assert max(shard.tokens for shard in manifest.load(prepared.corpora[0]).train.shards) < length
     order = Order(opened.train_windows, seed=0)(np.arange(opened.train_windows))[1]
     first = int(np.flatnonzero(order == 0)[0])
-    assert np.array_equal(opened.train(np.array([first]))[0], tokens[: length + 1])
+    assert np.array_equal(text(opened.train(np.array([first])))[0], tokens[: length + 1])
 
 
 def test_more_shards_than_may_be_open_are_read_all_the_same(prepared, monkeypatch):
     numbers = np.arange(200)
-    expected = Samples(prepared, sequence_length=T, seed=5).train(numbers)
+    expected = open_samples(prepared, seed=5).train(numbers).tokens
     monkeypatch.setattr(samples, "_OPEN_SHARDS", 1)
-    assert np.array_equal(Samples(prepared, sequence_length=T, seed=5).train(numbers), expected)
+    assert np.array_equal(open_samples(prepared, seed=5).train(numbers).tokens, expected)
 
 
 def test_the_unigram_entropy_is_that_of_the_targets(prepared):
-    opened = Samples(prepared, sequence_length=T, seed=5)
-    targets = opened.validation(np.arange(4))[:, 1:].ravel().tolist()
+    opened = open_samples(prepared, seed=5)
+    targets = opened.validation(np.arange(4)).targets.ravel().tolist()
     shares = [targets.count(token) / len(targets) for token in set(targets)]
     assert opened.validation_unigram_entropy(np.arange(4)) == pytest.approx(-sum(p * np.log(p) for p in shares))
     assert opened.tokenizer_vocabulary == 400
@@ -107,13 +118,13 @@ def damaged(prepared, tmp_path) -> Prepared:
 
 def refused(prepared: Prepared) -> str:
     with pytest.raises(InputError) as caught:
-        Samples(prepared, sequence_length=T, seed=0).verify()
+        open_samples(prepared).verify()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_truncated_missing_or_changed_shard_is_refused(damaged):
-    Samples(damaged, sequence_length=T, seed=0).verify()
+    open_samples(damaged).verify()
     path = damaged.corpora[0] / "piece-00002.train.bin"
     whole = path.read_bytes()
     path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])

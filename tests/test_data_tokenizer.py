@@ -133,3 +133,55 @@ def test_a_bad_tokenizer_file_is_told(file, tmp_path):
     assert f"{file}: no token '<eos>'; its special tokens: {END}; set tokenizer.end_of_text" in told(file, "<eos>")
     twice = altered(file, tmp_path, lambda spec: spec["model"]["vocab"].update({"a": 70}))
     assert "id 70 stands for " in told(twice)
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("marked") / "tokenizer.json"
+    path.write_text(tokenizer.train(TEXTS, vocabulary=600, end_of_text=END, marks=tokenizer.MARKS), encoding="utf-8")
+    return path
+
+
+def test_a_tokenizer_trained_for_masking_has_the_special_tokens(marked):
+    opened = Tokenizer(marked)
+    special = opened.special_tokens()
+    assert opened.vocabulary == 600
+    assert (special.end_of_text, special.cls, special.sep, special.mask, special.pad) == (0, 1, 2, 3, 4)
+    assert np.flatnonzero(~special.is_text).tolist() == [0, 1, 2, 3, 4]
+    assert tokenizer.train(TEXTS, vocabulary=600, end_of_text="[SEP]", marks=tokenizer.MARKS).count('"special": true') == 4
+
+
+def test_the_names_of_special_tokens_stay_text_in_a_document(marked):
+    text = "".join(f"a{name} " for name in (*tokenizer.MARKS, END))
+    fast = Tokenizer(marked)
+    assert fast.choose_encoder([*TEXTS, text]).startswith("tiktoken: same ids as tokenizers")
+    for opened in (fast, Tokenizer(marked)):
+        (ids,) = opened.encode([text])
+        assert opened.special_tokens().is_text[ids].all()
+        assert opened.decode(ids) == text
+
+
+def test_special_tokens_may_have_the_names_of_others(file, tmp_path):
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Reference
+
+    reference = Reference.from_file(str(file))
+    reference.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>", "<mask>", "<pad>", "<other>")])
+    reference.save(str(tmp_path / "others.json"))
+    special = Tokenizer(tmp_path / "others.json", end_of_text="</s>").special_tokens()
+    assert (special.end_of_text, special.cls, special.sep, special.mask, special.pad) == (601, 600, 601, 602, 603)
+    assert np.flatnonzero(~special.is_text).tolist() == [0, 600, 601, 602, 603, 604]
+
+
+def test_a_tokenizer_that_can_not_mask_is_told(file, marked, tmp_path):
+    def told(path: Path) -> str:
+        with pytest.raises(InputError) as caught:
+            Tokenizer(path).special_tokens()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    wanted = "wants [CLS] [SEP] [MASK] [PAD] (or <s> </s> <mask> <pad>) for data.objective masked"
+    remedy = "set tokenizer.file to one that has them, or leave it out to train one"
+    assert told(file) == f"{file}: got no token [CLS] or <s>, {wanted}; {remedy}"
+    spelled = altered(marked, tmp_path, lambda spec: spec["added_tokens"][3].update(special=False))
+    assert told(spelled) == f"{spelled}: got [MASK] for text that spells it, {wanted}; mark it as special among its added_tokens"

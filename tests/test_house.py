@@ -47,7 +47,7 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_wheel_trains_in_a_clean_environment(wheel, case, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "manta/launch/presets/gpt-tiny.yaml" in names
+    assert "manta/launch/presets/llama-tiny.yaml" in names
     assert all(name.startswith(("manta/", "manta-")) for name in names)
     venv.create(tmp_path / "clean", with_pip=True)
     binaries = tmp_path / "clean" / "bin"

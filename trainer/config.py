@@ -7,13 +7,14 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from manta.data.config import DataConfig, TokenizerConfig
+from manta.trainer.refusals import refusal
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "bf16-autocast", "fp16", "fp8"]
 FREE = (
-    *("run.dir", "data.directory", "data.workers", "model.preset", "train.steps", "train.micro_batch"),
+    *("run.dir", "data.directory", "data.workers", "model.preset", "train.steps", "train.micro_batch", "train.recompute", "train.compile"),
     *("parallel.", "checkpoint.", "evaluate.", "track.", "cluster."),
 )
 """Keys, and sections, that may change when a run is resumed (train.steps upwards only)."""
@@ -36,44 +37,142 @@ class RunSection(Section):
             raise ValueError(f"got {str(value)!r}, wants a path; leave out the NUL")
         return value
 
+    start_from: Path | None = Field(default=None, examples=["imported/gpt2"])
+    """Whose weights a new run begins with: a run's directory, what `manta import` made, or one checkpoint. All else begins anew."""
+
+    @field_validator("start_from")
+    @classmethod
+    def _from_wherever_we_are(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.absolute()
+
     seed: int = Field(default=1, ge=0, lt=2**63)
     """Fixes the initial weights and the order of samples."""
 
 
+class ExpertsConfig(Section):
+    """A mixture of experts in place of each block's MLP."""
+
+    experts: int = Field(ge=2, examples=[8])
+    """Number of routed experts."""
+    top_k: int = Field(default=2, ge=1)
+    """Experts that each token goes to; none is ever dropped."""
+    width: int = Field(ge=1, examples=[1024])
+    """Inner width of each expert (SwiGLU)."""
+    shared: int = Field(default=0, ge=0)
+    """Experts that every token goes to besides."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router's logits become scores."""
+    normalize: bool = True
+    """Whether the chosen scores are divided by their sum."""
+    scale: float = Field(default=1.0, gt=0)
+    """Factor on what the routed experts give."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """How experts are kept evenly loaded: an auxiliary loss for each sequence, or a bias on the choice alone."""
+    balance_weight: float = Field(default=0.01, ge=0)
+    """Weight of the auxiliary loss."""
+    bias_speed: float = Field(default=0.001, gt=0)
+    """How far the bias moves each step."""
+    router_z: float = Field(default=0.001, ge=0)
+    """Weight of the router's z-loss, which keeps its logits small."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> "ExpertsConfig":
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k: got {self.top_k}, wants at most experts {self.experts}; lower it")
+        return self
+
+
 class ModelConfig(Section):
-    """A decoder in the Llama manner."""
+    """A transformer of one of the families, or a model of your own."""
 
     preset: str | None = None
     """A named model to start from; every other key of this section overrides it."""
+    family: str = Field(default="llama", examples=["llama", "gpt2", "bert", "mine.model:Mine"])
+    """llama, gpt2, bert, or the dotted path of your own class, package.module:Class (docs/models.md)."""
     layers: int = Field(ge=1, examples=[12])
     """Number of blocks."""
     width: int = Field(ge=1, examples=[768])
     """Width of the residual stream."""
     heads: int = Field(ge=1, examples=[12])
-    """Number of query heads; divides width."""
-    kv_heads: int = Field(ge=1, examples=[12])
-    """Number of key and value heads (grouped-query attention); divides heads."""
-    mlp_width: int = Field(ge=1, examples=[2048])
-    """Inner width of the SwiGLU block."""
+    """Number of query heads."""
+    kv_heads: int | None = Field(default=None, ge=1, examples=[12])
+    """Number of key and value heads (grouped-query attention, llama); divides heads; as many as heads where left out."""
+    head_width: int | None = Field(default=None, ge=1)
+    """Width of each head; width / heads where left out."""
+    mlp_width: int | None = Field(default=None, ge=1, examples=[2048])
+    """Inner width of the MLP; 4 x width where left out."""
+    positions: int | None = Field(default=None, ge=1)
+    """Learned positions (gpt2, bert); data.sequence_length where left out."""
+    vocabulary: int | None = Field(default=None, ge=1)
+    """Tokens that the embedding has room for; the tokenizer's vocabulary where left out."""
     rope_theta: float = Field(default=10000.0, gt=0)
-    """Base of the rotary position embedding."""
+    """Base of the rotary position embedding (llama)."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
-    """Added to the mean square under RMSNorm's root."""
+    """Added to the variance under the root of each norm."""
     tied_head: bool = True
     """Whether the output head shares the embedding's weight."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalized, each head (llama)."""
+    logit_soft_cap: float | None = Field(default=None, gt=0)
+    """Logits are bent to lie within plus and minus this (llama); none where left out."""
+    sliding_window: int | None = Field(default=None, ge=1)
+    """A token sees so many tokens back, itself among them (llama); all where left out."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the embedding's and each residual branch's channels that are dropped."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the attention weights that are dropped."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target's probability that is spread over all tokens."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log-partition of the output softmax, which keeps logits small; 1e-4 is customary."""
+    experts: ExpertsConfig | None = None
+    """A mixture of experts in place of each MLP (llama, gpt2)."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Whatever your own class wants to know."""
 
     @property
-    def head_width(self) -> int:
-        return self.width // self.heads
+    def kv(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def each_head(self) -> int:
+        return self.head_width or self.width // self.heads
+
+    @property
+    def inner(self) -> int:
+        return self.mlp_width or 4 * self.width
 
     @model_validator(mode="after")
     def _divides(self) -> "ModelConfig":
-        if self.heads % self.kv_heads:
+        if self.heads % self.kv:
             raise ValueError(f"kv_heads: got {self.kv_heads}, wants a divisor of heads {self.heads}; use {_divisors(self.heads)}")
-        if self.width % self.heads or self.head_width % 2:
-            wants = f"width / heads to be even and whole, got width {self.width}"
+        if self.head_width is None and self.width % self.heads:
+            wants = f"a divisor of width {self.width}, or head_width set"
+            raise ValueError(f"heads: got {self.heads}, wants {wants}; use {_divisors(self.width)}")
+        if self.family == "llama" and self.each_head % 2:
+            wants = f"width / heads to be even (rotation turns pairs), got width {self.width}"
             raise ValueError(f"heads: got {self.heads}, wants {wants}; use {_divisors(self.width // 2)}")
         return self
+
+    @model_validator(mode="after")
+    def _family_has_it(self) -> "ModelConfig":
+        if self.family not in FAMILY_KEYS:
+            if ":" not in self.family:
+                raise ValueError(f"family: got {self.family!r}, wants {', '.join(FAMILY_KEYS)} or package.module:Class; name one of them")
+            return self
+        foreign = (set().union(*FAMILY_KEYS.values()) | {"options"}) - FAMILY_KEYS[self.family]
+        for key in sorted(foreign):
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(f"{key}: got {getattr(self, key)!r}, and family {self.family} has none; leave it out")
+        return self
+
+
+FAMILY_KEYS = {
+    "llama": {"kv_heads", "head_width", "rope_theta", "qk_norm", "logit_soft_cap", "sliding_window", "experts"},
+    "gpt2": {"positions", "experts"},
+    "bert": {"positions"},
+}
+"""Keys of the model section that only some families have."""
 
 
 class OptimizerConfig(Section):
@@ -109,6 +208,10 @@ class TrainConfig(Section):
     """Sequences an optimizer step, over all ranks: data size x micro batch x accumulation."""
     micro_batch: int = Field(ge=1, examples=[8])
     """Sequences a rank takes at once; lower it where memory is short."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing, what is computed again on the way back. selective: all but matrix products; full: each block."""
+    compile: bool | None = None
+    """Whether each block is compiled by torch.compile; on GPUs yes where left out, on CPUs no."""
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":
@@ -119,16 +222,18 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Only what a parity test has proven is accepted."""
+    """How a model and its samples lie on the ranks. What is not on the parity table (docs/parity.md) is refused."""
 
-    tensor: Literal[1] = 1
-    """Ranks that share each matrix; only 1 is proven in this version."""
-    expert: Literal[1] = 1
-    """Ranks that share the experts; only 1 is proven in this version."""
-    sequence: Literal[1] = 1
-    """Ranks that share each sequence; only 1 is proven in this version."""
-    zero: Literal[1] = 1
-    """ZeRO stage; only 1 (optimizer state cut over the data ranks) is proven in this version."""
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share each matrix, heads and the vocabulary among them (Megatron-LM)."""
+    expert: int = Field(default=1, ge=1)
+    """Ranks that share the experts of a mixture; they share no samples."""
+    sequence: int = Field(default=1, ge=1)
+    """Ranks that share each sequence (Ulysses)."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage, what lies cut over the data ranks. 1: optimizer state and masters; 2: gradients too; 3: weights too; 0: nothing."""
+    offload: bool = False
+    """Whether optimizer state and masters lie in CPU memory."""
 
 
 class CheckpointConfig(Section):
@@ -165,13 +270,27 @@ class TrainingConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
     precision: Precision = "bf16"
-    """fp32, or bf16 with fp32 master weights and optimizer state."""
+    """fp32; bf16, or fp16 with dynamic loss scaling, both with fp32 masters and optimizer state; bf16-autocast; fp8."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "TrainingConfig":
         if self.schedule.warmup_steps > self.train.steps:
             wants = f"at most train.steps {self.train.steps}"
             raise ValueError(f"schedule.warmup_steps: got {self.schedule.warmup_steps}, wants {wants}; shorten the warmup or train longer")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_suits(self) -> "TrainingConfig":
+        wants = "masked" if self.model.family == "bert" else "causal"
+        if self.model.family in FAMILY_KEYS and self.data.objective != wants:
+            raise ValueError(f"data.objective: got {self.data.objective!r}, wants {wants!r} for model.family {self.model.family}; set it")
+        return self
+
+    @model_validator(mode="after")
+    def _is_proven(self) -> "TrainingConfig":
+        reason = refusal(self.model, self.parallel, self.precision, sequence_length=self.data.sequence_length)
+        if reason is not None:
+            raise ValueError(reason)
         return self
 
     def identity(self) -> dict[str, object]:

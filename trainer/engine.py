@@ -1,99 +1,245 @@
 """DeepSpeed, and all that we know of it (with the checkpoint's fragment reader).
 
-Its config dict is built from our typed one alone: it accepts unknown keys without a word.
+Its config dict is built from our typed one alone: it accepts unknown keys without a word. It is told of the layout by a `Mesh`, and
+by marks on the weights: which are cut over tensor ranks, and which are experts that other ranks do not hold.
+
+Private parts relied on: `DeepSpeedEngine._configure_distributed_model`, `has_moe_layers`, the expert groups in `deepspeed.utils.groups`,
+and the marks that AutoEP and Megatron leave on weights. A contract test names them.
 """
 
 import importlib
 import logging
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else its import tries every vendor's
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 
+from manta.trainer.batch import Batch
 from manta.trainer.config import OptimizerConfig, Precision
 from manta.trainer.layout import Layout
+from manta.trainer.memory import Memory, estimate
+from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim import build_optimizer
+from manta.trainer.parallel import cuts
+from manta.trainer.parallel.apply import Recompute, parallelize
+from manta.trainer.world import Mesh
 
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is done here on purpose: another's optimizer under ZeRO
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # old names that DeepSpeed calls in ZeRO-3
 # On CPU it would compile this at the first collective, for half a minute, and training is as fast without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # What initialize and an optimizer's constructor would import: a spare must have it all. Muon's module compiles a function when it is
 # imported, which takes a quarter of all start-up, for an optimizer that we do not use.
 importlib.import_module("torch._dynamo")
 with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
-    for name in ("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage_1_and_2"):
+    for name in ("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.stage3"):
         importlib.import_module(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Microbatch:
-    """tokens and targets [micro_batch, T]: each target is the token after."""
+class Outcome:
+    """What one optimizer step came to."""
 
-    tokens: Tensor
-    targets: Tensor
+    terms: Tensor  # [K]: this rank's share of each term of the loss; summed over the replicas they are the step's
+    norm: float  # the global gradient norm before clipping
+    skipped: bool  # fp16: a gradient overflowed on some rank, nothing was learned, and the loss scale was lowered
 
 
 class Engine:
-    """A model under ZeRO, trained one optimizer step at a time."""
+    """A model under a layout, trained one optimizer step at a time."""
 
-    def __init__(self, model: nn.Module, *, layout: Layout, optimizer: OptimizerConfig, precision: Precision) -> None:
-        """model: maps (tokens, targets) to a mean loss, in fp32, its weights the same on every rank."""
-        self.layout, self._model = layout, model
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        mesh: Mesh,
+        optimizer: OptimizerConfig,
+        precision: Precision,
+        recompute: Recompute = "none",
+        compile_blocks: bool = False,
+    ) -> None:
+        """model: in fp32, whole, its weights the same on every rank; what this rank does not hold of it is let go."""
+        self.mesh, self.layout, self.module = mesh, mesh.layout, model
+        self.precision, self._clipping = precision, optimizer.gradient_clipping
+        wholes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        memory = estimate(wholes, mesh.layout, precision, optimizer.name)
+        parallelize(model, mesh, recompute=recompute, compile_blocks=compile_blocks)
+        _mark(model, mesh)
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, optimizer), config=_settings(layout, optimizer, precision)
+        mpu = mesh if mesh.layout.tensor > 1 else None
+        settings = _settings(mesh.layout, optimizer, precision, memory)
+        groups.mpu = None  # of another engine in this process
+        self.deepspeed = _Engine(
+            args=None,
+            model=model,
+            optimizer=build_optimizer(model.parameters(), optimizer),
+            mpu=mpu,
+            config=settings,
+            config_class=DeepSpeedConfig(settings, mpu),
         )
-
-    @property
-    def module(self) -> nn.Module:
-        """The model in training precision."""
-        return self._model
 
     @property
     def zero(self) -> Any:
         """DeepSpeed's optimizer, which holds this rank's share of masters and state. Untyped: its private parts are read."""
         return self.deepspeed.optimizer
 
-    def step(self, microbatches: Iterable[Microbatch], *, learning_rate: float) -> tuple[Tensor, float]:
-        """One optimizer step over `layout.accumulation` micro batches.
+    @property
+    def device(self) -> torch.device:
+        device: Any = self.deepspeed.device
+        return torch.device(device)
 
-        Gives this rank's mean loss (a scalar on its device) and the global gradient norm before clipping.
-        """
+    def step(self, microbatches: Iterable[Batch], *, learning_rate: float) -> Outcome:
+        """One optimizer step over `layout.accumulation` micro batches, each the same on all ranks of a tensor or sequence group."""
+        batches = list(microbatches)  # all of them first: each is weighed by what the whole step holds
+        divisors_K = self._divisors(batches)
         for group in self.zero.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.train()
-        total = torch.zeros((), device=self.deepspeed.device)
-        for batch in microbatches:
-            loss = self.deepspeed(batch.tokens, batch.targets)
-            self.deepspeed.backward(loss)  # divides by the accumulation
+        total_K = torch.zeros(len(self.module.terms), device=self.device, dtype=torch.float32)
+        norm = None
+        for batch in batches:
+            with self._autocast():
+                terms_K = self.deepspeed(self._part(batch), divisors_K)
+            self.deepspeed.backward(terms_K.sum())  # divides by the accumulation; ZeRO divides by the replicas
+            total_K += terms_K.detach()
+            if self.layout.zero == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+                norm = self._clip()
             self.deepspeed.step()  # acts on the last micro batch
-            total += loss.detach()
-        norm = self.deepspeed.get_global_grad_norm()
-        assert norm is not None, "ZeRO keeps the norm of each step"
-        return total / self.layout.accumulation, float(norm)
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+        self._settle()
+        skipped = self.precision == "fp16" and bool(self.zero.overflow)
+        return Outcome(terms=total_K / (self.layout.accumulation * self.layout.replicas), norm=float(norm or 0.0), skipped=skipped)
 
     @torch.no_grad()
-    def loss(self, batch: Microbatch) -> Tensor:
-        """The mean loss, with nothing learned."""
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """This rank's sum of each term, and its share of how much of each the batch holds: both [K].
+
+        All ranks call this together, as often: weights and experts may lie on others.
+        """
         self.deepspeed.eval()
-        return self.module(batch.tokens, batch.targets)
+        with self._autocast():
+            sums_K = self.deepspeed(self._part(batch), torch.ones(len(self.module.terms), device=self.device))
+        counts_K = self.module.counts(batch).double() / self.layout.sequence
+        return sums_K.double(), counts_K.to(self.device)
+
+    def loss(self, terms: Sequence[float]) -> float:
+        """Of the terms, what is told as the loss: all but what only keeps the model in bounds."""
+        return sum(term for name, term in zip(self.module.terms, terms, strict=True) if name not in self.module.auxiliary)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """fp16's dynamic loss scale; None in other precisions."""
+        return float(self.zero.loss_scale) if self.precision == "fp16" else None
+
+    @property
+    def loads(self) -> dict[str, Tensor]:
+        """Of each mixture, by its name: the share of the last step's tokens that each expert took, [E]."""
+        return self._loads
+
+    def _divisors(self, batches: list[Batch]) -> Tensor:
+        """What each term is divided by, so that after ZeRO's averages it is the mean over all that the step holds."""
+        counts_K = torch.stack([self.module.counts(batch) for batch in batches]).sum(dim=0).to(self.device, torch.float64)
+        dist.all_reduce(counts_K, group=self.mesh.replicas)
+        counts_K /= self.layout.sequence  # ranks that share a sequence have each counted the whole of it
+        return (counts_K.clamp(min=1) / (self.layout.accumulation * self.layout.replicas)).float()
+
+    def _part(self, batch: Batch) -> Batch:
+        return batch.part(self.mesh.sequence_rank, self.layout.sequence).to(self.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16-autocast" else nullcontext()
+
+    def _clip(self) -> float:
+        """Without ZeRO, DeepSpeed tells no norm, and clips each rank's experts by their own: here all by the norm of all."""
+        gradients = {name: parameter.grad for name, parameter in self.module.named_parameters() if parameter.grad is not None}
+        whole, tensor, expert = squares = torch.zeros(3, device=self.device, dtype=torch.float32)  # by who holds the rest
+        for name, gradient in gradients.items():
+            held = expert if self._is_cut(name, "expert") else tensor if self._is_cut(name, "tensor") else whole
+            held += gradient.float().square().sum()
+        dist.all_reduce(tensor, group=self.mesh.tensor)
+        dist.all_reduce(expert, group=self.mesh.expert)
+        norm = squares.sum().sqrt()
+        if self._clipping > 0:
+            for gradient in gradients.values():
+                gradient.mul_((self._clipping / (norm + 1e-6)).clamp(max=1.0))
+        return float(norm)
+
+    def _is_cut(self, name: str, over: cuts.Over) -> bool:
+        return cuts.is_cut(name, self.mesh.part, over)
+
+    def _settle(self) -> None:
+        routers = dict(self.module.routers())
+        self._loads: dict[str, Tensor] = {}
+        if not routers:
+            return
+        loads = torch.stack([router.load for router in routers.values()]).to(self.device, torch.float32)
+        dist.all_reduce(loads, group=self.mesh.replicas)
+        for (name, router), load_E in zip(routers.items(), loads, strict=True):
+            router.settle(load_E)
+            self._loads[name] = load_E / load_E.sum().clamp(min=1)
 
 
-def _settings(layout: Layout, optimizer: OptimizerConfig, precision: Precision) -> dict[str, object]:
+class _Engine(DeepSpeedEngine):
+    """DeepSpeed looks for its own expert layers; ours it is told of."""
+
+    def _configure_distributed_model(self, model: Any) -> None:
+        super()._configure_distributed_model(model)
+        self.has_moe_layers = any(hasattr(parameter, "group_name") for parameter in model.parameters())
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        """It refuses expert layers that it does not know; the parity table has ours."""
+
+
+def _mark(model: Transformer, mesh: Mesh) -> None:
+    """Tells ZeRO which weights are cut, and over whom: for reductions, partitions and the norm."""
+    name = f"ep_size_{mesh.layout.expert}"
+    known: Any = groups
+    known._EXPERT_PARALLEL_GROUP = {name: mesh.expert}  # noqa: SLF001
+    known._EXPERT_DATA_PARALLEL_GROUP = {name: mesh.expert_replicas}  # noqa: SLF001
+    for weight, parameter in model.named_parameters():
+        marked: Any = parameter
+        if cuts.is_cut(weight, mesh.part, "tensor"):
+            marked.tensor_model_parallel = True
+        if cuts.is_cut(weight, mesh.part, "expert"):
+            marked.allreduce = False
+            marked.group_name = marked.ds_zero_partition_group_name = name
+            marked.ds_zero_placement_family = "autoep_expert"
+
+
+def _settings(layout: Layout, optimizer: OptimizerConfig, precision: Precision, memory: Memory) -> dict[str, Any]:
+    # What DeepSpeed may take beside the model's state, in numbers of weights: a fiftieth of it. Its defaults are 500 million and more.
+    aside = max(2**18, memory.total // 50 // 4)
+    zero: dict[str, Any] = {
+        "stage": layout.zero,
+        "reduce_bucket_size": aside,
+        "sub_group_size": aside,  # ZeRO-3: gradients are made fp32 so many at once
+        "stage3_model_persistence_threshold": aside,  # small weights that stay whole
+    }
+    if layout.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
-        "gradient_clipping": optimizer.gradient_clipping,
-        "zero_optimization": {"stage": 1},
+        "gradient_clipping": optimizer.gradient_clipping if layout.zero else 0.0,  # without ZeRO we do it
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW: faster than DeepSpeed's own in every pairing
+        "zero_force_ds_cpu_optimizer": False,  # its own would be compiled first
         "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2},
     }

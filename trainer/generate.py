@@ -1,4 +1,4 @@
-"""Text from a trained model, token by token.
+"""Text from a trained decoder, token by token.
 
 Shapes: B = 1 batch, T time, V vocabulary.
 """
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from manta.data.errors import InputError
 from manta.trainer.model.attention import Cache
-from manta.trainer.model.gpt import GPT
+from manta.trainer.model.decoder import Decoder
+from manta.trainer.model.gpt2 import GPT2
 from manta.trainer.pretrained import load_pretrained
 from manta.trainer.rundir import RunDirectory
 
@@ -26,14 +28,20 @@ class Sampling:
 
 
 def write(home: RunDirectory, prompt: str, *, count: int, sampling: Sampling) -> Iterator[str]:
-    """Text from a run's newest checkpoint, the prompt first, as it is drawn."""
+    """Text from the newest checkpoint of a run, or from an imported model, the prompt first, as it is drawn.
+
+    Raises InputError where the model is none that writes.
+    """
     trained = load_pretrained(home)
+    model = trained.model
+    if not isinstance(model, Decoder):
+        raise InputError(f"{home.path}: model.family: got {trained.config.family!r}, wants a decoder, llama or gpt2: others write no text")
     end = trained.tokenizer.end_of_text
     ids = [int(token) for token in trained.tokenizer.encode([prompt])[0]]
     shown = prompt
     yield prompt
     # An empty prompt begins a document: after the end of another.
-    for token in generate(trained.model, ids or [end], count=count, vocabulary=trained.tokenizer.vocabulary, end=end, sampling=sampling):
+    for token in generate(model, ids or [end], count=count, vocabulary=trained.tokenizer.vocabulary, end=end, sampling=sampling):
         ids.append(token)
         text = trained.tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # half a character
@@ -42,20 +50,28 @@ def write(home: RunDirectory, prompt: str, *, count: int, sampling: Sampling) ->
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompt: list[int], *, count: int, vocabulary: int, end: int, sampling: Sampling) -> Iterator[int]:
-    """Up to `count` new tokens after `prompt` (not empty), until `end` is drawn. Ids from `vocabulary` up are padding, never drawn."""
-    device = model.head_weight.device
+def generate(model: Decoder, prompt: list[int], *, count: int, vocabulary: int, end: int, sampling: Sampling) -> Iterator[int]:
+    """Up to `count` new tokens after `prompt` (not empty), until `end` is drawn. Ids from `vocabulary` up are padding, never drawn.
+
+    Learned positions come to an end: there, and of a longer prompt, the last half of what they hold is read anew from position 0.
+    """
+    device = model.head.weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    caches = [Cache() for _ in model.layers]
-    tokens_BT, first = torch.tensor([prompt], device=device), 0
+    limit = model.position_embedding.num_embeddings if isinstance(model, GPT2) else None
+    ids, read = list(prompt), 0
+    caches = [Cache() for _ in model.blocks]
     for _ in range(count):
-        logits_V = model.logits(tokens_BT, first=first, caches=caches)[0, -1, :vocabulary].float()
+        if limit is not None and len(ids) > limit:
+            ids, read = ids[-max(1, limit // 2) :], 0
+            caches = [Cache() for _ in model.blocks]
+        tokens_BT = torch.tensor([ids[read:]], device=device)
+        logits_V = model.logits(tokens_BT, first=read, caches=caches)[0, -1, :vocabulary].float()
+        read = len(ids)
         token = draw(logits_V, sampling, generator)
         if token == end:
             return
         yield token
-        first += tokens_BT.shape[1]
-        tokens_BT = torch.tensor([[token]], device=device)
+        ids.append(token)
 
 
 def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

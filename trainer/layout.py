@@ -1,4 +1,4 @@
-"""Who takes which samples: the plan of a global batch over ranks, a pure function of counts."""
+"""How a run lies on ranks: who takes which samples, who shares which weights. Pure functions of counts and config."""
 
 from dataclasses import dataclass
 
@@ -6,44 +6,87 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manta.data.errors import InputError
-from manta.trainer.config import TrainConfig
+from manta.trainer.config import ParallelConfig, TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """data x micro_batch x accumulation = global batch, exactly."""
+    """data x micro_batch x accumulation = global batch, exactly; data x sequence x tensor = ranks."""
 
-    data: int  # ranks that hold whole replicas and share the samples
-    micro_batch: int  # sequences a rank takes at once
-    accumulation: int  # turns a rank takes an optimizer step
+    data: int  # ranks, or groups of them, that share the samples
+    micro_batch: int  # sequences taken at once
+    accumulation: int  # turns an optimizer step
+    tensor: int = 1  # ranks that share each matrix
+    sequence: int = 1  # ranks that share each sequence
+    expert: int = 1  # ranks that share the experts, out of data x sequence
+    zero: int = 1  # ZeRO stage
+    offload: bool = False  # whether masters and optimizer state lie in CPU memory
 
     @property
     def global_batch(self) -> int:
         return self.data * self.micro_batch * self.accumulation
 
-    def samples(self, *, step: int, turn: int, rank: int) -> NDArray[np.int64]:
-        """The global sample numbers [micro_batch] that `rank` takes in this turn (0 <= turn < accumulation) of this step.
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, experts apart: ZeRO cuts over them."""
+        return self.data * self.sequence
 
-        Over all ranks and turns they are range(step * global_batch, (step + 1) * global_batch), each once: the layout decides who
-        reads a sample, never which samples a step reads.
+    @property
+    def ranks(self) -> int:
+        return self.replicas * self.tensor
+
+    def samples(self, *, step: int, turn: int, rank: int) -> NDArray[np.int64]:
+        """The global sample numbers [micro_batch] that data rank `rank` takes in this turn (0 <= turn < accumulation) of this step.
+
+        Over all data ranks and turns they are range(step * global_batch, (step + 1) * global_batch), each once: the layout decides
+        who reads a sample, never which samples a step reads.
         """
         first = step * self.global_batch + (turn * self.data + rank) * self.micro_batch
         return np.arange(first, first + self.micro_batch, dtype=np.int64)
 
+    def __str__(self) -> str:
+        sizes = ((self.data, "data"), (self.tensor, "tensor"), (self.sequence, "sequence"), (self.expert, "expert"))
+        named = [f"{name} {size}" for size, name in sizes if size > 1]
+        return ", ".join([*named, f"ZeRO-{self.zero}" + (" offloaded" if self.offload else "")])
 
-def plan(train: TrainConfig, ranks: int) -> Layout:
+
+def plan(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None) -> Layout:
     """The layout for at most `ranks` ranks: the largest data size that deals the global batch out evenly. The rest stand by."""
+    parallel = parallel or ParallelConfig()
     if ranks < 1:
         raise InputError(f"cluster: got {ranks} ranks, wants at least 1; raise cluster.ranks_per_node")
+    each = parallel.tensor * parallel.sequence
+    if ranks < each:
+        wants = f"at least parallel.tensor {parallel.tensor} x parallel.sequence {parallel.sequence} = {each}"
+        raise InputError(f"cluster: got {ranks} ranks, wants {wants}; raise cluster.ranks_per_node or lower them")
     turns = train.global_batch // train.micro_batch
-    data = next(size for size in range(min(ranks, turns), 0, -1) if turns % size == 0)
-    return Layout(data=data, micro_batch=train.micro_batch, accumulation=turns // data)
+    fitting = (
+        size for size in range(min(ranks // each, turns), 0, -1) if turns % size == 0 and size * parallel.sequence % parallel.expert == 0
+    )
+    data = next(fitting, None)
+    if data is None:
+        raise InputError(
+            f"parallel.expert: got {parallel.expert}, wants a divisor of the data ranks, and {ranks} ranks can not be dealt out so;"
+            " lower it, or raise cluster.ranks_per_node or train.global_batch"
+        )
+    return Layout(
+        data=data,
+        micro_batch=train.micro_batch,
+        accumulation=turns // data,
+        tensor=parallel.tensor,
+        sequence=parallel.sequence,
+        expert=parallel.expert,
+        zero=parallel.zero,
+        offload=parallel.offload,
+    )
 
 
-def fits(train: TrainConfig, ranks: int) -> Layout:
+def fits(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None) -> Layout:
     """The layout for exactly `ranks` ranks. Raises InputError where the global batch can not be dealt out evenly over them."""
-    layout = plan(train, ranks)
-    if layout.data != ranks:
+    layout = plan(train, ranks, parallel)
+    if layout.ranks != ranks:
         turns = f"train.global_batch {train.global_batch} / train.micro_batch {train.micro_batch}"
-        raise InputError(f"WORLD_SIZE: got {ranks} ranks, wants a divisor of {turns}; start {layout.data} ranks or lower train.micro_batch")
+        raise InputError(
+            f"WORLD_SIZE: got {ranks} ranks, wants a divisor of {turns}; start {layout.ranks} ranks or lower train.micro_batch"
+        )
     return layout

@@ -5,7 +5,8 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 from types import FrameType
 
 import numpy as np
@@ -14,11 +15,13 @@ import torch.distributed as dist
 import xxhash
 from numpy.typing import NDArray
 
+from manta.data.objectives import IGNORED, Examples
 from manta.data.samples import Samples
+from manta.trainer.batch import Batch
 from manta.trainer.checkpoint import store
-from manta.trainer.checkpoint.state import logical_state, optimizer_steps
+from manta.trainer.checkpoint.state import logical_state, progress
 from manta.trainer.config import TrainingConfig
-from manta.trainer.engine import Engine, Microbatch
+from manta.trainer.engine import Engine, Outcome
 from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.metrics import Line, MetricsLog, describe
 from manta.trainer.rundir import RunDirectory
@@ -77,7 +80,7 @@ class Loop:
             step += 1
             self.heartbeat("step", step)
             if step == last or (step % self.config.evaluate.every_steps == 0 and not leave):
-                line["eval/loss"] = self.evaluate(step)
+                line |= self.evaluate(step)
             due = step % self.config.track.every_steps == 0 or "eval/loss" in line
             if metrics and due:
                 metrics.write(line)
@@ -96,13 +99,13 @@ class Loop:
         start = time.perf_counter()
         rate = learning_rate(self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps)
         self._digest, self._waited = 0, 0.0
-        loss, norm = self.engine.step(self._microbatches(step), learning_rate=rate)
-        loss, asked, digest = self._total(float(loss), float(self.notice.signal is not None), float(self._digest))
-        loss /= self.world.size
+        outcome = self.engine.step(self._microbatches(step), learning_rate=rate)
+        terms, asked, digest = self._terms(outcome)
         seconds = time.perf_counter() - start
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        loss = self.engine.loss(terms)
+        if not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.norm))):  # a smaller scale mends gradients alone
             raise FloatingPointError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.learning_rate or lengthen the warmup"
+                f"step {step + 1}: loss {loss}, gradient norm {outcome.norm}; lower optimizer.learning_rate or lengthen the warmup"
             )
         tokens = self.config.train.global_batch * self.config.data.sequence_length
         speed = tokens / seconds
@@ -112,8 +115,9 @@ class Loop:
             "tokens": (step + 1) * tokens,
             "time": time.time(),
             "train/loss": loss,
+            **self._parts("train", terms),
             "learning_rate": rate,
-            "grad_norm": norm,
+            "grad_norm": None if outcome.skipped else outcome.norm,
             "tokens_per_second": round(speed, 1),
             "mfu": peak and round(speed * self.flops_per_token / peak, 4),
             "data_wait": round(self._waited, 6),
@@ -123,49 +127,66 @@ class Loop:
             "world_size": self.world.size,
             "attempt": self.world.attempt,
         }
+        if self.engine.loss_scale is not None:
+            line |= {"loss_scale": self.engine.loss_scale, "skipped": outcome.skipped}
+        for name, load_E in self.engine.loads.items():
+            line[f"load/{name}"] = [round(share, 4) for share in load_E.tolist()]
         return line, asked > 0
 
-    def _microbatches(self, step: int) -> Iterator[Microbatch]:
+    def _terms(self, outcome: Outcome) -> tuple[list[float], float, float]:
+        """Over all ranks: each term of the step's loss, how many were told to leave, and the digest of what was read."""
+        first = self.engine.mesh.is_first_of_sample  # each sample's digest is counted once
+        local = [*outcome.terms.tolist(), float(self.notice.signal is not None), float(self._digest if first else 0)]
+        *terms, asked, digest = self._total(*local)
+        return [term / self.engine.layout.tensor for term in terms], asked, digest  # tensor ranks have each told the same
+
+    def _parts(self, prefix: str, terms: Sequence[float], *, leave_out: Set[str] = frozenset()) -> Line:
+        """A loss of several terms is told term by term, too."""
+        names = self.engine.module.terms
+        told = dict(zip(names, terms, strict=True)) if len(names) > 1 else {}
+        return {f"{prefix}/{name}": term for name, term in told.items() if name not in {"loss"} | leave_out}
+
+    def _microbatches(self, step: int) -> Iterator[Batch]:
         for turn in range(self.engine.layout.accumulation):
             self.heartbeat("step", step)
             start = time.perf_counter()
-            numbers = self.engine.layout.samples(step=step, turn=turn, rank=self.world.rank)
-            windows = self.samples.train(numbers)
+            examples = self.samples.train(self.engine.layout.samples(step=step, turn=turn, rank=self.engine.mesh.data_rank))
             # Summed over ranks, in any order: two runs that read the same samples show the same digest, on any machines.
-            self._digest += sum(xxhash.xxh3_64_intdigest(window.tobytes()) % 2**DIGEST_BITS for window in windows)
-            batch = self._microbatch(windows)
+            self._digest += sum(_digest(*both) for both in zip(examples.tokens, examples.targets, strict=True))
+            batch = self._batch(examples)
             self._waited += time.perf_counter() - start
             yield batch
 
-    def evaluate(self, step: int) -> float:
-        """Mean loss in nats a token over the first `evaluate.samples` validation sequences, dealt over the ranks."""
-        self.heartbeat("evaluate", step)
-        indices = np.arange(validation_samples(self.config, self.samples))[self.world.rank :: self.world.size]
-        total = torch.zeros((), dtype=torch.float64)
-        for first in range(0, len(indices), self.config.train.micro_batch):
+    def evaluate(self, step: int) -> Line:
+        """Mean losses over the first `evaluate.samples` validation sequences, dealt over the data ranks."""
+        layout, size = self.engine.layout, self.config.train.micro_batch
+        count = validation_samples(self.config, self.samples)
+        turns = -(-count // (layout.data * size))
+        sums: list[float] = []
+        for turn in range(turns):  # as many on every rank: weights and experts may lie on others
             self.heartbeat("evaluate", step)
-            chunk = indices[first : first + self.config.train.micro_batch]
-            total += float(self.engine.loss(self._microbatch(self.samples.validation(chunk)))) * len(chunk)
-        loss, count = self._total(float(total), float(len(indices)))
-        return loss / count
+            numbers = (turn * layout.data + self.engine.mesh.data_rank) * size + np.arange(size)
+            examples = self.samples.validation(np.minimum(numbers, count - 1))
+            both = torch.cat(self.engine.evaluate(self._batch(_counted(examples, numbers < count)))).tolist()
+            sums = [a + b for a, b in zip(sums, both, strict=True)] if sums else both
+        totals = self._total(*sums)
+        half = len(totals) // 2
+        terms = [total / max(count, 1) for total, count in zip(totals[:half], totals[half:], strict=True)]
+        fillers_count_in = self.engine.module.auxiliary  # they are of all that a batch holds, also where nothing is to be predicted
+        return {"eval/loss": self.engine.loss(terms), **self._parts("eval", terms, leave_out=fillers_count_in)}
 
     def save(self, step: int) -> None:
         self.heartbeat("save", step)
         state = logical_state(self.engine)
-        progress = store.Progress(
-            step=step, samples_consumed=step * self.config.train.global_batch, optimizer_steps=optimizer_steps(self.engine)
-        )
+        come = progress(self.engine, step=step, samples_consumed=step * self.config.train.global_batch)
         keep = self.config.checkpoint.keep
-        path = store.save(self.home.checkpoints, state, progress, identity=self.identity, attempt=self.world.attempt, keep=keep)
+        path = store.save(self.home.checkpoints, state, come, identity=self.identity, attempt=self.world.attempt, keep=keep)
         self.saved = step
         log.info("saved %s", path)
 
-    def _microbatch(self, windows: NDArray[np.int64]) -> Microbatch:
-        """Windows [B, T + 1] -> tokens and targets [B, T] on the device."""
-        both = torch.from_numpy(windows)
-        if self.world.device.type == "cuda":
-            both = both.pin_memory().to(self.world.device, non_blocking=True)
-        return Microbatch(tokens=both[:, :-1], targets=both[:, 1:])
+    def _batch(self, examples: Examples) -> Batch:
+        batch = Batch.of(examples, seed=self.config.run.seed)
+        return batch.pinned() if self.world.device.type == "cuda" else batch
 
     def _total(self, *values: float) -> Sequence[float]:
         """Each value summed over all ranks."""
@@ -183,3 +204,17 @@ class Loop:
 def validation_samples(config: TrainingConfig, samples: Samples) -> int:
     """How many of the validation windows are evaluated."""
     return min(config.evaluate.samples, samples.validation_windows)
+
+
+def _digest(tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> int:
+    return xxhash.xxh3_64_intdigest(np.stack((tokens, targets)).tobytes()) % 2**DIGEST_BITS
+
+
+def _counted(examples: Examples, counted_K: NDArray[np.bool_]) -> Examples:
+    """The same, predicting nothing where an example is there only to make up the batch."""
+    pairs = examples.next_sentence
+    return replace(
+        examples,
+        targets=np.where(counted_K[:, None], examples.targets, IGNORED),
+        next_sentence=None if pairs is None else np.where(counted_K, pairs, IGNORED),
+    )

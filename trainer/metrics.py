@@ -7,6 +7,7 @@ from typing import Any
 
 Line = dict[str, Any]
 LONGEST_LINE = 1 << 16  # bytes
+AUXILIARY = frozenset({"z_loss", "balance", "router_z"})  # no part of the loss: Transformer.auxiliary, told without torch
 
 
 class MetricsLog:
@@ -41,12 +42,21 @@ def read_metrics(path: Path) -> list[Line]:
 
 def describe(line: Line) -> str:
     """What people want to know of a step."""
-    parts = [f"loss {line['train/loss']:.4f}", f"{line['tokens_per_second']:,.0f} tokens/s"]
+    parts = [f"loss {losses(line, 'train')}", f"{line['tokens_per_second']:,.0f} tokens/s"]
     if line.get("mfu") is not None:
         parts.append(f"MFU {line['mfu']:.1%}")
+    if line.get("skipped"):
+        parts.append(f"gradients overflowed, nothing learned, loss scale now {line['loss_scale']:g}")
     if "eval/loss" in line:
-        parts.append(f"validation loss {line['eval/loss']:.4f}")
+        parts.append(f"validation loss {losses(line, 'eval')}")
     return "  ".join(parts)
+
+
+def losses(line: Line, split: str) -> str:
+    """Of `train` or `eval`: the loss, and where it is a sum, what it is the sum of."""
+    terms = {name: value for key, value in line.items() if (name := key.removeprefix(f"{split}/")) not in {key, "loss"} | AUXILIARY}
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in terms.items())
+    return f"{line[f'{split}/loss']:.4f}" + (f" ({told})" if told else "")
 
 
 def duration(seconds: float) -> str:

@@ -1,36 +1,98 @@
-"""A run's model, whole, in one process that trains nothing: what generation and export begin with."""
+"""A trained or imported model, whole, in one process that trains nothing: what generation and export begin with."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
+from pydantic import ValidationError
+from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.data.tokenizer import Tokenizer
 from manta.trainer.checkpoint import store
-from manta.trainer.config import TrainingConfig
-from manta.trainer.model.gpt import GPT
+from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.config import ModelConfig
+from manta.trainer.convert import source
+from manta.trainer.convert.mapping import tensors
+from manta.trainer.model.build import build
+from manta.trainer.model.transformer import Transformer
 from manta.trainer.rundir import RunDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pretrained:
-    model: GPT  # fp32, in evaluation mode
+    home: RunDirectory
+    config: ModelConfig
+    model: Transformer  # fp32, in evaluation mode
     tokenizer: Tokenizer
     tokenizer_file: Path
-    config: TrainingConfig
+    end_of_text: str
+    sequence_length: int
     checkpoint: store.Checkpoint
+    source: source.Source | None  # None: it was trained here
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding that are no padding: tokens that it has room for."""
+        return self.config.vocabulary or self.tokenizer.vocabulary
 
 
 def load_pretrained(home: RunDirectory) -> Pretrained:
-    """From the newest valid checkpoint. Raises InputError where there is none, CheckpointError where all are bad."""
-    config = home.config()
+    """From the newest valid checkpoint of a run, or from what was imported.
+
+    Raises InputError where there is none, CheckpointError where all are bad, or of another model.
+    """
+    origin = source.read(home.path)
+    if origin is None:
+        run = home.config()
+        config, end_of_text, sequence_length = run.model, run.tokenizer.end_of_text, run.data.sequence_length
+    else:
+        config, end_of_text, sequence_length = imported_config(home.path), origin.end_of_text, origin.sequence_length
     checkpoint = store.newest(home.checkpoints)
     if checkpoint is None:
-        raise InputError(f"{home.checkpoints}: got no checkpoint, wants one; train first: manta resume {home.typed}")
-    file = home.prepared().tokenizer
-    tokenizer = Tokenizer(file, end_of_text=config.tokenizer.end_of_text)
+        remedy = f"train first: manta resume {home.typed}" if origin is None else "import it again"
+        raise InputError(f"{home.checkpoints}: got no checkpoint, wants one; {remedy}")
+    file = home.prepared().tokenizer if origin is None else home.path / "tokenizer.json"
+    tokenizer = Tokenizer(file, end_of_text=end_of_text)
     with torch.device("meta"):
-        model = GPT(config.model, vocabulary=tokenizer.vocabulary)
-    model.load_state_dict(store.load_weights(checkpoint), assign=True)
-    return Pretrained(model=model.eval(), tokenizer=tokenizer, tokenizer_file=file, config=config, checkpoint=checkpoint)
+        model = build(config, vocabulary=tokenizer.vocabulary, sequence_length=sequence_length, code=home.code)
+    fill(model, store.load_weights(checkpoint), checkpoint.path)
+    return Pretrained(
+        home=home,
+        config=config,
+        model=model.eval(),
+        tokenizer=tokenizer,
+        tokenizer_file=file,
+        end_of_text=end_of_text,
+        sequence_length=sequence_length,
+        checkpoint=checkpoint,
+        source=origin,
+    )
+
+
+def imported_config(directory: Path) -> ModelConfig:
+    """The model section that an import wrote."""
+    file = directory / "model.yaml"
+    try:
+        return ModelConfig.model_validate_json(json.dumps(yaml.safe_load(file.read_text())), strict=True)
+    except (OSError, yaml.YAMLError, TypeError, ValidationError) as error:
+        raise InputError(f"{file}: {' '.join(str(error).split())}; wants what manta import wrote: import it again") from None
+
+
+def fill(model: Transformer, weights: dict[str, Tensor], path: Path) -> None:
+    """Gives a model without memory its weights. Raises CheckpointError where they are another model's."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
+    got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(wanted.keys() | got.keys()):
+        if wanted.get(name) != got.get(name):
+            raise CheckpointError(f"{path}: {name}: got {got.get(name, 'nothing')}, wants {wanted.get(name, 'nothing')}")
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    shared = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
+    model.load_state_dict(weights, assign=True, strict=False)
+    for name, same in shared.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, model.get_parameter(same))
+    for name, router in model.routers():
+        router.bias = weights.get(f"{name}.bias")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from manta.data.errors import InputError
 from manta.data.samples import Samples
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.checkpoint.state import after_load, logical_shapes, logical_state
+from manta.trainer.checkpoint.state import load_masters, restore
 from manta.trainer.engine import Engine
 from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.layout import fits
 from manta.trainer.loop import Loop, Notice
-from manta.trainer.model.gpt import GPT, flops_per_token
+from manta.trainer.model.build import build
 from manta.trainer.power import peak_flops
 from manta.trainer.rundir import RunDirectory
 from manta.trainer.world import World
@@ -41,20 +42,30 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     notice = Notice()
     heartbeat("load", 0)
     config = home.config()
-    layout = fits(config.train, world.size)
+    layout = fits(config.train, world.size, config.parallel)
     prepared = home.prepared()
-    samples = Samples(prepared, sequence_length=config.data.sequence_length, seed=config.run.seed)
+    samples = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed)
     world.join()
     log.info("joined %d ranks on %s", world.size, world.device)
 
-    model = GPT(config.model, vocabulary=samples.tokenizer_vocabulary)
+    vocabulary, sequence_length = samples.tokenizer_vocabulary, config.data.sequence_length
+    model = build(config.model, vocabulary=vocabulary, sequence_length=sequence_length, code=home.code)
     model.initialize(config.run.seed)
-    cost = flops_per_token(model, config.data.sequence_length)
-    peak = peak_flops(world.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    engine = Engine(model, layout=layout, optimizer=config.optimizer, precision=config.precision)
-    log.info("built %s parameters in %s", f"{sum(p.numel() for p in model.parameters()):,}", config.precision)
+    cost, parameters = model.flops_per_token(sequence_length), sum(p.numel() for p in model.parameters())
+    peak = peak_flops(world.device, torch.float32 if config.precision == "fp32" else torch.bfloat16)
+    engine = Engine(
+        model,
+        mesh=world.mesh(layout),
+        optimizer=config.optimizer,
+        precision=config.precision,
+        recompute=config.train.recompute,
+        compile_blocks=world.device.type == "cuda" if config.train.compile is None else config.train.compile,
+    )
+    log.info("built %s parameters in %s: %s", f"{parameters:,}", config.precision, layout)
     identity = {"corpus": prepared.fingerprint, "config": _digest(config.identity()), "order": str(order.VERSION)}
     step = resume(engine, home, identity)
+    if step is None and config.run.start_from is not None:
+        begin_from(engine, config.run.start_from)
 
     loop = Loop(
         config=config,
@@ -68,40 +79,60 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
         flops_per_token=cost,
         identity=identity,
     )
-    step = loop.run(step)
+    step = loop.run(step or 0)
     dist.destroy_process_group()
     if step == config.train.steps:
         return DONE
     return INTERRUPTED if notice.signal is signal.SIGINT else LEFT
 
 
-def resume(engine: Engine, home: RunDirectory, identity: dict[str, str]) -> int:
-    """Loads the newest valid checkpoint, where there is one. Gives the steps it has done.
+def resume(engine: Engine, home: RunDirectory, identity: dict[str, str]) -> int | None:
+    """Loads the newest valid checkpoint. Gives the steps it has done; None where there is none.
 
-    Rank 0 reads and hashes it; the others take its word. Raises CheckpointError where all are bad, InputError where it is of another run.
+    Raises CheckpointError where all are bad, InputError where it is of another run.
     """
-    chosen: list[store.Checkpoint | Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            chosen[0] = found = store.newest(home.checkpoints)
-            if found is not None:
-                store.set_aside(home.checkpoints, found)
-        except CheckpointError as error:
-            chosen[0] = error
-    dist.broadcast_object_list(chosen, device=torch.device("cpu"))
-    checkpoint = chosen[0]
-    if isinstance(checkpoint, Exception):
-        raise checkpoint
+
+    def newest() -> store.Checkpoint | None:
+        found = store.newest(home.checkpoints)
+        if found is not None:
+            store.set_aside(home.checkpoints, found)
+        return found
+
+    checkpoint = _chosen(newest)
     if checkpoint is None:
-        return 0
+        return None
     for key, wanted in identity.items():
         if (got := checkpoint.identity.get(key)) != wanted:
             remedy = "choose another run.dir, or go back to the config that this run was started with"
             raise InputError(f"{checkpoint.path}: {key} fingerprint: got {got}, wants {wanted}; {remedy}")
-    store.load(checkpoint, logical_state(engine), logical_shapes(engine))
-    after_load(engine, checkpoint.progress.optimizer_steps)
+    restore(checkpoint, engine)
     log.info("resumed from %s", checkpoint.path)
     return checkpoint.progress.step
+
+
+def begin_from(engine: Engine, path: Path) -> None:
+    """The weights of another run, or of an import. Raises InputError where there are none, or they are those of another model."""
+    try:
+        checkpoint = _chosen(lambda: store.find(path))
+        assert checkpoint is not None, "find gives one, or raises"
+        load_masters(checkpoint, engine)
+    except CheckpointError as error:
+        raise InputError(f"run.start_from: {error}") from None
+    log.info("began from the weights of %s", checkpoint.path)
+
+
+def _chosen(choose: Callable[[], store.Checkpoint | None]) -> store.Checkpoint | None:
+    """Rank 0 reads and hashes; the others take its word."""
+    chosen: list[store.Checkpoint | Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            chosen[0] = choose()
+        except CheckpointError as error:
+            chosen[0] = error
+    dist.broadcast_object_list(chosen, device=torch.device("cpu"))
+    if isinstance(chosen[0], Exception):
+        raise chosen[0]
+    return chosen[0]
 
 
 def _digest(value: object) -> str:

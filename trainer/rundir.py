@@ -57,6 +57,11 @@ class RunDirectory:
         steps = (path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/manifest.json"))
         return max((int(step) for step in steps if step.isdigit()), default=0)
 
+    @property
+    def newest(self) -> Path | None:
+        """The newest committed checkpoint, whose content nobody has looked at."""
+        return max((path.parent for path in self.checkpoints.glob("step-*/manifest.json")), default=None)
+
     def config(self) -> TrainingConfig:
         """The config that every rank of the run reads; where the ranks are placed is not its matter."""
         try:
@@ -76,6 +81,12 @@ class RunDirectory:
     def prepared(self) -> Prepared:
         """The corpus and tokenizer that the run reads."""
         return Prepared.from_json(self.manifest()["corpus"])
+
+    @property
+    def code(self) -> Path:
+        """Where a model of the user's own is looked for, beside installed packages: where the run was begun, or if that is gone, here."""
+        begun = self.manifest().get("code") if self.manifest_file.exists() else None
+        return Path(begun) if begun and Path(begun).is_dir() else Path.cwd()
 
     @contextmanager
     def claim(self) -> Generator[None]:

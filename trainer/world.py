@@ -2,14 +2,18 @@
 
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from manta.data.errors import InputError
+from manta.trainer.layout import Layout
+from manta.trainer.parallel.cuts import Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,80 @@ class World:
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timeout)
+
+    def mesh(self, layout: Layout) -> "Mesh":
+        """The groups of this layout. All ranks call this together, once they have joined."""
+        tensor, sequence, expert = layout.tensor, layout.sequence, layout.expert
+        ranks = range(self.size)
+        lanes = [list(ranks[lane::tensor]) for lane in range(tensor)]  # ranks that hold the same part of each matrix
+        return Mesh(
+            data_rank=self.rank // (tensor * sequence),
+            sequence_rank=self.rank // tensor % sequence,
+            tensor_rank=self.rank % tensor,
+            expert_rank=self.rank // tensor % expert,
+            layout=layout,
+            tensor=self._mine(list(ranks[first : first + tensor]) for first in range(0, self.size, tensor)),
+            sequence=self._mine(lane[first : first + sequence] for lane in lanes for first in range(0, len(lane), sequence)),
+            replicas=self._mine(lanes),
+            expert=self._mine(lane[first : first + expert] for lane in lanes for first in range(0, len(lane), expert)),
+            expert_replicas=self._mine(lane[first::expert] for lane in lanes for first in range(expert)),
+        )
+
+    def _mine(self, groups: Iterable[list[int]]) -> ProcessGroup:
+        """Every rank makes every group, in the same order; gives the one that this rank is in."""
+        mine: ProcessGroup | None = None
+        for ranks in groups:
+            group: Any = dist.group.WORLD if len(ranks) == self.size else dist.new_group(ranks)
+            if self.rank in ranks:
+                mine = group
+        assert mine is not None, "the groups of each kind hold every rank once"
+        return mine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """One rank's place in a layout, and the groups it is in. Ranks count tensor first, then sequence, then data.
+
+    It is DeepSpeed's `mpu` as well: what that names data parallel are all ranks that hold the same weights.
+    """
+
+    data_rank: int
+    sequence_rank: int
+    tensor_rank: int
+    expert_rank: int
+    layout: Layout
+    tensor: ProcessGroup  # share each matrix
+    sequence: ProcessGroup  # share each sequence
+    replicas: ProcessGroup  # hold the same weights, experts apart: data x sequence
+    expert: ProcessGroup  # share the experts: consecutive replicas
+    expert_replicas: ProcessGroup  # hold the same experts
+
+    @property
+    def part(self) -> Part:
+        return Part(tensor=(self.tensor_rank, self.layout.tensor), expert=(self.expert_rank, self.layout.expert))
+
+    @property
+    def is_first_of_sample(self) -> bool:
+        """Whether this rank is the first of those that read the same samples."""
+        return self.tensor_rank == self.sequence_rank == 0
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        return self.tensor
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.layout.tensor
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tensor_rank
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self.replicas
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.layout.replicas
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_rank * self.layout.sequence + self.sequence_rank
 
 
 def _free_port() -> int:

@@ -1,8 +1,9 @@
 """From a rank's flat fragment to rectangles of the whole tensor.
 
-Under ZeRO a rank holds, for each parameter, a flat range of it. A flat range of a row-major tensor is a short list of
-rectangles, each contiguous in memory, so each is a view and nothing is copied. Given to torch DCP as chunks of the whole
-tensor they are written, and read back under any other cut.
+A rank holds a part of each parameter, and under ZeRO a flat range of that part. A flat range of a row-major tensor is a short
+list of rectangles, each contiguous in memory, so each is a view and nothing is copied. Given to torch DCP as chunks of the whole
+tensor they are written, and read back under any other cut. Of pieces that several ranks hold, DCP has one write each: the one that
+has the least to write so far.
 
 Private parts relied on: DCP's _Checkpointable protocol (the three dunder methods of `Pieces`).
 """
@@ -10,6 +11,7 @@ Private parts relied on: DCP's _Checkpointable protocol (the three dunder method
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any
 
 import torch
@@ -50,26 +52,27 @@ def _within(row: int, inner: list[Rectangle]) -> list[Rectangle]:
 
 
 class Pieces(torch.Tensor):
-    """What this rank holds of one whole tensor: `flat`, which is the range of it that begins at `start`."""
+    """What this rank holds of one whole tensor: `flat`, which begins at `start` of the part of shape `held` at `offsets` of the whole."""
 
     @staticmethod
     def __new__(  # noqa: PYI034  a static method knows no Self
-        cls: "type[Pieces]", shape: Sequence[int], flat: Tensor, start: int
+        cls: "type[Pieces]", whole: Sequence[int], flat: Tensor, *, held: Sequence[int], offsets: Sequence[int], start: int
     ) -> "Pieces":
-        del start
+        del held, offsets, start
         wrap: Any = torch.Tensor._make_wrapper_subclass  # noqa: SLF001
-        return wrap(cls, torch.Size(shape), dtype=flat.dtype, device=flat.device)
+        return wrap(cls, torch.Size(whole), dtype=flat.dtype, device=flat.device)
 
-    def __init__(self, shape: Sequence[int], flat: Tensor, start: int) -> None:
+    def __init__(self, whole: Sequence[int], flat: Tensor, *, held: Sequence[int], offsets: Sequence[int], start: int) -> None:
         super().__init__()
-        self.whole = torch.Size(shape)
+        self.whole = torch.Size(whole)
         self.chunks: list[ChunkStorageMetadata] = []
         self.views: list[Tensor] = []
         position = 0
-        for rectangle in rectangles(shape, start, start + flat.numel()):
+        for rectangle in rectangles(held, start, start + flat.numel()):
             count = math.prod(rectangle.sizes)
+            place = torch.Size(map(add, offsets, rectangle.offsets))
             self.views.append(flat.narrow(0, position, count).view(rectangle.sizes))
-            self.chunks.append(ChunkStorageMetadata(offsets=torch.Size(rectangle.offsets), sizes=torch.Size(rectangle.sizes)))
+            self.chunks.append(ChunkStorageMetadata(offsets=place, sizes=torch.Size(rectangle.sizes)))
             position += count
 
     @classmethod

@@ -37,6 +37,7 @@ class Progress:
     step: int  # optimizer steps taken
     samples_consumed: int
     optimizer_steps: int  # steps counted by the optimizer's bias correction
+    loss_scaler: dict[str, float] | None = None  # fp16: where the dynamic loss scale stands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,22 +51,23 @@ class Checkpoint:
 
 
 def save(directory: Path, state: Mapping[str, Any], progress: Progress, *, identity: Mapping[str, str], attempt: int, keep: int) -> Path:
-    """All ranks call this together. Gives the committed path; until then nothing of it counts.
+    """All ranks call this together; a process that is no rank calls it alone. Gives the committed path; until then nothing of it counts.
 
     Raises OSError where the disk says so; checkpoints that were there stay as they are.
     """
     final = directory / _name(progress.step)
     partial = directory / f".{final.name}.attempt-{attempt:04d}.partial"
-    first = dist.get_rank() == 0
-    if first:
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-        metadata = write_pieces(dict(state), storage_writer=FileSystemWriter(partial, sync_files=True))
-    files = [{p.name: _describe(p) for p in sorted(partial.glob(f"__{dist.get_rank()}_*"))}] * dist.get_world_size()
-    dist.all_gather_object(files, files[0])
-    if first:
+        metadata = write_pieces(dict(state), storage_writer=FileSystemWriter(partial, sync_files=True), no_dist=not dist.is_initialized())
+    files = [{p.name: _describe(p) for p in sorted(partial.glob(f"__{rank}_*"))}] * ranks
+    if ranks > 1:
+        dist.all_gather_object(files, files[0])
+    if rank == 0:
         tensors = {k: list(v.size) for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         described = {".metadata": _describe(partial / ".metadata")} | {n: d for held in files for n, d in held.items()}
         manifest = {"format": FORMAT, **asdict(progress), "identity": dict(identity), "files": described, "tensors": tensors}
@@ -76,7 +78,8 @@ def save(directory: Path, state: Mapping[str, Any], progress: Progress, *, ident
         sync_directory(directory)
         write_atomically(directory / "latest", f"{final.name}\n".encode())
         _prune(directory, final, keep)
-    dist.barrier()
+    if ranks > 1:
+        dist.barrier()
     return final
 
 
@@ -97,6 +100,19 @@ def newest(directory: Path) -> Checkpoint | None:
     if passed_over:
         raise CheckpointError(f"{directory}: every checkpoint is bad: {'; '.join(passed_over)}; restore one, or choose another run.dir")
     return None
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, or the newest valid one of the run or import there. An explicit one is taken or refused, never passed over.
+
+    Raises CheckpointError where there is none, or none that holds what its manifest says.
+    """
+    if (path / MANIFEST).exists() and path.name.startswith("step-"):
+        return verify(path)
+    found = newest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{path}: got no checkpoint there, wants a run's directory, an imported one, or checkpoints/step-...")
+    return found
 
 
 def committed(directory: Path) -> list[Path]:
@@ -172,7 +188,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
-    progress = Progress(**{k: manifest[k] for k in Progress.__dataclass_fields__})
+    progress = Progress(**{k: manifest[k] for k in Progress.__dataclass_fields__ if k in manifest})  # older ones knew no loss scaler
     tensors = {k: tuple(shape) for k, shape in manifest["tensors"].items()}
     return Checkpoint(path=path, progress=progress, tensors=tensors, identity=manifest["identity"])
 

@@ -1,81 +1,109 @@
-"""To Hugging Face's Llama: a directory that AutoModelForCausalLM and AutoTokenizer load with no code of ours."""
+"""To transformers: a directory that its Auto classes load with no code of ours."""
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from manta.data.errors import InputError
-from manta.trainer.model.gpt import GPT
+from manta.trainer.convert import files
+from manta.trainer.convert.architectures import ARCHITECTURES, Architecture, architecture_for
+from manta.trainer.convert.card import card
+from manta.trainer.convert.configs import Config, to_theirs
+from manta.trainer.convert.mapping import Link, bind, tensors
+from manta.trainer.convert.source import KEPT, Source
+from manta.trainer.convert.tokens import tokenizer_files
 from manta.trainer.pretrained import Pretrained
 
-# Ours -> theirs; the rotation pairs the same halves, so that weights go over unchanged.
-OUTSIDE = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
-FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-INSIDE = {"attention_norm.": "input_layernorm.", "mlp_norm.": "post_attention_layernorm.", "attention.": "self_attn."}
+SHARD_SIZE = 5_000_000_000
+FILES = {"config.json", "README.md", files.SINGLE, files.INDEX, *KEPT}
+ALWAYS_WIDE = ("e_score_correction_bias",)  # transformers keeps it in fp32, whatever the rest is in
 
 
-def export(trained: Pretrained, directory: Path, *, dtype: torch.dtype) -> None:
-    """Writes config, weights, tokenizer. Raises InputError where anything but an earlier export lies in `directory`."""
-    if directory.exists() and (not directory.is_dir() or {entry.name for entry in directory.iterdir()} - FILES):
-        raise InputError(f"{directory}: got something that is no export, wants a new or empty directory; choose another with --output")
+def export(trained: Pretrained, directory: Path, *, dtype: torch.dtype | None = None, shard_size: int = SHARD_SIZE) -> None:
+    """Writes config, weights, tokenizer and model card. `dtype`: None for that of an import, fp32 for a run's.
+
+    Raises InputError where transformers has no such model, or anything but an earlier export lies in `directory`.
+    """
+    refuse_to_overwrite(directory)
+    origin = trained.source
+    architecture = architecture_for(trained.config) if origin is None else _named(origin.architecture)
+    held, vocabulary = tensors(trained.model), trained.vocabulary
+    experts = trained.config.experts.experts if trained.config.experts else 0
+    links = bind(architecture.rows, held, layers=trained.config.layers, experts=experts)
+    planned = _plan(links, held, vocabulary, dtype or torch.float32, origin if dtype is None else None)
+    main = Counter(shape.dtype for shape in planned.values()).most_common(1)[0][0]
+    place = {name: link for link in links for name in link.theirs}
+
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights = {their_name(name): tensor.to(dtype).contiguous() for name, tensor in trained.model.state_dict().items()}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    end = trained.tokenizer.end_of_text
-    token = trained.config.tokenizer.end_of_text
-    _write(partial / "config.json", model_config(trained.model, trained.config.data.sequence_length, end, dtype))
-    _write(partial / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True})
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token,
-        "eos_token": token,
-        "model_max_length": trained.config.data.sequence_length,
-        "clean_up_tokenization_spaces": False,
-    }
-    _write(partial / "tokenizer_config.json", tokenizer_config)
-    shutil.copyfile(trained.tokenizer_file, partial / "tokenizer.json")
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    try:
+        files.write(partial, planned, lambda name: place[name].export(held, vocabulary)[name], limit=shard_size)
+        theirs = _config(trained, architecture, main) if origin is None else _kept_config(origin, dtype)
+        write_json(partial / "config.json", theirs)
+        for name, content in tokenizer_files(trained).items():
+            (partial / name).write_bytes(content)
+        if origin is None and architecture.family != "bert":
+            end = trained.tokenizer.end_of_text
+            write_json(partial / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True})
+        (partial / "README.md").write_text(card(trained, architecture.name, main))
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def their_name(name: str) -> str:
-    """layers.0.attention.q_proj.weight -> model.layers.0.self_attn.q_proj.weight."""
-    if name in OUTSIDE:
-        return OUTSIDE[name]
-    for ours, theirs in INSIDE.items():
-        name = name.replace(f".{ours}", f".{theirs}")
-    return f"model.{name}"
+def refuse_to_overwrite(directory: Path) -> None:
+    """Raises InputError where `directory` is not new, empty, or an earlier export."""
+    if not directory.exists():
+        return
+    names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {"a file"}
+    foreign = {name for name in names - FILES if not files.SHARD.fullmatch(name)}
+    if foreign or (names and not names >= {"config.json", "tokenizer.json"}):
+        raise InputError(f"{directory}: got something that is no export, wants a new or empty directory; choose another with --output")
 
 
-def model_config(model: GPT, sequence_length: int, end: int, dtype: torch.dtype) -> dict[str, object]:
-    config = model.config
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": model.vocabulary,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "hidden_act": "silu",
-        "max_position_embeddings": sequence_length,
-        "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": config.rope_theta,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": config.tied_head,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+def _plan(links: list[Link], held: dict[str, Tensor], vocabulary: int, dtype: torch.dtype, origin: Source | None) -> dict[str, files.Shape]:
+    """What is to be written, in the order of the model."""
+    shapes: dict[str, files.Shape] = {}
+    for link in links:
+        meta = {name: held[name].to("meta") for name in link.ours}
+        for name, tensor in link.export(meta, vocabulary).items():
+            if origin is not None:
+                chosen = getattr(torch, origin.dtypes.get(name, origin.dtype))
+            else:
+                chosen = torch.float32 if name.endswith(ALWAYS_WIDE) else dtype
+            shapes[name] = files.Shape(tuple(tensor.shape), chosen)
+    return shapes
 
 
-def _write(path: Path, value: object) -> None:
+def _config(trained: Pretrained, architecture: Architecture, dtype: torch.dtype) -> Config:
+    learned: Any = getattr(trained.model, "position_embedding", None)
+    positions = trained.sequence_length if learned is None else learned.num_embeddings
+    theirs = to_theirs(architecture, trained.config, vocabulary=trained.vocabulary, positions=positions)
+    if architecture.family == "bert":
+        theirs["pad_token_id"] = trained.tokenizer.special_tokens().pad
+    else:
+        theirs |= {"bos_token_id": trained.tokenizer.end_of_text, "eos_token_id": trained.tokenizer.end_of_text}
+    return theirs | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def _kept_config(origin: Source, dtype: torch.dtype | None) -> Config:
+    """What came with it, but for the precision where another is wanted."""
+    if dtype is None:
+        return origin.config
+    key = "torch_dtype" if "torch_dtype" in origin.config else "dtype"
+    return origin.config | {key: str(dtype).removeprefix("torch.")}
+
+
+def _named(name: str) -> Architecture:
+    return next(architecture for architecture in ARCHITECTURES.values() if architecture.name == name)
+
+
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")

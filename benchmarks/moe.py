@@ -1,0 +1,123 @@
+"""What dropless routing costs: a mixture of experts beside a dense MLP of the same arithmetic, forward and backward.
+
+python benchmarks/moe.py [--threads 2] [--tokens 4096] [--width 512] [--inner 1024] [--precision fp32]
+
+Top 2 of 8 experts of inner width F do the work of one dense SwiGLU of inner width 2 F. Repeats of all are interleaved, so that
+a slow moment of the machine falls on all alike; medians are told. Before that, at each imbalance, every token's output is compared
+with what its chosen experts give it one by one: none is dropped.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manta.trainer.config import ExpertsConfig
+from manta.trainer.model.layers import SwiGLU
+from manta.trainer.model.moe import MixtureOfExperts
+
+EXPERTS, TOP_K, SEQUENCE = 8, 2, 512
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Choice = tuple[Tensor, Tensor]  # weights_NK, chosen_NK
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    for name, default in {"threads": torch.get_num_threads(), "tokens": 4096, "width": 512, "inner": 1024, "repeats": 15}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = {"device": device, "dtype": PRECISIONS[options.precision]}
+    moe = MixtureOfExperts(options.width, ExpertsConfig(experts=EXPERTS, top_k=TOP_K, width=options.inner)).to(**kind)
+    dense = SwiGLU(options.width, TOP_K * options.inner).to(**kind)
+    x_BTD = torch.randn(options.tokens // SEQUENCE, SEQUENCE, options.width, **kind)
+    steps: dict[str, Callable[[], None]] = {"dense": lambda: step(dense, x_BTD), "routed by itself": lambda: step(moe, x_BTD)}
+    choices = {name: choose(popularity, x_BTD) for name, popularity in imbalances().items()}
+    for name, choice in choices.items():
+        wrong = dropped(moe, x_BTD, choice)
+        print(f"{name}: {wrong} of {options.tokens} tokens dropped")
+        if wrong:
+            return 1
+        steps[name] = lambda choice=choice: step(moe, x_BTD, choice)
+    seconds = measure(steps, options.repeats)
+    print(f"{device}, {torch.get_num_threads()} threads, {options.precision}, {options.tokens} tokens of width {options.width}:")
+    for name, times in seconds.items():
+        ratio = statistics.median(ours / plain for ours, plain in zip(times, seconds["dense"], strict=True))
+        print(f"  {name:17} {statistics.median(times) * 1e3:8.1f} ms  {ratio:.3f} of dense")
+    return 0
+
+
+def imbalances() -> dict[str, Tensor]:
+    """How often each expert is chosen first."""
+    one = torch.full((EXPERTS,), 1e-9)
+    one[3] = 1.0
+    return {"uniform": torch.ones(EXPERTS), "Zipf": 1 / torch.arange(1.0, EXPERTS + 1), "all to one": one}
+
+
+def choose(popularity: Tensor, x_BTD: Tensor) -> Choice:
+    """Experts drawn by popularity: TOP_K distinct ones a token, but all of them the same where all go to one."""
+    tokens = x_BTD.shape[0] * x_BTD.shape[1]
+    several = bool((popularity > 1e-6).sum() >= TOP_K)
+    chosen_NK = torch.multinomial(popularity.expand(tokens, -1), TOP_K, replacement=not several)
+    weights_NK = torch.rand(tokens, TOP_K) + 0.1
+    return weights_NK.to(x_BTD.device), chosen_NK.to(x_BTD.device)
+
+
+def step(block: torch.nn.Module, x_BTD: Tensor, choice: Choice | None = None) -> None:
+    """One forward and backward pass; with `choice` the router works as ever, and then is overruled."""
+    hook = None
+    if choice is not None:
+        hook = block.router.register_forward_hook(lambda _module, _x, out: (choice[0] + 0 * out[0], choice[1], out[2]))
+    leaf = x_BTD.detach().requires_grad_()
+    out = block(leaf)
+    y_BTD, extra = out if isinstance(out, tuple) else (out, None)
+    torch.autograd.backward([y_BTD] if extra is None else [y_BTD, extra.sum()], [x_BTD] if extra is None else [x_BTD, None])
+    block.zero_grad(set_to_none=True)
+    if hook is not None:
+        hook.remove()
+
+
+@torch.no_grad()
+def dropped(moe: MixtureOfExperts, x_BTD: Tensor, choice: Choice) -> int:
+    """Tokens whose output is not the weighted sum of their chosen experts, each computed alone and densely."""
+    weights_NK, chosen_NK = choice
+    hook = moe.router.register_forward_hook(lambda _module, _x, out: (*choice, out[2]))
+    got_ND = moe(x_BTD)[0].flatten(0, 1).float()
+    hook.remove()
+    x_ND, experts = x_BTD.flatten(0, 1), moe.experts
+    wanted_ND = torch.zeros_like(got_ND)
+    for e in range(EXPERTS):
+        y_ND = F.linear(F.silu(F.linear(x_ND, experts.gate_proj[e])) * F.linear(x_ND, experts.up_proj[e]), experts.down_proj[e])
+        wanted_ND += y_ND.float() * (weights_NK * (chosen_NK == e)).sum(dim=1, keepdim=True)
+    tolerance = 1e-4 if x_BTD.dtype == torch.float32 else 3e-2
+    return int(((got_ND - wanted_ND).norm(dim=1) > tolerance * wanted_ND.norm(dim=1)).sum())
+
+
+def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 2):  # two to warm up
+        for name, run in steps.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            if repeat >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

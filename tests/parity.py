@@ -1,0 +1,201 @@
+"""One proof, many cells: a model under a layout, in a precision, is the mathematics of one plain PyTorch process.
+
+Each cell takes ten optimizer steps, gradients clipped and accumulated, padding and masks that differ between ranks and micro batches, under
+SGD and AdamW; loss and gradient norm of every step are compared.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from manta.trainer.batch import IGNORED, Batch
+from manta.trainer.config import ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision, TrainConfig
+from manta.trainer.engine import Engine
+from manta.trainer.layout import fits
+from manta.trainer.model.build import build
+from manta.trainer.model.transformer import Transformer
+from manta.trainer.optim import build_optimizer
+from manta.trainer.refusals import refusal
+from manta.trainer.world import World
+
+VOCABULARY, LENGTH, STEPS, SEED = 250, 32, 10, 7
+TRAIN = TrainConfig(steps=STEPS, global_batch=16, micro_batch=2)  # four data ranks still take two turns each
+EPSILON = 1e-5
+OPTIMIZERS = ("adamw", "sgd")
+RATES = {"adamw": 3e-3, "sgd": 0.3}
+BOUNDS = {"fp32": (2e-6, 2e-5), "bf16-autocast": (3e-4, 3e-3), "bf16": (3e-3, 3e-3), "fp16": (3e-3, 3e-3)}  # of loss, of norm
+
+LINEAR = torch.nn.functional.linear  # ZeRO-3 puts its own in this place, for all that run in the process after it
+
+SIZES: dict[str, Any] = {"layers": 2, "width": 64, "heads": 8, "mlp_width": 128}
+MIXTURE = ExpertsConfig(experts=4, top_k=2, width=64, shared=1)
+MODELS = {
+    "gpt2": ModelConfig(family="gpt2", dropout=0.1, attention_dropout=0.1, **SIZES),
+    "llama": ModelConfig(
+        kv_heads=4,
+        qk_norm=True,
+        logit_soft_cap=20.0,
+        sliding_window=8,
+        tied_head=False,
+        label_smoothing=0.1,
+        z_loss=1e-3,
+        **SIZES,
+    ),
+    "bert": ModelConfig(family="bert", dropout=0.1, attention_dropout=0.1, **SIZES),
+    "moe": ModelConfig(kv_heads=4, experts=MIXTURE, **SIZES),
+    "gpt2-moe": ModelConfig(
+        family="gpt2",
+        experts=MIXTURE.model_copy(update={"shared": 0, "score": "sigmoid", "balance": "bias", "bias_speed": 0.01}),
+        **SIZES,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    model: str
+    ranks: int
+    precision: Precision = "fp32"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: str = "none"
+
+    def __str__(self) -> str:
+        given = self.parallel.model_dump(exclude_defaults=True)
+        layout = " ".join(f"{key}={value}" for key, value in given.items()) or "zero=1"
+        again = "" if self.recompute == "none" else f" recompute={self.recompute}"
+        return f"{self.model} {self.precision} {self.ranks} ranks {layout}{again}"
+
+    @property
+    def refusal(self) -> str | None:
+        return refusal(MODELS[self.model], self.parallel, self.precision, sequence_length=LENGTH)
+
+
+@dataclass(frozen=True)
+class Trace:
+    losses: list[float]
+    norms: list[float]
+
+    def differs(self, other: "Trace") -> tuple[float, float]:
+        """The largest relative difference of loss and of norm."""
+        return tuple(
+            max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+            for ours, theirs in ((self.losses, other.losses), (self.norms, other.norms))
+        )
+
+
+def model(name: str) -> Transformer:
+    made = build(MODELS[name], vocabulary=VOCABULARY, sequence_length=LENGTH)
+    made.initialize(seed=SEED)
+    return made
+
+
+def optimizer_config(name: str) -> OptimizerConfig:
+    """Every gradient is clipped. Of a gradient that is zero but for rounding AdamW makes a step of full size, in either direction, unless
+    epsilon lies above that.
+    """
+    return OptimizerConfig(name=name, learning_rate=RATES[name], gradient_clipping=0.25, epsilon=EPSILON)
+
+
+def batch(name: str, step: int) -> Batch:
+    """The global batch of a step: documents, and padding of another length in each sequence."""
+    random = torch.Generator().manual_seed(step)
+    shape = (TRAIN.global_batch, LENGTH)
+    text = torch.randint(0, VOCABULARY, (TRAIN.global_batch, LENGTH + 1), generator=random)
+    tokens, places = text[:, :-1].contiguous(), torch.arange(LENGTH).expand(shape)
+    lengths = torch.randint(LENGTH // 2, LENGTH + 1, (TRAIN.global_batch, 1), generator=random)
+    documents = (places >= LENGTH // 4).long().masked_fill(places >= lengths, -1)
+    common: dict[str, Any] = {"positions": places, "keys": torch.arange(TRAIN.global_batch) + step * 1000}
+    if MODELS[name].family == "bert":
+        chosen = (torch.rand(shape, generator=random) < 0.2) & (places < lengths)
+        follows = torch.randint(0, 2, (TRAIN.global_batch,), generator=random)
+        tokens = tokens.masked_fill(chosen, VOCABULARY - 1)
+        return Batch(
+            tokens=tokens,
+            targets=text[:, :-1].where(chosen, IGNORED),
+            documents=documents.clamp(max=0),
+            segments=(places > LENGTH // 2).long(),
+            next_sentence=follows,
+            **common,
+        )
+    return Batch(tokens=tokens, targets=text[:, 1:].masked_fill(places >= lengths, IGNORED), documents=documents, **common)
+
+
+def rows(whole: Batch, numbers: Any) -> Batch:
+    held = {n: getattr(whole, n) for n in ("tokens", "targets", "positions", "keys", "documents", "segments", "next_sentence")}
+    return replace(whole, **{name: tensor[torch.as_tensor(numbers)] for name, tensor in held.items() if tensor is not None})
+
+
+def plain(name: str, precision: Precision, optimizer: str) -> Trace:
+    """One process, no DeepSpeed: fp32 masters beside a model in training precision, gradients accumulated in that precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    trained, masters = model(name).to(dtype), model(name)
+    masters.load_state_dict({key: weight.float() for key, weight in trained.state_dict().items()})
+    config = optimizer_config(optimizer)
+    steps = build_optimizer(masters.parameters(), config)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-autocast" else nullcontext()
+    scale = 2.0**16 if precision == "fp16" else 1.0
+    losses, norms = [], []
+    for step in range(STEPS):
+        trained.zero_grad()
+        whole = batch(name, step)
+        counts = trained.counts(whole).float().clamp(min=1)
+        loss = 0.0
+        for chunk in torch.arange(TRAIN.global_batch).split(TRAIN.micro_batch):
+            with autocast:
+                terms = trained(rows(whole, chunk), counts)
+            (terms.sum() * scale).backward()
+            loss += float(terms.detach().sum())
+        for master, weight in zip(masters.parameters(), trained.parameters(), strict=True):
+            master.grad = weight.grad.float() / scale
+        losses.append(loss)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.parameters(), config.gradient_clipping)))
+        steps.step()
+        for _, router in trained.routers():
+            router.settle(router.load.float())
+        with torch.no_grad():
+            for master, weight in zip(masters.parameters(), trained.parameters(), strict=True):
+                weight.copy_(master)
+    return Trace(losses, norms)
+
+
+def plain_all(cells: list[tuple[str, Precision]]) -> dict[tuple[str, Precision, str], Trace]:
+    return {(name, precision, optimizer): plain(name, precision, optimizer) for name, precision in cells for optimizer in OPTIMIZERS}
+
+
+def under(cell: Cell, optimizer: str, fault: str | None = None, *, compiled: bool = False) -> Trace:
+    """The same on this rank's share, in DeepSpeed; with a fault put in, where a control asks for one."""
+    torch.nn.functional.linear = LINEAR
+    world = World.from_environment()
+    layout = fits(TRAIN, world.size, cell.parallel)
+    mesh = world.mesh(layout)
+    engine = Engine(
+        model(cell.model),
+        mesh=mesh,
+        optimizer=optimizer_config(optimizer),
+        precision=cell.precision,
+        recompute=cell.recompute,
+        compile_blocks=compiled,
+    )
+    if fault == "a gradient doubled":
+        engine.module.get_parameter("embedding.weight").register_hook(lambda gradient: gradient * 2)
+    if fault == "the reduction left out":
+        engine.zero.average_tensor = lambda *_, **__: None
+    losses, norms = [], []
+    for step in range(STEPS):
+        whole = batch(cell.model, step)
+        taken = [layout.samples(step=0, turn=turn, rank=mesh.data_rank) for turn in range(layout.accumulation)]
+        outcome = engine.step([rows(whole, numbers) for numbers in taken], learning_rate=RATES[optimizer])
+        assert not outcome.skipped
+        terms = outcome.terms.double()
+        dist.all_reduce(terms, group=mesh.replicas)
+        losses.append(float(terms.sum()))
+        norms.append(outcome.norm)
+    return Trace(losses, norms)
+
+
+def under_all(cells: list[Cell]) -> list[dict[str, Trace]]:
+    """Several cells of as many ranks, one after another in the same processes."""
+    return [{optimizer: under(cell, optimizer) for optimizer in OPTIMIZERS} for cell in cells]

@@ -1,0 +1,71 @@
+"""A run begins with the weights of another, or of an import: the way people go on with, and fine-tune, a pre-trained model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from manta.data.samples import Samples
+from manta.trainer.batch import IGNORED
+from manta.trainer.rundir import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def gpt2(case, tmp_path_factory):
+    """GPT-2 as transformers saves it, with the small corpus's own tokenizer, imported by the command; and transformers' own model."""
+    from tokenizers import Tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(str(next((case.home / "corpora").glob("**/tokenizer.json"))))
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=tokenizer.get_vocab_size(), n_positions=48, n_embd=64, n_layer=2, n_head=4)
+    model = GPT2LMHeadModel(config).eval()
+    directory = tmp_path_factory.mktemp("theirs") / "gpt2"
+    model.save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(directory)
+    done = case.manta("import", str(directory), "--output", "imported/gpt2")
+    assert done.returncode == 0, done.stderr
+    return model
+
+
+@pytest.mark.parametrize("layout", ["parallel.zero=3", "parallel.tensor=2"])
+def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(case, gpt2, layout):
+    overrides = [
+        "run.start_from=imported/gpt2",
+        "model={preset: imported/gpt2/model.yaml, dropout: 0, attention_dropout: 0}",
+        "tokenizer={file: imported/gpt2/tokenizer.json}",
+        "train.steps=3",
+        layout,
+    ]
+    run = f"from gpt2 {layout}"
+    case.train(run, *overrides)
+    home = RunDirectory(case.home / run)
+    first, *_, last = [json.loads(line) for line in home.metrics_file.read_text().splitlines()]
+    config = home.config()
+    samples = Samples(home.prepared(), config.data, config.tokenizer, seed=config.run.seed)
+    examples = samples.train(np.arange(config.train.global_batch))
+    assert not (examples.targets == IGNORED).any()
+    with torch.no_grad():
+        logits = gpt2(torch.from_numpy(examples.tokens)).logits
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(examples.targets).flatten())
+    assert first["train/loss"] == pytest.approx(float(theirs), rel=2e-6)
+    assert last["train/loss"] < first["train/loss"]
+    assert "began from the weights of" in (case.home / run / "logs/attempt-0001/rank-0000.log").read_text()
+
+
+def test_weights_that_are_not_there_are_told_before_anything_starts(case):
+    done = case.manta("train", str(case.file), "run.dir=never", "run.start_from=nowhere")
+    assert done.returncode == 2
+    assert "run.start_from: got" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (case.home / "never").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpt2")
+def test_another_models_weights_are_refused_with_the_first_difference(case):
+    done = case.manta("train", str(case.file), "run.dir=from another", "run.start_from=imported/gpt2", timeout=60)
+    assert done.returncode == 2
+    assert "run.start_from:" in done.stderr
+    assert "was it another model" in done.stderr

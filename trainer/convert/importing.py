@@ -1,0 +1,185 @@
+"""From transformers: a directory of config.json, safetensors and tokenizer.json becomes one of ours, weight for weight.
+
+<output>/checkpoints/step-00000000/  model.yaml  source.json  tokenizer.json  …
+"""
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import torch
+import xxhash
+import yaml
+from torch import Tensor
+
+from manta.data.errors import InputError
+from manta.data.tokenizer import Tokenizer
+from manta.trainer.checkpoint import store
+from manta.trainer.config import ModelConfig
+from manta.trainer.convert import files
+from manta.trainer.convert.architectures import Architecture
+from manta.trainer.convert.configs import Config, from_theirs
+from manta.trainer.convert.mapping import Link, bind, tensors
+from manta.trainer.convert.source import KEPT, NAME, Source
+from manta.trainer.model.build import build
+
+STEP_ZERO = store.Progress(step=0, samples_consumed=0, optimizer_steps=0)
+TIED = {"head.weight": "embedding.weight", "head.bias": "head.bias"}  # what a file may hold a second time, and of what
+
+
+def import_model(directory: Path, output: Path) -> None:
+    """Writes `output`, whole or not at all. Raises InputError where `directory` is no model that manta can train."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: got something already there, wants a new or empty directory; choose another with --output")
+    config_file = directory / "config.json"
+    theirs = _read_json(config_file)
+    architecture, config = from_theirs(theirs, config_file)
+    tokenizer = _tokenizer(directory, theirs)
+    with files.opened(directory) as weights:
+        imported = _Import(directory, architecture, config, tokenizer[0].vocabulary, weights)
+        imported.check()
+        dtypes = {name: str(shape.dtype).removeprefix("torch.") for name, shape in imported.shapes.items()}
+        main = Counter(dtypes.values()).most_common(1)[0][0]
+        source = Source.model_validate(
+            {
+                "architecture": architecture.name,
+                "dtype": main,
+                "dtypes": {name: dtype for name, dtype in sorted(dtypes.items()) if dtype != main},
+                "end_of_text": tokenizer[1],
+                "sequence_length": config.positions or _positions(theirs, config_file),
+                "config": theirs,
+            }
+        )
+        partial = output.with_name(f".{output.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            identity = {"source": xxhash.xxh3_128_hexdigest(source.to_json())}
+            store.save(partial / "checkpoints", imported.weights(), STEP_ZERO, identity=identity, attempt=0, keep=1)
+            for name in KEPT:
+                if (directory / name).exists():
+                    shutil.copyfile(directory / name, partial / name)
+            (partial / NAME).write_bytes(source.to_json())
+            (partial / "model.yaml").write_text(_preset(config, architecture))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            partial.replace(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Import:
+    """A directory's tensors under their names of today, and what they become."""
+
+    def __init__(self, directory: Path, architecture: Architecture, config: ModelConfig, tokens: int, weights: files.Weights) -> None:
+        self._directory, self._architecture, self._weights = directory, architecture, weights
+        assert config.vocabulary is not None
+        if config.vocabulary < tokens:
+            raise InputError(f"{directory}: vocab_size: got {config.vocabulary}, wants the {tokens} that tokenizer.json has ids for")
+        with torch.device("meta"):
+            model = build(config, vocabulary=tokens, sequence_length=1)
+        self._model = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors(model).items()}
+        self._vocabulary = config.vocabulary
+        experts = config.experts.experts if config.experts else 0
+        self._links = bind(architecture.rows, self._model, layers=config.layers, experts=experts)
+        self._names = {_today(name, architecture): name for name in weights.shapes}
+        self.shapes = {name: weights.shapes[self._names[name]] for link in self._links for name in link.theirs if name in self._names}
+
+    def check(self) -> None:
+        """Raises InputError with the first tensor that is missing, surplus or of another shape."""
+        wanted = {name: tuple(tensor.shape) for link in self._links for name, tensor in self._on_meta(link).items()}
+        wrong = [f"{name}: got nothing, wants {list(sizes)}" for name, sizes in wanted.items() if name not in self._names]
+        for name, shape in self.shapes.items():
+            if shape.sizes != wanted[name]:
+                wrong.append(f"{name}: got {list(shape.sizes)}, wants {list(wanted[name])}")
+        if not wrong:
+            wrong = [told for name in sorted(self._names.keys() - wanted.keys()) if (told := self._surplus(name))]
+        if wrong:
+            raise InputError(f"{self._directory}: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Ours, under the keys of a checkpoint, in fp32. Beside them no more than one tensor is held."""
+        filled: dict[str, Tensor] = {}
+        for link in self._links:
+            for name, tensor in link.take(self._read).items():
+                whole = torch.empty(self._model[name][0], dtype=torch.float32)
+                whole[: len(tensor)].copy_(tensor)
+                whole[len(tensor) :].zero_()
+                filled[f"master/{name}"] = whole
+        return filled
+
+    def _on_meta(self, link: Link) -> dict[str, Tensor]:
+        ours = {name: torch.empty(self._model[name][0], device="meta") for name in link.ours}
+        return link.export(ours, self._vocabulary)
+
+    def _surplus(self, name: str) -> str | None:
+        """What is wrong with a tensor that no row asks for: nothing where it is a tied head, written out once more."""
+        if re.fullmatch(self._architecture.no_weights, name):
+            return None
+        for row in self._architecture.rows:
+            same = TIED.get(dict(zip(row.theirs.split(), row.ours.split(), strict=False)).get(name, ""))
+            original = next((link.theirs[0] for link in self._links if link.ours == (same,)), None)
+            if original is not None:
+                told = f"{name}: got other values than {original}, wants the same where tie_word_embeddings is true; set it to false"
+                return None if torch.equal(self._read(name), self._read(original)) else told
+        return f"{name}: got a tensor that {self._architecture.name} has not; is it another model, or more than one?"
+
+    def _read(self, name: str) -> Tensor:
+        return self._weights.read(self._names[name])
+
+
+def _today(name: str, architecture: Architecture) -> str:
+    for pattern, replacement in architecture.renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _preset(config: ModelConfig, architecture: Architecture) -> str:
+    tree = {"family": config.family} | config.model_dump(mode="json", exclude_defaults=True)
+    return f"# {architecture.name}, imported: for model.preset.\n" + yaml.safe_dump(tree, sort_keys=False)
+
+
+def _tokenizer(directory: Path, theirs: Config) -> tuple[Tokenizer, str]:
+    """The tokenizer, and the token that ends a text: as its config says, or the model's; BERT's [SEP] where there is no other."""
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        remedy = "write it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        raise InputError(f"{directory}: got no tokenizer.json, wants one; {remedy}")
+    told_file = directory / "tokenizer_config.json"
+    told = _read_json(told_file) if told_file.exists() else {}
+    for key in ("eos_token", "sep_token"):
+        token = told.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return Tokenizer(file, end_of_text=token), token
+    number = theirs.get("eos_token_id")
+    number = number[0] if isinstance(number, list) and number else number
+    if isinstance(number, int):
+        from tokenizers import Tokenizer as Reference
+
+        try:
+            token = Reference.from_file(str(file)).id_to_token(number)
+        except Exception as error:  # noqa: BLE001  `tokenizers` raises nothing narrower
+            raise InputError(f"{file}: {' '.join(str(error).split())}; wants a tokenizer.json: fetch it again") from None
+        if token is not None:
+            return Tokenizer(file, end_of_text=token), token
+    return Tokenizer(file, end_of_text="[SEP]"), "[SEP]"
+
+
+def _positions(theirs: Config, file: Path) -> int:
+    positions = theirs.get("max_position_embeddings", 2048)
+    if not isinstance(positions, int):
+        raise InputError(f"{file}: max_position_embeddings: got {positions!r}, wants a number")
+    return positions
+
+
+def _read_json(file: Path) -> Config:
+    try:
+        held = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        told = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{file}: {told}; wants a model's directory, as transformers writes it") from None
+    if not isinstance(held, dict):
+        raise InputError(f"{file}: got {type(held).__name__}, wants an object")
+    return held

@@ -1,0 +1,79 @@
+"""One ordered function puts a layout around a model that knows no ranks."""
+
+import os
+import shlex
+import shutil
+import sysconfig
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from manta.data.errors import InputError
+from manta.trainer.model.moe import MixtureOfExperts
+from manta.trainer.model.transformer import Transformer
+from manta.trainer.parallel import cuts, expert, sequence, tensor
+from manta.trainer.world import Mesh
+
+Recompute = Literal["none", "selective", "full"]
+
+
+def parallelize(model: Transformer, mesh: Mesh, *, recompute: Recompute = "none", compile_blocks: bool = False) -> None:
+    """Cuts the weights, puts the exchanges in, then recomputation, then compilation: each around what came before."""
+    if compile_blocks:
+        ask_for_compiler("cuda" if torch.cuda.is_available() else "cpu")
+    cut(model, mesh.part)
+    if mesh.layout.expert > 1:
+        expert.share(model, mesh.expert)
+    if mesh.layout.tensor > 1:
+        tensor.share(model, mesh.tensor)
+    if mesh.layout.sequence > 1:
+        sequence.share(model, mesh.sequence)
+    for block in model.blocks:
+        mixtures: list[Any] = [module for module in block.modules() if isinstance(module, MixtureOfExperts)] if compile_blocks else []
+        for mixture in mixtures:  # how many rows an expert has is data: the graph is broken there, and nowhere else
+            mixture.forward = torch.compiler.disable(mixture.forward)
+        if mixtures:
+            block.forward = torch.compile(block.forward)  # within recomputation: around a broken graph it would compile nothing
+        if recompute != "none":
+            block.forward = partial(_recomputed, block.forward, selective=recompute == "selective")
+        if compile_blocks and not mixtures:
+            block.compile()
+
+
+def ask_for_compiler(device: str) -> None:
+    """Raises InputError where torch.compile could write code for this kind of device, and nothing here could build it."""
+    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++",))  # what Triton looks for, and Inductor
+    given = os.environ.get(variable)
+    names = tuple(shlex.split(given)[:1]) if given else known
+    remedy = "install them (Debian: g++ and python3-dev), or set train.compile=false"
+    if not any(map(shutil.which, names)):
+        raise InputError(f"train.compile: got true, which needs a compiler, and there is no {' or '.join(names)} on PATH; {remedy}")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise InputError(f"train.compile: got true, which needs Python's headers, and there is no {header}; {remedy}")
+
+
+def cut(model: nn.Module, part: cuts.Part) -> None:
+    """Leaves this rank its part of each weight. Tied weights stay tied."""
+    for name, parameter in model.named_parameters():
+        here = cuts.local(name, parameter.shape, part)
+        parameter.data = parameter.data[here].clone()  # the rest is freed
+
+
+def _recomputed(forward: Any, *given: Any, selective: bool) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*given)
+    contexts: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)} if selective else {}
+    # Nothing of ours asks torch's generators: dropout is hashed.
+    return checkpoint(forward, *given, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+def _keep_products(_: object, operation: Any, *__: object, **___: object) -> CheckpointPolicy:
+    """What costs the most to do again is kept; the rest, which holds the most memory, is done again."""
+    aten = torch.ops.aten
+    products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default)  # noqa: SLF001
+    return CheckpointPolicy.MUST_SAVE if operation in products else CheckpointPolicy.PREFER_RECOMPUTE
