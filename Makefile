@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check
+.PHONY: demo test test-all check parity
 demo: .venv/base
 	$(BIN)/python examples/demo.py
 
@@ -11,6 +11,9 @@ test: .venv/dev
 
 test-all: .venv/dev
 	$(BIN)/python -m pytest -m ''
+
+parity: .venv/dev
+	$(BIN)/python tests/parity_table.py
 
 check: .venv/dev
 	$(BIN)/ruff check .

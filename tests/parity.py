@@ -22,7 +22,7 @@ from manta.trainer.refusals import refusal
 from manta.trainer.world import World
 
 VOCABULARY, LENGTH, STEPS, SEED = 250, 32, 10, 7
-TRAIN = TrainConfig(steps=STEPS, global_batch=16, micro_batch=2)  # four data ranks still take two turns each
+GLOBAL_BATCH, TURNS = 16, 2  # every layout accumulates two micro batches
 EPSILON = 1e-5
 OPTIMIZERS = ("adamw", "sgd")
 RATES = {"adamw": 3e-3, "sgd": 0.3}
@@ -102,15 +102,15 @@ def optimizer_config(name: str) -> OptimizerConfig:
 def batch(name: str, step: int) -> Batch:
     """The global batch of a step: documents, and padding of another length in each sequence."""
     random = torch.Generator().manual_seed(step)
-    shape = (TRAIN.global_batch, LENGTH)
-    text = torch.randint(0, VOCABULARY, (TRAIN.global_batch, LENGTH + 1), generator=random)
+    shape = (GLOBAL_BATCH, LENGTH)
+    text = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, LENGTH + 1), generator=random)
     tokens, places = text[:, :-1].contiguous(), torch.arange(LENGTH).expand(shape)
-    lengths = torch.randint(LENGTH // 2, LENGTH + 1, (TRAIN.global_batch, 1), generator=random)
+    lengths = torch.randint(LENGTH // 2, LENGTH + 1, (GLOBAL_BATCH, 1), generator=random)
     documents = (places >= LENGTH // 4).long().masked_fill(places >= lengths, -1)
-    common: dict[str, Any] = {"positions": places, "keys": torch.arange(TRAIN.global_batch) + step * 1000}
+    common: dict[str, Any] = {"positions": places, "keys": torch.arange(GLOBAL_BATCH) + step * 1000}
     if MODELS[name].family == "bert":
         chosen = (torch.rand(shape, generator=random) < 0.2) & (places < lengths)
-        follows = torch.randint(0, 2, (TRAIN.global_batch,), generator=random)
+        follows = torch.randint(0, 2, (GLOBAL_BATCH,), generator=random)
         tokens = tokens.masked_fill(chosen, VOCABULARY - 1)
         return Batch(
             tokens=tokens,
@@ -143,7 +143,7 @@ def plain(name: str, precision: Precision, optimizer: str) -> Trace:
         whole = batch(name, step)
         counts = trained.counts(whole).float().clamp(min=1)
         loss = 0.0
-        for chunk in torch.arange(TRAIN.global_batch).split(TRAIN.micro_batch):
+        for chunk in torch.arange(GLOBAL_BATCH).chunk(TURNS):
             with autocast:
                 terms = trained(rows(whole, chunk), counts)
             (terms.sum() * scale).backward()
@@ -169,7 +169,9 @@ def under(cell: Cell, optimizer: str, fault: str | None = None, *, compiled: boo
     """The same on this rank's share, in DeepSpeed; with a fault put in, where a control asks for one."""
     torch.nn.functional.linear = LINEAR
     world = World.from_environment()
-    layout = fits(TRAIN, world.size, cell.parallel)
+    data = world.size // (cell.parallel.tensor * cell.parallel.sequence)
+    train = TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH // (TURNS * data))
+    layout = fits(train, world.size, cell.parallel)
     mesh = world.mesh(layout)
     engine = Engine(
         model(cell.model),
