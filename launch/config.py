@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,7 +41,8 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         key, value = _parse_override(override)
         _set(tree, key, value)
-        sources[key] = "command line"
+        sources = {name: source for name, source in sources.items() if not f"{name}.".startswith(f"{key}.")}
+        sources |= dict.fromkeys((key, *_leaves(value, key)), "command line")
     if isinstance(model := tree.get("model"), dict) and "preset" in model and not model.keys() >= ModelConfig.model_fields.keys():
         values = preset(model["preset"], file)
         tree["model"] = _laid_over(values, model)
@@ -162,7 +164,7 @@ def _leaves(tree: object, prefix: str = "") -> Iterator[str]:
 def _tell(error: ErrorDetails, file: Path, sources: Mapping[str, str]) -> str:
     """One line for one of pydantic's errors."""
     key = ".".join(str(part) for part in error["loc"])
-    where = next((source for name, source in sources.items() if name == key or name.startswith(f"{key}.")), str(file))
+    where = _source(key, file, sources)
     got = json.dumps(error["input"], default=str)
     match error["type"]:
         case "missing":
@@ -185,12 +187,27 @@ def _tell(error: ErrorDetails, file: Path, sources: Mapping[str, str]) -> str:
             return f"{where}: {key}: got {got}, wants {wants} ({_described(error['loc'])}); {_remedy(error['loc'])}"
 
 
+def _source(key: str, file: Path, sources: Mapping[str, str]) -> str:
+    """Where it was set, or something in it; else where the section was that lacks it."""
+    parts = key.split(".")
+    inside = (source for name, source in sources.items() if f"{name}.".startswith(f"{key}."))
+    around = (sources[name] for end in range(len(parts) - 1, 0, -1) if (name := ".".join(parts[:end])) in sources)
+    return next(chain(inside, around), str(file))
+
+
 def _section(loc: Sequence[int | str]) -> type[BaseModel]:
     model: type[BaseModel] = RunConfig
     for part in loc:
-        annotation = model.model_fields[str(part)].annotation
-        model = next(m for m in (annotation, *get_args(annotation)) if isinstance(m, type) and issubclass(m, BaseModel))
+        inner = _nested(model.model_fields[str(part)])
+        assert inner is not None
+        model = inner
     return model
+
+
+def _nested(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a key is, be it one that may be left out."""
+    annotations = (field.annotation, *get_args(field.annotation))
+    return next((m for m in annotations if isinstance(m, type) and issubclass(m, BaseModel)), None)
 
 
 def _field(loc: Sequence[int | str]) -> Any:
@@ -221,16 +238,20 @@ def reference() -> str:
     """Every key of a config with its type, default and meaning, as Markdown: docs/config.md."""
     lines = ["# Every key of a config", "", "A YAML file of these sections; `section.key=value` on the command line is laid over it.", ""]
     for name, field in RunConfig.model_fields.items():
-        section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        section = _nested(field)
+        if section is None:
             lines += [f"## {name}", "", f"`{field.default}` unless set: {_prose(field)}", ""]
             continue
-        lines += [f"## {name}", "", "| key | default | |", "|---|---|---|"]
-        for key, inner in section.model_fields.items():
-            default = "required" if inner.is_required() else f"`{json.dumps(inner.default, default=str)}`"
-            lines.append(f"| `{name}.{key}` | {default} | {_prose(inner)} |")
-        lines.append("")
+        lines += [f"## {name}", "", "| key | default | |", "|---|---|---|", *_rows(section, name), ""]
     return "\n".join(lines)
+
+
+def _rows(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        default = "required" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True), default=str)}`"
+        yield f"| `{prefix}.{name}` | {default} | {_prose(field)} |"
+        if (inner := _nested(field)) is not None:
+            yield from _rows(inner, f"{prefix}.{name}")
 
 
 def _prose(field: FieldInfo) -> str:

@@ -120,7 +120,8 @@ class Display:
         home = self._home
         if code == 0:
             took = duration(time.monotonic() - self._begun)
-            return f"done: {self._steps} steps, {took} since this start; try: manta generate {home.typed}"
+            writes = home.config().model.family in {"llama", "gpt2"}
+            return f"done: {self._steps} steps, {took} since this start; try: manta {'generate' if writes else 'status'} {home.typed}"
         if code in {LEFT_SAVED, LEFT_UNSAVED, INTERRUPTED}:
             stands = f"step {home.saved_step} is saved" if home.saved_step else "nothing is saved yet"
             return f"left; {stands}; go on with: manta resume {home.typed}"

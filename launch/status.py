@@ -9,7 +9,7 @@ from rich.table import Table
 
 from manta.data.errors import InputError
 from manta.launch.train import ranks_in_words
-from manta.trainer.metrics import duration, read_metrics
+from manta.trainer.metrics import duration, loss_in_words, read_metrics, terms
 from manta.trainer.rundir import RunDirectory
 
 ENDS = {0: "done", 75: "stopped, saved", 130: "interrupted", 143: "stopped, not saved"}
@@ -36,6 +36,11 @@ def status(directory: Path) -> dict[str, Any]:
         "steps": steps,
         "train_loss": newest.get("train/loss"),
         "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
+        "eval_step": evaluated[-1]["step"] if evaluated else None,
+        "train_terms": terms(newest, "train"),
+        "eval_terms": terms(evaluated[-1], "eval") if evaluated else {},
+        "skipped": sum(line.get("skipped", False) for line in lines),
+        "loss_scale": newest.get("loss_scale"),
         "tokens": newest.get("tokens", 0),
         "tokens_per_second": newest.get("tokens_per_second"),
         "seconds_left": newest["step_time"] * (steps - done) if newest else None,
@@ -53,11 +58,14 @@ def show(told: dict[str, Any]) -> None:
         "run": told["run"],
         "state": told["state"],
         "step": f"{told['step']} of {told['steps']}" + (f", {duration(left)} left" if left and told["state"] == "running" else ""),
-        "loss": _or_none(told["train_loss"], ".4f") + (f", validation {told['eval_loss']:.4f}" if told["eval_loss"] is not None else ""),
+        "loss": "none yet" if told["train_loss"] is None else loss_in_words(told["train_loss"], told["train_terms"]),
+        "validation": _validation(told),
         "speed": f"{_or_none(told['tokens_per_second'], ',.0f')} tokens/s on {ranks_in_words(told['world_size'] or 0)}",
         "attempts": f"{told['attempts']}" + (f"; the last failure: {told['failures'][-1]}" if told["failures"] else ""),
         "checkpoint": told["checkpoint"] or "none yet",
     }
+    if told["skipped"]:
+        rows["skipped"] = f"{told['skipped']} steps whose gradients overflowed; the loss scale is now {told['loss_scale']:g}"
     for name, value in rows.items():
         table.add_row(name, value)
     Console(soft_wrap=True, highlight=False, markup=False).print(table)
@@ -70,6 +78,12 @@ def _state(home: RunDirectory, events: list[dict[str, Any]]) -> str:
     if not ended or ended[0]["event"] == "run-started":
         return f"broken off; go on with: manta resume {home.typed}"
     return ENDS.get(ended[0]["exit_code"], "failed")
+
+
+def _validation(told: dict[str, Any]) -> str:
+    if told["eval_loss"] is None:
+        return "none yet"
+    return f"{loss_in_words(told['eval_loss'], told['eval_terms'])} at step {told['eval_step']}"
 
 
 def _or_none(value: float | None, form: str) -> str:

@@ -33,7 +33,7 @@ def train(config: RunConfig) -> int:
     ranks = ranks_at_hand(config)
     layout = plan(config.train, ranks, config.parallel)
     refuse_another_run(home, config)
-    check_start(home, config)
+    start = start_of(home, config)
     if is_done(home, config):
         say(f"{home.path}: already done: step {config.train.steps} of {config.train.steps}; raise train.steps to go on")
         return 0
@@ -41,7 +41,7 @@ def train(config: RunConfig) -> int:
     prepared = corpus(home, config)
     with home.claim():
         begun = home.manifest() if home.manifest_file.exists() else manifest(config)
-        write_atomically(home.manifest_file, json.dumps(begun | code | {"corpus": prepared.to_json()}, indent=1).encode())
+        write_atomically(home.manifest_file, json.dumps(begun | code | start | {"corpus": prepared.to_json()}, indent=1).encode())
         write_atomically(home.config_file, config.to_yaml().encode())
         if ranks > layout.ranks:
             turns = f"global batch {config.train.global_batch} / micro batch {config.train.micro_batch}"
@@ -93,8 +93,8 @@ def check_place(home: RunDirectory) -> None:
 
 def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     """Raises InputError where the directory holds a run that this config would not go on with, and shows what differs."""
-    if not home.config_file.exists():
-        return
+    if not home.config_file.exists() or not (home.newest or home.metrics_file.exists()):
+        return  # nothing was trained there
     old = load(home.config_file)
     before, now = old.identity(), config.identity()
     differ = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in now if now[key] != before.get(key)]
@@ -108,17 +108,25 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
         say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
 
 
-def check_start(home: RunDirectory, config: RunConfig) -> None:
-    """Raises InputError where the weights that a new run would begin with are not there: said before a corpus is prepared, not after."""
+def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
+    """Which checkpoint's weights a new run begins with, for its manifest: the same one on every attempt, however the source goes on.
+
+    Raises InputError where there is none: said before a corpus is prepared, not after.
+    """
     start = config.run.start_from
-    if start is None or home.saved_step:
-        return
+    if start is None or home.newest is not None or home.metrics_file.exists():
+        return {}  # of a run that has begun the manifest says it already
     is_checkpoint = start.name.startswith("step-") and (start / "manifest.json").exists()
-    if not is_checkpoint and RunDirectory(start).newest is None:
+    found = start if is_checkpoint else RunDirectory(start).newest
+    if found is None:
         raise InputError(
             f"run.start_from: got {start}, which has no checkpoint, wants a run's directory, an imported one, or checkpoints/step-...;"
             " name one, or leave it out"
         )
+    differ = RunDirectory(found.parent.parent).differs_in_model(config.model)
+    if differ:
+        say(f"run.start_from: the weights were trained as another model: {'; '.join(differ)}")
+    return {"start_from": str(found)}
 
 
 def ranks_in_words(count: int) -> str:
@@ -156,7 +164,11 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
     if begun is not None and begun.fingerprint != prepared.fingerprint:
         remedy = "bring back the corpus it was begun with, or choose another run.dir"
         raise InputError(f"{home.path}: corpus fingerprint: got {prepared.fingerprint}, wants {begun.fingerprint}; {remedy}")
-    Samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises where shards are not as written
+    samples = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises where shards are not as written
+    room = config.model.vocabulary
+    if room is not None and room < samples.tokenizer_vocabulary:
+        wants = f"at least the tokenizer's {samples.tokenizer_vocabulary}"
+        raise InputError(f"model.vocabulary: got {room}, wants {wants}; raise it or leave it out")
     return prepared
 
 

@@ -48,10 +48,23 @@ BAD = {
         "parallel:\n  tensor: 3\n",
         "parallel.tensor",
         "got 3, wants a divisor of model.heads 4",
-        "use another",
+        "use 1 or 2",
+    ),
+    "heads that two ways of sharing use up": (
+        "parallel:\n  tensor: 2\n  sequence: 2\n",
+        "parallel.tensor x parallel.sequence",
+        "got 4, wants a divisor of model.kv_heads 2",
+        "use 1 or 2",
+    ),
+    "learned positions that are too few": (
+        "model:\n  preset: gpt2-tiny\n  kv_heads: null\n  positions: 16\n",
+        "model.positions",
+        "got 16, wants at least data.sequence_length 32",
+        "raise it",
     ),
     "experts that are not there": ("parallel:\n  expert: 2\n", "parallel.expert", "got 2, and the model has no experts", "leave it out"),
     "bf16 without ZeRO": ("parallel:\n  zero: 0\nprecision: bf16\n", "parallel.zero", "got 0, which goes wrong in bf16", "use 1, 2 or 3"),
+    "blocks compiled under ZeRO-3": ("parallel:\n  zero: 3\ntrain:\n  compile: true\n", "train.compile", "got true", "use zero 1 or 2"),
     "fp8 here": ("precision: fp8\n", "precision", "got fp8", "use bf16"),
     "a key of another family": ("model:\n  family: gpt2\n", "model.kv_heads", "got 2, and family gpt2 has none", "leave it out"),
     "an encoder on a causal objective": (
@@ -231,6 +244,32 @@ def test_the_reference_is_that_of_the_code():
     written = Path(__file__).parents[1] / "docs" / "config.md"
     told = "run: .venv/bin/python -c 'from manta.launch.config import reference; print(reference())' > docs/config.md"
     assert written.read_text().rstrip() == config.reference().rstrip(), told
+
+
+def test_the_reference_has_the_keys_of_sections_in_sections():
+    told = config.reference()
+    for key in ("model.experts", "model.experts.experts", "model.experts.top_k", "model.experts.router_z", "model.experts.bias_speed"):
+        assert f"| `{key}` |" in told
+    assert "Undefined" not in told
+
+
+def test_a_section_on_the_command_line_is_where_its_keys_were_set(case, tmp_path):
+    file = tmp_path / "mixture.yaml"
+    tree = yaml.safe_load(case.file.read_text())
+    file.write_text(yaml.safe_dump(tree | {"model": {**tree["model"], "experts": {"experts": 4, "width": 8, "top_kk": 2}}}))
+    for override, told in (
+        ("model.experts={experts: 4}", "model.experts.width: got nothing"),
+        ("model.experts={experts: 4, width: many}", 'model.experts.width: got "many"'),
+        ("model.experts={experts: 4, width: 8, top_kk: 2}", "model.experts.top_kk: got an unknown key"),
+        ("model.experts={experts: 4, width: 8, top_k: 9}", "model.experts.top_k: got 9, wants at most experts 4"),
+        ("model={width: 32}", "model.layers: got nothing"),
+    ):
+        with pytest.raises(InputError) as refused:
+            config.load(file, [override])
+        assert str(refused.value).startswith(f"command line: {told}")
+    with pytest.raises(InputError) as refused:
+        config.load(file, ["model.experts.shared=1"])
+    assert str(refused.value).startswith(f"{file}: model.experts.top_kk: got an unknown key")
 
 
 def test_an_override_must_name_a_key(case):

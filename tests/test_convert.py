@@ -24,6 +24,7 @@ from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.config import ExpertsConfig, ModelConfig
 from manta.trainer.convert.architectures import ARCHITECTURES, GPT2, architecture_for
+from manta.trainer.convert.configs import from_theirs
 from manta.trainer.convert.huggingface import export
 from manta.trainer.convert.importing import STEP_ZERO, import_model
 from manta.trainer.convert.mapping import bind, tensors
@@ -347,6 +348,7 @@ SPOILT = {
     "hidden_size: got nothing: Field required": lambda place: edit(place, hidden_size=None),
     "vocab_size: got nothing": lambda place: edit(place, vocab_size=None),
     "max_position_embeddings: got 'far', wants a number": lambda place: edit(place, max_position_embeddings="far"),
+    "max_position_embeddings: got True, wants a number": lambda place: edit(place, max_position_embeddings=True),
     "heads: got 5": lambda place: edit(place, num_attention_heads=5, num_key_value_heads=5, head_dim=None),
     "model.norm.weight: got nothing, wants [32]": lambda place: without(place, "model.norm.weight"),
     "score.weight: got a tensor that LlamaForCausalLM has not": lambda place: without(place, **{"score.weight": torch.ones(2)}),
@@ -381,6 +383,35 @@ def test_an_index_that_lies_is_refused(content, told, run, tmp_path):
     (source / "model.safetensors.index.json").write_text(content)
     with pytest.raises(InputError, match=told):
         import_model(source, tmp_path / "imported")
+
+
+QWEN3 = {"model_type": "qwen3", "vocab_size": 300, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+WINDOWED = {**QWEN3, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ({**WINDOWED, "num_hidden_layers": "x"}, "num_hidden_layers: got 'x', wants a number"),
+        ({**WINDOWED, "num_hidden_layers": True}, "num_hidden_layers: got True, wants a number"),
+        ({**WINDOWED, "max_window_layers": None}, "max_window_layers: got None, wants a number"),
+        ({**WINDOWED, "layer_types": 3}, "layer_types: got 3, wants the same window in every layer"),
+        ({**WINDOWED, "max_window_layers": 1}, 'layer_types: got ["full_attention", "sliding_attention"], wants the same'),
+        ({**WINDOWED, "num_hidden_layers": 0}, "num_hidden_layers: got 0"),
+        ({"model_type": "gpt2", "embd_pdrop": 0.2}, "embd_pdrop: got 0.2, wants resid_pdrop's 0.1"),
+        ({"model_type": "gpt2", "resid_pdrop": 0.0}, "embd_pdrop: got 0.1, wants resid_pdrop's 0.0"),
+    ],
+)
+def test_an_odd_config_is_refused_in_one_line(theirs, told):
+    with pytest.raises(InputError) as refused:
+        from_theirs(theirs, Path("config.json"))
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_window_is_imported_as_its_layers_have_it():
+    assert from_theirs(WINDOWED, Path("config.json"))[1].sliding_window == 8
+    assert from_theirs({**WINDOWED, "max_window_layers": 2}, Path("config.json"))[1].sliding_window is None
 
 
 def test_an_import_overwrites_nothing(run, tmp_path):

@@ -74,6 +74,7 @@ def near(got, wanted, bound):
 TRAINED = [
     Cell("wide", 1, "fp32"),
     Cell("wide", 1, "bf16"),
+    Cell("wide", 1, "bf16-autocast"),
     Cell("wide", 1, "bf16", ParallelConfig(zero=3), "full"),
     Cell("llama", 1, "fp16"),
     Cell("llama", 1, "bf16", ParallelConfig(offload=True)),
@@ -117,7 +118,7 @@ def test_compiled_blocks_train_as_others_do(cell):
 
 def overflowing() -> tuple[list[bool], list[float | None]]:
     """Two steps: before the second the loss scale is set beyond what fp16 holds."""
-    world, layout = World.from_environment(), fits(parity.TRAIN, 1)
+    world, layout = World.from_environment(), fits(TrainConfig(steps=2, global_batch=16, micro_batch=4), 1)
     config = parity.optimizer_config("adamw")
     engine = Engine(parity.model("llama"), mesh=world.mesh(layout), optimizer=config, precision="fp16")
     skipped, scales = [], []

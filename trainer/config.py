@@ -3,14 +3,13 @@
 Importing this costs no torch: a bad config is told in tenths of a second. Each field's line of prose is its help.
 """
 
-import math
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from manta.data.config import DataConfig, TokenizerConfig
-from manta.trainer.refusals import refusal
+from manta.trainer.refusals import divisors, refusal
 
 Precision = Literal["fp32", "bf16", "bf16-autocast", "fp16", "fp8"]
 FREE = (
@@ -145,13 +144,15 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _divides(self) -> "ModelConfig":
         if self.heads % self.kv:
-            raise ValueError(f"kv_heads: got {self.kv_heads}, wants a divisor of heads {self.heads}; use {_divisors(self.heads)}")
+            raise ValueError(f"kv_heads: got {self.kv_heads}, wants a divisor of heads {self.heads}; use {divisors(self.heads)}")
         if self.head_width is None and self.width % self.heads:
             wants = f"a divisor of width {self.width}, or head_width set"
-            raise ValueError(f"heads: got {self.heads}, wants {wants}; use {_divisors(self.width)}")
+            raise ValueError(f"heads: got {self.heads}, wants {wants}; use {divisors(self.width)}")
+        if self.family == "llama" and self.head_width is not None and self.head_width % 2:
+            raise ValueError(f"head_width: got {self.head_width}, wants an even one: rotation turns pairs; use {self.head_width + 1}")
         if self.family == "llama" and self.each_head % 2:
             wants = f"width / heads to be even (rotation turns pairs), got width {self.width}"
-            raise ValueError(f"heads: got {self.heads}, wants {wants}; use {_divisors(self.width // 2)}")
+            raise ValueError(f"heads: got {self.heads}, wants {wants}; use {divisors(self.width // 2)}")
         return self
 
     @model_validator(mode="after")
@@ -211,13 +212,13 @@ class TrainConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing, what is computed again on the way back. selective: all but matrix products; full: each block."""
     compile: bool | None = None
-    """Whether each block is compiled by torch.compile; on GPUs yes where left out, on CPUs no."""
+    """Whether each block is compiled by torch.compile; where left out, on GPUs yes if the layout allows it, on CPUs no."""
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":
         if self.global_batch % self.micro_batch:
-            divisors = _divisors(self.global_batch)
-            raise ValueError(f"micro_batch: got {self.micro_batch}, wants a divisor of global_batch {self.global_batch}; use {divisors}")
+            wants = f"a divisor of global_batch {self.global_batch}"
+            raise ValueError(f"micro_batch: got {self.micro_batch}, wants {wants}; use {divisors(self.global_batch)}")
         return self
 
 
@@ -287,8 +288,16 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _positions_suffice(self) -> "TrainingConfig":
+        if self.model.positions is not None and self.model.positions < self.data.sequence_length:
+            wants = f"at least data.sequence_length {self.data.sequence_length}"
+            raise ValueError(f"model.positions: got {self.model.positions}, wants {wants}; shorten the sequences or raise it")
+        return self
+
+    @model_validator(mode="after")
     def _is_proven(self) -> "TrainingConfig":
-        reason = refusal(self.model, self.parallel, self.precision, sequence_length=self.data.sequence_length)
+        compiled = self.train.compile is True
+        reason = refusal(self.model, self.parallel, self.precision, sequence_length=self.data.sequence_length, compiled=compiled)
         if reason is not None:
             raise ValueError(reason)
         return self
@@ -300,12 +309,3 @@ class TrainingConfig(Section):
             if isinstance(section, dict):
                 flat |= {f"{name}.{key}": value for key, value in section.items()}
         return {key: value for key, value in flat.items() if not key.startswith(FREE)}
-
-
-def _divisors(n: int) -> str:
-    """In words: `1, 2, 4 or 8`; of many the smallest and the largest."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    divisors = sorted({*small, *(n // d for d in small)})
-    if len(divisors) > 8:
-        divisors = divisors[:4] + divisors[-4:]
-    return " or ".join(filter(None, [", ".join(map(str, divisors[:-1])), str(divisors[-1])]))

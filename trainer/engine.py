@@ -76,6 +76,7 @@ class Engine:
         """model: in fp32, whole, its weights the same on every rank; what this rank does not hold of it is let go."""
         self.mesh, self.layout, self.module = mesh, mesh.layout, model
         self.precision, self._clipping = precision, optimizer.gradient_clipping
+        self._loads: dict[str, Tensor] = {}
         wholes = {name: parameter.shape for name, parameter in model.named_parameters()}
         memory = estimate(wholes, mesh.layout, precision, optimizer.name)
         parallelize(model, mesh, recompute=recompute, compile_blocks=compile_blocks)
@@ -122,8 +123,8 @@ class Engine:
             self.deepspeed.step()  # acts on the last micro batch
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
-        self._settle()
         skipped = self.precision == "fp16" and bool(self.zero.overflow)
+        self._settle(learned=not skipped)
         return Outcome(terms=total_K / (self.layout.accumulation * self.layout.replicas), norm=float(norm or 0.0), skipped=skipped)
 
     @torch.no_grad()
@@ -160,7 +161,8 @@ class Engine:
         return (counts_K.clamp(min=1) / (self.layout.accumulation * self.layout.replicas)).float()
 
     def _part(self, batch: Batch) -> Batch:
-        return batch.part(self.mesh.sequence_rank, self.layout.sequence).to(self.device)
+        part = batch.part(self.mesh.sequence_rank, self.layout.sequence)
+        return (part.pinned() if self.device.type == "cuda" else part).to(self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16-autocast" else nullcontext()
@@ -175,24 +177,23 @@ class Engine:
         dist.all_reduce(tensor, group=self.mesh.tensor)
         dist.all_reduce(expert, group=self.mesh.expert)
         norm = squares.sum().sqrt()
-        if self._clipping > 0:
-            for gradient in gradients.values():
-                gradient.mul_((self._clipping / (norm + 1e-6)).clamp(max=1.0))
+        for gradient in gradients.values():
+            gradient.mul_((self._clipping / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)
 
     def _is_cut(self, name: str, over: cuts.Over) -> bool:
         return cuts.is_cut(name, self.mesh.part, over)
 
-    def _settle(self) -> None:
+    def _settle(self, *, learned: bool) -> None:
+        """What mixtures do between steps: their routers learn how evenly they have chosen, over all ranks."""
         routers = dict(self.module.routers())
-        self._loads: dict[str, Tensor] = {}
         if not routers:
             return
-        loads = torch.stack([router.load for router in routers.values()]).to(self.device, torch.float32)
+        loads = torch.stack([router.load for router in routers.values()]).to(self.device)
         dist.all_reduce(loads, group=self.mesh.replicas)
-        for (name, router), load_E in zip(routers.items(), loads, strict=True):
-            router.settle(load_E)
-            self._loads[name] = load_E / load_E.sum().clamp(min=1)
+        for router, load_E in zip(routers.values(), loads, strict=True):
+            router.settle(load_E, learned=learned)
+        self._loads = dict(zip(routers, loads / loads.sum(dim=1, keepdim=True).clamp(min=1), strict=True))
 
 
 class _Engine(DeepSpeedEngine):

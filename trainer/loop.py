@@ -5,7 +5,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import FrameType
 
@@ -140,7 +140,7 @@ class Loop:
         *terms, asked, digest = self._total(*local)
         return [term / self.engine.layout.tensor for term in terms], asked, digest  # tensor ranks have each told the same
 
-    def _parts(self, prefix: str, terms: Sequence[float], *, leave_out: Set[str] = frozenset()) -> Line:
+    def _parts(self, prefix: str, terms: Sequence[float], *, leave_out: frozenset[str] = frozenset()) -> Line:
         """A loss of several terms is told term by term, too."""
         names = self.engine.module.terms
         told = dict(zip(names, terms, strict=True)) if len(names) > 1 else {}

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +43,25 @@ def read_metrics(path: Path) -> list[Line]:
 
 def describe(line: Line) -> str:
     """What people want to know of a step."""
-    parts = [f"loss {losses(line, 'train')}", f"{line['tokens_per_second']:,.0f} tokens/s"]
+    parts = [f"loss {loss_in_words(line['train/loss'], terms(line, 'train'))}", f"{line['tokens_per_second']:,.0f} tokens/s"]
     if line.get("mfu") is not None:
         parts.append(f"MFU {line['mfu']:.1%}")
     if line.get("skipped"):
         parts.append(f"gradients overflowed, nothing learned, loss scale now {line['loss_scale']:g}")
     if "eval/loss" in line:
-        parts.append(f"validation loss {losses(line, 'eval')}")
+        parts.append(f"validation loss {loss_in_words(line['eval/loss'], terms(line, 'eval'))}")
     return "  ".join(parts)
 
 
-def losses(line: Line, split: str) -> str:
-    """Of `train` or `eval`: the loss, and where it is a sum, what it is the sum of."""
-    terms = {name: value for key, value in line.items() if (name := key.removeprefix(f"{split}/")) not in {key, "loss"} | AUXILIARY}
+def terms(line: Line, split: str) -> dict[str, float]:
+    """What the loss of `train` or `eval` is the sum of, where it is of several."""
+    named = {key.removeprefix(f"{split}/"): value for key, value in line.items() if key.startswith(f"{split}/")}
+    return {name: value for name, value in named.items() if name not in {"loss"} | AUXILIARY}
+
+
+def loss_in_words(loss: float, terms: Mapping[str, float]) -> str:
     told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in terms.items())
-    return f"{line[f'{split}/loss']:.4f}" + (f" ({told})" if told else "")
+    return f"{loss:.4f}" + (f" ({told})" if told else "")
 
 
 def duration(seconds: float) -> str:

@@ -23,6 +23,7 @@ from manta.trainer.layout import fits
 from manta.trainer.loop import Loop, Notice
 from manta.trainer.model.build import build
 from manta.trainer.power import peak_flops
+from manta.trainer.refusals import compiles
 from manta.trainer.rundir import RunDirectory
 from manta.trainer.world import World
 
@@ -59,13 +60,13 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
         optimizer=config.optimizer,
         precision=config.precision,
         recompute=config.train.recompute,
-        compile_blocks=world.device.type == "cuda" if config.train.compile is None else config.train.compile,
+        compile_blocks=world.device.type == "cuda" and compiles(config.parallel) if config.train.compile is None else config.train.compile,
     )
     log.info("built %s parameters in %s: %s", f"{parameters:,}", config.precision, layout)
     identity = {"corpus": prepared.fingerprint, "config": _digest(config.identity()), "order": str(order.VERSION)}
     step = resume(engine, home, identity)
     if step is None and config.run.start_from is not None:
-        begin_from(engine, config.run.start_from)
+        begin_from(engine, Path(home.manifest().get("start_from", config.run.start_from)))
 
     loop = Loop(
         config=config,

@@ -1,5 +1,6 @@
 """What is not run, and why: all that the parity table does not hold. Pure, and asked before anything starts."""
 
+import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -11,9 +12,28 @@ VOCABULARY_MULTIPLE = 128
 """Rows of embedding and head are padded to this, the same for every layout."""
 
 
-def refusal(model: "ModelConfig", parallel: "ParallelConfig", precision: "Precision", *, sequence_length: int) -> str | None:
+def refusal(
+    model: "ModelConfig", parallel: "ParallelConfig", precision: "Precision", *, sequence_length: int, compiled: bool = False
+) -> str | None:
     """Why this is not run, in a line; None where it is on the parity table."""
-    return next(chain(_indivisible(model, parallel, sequence_length), _unproven(model, parallel, precision)), None)
+    reasons = (
+        _indivisible(model, parallel, sequence_length),
+        _unproven(model, parallel, precision),
+        _recompiled(parallel, compiled=compiled),
+    )
+    return next(chain(*reasons), None)
+
+
+def compiles(parallel: "ParallelConfig") -> bool:
+    """Whether blocks may be compiled: once for all layers, that is."""
+    return next(_recompiled(parallel, compiled=True), None) is None
+
+
+def _recompiled(parallel: "ParallelConfig", *, compiled: bool) -> Iterator[str]:
+    if compiled and parallel.zero == 3:
+        yield "train.compile: got true, and ZeRO-3's hooks break the graph at every layer; leave it out or use zero 1 or 2"
+    if compiled and parallel.tensor > 1:
+        yield f"train.compile: got true, and under parallel.tensor {parallel.tensor} each layer would be compiled anew; leave it out"
 
 
 def _indivisible(model: "ModelConfig", parallel: "ParallelConfig", sequence_length: int) -> Iterator[str]:
@@ -21,18 +41,27 @@ def _indivisible(model: "ModelConfig", parallel: "ParallelConfig", sequence_leng
     if experts is None and parallel.expert > 1:
         yield f"parallel.expert: got {parallel.expert}, and the model has no experts; set model.experts or leave it out"
     inner = ("model.mlp_width", model.inner) if experts is None else ("model.experts.width", experts.width)
-    for key, parts, what, size in (
-        ("parallel.tensor", parallel.tensor, "model.heads", model.heads),
-        ("parallel.tensor", parallel.tensor, "model.kv_heads", model.kv),
-        ("parallel.tensor", parallel.tensor, *inner),
-        ("parallel.tensor", parallel.tensor, "the vocabulary's multiple", VOCABULARY_MULTIPLE),
-        ("parallel.sequence", parallel.sequence, "model.heads", model.heads),
-        ("parallel.sequence", parallel.sequence, "model.kv_heads", model.kv),
-        ("parallel.sequence", parallel.sequence, "data.sequence_length", sequence_length),
-        ("parallel.expert", parallel.expert, "model.experts.experts", parallel.expert if experts is None else experts.experts),
+    heads = [("model.heads", model.heads), ("model.kv_heads", model.kv)]
+    vocabulary = ("the vocabulary's multiple", VOCABULARY_MULTIPLE)
+    for key, parts, sizes in (
+        ("parallel.tensor", parallel.tensor, [*heads, inner, vocabulary]),
+        ("parallel.sequence", parallel.sequence, [*heads, ("data.sequence_length", sequence_length)]),
+        ("parallel.tensor x parallel.sequence", parallel.tensor * parallel.sequence, heads),
+        ("parallel.expert", parallel.expert, [] if experts is None else [("model.experts.experts", experts.experts)]),
     ):
-        if size % parts:
-            yield f"{key}: got {parts}, wants a divisor of {what} {size}; use another"
+        for what, size in sizes:
+            if size % parts:
+                fitting = divisors(math.gcd(*(size for _, size in sizes)))
+                yield f"{key}: got {parts}, wants a divisor of {what} {size}; use {fitting}"
+
+
+def divisors(n: int) -> str:
+    """In words: `1, 2, 4 or 8`; of many the smallest and the largest."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    found = sorted({*small, *(n // d for d in small)})
+    if len(found) > 8:
+        found = found[:4] + found[-4:]
+    return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
 
 
 def _unproven(model: "ModelConfig", parallel: "ParallelConfig", precision: "Precision") -> Iterator[str]:

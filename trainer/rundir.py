@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from manta.data.errors import InputError
 from manta.data.prepare import Prepared
-from manta.trainer.config import TrainingConfig
+from manta.trainer.config import ModelConfig, TrainingConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,13 @@ class RunDirectory:
         except ValueError as error:
             raise InputError(f"{self.manifest_file}: {_one_line(error)}; wants the manifest that manta wrote there") from None
 
+    def differs_in_model(self, model: ModelConfig) -> list[str]:
+        """What weights trained or imported here were trained as, and this model is not; shapes aside, which tell by themselves."""
+        file = self.path / "model.yaml"
+        there = ModelConfig.model_validate(yaml.safe_load(_read(file))) if file.exists() else self.config().model
+        before, now = _mathematics(there), _mathematics(model)
+        return [f"model.{key} {before[key]} -> {now[key]}" for key in now if now[key] != before[key]]
+
     def prepared(self) -> Prepared:
         """The corpus and tokenizer that the run reads."""
         return Prepared.from_json(self.manifest()["corpus"])
@@ -121,6 +128,14 @@ class RunDirectory:
             except BlockingIOError:
                 return True
         return False
+
+
+def _mathematics(model: ModelConfig) -> dict[str, object]:
+    """Of a model section what decides which function its weights are."""
+    keys = ("family", "heads", "rope_theta", "norm_epsilon", "qk_norm", "logit_soft_cap", "sliding_window")
+    of_experts = ("top_k", "score", "normalize", "scale", "shared")
+    experts: dict[str, object] = {f"experts.{key}": getattr(model.experts, key, None) for key in of_experts}
+    return experts | {key: getattr(model, key) for key in keys} | {"kv_heads": model.kv, "head_width": model.each_head}
 
 
 def _one_line(error: Exception) -> str:

@@ -53,6 +53,9 @@ class World:
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
         backend = "gloo"
         if self.device.type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                wants = f"one rank a GPU, of which this node has {torch.cuda.device_count()}"
+                raise InputError(f"LOCAL_RANK: got {self.local_rank}, wants {wants}; lower cluster.ranks_per_node")
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timeout)
@@ -76,14 +79,10 @@ class World:
         )
 
     def _mine(self, groups: Iterable[list[int]]) -> ProcessGroup:
-        """Every rank makes every group, in the same order; gives the one that this rank is in."""
-        mine: ProcessGroup | None = None
-        for ranks in groups:
-            group: Any = dist.group.WORLD if len(ranks) == self.size else dist.new_group(ranks)
-            if self.rank in ranks:
-                mine = group
-        assert mine is not None, "the groups of each kind hold every rank once"
-        return mine
+        """Of groups that hold every rank once, the one that this rank is in. Its own ranks alone make it: it costs the same at any size."""
+        mine = next(ranks for ranks in groups if self.rank in ranks)
+        group: Any = dist.group.WORLD if len(mine) == self.size else dist.new_group(mine, use_local_synchronization=True)
+        return group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

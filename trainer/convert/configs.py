@@ -51,6 +51,9 @@ def from_theirs(theirs: Config, file: Path) -> tuple[Architecture, ModelConfig]:
         flat[key.ours] = theirs.get(key.theirs, older)
     if architecture.family == "llama":
         flat["rope_theta"] = _theta(architecture, theirs, file)
+    if architecture.family == "gpt2":
+        embedding = theirs.get("embd_pdrop", 0.1)
+        _refuse_unless(embedding == flat["dropout"], file, "embd_pdrop", embedding, f"resid_pdrop's {flat['dropout']!r}")
     if architecture.model_type in _WINDOWED:
         flat["sliding_window"] = _window(theirs, file)
     if flat["vocabulary"] is None:
@@ -68,6 +71,14 @@ def from_theirs(theirs: Config, file: Path) -> tuple[Architecture, ModelConfig]:
         else:
             told = f"got {'nothing' if first['type'] == 'missing' else repr(first['input'])}: {first['msg']}"
         raise InputError(f"{file}: {f'{name}: ' if name else ''}{told}; wants the config of a model that manta can train") from None
+
+
+def number(theirs: Config, key: str, file: Path, *, absent: int) -> int:
+    """Raises InputError where it is no whole number."""
+    got = theirs.get(key, absent)
+    if type(got) is not int:
+        raise InputError(f"{file}: {key}: got {got!r}, wants a number")
+    return got
 
 
 def _rotation(architecture: Architecture, theta: float) -> Config:
@@ -92,13 +103,13 @@ def _theta(architecture: Architecture, theirs: Config, file: Path) -> object:
 def _window(theirs: Config, file: Path) -> object:
     if not theirs.get("use_sliding_window", False):
         return None
-    window, layers = theirs.get("sliding_window", 4096), theirs.get("num_hidden_layers", 0)
+    window = theirs.get("sliding_window", 4096)
     if theirs.get("model_type") == QWEN3.model_type and window is not None:
-        full = theirs.get("max_window_layers", 28)
-        kinds = theirs.get("layer_types") or ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
-        if set(kinds) == {"full_attention"}:
+        layers, full = number(theirs, "num_hidden_layers", file, absent=0), number(theirs, "max_window_layers", file, absent=28)
+        kinds: object = theirs.get("layer_types") or ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
+        if kinds == ["full_attention"] * layers:
             return None
-        _refuse_unless(set(kinds) == {"sliding_attention"}, file, "layer_types", kinds, "the same window in every layer, or in none")
+        _refuse_unless(kinds == ["sliding_attention"] * layers, file, "layer_types", kinds, "the same window in every layer, or in none")
     return window
 
 

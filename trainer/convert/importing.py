@@ -20,7 +20,7 @@ from manta.trainer.checkpoint import store
 from manta.trainer.config import ModelConfig
 from manta.trainer.convert import files
 from manta.trainer.convert.architectures import Architecture
-from manta.trainer.convert.configs import Config, from_theirs
+from manta.trainer.convert.configs import Config, from_theirs, number
 from manta.trainer.convert.mapping import Link, bind, tensors
 from manta.trainer.convert.source import KEPT, NAME, Source
 from manta.trainer.model.build import build
@@ -48,7 +48,7 @@ def import_model(directory: Path, output: Path) -> None:
                 "dtype": main,
                 "dtypes": {name: dtype for name, dtype in sorted(dtypes.items()) if dtype != main},
                 "end_of_text": tokenizer[1],
-                "sequence_length": config.positions or _positions(theirs, config_file),
+                "sequence_length": config.positions or number(theirs, "max_position_embeddings", config_file, absent=2048),
                 "config": theirs,
             }
         )
@@ -165,13 +165,6 @@ def _tokenizer(directory: Path, theirs: Config) -> tuple[Tokenizer, str]:
         if token is not None:
             return Tokenizer(file, end_of_text=token), token
     return Tokenizer(file, end_of_text="[SEP]"), "[SEP]"
-
-
-def _positions(theirs: Config, file: Path) -> int:
-    positions = theirs.get("max_position_embeddings", 2048)
-    if not isinstance(positions, int):
-        raise InputError(f"{file}: max_position_embeddings: got {positions!r}, wants a number")
-    return positions
 
 
 def _read_json(file: Path) -> Config:

@@ -45,14 +45,18 @@ class Visibility:
         self._bias: Tensor | None = None
         self._blocks: BlockMask | None = None
 
-    def draw(self, T: int, S: int, device: torch.device) -> None:
-        """What the layers will most likely ask for: drawn ahead, the first of compiled or recomputed layers is like the others."""
-        if self.everything(T, S) or (self.all_before(T, S) and not _short(S, device)):
+    def draw(self, T: int, S: int, device: torch.device, *, dropped: bool = False) -> None:
+        """What the layers will most likely ask for: drawn ahead, the first of compiled or recomputed layers is like the others.
+
+        dropped: whether they drop some of the attention weights.
+        """
+        plain = dropped or _short(S, device)
+        if self.everything(T, S) or (self.all_before(T, S) and not plain):
             return
-        if device.type == "cuda" and T == S:
-            self.blocks(T, S, device)
-        elif _short(S, device):
+        if plain:
             self.bias(T, S, device)
+        elif device.type == "cuda" and T == S:
+            self.blocks(T, S, device)
         else:
             self.mask(T, S, device)
 
@@ -145,7 +149,7 @@ def _plain(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, visible: Visibility, 
     scores_BNTS = ((q_BKGTH * H**-0.5) @ k_BKSH.transpose(2, 3)).view(B, N, T, S)
     if not visible.everything(T, S):
         scores_BNTS = scores_BNTS + visible.bias(T, S, device)
-    weights_BNTS = scores_BNTS.softmax(dim=-1)
+    weights_BNTS = scores_BNTS.softmax(dim=-1, dtype=torch.promote_types(scores_BNTS.dtype, torch.float32))
     if dropout is not None:
         weights_BNTS = dropout(weights_BNTS)
     return (weights_BNTS.view(B, K, N // K * T, S).to(v_BKSH.dtype) @ v_BKSH).view(B, N, T, H).to(q_BNTH.dtype)
@@ -154,6 +158,7 @@ def _plain(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, visible: Visibility, 
 def _flex(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, visible: Visibility) -> Tensor:
     """FlexAttention (Dong et al. 2024): its kernel is compiled, where there is a GPU to compile it for."""
     T, S, device = q_BNTH.shape[2], k_BKSH.shape[2], q_BNTH.device
+    q_BNTH, k_BKSH = q_BNTH.to(v_BKSH.dtype), k_BKSH.to(v_BKSH.dtype)  # autocast, which rotation and norms leave for fp32, passes it by
     grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
     return _fast(flex_attention, device)(q_BNTH, k_BKSH, v_BKSH, block_mask=visible.blocks(T, S, device), enable_gqa=grouped)
 

@@ -62,9 +62,9 @@ class Bert(Transformer):
 
     def forward(self, batch: Batch, divisors_K: Tensor) -> Tensor:
         """-> (masked language, next sentence), in nats a masked token and a sequence."""
-        x_BTD = self.hidden(batch)
         targets_N = batch.targets.flatten()
-        masked = (targets_N != IGNORED).nonzero()[:, 0]
+        masked = (targets_N != IGNORED).nonzero()[:, 0]  # how many is asked of the device: before it has all the rest to do
+        x_BTD = self.hidden(batch)
         language, _ = self.head(self.transformed(x_BTD.flatten(0, 1)[masked]), targets_N[masked])
         if batch.next_sentence is None:
             return torch.stack([language, language.detach() * 0]) / divisors_K
@@ -82,7 +82,8 @@ class Bert(Transformer):
         segments_BT = torch.zeros_like(batch.tokens) if batch.segments is None else batch.segments
         noise = Noise(batch.keys, batch.places) if self.drops else None
         told = Pass(visible=Visibility(causal=False, documents=batch.documents), noise=noise)
-        told.visible.draw(batch.length, batch.length, batch.tokens.device)
+        dropped = noise is not None and self.config.attention_dropout > 0
+        told.visible.draw(batch.length, batch.length, batch.tokens.device, dropped=dropped)
         x_BTD = self.embedding(batch.tokens) + self.position_embedding(batch.positions) + self.segment_embedding(segments_BT)
         x_BTD = self.embedding_dropout(self.embedding_norm(x_BTD), noise)
         for block in self.blocks:
@@ -101,6 +102,12 @@ class Bert(Transformer):
         """-> logits_BTV of each token, and those [B, 2] of the pair."""
         x_BTD = self.hidden(batch)
         return self.head.logits(self.transformed(x_BTD)), self.follows(x_BTD)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """The heads see the masked tokens alone, 15 % of them in the paper, and of each sequence its first."""
+        language = self.head.weight.numel() + self.transform.weight.numel()
+        sentence = self.pooler.weight.numel() + self.next_sentence.weight.numel()
+        return super().flops_per_token(sequence_length) - 6.0 * (0.85 * language + (1 - 1 / sequence_length) * sentence)
 
     def initialize_matrix(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
         """As its authors did: a normal of deviation 0.02, cut off at two deviations."""

@@ -56,7 +56,8 @@ class Decoder(Transformer):
             smoothing=config.label_smoothing,
             z_loss=config.z_loss,
         )
-        mixture = ("balance", "router_z") if config.experts else ()
+        self.has_mixture = any(isinstance(module, MixtureOfExperts) for module in self.modules())
+        mixture = ("balance", "router_z") if self.has_mixture else ()
         self.terms = ("loss", *(("z_loss",) if config.z_loss else ()), *mixture)
         self.named()
 
@@ -68,16 +69,18 @@ class Decoder(Transformer):
         sums = [objective - z]  # its gradient is of both
         if config.z_loss:
             sums.append(z)
-        if config.experts and mixture is not None:
+        if mixture is not None:
+            assert config.experts is not None, "a mixture was built by it"
             balance, router_z = mixture
             sums += [config.experts.balance_weight * balance if config.experts.balance == "loss" else balance.detach() * 0]
             sums += [config.experts.router_z * router_z]
+        assert len(sums) == len(self.terms), "each term has its divisor"
         return torch.stack(sums) / divisors_K
 
     def counts(self, batch: Batch) -> Tensor:
         tokens = predicted(batch.targets)
         counts = [tokens] * (1 + bool(self.config.z_loss))
-        if self.config.experts:
+        if self.has_mixture:
             tokens = torch.tensor(batch.tokens.numel()) if batch.real is None else batch.real.sum()
             counts += [torch.tensor(len(batch.tokens)), tokens]
         return torch.stack([count.cpu() for count in counts])
@@ -86,7 +89,8 @@ class Decoder(Transformer):
         """What the head reads, x_BTD, and a mixture's sums over all blocks."""
         visible = Visibility(window=self.config.sliding_window, documents=batch.documents)
         noise = Noise(batch.keys, batch.places) if self.drops else None
-        visible.draw(batch.length, batch.length, batch.tokens.device)
+        dropped = noise is not None and self.config.attention_dropout > 0
+        visible.draw(batch.length, batch.length, batch.tokens.device, dropped=dropped)
         return self.stack(batch.tokens, batch.positions, visible, noise=noise, real=batch.real)
 
     def logits(self, tokens_BT: Tensor, *, first: int = 0, caches: Sequence[Cache] | None = None) -> Tensor:

@@ -91,9 +91,9 @@ class Router(nn.Module):
                 balance = self._balance(scores_BTE if softmax else _normalized(scores_BTE), taken_BE, mask_BT)
         return (weights_BTK * self.config.scale).flatten(0, 1), chosen_BTK.flatten(0, 1), torch.stack((balance, z))
 
-    def settle(self, load_E: Tensor) -> None:
-        """After an optimizer step. load_E: `load`, summed over all ranks."""
-        if self.bias is not None:
+    def settle(self, load_E: Tensor, *, learned: bool = True) -> None:
+        """After an optimizer step. load_E: `load`, summed over all ranks. learned: False where the step was left out."""
+        if self.bias is not None and learned:
             load_E = load_E.to(torch.int64)
             below_mean = load_E.sum() - self.experts * load_E
             self.bias += self.config.bias_speed * below_mean.sign().to(self.bias)

@@ -1,7 +1,7 @@
 """Which weight is cut over which ranks, on which dimension: the one table that sharding, checkpoints and memory estimates read.
 
-It goes by the names that our layers give their weights, so that a model built of them, yours too, is cut as ours are. A weight that
-no line names is whole on every rank.
+It goes by the names that our layers give their weights. A weight that no line names is whole on every rank. A model of your own is not cut:
+who gave a weight a name of these may have meant something else by it.
 """
 
 import re
@@ -56,6 +56,8 @@ def local(name: str, whole: Sequence[int], part: Part) -> tuple[slice, ...]:
     slices = [slice(0, size) for size in whole]
     for cut in cuts(name):
         index, of = getattr(part, cut.over)
+        if of == 1:
+            continue
         size, rest = divmod(whole[cut.dimension], of)
         if rest:
             raise ValueError(f"{name}: dimension {cut.dimension} of {tuple(whole)} can not be cut into {of} equal parts")
@@ -68,6 +70,8 @@ def whole(name: str, held: Sequence[int], part: Part) -> tuple[tuple[int, ...], 
     shape, offsets = list(held), [0] * len(held)
     for cut in cuts(name):
         index, of = getattr(part, cut.over)
+        if of == 1:
+            continue
         shape[cut.dimension] *= of
         offsets[cut.dimension] = index * held[cut.dimension]
     return tuple(shape), tuple(offsets)

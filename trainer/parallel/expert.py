@@ -32,11 +32,10 @@ class TravellingTokens:
         counts_PL = counts_E.view(self.ranks, -1)  # for each rank's experts
         came_PL = torch.empty_like(counts_PL)  # from each rank, for our experts
         dist.all_to_all_single(came_PL, counts_PL.contiguous(), group=self.group)
-        sent, received = counts_PL.sum(dim=1).tolist(), came_PL.sum(dim=1).tolist()
+        sent, received = torch.stack((counts_PL, came_PL)).sum(dim=2).tolist()  # the one time that the host waits
         arrived = exchange(x_MD, sent, received, self.group)
         # They come rank by rank, each sorted by expert; our experts want them expert by expert.
-        order = (
-            torch.arange(came_PL.shape[1], device=x_MD.device).repeat(self.ranks).repeat_interleave(came_PL.flatten()).argsort(stable=True)
-        )
+        experts = torch.arange(came_PL.shape[1], device=x_MD.device).repeat(self.ranks)
+        order = experts.repeat_interleave(came_PL.flatten(), output_size=sum(received)).argsort(stable=True)
         worked = self.work(arrived[order], came_PL.sum(dim=0))
         return exchange(worked[order.argsort()], received, sent, self.group)
