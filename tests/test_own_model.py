@@ -68,6 +68,7 @@ def trained(case, desk) -> RunDirectory:
     return RunDirectory(desk / "examples/own_model/runs/parallel")
 
 
+@pytest.mark.slow
 def test_the_document_s_commands_train_a_model_of_one_s_own_and_go_on_from_elsewhere(trained, desk):
     lines = read_metrics(trained.metrics_file)
     assert [line["step"] for line in lines] == list(range(1, 13))
@@ -76,6 +77,7 @@ def test_the_document_s_commands_train_a_model_of_one_s_own_and_go_on_from_elsew
     assert trained.manifest()["code"] == str(desk / "examples/own_model")
 
 
+@pytest.mark.slow
 def test_a_rank_alone_finds_it_too(trained, desk):
     home = desk / "own by hand"
     shutil.copytree(trained.path, home)
@@ -88,6 +90,7 @@ def test_a_rank_alone_finds_it_too(trained, desk):
     assert ours == theirs  # of the last steps, done anew: bit by bit
 
 
+@pytest.mark.slow
 def test_its_cache_and_its_head_are_those_of_any_decoder(trained):
     model = load_pretrained(trained).model
     tokens = torch.randint(0, 200, (1, 12))
@@ -97,6 +100,7 @@ def test_its_cache_and_its_head_are_those_of_any_decoder(trained):
     assert type(model).__name__ == "Parallel"
 
 
+@pytest.mark.slow
 def test_where_the_code_lay_is_gone_it_is_looked_for_here(trained, tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps(trained.manifest() | {"code": str(tmp_path / "gone")}))
     monkeypatch.chdir(EXAMPLE)
