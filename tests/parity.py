@@ -23,7 +23,7 @@ from manta.trainer.world import World
 
 VOCABULARY, LENGTH, STEPS, SEED = 250, 32, 10, 7
 GLOBAL_BATCH, TURNS = 16, 2  # every layout accumulates two micro batches
-EPSILON = 1e-5
+EPSILON = {"fp32": 1e-5}  # of AdamW; in 16 bits 1e-4: above what rounding leaves of a gradient
 OPTIMIZERS = ("adamw", "sgd")
 RATES = {"adamw": 3e-3, "sgd": 0.3}
 BOUNDS = {"fp32": (2e-6, 2e-5), "bf16-autocast": (3e-4, 3e-3), "bf16": (3e-3, 3e-3), "fp16": (3e-3, 3e-3)}  # of loss, of norm
@@ -92,11 +92,11 @@ def model(name: str) -> Transformer:
     return made
 
 
-def optimizer_config(name: str) -> OptimizerConfig:
+def optimizer_config(name: str, precision: Precision = "fp32") -> OptimizerConfig:
     """Every gradient is clipped. Of a gradient that is zero but for rounding AdamW makes a step of full size, in either direction, unless
-    epsilon lies above that.
+    epsilon lies above that. SGD has no such thing, and sees each error of scale.
     """
-    return OptimizerConfig(name=name, learning_rate=RATES[name], gradient_clipping=0.25, epsilon=EPSILON)
+    return OptimizerConfig(name=name, learning_rate=RATES[name], gradient_clipping=0.25, epsilon=EPSILON.get(precision, 1e-4))
 
 
 def batch(name: str, step: int) -> Batch:
@@ -133,7 +133,7 @@ def plain(name: str, precision: Precision, optimizer: str) -> Trace:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     trained, masters = model(name).to(dtype), model(name)
     masters.load_state_dict({key: weight.float() for key, weight in trained.state_dict().items()})
-    config = optimizer_config(optimizer)
+    config = optimizer_config(optimizer, precision)
     steps = build_optimizer(masters.parameters(), config)
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-autocast" else nullcontext()
     scale = 2.0**16 if precision == "fp16" else 1.0
@@ -176,7 +176,7 @@ def under(cell: Cell, optimizer: str, fault: str | None = None, *, compiled: boo
     engine = Engine(
         model(cell.model),
         mesh=mesh,
-        optimizer=optimizer_config(optimizer),
+        optimizer=optimizer_config(optimizer, cell.precision),
         precision=cell.precision,
         recompute=cell.recompute,
         compile_blocks=compiled,

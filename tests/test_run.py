@@ -16,7 +16,8 @@ import torch
 from manta.data.errors import InputError
 from manta.trainer.convert.huggingface import export
 from manta.trainer.generate import Sampling, write
-from manta.trainer.metrics import parse, read_metrics
+from manta.trainer.metrics import AUXILIARY, describe, parse, read_metrics
+from manta.trainer.model.transformer import Transformer
 from manta.trainer.pretrained import load_pretrained
 from manta.trainer.rundir import RunDirectory
 
@@ -129,6 +130,108 @@ def test_a_rank_alone_and_torchrun_go_on_with_the_same_run(case, undisturbed):
     assert [line["data/digest"] for line in told[:STEPS]] == [line["data/digest"] for line in lines(case, undisturbed)]
 
 
+def taken_back(case, run: str, name: str) -> str:
+    """A copy of a run without its newest checkpoint: what it did from there on is to be done again."""
+    copy = copy_of(case, run, name)
+    shutil.rmtree(max((copy / "checkpoints").glob("step-*")))
+    return name
+
+
+def resume(case, run: str, *overrides: str) -> list[dict]:
+    """What the run has done from here on."""
+    begun = parse((case.home / run / "metrics.jsonl").read_text())
+    done = case.manta("resume", run, *overrides)
+    assert done.returncode == 0, done.stderr
+    return parse((case.home / run / "metrics.jsonl").read_text())[len(begun) :]
+
+
+def assert_same(again: list[dict], before: list[dict]) -> None:
+    """The same samples at each step, and the same losses, of training and of validation, as well as fp32 can tell."""
+    then = {line["step"]: line for line in before}
+    for line in again:
+        other = then[line["step"]]
+        assert line["data/digest"] == other["data/digest"]
+        told = [key for key in line if key.startswith(("train/", "eval/"))]
+        assert told == [key for key in other if key.startswith(("train/", "eval/"))]
+        assert [line[key] for key in told] == pytest.approx([other[key] for key in told], abs=1e-5)
+
+
+def test_a_run_goes_on_under_tensor_parallelism(case, undisturbed):
+    again = resume(case, taken_back(case, undisturbed, "cut"), "parallel.tensor=2")
+    assert [line["step"] for line in again] == [37, 38, 39, 40]
+    assert_same(again, lines(case, undisturbed))
+
+
+def test_a_mixture_whose_experts_lay_on_two_ranks_goes_on_on_one(case):
+    experts = "model.experts={experts: 4, top_k: 2, width: 32, balance: bias, bias_speed: 0.01}"
+    uneven = "evaluate.samples=9"  # by fours over two ranks: at last one of them has one, the other none
+    case.train("mixture", experts, uneven, "parallel.expert=2", "parallel.zero=3", "train.steps=12", "evaluate.every_steps=6")
+    before = lines(case, "mixture")
+    assert [line["step"] for line in before if "eval/loss" in line] == [6, 12]
+    assert all(sum(line["load/blocks.0.mlp.router"]) == pytest.approx(1, abs=1e-3) for line in before)
+    again = resume(case, taken_back(case, "mixture", "mixture on one"), "parallel.expert=1", "cluster.ranks_per_node=1")
+    assert [line["step"] for line in again] == list(range(7, 13))
+    assert_same(again, before)
+    assert [line["load/blocks.1.mlp.router"] for line in again] == [line["load/blocks.1.mlp.router"] for line in before[6:]]
+
+
+@pytest.mark.slow
+def test_a_run_stopped_twice_goes_on_under_another_layout_each_time(case, undisturbed):
+    legs = [["parallel.tensor=2"], ["parallel.tensor=1", "parallel.zero=3"], ["parallel.zero=1", "cluster.ranks_per_node=1"]]
+    run = "wandering"
+    stopped = 0
+    for number, leg in enumerate(legs):
+        arguments = ["resume", run] if number else ["train", str(case.file), f"run.dir={run}"]
+        with case.start(*arguments, *leg) as running:
+            if leg is not legs[-1]:
+                wait_for_step(case, run, stopped + 4, running)
+                running.send_signal(signal.SIGTERM)
+            assert running.wait(90) == (0 if leg is legs[-1] else 75), running.communicate()[1]
+            running.communicate()
+        assert lines(case, run)[-1]["step"] > stopped
+        stopped = lines(case, run)[-1]["step"]
+    assert [line["attempt"] for line in lines(case, run)].count(3) > 1, "the last leg came too late to prove anything"
+    assert [line["step"] for line in lines(case, run)] == list(range(1, STEPS + 1))
+    assert_same(lines(case, run), lines(case, undisturbed))
+
+
+@pytest.fixture(scope="module")
+def uneven(case, undisturbed) -> list[dict]:
+    """The last steps on one rank, each evaluated on a number of samples that micro batches do not divide."""
+    return resume(case, taken_back(case, undisturbed, "uneven"), *UNEVEN, "cluster.ranks_per_node=1")
+
+
+UNEVEN = ("evaluate.samples=9", "evaluate.every_steps=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["zero=3"], ["sequence=2", "zero=3"], ["zero=2", "offload=true"], ["tensor=2", "zero=0"]], ids=" ".join)
+def test_evaluation_is_the_same_however_few_samples_a_rank_has(case, undisturbed, uneven, layout):
+    run = taken_back(case, undisturbed, f"uneven {' '.join(layout)}")
+    again = resume(case, run, *UNEVEN, *(f"parallel.{part}" for part in layout))
+    assert [line["step"] for line in again if "eval/loss" in line] == [37, 38, 39, 40]
+    assert_same(again, uneven)
+
+
+@pytest.mark.slow
+def test_fp16_skips_steps_whose_gradients_overflow_and_goes_on_with_the_scale_it_found(case, undisturbed):
+    # A z-loss of hundreds, whose gradients times the first scale are more than fp16 can hold.
+    done = case.train("fp16", "precision=fp16", "model.z_loss=10", "train.steps=20", "schedule.shape=constant")
+    told = lines(case, "fp16")
+    skipped = [line["skipped"] for line in told]
+    assert skipped[0]
+    assert 1 < sum(skipped) < 10
+    assert [line["grad_norm"] is None for line in told] == skipped
+    scales = [line["loss_scale"] for line in told]
+    assert scales[0] == 2**16, "the first time it is kept"
+    assert scales[1:] == [before / 2 if skip else before for before, skip in zip(scales, skipped[1:], strict=False)]
+    assert done.stderr.count("gradients overflowed, nothing learned") == sum(skipped)
+    assert losses(case, "fp16")[-1] < losses(case, "fp16")[0] - 0.1
+    assert [line["data/digest"] for line in told] == [line["data/digest"] for line in lines(case, undisturbed)][:20]
+    again = resume(case, "fp16", "train.steps=24", "parallel.zero=3")
+    assert again[0]["loss_scale"] == scales[-1] / (1 + again[0]["skipped"])
+
+
 def test_another_config_is_refused_and_the_difference_shown(case, undisturbed):
     before = (case.home / undisturbed / "config.yaml").read_bytes()
     refused = case.train(undisturbed, "optimizer.learning_rate=2e-3", "train.steps=12", code=2)
@@ -220,3 +323,10 @@ print(float((a - b).abs().max()))
     told = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=case.home, timeout=120, check=False)
     assert told.returncode == 0, told.stderr
     assert float(told.stdout) <= 1e-5
+
+
+def test_what_keeps_a_model_in_bounds_is_told_apart_from_its_loss():
+    assert Transformer.auxiliary == AUXILIARY
+    terms = {"train/masked_language": 5.0, "train/next_sentence": 0.5}
+    told = describe({"train/loss": 5.5, **terms, "train/z_loss": 3.0, "tokens_per_second": 9.0, "skipped": False})
+    assert told == "loss 5.5000 (masked language 5.0000, next sentence 0.5000)  9 tokens/s"
