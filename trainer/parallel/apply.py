@@ -52,6 +52,11 @@ def ask_for_compiler(device: str) -> None:
     remedy = "install them (Debian: g++ and python3-dev), or set train.compile=false"
     if not any(map(shutil.which, names)):
         raise InputError(f"train.compile: got true, which needs a compiler, and there is no {' or '.join(names)} on PATH; {remedy}")
+    if device == "cpu" and " " in torch.__file__:
+        home = Path(torch.__file__).parent
+        raise InputError(
+            f"train.compile: got true, and torch's headers lie in {home}, a path with a space; install elsewhere or leave it out"
+        )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         raise InputError(f"train.compile: got true, which needs Python's headers, and there is no {header}; {remedy}")
