@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +29,7 @@ class Journal:
         self._file = path.open("ab+")
         self._file.seek(0)
         earlier = self._file.read()
-        self.last_attempt = max((attempt for line in earlier.splitlines() if (attempt := _attempt(line)) is not None), default=0)
+        self.last_attempt = max((int(event["attempt"]) for event in _whole(earlier)), default=0)
         if earlier and not earlier.endswith(b"\n"):
             self._file.write(b"\n")
 
@@ -44,8 +46,12 @@ class Journal:
         self._file.close()
 
 
-def _attempt(line: bytes) -> int | None:
-    try:
-        return int(json.loads(line)["attempt"])
-    except (ValueError, KeyError, TypeError):  # torn, or not ours
-        return None
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events so far, in order; none where there is no file yet. A line that is being written, or was cut off, is left out."""
+    return list(_whole(path.read_bytes())) if path.exists() else []
+
+
+def _whole(journal: bytes) -> Iterator[dict[str, Any]]:
+    for line in journal[: journal.rfind(b"\n") + 1].splitlines():
+        with suppress(ValueError):  # cut off, and closed by the next controller
+            yield json.loads(line)

@@ -1,12 +1,12 @@
 """How a run stands, read from its directory alone."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from manta.cluster.journal import read_events
 from manta.data.errors import InputError
 from manta.launch.train import ranks_in_words
 from manta.trainer.metrics import duration, loss_in_words, read_metrics, terms
@@ -22,7 +22,7 @@ def status(directory: Path) -> dict[str, Any]:
         raise InputError(
             f"{directory}: got no {home.events_file.name}, wants a run directory; start one with: manta train FILE run.dir={directory}"
         )
-    events = [json.loads(line) for line in home.events_file.read_text().splitlines() if line.endswith("}")]
+    events = read_events(home.events_file)
     lines = read_metrics(home.metrics_file)
     newest = lines[-1] if lines else {}
     steps = home.config().train.steps

@@ -12,6 +12,7 @@ from typing import Any
 
 from manta.cluster.controller import Controller
 from manta.cluster.job import Job
+from manta.cluster.journal import read_events
 from manta.cluster.machine import default_ranks, gpus
 from manta.data.durable import write_atomically
 from manta.data.errors import InputError
@@ -135,10 +136,10 @@ def ranks_in_words(count: int) -> str:
 
 def is_done(home: RunDirectory, config: RunConfig) -> bool:
     """Whether the run has ended well, at the last step, and nothing is left to do."""
-    if home.saved_step != config.train.steps or not home.events_file.exists():
+    events = read_events(home.events_file)
+    if home.saved_step != config.train.steps or not events:
         return False
-    last = json.loads(home.events_file.read_text().splitlines()[-1])
-    return last["event"] == "run-ended" and last["exit_code"] == 0
+    return events[-1]["event"] == "run-ended" and events[-1]["exit_code"] == 0
 
 
 def check_own_model(home: RunDirectory, config: RunConfig) -> dict[str, str]:

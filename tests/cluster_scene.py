@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from manta.cluster.journal import read_events
+
 HERE = Path(__file__).parent
 PYTHON = sys.executable
 
@@ -29,8 +31,7 @@ class Scene:
             )
 
     def events(self):
-        journal = self.directory / "events.jsonl"
-        return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+        return read_events(self.directory / "events.jsonl")
 
     def event(self, kind, attempt=1, *, within=30.0):
         deadline = time.monotonic() + within

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from manta.cluster.journal import read_events
 from manta.data.errors import InputError
 from manta.trainer.convert.huggingface import export
 from manta.trainer.generate import Sampling, write
@@ -29,8 +30,7 @@ def lines(case, run: str) -> list[dict]:
 
 
 def events(case, run: str) -> list[dict]:
-    file = case.home / run / "events.jsonl"
-    return [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+    return read_events(case.home / run / "events.jsonl")
 
 
 def wait_for_step(case, run: str, step: int, process: subprocess.Popen, seconds: float = 60) -> None:
