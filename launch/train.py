@@ -73,6 +73,8 @@ def follow(controller: Controller, display: Display) -> int:
 
 
 def ranks_at_hand(config: RunConfig) -> int:
+    if config.precision == "fp8" and gpus() == 0:
+        raise InputError("precision: got fp8, which wants GPUs, and this machine has none; use bf16")
     asked = config.cluster.ranks_per_node
     if asked is None:
         return default_ranks()

@@ -1,6 +1,7 @@
 """What several test files share: a small corpus, a small config, and the `manta` command as a user would type it."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a run that was started to ignore it keeps on doing so: tests under nohup would wait for ever
 MANTA = Path(sys.executable).with_name("manta")
 
 

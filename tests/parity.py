@@ -18,6 +18,7 @@ from manta.trainer.layout import fits
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim import build_optimizer
+from manta.trainer.parallel.fp8 import multiply_in_fp8
 from manta.trainer.refusals import refusal
 from manta.trainer.world import World
 
@@ -26,7 +27,13 @@ GLOBAL_BATCH, TURNS = 16, 2  # every layout accumulates two micro batches
 EPSILON = {"fp32": 1e-5}  # of AdamW; in 16 bits 1e-4: above what rounding leaves of a gradient
 OPTIMIZERS = ("adamw", "sgd")
 RATES = {"adamw": 3e-3, "sgd": 0.3}
-BOUNDS = {"fp32": (2e-6, 2e-5), "bf16-autocast": (3e-4, 3e-3), "bf16": (3e-3, 3e-3), "fp16": (3e-3, 3e-3)}  # of loss, of norm
+BOUNDS = {
+    "fp32": (2e-6, 2e-5),
+    "bf16-autocast": (3e-4, 3e-3),
+    "bf16": (3e-3, 3e-3),
+    "fp16": (3e-3, 3e-3),
+    "fp8": (3e-3, 1e-2),
+}  # of loss, of norm
 
 LINEAR = torch.nn.functional.linear  # ZeRO-3 puts its own in this place, for all that run in the process after it
 
@@ -128,11 +135,17 @@ def rows(whole: Batch, numbers: Any) -> Batch:
     return replace(whole, **{name: tensor[torch.as_tensor(numbers)] for name, tensor in held.items() if tensor is not None})
 
 
-def plain(name: str, precision: Precision, optimizer: str) -> Trace:
-    """One process, no DeepSpeed: fp32 masters beside a model in training precision, gradients accumulated in that precision."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+def plain(name: str, precision: Precision, optimizer: str, turns: int = TURNS) -> Trace:
+    """One process, no DeepSpeed: fp32 masters beside a model in training precision, gradients accumulated in that precision.
+
+    turns: micro batches that a step is dealt into.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     trained, masters = model(name).to(dtype), model(name)
     masters.load_state_dict({key: weight.float() for key, weight in trained.state_dict().items()})
+    if precision == "fp8":
+        for block in trained.blocks:
+            multiply_in_fp8(block, emulate=True)
     config = optimizer_config(optimizer, precision)
     steps = build_optimizer(masters.parameters(), config)
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-autocast" else nullcontext()
@@ -143,7 +156,7 @@ def plain(name: str, precision: Precision, optimizer: str) -> Trace:
         whole = batch(name, step)
         counts = trained.counts(whole).float().clamp(min=1)
         loss = 0.0
-        for chunk in torch.arange(GLOBAL_BATCH).chunk(TURNS):
+        for chunk in torch.arange(GLOBAL_BATCH).chunk(turns):
             with autocast:
                 terms = trained(rows(whole, chunk), counts)
             (terms.sum() * scale).backward()
@@ -161,8 +174,8 @@ def plain(name: str, precision: Precision, optimizer: str) -> Trace:
     return Trace(losses, norms)
 
 
-def plain_all(cells: list[tuple[str, Precision]]) -> dict[tuple[str, Precision, str], Trace]:
-    return {(name, precision, optimizer): plain(name, precision, optimizer) for name, precision in cells for optimizer in OPTIMIZERS}
+def plain_all(cells: list[tuple[str, Precision]], turns: int = TURNS) -> dict[tuple[str, Precision, str], Trace]:
+    return {(name, precision, optimizer): plain(name, precision, optimizer, turns) for name, precision in cells for optimizer in OPTIMIZERS}
 
 
 def under(cell: Cell, optimizer: str, fault: str | None = None, *, compiled: bool = False) -> Trace:

@@ -17,6 +17,11 @@ needs_compiler = pytest.mark.skipif(
 )
 GRAPHS = {
     Cell("llama", 2): 1,
+    Cell("llama", 2, parallel=ParallelConfig(zero=2, offload=True)): 1,
+    Cell("bert", 2, parallel=ParallelConfig(zero=2)): 1,
+    Cell("gpt2", 2, parallel=ParallelConfig(zero=0)): 1,
+    Cell("llama", 2, parallel=ParallelConfig(sequence=2)): 1,
+    Cell("gpt2", 2, "fp8"): 1,
     Cell("gpt2", 1, recompute="selective"): 1,
     Cell("bert", 1, "bf16-autocast"): 1,
     Cell("moe", 2, parallel=ParallelConfig(expert=2)): 2,  # before the mixture, and after

@@ -65,7 +65,7 @@ BAD = {
     "experts that are not there": ("parallel:\n  expert: 2\n", "parallel.expert", "got 2, and the model has no experts", "leave it out"),
     "bf16 without ZeRO": ("parallel:\n  zero: 0\nprecision: bf16\n", "parallel.zero", "got 0, which goes wrong in bf16", "use 1, 2 or 3"),
     "blocks compiled under ZeRO-3": ("parallel:\n  zero: 3\ntrain:\n  compile: true\n", "train.compile", "got true", "use zero 1 or 2"),
-    "fp8 here": ("precision: fp8\n", "precision", "got fp8", "use bf16"),
+    "fp8 under ZeRO-3": ("parallel:\n  zero: 3\nprecision: fp8\n", "parallel.zero", "got 3, and fp8 would keep whole", "use 1 or 2"),
     "a key of another family": ("model:\n  family: gpt2\n", "model.kv_heads", "got 2, and family gpt2 has none", "leave it out"),
     "an encoder on a causal objective": (
         "model:\n  preset: bert-tiny\n  kv_heads: null\n",

@@ -9,6 +9,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib import resources
+from importlib.util import find_spec
 from unittest.mock import patch
 
 import parity
@@ -27,6 +28,7 @@ from manta.trainer.model.build import build
 from manta.trainer.model.dropout import AttentionDropout, Dropout, Noise, name_dropouts
 from manta.trainer.model.losses import cross_entropy
 from manta.trainer.model.moe import MixtureOfExperts
+from manta.trainer.parallel.fp8 import CAPABILITY
 from manta.trainer.world import World
 
 DEVICE = os.environ.get("MANTA_GPU_TESTS", "cuda")
@@ -35,7 +37,15 @@ pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 # Kernels sum in another order than a CPU's: fp32 moves by its rounding, ten times over; bf16 and fp16 as between layouts.
-BOUNDS = {"fp32": (1e-5, 2e-4), "bf16-autocast": (1e-3, 1e-2), "bf16": (3e-3, 1e-2), "fp16": (3e-3, 1e-2)}
+BOUNDS = {"fp32": (1e-5, 2e-4), "bf16-autocast": (1e-3, 1e-2), "bf16": (3e-3, 1e-2), "fp16": (3e-3, 1e-2), "fp8": (3e-3, 1e-2)}
+FP8 = pytest.param(
+    Cell("wide", 1, "fp8"),
+    marks=pytest.mark.skipif(
+        find_spec("torchao") is None
+        or (DEVICE == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY),
+        reason="no torchao, or a GPU older than Hopper",
+    ),
+)
 WIDE = {"heads": 4, "kv_heads": 2}  # heads wide enough for FlexAttention
 
 
@@ -75,6 +85,7 @@ TRAINED = [
     Cell("wide", 1, "fp32"),
     Cell("wide", 1, "bf16"),
     Cell("wide", 1, "bf16-autocast"),
+    FP8,
     Cell("wide", 1, "bf16", ParallelConfig(zero=3), "full"),
     Cell("llama", 1, "fp16"),
     Cell("llama", 1, "bf16", ParallelConfig(offload=True)),
@@ -99,6 +110,7 @@ def test_a_gpu_trains_as_a_cpu_does(cell, monkeypatch):
 
 COMPILED = [
     Cell("wide", 1, "fp32"),
+    FP8,
     Cell("wide", 1, "bf16"),
     Cell("gpt2", 1, "fp32", recompute="selective"),
     Cell("bert", 1, "bf16", recompute="full"),

@@ -18,6 +18,7 @@ SLICE = [
     Cell("llama", 4, "fp32", ParallelConfig(zero=3, tensor=2)),
     Cell("llama", 4, "fp32", ParallelConfig(zero=1, tensor=4)),
     Cell("llama", 2, "bf16-autocast", ParallelConfig(zero=1, sequence=2)),
+    Cell("llama", 2, "fp8", ParallelConfig(zero=2)),
     Cell("bert", 4, "fp32", ParallelConfig(zero=1)),
     Cell("bert", 2, "bf16", ParallelConfig(zero=3), "full"),
     Cell("bert", 2, "fp32", ParallelConfig(zero=2, offload=True)),
@@ -84,6 +85,8 @@ def test_each_refused_cell_gives_its_reason():
     for told in (
         "parallel.zero: got 0, which goes wrong in bf16",
         "parallel.zero: got 0, which goes wrong in fp16",
+        "parallel.zero: got 3, and fp8",
+        "parallel.tensor: got 2, not proven in fp8",
         "parallel.expert: got 2, and the model has no experts",
         "parallel.expert: got 2, not proven beside parallel.tensor 2",
     ):

@@ -271,7 +271,7 @@ class TrainingConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
     precision: Precision = "bf16"
-    """fp32; bf16, or fp16 with dynamic loss scaling, both with fp32 masters and optimizer state; bf16-autocast; fp8."""
+    """fp32; bf16, or fp16 with dynamic loss scaling, both with fp32 masters and optimizer state; bf16-autocast; fp8 (Hopper on)."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "TrainingConfig":

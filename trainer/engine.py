@@ -3,8 +3,8 @@
 Its config dict is built from our typed one alone: it accepts unknown keys without a word. It is told of the layout by a `Mesh`, and
 by marks on the weights: which are cut over tensor ranks, and which are experts that other ranks do not hold.
 
-Private parts relied on: `DeepSpeedEngine._configure_distributed_model`, `has_moe_layers`, the expert groups in `deepspeed.utils.groups`,
-and the marks that AutoEP and Megatron leave on weights. A contract test names them.
+Private parts relied on: `DeepSpeedEngine._configure_distributed_model`, `_do_sanity_check`, `has_moe_layers`, the expert groups in
+`deepspeed.utils.groups`, and the marks that AutoEP and Megatron leave on weights. A contract test names them.
 """
 
 import importlib
@@ -25,6 +25,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
@@ -79,7 +80,7 @@ class Engine:
         self._loads: dict[str, Tensor] = {}
         wholes = {name: parameter.shape for name, parameter in model.named_parameters()}
         memory = estimate(wholes, mesh.layout, precision, optimizer.name)
-        parallelize(model, mesh, recompute=recompute, compile_blocks=compile_blocks)
+        parallelize(model, mesh, recompute=recompute, compile_blocks=compile_blocks, fp8=precision == "fp8")
         _mark(model, mesh)
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         mpu = mesh if mesh.layout.tensor > 1 else None
@@ -203,6 +204,11 @@ class _Engine(DeepSpeedEngine):
         super()._configure_distributed_model(model)
         self.has_moe_layers = any(hasattr(parameter, "group_name") for parameter in model.parameters())
 
+    def _do_sanity_check(self) -> None:
+        """It refuses fp16 on processors that have no instructions for it; torch computes it there too, only slowly."""
+        with patch.object(get_accelerator(), "is_fp16_supported", return_value=True):
+            super()._do_sanity_check()
+
     def _validate_zero3_moe_compatibility(self) -> None:
         """It refuses expert layers that it does not know; the parity table has ours."""
 
@@ -241,6 +247,6 @@ def _settings(layout: Layout, optimizer: OptimizerConfig, precision: Precision, 
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW: faster than DeepSpeed's own in every pairing
         "zero_force_ds_cpu_optimizer": False,  # its own would be compiled first
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision in ("bf16", "fp8")},
         "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2},
     }

@@ -22,6 +22,7 @@ from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.layout import fits
 from manta.trainer.loop import Loop, Notice
 from manta.trainer.model.build import build
+from manta.trainer.parallel.fp8 import ask_for_gpu
 from manta.trainer.power import peak_flops
 from manta.trainer.refusals import compiles
 from manta.trainer.rundir import RunDirectory
@@ -46,6 +47,8 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     layout = fits(config.train, world.size, config.parallel)
     prepared = home.prepared()
     samples = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed)
+    if config.precision == "fp8":
+        ask_for_gpu(world.device)
     world.join()
     log.info("joined %d ranks on %s", world.size, world.device)
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:  # it is the config that asks
 
 VOCABULARY_MULTIPLE = 128
 """Rows of embedding and head are padded to this, the same for every layout."""
+FP8_MULTIPLE = 16
+"""Rows and columns of a product in 8 bits, as tensor cores want them."""
 
 
 def refusal(
@@ -66,7 +68,7 @@ def divisors(n: int) -> str:
 
 def _unproven(model: "ModelConfig", parallel: "ParallelConfig", precision: "Precision") -> Iterator[str]:
     tensor, sequence, expert, zero = parallel.tensor, parallel.sequence, parallel.expert, parallel.zero
-    if zero == 0 and precision in ("bf16", "fp16"):
+    if zero == 0 and precision in ("bf16", "fp16", "fp8"):
         yield f"parallel.zero: got 0, which goes wrong in {precision}: DeepSpeed then keeps no fp32 masters as it should; use 1, 2 or 3"
     if zero == 0 and parallel.offload:
         yield "parallel.offload: got true, and without ZeRO nothing is offloaded; use zero 1, 2 or 3"
@@ -75,4 +77,20 @@ def _unproven(model: "ModelConfig", parallel: "ParallelConfig", precision: "Prec
     if ":" in model.family and max(tensor, sequence, expert) > 1:
         yield "parallel: a model of your own is proven under ZeRO alone; leave out tensor, sequence and expert"
     if precision == "fp8":
-        yield "precision: got fp8, proven on no machine yet; use bf16"
+        yield from _not_in_fp8(model, parallel)
+
+
+def _not_in_fp8(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
+    """Its products keep for the backward pass the weights that ZeRO-3 gathered, and knows nothing of a product that ranks share."""
+    if parallel.zero == 3:
+        yield "parallel.zero: got 3, and fp8 would keep whole what ZeRO-3 has gathered; use 1 or 2"
+    if parallel.tensor > 1:
+        yield f"parallel.tensor: got {parallel.tensor}, not proven in fp8; leave it out, or use bf16"
+    if ":" in model.family:
+        yield "precision: got fp8, not proven with a model of your own; use bf16"
+    experts = model.experts
+    inner = ("model.mlp_width", model.inner) if experts is None else ("model.experts.shared x width", experts.shared * experts.width)
+    heads = [(f"model.{key} x head_width", count * model.each_head) for key, count in (("heads", model.heads), ("kv_heads", model.kv))]
+    for key, size in (("model.width", model.width), *heads, inner):
+        if size % FP8_MULTIPLE:
+            yield f"{key}: got {size}, wants a multiple of {FP8_MULTIPLE} in fp8; change it, or use bf16"

@@ -16,13 +16,14 @@ from manta.data.errors import InputError
 from manta.trainer.model.moe import MixtureOfExperts
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.parallel import cuts, expert, sequence, tensor
+from manta.trainer.parallel.fp8 import multiply_in_fp8
 from manta.trainer.world import Mesh
 
 Recompute = Literal["none", "selective", "full"]
 
 
-def parallelize(model: Transformer, mesh: Mesh, *, recompute: Recompute = "none", compile_blocks: bool = False) -> None:
-    """Cuts the weights, puts the exchanges in, then recomputation, then compilation: each around what came before."""
+def parallelize(model: Transformer, mesh: Mesh, *, recompute: Recompute = "none", compile_blocks: bool = False, fp8: bool = False) -> None:
+    """Cuts the weights, puts the exchanges in, then products in 8 bits, recomputation, compilation: each around what came before."""
     if compile_blocks:
         ask_for_compiler("cuda" if torch.cuda.is_available() else "cpu")
     cut(model, mesh.part)
@@ -33,15 +34,24 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: Recompute = "none"
     if mesh.layout.sequence > 1:
         sequence.share(model, mesh.sequence)
     for block in model.blocks:
-        mixtures: list[Any] = [module for module in block.modules() if isinstance(module, MixtureOfExperts)] if compile_blocks else []
-        for mixture in mixtures:  # how many rows an expert has is data: the graph is broken there, and nowhere else
-            mixture.forward = torch.compiler.disable(mixture.forward)
-        if mixtures:
-            block.forward = torch.compile(block.forward)  # within recomputation: around a broken graph it would compile nothing
-        if recompute != "none":
-            block.forward = partial(_recomputed, block.forward, selective=recompute == "selective")
-        if compile_blocks and not mixtures:
-            block.compile()
+        if fp8:
+            multiply_in_fp8(block, emulate=not torch.cuda.is_available())
+        if compile_blocks:
+            _compile(block, recompute)
+        elif recompute != "none":
+            _recompute(block, recompute)
+
+
+def _compile(block: Any, recompute: Recompute) -> None:
+    mixtures: list[Any] = [module for module in block.modules() if isinstance(module, MixtureOfExperts)]
+    for mixture in mixtures:  # how many rows an expert has is data: the graph is broken there, and nowhere else
+        mixture.forward = torch.compiler.disable(mixture.forward)
+    if mixtures:
+        block.forward = torch.compile(block.forward)  # within recomputation: around a broken graph it would compile nothing
+    if recompute != "none":
+        _recompute(block, recompute)
+    if not mixtures:
+        block.compile()
 
 
 def ask_for_compiler(device: str) -> None:
@@ -69,6 +79,10 @@ def cut(model: nn.Module, part: cuts.Part) -> None:
         parameter.data = parameter.data[here].clone()  # the rest is freed
 
 
+def _recompute(block: Any, recompute: Recompute) -> None:
+    block.forward = partial(_recomputed, block.forward, selective=recompute == "selective")
+
+
 def _recomputed(forward: Any, *given: Any, selective: bool) -> Any:
     if not torch.is_grad_enabled():
         return forward(*given)
@@ -80,5 +94,5 @@ def _recomputed(forward: Any, *given: Any, selective: bool) -> Any:
 def _keep_products(_: object, operation: Any, *__: object, **___: object) -> CheckpointPolicy:
     """What costs the most to do again is kept; the rest, which holds the most memory, is done again."""
     aten = torch.ops.aten
-    products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default)  # noqa: SLF001
+    products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default, aten._scaled_mm.default)  # noqa: SLF001
     return CheckpointPolicy.MUST_SAVE if operation in products else CheckpointPolicy.PREFER_RECOMPUTE
