@@ -123,8 +123,12 @@ MODULES = {
     "model_raising": ("\nraise ValueError('no\\nluck')\n", r"its import ends with ValueError: no luck \(.*model_raising.py:2\); mend it"),
     "model_instance": ("Mine = 1\n", "which is 1 in .*model_instance.py, wants a class that derives from manta.trainer.model.transformer"),
     "model_module": ("import torch\nclass Mine(torch.nn.Module): pass\n", "which is <class 'model_module.Mine'> in"),
+    "model_unfinished": (
+        "from manta.trainer.model.transformer import Transformer\nclass Mine(Transformer): pass\n",
+        r"in .*model_unfinished.py, which lacks counts, forward; define them, as docs/models.md shows",
+    ),
     "model_signature": (
-        "from manta.trainer.model.decoder import Decoder\nclass Mine(Decoder): pass\n",
+        "from manta.trainer.model.decoder import Decoder\nclass Mine(Decoder):\n    embed = None\n",
         r"wants __init__\(config, \*, vocabulary, sequence_length\): got an unexpected keyword argument 'sequence_length'",
     ),
 }

@@ -17,8 +17,7 @@ from manta.cluster.journal import read_events
 from manta.data.errors import InputError
 from manta.trainer.convert.huggingface import export
 from manta.trainer.generate import Sampling, write
-from manta.trainer.metrics import AUXILIARY, describe, parse, read_metrics
-from manta.trainer.model.transformer import Transformer
+from manta.trainer.metrics import describe, parse, read_metrics
 from manta.trainer.pretrained import load_pretrained
 from manta.trainer.rundir import RunDirectory
 
@@ -326,7 +325,6 @@ print(float((a - b).abs().max()))
 
 
 def test_what_keeps_a_model_in_bounds_is_told_apart_from_its_loss():
-    assert Transformer.auxiliary == AUXILIARY
     terms = {"train/masked_language": 5.0, "train/next_sentence": 0.5}
     told = describe({"train/loss": 5.5, **terms, "train/z_loss": 3.0, "tokens_per_second": 9.0, "skipped": False})
     assert told == "loss 5.5000 (masked language 5.0000, next sentence 0.5000)  9 tokens/s"

@@ -8,7 +8,7 @@ from typing import Any
 
 Line = dict[str, Any]
 LONGEST_LINE = 1 << 16  # bytes
-AUXILIARY = frozenset({"z_loss", "balance", "router_z"})  # no part of the loss: Transformer.auxiliary, told without torch
+AUXILIARY = frozenset({"z_loss", "balance", "router_z"})  # terms that are minimised too, and are no part of what is told as the loss
 
 
 class MetricsLog:

@@ -155,7 +155,7 @@ def _tokenizer(directory: Path, theirs: Config) -> tuple[Tokenizer, str]:
             return Tokenizer(file, end_of_text=token), token
     number = theirs.get("eos_token_id")
     number = number[0] if isinstance(number, list) and number else number
-    if isinstance(number, int):
+    if isinstance(number, int) and not isinstance(number, bool):
         from tokenizers import Tokenizer as Reference
 
         try:

@@ -61,6 +61,8 @@ def _checked(path: str, found: object, *, where: str) -> type[Transformer]:
         got = "nothing" if found is None else repr(found)
         wants = "a class that derives from manta.trainer.model.transformer.Transformer"
         raise InputError(f"model.family: got {path!r}, which is {got} in {where}, wants {wants}")
+    if missing := sorted(found.__abstractmethods__):
+        raise InputError(f"model.family: got {path!r} in {where}, which lacks {', '.join(missing)}; define them, as docs/models.md shows")
     try:
         inspect.signature(found).bind(None, vocabulary=1, sequence_length=1)
     except TypeError as error:

@@ -3,6 +3,7 @@
 Shapes: B batch, T time, D model width, V vocabulary, K terms of the loss.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -116,6 +117,6 @@ class Decoder(Transformer):
             sums += [] if mixture is None else [mixture]
         return self.norm(x_BTD), torch.stack(sums).sum(dim=0) if sums else None
 
+    @abstractmethod
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor, told: Pass) -> tuple[Tensor, Pass]:
         """x_BTD, and what the blocks are told of positions."""
-        raise NotImplementedError

@@ -5,6 +5,7 @@ how many such things the whole step holds: so padding that differs between ranks
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ import xxhash
 from torch import Tensor, nn
 
 from manta.trainer.batch import IGNORED, Batch
+from manta.trainer.metrics import AUXILIARY
 from manta.trainer.model.dropout import AttentionDropout, Dropout, name_dropouts
 from manta.trainer.model.layers import Attention
 from manta.trainer.model.moe import MixtureOfExperts, Router
@@ -23,7 +25,7 @@ def padded(vocabulary: int) -> int:
     return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module, ABC):
     """The base of every model, and of yours.
 
     A subclass sets `terms` and `blocks`, and defines `forward(batch, divisors_K) -> terms_K` and `counts(batch) -> K numbers`.
@@ -31,17 +33,17 @@ class Transformer(nn.Module):
 
     terms: tuple[str, ...]
     """Names of the K terms of the loss. train/loss is the sum of those that `auxiliary` does not name."""
-    auxiliary: ClassVar[frozenset[str]] = frozenset({"z_loss", "balance", "router_z"})
+    auxiliary: ClassVar[frozenset[str]] = AUXILIARY
     blocks: nn.ModuleList
     """What is recomputed, and compiled, one by one."""
 
+    @abstractmethod
     def forward(self, batch: Batch, divisors_K: Tensor) -> Tensor:
         """Each term summed over the batch and divided by its divisor: terms_K, in fp32 at least."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counts(self, batch: Batch) -> Tensor:
         """How much of each term this batch holds: K numbers, on the CPU or the batch's device."""
-        raise NotImplementedError
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         return ((name, module) for name, module in self.named_modules() if isinstance(module, Router))
