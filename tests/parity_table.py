@@ -7,6 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from parity import BOUNDS, MODELS, OPTIMIZERS, TURNS, Cell, Trace, plain_all, under, under_all
@@ -36,6 +37,7 @@ SHARES = [
 # On top of each: ZeRO's stages; where two ranks are all there are, offloading and recomputation too.
 STAGES = [(stage, False, "none") for stage in (0, 1, 2, 3)]
 MORE = [(stage, True, "none") for stage in (1, 2, 3)] + [(1, False, "selective"), (3, False, "full")]
+LOT = 8
 DOCUMENT = Path(__file__).parents[1] / "docs/parity.md"
 
 
@@ -48,21 +50,27 @@ def cells(model: str) -> list[Cell]:
     ]
 
 
-def measure(model: str) -> Iterator[tuple[Cell, str | dict[str, Trace]]]:
-    """Of each cell its traces, or why it failed to give any."""
+Result = str | dict[str, Trace]  # or why there is none
+
+
+def measure(model: str) -> Iterator[tuple[Cell, Result]]:
+    """Each allowed cell. Two lots at a time: ranks wait for each other half of the time."""
     allowed = [cell for cell in cells(model) if cell.refusal is None]
-    for ranks in (1, 2, 4):
-        here = [cell for cell in allowed if cell.ranks == ranks]
-        for first in range(0, len(here), 12):  # in the same processes: forks and rendezvous cost as much as a cell
-            some = here[first : first + 12]
-            try:
-                yield from zip(some, spmd(under_all, ranks, some, timeout=600.0)[0], strict=True)
-            except AssertionError:
-                for cell in some:
-                    try:
-                        yield cell, spmd(under_all, ranks, [cell], timeout=120.0)[0][0]
-                    except AssertionError as error:
-                        yield cell, str(error).strip().splitlines()[-1]
+    by_ranks = [[cell for cell in allowed if cell.ranks == ranks] for ranks in (1, 2, 4)]
+    lots = [here[first : first + LOT] for here in by_ranks for first in range(0, len(here), LOT)]
+    with ThreadPoolExecutor(2) as pool:
+        for some, results in zip(lots, pool.map(measured, lots), strict=True):
+            yield from zip(some, results, strict=True)
+
+
+def measured(some: list[Cell]) -> list[Result]:
+    """In the same processes: forks and rendezvous cost as much as a cell. Where one cell of them fails, each is measured alone."""
+    try:
+        return spmd(under_all, some[0].ranks, some, timeout=600.0)[0]
+    except AssertionError as error:
+        if len(some) == 1:
+            return [str(error).strip().splitlines()[-1]]
+        return [result for cell in some for result in measured([cell])]
 
 
 def layout_name(cell: Cell) -> str:
