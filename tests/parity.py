@@ -51,7 +51,7 @@ MODELS = {
         z_loss=1e-3,
         **SIZES,
     ),
-    "bert": ModelConfig(family="bert", dropout=0.1, attention_dropout=0.1, **SIZES),
+    "bert": ModelConfig(family="bert", dropout=0.1, attention_dropout=0.1, z_loss=1e-3, **SIZES),
     "moe": ModelConfig(kv_heads=4, experts=MIXTURE, **SIZES),
     "gpt2-moe": ModelConfig(
         family="gpt2",
@@ -77,7 +77,7 @@ class Cell:
 
     @property
     def refusal(self) -> str | None:
-        return refusal(MODELS[self.model], self.parallel, self.precision, sequence_length=LENGTH)
+        return refusal(MODELS[self.model], self.parallel, self.precision, sequence_length=LENGTH, recompute=self.recompute)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ SHARES = [
 ]
 # On top of each: ZeRO's stages; where two ranks are all there are, offloading and recomputation too.
 STAGES = [(stage, False, "none") for stage in (0, 1, 2, 3)]
-MORE = [(stage, True, "none") for stage in (1, 2, 3)] + [(1, False, "selective"), (3, False, "full")]
+MORE = [(stage, True, "none") for stage in (1, 2, 3)] + [(1, False, "selective"), (3, False, "selective"), (3, False, "full")]
 LOT = 8
 DOCUMENT = Path(__file__).parents[1] / "docs/parity.md"
 

@@ -192,7 +192,8 @@ def test_top_k_and_top_p_leave_out_the_unlikely():
 def test_bert_predicts_masked_tokens_and_pairs_alone():
     made, given = model("bert"), batch("bert", 0)
     assert isinstance(made, Bert)
-    assert made.counts(given).tolist() == [int((given.targets != IGNORED).sum()), len(given.tokens)]
+    masked = int((given.targets != IGNORED).sum())
+    assert made.counts(given).tolist() == [masked, len(given.tokens), masked], "of masked language, next sentence and z-loss"
     nothing = replace(given, targets=torch.full_like(given.targets, IGNORED), next_sentence=None)
     assert made(nothing, torch.ones(2)).tolist() == [0.0, 0.0]
 

@@ -149,6 +149,17 @@ def test_a_class_that_is_no_model_is_told_in_a_line(module, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_class_without_terms_and_blocks_is_told_once_it_is_built(tmp_path):
+    (tmp_path / "model_bare.py").write_text(
+        "from manta.trainer.model.transformer import Transformer\n"
+        "class Mine(Transformer):\n"
+        "    def __init__(self, config, *, vocabulary, sequence_length): super().__init__()\n"
+        "    forward = counts = None\n"
+    )
+    with pytest.raises(InputError, match=r"got 'model_bare:Mine', whose __init__ sets no terms and no blocks; docs/models\.md shows how"):
+        build(mine().model_copy(update={"family": "model_bare:Mine"}), vocabulary=9, sequence_length=8, code=tmp_path)
+
+
 @pytest.mark.parametrize("family", [":Mine", "mine:", ".mine:Mine", "mine:Outer.Mine"])
 def test_a_name_that_python_would_not_take_is_told(family):
     with pytest.raises(InputError, match=r"wants package\.module:Class, as Python names them"):

@@ -1,13 +1,19 @@
 """A slice of the parity table that touches each model, layout and precision once; `make parity` runs it whole and writes docs/parity.md."""
 
+from dataclasses import replace
 from functools import cache
+from unittest.mock import patch
 
 import pytest
-from parity import BOUNDS, MODELS, OPTIMIZERS, Cell, Trace, plain_all, under, under_all
+import torch
+from parity import BOUNDS, MODELS, OPTIMIZERS, Cell, Trace, batch, model, optimizer_config, plain_all, under, under_all
 from parity_table import MORE, PRECISIONS, SHARES, cells
 from spmd import spmd
 
-from manta.trainer.config import ParallelConfig
+from manta.trainer.config import ParallelConfig, TrainConfig
+from manta.trainer.engine import Engine
+from manta.trainer.layout import fits
+from manta.trainer.world import World
 
 SLICE = [
     Cell("gpt2", 1, "bf16", ParallelConfig(zero=1)),
@@ -80,12 +86,44 @@ def test_the_comparison_notices_bf16_without_zero():
     assert loss > BOUNDS["bf16"][0] or norm > BOUNDS["bf16"][1]
 
 
+def wrong_under_zero_3() -> tuple[Trace, Trace]:
+    plainly = Cell("gpt2", 1, "fp32", ParallelConfig(zero=3))
+    again = replace(plainly, recompute="selective")
+    assert again.refusal is not None
+    return under(plainly, "sgd"), under(again, "sgd")
+
+
+def test_the_comparison_notices_selective_recomputation_under_zero_3():
+    """It is refused; run in spite of that, biases are added twice."""
+    ours, theirs = spmd(wrong_under_zero_3, 1)[0]
+    assert ours.differs(theirs)[1] > BOUNDS["fp32"][1]
+
+
+def kept_by(precision: str) -> tuple[torch.dtype, torch.dtype]:
+    """Of a linear layer's product in training and in evaluation, where DeepSpeed asks as on a GPU whether autocast is on around it."""
+    world, layout = World.from_environment(), fits(TrainConfig(steps=1, global_batch=16, micro_batch=16), 1)
+    engine = Engine(model("llama"), mesh=world.mesh(layout), optimizer=optimizer_config("sgd"), precision=precision)
+    seen = []
+    engine.module.get_submodule("blocks.0.mlp.up_proj").register_forward_hook(lambda _, __, product: seen.append(product.dtype))
+    asked = torch.is_autocast_enabled
+    with patch("torch.is_autocast_enabled", lambda device="cpu": asked(device)):
+        engine.step([batch("llama", 0)], learning_rate=0.1)
+        engine.evaluate(batch("llama", 0))
+    return tuple(seen)
+
+
+def test_under_autocast_products_are_in_bf16():
+    assert spmd(kept_by, 1, "bf16-autocast")[0] == (torch.bfloat16, torch.bfloat16)
+    assert spmd(kept_by, 1, "fp32")[0] == (torch.float32, torch.float32)
+
+
 def test_each_refused_cell_gives_its_reason():
     reasons = {cell.refusal for model in MODELS for cell in cells(model)} - {None}
     for told in (
         "parallel.zero: got 0, which goes wrong in bf16",
         "parallel.zero: got 0, which goes wrong in fp16",
         "parallel.zero: got 3, and fp8",
+        "train.recompute: got selective, which goes wrong under ZeRO-3",
         "parallel.tensor: got 2, not proven in fp8",
         "parallel.expert: got 2, and the model has no experts",
         "parallel.expert: got 2, not proven beside parallel.tensor 2",

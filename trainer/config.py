@@ -296,8 +296,14 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _is_proven(self) -> "TrainingConfig":
-        compiled = self.train.compile is True
-        reason = refusal(self.model, self.parallel, self.precision, sequence_length=self.data.sequence_length, compiled=compiled)
+        reason = refusal(
+            self.model,
+            self.parallel,
+            self.precision,
+            sequence_length=self.data.sequence_length,
+            compiled=self.train.compile is True,
+            recompute=self.train.recompute,
+        )
         if reason is not None:
             raise ValueError(reason)
         return self

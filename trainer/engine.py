@@ -12,7 +12,6 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -81,6 +80,9 @@ class Engine:
         wholes = {name: parameter.shape for name, parameter in model.named_parameters()}
         memory = estimate(wholes, mesh.layout, precision, optimizer.name)
         parallelize(model, mesh, recompute=recompute, compile_blocks=compile_blocks, fp8=precision == "fp8")
+        if precision == "bf16-autocast":  # within DeepSpeed's forward: around it, it would be switched off on GPUs, with a warning
+            cast: Any = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+            model.forward = cast(model.forward)
         _mark(model, mesh)
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         mpu = mesh if mesh.layout.tensor > 1 else None
@@ -115,8 +117,7 @@ class Engine:
         total_K = torch.zeros(len(self.module.terms), device=self.device, dtype=torch.float32)
         norm = None
         for batch in batches:
-            with self._autocast():
-                terms_K = self.deepspeed(self._part(batch), divisors_K)
+            terms_K = self.deepspeed(self._part(batch), divisors_K)
             self.deepspeed.backward(terms_K.sum())  # divides by the accumulation; ZeRO divides by the replicas
             total_K += terms_K.detach()
             if self.layout.zero == 0 and self.deepspeed.is_gradient_accumulation_boundary():
@@ -135,8 +136,7 @@ class Engine:
         All ranks call this together, as often: weights and experts may lie on others.
         """
         self.deepspeed.eval()
-        with self._autocast():
-            sums_K = self.deepspeed(self._part(batch), torch.ones(len(self.module.terms), device=self.device))
+        sums_K = self.deepspeed(self._part(batch), torch.ones(len(self.module.terms), device=self.device))
         counts_K = self.module.counts(batch).double() / self.layout.sequence
         return sums_K.double(), counts_K.to(self.device)
 
@@ -164,9 +164,6 @@ class Engine:
     def _part(self, batch: Batch) -> Batch:
         part = batch.part(self.mesh.sequence_rank, self.layout.sequence)
         return (part.pinned() if self.device.type == "cuda" else part).to(self.device)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16-autocast" else nullcontext()
 
     def _clip(self) -> float:
         """Without ZeRO, DeepSpeed tells no norm, and clips each rank's experts by their own: here all by the norm of all."""
@@ -236,7 +233,7 @@ def _settings(layout: Layout, optimizer: OptimizerConfig, precision: Precision, 
         "stage": layout.zero,
         "reduce_bucket_size": aside,
         "sub_group_size": aside,  # ZeRO-3: gradients are made fp32 so many at once
-        "stage3_model_persistence_threshold": aside,  # small weights that stay whole
+        "stage3_model_persistence_threshold": aside,  # all small weights together: so many of them stay whole
     }
     if layout.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

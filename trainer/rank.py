@@ -17,11 +17,13 @@ from manta.data.samples import Samples
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.state import load_masters, restore
+from manta.trainer.config import TrainingConfig
 from manta.trainer.engine import Engine
 from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.layout import fits
 from manta.trainer.loop import Loop, Notice
 from manta.trainer.model.build import build
+from manta.trainer.parallel.apply import ask_for_compiler
 from manta.trainer.parallel.fp8 import ask_for_gpu
 from manta.trainer.power import peak_flops
 from manta.trainer.refusals import compiles
@@ -63,7 +65,7 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
         optimizer=config.optimizer,
         precision=config.precision,
         recompute=config.train.recompute,
-        compile_blocks=world.device.type == "cuda" and compiles(config.parallel) if config.train.compile is None else config.train.compile,
+        compile_blocks=_compiles(config, world.device),
     )
     log.info("built %s parameters in %s: %s", f"{parameters:,}", config.precision, layout)
     identity = {"corpus": prepared.fingerprint, "config": _digest(config.identity()), "order": str(order.VERSION)}
@@ -88,6 +90,20 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     if step == config.train.steps:
         return DONE
     return INTERRUPTED if notice.signal is signal.SIGINT else LEFT
+
+
+def _compiles(config: TrainingConfig, device: torch.device) -> bool:
+    """As the config says; where it says nothing, on a GPU, under a layout that allows it, with a compiler at hand."""
+    if config.train.compile is not None:
+        return config.train.compile
+    if device.type != "cuda" or not compiles(config.parallel):
+        return False
+    try:
+        ask_for_compiler(device.type)
+    except InputError as error:
+        log.warning("blocks are not compiled, which costs speed: %s", error)
+        return False
+    return True
 
 
 def resume(engine: Engine, home: RunDirectory, identity: dict[str, str]) -> int | None:

@@ -1,4 +1,4 @@
-"""What is not run, and why: all that the parity table does not hold. Pure, and asked before anything starts."""
+"""What is not run, and why: what parity was not proven for, or was seen to fail. Pure, and asked before anything starts."""
 
 import math
 from collections.abc import Iterator
@@ -15,13 +15,20 @@ FP8_MULTIPLE = 16
 
 
 def refusal(
-    model: "ModelConfig", parallel: "ParallelConfig", precision: "Precision", *, sequence_length: int, compiled: bool = False
+    model: "ModelConfig",
+    parallel: "ParallelConfig",
+    precision: "Precision",
+    *,
+    sequence_length: int,
+    compiled: bool = False,
+    recompute: str = "none",
 ) -> str | None:
     """Why this is not run, in a line; None where it is on the parity table."""
     reasons = (
         _indivisible(model, parallel, sequence_length),
         _unproven(model, parallel, precision),
         _recompiled(parallel, compiled=compiled),
+        _recomputed(parallel, recompute),
     )
     return next(chain(*reasons), None)
 
@@ -36,6 +43,12 @@ def _recompiled(parallel: "ParallelConfig", *, compiled: bool) -> Iterator[str]:
         yield "train.compile: got true, and ZeRO-3's hooks break the graph at every layer; leave it out or use zero 1 or 2"
     if compiled and parallel.tensor > 1:
         yield f"train.compile: got true, and under parallel.tensor {parallel.tensor} each layer would be compiled anew; leave it out"
+
+
+def _recomputed(parallel: "ParallelConfig", recompute: str) -> Iterator[str]:
+    """Under ZeRO-3 linear layers add their bias to the kept product in place, twice then, and gathers are not as many the second time."""
+    if parallel.zero == 3 and recompute == "selective":
+        yield "train.recompute: got selective, which goes wrong under ZeRO-3; use full or none, or zero 1 or 2"
 
 
 def _indivisible(model: "ModelConfig", parallel: "ParallelConfig", sequence_length: int) -> Iterator[str]:

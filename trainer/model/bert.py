@@ -40,8 +40,6 @@ class Block(nn.Module):
 
 
 class Bert(Transformer):
-    terms = ("masked_language", "next_sentence")
-
     def __init__(self, config: ModelConfig, *, vocabulary: int, sequence_length: int) -> None:
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
@@ -58,24 +56,26 @@ class Bert(Transformer):
         self.head = Head(weight, vocabulary=vocabulary, bias=True, soft_cap=None, smoothing=config.label_smoothing, z_loss=config.z_loss)
         self.pooler = nn.Linear(width, width)
         self.next_sentence = nn.Linear(width, 2)
+        self.terms = ("masked_language", "next_sentence", *(("z_loss",) if config.z_loss else ()))
         self.named()
 
     def forward(self, batch: Batch, divisors_K: Tensor) -> Tensor:
-        """-> (masked language, next sentence), in nats a masked token and a sequence."""
+        """-> (masked language, next sentence), in nats a masked token and a sequence, then what keeps logits in bounds, weighted."""
         targets_N = batch.targets.flatten()
         masked = (targets_N != IGNORED).nonzero()[:, 0]  # how many is asked of the device: before it has all the rest to do
         x_BTD = self.hidden(batch)
-        language, _ = self.head(self.transformed(x_BTD.flatten(0, 1)[masked]), targets_N[masked])
-        if batch.next_sentence is None:
-            return torch.stack([language, language.detach() * 0]) / divisors_K
-        begins = float(batch.offset == 0)  # of a sequence cut over ranks, only the first part holds its first token
-        follows = classify(self.follows(x_BTD), batch.next_sentence, torch.full_like(batch.keys, begins, dtype=torch.float32))
-        return torch.stack([language, follows]) / divisors_K
+        objective, z = self.head(self.transformed(x_BTD.flatten(0, 1)[masked]), targets_N[masked])
+        language = objective - z  # its gradient is of both
+        follows = language.detach() * 0
+        if batch.next_sentence is not None:
+            begins = float(batch.offset == 0)  # of a sequence cut over ranks, only the first part holds its first token
+            follows = classify(self.follows(x_BTD), batch.next_sentence, torch.full_like(batch.keys, begins, dtype=torch.float32))
+        return torch.stack([language, follows, *([z] if self.config.z_loss else [])]) / divisors_K
 
     def counts(self, batch: Batch) -> Tensor:
-        return torch.stack(
-            [predicted(batch.targets).cpu(), torch.tensor(0) if batch.next_sentence is None else predicted(batch.next_sentence).cpu()]
-        )
+        tokens = predicted(batch.targets).cpu()
+        pairs = torch.tensor(0) if batch.next_sentence is None else predicted(batch.next_sentence).cpu()
+        return torch.stack([tokens, pairs, *([tokens] if self.config.z_loss else [])])
 
     def hidden(self, batch: Batch) -> Tensor:
         """x_BTD of each token, seen from both sides."""

@@ -28,7 +28,12 @@ def build(config: ModelConfig, *, vocabulary: int, sequence_length: int, code: P
         wants = f"at least data.sequence_length {sequence_length}"
         raise InputError(f"model.positions: got {config.positions}, wants {wants}; shorten the sequences or raise it")
     family = FAMILIES.get(config.family) or own(config.family, code)
-    return family(config, vocabulary=rows, sequence_length=sequence_length)  # type: ignore[call-arg]  the signature that docs/models.md asks for
+    made = family(config, vocabulary=rows, sequence_length=sequence_length)  # type: ignore[call-arg]  the signature that docs/models.md asks for
+    if missing := [name for name in ("terms", "blocks") if not hasattr(made, name)]:
+        raise InputError(
+            f"model.family: got {config.family!r}, whose __init__ sets no {' and no '.join(missing)}; docs/models.md shows how"
+        )
+    return made
 
 
 def own(path: str, code: Path | None = None) -> type[Transformer]:

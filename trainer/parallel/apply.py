@@ -61,15 +61,15 @@ def ask_for_compiler(device: str) -> None:
     names = tuple(shlex.split(given)[:1]) if given else known
     remedy = "install them (Debian: g++ and python3-dev), or set train.compile=false"
     if not any(map(shutil.which, names)):
-        raise InputError(f"train.compile: got true, which needs a compiler, and there is no {' or '.join(names)} on PATH; {remedy}")
+        raise InputError(f"train.compile wants a compiler, and there is no {' or '.join(names)} on PATH; {remedy}")
     if device == "cpu" and " " in torch.__file__:
         home = Path(torch.__file__).parent
         raise InputError(
-            f"train.compile: got true, and torch's headers lie in {home}, a path with a space; install elsewhere or leave it out"
+            f"train.compile can not be had: torch's headers lie in {home}, a path with a space; install elsewhere or leave it out"
         )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
-        raise InputError(f"train.compile: got true, which needs Python's headers, and there is no {header}; {remedy}")
+        raise InputError(f"train.compile wants Python's headers, and there is no {header}; {remedy}")
 
 
 def cut(model: nn.Module, part: cuts.Part) -> None:

@@ -1,8 +1,8 @@
 """Products in 8 bits (Micikevicius et al. 2022), by torchao: the linear layers of every block, weights bf16 and their masters fp32 as ever.
 
-Each row of what is multiplied has a scale of its own, and weights' gradients are made in bf16: so a token's result hangs on no other
-token, and how sequences are dealt to ranks and micro batches changes nothing but the order of sums. Without a GPU the products can be
-emulated, rounded as on one: for proofs. `ask_for_gpu` keeps people from training so.
+Each row of what is multiplied has a scale of its own (on the way back a weight has one for all), and weights' gradients are made in bf16:
+so a token's result hangs on no other token, and how sequences are dealt to ranks and micro batches changes nothing but the order of
+sums. Without a GPU the products can be emulated, rounded as on one: for proofs. `ask_for_gpu` keeps people from training so.
 """
 
 from dataclasses import replace
