@@ -195,7 +195,7 @@ def test_bert_predicts_masked_tokens_and_pairs_alone():
     masked = int((given.targets != IGNORED).sum())
     assert made.counts(given).tolist() == [masked, len(given.tokens), masked], "of masked language, next sentence and z-loss"
     nothing = replace(given, targets=torch.full_like(given.targets, IGNORED), next_sentence=None)
-    assert made(nothing, torch.ones(2)).tolist() == [0.0, 0.0]
+    assert made(nothing, torch.ones(3)).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_sizes_that_do_not_fit_are_refused():
