@@ -124,7 +124,7 @@ def export(
     from manta.trainer.pretrained import load_pretrained
 
     directory = home.path / "export" / "hf" if output is None else output.absolute()
-    huggingface.refuse_to_overwrite(directory)
+    huggingface.refuse_to_overwrite(directory, home)
     huggingface.export(load_pretrained(home), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=limit)
     typer.echo(str(directory))
 

@@ -18,6 +18,7 @@ from manta.data.durable import write_atomically
 from manta.data.errors import InputError
 from manta.data.prepare import Prepared, find, prepare
 from manta.data.samples import Samples
+from manta.data.tokenizer import fingerprint, read
 from manta.launch import __version__
 from manta.launch.config import RunConfig, load
 from manta.launch.display import Display, say
@@ -40,6 +41,8 @@ def train(config: RunConfig) -> int:
         return 0
     code = check_own_model(home, config)
     prepared = corpus(home, config)
+    for found in start.values():
+        tell_of_another_tokenizer(RunDirectory(Path(found).parent.parent), prepared)
     with home.claim():
         begun = home.manifest() if home.manifest_file.exists() else manifest(config)
         write_atomically(home.manifest_file, json.dumps(begun | code | start | {"corpus": prepared.to_json()}, indent=1).encode())
@@ -130,6 +133,14 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
     if differ:
         say(f"run.start_from: the weights were trained as another model: {'; '.join(differ)}")
     return {"start_from": str(found)}
+
+
+def tell_of_another_tokenizer(origin: RunDirectory, prepared: Prepared) -> None:
+    """Weights whose tokens mean something else begin worse than none: it is said, and not refused, for some are trained on purpose so."""
+    kept = origin.path / "tokenizer.json"  # of an import
+    file = kept if kept.exists() else origin.prepared().tokenizer
+    if fingerprint(read(file)) != fingerprint(read(prepared.tokenizer)):
+        say(f"run.start_from: the weights were trained with another tokenizer; to read as they did: tokenizer.file={file}")
 
 
 def ranks_in_words(count: int) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a run that was started to ignore it keeps on doing so: tests under nohup would wait for ever
+# What a program was started to ignore, all that it starts ignores too: under nohup, or in the background, tests would wait for ever.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 MANTA = Path(sys.executable).with_name("manta")
 
 

@@ -74,5 +74,5 @@ def test_without_a_gpu_that_has_them_they_are_refused(monkeypatch):
         ask_for_gpu(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("manta.trainer.parallel.fp8.find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"install manta\[fp8\], or use bf16"):
+    with pytest.raises(InputError, match=r"pip install torchao, or use bf16"):
         ask_for_gpu(torch.device("cuda"))

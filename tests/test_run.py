@@ -291,10 +291,17 @@ def test_an_export_overwrites_nothing_else(case, undisturbed):
     for name in ("config.json", "thesis.tex"):
         (thesis / name).write_text("years of work")
     trained = load_pretrained(RunDirectory(case.home / undisturbed))
-    for place in (thesis, thesis / "thesis.tex"):
+    theirs = case.home / "theirs"
+    theirs.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"):
+        (theirs / name).write_text("what transformers writes")
+    for place in (thesis, thesis / "thesis.tex", theirs):
         with pytest.raises(InputError, match="got something that is no export"):
             export(trained, place, dtype=torch.float32)
     assert (thesis / "thesis.tex").read_text() == "years of work"
+    assert (theirs / "model.safetensors").read_text() == "what transformers writes"
+    export(trained, case.home / "again", dtype=torch.float32)
+    export(trained, case.home / "again", dtype=torch.float32)
 
 
 def test_an_export_has_equal_logits_in_transformers(case, undisturbed):

@@ -54,6 +54,16 @@ def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(case, gp
     assert "began from the weights of" in (case.home / run / "logs/attempt-0001/rank-0000.log").read_text()
 
 
+@pytest.mark.usefixtures("gpt2")
+def test_weights_of_another_tokenizer_are_told(case):
+    preset = "model={preset: imported/gpt2/model.yaml}"
+    done = case.manta(
+        "train", str(case.file), "run.dir=never said", "run.start_from=imported/gpt2", "tokenizer.vocabulary=300", "train.steps=2", preset
+    )
+    file = case.home / "imported/gpt2/tokenizer.json"
+    assert f"run.start_from: the weights were trained with another tokenizer; to read as they did: tokenizer.file={file}" in done.stderr
+
+
 def test_weights_that_are_not_there_are_told_before_anything_starts(case):
     done = case.manta("train", str(case.file), "run.dir=never", "run.start_from=nowhere")
     assert done.returncode == 2

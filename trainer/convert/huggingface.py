@@ -12,12 +12,13 @@ from torch import Tensor
 from manta.data.errors import InputError
 from manta.trainer.convert import files
 from manta.trainer.convert.architectures import ARCHITECTURES, Architecture, architecture_for
-from manta.trainer.convert.card import card
+from manta.trainer.convert.card import card, mark
 from manta.trainer.convert.configs import Config, to_theirs
 from manta.trainer.convert.mapping import Link, bind, tensors
 from manta.trainer.convert.source import KEPT, Source
 from manta.trainer.convert.tokens import tokenizer_files
 from manta.trainer.pretrained import Pretrained
+from manta.trainer.rundir import RunDirectory
 
 SHARD_SIZE = 5_000_000_000
 FILES = {"config.json", "README.md", files.SINGLE, files.INDEX, *KEPT}
@@ -27,9 +28,9 @@ ALWAYS_WIDE = ("e_score_correction_bias",)  # transformers keeps it in fp32, wha
 def export(trained: Pretrained, directory: Path, *, dtype: torch.dtype | None = None, shard_size: int = SHARD_SIZE) -> None:
     """Writes config, weights, tokenizer and model card. `dtype`: None for that of an import, fp32 for a run's.
 
-    Raises InputError where transformers has no such model, or anything but an earlier export lies in `directory`.
+    Raises InputError where transformers has no such model, or anything but an earlier export of the same run lies in `directory`.
     """
-    refuse_to_overwrite(directory)
+    refuse_to_overwrite(directory, trained.home)
     origin = trained.source
     architecture = architecture_for(trained.config) if origin is None else _named(origin.architecture)
     held, vocabulary = tensors(trained.model), trained.vocabulary
@@ -58,14 +59,17 @@ def export(trained: Pretrained, directory: Path, *, dtype: torch.dtype | None = 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def refuse_to_overwrite(directory: Path) -> None:
-    """Raises InputError where `directory` is not new, empty, or an earlier export."""
+def refuse_to_overwrite(directory: Path, home: RunDirectory) -> None:
+    """Raises InputError where `directory` is not new, empty, or an earlier export of this run."""
     if not directory.exists():
         return
     names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {"a file"}
     foreign = {name for name in names - FILES if not files.SHARD.fullmatch(name)}
-    if foreign or (names and not names >= {"config.json", "tokenizer.json"}):
-        raise InputError(f"{directory}: got something that is no export, wants a new or empty directory; choose another with --output")
+    told = directory / "README.md"
+    if foreign or (names and not (told.is_file() and mark(home) in told.read_text(errors="replace"))):
+        raise InputError(
+            f"{directory}: got something that is no export of this run, wants a new or empty directory; choose another with --output"
+        )
 
 
 def _plan(links: list[Link], held: dict[str, Tensor], vocabulary: int, dtype: torch.dtype, origin: Source | None) -> dict[str, files.Shape]:

@@ -25,7 +25,7 @@ def ask_for_gpu(device: torch.device) -> None:
         name = torch.cuda.get_device_name(device)
         raise InputError(f"{wants}, and {name} has {capability[0]}.{capability[1]}; use bf16")
     if find_spec("torchao") is None:
-        raise InputError("precision: got fp8, which wants torchao; install manta[fp8], or use bf16")
+        raise InputError("precision: got fp8, which wants torchao; pip install torchao, or use bf16")
 
 
 def multiply_in_fp8(block: nn.Module, *, emulate: bool) -> None:
