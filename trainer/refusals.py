@@ -23,7 +23,7 @@ def refusal(
     compiled: bool = False,
     recompute: str = "none",
 ) -> str | None:
-    """Why this is not run, in a line; None where it is on the parity table."""
+    """Why this is not run, in a line; None where it is run."""
     reasons = (
         _indivisible(model, parallel, sequence_length),
         _unproven(model, parallel, precision),
@@ -94,7 +94,7 @@ def _unproven(model: "ModelConfig", parallel: "ParallelConfig", precision: "Prec
 
 
 def _not_in_fp8(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
-    """Its products keep for the backward pass the weights that ZeRO-3 gathered, and knows nothing of a product that ranks share."""
+    """Its products keep the weights that ZeRO-3 gathered for the backward pass, and know nothing of a product that ranks share."""
     if parallel.zero == 3:
         yield "parallel.zero: got 3, and fp8 would keep whole what ZeRO-3 has gathered; use 1 or 2"
     if parallel.tensor > 1:
