@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import RATES, Cell, batch, model, optimizer_config, rows
+from parity import RATES, Cell, batch, in_pieces, model, optimizer_config, rows
 from spmd import spmd
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -69,18 +70,11 @@ class Trail:
     biases: list[list[float]]
 
 
-def build(cell: Cell, optimizer: str = "adamw", zero: dict | None = None) -> Engine:
-    """zero: what DeepSpeed is told beside our own settings."""
+def build(cell: Cell, optimizer: str = "adamw", *, pieces: bool = False) -> Engine:
+    """pieces: as a large model lies on its ranks."""
     layout = fits(TRAIN, World.from_environment().size, cell.parallel)
-    known = engines._settings
     torch.nn.functional.linear = LINEAR
-
-    def settings(*given):
-        told = known(*given)
-        told["zero_optimization"] |= zero or {}
-        return told
-
-    with patch.object(engines, "_settings", settings):
+    with patch.object(engines, "_settings", in_pieces) if pieces else nullcontext():
         return Engine(
             model(cell.model), mesh=World.from_environment().mesh(layout), optimizer=optimizer_config(optimizer), precision=cell.precision
         )
@@ -107,11 +101,11 @@ def save(engine: Engine, directory: Path, step: int, *, attempt: int = 1, keep: 
 Job = tuple[Path, Cell, str]  # where the checkpoint lies, which layout, which optimizer
 
 
-def write(jobs: list[Job], zero: dict | None = None) -> list[Trail]:
+def write(jobs: list[Job], *, pieces: bool = False) -> list[Trail]:
     """Each cell trains, saves, and goes on undisturbed."""
     trails = []
     for directory, cell, optimizer in jobs:
-        engine = build(cell, optimizer, zero)
+        engine = build(cell, optimizer, pieces=pieces)
         if cell.precision == "fp16":  # about to be raised, where the run has come so far
             for name, value in zip(LOSS_SCALER, (2.0**15, 995, -1, 1), strict=True):
                 setattr(engine.zero.loss_scaler, name, value)
@@ -121,11 +115,11 @@ def write(jobs: list[Job], zero: dict | None = None) -> list[Trail]:
     return trails
 
 
-def read(jobs: list[Job], zero: dict | None = None) -> list[Trail]:
+def read(jobs: list[Job], *, pieces: bool = False) -> list[Trail]:
     """Each cell goes on from where a checkpoint was left."""
     trails = []
     for directory, cell, optimizer in jobs:
-        engine = build(cell, optimizer, zero)
+        engine = build(cell, optimizer, pieces=pieces)
         restore(store.newest(directory), engine)
         trails.append(advance(engine, cell, optimizer, SAVED, LAST))
     return trails
@@ -219,16 +213,13 @@ def test_what_any_layout_saved_others_load_in_every_precision(tmp_path, name, pr
 KINDS = cells("llama", "fp32", 2, *STAGES, OFFLOADED[2], {"tensor": 2})
 
 
-PIECEMEAL = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}
-
-
 def piecemeal(directory: Path) -> None:
     own, other = ((directory, cell, "adamw") for cell in (KINDS[3], KINDS[1]))
-    zero = build(own[1], zero=PIECEMEAL).zero
+    zero = build(own[1], pieces=True).zero
     assert len(zero.fp32_partitioned_groups_flat) > len(zero.optimizer.param_groups)
     assert 0 < len(zero.persistent_parameters) < len(zero.grad_position)
-    wanted = write([own], PIECEMEAL)
-    assert read([own], PIECEMEAL) == wanted
+    wanted = write([own], pieces=True)
+    assert read([own], pieces=True) == wanted
     assert read([other])[0].losses == pytest.approx(wanted[0].losses, rel=1e-6)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import MODELS, VOCABULARY, batch, model, rows
+from parity import LENGTH, MODELS, VOCABULARY, batch, model, rows
 
 from manta.data.errors import InputError
 from manta.trainer.batch import IGNORED, Batch
@@ -57,12 +57,12 @@ def test_no_token_attends_across_a_document(name):
     changed = given.tokens.clone()
     changed[:, 8:16] = (changed[:, 8:16] + 1) % VOCABULARY
     moved = (hidden(made, given) - hidden(made, replace(given, tokens=changed))).abs().amax(dim=-1)
-    assert (moved[:, :8] == 0).all()
-    assert (moved[:, 16:] == 0).all()
-    assert (moved[:, 8:16] > 0).all()
+    assert moved[:, :8].max() < 1e-6, "experts have other rows beside these, which may round them otherwise"
+    assert moved[:, 16:].max() < 1e-6
+    assert moved[:, 8:16].min() > 0.1
     together = replace(given, documents=None)
     moved = (hidden(made, together) - hidden(made, replace(together, tokens=changed))).abs().amax(dim=-1)
-    assert (moved[:, 16:24] > 0).any(), "the comparison would notice"
+    assert moved[:, 16:24].max() > 0.01, "the comparison would notice"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -132,7 +132,9 @@ def test_a_weight_s_first_value_depends_on_seed_and_name_alone():
 
 
 def test_models_begin_as_their_papers_say():
-    gpt2, bert = model("gpt2"), model("bert")
+    gpt2, bert = (build(MODELS[name], vocabulary=VOCABULARY, sequence_length=LENGTH) for name in ("gpt2", "bert"))
+    for made in (gpt2, bert):
+        made.initialize(seed=1)
     assert gpt2.get_parameter("blocks.0.mlp.up_proj.weight").detach().std().item() == pytest.approx(0.02, rel=0.05)
     assert gpt2.get_parameter("blocks.0.mlp.down_proj.weight").detach().std().item() == pytest.approx(
         0.02 / 2, rel=0.05

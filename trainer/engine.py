@@ -43,6 +43,8 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is do
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # old names that DeepSpeed calls in ZeRO-3
 # On CPU it would compile this at the first collective, for half a minute, and training is as fast without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# On CPU it would ask numactl, by a process of its own, at each of ZeRO-3's reductions, how many devices there are.
+os.environ.setdefault("LOCAL_SIZE", "1")
 # What initialize and an optimizer's constructor would import: a spare must have it all. Muon's module compiles a function when it is
 # imported, which takes a quarter of all start-up, for an optimizer that we do not use.
 importlib.import_module("torch._dynamo")
