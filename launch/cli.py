@@ -118,13 +118,15 @@ def export(
         raise InputError(f"--dtype: got {dtype}, wants float32, bfloat16 or float16")
     limit = _bytes(shard_size)
     home = _trained(run)
+    from manta.trainer.convert.places import refuse_to_overwrite
+
+    directory = home.path / "export" / "hf" if output is None else output.absolute()
+    refuse_to_overwrite(directory, home)
     import torch
 
     from manta.trainer.convert import huggingface
     from manta.trainer.pretrained import load_pretrained
 
-    directory = home.path / "export" / "hf" if output is None else output.absolute()
-    huggingface.refuse_to_overwrite(directory, home)
     huggingface.export(load_pretrained(home), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=limit)
     typer.echo(str(directory))
 
@@ -133,12 +135,17 @@ def export(
 def import_(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of config.json, safetensors and tokenizer.json.", show_default=False)],
     *,
-    output: Annotated[Path | None, typer.Option(help="Where to; imported/NAME where not given.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to; imported/NAME where not given, of a run's export the run's.", show_default=False)
+    ] = None,
 ) -> None:
     """Take in a model of Hugging Face transformers: GPT-2, Llama, Mistral, Qwen3, BERT, and mixtures of experts."""
+    from manta.trainer.convert.places import check_import, import_name
+
+    place = Path("imported") / import_name(directory) if output is None else output
+    check_import(directory, place)
     from manta.trainer.convert.importing import import_model
 
-    place = Path("imported") / directory.absolute().name if output is None else output
     import_model(directory, place)
     typer.echo(str(place))
 

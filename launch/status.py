@@ -9,6 +9,7 @@ from rich.table import Table
 from manta.cluster.journal import read_events
 from manta.data.errors import InputError
 from manta.launch.train import ranks_in_words
+from manta.trainer.layout import plan
 from manta.trainer.metrics import duration, loss_in_words, read_metrics, terms
 from manta.trainer.rundir import RunDirectory
 
@@ -25,7 +26,8 @@ def status(directory: Path) -> dict[str, Any]:
     events = read_events(home.events_file)
     lines = read_metrics(home.metrics_file)
     newest = lines[-1] if lines else {}
-    steps = home.config().train.steps
+    config = home.config()
+    steps = config.train.steps
     evaluated = [line for line in lines if "eval/loss" in line]
     checkpoints = sorted(path.name for path in home.checkpoints.glob("step-*"))
     done = newest.get("step", 0)
@@ -45,6 +47,7 @@ def status(directory: Path) -> dict[str, Any]:
         "tokens_per_second": newest.get("tokens_per_second"),
         "seconds_left": newest["step_time"] * (steps - done) if newest else None,
         "world_size": newest.get("world_size"),
+        "layout": str(plan(config.train, newest["world_size"], config.parallel)) if newest else None,
         "attempts": max((event["attempt"] for event in events), default=0),
         "failures": [event["message"] for event in events if event["event"] in {"rank-failed", "node-lost"}],
         "checkpoint": checkpoints[-1] if checkpoints else None,
@@ -60,7 +63,8 @@ def show(told: dict[str, Any]) -> None:
         "step": f"{told['step']} of {told['steps']}" + (f", {duration(left)} left" if left and told["state"] == "running" else ""),
         "loss": "none yet" if told["train_loss"] is None else loss_in_words(told["train_loss"], told["train_terms"]),
         "validation": _validation(told),
-        "speed": f"{_or_none(told['tokens_per_second'], ',.0f')} tokens/s on {ranks_in_words(told['world_size'] or 0)}",
+        "speed": f"{told['tokens_per_second']:,.0f} tokens/s on {ranks_in_words(told['world_size'])}" if told["step"] else "none yet",
+        "layout": told["layout"] or "none yet",
         "attempts": f"{told['attempts']}" + (f"; the last failure: {told['failures'][-1]}" if told["failures"] else ""),
         "checkpoint": told["checkpoint"] or "none yet",
     }
@@ -84,7 +88,3 @@ def _validation(told: dict[str, Any]) -> str:
     if told["eval_loss"] is None:
         return "none yet"
     return f"{loss_in_words(told['eval_loss'], told['eval_terms'])} at step {told['eval_step']}"
-
-
-def _or_none(value: float | None, form: str) -> str:
-    return "none yet" if value is None else format(value, form)

@@ -42,6 +42,7 @@ def train(config: RunConfig) -> int:
     code = check_own_model(home, config)
     prepared = corpus(home, config)
     for found in start.values():
+        refuse_other_shapes(Path(found), home, config, prepared)
         tell_of_another_tokenizer(RunDirectory(Path(found).parent.parent), prepared)
     with home.claim():
         begun = home.manifest() if home.manifest_file.exists() else manifest(config)
@@ -51,10 +52,10 @@ def train(config: RunConfig) -> int:
             turns = f"global batch {config.train.global_batch} / micro batch {config.train.micro_batch}"
             say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns} deals out evenly over {layout.data}")
         each = layout.ranks // layout.data
-        groups = ranks_in_words(layout.data) if each == 1 else f"{layout.data} x {ranks_in_words(each)} ({layout})"
+        groups = ranks_in_words(layout.data) if each == 1 else f"{layout.data} x {ranks_in_words(each)}"
         say(
             f"{home.path}: {groups} x micro batch {layout.micro_batch} x accumulation {layout.accumulation}"
-            f" = {layout.global_batch} sequences of {config.data.sequence_length} tokens a step, {config.precision}"
+            f" = {layout.global_batch} sequences of {config.data.sequence_length} tokens a step; {config.precision}, {layout}"
         )
         job = Job(
             command=(sys.executable, "-P", "-m", "manta.trainer", str(home.path)),
@@ -125,14 +126,37 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
     is_checkpoint = start.name.startswith("step-") and (start / "manifest.json").exists()
     found = start if is_checkpoint else RunDirectory(start).newest
     if found is None:
-        raise InputError(
-            f"run.start_from: got {start}, which has no checkpoint, wants a run's directory, an imported one, or checkpoints/step-...;"
-            " name one, or leave it out"
-        )
+        foreign = (start / "config.json").exists()
+        remedy = f"take it in first: manta import {shlex.quote(str(start))}" if foreign else "name one, or leave it out"
+        wants = "a run's directory, an imported one, or checkpoints/step-..."
+        raise InputError(f"run.start_from: got {start}, which has no checkpoint, wants {wants}; {remedy}")
     differ = RunDirectory(found.parent.parent).differs_in_model(config.model)
     if differ:
         say(f"run.start_from: the weights were trained as another model: {'; '.join(differ)}")
     return {"start_from": str(found)}
+
+
+def refuse_other_shapes(found: Path, home: RunDirectory, config: RunConfig, prepared: Prepared) -> None:
+    """Raises InputError where the weights are not of this model's shapes: ranks would say so too, once they all stand."""
+    from manta.trainer.checkpoint import store  # torch: a second and a half, for those alone who begin with other weights
+    from manta.trainer.checkpoint.errors import CheckpointError
+    from manta.trainer.memory import shapes
+
+    try:
+        there = store.read_manifest(found)["tensors"]
+    except CheckpointError as error:
+        raise InputError(f"run.start_from: {error}") from None
+    tokens = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
+    wanted = shapes(config.model, vocabulary=tokens, sequence_length=config.data.sequence_length, code=home.code)
+    wrong = [
+        f"{name}: got {there.get(f'master/{name}', 'nothing')}, wants {list(shape)}"
+        for name, shape in wanted.items()
+        if there.get(f"master/{name}") != list(shape)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        remedy = "was it another model? Set model to what it was, or name other weights"
+        raise InputError(f"run.start_from: {found}: {wrong[0]}{more}; {remedy}")
 
 
 def tell_of_another_tokenizer(origin: RunDirectory, prepared: Prepared) -> None:

@@ -550,6 +550,8 @@ def test_the_commands_from_a_run_to_an_imported_model_and_back(run, tmp_path, mo
     assert told.exit_code == 0, told.output
     back = Path(told.output.strip())
     assert bytes_of(back) == bytes_of(tmp_path / "hf")
+    assert command("export", "mine").exit_code == 0
+    assert command("import", "mine/export/hf").output.strip() == "imported/mine"
     texts = [command("generate", home, "one", "--tokens", "8", "--seed", "2") for home in ("imported/hf", "imported/hf")]
     assert [text.exit_code for text in texts] == [0, 0]
     assert texts[0].output == texts[1].output
@@ -557,6 +559,11 @@ def test_the_commands_from_a_run_to_an_imported_model_and_back(run, tmp_path, mo
     for wrong in (["--shard-size", "many"], ["--shard-size", "0GB"], ["--dtype", "int8"]):
         refused = command("export", "mine", *wrong)
         assert isinstance(refused.exception, InputError), wrong
+
+
+def test_what_an_import_or_export_lacks_is_told_without_torch():
+    told = "import sys, manta.launch.cli, manta.trainer.convert.places; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):

@@ -274,6 +274,15 @@ def test_status_for_people(case, undisturbed):
     told = case.manta("status", undisturbed).stdout
     assert "40 of 40" in told
     assert "done" in told
+    assert "data 2, ZeRO-1" in told
+    home = case.home / "broken off"
+    home.mkdir()
+    shutil.copyfile(case.home / undisturbed / "config.yaml", home / "config.yaml")
+    (home / "events.jsonl").write_text(json.dumps({"event": "run-started", "attempt": 0, "time": 0.0}) + "\n")
+    told = case.manta("status", "broken off").stdout
+    assert "0 of 40" in told
+    assert "broken off; go on with: manta resume" in told
+    assert "tokens/s" not in told
 
 
 def test_generate_writes_the_same_text_for_the_same_seed(case, undisturbed):

@@ -72,10 +72,19 @@ def test_weights_that_are_not_there_are_told_before_anything_starts(case):
     assert not (case.home / "never").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("gpt2")
-def test_another_models_weights_are_refused_with_the_first_difference(case):
-    done = case.manta("train", str(case.file), "run.dir=from another", "run.start_from=imported/gpt2", timeout=60)
+def test_another_models_weights_are_refused_with_the_first_difference_before_anything_starts(case):
+    done = case.manta("train", str(case.file), "run.dir=from another", "run.start_from=imported/gpt2")
     assert done.returncode == 2
     assert "run.start_from:" in done.stderr
-    assert "was it another model" in done.stderr
+    assert "blocks.0.attention_norm.weight: got nothing" not in done.stderr, "both have that one"
+    assert "was it another model?" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2  # that it was trained as another one, too
+    assert not (case.home / "from another").exists()
+
+
+def test_a_directory_of_transformers_is_to_be_imported_first(case, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = case.manta("train", str(case.file), "run.dir=never", f"run.start_from={tmp_path}")
+    assert done.returncode == 2
+    assert f"take it in first: manta import {tmp_path}" in done.stderr

@@ -82,7 +82,8 @@ def divisors(n: int) -> str:
 def _unproven(model: "ModelConfig", parallel: "ParallelConfig", precision: "Precision") -> Iterator[str]:
     tensor, sequence, expert, zero = parallel.tensor, parallel.sequence, parallel.expert, parallel.zero
     if zero == 0 and precision in ("bf16", "fp16", "fp8"):
-        yield f"parallel.zero: got 0, which goes wrong in {precision}: DeepSpeed then keeps no fp32 masters as it should; use 1, 2 or 3"
+        stages = "1 or 2" if precision == "fp8" else "1, 2 or 3"
+        yield f"parallel.zero: got 0, which goes wrong in {precision}: DeepSpeed then keeps no fp32 masters as it should; use {stages}"
     if zero == 0 and parallel.offload:
         yield "parallel.offload: got true, and without ZeRO nothing is offloaded; use zero 1, 2 or 3"
     if tensor > 1 and expert > 1:

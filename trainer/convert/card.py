@@ -3,11 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-import xxhash
 
+from manta.trainer.convert.places import mark
 from manta.trainer.metrics import read_metrics
 from manta.trainer.pretrained import Pretrained
-from manta.trainer.rundir import RunDirectory
 
 
 def card(trained: Pretrained, architecture: str, dtype: torch.dtype) -> str:
@@ -27,11 +26,6 @@ def card(trained: Pretrained, architecture: str, dtype: torch.dtype) -> str:
     lines += [f'model = {auto}.from_pretrained("path/of/this/directory")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")', "```", "", mark(trained.home), ""]
     return "\n".join(lines)
-
-
-def mark(home: RunDirectory) -> str:
-    """By which an export is known again as this run's: its place, hashed, since cards are published."""
-    return f"<!-- manta export {xxhash.xxh3_64_hexdigest(str(home.path.resolve()).encode())} -->"
 
 
 def _figures(trained: Pretrained) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from manta.data.errors import InputError
+from manta.trainer.convert.places import INDEX, SINGLE, weight_files
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in the order in which a file holds them
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
@@ -97,29 +95,7 @@ def opened(directory: Path) -> Generator[Weights]:
     """Raises InputError where there are no safetensors, or not those that the index names, or damaged ones."""
     with ExitStack() as stack:
         try:
-            files = [stack.enter_context(safe_open(path, framework="pt")) for path in _files(directory)]
+            files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(directory)]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{directory}: {' '.join(str(error).split())}; wants whole safetensors: fetch them again") from None
         yield Weights(directory, files)
-
-
-def _files(directory: Path) -> list[Path]:
-    if (directory / SINGLE).exists():
-        return [directory / SINGLE]
-    index = directory / INDEX
-    if not index.exists():
-        pickled = next((path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))), None)
-        if pickled:
-            remedy = "load it with transformers where you trust it, save_pretrained() it, and import that"
-            raise InputError(f"{directory}: got {pickled}, a pickle, which can run code, wants {SINGLE}; {remedy}")
-        raise InputError(f"{directory}: got no {SINGLE} nor {INDEX}, wants a model's directory")
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: {type(error).__name__}: {error}; wants the index that transformers writes") from None
-    for name in names:
-        if Path(name).name != name:
-            raise InputError(f"{index}: got {name!r}, wants files that lie beside it")
-        if not (directory / name).is_file():
-            raise InputError(f"{directory}: got no {name}, which {INDEX} names; fetch it")
-    return [directory / name for name in names]

@@ -9,19 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manta.data.errors import InputError
 from manta.trainer.convert import files
 from manta.trainer.convert.architectures import ARCHITECTURES, Architecture, architecture_for
-from manta.trainer.convert.card import card, mark
+from manta.trainer.convert.card import card
 from manta.trainer.convert.configs import Config, to_theirs
 from manta.trainer.convert.mapping import Link, bind, tensors
-from manta.trainer.convert.source import KEPT, Source
+from manta.trainer.convert.places import CARD, CONFIG, refuse_to_overwrite
+from manta.trainer.convert.source import Source
 from manta.trainer.convert.tokens import tokenizer_files
 from manta.trainer.pretrained import Pretrained
-from manta.trainer.rundir import RunDirectory
 
 SHARD_SIZE = 5_000_000_000
-FILES = {"config.json", "README.md", files.SINGLE, files.INDEX, *KEPT}
 ALWAYS_WIDE = ("e_score_correction_bias",)  # transformers keeps it in fp32, whatever the rest is in
 
 
@@ -46,30 +44,17 @@ def export(trained: Pretrained, directory: Path, *, dtype: torch.dtype | None = 
     try:
         files.write(partial, planned, lambda name: place[name].export(held, vocabulary)[name], limit=shard_size)
         theirs = _config(trained, architecture, main) if origin is None else _kept_config(origin, dtype)
-        write_json(partial / "config.json", theirs)
+        write_json(partial / CONFIG, theirs)
         for name, content in tokenizer_files(trained).items():
             (partial / name).write_bytes(content)
         if origin is None and architecture.family != "bert":
             end = trained.tokenizer.end_of_text
             write_json(partial / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True})
-        (partial / "README.md").write_text(card(trained, architecture.name, main))
+        (partial / CARD).write_text(card(trained, architecture.name, main))
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_to_overwrite(directory: Path, home: RunDirectory) -> None:
-    """Raises InputError where `directory` is not new, empty, or an earlier export of this run."""
-    if not directory.exists():
-        return
-    names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {"a file"}
-    foreign = {name for name in names - FILES if not files.SHARD.fullmatch(name)}
-    told = directory / "README.md"
-    if foreign or (names and not (told.is_file() and mark(home) in told.read_text(errors="replace"))):
-        raise InputError(
-            f"{directory}: got something that is no export of this run, wants a new or empty directory; choose another with --output"
-        )
 
 
 def _plan(links: list[Link], held: dict[str, Tensor], vocabulary: int, dtype: torch.dtype, origin: Source | None) -> dict[str, files.Shape]:

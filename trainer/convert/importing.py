@@ -3,7 +3,6 @@
 <output>/checkpoints/step-00000000/  model.yaml  source.json  tokenizer.json  …
 """
 
-import json
 import re
 import shutil
 from collections import Counter
@@ -22,6 +21,7 @@ from manta.trainer.convert import files
 from manta.trainer.convert.architectures import Architecture
 from manta.trainer.convert.configs import Config, from_theirs, number
 from manta.trainer.convert.mapping import Link, bind, tensors
+from manta.trainer.convert.places import CONFIG, TOKENIZER, check_import, read_json
 from manta.trainer.convert.source import KEPT, NAME, Source
 from manta.trainer.model.build import build
 
@@ -31,10 +31,9 @@ TIED = {"head.weight": "embedding.weight", "head.bias": "head.bias"}  # what a f
 
 def import_model(directory: Path, output: Path) -> None:
     """Writes `output`, whole or not at all. Raises InputError where `directory` is no model that manta can train."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: got something already there, wants a new or empty directory; choose another with --output")
-    config_file = directory / "config.json"
-    theirs = _read_json(config_file)
+    check_import(directory, output)
+    config_file = directory / CONFIG
+    theirs = read_json(config_file)
     architecture, config = from_theirs(theirs, config_file)
     tokenizer = _tokenizer(directory, theirs)
     with files.opened(directory) as weights:
@@ -142,12 +141,8 @@ def _preset(config: ModelConfig, architecture: Architecture) -> str:
 
 def _tokenizer(directory: Path, theirs: Config) -> tuple[Tokenizer, str]:
     """The tokenizer, and the token that ends a text: as its config says, or the model's; BERT's [SEP] where there is no other."""
-    file = directory / "tokenizer.json"
-    if not file.exists():
-        remedy = "write it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        raise InputError(f"{directory}: got no tokenizer.json, wants one; {remedy}")
-    told_file = directory / "tokenizer_config.json"
-    told = _read_json(told_file) if told_file.exists() else {}
+    file, told_file = directory / TOKENIZER, directory / "tokenizer_config.json"
+    told = read_json(told_file) if told_file.exists() else {}
     for key in ("eos_token", "sep_token"):
         token = told.get(key)
         token = token.get("content") if isinstance(token, dict) else token
@@ -165,14 +160,3 @@ def _tokenizer(directory: Path, theirs: Config) -> tuple[Tokenizer, str]:
         if token is not None:
             return Tokenizer(file, end_of_text=token), token
     return Tokenizer(file, end_of_text="[SEP]"), "[SEP]"
-
-
-def _read_json(file: Path) -> Config:
-    try:
-        held = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        told = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{file}: {told}; wants a model's directory, as transformers writes it") from None
-    if not isinstance(held, dict):
-        raise InputError(f"{file}: got {type(held).__name__}, wants an object")
-    return held
