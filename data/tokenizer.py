@@ -59,8 +59,13 @@ def train(texts: Iterable[str], *, vocabulary: int, end_of_text: str, marks: tup
 class Tokenizer:
     """A tokenizer.json, opened. `encoder` says which library encodes; decoding is always the reference's."""
 
-    def __init__(self, file: Path, *, end_of_text: str = "<|endoftext|>", encoder: Encoder = "tokenizers") -> None:
-        """Raises InputError where the file is missing or malformed, gives an id twice, or has no end-of-text token."""
+    def __init__(
+        self, file: Path, *, end_of_text: str = "<|endoftext|>", encoder: Encoder = "tokenizers", named: str = "tokenizer.end_of_text"
+    ) -> None:
+        """named: what said which token ends a text, for the message.
+
+        Raises InputError where the file is missing or malformed, gives an id twice, or has no end-of-text token.
+        """
         from tokenizers import Tokenizer as Reference
 
         content = read(file)
@@ -76,7 +81,7 @@ class Tokenizer:
         end = self._reference.token_to_id(end_of_text)
         if end is None:
             specials = ", ".join(token["content"] for token in self._spec["added_tokens"] if token["special"]) or "none"
-            raise InputError(f"{file}: no token {end_of_text!r}; its special tokens: {specials}; set tokenizer.end_of_text")
+            raise InputError(f"{file}: no token {end_of_text!r}; its special tokens: {specials}; set {named}")
         self.end_of_text: int = end
         self.fingerprint = fingerprint(content)
         # One more than the largest id: what an embedding must hold. Ids may have holes.

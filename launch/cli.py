@@ -89,7 +89,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest.", show_default=False)] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that have this probability.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed writes the same text.")] = 1,
 ) -> None:
     """Write text with a run's newest checkpoint, or with an imported model."""
     if top_p is not None and not 0 < top_p <= 1:

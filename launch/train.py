@@ -42,12 +42,13 @@ def train(config: RunConfig) -> int:
     code = check_own_model(home, config)
     prepared = corpus(home, config)
     for found in start.values():
-        refuse_other_shapes(Path(found), home, config, prepared)
+        refuse_other_weights(Path(found), home, config, prepared)
         tell_of_another_tokenizer(RunDirectory(Path(found).parent.parent), prepared)
     with home.claim():
         begun = home.manifest() if home.manifest_file.exists() else manifest(config)
         write_atomically(home.manifest_file, json.dumps(begun | code | start | {"corpus": prepared.to_json()}, indent=1).encode())
         write_atomically(home.config_file, config.to_yaml().encode())
+        write_atomically(home.tokenizer_file, prepared.tokenizer.read_bytes())
         if ranks > layout.ranks:
             turns = f"global batch {config.train.global_batch} / micro batch {config.train.micro_batch}"
             say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns} deals out evenly over {layout.data}")
@@ -130,40 +131,34 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
         remedy = f"take it in first: manta import {shlex.quote(str(start))}" if foreign else "name one, or leave it out"
         wants = "a run's directory, an imported one, or checkpoints/step-..."
         raise InputError(f"run.start_from: got {start}, which has no checkpoint, wants {wants}; {remedy}")
-    differ = RunDirectory(found.parent.parent).differs_in_model(config.model)
-    if differ:
+    origin = RunDirectory(found.parent.parent)
+    known = origin.config_file.exists() or (origin.path / "model.yaml").exists()  # else it was copied out of its run
+    if known and (differ := origin.differs_in_model(config.model)):
         say(f"run.start_from: the weights were trained as another model: {'; '.join(differ)}")
     return {"start_from": str(found)}
 
 
-def refuse_other_shapes(found: Path, home: RunDirectory, config: RunConfig, prepared: Prepared) -> None:
+def refuse_other_weights(found: Path, home: RunDirectory, config: RunConfig, prepared: Prepared) -> None:
     """Raises InputError where the weights are not of this model's shapes: ranks would say so too, once they all stand."""
-    from manta.trainer.checkpoint import store  # torch: a second and a half, for those alone who begin with other weights
     from manta.trainer.checkpoint.errors import CheckpointError
-    from manta.trainer.memory import shapes
+    from manta.trainer.pretrained import other_weights  # torch: a second and a half, for those alone who begin with other weights
 
+    tokens = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
     try:
-        there = store.read_manifest(found)["tensors"]
+        told = other_weights(found, config.model, vocabulary=tokens, sequence_length=config.data.sequence_length, code=home.code)
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
-    tokens = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
-    wanted = shapes(config.model, vocabulary=tokens, sequence_length=config.data.sequence_length, code=home.code)
-    wrong = [
-        f"{name}: got {there.get(f'master/{name}', 'nothing')}, wants {list(shape)}"
-        for name, shape in wanted.items()
-        if there.get(f"master/{name}") != list(shape)
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    if told:
         remedy = "was it another model? Set model to what it was, or name other weights"
-        raise InputError(f"run.start_from: {found}: {wrong[0]}{more}; {remedy}")
+        raise InputError(f"run.start_from: {found}: {told}; {remedy}")
 
 
 def tell_of_another_tokenizer(origin: RunDirectory, prepared: Prepared) -> None:
     """Weights whose tokens mean something else begin worse than none: it is said, and not refused, for some are trained on purpose so."""
-    kept = origin.path / "tokenizer.json"  # of an import
-    file = kept if kept.exists() else origin.prepared().tokenizer
-    if fingerprint(read(file)) != fingerprint(read(prepared.tokenizer)):
+    file = origin.tokenizer_file
+    if not file.exists():
+        say(f"run.start_from: whether the weights were trained with this tokenizer is not known: there is no {file}")
+    elif fingerprint(read(file)) != fingerprint(read(prepared.tokenizer)):
         say(f"run.start_from: the weights were trained with another tokenizer; to read as they did: tokenizer.file={file}")
 
 

@@ -73,6 +73,24 @@ BAD = {
         "got 'causal', wants 'masked' for model.family bert",
         "set it",
     ),
+    "a router that never learns": (
+        "model:\n  experts: {experts: 4, width: 32, top_k: 1}\n",
+        "model.experts.normalize",
+        "got true, and with top_k 1 a router then never learns",
+        "set it to false",
+    ),
+    "a speed that nothing has": (
+        "model:\n  experts: {experts: 4, width: 32, bias_speed: 0.1}\n",
+        "model.experts.bias_speed",
+        "got 0.1, and balance loss has none",
+        "leave it out",
+    ),
+    "a dropout of nearly all": (
+        "model:\n  dropout: 0.9999\n",
+        "model.dropout",
+        "got 0.9999, wants less than or equal to 0.99",
+        "leave it out",
+    ),
     "an unknown preset": ("model:\n  preset: llama-tinny\n", "model.preset", "got 'llama-tinny', wants one of", "did you mean llama-tiny?"),
     "a missing corpus": ("data:\n  sources: [nowhere/*.txt]\n", "nowhere/*.txt", "no such file", ""),
     "a batch beyond all reason": (

@@ -1,6 +1,7 @@
 """A rank holds what ZeRO's formula says: counted in every storage that torch has, not told by DeepSpeed."""
 
 import gc
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ def measure(config: ModelConfig, precision: Precision, parallel: ParallelConfig,
 
     def counted() -> None:
         if engine.deepspeed.is_gradient_accumulation_boundary():
+            time.sleep(0.2)  # what was exchanged is let go by gloo's own threads, each when its turn comes
             stepping.append(_held(before))
         step()
 

@@ -189,6 +189,7 @@ def test_top_k_and_top_p_leave_out_the_unlikely():
     assert drawn(top_p=0.4) == {0}
     assert drawn(top_p=0.85) == {0, 1, 2}
     assert draw(logits, Sampling(temperature=0), generator) == 0
+    assert draw(logits, Sampling(temperature=1e-40), generator) == 0
 
 
 def test_bert_predicts_masked_tokens_and_pairs_alone():

@@ -190,17 +190,25 @@ def with_mine(function, *arguments):
     return function(*arguments)
 
 
+CELLS = [
+    *(Cell("mine", 2, "fp32", ParallelConfig(zero=zero), again) for zero, again in ((0, "none"), (2, "selective"), (3, "full"))),
+    Cell("mine", 2, "fp32", ParallelConfig(zero=1, offload=True)),
+    Cell("mine", 2, "bf16", ParallelConfig(zero=1)),
+    Cell("mine", 2, "bf16-autocast", ParallelConfig(zero=2)),
+    Cell("mine", 2, "fp16", ParallelConfig(zero=3)),
+]
+
+
 @pytest.fixture(scope="module")
 def plainly():
-    return spmd(with_mine, 1, plain_all, [("mine", "fp32")])[0]
+    return spmd(with_mine, 1, plain_all, [("mine", precision) for precision in sorted({cell.precision for cell in CELLS})])[0]
 
 
 def test_under_zero_it_equals_one_plain_process(plainly):
-    cells = [Cell("mine", 2, "fp32", ParallelConfig(zero=zero), again) for zero, again in ((1, "none"), (2, "selective"), (3, "full"))]
-    for traces in spmd(with_mine, 2, under_all, cells):
-        for cell, trace in zip(cells, traces, strict=True):
+    for traces in spmd(with_mine, 2, under_all, CELLS):
+        for cell, trace in zip(CELLS, traces, strict=True):
             for optimizer in OPTIMIZERS:
-                assert trace[optimizer].differs(plainly["mine", "fp32", optimizer]).within(BOUNDS["fp32"]), cell
+                assert trace[optimizer].differs(plainly["mine", cell.precision, optimizer]).within(BOUNDS[cell.precision]), cell
 
 
 @pytest.mark.parametrize("fault", [doubled, unreduced])

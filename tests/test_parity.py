@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from parity import BOUNDS, MODELS, OPTIMIZERS, Cell, Trace, batch, model, optimizer_config, plain_all, under, under_all
-from parity_table import CONTROLS, MORE, PRECISIONS, SHARES, cells, each_doubled
+from parity_table import CONTROLS, MORE, PRECISIONS, SHARES, STAGES, cells, each_doubled
 from spmd import spmd
 
 from manta.trainer.config import ParallelConfig, TrainConfig
@@ -17,10 +17,12 @@ from manta.trainer.world import World
 
 SLICE = [
     Cell("gpt2", 1, "bf16", ParallelConfig(zero=1)),
-    Cell("gpt2", 2, "fp32", ParallelConfig(zero=0)),
+    Cell("gpt2", 2, "fp32", ParallelConfig(zero=0), "full"),
+    Cell("gpt2", 4, "fp32", ParallelConfig(zero=0)),
     Cell("gpt2", 2, "bf16", ParallelConfig(zero=1, tensor=2), "selective"),
     Cell("gpt2", 4, "fp32", ParallelConfig(zero=1, tensor=2, sequence=2)),
-    Cell("llama", 2, "fp16", ParallelConfig(zero=2)),
+    Cell("llama", 2, "fp16", ParallelConfig(zero=2), "full"),
+    Cell("llama", 2, "bf16", ParallelConfig(zero=3, offload=True)),
     Cell("llama", 4, "fp32", ParallelConfig(zero=3, tensor=2)),
     Cell("llama", 4, "fp32", ParallelConfig(zero=1, tensor=4)),
     Cell("llama", 2, "bf16-autocast", ParallelConfig(zero=1, sequence=2)),
@@ -32,6 +34,7 @@ SLICE = [
     Cell("moe", 2, "fp32", ParallelConfig(zero=3, expert=2)),
     Cell("moe", 4, "fp32", ParallelConfig(zero=1, expert=4)),
     Cell("moe", 4, "bf16", ParallelConfig(zero=2, expert=2, sequence=2)),
+    Cell("moe", 4, "fp32", ParallelConfig(zero=2, expert=4, sequence=2)),
     Cell("gpt2-moe", 2, "fp32", ParallelConfig(zero=1, tensor=2)),
     Cell("gpt2-moe", 4, "fp16", ParallelConfig(zero=1, sequence=2)),
     Cell("gpt2-moe", 4, "fp32", ParallelConfig(zero=1, expert=2)),
@@ -56,14 +59,14 @@ def test_a_layout_equals_one_plain_process(cell):
 def test_the_slice_touches_each_model_and_each_row_and_column_of_the_table():
     assert {cell.model for cell in SLICE} == MODELS.keys()
     assert {cell.precision for cell in SLICE} == set(PRECISIONS)
-    assert {(cell.parallel.zero, cell.parallel.offload) for cell in SLICE} >= {(0, False), (1, False), (2, False), (3, False), (1, True)}
-    assert {cell.recompute for cell in SLICE} == {again for _, _, again in MORE}
-    allowed = [(ranks, shares) for ranks, shares in SHARES if not {"tensor", "expert"} <= shares.keys()]
-    sizes = [(cell.ranks, cell.parallel.tensor, cell.parallel.sequence, cell.parallel.expert) for cell in SLICE]
-    missing = [
-        shares for ranks, shares in allowed if (ranks, *(shares.get(key, 1) for key in ("tensor", "sequence", "expert"))) not in sizes
-    ]
-    assert missing in ([], [{"sequence": 2, "expert": 4}]), "experts over sequence ranks stand there once, over two"
+    layers = {(cell.parallel.zero, cell.parallel.offload, cell.recompute) for cell in SLICE}
+    assert layers == {*STAGES, *MORE} - {(3, False, "selective")}, "which is refused"
+    shared = {(cell.ranks, cell.parallel.tensor, cell.parallel.sequence, cell.parallel.expert) for cell in SLICE}
+    assert shared == {
+        (ranks, *(shares.get(key, 1) for key in ("tensor", "sequence", "expert")))
+        for ranks, shares in SHARES
+        if not {"tensor", "expert"} <= shares.keys()  # which is refused
+    }
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

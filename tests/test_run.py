@@ -59,7 +59,15 @@ def undisturbed(case) -> str:
 
 def test_a_run_leaves_what_its_directory_promises(case, undisturbed):
     home = case.home / undisturbed
-    for name in ("config.yaml", "manifest.json", "events.jsonl", "metrics.jsonl", "checkpoints/latest", "logs/attempt-0001/rank-0001.log"):
+    for name in (
+        "config.yaml",
+        "manifest.json",
+        "tokenizer.json",
+        "events.jsonl",
+        "metrics.jsonl",
+        "checkpoints/latest",
+        "logs/attempt-0001/rank-0001.log",
+    ):
         assert (home / name).exists(), name
     keys = "step tokens time train/loss learning_rate grad_norm tokens_per_second mfu data_wait step_time memory/peak world_size attempt"
     assert set(keys.split()) <= set(lines(case, undisturbed)[0])

@@ -1,6 +1,7 @@
 """A run begins with the weights of another, or of an import: the way people go on with, and fine-tune, a pre-trained model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def gpt2(case, tmp_path_factory):
     return model
 
 
-@pytest.mark.parametrize("layout", ["parallel.zero=3", "parallel.tensor=2"])
+@pytest.mark.parametrize("layout", ["parallel.zero=3", "parallel.tensor=2", "parallel={zero: 3, tensor: 2}"])
 def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(case, gpt2, layout):
     overrides = [
         "run.start_from=imported/gpt2",
@@ -81,6 +82,19 @@ def test_another_models_weights_are_refused_with_the_first_difference_before_any
     assert "was it another model?" in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 2  # that it was trained as another one, too
     assert not (case.home / "from another").exists()
+
+
+def test_a_part_of_another_model_s_weights_is_not_taken_for_the_whole(case):
+    case.train("deeper", "model.layers=3", "train.steps=1")
+    done = case.manta("train", str(case.file), "run.dir=shallower", "run.start_from=deeper")
+    assert done.returncode == 2
+    assert "blocks.2.attention.k_proj.weight: got (32, 64), wants nothing" in done.stderr
+    assert not (case.home / "shallower").exists()
+    # A checkpoint alone, copied out of its run, is as good; who trained it on what can then not be told.
+    alone = case.home / "kept aside/step-00000001"
+    shutil.copytree(case.home / "deeper/checkpoints/step-00000001", alone)
+    done = case.train("as deep", "model.layers=3", "train.steps=2", f"run.start_from={alone}")
+    assert "whether the weights were trained with this tokenizer is not known" in done.stderr
 
 
 def test_a_directory_of_transformers_is_to_be_imported_first(case, tmp_path):

@@ -78,6 +78,11 @@ class ExpertsConfig(Section):
     def _enough(self) -> "ExpertsConfig":
         if self.top_k > self.experts:
             raise ValueError(f"top_k: got {self.top_k}, wants at most experts {self.experts}; lower it")
+        if self.top_k == 1 and self.normalize:  # a score divided by itself is 1, and has no gradient
+            raise ValueError("normalize: got true, and with top_k 1 a router then never learns; set it to false")
+        for key, balance in (("balance_weight", "loss"), ("bias_speed", "bias")):
+            if self.balance != balance and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: got {getattr(self, key)}, and balance {self.balance} has none; leave it out")
         return self
 
 
@@ -99,7 +104,7 @@ class ModelConfig(Section):
     head_width: int | None = Field(default=None, ge=1)
     """Width of each head; width / heads where left out."""
     mlp_width: int | None = Field(default=None, ge=1, examples=[2048])
-    """Inner width of the MLP; 4 x width where left out."""
+    """Inner width of the MLP, where there are no experts; 4 x width where left out."""
     positions: int | None = Field(default=None, ge=1)
     """Learned positions (gpt2, bert); data.sequence_length where left out."""
     vocabulary: int | None = Field(default=None, ge=1)
@@ -116,9 +121,9 @@ class ModelConfig(Section):
     """Logits are bent to lie within plus and minus this (llama); none where left out."""
     sliding_window: int | None = Field(default=None, ge=1)
     """A token sees so many tokens back, itself among them (llama); all where left out."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, le=0.99)
     """Share of the embedding's and each residual branch's channels that are dropped."""
-    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.0, ge=0, le=0.99)
     """Share of the attention weights that are dropped."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target's probability that is spread over all tokens."""

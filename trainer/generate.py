@@ -16,12 +16,14 @@ from manta.trainer.model.gpt2 import GPT2
 from manta.trainer.pretrained import load_pretrained
 from manta.trainer.rundir import RunDirectory
 
+COLDEST = 1e-6  # below it logits that are divided by it are infinite
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next token is drawn."""
 
-    temperature: float = 0.8  # 0 takes the likeliest
+    temperature: float = 0.8  # 0, or what is as good as 0, takes the likeliest
     top_k: int | None = None  # draw from the k likeliest
     top_p: float | None = None  # draw from the likeliest that together have this probability (Holtzman et al. 2020)
     seed: int = 1
@@ -76,7 +78,7 @@ def generate(model: Decoder, prompt: list[int], *, count: int, vocabulary: int, 
 
 def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return int(logits_V.argmax())
     logits, order = (logits_V / sampling.temperature).sort(descending=True)
     if sampling.top_k is not None:

@@ -15,7 +15,6 @@ come on top.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from manta.trainer.config import ModelConfig, Precision
@@ -74,15 +73,12 @@ def estimate(
     )
 
 
-def shapes(config: ModelConfig, *, vocabulary: int, sequence_length: int, code: Path | None = None) -> dict[str, tuple[int, ...]]:
-    """Of each weight, by its name, the whole shape. Nothing is allocated: the model is built on the meta device.
-
-    code: where a model of the user's own is looked for.
-    """
+def shapes(config: ModelConfig, *, vocabulary: int, sequence_length: int) -> dict[str, tuple[int, ...]]:
+    """Of each weight, by its name, the whole shape. Nothing is allocated: the model is built on the meta device."""
     import torch
 
     from manta.trainer.model.build import build
 
     with torch.device("meta"):
-        model = build(config, vocabulary=vocabulary, sequence_length=sequence_length, code=code)
+        model = build(config, vocabulary=vocabulary, sequence_length=sequence_length)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,6 +1,7 @@
 """A trained or imported model, whole, in one process that trains nothing: what generation and export begin with."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def load_pretrained(home: RunDirectory) -> Pretrained:
     if checkpoint is None:
         remedy = f"train first: manta resume {home.typed}" if origin is None else "import it again"
         raise InputError(f"{home.checkpoints}: got no checkpoint, wants one; {remedy}")
-    file = home.prepared().tokenizer if origin is None else home.path / "tokenizer.json"
+    file = home.tokenizer_file if home.tokenizer_file.exists() else home.prepared().tokenizer
     tokenizer = Tokenizer(file, end_of_text=end_of_text)
     with torch.device("meta"):
         model = build(config, vocabulary=tokenizer.vocabulary, sequence_length=sequence_length, code=home.code)
@@ -81,13 +82,26 @@ def imported_config(directory: Path) -> ModelConfig:
         raise InputError(f"{file}: {' '.join(str(error).split())}; wants what manta import wrote: import it again") from None
 
 
+def other_weights(path: Path, config: ModelConfig, *, vocabulary: int, sequence_length: int, code: Path) -> str | None:
+    """The first difference of what the checkpoint at `path` holds from what this model wants; None where it fits.
+
+    Raises CheckpointError where there is none.
+    """
+    got = {key: tuple(shape) for key, shape in store.read_manifest(path)["tensors"].items()}
+    with torch.device("meta"):
+        model = build(config, vocabulary=vocabulary, sequence_length=sequence_length, code=code)
+    return differs(model, {key.removeprefix("master/"): shape for key, shape in got.items() if key.startswith("master/")})
+
+
+def differs(model: Transformer, got: Mapping[str, tuple[int, ...]]) -> str | None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
+    return None if wanted == got else store.difference(wanted, got)
+
+
 def fill(model: Transformer, weights: dict[str, Tensor], path: Path) -> None:
     """Gives a model without memory its weights. Raises CheckpointError where they are another model's."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
-    got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(wanted.keys() | got.keys()):
-        if wanted.get(name) != got.get(name):
-            raise CheckpointError(f"{path}: {name}: got {got.get(name, 'nothing')}, wants {wanted.get(name, 'nothing')}")
+    if told := differs(model, {name: tuple(tensor.shape) for name, tensor in weights.items()}):
+        raise CheckpointError(f"{path}: {told}")
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     shared = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
     model.load_state_dict(weights, assign=True, strict=False)

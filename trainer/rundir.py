@@ -39,6 +39,11 @@ class RunDirectory:
         return self.path / "events.jsonl"
 
     @property
+    def tokenizer_file(self) -> Path:
+        """What the run reads with, kept beside its weights: they are worth little without."""
+        return self.path / "tokenizer.json"
+
+    @property
     def lock_file(self) -> Path:
         return self.path / "lock"
 

@@ -156,7 +156,7 @@ def load(checkpoint: Checkpoint, state: Mapping[str, Any], wanted: Mapping[str, 
     `wanted` names every tensor of the whole model. Raises CheckpointError where the checkpoint has another set, or other shapes.
     """
     if wanted != checkpoint.tensors:
-        raise CheckpointError(f"{checkpoint.path}: {_difference(wanted, checkpoint.tensors)}; was it another model or optimizer?")
+        raise CheckpointError(f"{checkpoint.path}: {difference(wanted, checkpoint.tensors)}; was it another model or optimizer?")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
         read_pieces(dict(state), storage_reader=FileSystemReader(checkpoint.path))
@@ -193,7 +193,9 @@ def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(path=path, progress=progress, tensors=tensors, identity=manifest["identity"])
 
 
-def _difference(wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str:
+def difference(wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str:
+    """In words, the first in order of name: of what is missing, surplus or of another shape."""
+
     def lines() -> Iterator[str]:
         for key in sorted(wanted.keys() | got.keys()):
             if wanted.get(key) != got.get(key):

@@ -76,15 +76,17 @@ def _write(path: Path, tensors: dict[str, Shape], read: Callable[[str], Tensor])
 class Weights:
     """The tensors of a directory, by name."""
 
-    def __init__(self, directory: Path, opened: Sequence[Any]) -> None:
+    def __init__(self, opened: Sequence[Any]) -> None:
         self.shapes: dict[str, Shape] = {}
+        self.strange: dict[str, str] = {}  # the type of each that is none of ours, such as a mask of booleans
         self._files: dict[str, Any] = {}
         for file in opened:
             for name in file.keys():  # noqa: SIM118  it is no mapping
                 piece = file.get_slice(name)
                 if (dtype := TYPES.get(piece.get_dtype())) is None:
-                    raise InputError(f"{directory}: {name}: got {piece.get_dtype()}, wants {', '.join(TYPES)}; convert it first")
-                self._files[name], self.shapes[name] = file, Shape(tuple(piece.get_shape()), dtype)
+                    self.strange[name] = piece.get_dtype()
+                else:
+                    self._files[name], self.shapes[name] = file, Shape(tuple(piece.get_shape()), dtype)
 
     def read(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
@@ -98,4 +100,4 @@ def opened(directory: Path) -> Generator[Weights]:
             files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(directory)]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{directory}: {' '.join(str(error).split())}; wants whole safetensors: fetch them again") from None
-        yield Weights(directory, files)
+        yield Weights(files)

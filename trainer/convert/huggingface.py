@@ -14,7 +14,7 @@ from manta.trainer.convert.architectures import ARCHITECTURES, Architecture, arc
 from manta.trainer.convert.card import card
 from manta.trainer.convert.configs import Config, to_theirs
 from manta.trainer.convert.mapping import Link, bind, tensors
-from manta.trainer.convert.places import CARD, CONFIG, refuse_to_overwrite
+from manta.trainer.convert.places import CARD, CONFIG, make_directory, refuse_to_overwrite
 from manta.trainer.convert.source import Source
 from manta.trainer.convert.tokens import tokenizer_files
 from manta.trainer.pretrained import Pretrained
@@ -40,7 +40,7 @@ def export(trained: Pretrained, directory: Path, *, dtype: torch.dtype | None = 
 
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_directory(partial)
     try:
         files.write(partial, planned, lambda name: place[name].export(held, vocabulary)[name], limit=shard_size)
         theirs = _config(trained, architecture, main) if origin is None else _kept_config(origin, dtype)

@@ -21,7 +21,7 @@ from manta.trainer.convert import files
 from manta.trainer.convert.architectures import Architecture
 from manta.trainer.convert.configs import Config, from_theirs, number
 from manta.trainer.convert.mapping import Link, bind, tensors
-from manta.trainer.convert.places import CONFIG, TOKENIZER, check_import, read_json
+from manta.trainer.convert.places import CONFIG, TOKENIZER, check_import, make_directory, read_json
 from manta.trainer.convert.source import KEPT, NAME, Source
 from manta.trainer.model.build import build
 
@@ -54,7 +54,7 @@ def import_model(directory: Path, output: Path) -> None:
         partial = output.with_name(f".{output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True)
+            make_directory(partial)
             identity = {"source": xxhash.xxh3_128_hexdigest(source.to_json())}
             store.save(partial / "checkpoints", imported.weights(), STEP_ZERO, identity=identity, attempt=0, keep=1)
             for name in KEPT:
@@ -83,17 +83,19 @@ class _Import:
         experts = config.experts.experts if config.experts else 0
         self._links = bind(architecture.rows, self._model, layers=config.layers, experts=experts)
         self._names = {_today(name, architecture): name for name in weights.shapes}
+        self._strange = {_today(name, architecture): dtype for name, dtype in weights.strange.items()}
         self.shapes = {name: weights.shapes[self._names[name]] for link in self._links for name in link.theirs if name in self._names}
 
     def check(self) -> None:
         """Raises InputError with the first tensor that is missing, surplus or of another shape."""
         wanted = {name: tuple(tensor.shape) for link in self._links for name, tensor in self._on_meta(link).items()}
-        wrong = [f"{name}: got nothing, wants {list(sizes)}" for name, sizes in wanted.items() if name not in self._names]
+        wrong = [self._lacking(name, sizes) for name, sizes in wanted.items() if name not in self._names]
         for name, shape in self.shapes.items():
             if shape.sizes != wanted[name]:
                 wrong.append(f"{name}: got {list(shape.sizes)}, wants {list(wanted[name])}")
         if not wrong:
-            wrong = [told for name in sorted(self._names.keys() - wanted.keys()) if (told := self._surplus(name))]
+            surplus = sorted((self._names | self._strange).keys() - wanted.keys())
+            wrong = [told for name in surplus if (told := self._surplus(name))]
         if wrong:
             raise InputError(f"{self._directory}: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
 
@@ -112,6 +114,11 @@ class _Import:
         ours = {name: torch.empty(self._model[name][0], device="meta") for name in link.ours}
         return link.export(ours, self._vocabulary)
 
+    def _lacking(self, name: str, sizes: tuple[int, ...]) -> str:
+        if name in self._strange:
+            return f"{name}: got {self._strange[name]}, wants {', '.join(files.TYPES)}; convert it first"
+        return f"{name}: got nothing, wants {list(sizes)}"
+
     def _surplus(self, name: str) -> str | None:
         """What is wrong with a tensor that no row asks for: nothing where it is a tied head, written out once more."""
         if re.fullmatch(self._architecture.no_weights, name):
@@ -119,7 +126,7 @@ class _Import:
         for row in self._architecture.rows:
             same = TIED.get(dict(zip(row.theirs.split(), row.ours.split(), strict=False)).get(name, ""))
             original = next((link.theirs[0] for link in self._links if link.ours == (same,)), None)
-            if original is not None:
+            if original is not None and name in self._names:
                 told = f"{name}: got other values than {original}, wants the same where tie_word_embeddings is true; set it to false"
                 return None if torch.equal(self._read(name), self._read(original)) else told
         return f"{name}: got a tensor that {self._architecture.name} has not; is it another model, or more than one?"
@@ -147,7 +154,7 @@ def _tokenizer(directory: Path, theirs: Config) -> tuple[Tokenizer, str]:
         token = told.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
-            return Tokenizer(file, end_of_text=token), token
+            return Tokenizer(file, end_of_text=token, named=f"{key} of {told_file.name}"), token
     number = theirs.get("eos_token_id")
     number = number[0] if isinstance(number, list) and number else number
     if isinstance(number, int) and not isinstance(number, bool):
@@ -159,4 +166,4 @@ def _tokenizer(directory: Path, theirs: Config) -> tuple[Tokenizer, str]:
             raise InputError(f"{file}: {' '.join(str(error).split())}; wants a tokenizer.json: fetch it again") from None
         if token is not None:
             return Tokenizer(file, end_of_text=token), token
-    return Tokenizer(file, end_of_text="[SEP]"), "[SEP]"
+    return Tokenizer(file, end_of_text="[SEP]", named=f"eos_token of {told_file.name}"), "[SEP]"

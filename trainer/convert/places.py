@@ -60,6 +60,15 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
+def make_directory(partial: Path) -> None:
+    """What is written beside --output and then renamed. Raises InputError where it can not be made."""
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        wants = "a directory that can be written"
+        raise InputError(f"--output: got a place in {partial.parent} ({error.strerror}), wants {wants}; choose another") from None
+
+
 def refuse_to_overwrite(directory: Path, home: RunDirectory) -> None:
     """Raises InputError where `directory` is not new, empty, or an earlier export of this run."""
     if not directory.exists():
