@@ -24,10 +24,12 @@ class Case:
     home: Path  # a working directory with a space in its path, and the user's own data.py, trainer/ and cluster.py in it
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:
-        return subprocess.Popen([MANTA, *arguments], cwd=self.home, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+        on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        piped = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen([MANTA, *arguments], cwd=self.home, env=on_cpu, **piped, **options)
 
     def manta(self, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
-        there = os.environ | environment
+        there = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment  # two ranks, on any machine
         return subprocess.run([MANTA, *arguments], cwd=self.home, env=there, capture_output=True, text=True, timeout=timeout, check=False)
 
     def train(self, run: str, *overrides: str, code: int = 0) -> subprocess.CompletedProcess:

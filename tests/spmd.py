@@ -9,11 +9,12 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-os.environ["DS_ACCELERATOR"] = "cpu"
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["manta.trainer.rank"])
 
@@ -24,6 +25,8 @@ def spmd(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     home = tempfile.mkdtemp(prefix="spmd-")
+    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # these ranks are many to a machine
+        forkserver.ensure_running()
     pipes = [_forks.Pipe(duplex=False) for _ in range(ranks)]
     processes = [_forks.Process(target=_rank, args=(r, ranks, port, home, pipes[r][1], function, args), daemon=True) for r in range(ranks)]
     for process, (_, writing) in zip(processes, pipes, strict=True):

@@ -9,8 +9,8 @@ from parity import BOUNDS, Cell, Trace, plain, under
 from spmd import spmd
 
 from manta.data.errors import InputError
+from manta.trainer.compiler import ask_for_compiler
 from manta.trainer.config import ParallelConfig
-from manta.trainer.parallel.apply import ask_for_compiler
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or " " in torch.__file__, reason="no C++ compiler on this machine, or torch lies in a path with a space"

@@ -35,6 +35,8 @@ DEVICE = os.environ.get("MANTA_GPU_TESTS", "cuda")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+    pytest.mark.timeout(900),  # kernels are compiled
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),  # the compiler's, about itself
 ]
 # Kernels sum in another order than a CPU's: fp32 moves by its rounding, ten times over; bf16 and fp16 as between layouts.
 BOUNDS = {
@@ -57,8 +59,13 @@ def apart(function, *args, device=DEVICE):
     own = {"DS_ACCELERATOR": device, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     if device == "cpu":
         own["CUDA_VISIBLE_DEVICES"] = ""
-    with patch.dict(os.environ, own), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_joined, device, function, args).result(timeout=280)
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with patch.dict(os.environ, own):
+        try:
+            return pool.submit(_joined, device, function, args).result(timeout=400)
+        finally:  # also where it hangs
+            for process in list(pool._processes.values()):
+                process.kill()
 
 
 def _joined(device, function, args):

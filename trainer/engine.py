@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else its import tries every vendor's
+from manta.trainer.device import device_type
+
+os.environ["DS_ACCELERATOR"] = device_type()  # else its import tries every vendor's
 
 import deepspeed
 import deepspeed.ops
@@ -41,8 +43,10 @@ from manta.trainer.world import Mesh
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is done here on purpose: another's optimizer under ZeRO
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # old names that DeepSpeed calls in ZeRO-3
-# On CPU it would compile this at the first collective, for half a minute, and training is as fast without.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# On CPU it would compile this at the first collective, for half a minute, and training is as fast without. Read, and not assigned, it
+# would look for a toolkit for each of its operators.
+operators: Any = deepspeed.ops
+operators.__compatible_ops__ = {"deepspeed_shm_comm": False}
 # On CPU it would ask numactl, by a process of its own, at each of ZeRO-3's reductions, how many devices there are.
 os.environ.setdefault("LOCAL_SIZE", "1")
 # What initialize and an optimizer's constructor would import: a spare must have it all. Muon's module compiles a function when it is
@@ -83,7 +87,7 @@ class Engine:
         memory = estimate(wholes, mesh.layout, precision, optimizer.name)
         parallelize(model, mesh, recompute=recompute, compile_blocks=compile_blocks, fp8=precision == "fp8")
         if precision == "bf16-autocast":  # within DeepSpeed's forward: around it, it would be switched off on GPUs, with a warning
-            cast: Any = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+            cast: Any = torch.autocast(device_type(), torch.bfloat16)
             model.forward = cast(model.forward)
         _mark(model, mesh)
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
@@ -238,12 +242,13 @@ def _settings(layout: Layout, optimizer: OptimizerConfig, precision: Precision, 
         "stage3_model_persistence_threshold": aside,  # all small weights together: so many of them stay whole
     }
     if layout.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device_type() == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": optimizer.gradient_clipping if layout.zero else 0.0,  # without ZeRO we do it
         "zero_optimization": zero,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a micro batch
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW: faster than DeepSpeed's own in every pairing
         "zero_force_ds_cpu_optimizer": False,  # its own would be compiled first
         "bf16": {"enabled": precision in ("bf16", "fp8")},

@@ -5,7 +5,16 @@ import time
 import torch
 
 # Dense bf16 without sparsity, from NVIDIA's data sheets.
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -17,13 +17,13 @@ from manta.data.samples import Samples
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.state import load_masters, restore
+from manta.trainer.compiler import ask_for_compiler
 from manta.trainer.config import TrainingConfig
 from manta.trainer.engine import Engine
 from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.layout import fits
 from manta.trainer.loop import Loop, Notice
 from manta.trainer.model.build import build
-from manta.trainer.parallel.apply import ask_for_compiler
 from manta.trainer.parallel.fp8 import ask_for_gpu
 from manta.trainer.power import peak_flops
 from manta.trainer.refusals import compiles

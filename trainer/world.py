@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from manta.data.errors import InputError
+from manta.trainer.device import check_gpus, device_type
 from manta.trainer.layout import Layout
 from manta.trainer.parallel.cuts import Part
 
@@ -41,10 +42,11 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", self.local_rank) if device_type() == "cuda" else torch.device("cpu")
 
     def join(self, *, timeout: timedelta = timedelta(minutes=30)) -> None:
         """Meets the other ranks. Gloo carries what lies on the CPU (checkpoint planning), NCCL what lies on GPUs."""
+        check_gpus()
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in os.environ:
             if self.size > 1:

@@ -4,6 +4,7 @@ Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head wid
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from manta.data.errors import InputError
+from manta.trainer.compiler import ask_for_compiler
+
+log = logging.getLogger(__name__)
 PLAIN_LIMIT = 256  # keys up to which plain matrix products beat SDPA's backward on CPU: +15 % at 256, a loss at 512
 FLEX_LEAST = 16  # head width below which FlexAttention has no kernel
 
@@ -55,7 +60,7 @@ class Visibility:
             return
         if plain:
             self.bias(T, S, device)
-        elif device.type == "cuda" and T == S:
+        elif _flexes(T, S, device):
             self.blocks(T, S, device)
         else:
             self.mask(T, S, device)
@@ -125,14 +130,31 @@ def attend(
     if dropout is not None or _short(S, device):
         return _plain(q_BNTH, k_BKSH, v_BKSH, visible, dropout)
     grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
+    if grouped and device.type == "cuda" and q_BNTH.dtype == torch.float32:  # for which no kernel but the slowest knows of groups
+        k_BKSH, v_BKSH = (x.repeat_interleave(q_BNTH.shape[1] // x.shape[1], dim=1) for x in (k_BKSH, v_BKSH))
+        grouped = False
     sdpa = functools.partial(F.scaled_dot_product_attention, q_BNTH, k_BKSH, v_BKSH, enable_gqa=grouped)
     if visible.all_before(T, S):
         return sdpa(is_causal=True)
     if visible.everything(T, S):
         return sdpa()
-    if device.type == "cuda" and T == S and q_BNTH.shape[3] >= FLEX_LEAST and q_BNTH.dtype != torch.float64:
+    if _flexes(T, S, device) and q_BNTH.shape[3] >= FLEX_LEAST and q_BNTH.dtype != torch.float64:
         return _flex(q_BNTH, k_BKSH, v_BKSH, visible)
     return sdpa(attn_mask=visible.mask(T, S, device))
+
+
+def _flexes(T: int, S: int, device: torch.device) -> bool:
+    return device.type == "cuda" and T == S and (torch.compiler.is_compiling() or _has_compiler())
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    try:
+        ask_for_compiler("cuda")
+    except InputError as error:
+        log.warning("windows and documents go by a mask, and not by FlexAttention, which costs speed: %s", error)
+        return False
+    return True
 
 
 def _short(S: int, device: torch.device) -> bool:
@@ -160,7 +182,8 @@ def _flex(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, visible: Visibility) -
     T, S, device = q_BNTH.shape[2], k_BKSH.shape[2], q_BNTH.device
     q_BNTH, k_BKSH = q_BNTH.to(v_BKSH.dtype), k_BKSH.to(v_BKSH.dtype)  # autocast, which rotation and norms leave for fp32, passes it by
     grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
-    return _fast(flex_attention, device)(q_BNTH, k_BKSH, v_BKSH, block_mask=visible.blocks(T, S, device), enable_gqa=grouped)
+    seen, options = visible.blocks(T, S, device), {"FORCE_USE_FLEX_ATTENTION": True}  # the kernel for short queries knows few group sizes
+    return _fast(flex_attention, device)(q_BNTH, k_BKSH, v_BKSH, block_mask=seen, enable_gqa=grouped, kernel_options=options)
 
 
 def _fast(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from manta.trainer.batch import IGNORED
 
 CHUNK = {"cpu": 2**20, "cuda": 2**27}  # logits held at once in fp32: 4 MiB stays in a CPU's cache, 512 MiB keeps a GPU busy
+ALIGNED = 8  # classes: 16 bytes of two
 LEAST = 256  # tokens a chunk, whatever the vocabulary: below it, reading the weights again costs more than the products
 
 
@@ -93,8 +94,8 @@ class _Criterion:
     first: int  # this rank's logits are those of classes [first, first + own)
     own: int  # 0 where all of its rows are padding
 
-    def __call__(self, logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a chunk: the objective, z and, if wanted, the gradient by its logits. The logits' memory is used for it."""
+    def __call__(self, logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+        """Of a chunk: the objective and z. Where it is wanted, the gradient by the logits takes their place."""
         slope = None
         if self.soft_cap is not None:
             logits.div_(self.soft_cap).tanh_()
@@ -123,14 +124,16 @@ class _Criterion:
         likelihood = on_target * at_target + on_each * over_all - log_sum
         objective = z - likelihood.masked_fill_(~counts, 0).sum()
         if not wanted:
-            return objective, z, logits
+            return objective, z
 
         grad = logits.mul_(((1 + 2 * self.z_weight * whole) / exp_sum).masked_fill_(~counts, 0))
         if self.own:
             grad.scatter_add_(1, column, held.to(grad.dtype) * -on_target)
         if self.smoothing:
             grad.sub_(counts.to(grad.dtype) * on_each)
-        return objective, z, grad if slope is None else grad.mul_(slope)
+        if slope is not None:
+            grad.mul_(slope)
+        return objective, z
 
     def _held(self, targets: Tensor, counts: Tensor) -> Tensor:
         """Whether a target is one of this rank's classes. At the vocabulary's ends no bound is set: a target beyond them raises."""
@@ -156,24 +159,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if of_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if of_bias and bias_V is not None else None
         objective, z = (torch.zeros((), dtype=wide, device=x_ND.device) for _ in range(2))
-        own = slice(criterion.own)
-        x, weight = x_ND.to(dtype), weight_VD[own].to(dtype)
-        bias = None if bias_V is None else bias_V[own].to(dtype)
+        # On a GPU with a few rows of padding, which the criterion does not see: tensor cores want an even pitch.
+        aligned = ALIGNED if x_ND.is_cuda else 1
+        held = slice(min(len(weight_VD), -(-criterion.own // aligned) * aligned))
+        x, weight = x_ND.to(dtype), weight_VD[held].to(dtype)
+        bias = None if bias_V is None else bias_V[held].to(dtype)
         rows = max(LEAST, CHUNK.get(x.device.type, CHUNK["cuda"]) // len(weight_VD))  # the same on all ranks, padding or not
         with torch.autocast(x.device.type, enabled=False):  # it would cast the weight again for each chunk
             for first in range(0, len(x), rows):
                 chunk = slice(first, first + rows)
                 logits = F.linear(x[chunk], weight, bias).to(wide)
-                of_chunk, z_of_chunk, grad = criterion(logits, targets_N[chunk, None], of_x or of_weight or of_bias)
+                of_chunk, z_of_chunk = criterion(logits[:, : criterion.own], targets_N[chunk, None], of_x or of_weight or of_bias)
+                logits[:, criterion.own :].zero_()
+                grad = logits
                 objective += of_chunk
                 z += z_of_chunk
                 if grad_bias is not None:
-                    grad_bias[own] += grad.sum(dim=0)
+                    grad_bias[held] += grad.sum(dim=0)
                 grad = grad.to(dtype)
                 if grad_x is not None:
                     grad_x[chunk] = grad @ weight
                 if grad_weight is not None:
-                    _add_product(grad_weight[own], grad.T, x[chunk])
+                    _add_product(grad_weight[held], grad.T, x[chunk])
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (x_ND, weight_VD, bias_V))
         ctx.mark_non_differentiable(z)

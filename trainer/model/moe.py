@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from manta.trainer.config import ExpertsConfig
 from manta.trainer.model.layers import SwiGLU
 
+BLACKWELL = 10  # whose grouped product leaves unwritten what an expert without tokens has (pytorch issue 172439)
 ALIGNMENT = 16  # bytes: what grouped products ask of rows and of a tensor's start
 
 
@@ -206,7 +207,10 @@ def _each(x_MI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
 def _outer(x_MI: Tensor, y_MO: Tensor, ends_E: Tensor) -> Tensor:
     """-> x^T y for every expert's rows, EIO: zeros where it has none."""
     if _groups(x_MI) and _groups(y_MO):
-        return F.grouped_mm(x_MI.T, y_MO, offs=ends_E)
+        product_EIO = F.grouped_mm(x_MI.T, y_MO, offs=ends_E)
+        if x_MI.is_cuda and torch.cuda.get_device_capability(x_MI.device)[0] >= BLACKWELL:
+            product_EIO.masked_fill_((ends_E.diff(prepend=ends_E.new_zeros(1)) == 0)[:, None, None], 0)
+        return product_EIO
     cuts = ends_E[:-1].tolist()
     return torch.stack([x_mI.T @ y_mO for x_mI, y_mO in zip(x_MI.tensor_split(cuts), y_MO.tensor_split(cuts), strict=True)])
 

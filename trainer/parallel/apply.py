@@ -1,31 +1,41 @@
 """One ordered function puts a layout around a model that knows no ranks."""
 
-import os
-import shlex
-import shutil
-import sysconfig
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from manta.data.errors import InputError
+from manta.trainer.compiler import ask_for_compiler
+from manta.trainer.device import device_type
 from manta.trainer.model.moe import MixtureOfExperts
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.parallel import cuts, expert, sequence, tensor
 from manta.trainer.parallel.fp8 import multiply_in_fp8
 from manta.trainer.world import Mesh
 
+PRODUCTS = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_grouped_mm",
+        "_scaled_mm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+}
 Recompute = Literal["none", "selective", "full"]
 
 
 def parallelize(model: Transformer, mesh: Mesh, *, recompute: Recompute = "none", compile_blocks: bool = False, fp8: bool = False) -> None:
     """Cuts the weights, puts the exchanges in, then products in 8 bits, recomputation, compilation: each around what came before."""
     if compile_blocks:
-        ask_for_compiler("cuda" if torch.cuda.is_available() else "cpu")
+        ask_for_compiler(device_type())
     cut(model, mesh.part)
     if mesh.layout.expert > 1:
         expert.share(model, mesh.expert)
@@ -35,7 +45,7 @@ def parallelize(model: Transformer, mesh: Mesh, *, recompute: Recompute = "none"
         sequence.share(model, mesh.sequence)
     for block in model.blocks:
         if fp8:
-            multiply_in_fp8(block, emulate=not torch.cuda.is_available())
+            multiply_in_fp8(block, emulate=device_type() == "cpu")
         if compile_blocks:
             _compile(block, recompute)
         elif recompute != "none":
@@ -52,24 +62,6 @@ def _compile(block: Any, recompute: Recompute) -> None:
         _recompute(block, recompute)
     if not mixtures:
         block.compile()
-
-
-def ask_for_compiler(device: str) -> None:
-    """Raises InputError where torch.compile could write code for this kind of device, and nothing here could build it."""
-    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++",))  # what Triton looks for, and Inductor
-    given = os.environ.get(variable)
-    names = tuple(shlex.split(given)[:1]) if given else known
-    remedy = "install them (Debian: g++ and python3-dev), or set train.compile=false"
-    if not any(map(shutil.which, names)):
-        raise InputError(f"train.compile wants a compiler, and there is no {' or '.join(names)} on PATH; {remedy}")
-    if device == "cpu" and " " in torch.__file__:
-        home = Path(torch.__file__).parent
-        raise InputError(
-            f"train.compile can not be had: torch's headers lie in {home}, a path with a space; install elsewhere or leave it out"
-        )
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        raise InputError(f"train.compile wants Python's headers, and there is no {header}; {remedy}")
 
 
 def cut(model: nn.Module, part: cuts.Part) -> None:
@@ -93,6 +85,4 @@ def _recomputed(forward: Any, *given: Any, selective: bool) -> Any:
 
 def _keep_products(_: object, operation: Any, *__: object, **___: object) -> CheckpointPolicy:
     """What costs the most to do again is kept; the rest, which holds the most memory, is done again."""
-    aten = torch.ops.aten
-    products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default, aten._scaled_mm.default)  # noqa: SLF001
-    return CheckpointPolicy.MUST_SAVE if operation in products else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
