@@ -63,7 +63,7 @@ def main() -> int:
     clock, ratio = next(reversed(ratios["routed by itself"].items()))
     verdict = "within" if ratio <= GOAL else "over"
     print(f"a mixture costs {ratio:.3f} of a dense MLP of the same arithmetic, by {clock} time: {verdict} the goal of {GOAL}")
-    return 0
+    return 0 if ratio <= GOAL else 1
 
 
 def imbalances() -> dict[str, Tensor]:
