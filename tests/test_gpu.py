@@ -44,7 +44,7 @@ BOUNDS = {
     "bf16-autocast": Difference(1e-3, 1e-2, 0.3),
     "bf16": Difference(3e-3, 1e-2, 0.3),
     "fp16": Difference(3e-3, 1e-2, 0.3),
-    "fp8": Difference(3e-3, 1e-2, 0.3),
+    "fp8": Difference(3e-3, 3e-2, 0.3),  # a mixture on a CPU is 9e-3 from itself, accumulated otherwise
 }
 needs_hopper = pytest.mark.skipif(
     find_spec("torchao") is None or (DEVICE == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY),

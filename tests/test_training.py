@@ -49,6 +49,7 @@ def test_bert_learns_the_hidden_words_and_which_text_follows(home):
     for loss in (mean(last, "train/next_sentence"), lines[-1]["eval/next_sentence"]):
         assert loss < min(math.log(2), mean(first, "train/next_sentence")) - 0.03
     assert mean(lines[180:200], "train/next_sentence") < math.log(2) - 0.01
+    assert mean(lines[180:200], "train/masked_language") < mean(first, "train/masked_language") - 0.5
 
 
 def test_a_mixture_learns_and_uses_all_of_its_experts(home):
