@@ -220,7 +220,7 @@ Left out is the bias of the keys, which softmax does not see: its gradient is ze
 
 ## Controls
 
-Runs with a fault put in, which must not pass:
+Runs with a fault put in, which must not pass. Where ranks that hold the same weight hold other values of it, that is inf:
 
 | fault | loss / norm / weight | |
 |---|---|---|
