@@ -12,6 +12,7 @@ from cluster_scene import Scene
 HOSTILE = ["ray.py", "manta.py", "pydantic.py", "psutil.py", "json.py", "data.py", "cluster.py"]
 RAISE, KILL, STOP, SEGV = 1, 2, 3, 4  # the attempt in which each strikes
 LOST, LAST = 5, 6
+RAYLET = "/raylet --"  # its path may hold a space
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def spares(scene):
 @pytest.fixture(scope="module")
 def raylet(scene):
     scene.event("first-step")
-    return next(command for command in scene.processes().values() if command.split()[0].endswith("/raylet"))
+    return next(command for command in scene.processes().values() if RAYLET in command)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_ray_itself_is_started_anew_when_it_is_lost(tmp_path):
     try:
         old = set(scene.pids())
         scene.event("first-step")
-        (raylet,) = [pid for pid, command in scene.processes().items() if command.split()[0].endswith("/raylet")]
+        (raylet,) = [pid for pid, command in scene.processes().items() if RAYLET in command]
         os.kill(raylet, signal.SIGKILL)
         scene.event("node-lost")
         time.sleep(0.5)

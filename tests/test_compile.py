@@ -74,4 +74,4 @@ def test_without_pythons_headers_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/there")
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     with pytest.raises(InputError, match=r"there is no .*Python\.h"):
-        ask_for_compiler("cpu")
+        ask_for_compiler("cuda")

@@ -32,7 +32,9 @@ def rows(examples: Examples) -> list[dict[str, list[int] | int | None]]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    return write_lines(tmp_path_factory.mktemp("source") / "lines.jsonl", [*documents(300), "[MASK] [SEP] <|endoftext|>"])
+    return write_lines(
+        tmp_path_factory.mktemp("source") / "lines.jsonl", ["[MASK] [SEP] <|endoftext|>", *documents(300)]
+    )  # the last tokens fill no window
 
 
 @pytest.fixture(scope="module")
