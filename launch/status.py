@@ -9,7 +9,6 @@ from rich.table import Table
 from manta.cluster.journal import read_events
 from manta.data.errors import InputError
 from manta.launch.train import ranks_in_words
-from manta.trainer.layout import plan
 from manta.trainer.metrics import duration, loss_in_words, read_metrics, terms
 from manta.trainer.rundir import RunDirectory
 
@@ -26,8 +25,7 @@ def status(directory: Path) -> dict[str, Any]:
     events = read_events(home.events_file)
     lines = read_metrics(home.metrics_file)
     newest = lines[-1] if lines else {}
-    config = home.config()
-    steps = config.train.steps
+    steps = home.config().train.steps
     evaluated = [line for line in lines if "eval/loss" in line]
     checkpoints = sorted(path.name for path in home.checkpoints.glob("step-*"))
     done = newest.get("step", 0)
@@ -47,7 +45,7 @@ def status(directory: Path) -> dict[str, Any]:
         "tokens_per_second": newest.get("tokens_per_second"),
         "seconds_left": newest["step_time"] * (steps - done) if newest else None,
         "world_size": newest.get("world_size"),
-        "layout": str(plan(config.train, newest["world_size"], config.parallel)) if newest else None,
+        "layout": newest.get("layout"),
         "attempts": max((event["attempt"] for event in events), default=0),
         "failures": [event["message"] for event in events if event["event"] in {"rank-failed", "node-lost"}],
         "checkpoint": checkpoints[-1] if checkpoints else None,

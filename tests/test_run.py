@@ -283,6 +283,10 @@ def test_status_for_people(case, undisturbed):
     assert "40 of 40" in told
     assert "done" in told
     assert "data 2, ZeRO-1" in told
+    # A layout that no step was taken under yet is not told as that of the last one.
+    changed = copy_of(case, undisturbed, "changed") / "config.yaml"
+    changed.write_text(changed.read_text().replace("tensor: 1", "tensor: 2"))
+    assert "data 2, ZeRO-1" in case.manta("status", "changed").stdout
     home = case.home / "broken off"
     home.mkdir()
     shutil.copyfile(case.home / undisturbed / "config.yaml", home / "config.yaml")

@@ -125,6 +125,7 @@ class Loop:
             "memory/peak": self._peak_memory(),
             "data/digest": int(digest) % 2**DIGEST_BITS,
             "world_size": self.world.size,
+            "layout": str(self.engine.layout),
             "attempt": self.world.attempt,
         }
         if self.engine.loss_scale is not None:
