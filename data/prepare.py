@@ -46,7 +46,7 @@ def find(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
     if not file.exists():
         return None
     fingerprint = tokenizer.fingerprint(tokenizer.read(file))
-    directories = [_corpus_directory(data, source, tokens, fingerprint) for source in data.sources]
+    directories = [_corpus_directory(data, source.path, tokens, fingerprint) for source in data.sources]
     manifests = [found for directory in directories if (found := _intact(directory, contents=False))]
     return _prepared(file, directories, manifests) if len(manifests) == len(directories) else None
 
@@ -59,14 +59,16 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
     _tokenizer_file(data, tokens)
     _check_tokenizer(data, tokens)
     for source in data.sources:
-        corpus.files(source)  # what is missing is told before anything is written
-    with _alone(data.directory):
+        corpus.files(source.path)  # what is missing is told before anything is written
+    with _alone(Path(data.directory)):
         file = _tokenizer_file(data, tokens)
         if not file.exists():
             _make_tokenizer(file, data, tokens)
         fingerprint = tokenizer.fingerprint(tokenizer.read(file))
-        directories = [_corpus_directory(data, source, tokens, fingerprint) for source in data.sources]
-        manifests = [_make_corpus(*pair, data, tokens, file) for pair in zip(data.sources, directories, strict=True)]
+        directories = [_corpus_directory(data, source.path, tokens, fingerprint) for source in data.sources]
+        manifests = [
+            _make_corpus(*pair, data, tokens, file) for pair in zip([source.path for source in data.sources], directories, strict=True)
+        ]
     prepared = _prepared(file, directories, manifests)
     Samples(prepared, data, tokens, seed=0)  # raises where no sample results
     return prepared
@@ -95,7 +97,7 @@ def _make_tokenizer(file: Path, data: DataConfig, tokens: TokenizerConfig) -> No
         content = tokenizer.read(tokens.file)
     else:
         say(f"tokenizer: training {tokens.vocabulary} tokens on up to {tokens.train_bytes / 1e6:.1f} MB of text")
-        pieces = [piece for source in data.sources for piece in corpus.pieces(source, data.text_field)]
+        pieces = [piece for source in data.sources for piece in corpus.pieces(source.path, data.text_field)]
         texts = sample(pieces, tokens.train_bytes)
         content = tokenizer.train(texts, vocabulary=tokens.vocabulary, end_of_text=tokens.end_of_text, marks=_marks(data))
     file.parent.mkdir(exist_ok=True)
@@ -223,15 +225,15 @@ def _tokenizer_file(data: DataConfig, tokens: TokenizerConfig) -> Path:
     if tokens.file:
         decides: list[object] = [tokenizer.fingerprint(tokenizer.read(tokens.file))]
     else:
-        trained_on = [corpus.identity(source) for source in data.sources]
+        trained_on = [corpus.identity(source.path) for source in data.sources]
         decides = [trained_on, data.text_field, tokens.vocabulary, tokens.train_bytes, tokens.end_of_text, *_marks(data)]
-    return data.directory.absolute() / f"tokenizer-{_key(decides)}" / "tokenizer.json"
+    return Path(data.directory).absolute() / f"tokenizer-{_key(decides)}" / "tokenizer.json"
 
 
 def _corpus_directory(data: DataConfig, source: str, tokens: TokenizerConfig, fingerprint: str) -> Path:
     key = _key([corpus.identity(source), fingerprint, tokens.end_of_text, data.validation, data.text_field])
     slug = re.sub(r"[^A-Za-z0-9]+", "-", source).strip("-")[-40:].strip("-") or "corpus"
-    return data.directory.absolute() / f"{slug}-{key}"
+    return Path(data.directory).absolute() / f"{slug}-{key}"
 
 
 def _key(decides: list[object]) -> str:

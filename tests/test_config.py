@@ -241,7 +241,7 @@ def test_each_preset_is_a_model_of_the_size_that_it_says(case, name):
 
 def test_sources_are_read_as_people_write_them(case):
     for written in ("stdlib:", "[stdlib:]", "['stdlib:']"):
-        assert config.load(case.file, [f"data.sources={written}"]).data.sources == ("stdlib:",)
+        assert config.load(case.file, [f"data.sources={written}"]).data.sources[0].path == "stdlib:"
     with pytest.raises(InputError, match=r"data.sources: got \[\], wants at least one .*; try data.sources=\["):
         config.load(case.file, ["data.sources=[]"])
 

@@ -13,7 +13,18 @@ from manta.trainer.refusals import divisors, refusal
 
 Precision = Literal["fp32", "bf16", "bf16-autocast", "fp16", "fp8"]
 FREE = (
-    *("run.dir", "data.directory", "data.workers", "model.preset", "train.steps", "train.micro_batch", "train.recompute", "train.compile"),
+    *(
+        "run.dir",
+        "data.directory",
+        "data.workers",
+        "data.cache",
+        "data.ray",
+        "model.preset",
+        "train.steps",
+        "train.micro_batch",
+        "train.recompute",
+        "train.compile",
+    ),
     *("parallel.", "checkpoint.", "evaluate.", "track.", "cluster."),
 )
 """Keys, and sections, that may change when a run is resumed (train.steps upwards only)."""

@@ -40,7 +40,7 @@ def _figures(trained: Pretrained) -> dict[str, str]:
         "training loss": f"{last['train/loss']:.4f}" if "train/loss" in last else "not logged",
         "validation loss": f"{last['eval/loss']:.4f}" if "eval/loss" in last else "not measured",
         "precision": run.precision,
-        "corpus": ", ".join(f"`{source}`" for source in run.data.sources),
+        "corpus": ", ".join(f"`{source.called}`" for source in run.data.sources),
     }
     return rows | {"begun with manta": str(trained.home.manifest().get("manta", "unknown"))}
 
