@@ -230,6 +230,11 @@ class DataConfig(_Section):
         spelled = (f"{next(iter(one))}:" if _is_bare(one) else one for one in cast("Sequence[Any]", listed))
         return tuple({"path": one} if isinstance(one, str) else one for one in spelled)
 
+    @field_validator("directory", mode="before")
+    @classmethod
+    def _also_a_path(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
     @field_validator("mixture", mode="before")
     @classmethod
     def _one_stage_may_stand_alone(cls, value: object) -> object:
