@@ -136,7 +136,7 @@ class LengthConfig(_Section):
         return whole(value)
 
 
-class CacheConfig(_Section):
+class CacheConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Where shards of a remote corpus lie on a node, once fetched."""
 
     directory: Path = Path("~/.cache/manta/shards")

@@ -4,142 +4,237 @@
 |---|---|
 | `stdlib:` | the source and documentation text of the Python that runs this: about 30 MB on every machine, no download |
 | `notes.txt`, `corpus/`, `shards/*.jsonl.zst` | files, directories (searched through) and globs, in sorted order |
+| `s3://…`, `https://…`, any URL that fsspec knows | the same: a file, a directory or a glob |
 | `hf:name`, `hf:name:config`, `hf:/local/dir` | the train split of a Hugging Face dataset, streamed |
 
-Files may be text, JSON lines or parquet; text and JSON lines may be compressed (.gz, .zst, .bz2).
+Files may be text, JSON lines, parquet or Arrow; text and JSON lines may be compressed (.gz, .zst, .bz2). What they are is told by their
+names, or by config. Files of token ids (.bin, .idx) are listed here and read elsewhere.
 """
 
 import glob
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+from manta.data import remote
+from manta.data.config import DataConfig, SourceConfig
 from manta.data.errors import InputError
-from manta.data.formats import COMPRESSED, HuggingFace, JsonLines, Parquet, Piece, TextFiles, open_dataset
+from manta.data.files import File, find, stat, walk, without_notes
+from manta.data.filters import Filter
+from manta.data.formats import COMPRESSED, BadRows, Document, JsonLines, Piece, TextFiles, compression_of, suffix_of, unreadable
+from manta.data.rows import Field, Kind, Reader, Template
+from manta.data.tables import Arrow, HuggingFace, Parquet, open_dataset
 
-TEXT = frozenset({".txt", ".text", ".md", ".rst", ".py", ".pyi", ".html", ".tex", ".c", ".h", ".cpp", ".rs", ".go", ".js", ".ts", ".java"})
-JSON = frozenset({".jsonl", ".json", ".ndjson"})
-PARQUET = frozenset({".parquet"})
+Format = Literal["text", "json", "parquet", "arrow", "tokens"]
+
+TEXT = (".txt", ".text", ".md", ".rst", ".py", ".pyi", ".html", ".tex", ".c", ".h", ".cpp", ".rs", ".go", ".js", ".ts", ".java")
+JSON = (".jsonl", ".json", ".ndjson")
+TOKENS = (".bin", ".idx")
+_BY_SUFFIX: dict[str, Format] = {
+    **dict.fromkeys(TEXT, "text"),
+    **dict.fromkeys(JSON, "json"),
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    **dict.fromkeys(TOKENS, "tokens"),
+}
+
+_Rows = JsonLines | Parquet | Arrow | HuggingFace
 
 TEXT_PIECE = 2_000_000  # bytes: small files travel together, so that every core is busy and few shards result
-JSON_PIECE = 64_000_000
+PIECE = 64_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class File:
-    path: str
-    size: int
-    mtime_ns: int
+def identity(source: SourceConfig) -> list[object]:
+    """What tells that a source is still the same, from names, sizes and times alone: nothing is read, no hub is asked.
 
-
-def identity(source: str) -> list[object]:
-    """What tells that a source is still the same, from names, sizes and times alone: nothing is read, no network is asked.
-
+    That is its files, those that it holds out, and all that its config says of its documents. Not what the whole `data` section says.
     A dataset of the Hugging Face hub is known by its name only: once prepared, it stays as it is.
     """
-    if source == "stdlib:":
+    if source.path == "stdlib:":
         root = _stdlib()
-        return [source, platform.python_version(), [(os.path.relpath(file.path, root), file.size) for file in files(source)]]
-    return [source, [(file.path, file.size, file.mtime_ns) for file in files(source)]]
-
-
-def pieces(source: str, text_field: str) -> list[Piece]:
-    """The work of preparing a source, in the order its shards are read. Depends on the files alone, never on who works."""
-    if source.startswith("hf:"):
-        dataset, config = _dataset(source)
-        count = open_dataset(dataset, config).num_shards
-        return [HuggingFace(dataset=dataset, config=config, field=text_field, index=index, count=count) for index in range(count)]
-    work: list[Piece] = []
-    group: list[File] = []
-    for file in files(source):
-        if _format(file.path) in TEXT:
-            group.append(file)
-            if sum(member.size for member in group) >= TEXT_PIECE:
-                work.append(_together(group, lenient=source == "stdlib:"))
-                group = []
-        elif _format(file.path) in PARQUET:
-            work.append(Parquet(path=file.path, field=text_field, size=file.size))
-        else:
-            work.extend(_ranges(file, text_field))
-    return [*work, _together(group, lenient=source == "stdlib:")] if group else work
-
-
-def files(source: str) -> list[File]:
-    """The local files of a source, sorted. Raises InputError where there is none, or where one is empty or of no known format."""
-    if source.startswith("hf:"):
-        dataset, _ = _dataset(source)
-        return [_stat(path) for path in _walk(dataset)] if Path(dataset).is_dir() else []
-    if source == "stdlib:":
-        return [_stat(path) for path in _walk(_stdlib()) if Path(path).suffix in TEXT]
-    if Path(source).is_dir():
-        found = [path for path in _walk(source) if _format(path)]
-        wanted = "a directory that holds text, JSONL or parquet files"
+        found: list[object] = [
+            source.path,
+            platform.python_version(),
+            [(os.path.relpath(file.path, root), file.size) for file in files(source)],
+        ]
     else:
-        found = [source] if Path(source).is_file() else _match(source)
-        wanted = "a file, directory or glob that exists, stdlib: or hf:name"
-    if not found:
-        raise InputError(f"data.sources: {source!r}: no such files; wants {wanted}")
-    for path in found:
-        if not _format(path):
+        found = [source.path, [(file.path, file.size, file.version) for file in files(source)]]
+    decided = source.model_dump(mode="json", exclude_defaults=True, include={"format", "text_field", "template", "filter"})
+    if decided:
+        found.append(decided)
+    if (apart := held_out(source)) is not None:
+        found.append(identity(apart))
+    return found
+
+
+def held_out(source: SourceConfig) -> SourceConfig | None:
+    """The source of the documents that are all held out, where there is one."""
+    return source.model_copy(update={"path": source.validation, "validation": None}) if source.validation else None
+
+
+def is_tokens(source: SourceConfig) -> bool:
+    """Whether its files are token shards, which have no documents to encode."""
+    if source.format is not None or source.path == "stdlib:" or _is_dataset(source):
+        return _wanted(source) == "tokens"
+    return all(_format(file.path, source) == "tokens" for file in files(source))
+
+
+def pieces(source: SourceConfig, data: DataConfig) -> list[Piece]:
+    """The work of preparing a source, in the order its shards are read. Depends on the files alone, never on who works.
+
+    The first document of all tells whether the source holds text or token ids; from then on the other kind is an error.
+    """
+    if source.template is not None:
+        return list(_pieces(source, Template.parse(source.template, f"template of {source.called!r}"), data.bad_rows))
+    key = "data.text_field" if source.text_field is None else f"text_field of {source.called!r}"
+    field = Field(name=source.text_field or data.text_field, key=key)
+    work = list(_pieces(source, field, data.bad_rows))
+    kind = _kind(work) if any(not isinstance(piece, TextFiles) for piece in work) else "text"
+    if kind is None:
+        return [*work]
+    if kind == "ids":
+        if text := next((piece for piece in work if isinstance(piece, TextFiles)), None):
+            raise InputError(f"{text.name}: text, and other files of the source hold token ids; wants one kind a source: make it two")
+        if not Filter(source.filter).takes_all:
             raise InputError(
-                f"{path}: unknown kind of file; wants {' '.join(sorted(TEXT | JSON | PARQUET))}, text and JSON maybe .gz .zst .bz2"
+                f"data.sources: {source.called!r}: got a filter, which asks of text, and the source holds token ids; leave it out"
             )
-    listed = [_stat(path) for path in found]
-    for file in listed:
-        if not file.size:
-            raise InputError(f"{file.path}: empty file; wants text: fetch it again or take it out of data.sources")
+    return [piece if isinstance(piece, TextFiles) else replace(piece, reader=replace(field, kind=kind)) for piece in work]
+
+
+def files(source: SourceConfig) -> list[File]:
+    """The files of a source, sorted. Raises InputError where there is none, or where one is empty or of no known format."""
+    if source.path == "stdlib:":
+        return [stat(path) for path in walk(_stdlib()) if suffix_of(path) in TEXT]
+    if _is_dataset(source):
+        dataset, _ = _dataset(source)
+        return [stat(path) for path in walk(dataset)] if Path(dataset).is_dir() else []
+    where = _where(source)
+    try:
+        found, searched = find(where)
+        if not found and _wanted(source) == "tokens":  # a pair of shards is often named without its suffixes
+            found, searched = find(f"{glob.escape(where)}.*")[0], True
+        paths = without_notes(where, list(found))
+        listed = [found[path] or stat(path) for path in (_known(paths, source) if searched else paths)]
+        for file in listed:
+            _check(file, source)
+    except OSError as error:
+        raise InputError(unreadable(where, error)) from None
+    if not listed:
+        wanted = "a directory that holds" if searched else "a file, directory or glob that exists, stdlib: or hf:name:"
+        raise InputError(
+            f"data.sources: {source.path!r}: no such files; wants {wanted} text, JSONL, parquet or Arrow files, or token shards"
+        )
     return listed
 
 
-def _format(path: str) -> str | None:
-    """The suffix that says how to read a file, without the one of its compression; None where nobody knows."""
-    name = Path(path)
-    compressed = name.suffix in COMPRESSED
-    suffix = Path(name.stem).suffix if compressed else name.suffix
-    readable = TEXT | JSON if compressed else TEXT | JSON | PARQUET
-    return suffix if suffix in readable else None
+def _pieces(source: SourceConfig, reader: Reader, bad_rows: BadRows) -> Iterator[TextFiles | _Rows]:
+    if _is_dataset(source):
+        dataset, config = _dataset(source)
+        count = open_dataset(dataset, config).num_shards
+        for index in range(count):
+            yield HuggingFace(dataset=dataset, config=config, reader=reader, index=index, count=count, bad_rows=bad_rows)
+        return
+    group: list[File] = []
+    for file in files(source):
+        match _format(file.path, source):
+            case "text":
+                group.append(file)
+                if sum(member.size for member in group) >= TEXT_PIECE:
+                    yield _together(group, source, bad_rows)
+                    group = []
+            case "parquet":
+                yield from Parquet(path=file.path, reader=reader, size=file.size, bad_rows=bad_rows).shared(PIECE)
+            case "arrow":
+                yield from Arrow(path=file.path, reader=reader, size=file.size, bad_rows=bad_rows).shared(PIECE)
+            case "tokens":
+                raise InputError(f"{file.path}: token ids beside documents; wants one kind a source: make it two")
+            case _:
+                yield from _ranges(file, reader, bad_rows)
+    if group:
+        yield _together(group, source, bad_rows)
 
 
-def _walk(directory: str) -> Iterator[str]:
-    """Every file below, sorted; what is installed, compiled or hidden is not part of a corpus."""
-    for folder, children, names in os.walk(directory):
-        children[:] = sorted(child for child in children if child not in {"site-packages", "__pycache__"} and not child.startswith("."))
-        yield from (str(Path(folder, name)) for name in sorted(names) if not name.startswith("."))
+def _together(group: list[File], source: SourceConfig, bad_rows: BadRows) -> TextFiles:
+    paths, size = tuple(file.path for file in group), sum(file.size for file in group)
+    return TextFiles(paths=paths, size=size, bad_rows=bad_rows, lenient=source.path == "stdlib:")
 
 
-def _match(pattern: str) -> list[str]:
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207  Path.glob takes no absolute pattern
-    return sorted(path for path in found if Path(path).is_file())
+def _ranges(file: File, reader: Reader, bad_rows: BadRows) -> Iterator[JsonLines]:
+    """A plain JSONL file is shared by its bytes; a compressed one can only be read from its start."""
+    whole = JsonLines(path=file.path, reader=reader, start=0, stop=None, size=file.size, bad_rows=bad_rows)
+    if compression_of(file.path) is not None:
+        yield whole
+        return
+    for start in range(0, file.size, PIECE):
+        stop = min(start + PIECE, file.size)
+        yield replace(whole, start=start, stop=stop, size=stop - start)
 
 
-def _stat(path: str) -> File:
-    status = Path(path).stat()
-    return File(path, status.st_size, status.st_mtime_ns)
+def _kind(work: Sequence[Piece]) -> Kind | None:
+    """What the first document of all is; None where there is none."""
+    for piece in work:
+        for found in piece.documents():
+            if isinstance(found, Document):
+                return "text" if isinstance(found.content, str) else "ids"
+    return None
+
+
+def _known(paths: list[str], source: SourceConfig) -> list[str]:
+    """Those of a directory that are of a known format; token shards only where there is nothing else."""
+    documents = [path for path in paths if _format(path, source) not in {None, "tokens"}]
+    return documents or [path for path in paths if _format(path, source)]
+
+
+def _check(file: File, source: SourceConfig) -> None:
+    if not _format(file.path, source):
+        known = f"{' '.join(sorted(_BY_SUFFIX))}, text and JSON maybe {' '.join(COMPRESSED)}, or a format in config"
+        raise InputError(f"{file.path}: unknown kind of file; wants {known}")
+    if not file.size and not (remote.is_remote(file.path) and remote.size_of(file.path)):  # which also raises where a store tells no sizes
+        raise InputError(f"{file.path}: empty file; wants text: fetch it again or take it out of data.sources")
+
+
+def _format(path: str, source: SourceConfig) -> Format | None:
+    """How to read a file; None where nobody knows."""
+    form = _wanted(source) or _BY_SUFFIX.get(suffix_of(path))
+    if form == "tokens" and suffix_of(path) not in TOKENS:
+        return None
+    return None if compression_of(path) is not None and form not in {"text", "json"} else form
+
+
+def _wanted(source: SourceConfig) -> Format | None:
+    """What config says that the files are."""
+    return "tokens" if source.format in ("megatron", "nanogpt", "llm.c") else source.format
 
 
 def _stdlib() -> str:
     return sysconfig.get_path("stdlib")
 
 
-def _dataset(source: str) -> tuple[str, str | None]:
-    dataset, _, config = source.removeprefix("hf:").partition(":")
+def _where(source: SourceConfig) -> str:
+    """The path or URL of a source's files."""
+    return _saved(source) or source.path.removeprefix("file://")
+
+
+def _is_dataset(source: SourceConfig) -> bool:
+    """Whether `datasets` is to load it; a dataset that was saved to disk is a directory of Arrow files."""
+    return source.path.startswith("hf:") and not remote.is_remote(source.path) and _saved(source) is None
+
+
+def _saved(source: SourceConfig) -> str | None:
+    """The train split of hf:/local/dir where `save_to_disk` wrote it."""
+    if not source.path.startswith("hf:/"):
+        return None
+    root = Path(source.path.removeprefix("hf:"))
+    return next((str(folder) for folder in (root, root / "train") if (folder / "state.json").is_file()), None)
+
+
+def _dataset(source: SourceConfig) -> tuple[str, str | None]:
+    dataset, _, config = source.path.removeprefix("hf:").partition(":")
     if not dataset:
-        raise InputError(f"data.sources: {source!r}: names no dataset; wants hf:name, hf:name:config or hf:/local/dir")
+        raise InputError(f"data.sources: {source.path!r}: names no dataset; wants hf:name, hf:name:config or hf:/local/dir")
     return dataset, config or None
-
-
-def _together(group: list[File], *, lenient: bool) -> TextFiles:
-    return TextFiles(paths=tuple(file.path for file in group), size=sum(file.size for file in group), lenient=lenient)
-
-
-def _ranges(file: File, text_field: str) -> Iterator[JsonLines]:
-    """A plain JSONL file is shared by its bytes; a compressed one can only be read from its start."""
-    if Path(file.path).suffix in COMPRESSED:
-        yield JsonLines(path=file.path, field=text_field, start=0, stop=None, size=file.size)
-        return
-    for start in range(0, file.size, JSON_PIECE):
-        stop = min(start + JSON_PIECE, file.size)
-        yield JsonLines(path=file.path, field=text_field, start=start, stop=stop, size=stop - start)

@@ -1,22 +1,43 @@
-"""Files become documents: text, JSON lines, parquet tables and Hugging Face datasets, each read as a stream.
+"""Files become documents, each with its place: text and JSON lines here, tables in tables.py, each read as a stream.
 
 A piece is what one worker encodes into one shard. It pickles, knows its files, and yields its documents in one fixed order.
-Whatever is wrong with a file is told once, as an `InputError` that names file and line or row: rows are never skipped in silence.
+Whatever is wrong with a file is told once, as an `InputError` that names file and line or row. Rows are never skipped in silence:
+where config wants bad ones left out, each is yielded as `Refused`. A file that can not be read to its end is always an error.
 """
 
-import difflib
 import io
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import BinaryIO, Literal, NamedTuple, Protocol, cast
+from urllib.parse import urlsplit
 
 from manta.data.errors import InputError
+from manta.data.remote import is_remote, open_read
+from manta.data.rows import Content, MixedKindsError, Reader, RowError, parse_json
 
 WHOLE = 64 * 1024  # characters; a longer text file is cut, so that even a lone input.txt has documents to hold out
 DOCUMENT = 16 * 1024
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+
+BadRows = Literal["fail", "skip"]
+
+_FILE = 1 << 40  # a place in one of several text files is file * _FILE + character
+_COUNTED = 1 << 30  # bytes; how far into a file each piece counts the lines before it, to name one that it skips
+_UNCOUNTED = -1
+_BUFFER = 1 << 20
+
+
+class Document(NamedTuple):
+    content: Content
+    """Text, or the token ids that a row holds instead; never empty."""
+    place: int
+    """Where it stands in its piece, as `Piece.where` spells it; it rises from document to document."""
+
+
+class Refused(NamedTuple):
+    problem: str
+    """One line: file, line or row, and what is wrong there."""
 
 
 class Piece(Protocol):
@@ -32,7 +53,11 @@ class Piece(Protocol):
         """Bytes on disk, for the progress bar; 0 where that is unknown."""
         ...
 
-    def documents(self) -> Iterator[str]: ...
+    def documents(self) -> Iterator[Document | Refused]: ...
+
+    def where(self, place: int) -> str:
+        """A document's place for a person: file and line, or row. May read the file."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +66,7 @@ class TextFiles:
 
     paths: tuple[str, ...]
     size: int
+    bad_rows: BadRows = "fail"
     lenient: bool = False
     """Pass over empty and undecodable files: the standard library's own tests hold such on purpose."""
 
@@ -48,143 +74,127 @@ class TextFiles:
     def name(self) -> str:
         return self.paths[0] if len(self.paths) == 1 else f"{self.paths[0]} … {self.paths[-1]}"
 
-    def documents(self) -> Iterator[str]:
-        for path in self.paths:
+    def documents(self) -> Iterator[Document | Refused]:
+        for index, path in enumerate(self.paths):
+            at, line = index * _FILE, 1
             try:
-                with _open(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-                    yield from _whole_or_cut(text)
-            except UnicodeDecodeError as error:
-                if not self.lenient:
-                    raise InputError(f"{path}: line {_undecodable_line(path)}: not UTF-8 ({error.reason}); convert the file") from None
+                with _opened_text(path) as text:
+                    for part in _whole_or_cut(text):
+                        if (bad := _undecodable(part)) is None:
+                            yield Document(part, at)
+                        elif not self.lenient:
+                            bad_line = line + part.count("\n", 0, bad)
+                            problem = RowError(f"not UTF-8 (byte 0x{ord(part[bad]) - 0xDC00:02x}); convert the file")
+                            yield refused(f"{path}: line {bad_line}", problem, self.bad_rows)
+                        at, line = at + len(part), line + part.count("\n")
             except OSError as error:
-                raise InputError(_unreadable(path, error)) from None
+                raise InputError(unreadable(path, error)) from None
+
+    def where(self, place: int) -> str:
+        index, left = divmod(place, _FILE)
+        line = 1
+        with _opened_text(self.paths[index]) as text:
+            while left > 0 and (block := text.read(min(left, 1 << 20))):
+                left, line = left - len(block), line + block.count("\n")
+        return f"{self.paths[index]}: from line {line}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonLines:
-    """One JSON object a line, its text in one field; the lines that begin in [start, stop), so that cores share a large file."""
+    """One JSON object a line; the lines that begin in [start, stop), so that cores share a large file. A place is a line's first byte."""
 
     path: str
-    field: str
+    reader: Reader
     start: int
     stop: int | None
     size: int
+    bad_rows: BadRows = "fail"
 
     @property
     def name(self) -> str:
         return self.path if self.start == 0 else f"{self.path} from byte {self.start}"
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document | Refused]:
         offset = self.start
+        lines_before: int | None = None
         try:
-            with _open(self.path) as stream:
+            with opened(self.path) as stream:
                 if self.start:  # a line belongs to the range that holds its first byte
                     stream.seek(self.start - 1)
                     offset += len(stream.readline()) - 1
-                for line in stream:
+                first = offset
+                for number, line in enumerate(stream, start=1):
                     if self.stop is not None and offset >= self.stop:
                         return
-                    if line.strip() and (text := self._text(line, offset)):
-                        yield text
+                    try:
+                        content = "" if line.isspace() else self.reader.of(parse_json(line))
+                    except RowError as problem:
+                        if lines_before is None:
+                            lines_before = self._lines_before(first)
+                        at = f"byte {offset}" if lines_before == _UNCOUNTED else f"line {lines_before + number}"
+                        yield refused(f"{self.path}: {at}", problem, self.bad_rows)
+                    else:
+                        if len(content):
+                            yield Document(content, offset)
                     offset += len(line)
         except OSError as error:
-            raise InputError(_unreadable(self.path, error)) from None
+            raise InputError(unreadable(self.path, error)) from None
 
-    def _text(self, line: bytes, offset: int) -> str:
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self._where(offset)}: not UTF-8 ({error.reason}); convert the file") from None
-        except ValueError as error:
-            raise InputError(f"{self._where(offset)}: malformed JSON ({error}); wants one JSON object a line") from None
-        if not isinstance(record, dict):
-            got = type(cast("object", record)).__name__
-            raise InputError(f"{self._where(offset)}: got a JSON {got}; wants one JSON object a line with a field {self.field!r}")
-        if problem := _field_problem(cast("dict[str, Any]", record), self.field):
-            raise InputError(f"{self._where(offset)}: {problem}")
-        return record[self.field]
+    def where(self, place: int) -> str:
+        return f"{self.path}: line {1 + _count_lines(self.path, place)}"
 
-    def _where(self, offset: int) -> str:
-        """Lines are counted only once something is wrong: a range does not know how many stand before it."""
-        with _open(self.path) as stream:
-            number, at = 1, 0
-            for line in stream:
-                if at >= offset:
-                    break
-                number, at = number + 1, at + len(line)
-        return f"{self.path}: line {number}"
+    def _lines_before(self, first: int) -> int:
+        """Asked once something is wrong. Of a huge file each piece may have a bad line to skip; it does not read all before it for that."""
+        far = is_remote(self.path) or (self.bad_rows == "skip" and first > _COUNTED)
+        return _UNCOUNTED if first and far else _count_lines(self.path, first)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parquet:
-    """A parquet file, its text in one column."""
-
-    path: str
-    field: str
-    size: int
-
-    @property
-    def name(self) -> str:
-        return self.path
-
-    def documents(self) -> Iterator[str]:
-        from pyarrow import ArrowException, parquet
-
-        try:
-            with parquet.ParquetFile(self.path) as table:
-                self._check_columns(table.schema_arrow.names)
-                batches = table.iter_batches(batch_size=1024, columns=[self.field])
-                rows = (row for batch in batches for row in batch.to_pylist())
-                yield from _texts(rows, self.field, f"{self.path}: row")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.path}: column {self.field!r}: not UTF-8 ({error.reason}); convert it") from None
-        except (OSError, ArrowException) as error:
-            raise InputError(_unreadable(self.path, error)) from None
-
-    def _check_columns(self, columns: list[str]) -> None:
-        if self.field not in columns:
-            raise InputError(f"{self.path}: {_no_field(self.field, columns)}")
+def refused(where: str, problem: RowError, policy: BadRows) -> Refused:
+    """What to yield in place of a bad row where bad rows are skipped; else InputError."""
+    told = f"{where}: {problem}"
+    if policy == "fail" or isinstance(problem, MixedKindsError):
+        raise InputError(told) from None
+    return Refused(told)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HuggingFace:
-    """One shard of a Hugging Face dataset's train split, streamed."""
-
-    dataset: str
-    config: str | None
-    field: str
-    index: int
-    count: int
-    size: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"hf:{self.dataset} shard {self.index}"
-
-    def documents(self) -> Iterator[str]:
-        from datasets.exceptions import DatasetsError
-
-        where = f"hf:{self.dataset}: shard {self.index}"
-        stream: Iterable[dict[str, Any]] = open_dataset(self.dataset, self.config).shard(self.count, self.index)
-        try:
-            yield from _texts(stream, self.field, f"{where}, row")
-        except InputError:
-            raise
-        except (OSError, ValueError, DatasetsError) as error:
-            raise InputError(_unreadable(where, error)) from None
+def suffix_of(path: str) -> str:
+    """What tells a file's format: its suffix, without that of its compression."""
+    name = _named(path)
+    return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
-def open_dataset(dataset: str, config: str | None) -> Any:
-    """The train split as a stream; nothing is downloaded whole, no code of the dataset's is run."""
-    import datasets
-    from datasets.exceptions import DatasetsError
+def compression_of(path: str) -> str | None:
+    return COMPRESSED.get(_named(path).suffix)
 
-    try:
-        return datasets.load_dataset(dataset, config, split="train", streaming=True)
-    except (ValueError, OSError, DatasetsError) as error:
-        raise InputError(
-            f"data.sources: hf:{dataset}: cannot be opened ({_one_line(error)}); check its name, config and your login"
-        ) from None
+
+def opened(path: str) -> BinaryIO:
+    """Decompressed where the name says so. pyarrow's streams, unlike zstandard's and for all formats alike, refuse a truncated file."""
+    compression = compression_of(path)
+    raw = open_read(path) if is_remote(path) else open(path, "rb", _BUFFER)  # noqa: PTH123, SIM115  the caller closes it
+    if compression is None:
+        return raw
+    import pyarrow as pa
+
+    return io.BufferedReader(cast("io.RawIOBase", pa.input_stream(raw, compression=compression)), _BUFFER)
+
+
+def unreadable(path: str, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return f"{path}: no access ({one_line(error)}); wants a file that this user may read: change its permissions"
+    return f"{path}: cannot be read ({one_line(error)}); it may be truncated or damaged: fetch it again"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _named(path: str) -> Path:
+    return Path(urlsplit(path).path if path.startswith(("http://", "https://")) else path)
+
+
+def _opened_text(path: str) -> io.TextIOWrapper:
+    """Letter for letter; what is not UTF-8 comes as lone surrogates, so that it is known where it stands."""
+    return io.TextIOWrapper(opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _whole_or_cut(text: io.TextIOWrapper) -> Iterator[str]:
@@ -212,58 +222,20 @@ def _cut(text: str) -> int:
     return DOCUMENT
 
 
-def _texts(rows: Iterable[dict[str, Any]], field: str, where: str) -> Iterator[str]:
-    for number, row in enumerate(rows, start=1):
-        if problem := _field_problem(row, field):
-            raise InputError(f"{where} {number}: {problem}")
-        if row[field]:
-            yield row[field]
-
-
-def _field_problem(record: dict[str, Any], field: str) -> str | None:
-    if field not in record:
-        return _no_field(field, list(record))
-    value = record[field]
-    if not isinstance(value, str):
-        return f"field {field!r} is {type(value).__name__}; wants text"
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; UTF-8, and so a tokenizer, can not
-        return f"field {field!r} holds a lone surrogate, which is no text; mend or drop the line"
+def _undecodable(part: str) -> int | None:
+    """The first character that stands for a byte that is no UTF-8, if any."""
+    if not part.isascii():
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            return error.start
     return None
 
 
-def _no_field(field: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(field, names, n=3, cutoff=0.4) or names[:8]
-    return f"no field {field!r}; it has {', '.join(map(repr, near)) or 'none'}; set data.text_field"
-
-
-def _open(path: str) -> io.BufferedReader:
-    """Decompressed where the name says so. pyarrow's streams, unlike zstandard's and for all formats alike, refuse a truncated file."""
-    compression = COMPRESSED.get(Path(path).suffix)
-    if compression is None:
-        return open(path, "rb")  # noqa: PTH123  the caller closes it
-    import pyarrow as pa
-
-    return io.BufferedReader(cast("io.RawIOBase", pa.input_stream(path, compression=compression)), 1 << 20)
-
-
-def _undecodable_line(path: str) -> int:
-    """Asked only after a decoder has failed; a text decoder does not know its line."""
-    number = 0
-    with _open(path) as stream:
-        for line in stream:
-            number += 1
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                break
-    return number
-
-
-def _unreadable(path: str, error: Exception) -> str:
-    return f"{path}: cannot be read ({_one_line(error)}); it may be truncated or damaged: fetch it again"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def _count_lines(path: str, stop: int) -> int:
+    """Line ends in the first `stop` bytes."""
+    lines = 0
+    with opened(path) as stream:
+        while stop > 0 and (block := stream.read(min(stop, 1 << 20))):
+            stop, lines = stop - len(block), lines + block.count(b"\n")
+    return lines

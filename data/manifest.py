@@ -8,11 +8,13 @@ from typing import Any, Self
 import xxhash
 from pydantic import BaseModel, ValidationError
 
-from manta.data import shards, tokenizer
+from manta.data import tokenizer
+from manta.data.config import CacheConfig
 from manta.data.errors import InputError
+from manta.data.home import Home
 from manta.data.shards import Shard
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 _REMEDY = "run `manta prepare` again"
 
@@ -22,6 +24,10 @@ class PieceRecord(BaseModel, frozen=True, extra="forbid"):
 
     train: Shard | None
     validation: Shard | None
+    left_out: dict[str, int] = {}
+    """Documents, by the reason."""
+    refused: str | None = None
+    """The first of the malformed rows, where those are skipped."""
 
     def shards(self) -> tuple[Shard, ...]:
         return tuple(shard for shard in (self.train, self.validation) if shard)
@@ -49,24 +55,29 @@ class Split(BaseModel, frozen=True, extra="forbid"):
 class Manifest(BaseModel, frozen=True, extra="forbid"):
     format: int
     source: str
-    text_field: str
-    validation_share: float
+    """What the config calls it."""
+    path: str
+    held_out: str
+    """Which share is held out, or the path of what is."""
     tokenizer: str
     """Fingerprint of the tokenizer that wrote the ids."""
     vocabulary: int
+    """One more than the tokenizer's largest id."""
     encoder: str
-    """Which library encoded, and why that one."""
+    """Which library encoded, and why that one; or how token ids were taken over."""
     text_bytes: int
+    left_out: dict[str, int]
+    """Documents that are not in it, by the reason."""
     train: Split
     validation: Split
     fingerprint: str
     """Identity of the content: the hash of all shards' hashes, in order."""
 
-    def problem(self, directory: Path, *, contents: bool = False) -> str | None:
+    def problem(self, home: Home, *, contents: bool = False) -> str | None:
         """What is wrong with the corpus's files, if anything; sizes only, or where asked, every byte."""
         if self.fingerprint != content_identity(self.train.shards, self.validation.shards):
-            return f"{directory / NAME}: its fingerprint is not that of its shards"
-        found = (shards.problem(directory, shard, contents=contents) for shard in (*self.train.shards, *self.validation.shards))
+            return f"{home.at(NAME)}: its fingerprint is not that of its shards"
+        found = (home.problem(shard, contents=contents) for shard in (*self.train.shards, *self.validation.shards))
         return next((problem for problem in found if problem), None)
 
 
@@ -75,23 +86,24 @@ class Prepared:
     """What `prepare` hands on: where tokens lie, and which they are. The run's own manifest keeps it."""
 
     tokenizer: Path
-    corpora: tuple[Path, ...]
+    """On this node's disk."""
+    corpora: tuple[str, ...]
+    """Directories or URLs."""
     fingerprint: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"tokenizer": str(self.tokenizer), "corpora": [str(path) for path in self.corpora], "fingerprint": self.fingerprint}
+        return {"tokenizer": str(self.tokenizer), "corpora": list(self.corpora), "fingerprint": self.fingerprint}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
-        corpora = tuple(Path(path) for path in content["corpora"])
-        return cls(tokenizer=Path(content["tokenizer"]), corpora=corpora, fingerprint=content["fingerprint"])
+        return cls(tokenizer=Path(content["tokenizer"]), corpora=tuple(content["corpora"]), fingerprint=content["fingerprint"])
 
 
-def load(directory: Path) -> Manifest:
+def load(home: Home) -> Manifest:
     """Raises InputError where there is no manifest, or one this version can not read."""
-    path = directory / NAME
+    path = home.at(NAME)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(home.read(NAME))
         if isinstance(content, dict) and content.get("format") != FORMAT:
             raise InputError(f"{path}: format {content.get('format')}; this version reads {FORMAT}: {_REMEDY}")
         return Manifest.model_validate(content)
@@ -103,11 +115,22 @@ def load(directory: Path) -> Manifest:
         raise InputError(f"{path}: malformed JSON ({error}); the file is damaged: {_REMEDY}") from None
 
 
-def load_checked(prepared: Prepared, *, contents: bool = False) -> tuple[Manifest, ...]:
-    """The manifests of a run's corpora, once their files are there and they are the ones that were prepared; else InputError."""
-    manifests = tuple(load(directory) for directory in prepared.corpora)
-    for directory, manifest in zip(prepared.corpora, manifests, strict=True):
-        if problem := manifest.problem(directory, contents=contents):
+def is_there(prepared: Prepared, cache: CacheConfig) -> bool:
+    """Whether all of it lies where it lay when it was prepared."""
+    try:
+        for root in prepared.corpora:
+            Home(root, cache).read(NAME)
+    except FileNotFoundError:
+        return False
+    return prepared.tokenizer.exists()
+
+
+def load_checked(prepared: Prepared, cache: CacheConfig, *, contents: bool = False) -> tuple[tuple[Home, Manifest], ...]:
+    """Where a run's corpora lie and their manifests, once their files are there and the ones that were prepared; else InputError."""
+    homes = [Home(root, cache) for root in prepared.corpora]
+    manifests = tuple(load(home) for home in homes)
+    for home, manifest in zip(homes, manifests, strict=True):
+        if problem := manifest.problem(home, contents=contents):
             raise InputError(f"{problem}; {_REMEDY}")
     if not prepared.tokenizer.is_file():
         raise InputError(f"{prepared.tokenizer}: missing; {_REMEDY}")
@@ -119,7 +142,7 @@ def load_checked(prepared: Prepared, *, contents: bool = False) -> tuple[Manifes
         raise InputError(
             f"{where}: fingerprint {got}; the run wants {prepared.fingerprint}: the corpus is another one than the run began with"
         )
-    return manifests
+    return tuple(zip(homes, manifests, strict=True))
 
 
 def content_identity(train: tuple[Shard, ...], validation: tuple[Shard, ...]) -> str:

@@ -1,22 +1,25 @@
 """Samples become examples: what a model is shown and what it has to predict, each a function of (text, seed, sample number) alone.
 
-Legend: K examples, T sequence length, W tokens of text that an example reads, V ids of the tokenizer.
+Here are those that predict the next token; `masking` has those that predict hidden ones. Text comes in windows, with a number for each
+token's document: they rise from 0 along a window; padding, which stands at its end, has -1.
+Legend: K examples, T sequence length, W tokens of text that an example reads, S documents over all windows, D segments of a batch.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from manta.data.hashing import Hashes, fold, hashed
-from manta.data.tokenizer import SpecialTokens
+from manta.data.tokenizer import FimTokens
 
 IGNORED = -100  # the target where nothing is to be predicted
-FRAME = 3  # tokens around a pair's text: [CLS] A [SEP] B [SEP]
+PADDING = -1  # the document of what stands for nothing
 
-# Training and validation, and each kind of draw, have hashes of their own.
+# Training and validation, and each kind of draw, have hashes of their own; masking's kinds count from 0.
 _TRAIN, _VALIDATION = 0, 1
-_SPLIT, _NEXT, _OTHER, _CHOSEN, _FATE, _REPLACEMENT = range(6)
+_FILLED, _CUT, _OTHER_CUT, _SUFFIX_FIRST = range(16, 20)
+_LEAST_FILLED = 3  # tokens that a document has for a prefix, a middle and a suffix
 
 Tokens = NDArray[np.int64]
 
@@ -27,99 +30,147 @@ class Examples:
     targets: Tokens  # [K, T], IGNORED where nothing is to be predicted
     positions: Tokens  # [K, T]
     samples: Tokens  # [K], global sample numbers
-    documents: Tokens | None = None  # [K, T]: a token sees its own document; None: all of them
+    cut: Tokens | None = None  # [K]: which part of its sample a shorter sequence is; None: each is a whole sample
+    documents: Tokens | None = None  # [K, T]: a token sees its own document; padding has -1; None: all of them
     segments: Tokens | None = None  # [K, T]: 0 for [CLS] A [SEP], 1 for B [SEP]
-    next_sentence: Tokens | None = None  # [K]: 0 where B follows A, 1 where it does not
+    next_sentence: Tokens | None = None  # [K]: 0 where B follows A, 1 where it does not, or where the two were swapped
+
+    def cumulative_lengths(self) -> NDArray[np.int32]:
+        """Where documents begin and end in the batch laid out flat, [K * T]: int32 [D + 1], the first 0 and the last K * T.
+
+        It is what kernels for sequences of varying length call cu_seqlens. No segment reaches over the end of a row; a row's padding is
+        a segment of its own, as is a whole row where documents are not kept apart.
+        Raises ValueError where a document is in several pieces, as that of a pair among others is ([CLS] and what is around the [SEP]).
+        """
+        K, T = self.tokens.shape
+        if self.documents is None:
+            return np.arange(0, K * T + 1, T, dtype=np.int32)
+        begins_KT = _begins(self.documents)
+        sorted_KT = np.sort(self.documents, axis=1)
+        torn_K = begins_KT.sum(axis=1) > _begins(sorted_KT).sum(axis=1)
+        if torn_K.any():
+            raise ValueError(f"sample {self.samples[torn_K][0]} has a document in several pieces: no lengths tell them")
+        return np.append(np.flatnonzero(begins_KT), K * T).astype(np.int32)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Pairs:
-    """What decides K masked examples before their text is read."""
+def keyed(samples: Tokens, seed: int | None, cut: Tokens | None = None) -> Hashes:
+    """The keys [K] that all draws of these samples are hashes of. Without a seed they are validation's, the same for every run.
 
-    keys: Hashes  # [K]: all further draws of an example are hashes of its key
-    following: NDArray[np.int64]  # [K]: the window that B is cut from
-    next_sentence: Tokens  # [K]
-
-
-def causal(windows_KW: Tokens, samples: Tokens, *, end_of_text: int | None = None) -> Examples:
-    """Windows [K, T + 1] -> each token with the one after it for target. Where the end-of-text id is given, documents are kept apart.
-
-    That id belongs to the document that it ends. It predicts nothing then: the token after it is of a document not yet seen.
-    """
-    tokens_KT, targets_KT = windows_KW[:, :-1], windows_KW[:, 1:]
-    positions_KT = np.empty(tokens_KT.shape, dtype=np.int64)
-    positions_KT[:] = np.arange(tokens_KT.shape[1])
-    if end_of_text is None:
-        return Examples(tokens=tokens_KT, targets=targets_KT, positions=positions_KT, samples=samples)
-    ends_KT = tokens_KT == end_of_text
-    begins_KT = np.zeros_like(ends_KT)
-    begins_KT[:, 1:] = ends_KT[:, :-1]
-    return Examples(
-        tokens=tokens_KT,
-        targets=np.where(ends_KT, IGNORED, targets_KT),
-        positions=positions_KT - np.maximum.accumulate(np.where(begins_KT, positions_KT, 0), axis=1),
-        samples=samples,
-        documents=begins_KT.cumsum(axis=1, dtype=np.int64),
-    )
-
-
-def pairs(samples: Tokens, windows: NDArray[np.int64], *, count: int, seed: int | None) -> Pairs:
-    """Where B of each sample comes from, A being of its window [K] in range(count): by even odds from the same one, or any other.
-
-    Without a seed these are validation's, the same for every run. Of a single window, B always follows A.
+    cut: of which of their parts, where samples are cut into shorter sequences.
     """
     keys = hashed(0, _VALIDATION, samples) if seed is None else hashed(seed, _TRAIN, samples)
-    if count == 1:
-        return Pairs(keys=keys, following=windows, next_sentence=np.zeros(len(samples), dtype=np.int64))
-    next_sentence = _draw(fold(keys, _NEXT), 2)
-    others = (windows + 1 + _draw(fold(keys, _OTHER), count - 1)) % count
-    return Pairs(keys=keys, following=np.where(next_sentence == 1, others, windows), next_sentence=next_sentence)
+    return keys if cut is None else fold(keys, cut)
 
 
-def masked(first_KW: Tokens, second_KW: Tokens, drawn: Pairs, samples: Tokens, *, share: float, special: SpecialTokens) -> Examples:
-    """BERT's examples (Devlin et al. 2019, sections 3.1 and A.2): [CLS] A [SEP] B [SEP], T = W + 3, some of their tokens to be predicted.
+def shorter(windows_KW: Tokens, sequence_length: int) -> Tokens:
+    """Windows [K, T + 1] -> [K * T / s, s + 1]: each cut into windows of s targets, which share one token as windows do."""
+    inner = np.lib.stride_tricks.sliding_window_view(windows_KW, sequence_length + 1, axis=1)[:, ::sequence_length]
+    return inner.reshape(-1, sequence_length + 1)
 
-    A is the beginning of the first window, B of the second what stands after a part as long as A. Neither is under a quarter of the text.
-    Special tokens are never predicted; else at least one token is, and as near to `share` of them as whole numbers allow.
+
+def draw(hashes: Hashes, below: ArrayLike) -> NDArray[np.int64]:
+    """A number in range(below) of each hash; the remainder's bias is below / 2**64."""
+    return (hashes % np.asarray(below, dtype=np.uint64)).astype(np.int64)
+
+
+def number_documents(text_KW: Tokens, end_of_text: int) -> Tokens:
+    """Documents [K, W] of running text. An end-of-text id belongs to the document that it ends."""
+    documents_KW = np.zeros_like(text_KW)
+    np.cumsum(text_KW[:, :-1] == end_of_text, axis=1, out=documents_KW[:, 1:])
+    return documents_KW
+
+
+def as_one(documents_KW: Tokens) -> Tokens:
+    """All documents of a window as one, and its padding still apart."""
+    return np.minimum(documents_KW, 0)
+
+
+def causal(text_KW: Tokens, samples: Tokens, documents_KW: Tokens | None = None) -> Examples:
+    """Windows [K, T + 1] -> each token with the one after it for target.
+
+    With documents, these are kept apart: positions begin anew in each, and a document's last token predicts nothing. Nor does padding.
     """
-    count, width = first_KW.shape
-    column = np.arange(width + FRAME)
-    least = max(1, width // 4)
-    ends_K = least + _draw(fold(drawn.keys, _SPLIT), width - 2 * least + 1) + 1  # where the [SEP] after A stands
-    segments_KT = (column > ends_K[:, None]).astype(np.int64)
-    text_KT = np.full((count, width + FRAME), special.sep, dtype=np.int64)
-    text_KT[:, 1:-2] = first_KW
-    np.copyto(text_KT[:, 2:-1], second_KW, where=segments_KT[:, 2:-1] == 1)
-    text_KT[:, 0] = special.cls
-    text_KT[np.arange(count), ends_K] = special.sep
-    rows, columns = np.nonzero(_chosen(text_KT, drawn.keys, share, special))
-    tokens_KT, targets_KT = text_KT.copy(), np.full_like(text_KT, IGNORED)
-    targets_KT[rows, columns] = text_KT[rows, columns]
-    fates = _draw(fold(fold(drawn.keys, _FATE)[rows], columns), 10)
-    tokens_KT[rows[fates < 8], columns[fates < 8]] = special.mask
-    rows, columns = rows[fates == 8], columns[fates == 8]
-    text = np.flatnonzero(special.is_text)
-    tokens_KT[rows, columns] = text[_draw(fold(fold(drawn.keys, _REPLACEMENT)[rows], columns), len(text))]
+    tokens_KT, targets_KT = text_KW[:, :-1], text_KW[:, 1:]
+    positions_KT = np.empty(tokens_KT.shape, dtype=np.int64)
+    positions_KT[:] = np.arange(tokens_KT.shape[1])
+    if documents_KW is None:
+        return Examples(tokens=tokens_KT, targets=targets_KT, positions=positions_KT, samples=samples)
+    documents_KT = np.ascontiguousarray(documents_KW[:, :-1])
+    goes_on_KT = (documents_KT == documents_KW[:, 1:]) & (documents_KT != PADDING)
     return Examples(
         tokens=tokens_KT,
-        targets=targets_KT,
-        positions=np.tile(column, (count, 1)),
+        targets=np.where(goes_on_KT, targets_KT, IGNORED),
+        positions=positions_KT - np.maximum.accumulate(np.where(_begins(documents_KT), positions_KT, 0), axis=1),
         samples=samples,
-        segments=segments_KT,
-        next_sentence=drawn.next_sentence,
+        documents=documents_KT,
     )
 
 
-def _chosen(text_KT: Tokens, keys: Hashes, share: float, special: SpecialTokens) -> NDArray[np.bool_]:
-    """The tokens to be predicted: of each row's ordinary ones those with the lowest hashes."""
-    ordinary_KT = special.is_text[text_KT]
-    wanted_K = np.maximum(np.rint(share * ordinary_KT.sum(axis=1)), 1).astype(np.int64)
-    hashes_KT = fold(fold(keys, _CHOSEN)[:, None], np.arange(text_KT.shape[1]))
-    hashes_KT[~ordinary_KT] = np.iinfo(np.uint64).max
-    highest_K = np.sort(hashes_KT, axis=1)[np.arange(len(keys)), wanted_K - 1]
-    return ordinary_KT & (hashes_KT <= highest_K[:, None])
+def fill_in_the_middle(
+    text_KW: Tokens,
+    documents_KW: Tokens,
+    keys: Hashes,
+    *,
+    rate: float,
+    suffix_first: float,
+    marks: FimTokens,
+    end_of_text: int,
+) -> tuple[Tokens, Tokens]:
+    """Moves the middle of some documents to their end (Bavarian et al. 2022, section 3) -> text [K, W], documents [K, W].
+
+    A document, or what a window holds of it, is chosen with probability `rate` and cut at two places, drawn evenly: any part may be empty.
+    It becomes <pre> prefix <suf> suffix <mid> middle or, with probability `suffix_first`, <pre> <suf> suffix <mid> prefix middle (their
+    variant 2). Its end-of-text id stays last. What the marks push over the end of the window is lost, padding before anything else. A
+    document of fewer than three tokens is left as it is.
+    """
+    if rate == 0:
+        return text_KW, documents_KW
+    K, W = text_KW.shape
+    # A segment is what a window holds of a document, or its padding.
+    begins_S = np.flatnonzero(_begins(documents_KW))
+    row_S = begins_S // W
+    document_S = documents_KW.ravel()[begins_S]
+    length_S = np.diff(begins_S, append=K * W)
+    content_S = length_S - (text_KW.ravel()[begins_S + length_S - 1] == end_of_text)
+    keys_S = fold(keys[row_S], document_S)
+    filled_S = (document_S != PADDING) & (content_S >= _LEAST_FILLED) & _happens(fold(keys_S, _FILLED), rate)
+    suffix_first_S = _happens(fold(keys_S, _SUFFIX_FIRST), suffix_first)
+    cuts_2S = np.sort([draw(fold(keys_S, kind), content_S + 1) for kind in (_CUT, _OTHER_CUT)], axis=0)
+    a_S, b_S = np.where(filled_S, cuts_2S, 0)
+    # Each part moves as a whole. Rows are laid out so wide that none reaches into the next.
+    added_S = 3 * filled_S
+    before_S = np.cumsum(added_S) - added_S
+    before_S -= before_S[np.searchsorted(row_S, row_S)]
+    wide = W + int((before_S + added_S).max(initial=0))
+    first_S = begins_S + row_S * (wide - W) + before_S
+    suffix_S = content_S - b_S
+    parts_S4 = np.stack([a_S, b_S - a_S, suffix_S, length_S - content_S], axis=1)
+    shifts_S4 = np.stack(
+        [
+            np.where(suffix_first_S, 3 + suffix_S, 1),
+            3 + suffix_S,
+            np.where(suffix_first_S, 2 - b_S, 2 - b_S + a_S),
+            np.full_like(a_S, 3),
+        ],
+        axis=1,
+    )
+    shifts_S4 = np.where(filled_S[:, None], shifts_S4, 0) + (first_S - begins_S)[:, None]
+    to_N = np.arange(K * W) + np.repeat(shifts_S4.ravel(), parts_S4.ravel())
+    text, documents = np.empty(K * wide, dtype=np.int64), np.empty(K * wide, dtype=np.int64)
+    text[to_N], documents[to_N] = text_KW.ravel(), documents_KW.ravel()
+    after_prefix_S = np.where(suffix_first_S, 1, 1 + a_S)
+    for mark, place_S in ((marks.prefix, 0), (marks.suffix, after_prefix_S), (marks.middle, after_prefix_S + 1 + suffix_S)):
+        at = (first_S + place_S)[filled_S]
+        text[at], documents[at] = mark, document_S[filled_S]
+    return text.reshape(K, wide)[:, :W], documents.reshape(K, wide)[:, :W]
 
 
-def _draw(hashes: Hashes, below: int) -> NDArray[np.int64]:
-    """A number in range(below) of each hash; the remainder's bias is below / 2**64."""
-    return (hashes % np.uint64(below)).astype(np.int64)
+def _begins(documents_KW: Tokens) -> NDArray[np.bool_]:
+    """Where another document begins, or a window."""
+    begins_KW = np.ones(documents_KW.shape, dtype=np.bool_)
+    np.not_equal(documents_KW[:, 1:], documents_KW[:, :-1], out=begins_KW[:, 1:])
+    return begins_KW
+
+
+def _happens(hashes: Hashes, probability: float) -> NDArray[np.bool_]:
+    return (hashes >> np.uint64(11)) * 2.0**-53 < probability

@@ -1,33 +1,51 @@
 """How far a long preparation is: a bar on a terminal, a few plain lines elsewhere, always on stderr."""
 
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+_EVERY = 60.0  # seconds between plain lines, at most
+
 
 def say(message: str) -> None:
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message)
+    _console().print(message)
 
 
 @contextmanager
 def progress(title: str, total: int) -> Generator[Callable[[int], None]]:
     """Gives a function to be told of each amount done, in bytes of `total`."""
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = _console()
     if not console.is_terminal:
-        done, told = 0, 0
-
-        def line(amount: int) -> None:
-            nonlocal done, told
-            done += amount
-            if 4 * done // max(total, 1) > told:
-                told = 4 * done // max(total, 1)
-                console.print(f"{title} {100 * done // max(total, 1)} % of {total / 1e6:.1f} MB")
-
-        yield line
+        yield _Lines(console, title, max(total, 1)).advance
         return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total)
         yield lambda amount: bar.advance(task, amount)
+
+
+class _Lines:
+    """A line each quarter, and each minute."""
+
+    def __init__(self, console: Console, title: str, total: int) -> None:
+        self._console, self._title, self._total = console, title, total
+        self._done = self._quarters = 0
+        self._begun = self._told = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        now, quarters = time.monotonic(), 4 * self._done // self._total
+        if quarters == self._quarters and now - self._told < _EVERY:
+            return
+        self._quarters, self._told = quarters, now
+        speed = self._done / max(now - self._begun, 1e-6)
+        left = int((self._total - self._done) / speed)
+        share = f"{100 * self._done // self._total} % of {self._total / 1e6:.1f} MB"
+        self._console.print(f"{self._title} {share}, {speed / 1e6:.1f} MB/s, {left // 60}:{left % 60:02d} left")
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

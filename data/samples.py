@@ -1,95 +1,32 @@
 """Samples by number: which tokens stand in sample g of a run, for any g, from any rank, at once.
 
-Each source's train shards, end to end, are one stream of tokens, read in windows. A causal window w is tokens [w T, w T + T + 1): T inputs
-and the T targets one further on, so that neighbours share one token and every token is predicted once an epoch. A masked one is tokens
-[w W, w W + W), which [CLS] and two [SEP] fill up to T. Sample g is made of the window that the order puts at g.
+g -> (source, which of its samples) by the mixture -> (epoch, window) by that source's order -> text -> what the objective makes of it.
+Each step is a function of config and number alone. A causal window is T + 1 tokens, T inputs and the T targets one further on; running
+text is cut every T, so that neighbours share one token and every token is predicted once an epoch. A masked one has no such overlap,
+and room for [CLS] and [SEP] instead.
 Legend: K samples asked for, T sequence length, W width of a window.
 """
 
 import math
-from functools import lru_cache
-from itertools import accumulate
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from manta.data import manifest, objectives
+from manta.data import manifest, masking
 from manta.data.config import DataConfig, TokenizerConfig
+from manta.data.draws import Draw, Draws
 from manta.data.errors import InputError
-from manta.data.manifest import Manifest, Prepared, Split
+from manta.data.examples import Objective, Read
+from manta.data.home import Home
+from manta.data.manifest import Manifest, Prepared
 from manta.data.objectives import Examples
-from manta.data.order import Order
-from manta.data.shards import dtype_for, map_tokens
-from manta.data.tokenizer import SpecialTokens, Tokenizer
+from manta.data.order import Order, Permutation
+from manta.data.stream import Cut, Packed, Shape, Stream, Text, packed_counts
+from manta.data.tokenizer import Tokenizer
 
-_OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor
-
-
-class Stream:
-    """The tokens of one split of one corpus, end to end over its shards."""
-
-    def __init__(self, directory: Path, split: Split, vocabulary: int) -> None:
-        self.tokens = split.tokens
-        self._starts = np.array([0, *accumulate(shard.tokens for shard in split.shards)], dtype=np.int64)
-        self._files = [directory / shard.file for shard in split.shards]
-        self._dtype = dtype_for(vocabulary)
-        self._map = lru_cache(_OPEN_SHARDS)(self._open)
-
-    def gather(self, starts: NDArray[np.int64], out: NDArray[np.int64]) -> None:
-        """Tokens [start, start + width) for each start [K] -> the rows of out [K, width]."""
-        width = out.shape[1]
-        shards = np.searchsorted(self._starts, starts, side="right") - 1
-        offsets = starts - self._starts[shards]
-        for row, shard, offset in zip(out, shards.tolist(), offsets.tolist(), strict=True):
-            piece = self._map(shard)[offset : offset + width]
-            if len(piece) == width:
-                row[:] = piece
-            else:
-                row[:] = self._across(shard, offset, width)
-
-    def _open(self, shard: int) -> NDArray[Any]:
-        return map_tokens(self._files[shard], self._dtype)
-
-    def _across(self, shard: int, offset: int, width: int) -> NDArray[np.int64]:
-        """A window that begins in one shard and ends in another."""
-        parts: list[NDArray[np.integer]] = []
-        while width:
-            part = self._map(shard)[offset : offset + width]
-            parts.append(part)
-            shard, offset, width = shard + 1, 0, width - len(part)
-        return np.concatenate(parts).astype(np.int64)
-
-
-class Windows:
-    """The windows of several streams, numbered through."""
-
-    def __init__(self, streams: list[Stream], *, width: int, stride: int) -> None:
-        self._streams = streams
-        self._stride = stride
-        counts = [max(0, stream.tokens - width + stride) // stride for stream in streams]
-        self._starts = np.array([0, *accumulate(counts)], dtype=np.int64)
-        self.width = width
-        self.counts = counts
-        self.total = sum(counts)
-
-    def read(self, windows: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Windows [K] in range(total) -> tokens [K, W]."""
-        windows = np.asarray(windows, dtype=np.int64)
-        if windows.size and (windows.min() < 0 or windows.max() >= self.total):
-            raise IndexError(f"windows {windows.min()} to {windows.max()}: there are {self.total}")
-        tokens_KW = np.empty((len(windows), self.width), dtype=np.int64)
-        if len(self._streams) == 1:
-            self._streams[0].gather(windows * self._stride, tokens_KW)
-            return tokens_KW
-        sources = np.searchsorted(self._starts, windows, side="right") - 1
-        for source in np.unique(sources):
-            here = np.flatnonzero(sources == source)
-            rows = np.empty((len(here), self.width), dtype=np.int64)
-            self._streams[source].gather((windows[here] - self._starts[source]) * self._stride, rows)
-            tokens_KW[here] = rows
-        return tokens_KW
+Numbers = NDArray[np.int64]
+Opened = Sequence[tuple[Home, Manifest]]
 
 
 class Samples:
@@ -99,63 +36,107 @@ class Samples:
         """Raises InputError where a shard is missing, truncated or not the one prepared, where text is too short for a sample, or
         where the tokenizer lacks what the objective needs.
         """
-        self._prepared = prepared
-        self._seed = seed
-        self._share = data.mask_share
-        self._end_of_text: int | None = None  # where documents are kept apart
-        self._special: SpecialTokens | None = None  # where the objective is masked
-        width = data.sequence_length + 1
-        self._new = data.sequence_length  # tokens of a window that the one before it does not hold
-        manifests = manifest.load_checked(prepared)
-        if data.objective == "masked" or data.separate_documents:
-            tokenizer = Tokenizer(prepared.tokenizer, end_of_text=tokens.end_of_text)
-            if data.objective == "masked":
-                self._special = tokenizer.special_tokens()
-                width = self._new = data.sequence_length - objectives.FRAME
-            else:
-                self._end_of_text = tokenizer.end_of_text
-        corpora = list(zip(prepared.corpora, manifests, strict=True))
-        train = [Stream(at, corpus.train, corpus.vocabulary) for at, corpus in corpora]
-        validation = [Stream(at, corpus.validation, corpus.vocabulary) for at, corpus in corpora]
-        self._train = Windows(train, width=width, stride=self._new)
-        self._validation = Windows(validation, width=width, stride=self._new)
-        _check_enough(manifests, self._train, self._validation, data.sequence_length)
-        self._order = Order(self._train.total, seed)
+        self._prepared, self._data, self._seed = prepared, data, seed
+        opened = manifest.load_checked(prepared, data.cache)
+        _check_cache(data, opened)
+        tokenizer = Tokenizer(prepared.tokenizer, end_of_text=tokens.end_of_text)
+        self._objective = Objective(data, tokenizer)
+        self._draws, self._held_out = self._windows(opened, filler=tokenizer.end_of_text)
+        self._spread = Permutation(self._held_out.total, key=0)
         self.sequence_length = data.sequence_length
-        self.tokenizer_vocabulary = max(corpus.vocabulary for corpus in manifests)
-        self.train_windows = self._train.total
-        self.validation_windows = self._validation.total
+        self.tokenizer_vocabulary = max(corpus.vocabulary for _, corpus in opened)
+        self.validation_windows = self._held_out.total
 
-    def train(self, numbers: NDArray[np.integer]) -> Examples:
-        """The examples of global sample numbers [K], of any epoch."""
-        _, windows = self._order(numbers)
-        return self._examples(self._train, windows.astype(np.int64), numbers, self._seed)
+    @property
+    def draws(self) -> Draws:
+        """Where samples come from."""
+        return self._draws
+
+    def train(self, count: NDArray[np.integer], *, sequence_length: int | None = None) -> Examples:
+        """What a run reads, counted from 0 [K], of any epoch; with a shorter length T / length rows of each."""
+        samples = self._draws.numbered(count)
+        at, own = self._draws.located(samples)
+        rows = {int(index): np.flatnonzero(at == index) for index in np.unique(at)}
+        parts = [(here, self._read(index, own[here], samples[here])) for index, here in rows.items()]
+        read = parts[0][1] if len(parts) == 1 else _joined(parts)
+        return self._objective(read, samples, seed=self._seed, length=sequence_length)
 
     def validation(self, indices: NDArray[np.integer]) -> Examples:
-        """Those of the validation windows [K] in range(validation_windows), in the corpus's own order; the same for every seed."""
-        return self._examples(self._validation, indices, indices, None)
+        """Those of the validation windows [K] in range(validation_windows), spread over all sources; the same for every seed."""
+        samples = np.asarray(indices, dtype=np.int64)
+        at = self._held_out_at(samples)
+        pairs = masking.pairs(samples, at, count=self._held_out.total, seed=None) if self._objective.draws_pairs else None
+        following = self._held_out.read(pairs.following) if pairs else None
+        return self._objective(Read(text=self._held_out.read(at), following=following, pairs=pairs), samples, seed=None)
 
-    def validation_text(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Validation windows [K] -> tokens [K, W] as they stand in the corpus."""
-        return self._validation.read(indices)
+    def validation_text(self, indices: NDArray[np.integer]) -> Text:
+        """Validation windows [K] as they stand in the corpus."""
+        return self._held_out.read(self._held_out_at(np.asarray(indices)))
 
     def validation_unigram_entropy(self, indices: NDArray[np.integer]) -> float:
         """Nats a token: the loss on these windows' text of a model that knows its token frequencies and nothing else."""
-        text = self.validation_text(indices)[:, -self._new :]
-        return entropy(np.bincount(text.ravel(), minlength=self.tokenizer_vocabulary))
-
-    def _examples(self, windows: Windows, at: NDArray[np.integer], numbers: NDArray[np.integer], seed: int | None) -> Examples:
-        samples, at = np.asarray(numbers, dtype=np.int64), np.asarray(at, dtype=np.int64)
-        text_KW = windows.read(at)
-        if self._special is None:
-            return objectives.causal(text_KW, samples, end_of_text=self._end_of_text)
-        drawn = objectives.pairs(samples, at, count=windows.total, seed=seed)
-        second_KW = windows.read(drawn.following)
-        return objectives.masked(text_KW, second_KW, drawn, samples, share=self._share, special=self._special)
+        text, new = self.validation_text(indices), slice(-self._objective.shape.stride, None)
+        tokens = text.tokens[:, new] if text.documents is None else text.tokens[:, new][text.documents[:, new] >= 0]
+        return entropy(np.bincount(tokens.ravel(), minlength=self.tokenizer_vocabulary))
 
     def verify(self) -> None:
         """Read every byte and compare hashes. Raises InputError where one has changed since the corpus was prepared."""
-        manifest.load_checked(self._prepared, contents=True)
+        manifest.load_checked(self._prepared, self._data.cache, contents=True)
+
+    def _held_out_at(self, indices: NDArray[np.integer]) -> Numbers:
+        if indices.size and (indices.min() < 0 or indices.max() >= self.validation_windows):
+            raise IndexError(f"validation windows {indices.min()} to {indices.max()}: there are {self.validation_windows}")
+        return self._spread(indices).astype(np.int64)
+
+    def _read(self, index: int, own: Numbers, samples: Numbers) -> Read:
+        """The text of those samples that are drawn from one and the same."""
+        draw = self._draws.all[index]
+        self._draws.read_ahead(index, int(own[0]))
+        at = draw.order(own)[1].astype(np.int64)
+        text = draw.windows.read(at)
+        if not self._objective.draws_pairs:
+            return Read(text=text)
+        # B is from anywhere, or where shards are read by blocks, from the same shard: any other may not be at hand.
+        first, count = (0, draw.windows.total) if isinstance(draw.order, Order) else draw.windows.part(at)
+        pairs = masking.pairs(samples, at - first, count=count, seed=self._seed)
+        return Read(text=text, following=draw.windows.read(first + pairs.following), pairs=pairs)
+
+    def _windows(self, opened: Opened, *, filler: int) -> tuple[Draws, Cut | Packed]:
+        """Those of training, each source by itself where they are mixed and all as one where not; and those of validation."""
+        data, shape = self._data, self._objective.shape
+        streams = [Stream(home, corpus.train.shards) for home, corpus in opened]
+        held_out = [Stream(home, corpus.validation.shards) for home, corpus in opened]
+        packed = [packed_counts(home, corpus, shape) for home, corpus in opened] if data.packing == "best_fit" else None
+
+        def windows(streams: Sequence[Stream], bins: Sequence[Sequence[int]] | None, *, apart: bool) -> Cut | Packed:
+            if bins is None:
+                return Cut(streams, shape, apart=apart)
+            return Packed(streams, shape, counts=[count for one in bins for count in one], filler=filler)
+
+        apart = data.shuffle_shards is not None
+        train_bins = None if packed is None else [train for train, _ in packed]
+        held_bins = None if packed is None else [held for _, held in packed]
+        singly = [windows([stream], None if train_bins is None else [train_bins[at]], apart=apart) for at, stream in enumerate(streams)]
+        validation = windows(held_out, held_bins, apart=False)
+        _check_enough(data, opened, [one.total for one in singly], validation.total, shape)
+        names = [source.called for source in data.sources]
+        if data.mixture:
+            drawn = [Draw.of(name, [stream], one, data, self._seed) for name, stream, one in zip(names, streams, singly, strict=True)]
+        else:
+            drawn = [Draw.of(", ".join(names), streams, windows(streams, train_bins, apart=apart), data, self._seed)]
+        return Draws(drawn, data), validation
+
+
+def _joined(parts: Sequence[tuple[NDArray[np.intp], Read]]) -> Read:
+    """Of several sources, in the order of their rows."""
+    back = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    following = [read.following for _, read in parts if read.following]
+    pairs = [read.pairs for _, read in parts if read.pairs]
+    return Read(
+        text=Text.joined([read.text for _, read in parts], back),
+        following=Text.joined(following, back) if following else None,
+        pairs=masking.Pairs.joined(pairs, back) if pairs else None,
+    )
 
 
 def entropy(counts: NDArray[np.integer]) -> float:
@@ -164,21 +145,33 @@ def entropy(counts: NDArray[np.integer]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _check_enough(manifests: tuple[Manifest, ...], train: Windows, validation: Windows, sequence_length: int) -> None:
-    wanted = train.width
-    for corpus, count in zip(manifests, train.counts, strict=True):
+def _check_enough(data: DataConfig, opened: Opened, counts: Sequence[int], held_out: int, shape: Shape) -> None:
+    wants = f"a sample of {data.sequence_length} wants {shape.width}"
+    manifests = [corpus for _, corpus in opened]
+    for corpus, count in zip(manifests, counts, strict=True):
         if not count:
-            raise InputError(
-                f"data.sequence_length: {corpus.source!r} has {corpus.train.tokens} train tokens; a sample of {sequence_length}"
-                f" wants {wanted}: give more text or lower data.sequence_length"
-            )
-    if validation.total:
+            has = f"{corpus.source!r} has {corpus.train.tokens} train tokens"
+            raise InputError(f"data.sequence_length: {has}; {wants}: give more text or lower data.sequence_length")
+    if held_out:
         return
     held = max(corpus.validation.tokens for corpus in manifests)
     tokens = max(corpus.train.tokens + corpus.validation.tokens for corpus in manifests)
     documents = max(corpus.train.documents + corpus.validation.documents for corpus in manifests)
-    now = max(corpus.validation_share for corpus in manifests)
     # Documents fall to either side by chance: aim at twice the tokens that are needed, at three documents, and above what did not do.
-    share = math.ceil(100 * max(2 * wanted / tokens, 3 / documents, 2 * now)) / 100
-    remedy = f"raise data.validation from {now:g} to {share:g}" if share < 0.5 else "give more documents"
-    raise InputError(f"data.validation: {held} tokens are held out; a sample of {sequence_length} wants {wanted}: {remedy}")
+    share = math.ceil(100 * max(2 * shape.width / tokens, 3 / documents, 2 * data.validation)) / 100
+    remedy = f"raise data.validation from {data.validation:g} to {share:g}" if share < 0.5 else "give more documents"
+    raise InputError(f"data.validation: {held} tokens are held out; {wants}: {remedy}")
+
+
+def _check_cache(data: DataConfig, opened: Opened) -> None:
+    """A corpus that is read all over has to fit into the cache; one that is read by blocks, two of them."""
+    sizes = [size for home, corpus in opened for shard in corpus.train.shards if (size := home.remote_bytes(shard))]
+    held_out = sum(home.remote_bytes(shard) for home, corpus in opened for shard in corpus.validation.shards)
+    if data.shuffle_shards is None:
+        needed, remedy = sum(sizes), "raise it, or set data.shuffle_shards, to shuffle through so many shards at a time"
+    else:
+        blocks = 2 * data.shuffle_shards * (len(opened) if data.mixture else 1)
+        needed, remedy = sum(sorted(sizes, reverse=True)[:blocks]), "raise it, or lower data.shuffle_shards"
+    if sizes and needed + held_out > data.cache.bytes:
+        wants = f"at least {needed + held_out:,} for the shards that are read at a time"
+        raise InputError(f"data.cache.bytes: got {data.cache.bytes:,}, wants {wants}; {remedy}")

@@ -11,7 +11,6 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -25,17 +24,31 @@ from manta.data.errors import InputError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
-DTYPES = {8: np.dtype(np.uint16), 4: np.dtype(np.int32)}
+DTYPES = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    8: np.dtype(np.uint16),
+}
 
 
 class Shard(BaseModel, frozen=True, extra="forbid"):
-    """One pair of files, as the manifest knows it."""
+    """A range of token ids in a file, and the lengths of its documents in another, as the manifest knows them."""
 
     file: str
+    """Beside the manifest; or, of a corpus that is read where it lies, an absolute path or a URL."""
+    index: str
+    """Beside the manifest."""
+    dtype: str
+    offset: int = 0
+    """Bytes of the file before the first token."""
     tokens: int
     documents: int
     text_bytes: int
     bin_bytes: int
+    """Of the whole file."""
     idx_bytes: int
     bin_xxh3: str
     idx_xxh3: str
@@ -50,9 +63,14 @@ class Index:
     pointers: NDArray[np.int64]
     documents: NDArray[np.int64]
 
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document [D], which may be several sequences."""
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
+        return np.diff(ends[self.documents])
+
 
 def dtype_for(vocabulary: int) -> np.dtype[Any]:
-    """The narrowest type the format has for these ids."""
+    """The narrowest type for these ids that the format and its readers have."""
     return DTYPES[8] if vocabulary <= 2**16 else DTYPES[4]
 
 
@@ -65,38 +83,48 @@ class ShardWriter:
         self._temporary = prefix.with_name(f".{prefix.name}.{os.getpid()}{TEMPORARY}")
         self._bin = self._temporary.open("wb", buffering=1 << 20)
         self._hash = xxhash.xxh3_64()
-        self._lengths: list[int] = []
+        self._lengths: list[NDArray[np.int64]] = []
         self._text_bytes = 0
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._bin.close()
         self._temporary.unlink(missing_ok=True)
 
     def append(self, tokens: NDArray[np.integer], text_bytes: int) -> None:
         """One document, its end-of-text id included."""
-        raw = tokens.astype(self._dtype).tobytes()
+        self.extend(tokens, np.array([len(tokens)], dtype=np.int64), text_bytes)
+
+    def extend(self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], text_bytes: int) -> None:
+        """Documents end to end, and how many tokens each of them is."""
+        raw = tokens.astype(self._dtype, copy=False).data.cast("B")
         self._hash.update(raw)
         self._bin.write(raw)
-        self._lengths.append(len(tokens))
+        self._lengths.append(lengths)
         self._text_bytes += text_bytes
 
     def commit(self) -> Shard | None:
         """Make the shard appear; None, and no file, where it holds no document (nobody can map an empty file)."""
-        if not self._lengths:
+        lengths = np.concatenate([np.zeros(0, np.int64), *self._lengths])
+        if not len(lengths):
             return None
         self._bin.flush()
         os.fsync(self._bin.fileno())
-        index = self._index()
         written = self._bin.tell()
-        write_atomically(_with(self._prefix, ".idx"), index)
-        self._temporary.replace(_with(self._prefix, ".bin"))
+        index = index_bytes(lengths, self._dtype)
+        write_atomically(with_suffix(self._prefix, ".idx"), index)
+        self._temporary.replace(with_suffix(self._prefix, ".bin"))
         return Shard(
-            file=self._prefix.name,
-            tokens=sum(self._lengths),
-            documents=len(self._lengths),
+            file=f"{self._prefix.name}.bin",
+            index=f"{self._prefix.name}.idx",
+            dtype=self._dtype.name,
+            tokens=int(lengths.sum()),
+            documents=len(lengths),
             text_bytes=self._text_bytes,
             bin_bytes=written,
             idx_bytes=len(index),
@@ -104,27 +132,31 @@ class ShardWriter:
             idx_xxh3=xxhash.xxh3_64_hexdigest(index),
         )
 
-    def _index(self) -> bytes:
-        lengths = np.array(self._lengths, dtype=np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
-        pointers = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-        documents = np.arange(len(lengths) + 1, dtype=np.int64)
-        code = next(code for code, dtype in DTYPES.items() if dtype == self._dtype)
-        header = HEADER.pack(MAGIC, VERSION, code, len(lengths), len(documents))
-        return header + lengths.tobytes() + pointers.tobytes() + documents.tobytes()
+
+def index_bytes(lengths: NDArray[np.integer], dtype: np.dtype[Any]) -> bytes:
+    """The .idx of documents of these lengths in tokens, end to end."""
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    pointers = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    documents = np.arange(len(lengths) + 1, dtype=np.int64)
+    code = next((code for code, known in DTYPES.items() if known == dtype), 4)  # uint32 has none, and its ids fit an int32
+    header = HEADER.pack(MAGIC, VERSION, code, len(lengths), len(documents))
+    return header + lengths.astype(np.int32).tobytes() + pointers.tobytes() + documents.tobytes()
 
 
-def read_index(prefix: Path) -> Index:
-    """The index of a shard, ours or Megatron's. Raises InputError where it is none."""
-    path = _with(prefix, ".idx")
-    raw = path.read_bytes()
+def read_index(path: Path) -> Index:
+    """An .idx, ours or Megatron's. Raises InputError where it is none."""
+    return parse_index(path.read_bytes(), str(path))
+
+
+def parse_index(raw: bytes, path: str) -> Index:
+    """path: for the message."""
     if len(raw) < HEADER.size or not raw.startswith(MAGIC):
         raise InputError(f"{path}: not a Megatron index; wants one that begins with MMIDIDX")
     _, version, code, sequences, documents = HEADER.unpack_from(raw)
     if version != VERSION or code not in DTYPES:
         raise InputError(f"{path}: version {version}, dtype code {code}; wants version {VERSION}, code {' or '.join(map(str, DTYPES))}")
     wanted = HEADER.size + sequences * 12 + documents * 8
-    if len(raw) != wanted:
+    if len(raw) not in (wanted, wanted + sequences):  # a multimodal one has a byte more for each sequence
         raise InputError(f"{path}: {len(raw)} bytes; wants {wanted}: the file is truncated or damaged")
     at = HEADER.size
     return Index(
@@ -135,33 +167,18 @@ def read_index(prefix: Path) -> Index:
     )
 
 
-def map_tokens(prefix: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+def map_tokens(path: Path, shard: Shard) -> NDArray[Any]:
     """A shard's token stream [tokens], mapped and not read; a plain array, because a memmap costs microseconds to slice."""
-    return np.asarray(np.memmap(_with(prefix, ".bin"), dtype=dtype, mode="r"))
+    return np.asarray(np.memmap(path, dtype=shard.dtype, mode="r", offset=shard.offset, shape=(shard.tokens,)))
 
 
-def problem(directory: Path, shard: Shard, *, contents: bool) -> str | None:
-    """What is wrong with a shard's files, if anything: there and of their size, and where asked, their hashes."""
-    for suffix, size, digest in ((".bin", shard.bin_bytes, shard.bin_xxh3), (".idx", shard.idx_bytes, shard.idx_xxh3)):
-        path = _with(directory / shard.file, suffix)
-        try:
-            got = path.stat().st_size
-        except FileNotFoundError:
-            return f"{path}: missing"
-        if got != size:
-            return f"{path}: {got} bytes; wants {size}"
-        if contents and _xxh3(path) != digest:
-            return f"{path}: its content has changed since it was written"
-    return None
-
-
-def _with(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(prefix.name + suffix)
-
-
-def _xxh3(path: Path) -> str:
+def xxh3(path: Path) -> str:
     digest = xxhash.xxh3_64()
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def with_suffix(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)

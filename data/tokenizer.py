@@ -1,11 +1,11 @@
-"""Text to token ids and back: a byte-level BPE.
+"""Text to token ids and back, by a tokenizer.json.
 
-`tokenizers` is the reference: what it says is right. tiktoken, given the same vocabulary, is some five times as fast and is used
+`tokenizers` is the reference: what it says is right. tiktoken, given the same vocabulary, is some ten times as fast and is used
 once it has given the same ids on a sample of the very documents to be encoded (`choose_encoder`).
 """
 
 import json
-import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,17 +16,24 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from manta.data import byte_level, tokenizer_training
 from manta.data.errors import InputError
 
 Encoder = Literal["tokenizers", "tiktoken"]
 Tokens = NDArray[np.uint32]
 
-# The split that `tokenizers` calls ByteLevel (GPT-2's), spelled so that only the one alternative that must backtrack does.
-_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-_GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+train = tokenizer_training.train
+
 MARKS = ("[CLS]", "[SEP]", "[MASK]", "[PAD]")  # what a masked objective needs, as a tokenizer of ours spells it
 _ELSEWHERE = ("<s>", "</s>", "<mask>", "<pad>")  # and as others do
-_LONG_BLANK = 250_000  # characters of white space in a row; near a million, tiktoken's regular expression overflows its stack
+FIM_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # what fill-in-the-middle needs, as a tokenizer of ours spells it
+_FIM_ELSEWHERE = (
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek  # noqa: RUF001  the bars are its own
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
+)
+_REMEDY = "set tokenizer.file to one that has them, or leave it out to train one"
+_LARGEST = 2**24  # ids of a tokenizer; what is beyond is a mistake, and would be an embedding of many gigabytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,21 +46,16 @@ class SpecialTokens:
     mask: int
     pad: int
     is_text: NDArray[np.bool_]  # [vocabulary]: whether an id is that of a token which text is made of
+    begins_word: NDArray[np.bool_] | None = None  # [vocabulary]: whether a token is the first of a word; None where nobody asks
 
 
-def train(texts: Iterable[str], *, vocabulary: int, end_of_text: str, marks: tuple[str, ...] = ()) -> str:
-    """The text of a tokenizer.json. The same texts give the same bytes, on any number of cores."""
-    from tokenizers import Tokenizer as Reference
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FimTokens:
+    """The ids of the marks around the parts of a document whose middle is to be filled in."""
 
-    reference = Reference(models.BPE())
-    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    reference.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = list(dict.fromkeys((end_of_text, *marks)))
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    reference.train_from_iterator(texts, trainer)
-    return reference.to_str(pretty=True)
+    prefix: int
+    suffix: int
+    middle: int
 
 
 class Tokenizer:
@@ -76,13 +78,16 @@ class Tokenizer:
             raise InputError(
                 f"{file}: not a tokenizer.json ({' '.join(str(error).split())}); wants one that tokenizers.Tokenizer saved"
             ) from None
-        self._spec: dict[str, Any] = json.loads(content)
-        self._check_ids(file)
+        _check_ids(file, json.loads(content))
+        # A file may say to cut or fill up texts; ours are whole documents.
+        self._reference.no_truncation()
+        self._reference.no_padding()
         end = self._reference.token_to_id(end_of_text)
         if end is None:
             specials = ", ".join(token["content"] for token in self._spec["added_tokens"] if token["special"]) or "none"
             raise InputError(f"{file}: no token {end_of_text!r}; its special tokens: {specials}; set {named}")
         self.end_of_text: int = end
+        self._end_of_text = end_of_text
         self.fingerprint = fingerprint(content)
         # One more than the largest id: what an embedding must hold. Ids may have holes.
         self.vocabulary = max(self._reference.get_vocab(with_added_tokens=True).values()) + 1
@@ -91,93 +96,120 @@ class Tokenizer:
         self._reference.encode_special_tokens = True
 
     def encode(self, texts: list[str]) -> list[Tokens]:
-        """Token ids of each text; no special token is added, none is recognised."""
+        """Token ids of each text; no special token is added, none is recognised. Raises InputError where a text has none."""
         if self.encoder == "tokenizers":
             return self._encode_slowly(texts)
-        fast = self._fast
-        return [
-            fast.encode_to_numpy(text, allowed_special=set(), disallowed_special=()) if _is_plain(text) else self._encode_slowly([text])[0]
-            for text in texts
-        ]
+        return [self._encode_fast(text) for text in texts]
 
-    def special_tokens(self) -> SpecialTokens:
-        """What a masked objective is made with. Raises InputError where one is missing, or where a document could spell it."""
-        found = [self._mark(*names) for names in zip(MARKS, _ELSEWHERE, strict=True)]
+    def special_tokens(self, *, whole_words: bool = False) -> SpecialTokens:
+        """What a masked objective is made with.
+
+        Raises InputError where one is missing, where a document could spell it, or where nothing tells which tokens begin `whole_words`.
+        """
+        wanted = f"wants {' '.join(MARKS)} (or {' '.join(_ELSEWHERE)}) for data.objective masked"
+        found = [self._mark(names, wanted) for names in zip(MARKS, _ELSEWHERE, strict=True)]
         special = {self.end_of_text, *found, *(token["id"] for token in self._spec["added_tokens"] if token["special"])}
         is_text = np.zeros(self.vocabulary, dtype=np.bool_)
         is_text[[number for number in self._reference.get_vocab(with_added_tokens=True).values() if number not in special]] = True
+        begins_word = self._begins_word()
+        if begins_word is not None:
+            begins_word |= ~is_text
+        elif whole_words:
+            wants = "wants WordPiece, a byte-level model or one that writes ▁ before words for data.whole_words"
+            raise InputError(f"{self._file}: got tokens that do not tell where a word begins, {wants}; set it to false")
         cls, sep, mask, pad = found
-        return SpecialTokens(end_of_text=self.end_of_text, cls=cls, sep=sep, mask=mask, pad=pad, is_text=is_text)
+        return SpecialTokens(end_of_text=self.end_of_text, cls=cls, sep=sep, mask=mask, pad=pad, is_text=is_text, begins_word=begins_word)
 
-    def _mark(self, *names: str) -> int:
-        found = {name: number for name in names if (number := self._reference.token_to_id(name)) is not None}
-        wanted = f"wants {' '.join(MARKS)} (or {' '.join(_ELSEWHERE)}) for data.objective masked"
-        if not found:
-            remedy = "set tokenizer.file to one that has them, or leave it out to train one"
-            raise InputError(f"{self._file}: got no token {' or '.join(names)}, {wanted}; {remedy}")
-        name, number = next(iter(found.items()))
-        if number in self._encode_slowly([name])[0]:
-            raise InputError(f"{self._file}: got {name} for text that spells it, {wanted}; mark it as special among its added_tokens")
-        return number
+    def fim_tokens(self) -> FimTokens:
+        """What fill-in-the-middle is made with. Raises InputError where one is missing, or where a document could spell it."""
+        spellings = (FIM_MARKS, *_FIM_ELSEWHERE)
+        has = {name for names in spellings for name in names if self._reference.token_to_id(name) is not None}
+        names = max(spellings, key=lambda names: len(has.intersection(names)))
+        others = ", or ".join(" ".join(names) for names in _FIM_ELSEWHERE)
+        wanted = f"wants {' '.join(FIM_MARKS)} (or {others}) for data.fill_in_the_middle"
+        prefix, suffix, middle = (self._mark((name,), wanted) for name in names)
+        return FimTokens(prefix=prefix, suffix=suffix, middle=middle)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._reference.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def choose_encoder(self, sample: list[str]) -> str:
         """Take tiktoken where it is proven equal on the sample, else the reference; say which and why."""
-        obstacle = self._obstacle()
-        if obstacle is None:
-            self.encoder = "tiktoken"
-            fast, slow = self.encode(sample), self._encode_slowly(sample)
-            differ = sum(not np.array_equal(a, b) for a, b in zip(fast, slow, strict=True))
-            if not differ:
-                return f"tiktoken: same ids as tokenizers on {len(sample)} documents of the corpus"
-            obstacle = f"tiktoken gave other ids on {differ} of {len(sample)} documents"
-        self.encoder = "tokenizers"
-        return f"tokenizers: {obstacle}"
+        obstacle = byte_level.obstacle(self._spec) or self._mismatch(sample)
+        self.encoder = "tokenizers" if obstacle else "tiktoken"
+        if obstacle:
+            return f"tokenizers: {obstacle}"
+        return f"tiktoken: same ids as tokenizers on {_extent(sample)} of the corpus"
+
+    def _mismatch(self, sample: list[str]) -> str | None:
+        try:
+            fast = [self._encode_fast(text) for text in sample]
+        except ValueError as error:
+            return f"tiktoken can not compile its pattern ({' '.join(str(error).split())})"
+        differ = sum(not np.array_equal(a, b) for a, b in zip(fast, self._encode_slowly(sample), strict=True))
+        return f"tiktoken gave other ids on {differ} of {_extent(sample)}" if differ else None
+
+    def _encode_fast(self, text: str) -> Tokens:
+        fast, spelled = self._fast
+        if self._composes and not unicodedata.is_normalized("NFC", text):
+            return self._encode_slowly([text])[0]
+        try:
+            return fast.encode_to_numpy(text, allowed_special=spelled, disallowed_special=())
+        except ValueError:  # its regular expression overflows its stack near a million blanks in a row
+            return self._encode_slowly([text])[0]
 
     def _encode_slowly(self, texts: list[str]) -> list[Tokens]:
-        return [np.array(e.ids, dtype=np.uint32) for e in self._reference.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            found = self._reference.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:
+            if type(error) is not Exception:  # `tokenizers` raises nothing narrower
+                raise
+            problem = f"cannot encode a document ({' '.join(str(error).split())})"
+            raise InputError(f"{self._file}: {problem}; wants a token for any text: name an unknown token that it has") from None
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
 
     @cached_property
-    def _fast(self) -> Any:
-        import tiktoken
+    def _fast(self) -> tuple[Any, frozenset[str]]:
+        return byte_level.encoding(self._spec, self._end_of_text)
 
-        specials = {token["content"]: token["id"] for token in self._spec["added_tokens"]}
-        byte = {letter: value for value, letter in _byte_letters().items()}
-        ranks = {
-            bytes(byte[letter] for letter in token): rank for token, rank in self._spec["model"]["vocab"].items() if token not in specials
-        }
-        return tiktoken.Encoding("manta", pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=specials)
+    @cached_property
+    def _composes(self) -> bool:
+        """Whether letters and their accents become one letter. A text that is written so needs nothing done."""
+        return self._spec["normalizer"] is not None
 
-    def _obstacle(self) -> str | None:
-        """What of this tokenizer tiktoken has no word for, if anything."""
-        spec, model = self._spec, self._spec["model"]
-        if model["type"] != "BPE":
-            return f"its model is {model['type']}, not BPE"
-        specials = {token["content"] for token in spec["added_tokens"]}
-        plain: dict[str, int] = {token: rank for token, rank in model["vocab"].items() if token not in specials}
-        letters = set(_byte_letters().values())
-        merged = ["".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]]
-        options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-        obstacles = {
-            "it normalizes text": spec["normalizer"] is not None,
-            "it does not split text as GPT-2 does": not _GPT2_SPLIT.items() <= (spec["pre_tokenizer"] or {}).items(),
-            "its BPE has options of its own": any(model.get(option) for option in options),
-            "it adds tokens that are not special": not all(token["special"] for token in spec["added_tokens"]),
-            "its vocabulary is not of bytes": not letters <= plain.keys() or not all(letters.issuperset(token) for token in plain),
-            # tiktoken merges in the order of ids, `tokenizers` in the order of its merges
-            "its ids do not follow its merges": merged != sorted((token for token in plain if len(token) > 1), key=plain.__getitem__),
-        }
-        return next((obstacle for obstacle, stands in obstacles.items() if stands), None)
+    @cached_property
+    def _spec(self) -> dict[str, Any]:
+        """The file, with all that it may leave out."""
+        return json.loads(self._reference.to_str())
 
-    def _check_ids(self, file: Path) -> None:
-        owners: dict[int, str] = {}
-        vocabulary = self._spec["model"]["vocab"]
-        named = list(vocabulary.items()) if isinstance(vocabulary, dict) else [(entry[0], i) for i, entry in enumerate(vocabulary)]
-        for token, number in [*named, *((added["content"], added["id"]) for added in self._spec["added_tokens"])]:
-            if owners.setdefault(number, token) != token:
-                raise InputError(f"{file}: id {number} stands for {owners[number]!r} and for {token!r}; wants one token an id")
+    def _mark(self, names: tuple[str, ...], wanted: str) -> int:
+        found = {name: number for name in names if (number := self._reference.token_to_id(name)) is not None}
+        if not found:
+            raise InputError(f"{self._file}: got no token {' or '.join(names)}, {wanted}; {_REMEDY}")
+        name, number = next(iter(found.items()))
+        if number in self._encode_slowly([name])[0]:
+            raise InputError(f"{self._file}: got {name} for text that spells it, {wanted}; mark it as special among its added_tokens")
+        return number
+
+    def _begins_word(self) -> NDArray[np.bool_] | None:
+        """[vocabulary]: whether a word begins with the token, as far as its spelling tells; None where it does not."""
+        model, numbers = self._spec["model"], self._reference.get_vocab(with_added_tokens=True)
+        split = self._spec["pre_tokenizer"] or {}
+        steps = {step["type"] for step in split.get("pretokenizers", [split]) if step}
+        if prefix := model.get("continuing_subword_prefix"):
+            continues = {number for token, number in numbers.items() if token.startswith(prefix)}
+        elif "ByteLevel" in steps:
+            within = byte_level.letters_within_words()
+            continues = {number for token, number in numbers.items() if token[:1] in within}
+        elif "Metaspace" in steps or any(token.startswith("▁") for token in numbers):
+            continues = {number for token, number in numbers.items() if not token.startswith("▁")}
+        elif model["type"] == "WordLevel":
+            continues = set()
+        else:
+            return None
+        begins = np.ones(self.vocabulary, dtype=np.bool_)
+        begins[list(continues)] = False
+        return begins
 
 
 def read(file: Path) -> str:
@@ -193,12 +225,16 @@ def fingerprint(content: str) -> str:
     return xxhash.xxh3_128_hexdigest(content.encode())
 
 
-def _is_plain(text: str) -> bool:
-    return len(text) < _LONG_BLANK or all(len(blank) < _LONG_BLANK for blank in re.findall(r"\s+", text))
+def _check_ids(file: Path, spec: dict[str, Any]) -> None:
+    owners: dict[int, str] = {}
+    vocabulary = spec["model"]["vocab"]
+    named = list(vocabulary.items()) if isinstance(vocabulary, dict) else [(entry[0], i) for i, entry in enumerate(vocabulary)]
+    for token, number in [*named, *((added["content"], added["id"]) for added in spec.get("added_tokens", []))]:
+        if number >= _LARGEST:
+            raise InputError(f"{file}: id {number} stands for {token!r}; wants ids below {_LARGEST}")
+        if owners.setdefault(number, token) != token:
+            raise InputError(f"{file}: id {number} stands for {owners[number]!r} and for {token!r}; wants one token an id")
 
 
-def _byte_letters() -> dict[int, str]:
-    """Byte -> the printable letter that stands for it in a byte-level vocabulary (GPT-2's table)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+def _extent(sample: list[str]) -> str:
+    return f"{len(sample)} documents, {sum(len(text.encode()) for text in sample)} bytes,"

@@ -197,8 +197,8 @@ def _source(key: str, file: Path, sources: Mapping[str, str]) -> str:
 
 def _section(loc: Sequence[int | str]) -> type[BaseModel]:
     model: type[BaseModel] = RunConfig
-    for part in loc:
-        inner = _nested(model.model_fields[str(part)])
+    for part in (name for name in loc if isinstance(name, str)):  # a number is a place in a list of sections
+        inner = _nested(model.model_fields[part])
         assert inner is not None
         model = inner
     return model

@@ -9,11 +9,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from manta.cluster.controller import INTERRUPTED, LEFT_SAVED, LEFT_UNSAVED
 from manta.cluster.journal import POLL, Event
+from manta.data.timeline import Timeline
 from manta.trainer.metrics import Line, describe, duration, end_of_lines, parse
 from manta.trainer.rundir import RunDirectory
 
 INTERVAL = 10.0  # seconds between lines where there is no terminal
-SMOOTHING = 0.1  # share of the newest step in the average step time
+SMOOTHING = 0.1  # share of the newest step in the average time a sample
 
 
 class Voice(Console):
@@ -34,8 +35,8 @@ def say(text: str) -> None:
 class Display:
     """Shows the events of a controller, and the metrics that the ranks write meanwhile."""
 
-    def __init__(self, home: RunDirectory, steps: int) -> None:
-        self._home, self._steps = home, steps
+    def __init__(self, home: RunDirectory, steps: int, timeline: Timeline) -> None:
+        self._home, self._steps, self._timeline = home, steps, timeline
         self._console = Voice()
         self._bar: Progress | None = None
         if self._console.is_terminal:
@@ -43,7 +44,7 @@ class Display:
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=steps, completed=home.saved_step, told="starting")
         self._read = end_of_lines(home.metrics_file)
-        self._step_time: float | None = None
+        self._pace: float | None = None
         self._spoke = 0.0
         self._begun = time.monotonic()
         self._bad = set(home.checkpoints.glob("bad-*"))
@@ -80,9 +81,10 @@ class Display:
         return parse(whole.decode())
 
     def _show_line(self, line: Line) -> None:
-        newest = line["step_time"]
-        self._step_time = newest if self._step_time is None else (1 - SMOOTHING) * self._step_time + SMOOTHING * newest
-        told = f"{describe(line)}  ETA {duration(self._step_time * (self._steps - line['step']))}"
+        left = self._timeline.first_sample(self._steps) - self._timeline.first_sample(line["step"])
+        newest = float(line["step_time"] / line["global_batch"])
+        self._pace = newest if self._pace is None else (1 - SMOOTHING) * self._pace + SMOOTHING * newest
+        told = f"{describe(line)}  ETA {duration(self._pace * left)}"
         if self._bar:
             self._bar.update(self._task, completed=line["step"], told=told)
         due = time.monotonic() - self._spoke >= INTERVAL and not self._bar

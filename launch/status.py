@@ -8,8 +8,9 @@ from rich.table import Table
 
 from manta.cluster.journal import read_events
 from manta.data.errors import InputError
+from manta.data.timeline import Timeline
 from manta.launch.train import ranks_in_words
-from manta.trainer.metrics import duration, loss_in_words, read_metrics, terms
+from manta.trainer.metrics import Line, duration, loss_in_words, read_metrics, terms
 from manta.trainer.rundir import RunDirectory
 
 ENDS = {0: "done", 75: "stopped, saved", 130: "interrupted", 143: "stopped, not saved"}
@@ -25,7 +26,8 @@ def status(directory: Path) -> dict[str, Any]:
     events = read_events(home.events_file)
     lines = read_metrics(home.metrics_file)
     newest = lines[-1] if lines else {}
-    steps = home.config().train.steps
+    config = home.config()
+    steps, timeline = config.train.steps, config.timeline()
     evaluated = [line for line in lines if "eval/loss" in line]
     checkpoints = sorted(path.name for path in home.checkpoints.glob("step-*"))
     done = newest.get("step", 0)
@@ -42,8 +44,10 @@ def status(directory: Path) -> dict[str, Any]:
         "skipped": sum(line.get("skipped", False) for line in lines),
         "loss_scale": newest.get("loss_scale"),
         "tokens": newest.get("tokens", 0),
+        "global_batch": newest.get("global_batch"),
+        "sequence_length": newest.get("sequence_length"),
         "tokens_per_second": newest.get("tokens_per_second"),
-        "seconds_left": newest["step_time"] * (steps - done) if newest else None,
+        "seconds_left": _seconds_left(newest, timeline, steps) if newest else None,
         "world_size": newest.get("world_size"),
         "layout": newest.get("layout"),
         "attempts": max((event["attempt"] for event in events), default=0),
@@ -62,6 +66,9 @@ def show(told: dict[str, Any]) -> None:
         "loss": "none yet" if told["train_loss"] is None else loss_in_words(told["train_loss"], told["train_terms"]),
         "validation": _validation(told),
         "speed": f"{told['tokens_per_second']:,.0f} tokens/s on {ranks_in_words(told['world_size'])}" if told["step"] else "none yet",
+        "batch": f"{told['global_batch']} samples, in sequences of {told['sequence_length']} tokens"
+        if told["global_batch"]
+        else "none yet",
         "layout": told["layout"] or "none yet",
         "attempts": f"{told['attempts']}" + (f"; the last failure: {told['failures'][-1]}" if told["failures"] else ""),
         "checkpoint": told["checkpoint"] or "none yet",
@@ -80,6 +87,12 @@ def _state(home: RunDirectory, events: list[dict[str, Any]]) -> str:
     if not ended or ended[0]["event"] == "run-started":
         return f"broken off; go on with: manta resume {home.typed}"
     return ENDS.get(ended[0]["exit_code"], "failed")
+
+
+def _seconds_left(newest: Line, timeline: Timeline, steps: int) -> float:
+    """At the pace of the newest step, however many samples the steps to come have."""
+    done = newest["step"]
+    return newest["step_time"] / timeline.phase(done - 1).global_batch * (timeline.first_sample(steps) - timeline.first_sample(done))
 
 
 def _validation(told: dict[str, Any]) -> str:

@@ -16,13 +16,14 @@ from manta.cluster.journal import read_events
 from manta.cluster.machine import default_ranks, gpus
 from manta.data.durable import write_atomically
 from manta.data.errors import InputError
-from manta.data.prepare import Prepared, find, prepare
+from manta.data.manifest import Prepared, is_there
+from manta.data.prepare import find, prepare
 from manta.data.samples import Samples
 from manta.data.tokenizer import fingerprint, read
 from manta.launch import __version__
 from manta.launch.config import RunConfig, load
 from manta.launch.display import Display, say
-from manta.trainer.layout import plan
+from manta.trainer.layout import Layout, plan, turns_in_words
 from manta.trainer.rundir import RunDirectory
 
 STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
@@ -50,14 +51,8 @@ def train(config: RunConfig) -> int:
         write_atomically(home.config_file, config.to_yaml().encode())
         write_atomically(home.tokenizer_file, prepared.tokenizer.read_bytes())
         if ranks > layout.ranks:
-            turns = f"global batch {config.train.global_batch} / micro batch {config.train.micro_batch}"
-            say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns} deals out evenly over {layout.data}")
-        each = layout.ranks // layout.data
-        groups = ranks_in_words(layout.data) if each == 1 else f"{layout.data} x {ranks_in_words(each)}"
-        say(
-            f"{home.path}: {groups} x micro batch {layout.micro_batch} x accumulation {layout.accumulation}"
-            f" = {layout.global_batch} sequences of {config.data.sequence_length} tokens a step; {config.precision}, {layout}"
-        )
+            say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns_in_words(config.train)} deals out evenly over {layout.data}")
+        say(f"{home.path}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
         job = Job(
             command=(sys.executable, "-P", "-m", "manta.trainer", str(home.path)),
             environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
@@ -65,7 +60,7 @@ def train(config: RunConfig) -> int:
             ranks=layout.ranks,
             ranks_per_node=layout.ranks,
         )
-        return follow(Controller(job, config.cluster), Display(home, config.train.steps))
+        return follow(Controller(job, config.cluster), Display(home, config.train.steps, config.timeline()))
 
 
 def follow(controller: Controller, display: Display) -> int:
@@ -162,6 +157,19 @@ def tell_of_another_tokenizer(origin: RunDirectory, prepared: Prepared) -> None:
         say(f"run.start_from: the weights were trained with another tokenizer; to read as they did: tokenizer.file={file}")
 
 
+def steps_in_words(config: RunConfig, layout: Layout) -> str:
+    """What is read in a step, and by whom; where that changes, from which step on."""
+    each = layout.ranks // layout.data
+    groups = ranks_in_words(layout.data) if each == 1 else f"{layout.data} x {ranks_in_words(each)}"
+    told: list[str] = []
+    for phase in config.timeline().phases:
+        sequences = phase.global_batch * (config.data.sequence_length // phase.sequence_length)
+        accumulation = layout.accumulation(phase.global_batch)
+        since = f"from step {phase.step + 1} " if phase.step else ""
+        told.append(f"{since}accumulation {accumulation} = {sequences} sequences of {phase.sequence_length} tokens a step")
+    return f"{groups} x micro batch {layout.micro_batch} x {', '.join(told)}"
+
+
 def ranks_in_words(count: int) -> str:
     return f"{count} rank" if count == 1 else f"{count} ranks"
 
@@ -190,7 +198,7 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
     Raises InputError where it is damaged, or other tokens than the run was begun with.
     """
     begun = home.prepared() if home.manifest_file.exists() else None
-    if begun is not None and all(directory.exists() for directory in (begun.tokenizer, *begun.corpora)):
+    if begun is not None and is_there(begun, config.data.cache):
         prepared = begun
     else:
         prepared = find(config.data, config.tokenizer) or prepare(config.data, config.tokenizer)

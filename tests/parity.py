@@ -292,7 +292,7 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
     losses, norms = [], []
     for step in range(STEPS):
         whole = batch(cell.model, step)
-        taken = [layout.samples(step=0, turn=turn, rank=mesh.data_rank) for turn in range(layout.accumulation)]
+        taken = [layout.samples(first=0, turn=turn, rank=mesh.data_rank) for turn in range(TURNS)]
         outcome = engine.step([rows(whole, numbers) for numbers in taken], learning_rate=RATES[optimizer])
         assert not outcome.skipped
         terms = outcome.terms.double()

@@ -85,7 +85,9 @@ def advance(engine: Engine, cell: Cell, optimizer: str, first: int, last: int) -
     losses, layout = [], engine.layout
     for step in range(first, last):
         whole = batch(cell.model, step)
-        numbers = (layout.samples(step=0, turn=turn, rank=engine.mesh.data_rank) for turn in range(layout.accumulation))
+        numbers = (
+            layout.samples(first=0, turn=turn, rank=engine.mesh.data_rank) for turn in range(layout.accumulation(TRAIN.global_batch))
+        )
         terms = engine.step([rows(whole, taken) for taken in numbers], learning_rate=RATES[optimizer]).terms.double()
         dist.all_reduce(terms, group=engine.mesh.replicas)
         losses.append(float(terms.sum()))

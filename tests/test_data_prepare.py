@@ -18,13 +18,14 @@ import psutil
 import pytest
 
 from manta.data import manifest, prepare
-from manta.data.config import DataConfig, TokenizerConfig
-from manta.data.encode import Task
+from manta.data.config import CacheConfig, DataConfig, SourceConfig, TokenizerConfig
+from manta.data.encode import Task, encode
 from manta.data.errors import InputError
-from manta.data.formats import JsonLines, Piece
+from manta.data.formats import Piece
+from manta.data.home import Home
 from manta.data.manifest import Prepared
-from manta.data.shards import dtype_for, map_tokens, read_index
 from manta.data.tokenizer import Tokenizer
+from manta.data.worker import run_all
 
 SMALL = TokenizerConfig(vocabulary=400, train_bytes=100_000)
 
@@ -45,20 +46,18 @@ def write_lines(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def content(directory: Path) -> dict[str, bytes]:
+def content(prepared: Prepared) -> dict[str, bytes]:
     """Every file of a prepared corpus, byte for byte."""
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(Path(prepared.corpora[0]).iterdir())}
 
 
 def texts_of(prepared: Prepared, split: str) -> list[str]:
     tokenizer = Tokenizer(prepared.tokenizer)
     found = []
-    for directory in prepared.corpora:
-        for shard in getattr(manifest.load(directory), split).shards:
-            index = read_index(directory / shard.file)
-            tokens = map_tokens(directory / shard.file, index.dtype)
-            for start, length in zip(index.pointers // index.dtype.itemsize, index.lengths, strict=True):
-                document = tokens[start : start + length]
+    for root in prepared.corpora:
+        home = Home(root, CacheConfig())
+        for shard in getattr(manifest.load(home), split).shards:
+            for document in np.split(home.tokens(shard), np.cumsum(home.index(shard).lengths)[:-1]):
                 assert document[-1] == tokenizer.end_of_text
                 found.append(tokenizer.decode(document[:-1]))
     return found
@@ -97,37 +96,38 @@ def test_a_document_that_stands_in_two_sources_falls_on_one_side(tmp_path):
     assert not set(texts_of(prepared, "train")) & set(texts_of(prepared, "validation"))
 
 
-def test_two_workers_write_the_same_bytes_as_one(lines, undisturbed, tmp_path):
-    prepared = prepare.prepare(config(tmp_path, lines, workers=2), SMALL)
-    assert content(prepared.corpora[0]) == content(undisturbed.corpora[0])
+@pytest.mark.parametrize("workers", [2, 4])
+def test_many_workers_write_the_same_bytes_as_one(lines, undisturbed, tmp_path, workers):
+    prepared = prepare.prepare(config(tmp_path, lines, workers=workers), SMALL)
+    assert content(prepared) == content(undisturbed)
     assert prepared.tokenizer.read_bytes() == undisturbed.tokenizer.read_bytes()
     assert prepared.fingerprint == undisturbed.fingerprint
 
 
 def test_the_manifest_adds_up(undisturbed):
-    (directory,) = undisturbed.corpora
-    made = manifest.load(directory)
+    home = Home(undisturbed.corpora[0], CacheConfig())
+    made = manifest.load(home)
     assert made.encoder.startswith("tiktoken: same ids as tokenizers on")
     assert made.tokenizer == Tokenizer(undisturbed.tokenizer).fingerprint
     assert made.text_bytes == sum(len(text) for part in range(12) for text in documents(100, seed=part))
-    dtype = dtype_for(made.vocabulary)
-    tokens = np.concatenate([map_tokens(directory / shard.file, dtype) for shard in made.validation.shards])
+    tokens = np.concatenate([home.tokens(shard) for shard in made.validation.shards])
     assert made.validation.tokens == len(tokens)
     shares = np.bincount(tokens) / len(tokens)
     assert made.validation.unigram_entropy == pytest.approx(-sum(p * np.log(p) for p in shares if p))
 
 
 def test_what_is_prepared_is_found_and_not_made_again(lines, undisturbed):
-    data = config(undisturbed.corpora[0].parent, lines)
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.corpora[0].iterdir()}
+    directory = Path(undisturbed.corpora[0])
+    data = config(directory.parent, lines)
+    before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
     assert prepare.find(data, SMALL) == undisturbed
     assert prepare.prepare(data, SMALL) == undisturbed
-    assert {path: path.stat().st_mtime_ns for path in undisturbed.corpora[0].iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
     assert Prepared.from_json(json.loads(json.dumps(undisturbed.to_json()))) == undisturbed
 
 
 def test_other_settings_or_files_are_another_corpus(lines, undisturbed, tmp_path):
-    directory = undisturbed.corpora[0].parent
+    directory = Path(undisturbed.corpora[0]).parent
     assert prepare.find(config(directory, lines, validation=0.2), SMALL) is None
     assert prepare.find(config(directory, lines), SMALL.model_copy(update={"vocabulary": 401})) is None
     assert prepare.find(config(directory, write_lines(tmp_path / "other.jsonl", ["x"])), SMALL) is None
@@ -143,8 +143,8 @@ def test_a_tokenizer_file_is_taken_as_it_is(lines, undisturbed, tmp_path):
 
 def test_a_damaged_corpus_is_mended_by_preparing_again(lines, undisturbed, tmp_path):
     data = config(tmp_path, lines)
-    (directory,) = prepare.prepare(data, SMALL).corpora
-    whole = content(directory)
+    made = prepare.prepare(data, SMALL)
+    directory, whole = Path(made.corpora[0]), content(made)
     for damage in (
         lambda: os.truncate(directory / "piece-00003.train.bin", 100),
         lambda: (directory / "piece-00004.train.idx").write_bytes(whole["piece-00004.train.idx"][:-1] + b"\1"),
@@ -153,10 +153,9 @@ def test_a_damaged_corpus_is_mended_by_preparing_again(lines, undisturbed, tmp_p
         lambda: (directory / "manifest.json").write_bytes(whole["manifest.json"][:-9]),
     ):
         damage()
-        assert prepare.prepare(data, SMALL) == Prepared(
-            tokenizer=prepare.find(data, SMALL).tokenizer, corpora=(directory,), fingerprint=undisturbed.fingerprint
-        )
-        assert content(directory) == whole
+        assert prepare.prepare(data, SMALL) == made
+        assert made.fingerprint == undisturbed.fingerprint
+        assert content(made) == whole
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def test_a_preparation_killed_at_any_file_goes_on_to_the_same_bytes(lines, undis
     finished = records(tmp_path)
     assert len(finished) == max(0, rename - 2) // 5
     prepared = prepare.prepare(config(tmp_path, lines), SMALL)
-    assert content(prepared.corpora[0]) == content(undisturbed.corpora[0])
+    assert content(prepared) == content(undisturbed)
     assert finished.items() <= records(tmp_path).items()
 
 
@@ -232,48 +231,71 @@ def test_a_killed_preparation_leaves_no_worker_and_goes_on_to_the_same_bytes(lin
     assert not alive
     assert not list(tmp_path.glob("*/manifest.json"))
     prepared = prepare.prepare(config(tmp_path, lines), SMALL)
-    assert content(prepared.corpora[0]) == content(undisturbed.corpora[0])
+    assert content(prepared) == content(undisturbed)
 
 
 def test_two_preparations_at_once_agree(lines, undisturbed, tmp_path):
     processes = [start(prepare_alone, tmp_path, lines) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
-    assert content(prepare.find(config(tmp_path, lines), SMALL).corpora[0]) == content(undisturbed.corpora[0])
+    assert content(prepare.find(config(tmp_path, lines), SMALL)) == content(undisturbed)
 
 
 @dataclass(frozen=True)
 class Deadly:
-    """A piece whose reader is killed, as by the kernel when memory is short."""
+    """A piece whose reader dies at its 38th document, of a signal or by leaving."""
 
-    name: str = "deadly.jsonl"
+    piece: Piece
+    how: int | None
     size: int = 1
 
+    @property
+    def name(self):
+        return self.piece.name
+
+    def where(self, place):
+        return self.piece.where(place)
+
     def documents(self):
-        os.kill(os.getpid(), signal.SIGKILL)
-        yield ""
+        for number, document in enumerate(self.piece.documents(), start=1):
+            yield document
+            if number == 38:
+                os._exit(3) if self.how is None else os.kill(os.getpid(), self.how)
 
 
-def task(piece: Piece, prepared: Prepared, directory: Path) -> Task:
+def task(piece: Piece, prepared: Prepared, directory: Path, index: int = 0) -> Task:
     return Task(
         piece=piece,
-        index=0,
-        directory=directory,
-        tokenizer=prepared.tokenizer,
+        index=index,
+        root=str(directory),
+        cache=CacheConfig(),
+        tokenizer=str(prepared.tokenizer),
         end_of_text="<|endoftext|>",
         encoder="tokenizers",
-        validation=0.1,
+        held_out=0.1,
     )
 
 
-def test_a_worker_that_dies_ends_the_preparation_and_its_files_are_named(undisturbed, tmp_path):
-    with pytest.raises(RuntimeError, match=r"while it encoded one of: deadly\.jsonl"):
-        list(prepare._encode_each([task(Deadly(), undisturbed, tmp_path)] * 2, workers=2))
+def piece_of(path: Path, **more) -> Piece:
+    return prepare.corpus.pieces(SourceConfig(path=str(path)), config(path.parent, path, **more))[0]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, None])
+def test_a_worker_that_dies_ends_the_preparation_and_file_and_line_are_told(lines, undisturbed, tmp_path, how):
+    died = "exit code 3" if how is None else signal.Signals(how).name
+    deadly, whole = Deadly(piece_of(lines / "03.jsonl"), how), piece_of(lines / "04.jsonl")
+    with pytest.raises(RuntimeError, match=rf"near {lines}/03\.jsonl: line 38: a process died of it \({died}"):
+        list(run_all(encode, [task(deadly, undisturbed, tmp_path), task(whole, undisturbed, tmp_path, 1)], workers=2))
+    assert not list(tmp_path.glob("piece-00000*"))
+    assert not multiprocessing.active_children()
 
 
 def test_an_error_does_not_wait_for_the_others(undisturbed, tmp_path):
-    bad = JsonLines(path=str(write_lines(tmp_path / "x.jsonl", ["x"])), field="none", start=0, stop=None, size=1)
-    with pytest.raises(InputError, match="no field 'none'"):
-        list(prepare._encode_each([task(piece, undisturbed, tmp_path) for piece in (Stalling(bad), bad)], workers=2))
+    lines = write_lines(tmp_path / "x.jsonl", ["x"])
+    with lines.open("a") as stream:
+        stream.write("{}")
+    bad = piece_of(lines)
+    with pytest.raises(InputError, match=r"line 2: no field 'text'"):
+        list(run_all(encode, [task(piece, undisturbed, tmp_path) for piece in (Stalling(bad), bad)], workers=2))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -326,8 +348,7 @@ def test_a_corpus_too_small_is_told_with_the_remedy(tmp_path):
 
 def test_a_source_that_changes_under_the_reader_is_refused(tmp_path, monkeypatch):
     good = write_lines(tmp_path / "good.jsonl", documents(20))
-    encode = prepare.encode
-    monkeypatch.setattr(prepare, "encode", lambda task: (encode(task), write_lines(good, documents(21)))[0])
+    monkeypatch.setattr(prepare, "encode", lambda task, tell: (encode(task, tell), write_lines(good, documents(21)))[0])
     with pytest.raises(InputError, match="changed while it was read"):
         prepare.prepare(config(tmp_path / "corpora", good), SMALL)
     assert not list(tmp_path.glob("corpora/*/manifest.json"))

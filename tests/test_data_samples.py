@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from test_data_prepare import SMALL, config, documents, write_lines
 
-from manta.data import manifest, prepare, samples
+from manta.data import manifest, prepare
+from manta.data import stream as data_stream
+from manta.data.config import CacheConfig
 from manta.data.errors import InputError
+from manta.data.home import Home
 from manta.data.manifest import Prepared
 from manta.data.objectives import Examples
 from manta.data.order import Order
 from manta.data.samples import Samples
-from manta.data.shards import dtype_for, map_tokens
 
 T = 16
 
@@ -39,16 +41,22 @@ def text(examples: Examples) -> list[list[int]]:
     return np.concatenate([examples.tokens, examples.targets[:, -1:]], axis=1).tolist()
 
 
-def stream(directory: Path, split: str) -> np.ndarray:
-    made = manifest.load(directory)
-    return np.concatenate([map_tokens(directory / shard.file, dtype_for(made.vocabulary)) for shard in getattr(made, split).shards])
+def total(opened: Samples) -> int:
+    """Windows an epoch, where sources are read as one."""
+    (draw,) = opened.draws.all
+    return draw.windows.total
+
+
+def stream(root: str, split: str) -> np.ndarray:
+    home = Home(root, CacheConfig())
+    return np.concatenate([home.tokens(shard) for shard in getattr(manifest.load(home), split).shards])
 
 
 def windows(prepared: Prepared, split: str) -> list[list[int]]:
     """By the definition: T + 1 tokens every T, of each source's tokens end to end."""
     found = []
-    for directory in prepared.corpora:
-        tokens = stream(directory, split).tolist()
+    for root in prepared.corpora:
+        tokens = stream(root, split).tolist()
         found += [tokens[at : at + T + 1] for at in range(0, len(tokens) - T, T)]
     return found
 
@@ -56,27 +64,31 @@ def windows(prepared: Prepared, split: str) -> list[list[int]]:
 def test_samples_are_the_windows_in_the_order_of_the_seed(prepared):
     opened = open_samples(prepared, seed=5)
     expected = windows(prepared, "train")
-    assert opened.train_windows == len(expected)
-    numbers = np.arange(3 * opened.train_windows - 7, 3 * opened.train_windows + 25)  # over the end of an epoch
+    assert total(opened) == len(expected)
+    numbers = np.arange(3 * total(opened) - 7, 3 * total(opened) + 25)  # over the end of an epoch
     got = opened.train(numbers)
     assert got.samples.tolist() == numbers.tolist()
     assert {array.dtype for array in (got.tokens, got.targets, got.positions, got.samples)} == {np.dtype(np.int64)}
-    assert text(got) == [expected[window] for window in Order(opened.train_windows, seed=5)(numbers)[1]]
+    assert text(got) == [expected[window] for window in Order(total(opened), seed=5)(numbers)[1]]
 
 
 def test_every_window_is_read_once_an_epoch_by_any_number_of_ranks(prepared):
     opened = open_samples(prepared, seed=5)
     for ranks in (1, 3):
-        epoch = np.arange(opened.train_windows)
+        epoch = np.arange(total(opened))
         read = [row for rank in range(ranks) for row in text(opened.train(epoch[rank::ranks]))]
         assert sorted(read) == sorted(windows(prepared, "train"))
 
 
-def test_validation_is_read_in_its_own_order(prepared):
+def test_validation_is_spread_over_all_sources_and_the_same_for_every_seed(prepared):
     opened = open_samples(prepared, seed=5)
     expected = windows(prepared, "validation")
-    assert text(opened.validation(np.arange(opened.validation_windows))) == expected
-    assert text(opened.validation(np.array([3, 3, 0]))) == [expected[3], expected[3], expected[0]]
+    read = text(opened.validation(np.arange(opened.validation_windows)))
+    assert sorted(read) == sorted(expected)
+    assert text(open_samples(prepared, seed=6).validation(np.array([3, 3, 0]))) == [read[3], read[3], read[0]]
+    first = [expected.index(row) for row in read[: len(read) // 4]]
+    assert min(first) < len(expected) / 3
+    assert max(first) > 2 * len(expected) / 3
     with pytest.raises(IndexError):
         opened.validation(np.array([opened.validation_windows]))
 
@@ -85,8 +97,8 @@ def test_a_sample_longer_than_a_shard_runs_across_several(prepared):
     length = 2500
     opened = open_samples(prepared, sequence_length=length)
     tokens = stream(prepared.corpora[0], "train")
-    assert max(shard.tokens for shard in manifest.load(prepared.corpora[0]).train.shards) < length
-    order = Order(opened.train_windows, seed=0)(np.arange(opened.train_windows))[1]
+    assert max(shard.tokens for shard in manifest.load(Home(prepared.corpora[0], CacheConfig())).train.shards) < length
+    order = Order(total(opened), seed=0)(np.arange(total(opened)))[1]
     first = int(np.flatnonzero(order == 0)[0])
     assert np.array_equal(text(opened.train(np.array([first])))[0], tokens[: length + 1])
 
@@ -94,7 +106,7 @@ def test_a_sample_longer_than_a_shard_runs_across_several(prepared):
 def test_more_shards_than_may_be_open_are_read_all_the_same(prepared, monkeypatch):
     numbers = np.arange(200)
     expected = open_samples(prepared, seed=5).train(numbers).tokens
-    monkeypatch.setattr(samples, "_OPEN_SHARDS", 1)
+    monkeypatch.setattr(data_stream, "_OPEN_SHARDS", 1)
     assert np.array_equal(open_samples(prepared, seed=5).train(numbers).tokens, expected)
 
 
@@ -111,9 +123,9 @@ def damaged(prepared, tmp_path) -> Prepared:
     """A copy that a test may harm."""
     target = tmp_path / "copy"
     target.mkdir()
-    for path in prepared.corpora[0].iterdir():
+    for path in Path(prepared.corpora[0]).iterdir():
         (target / path.name).write_bytes(path.read_bytes())
-    return Prepared(tokenizer=prepared.tokenizer, corpora=(target, prepared.corpora[1]), fingerprint=prepared.fingerprint)
+    return Prepared(tokenizer=prepared.tokenizer, corpora=(str(target), prepared.corpora[1]), fingerprint=prepared.fingerprint)
 
 
 def refused(prepared: Prepared) -> str:
@@ -125,7 +137,7 @@ def refused(prepared: Prepared) -> str:
 
 def test_a_truncated_missing_or_changed_shard_is_refused(damaged):
     open_samples(damaged).verify()
-    path = damaged.corpora[0] / "piece-00002.train.bin"
+    path = Path(damaged.corpora[0]) / "piece-00002.train.bin"
     whole = path.read_bytes()
     path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     assert refused(damaged) == f"{path}: its content has changed since it was written; run `manta prepare` again"
@@ -136,10 +148,10 @@ def test_a_truncated_missing_or_changed_shard_is_refused(damaged):
 
 
 def test_a_manifest_that_is_missing_older_or_altered_is_refused(damaged):
-    path = damaged.corpora[0] / manifest.NAME
+    path = Path(damaged.corpora[0]) / manifest.NAME
     spec = json.loads(path.read_bytes())
     path.write_text(json.dumps(spec | {"format": 0}))
-    assert "format 0; this version reads 1" in refused(damaged)
+    assert "format 0; this version reads 2" in refused(damaged)
     path.write_text(json.dumps(spec | {"surplus": 1}))
     assert "1 fields are wrong" in refused(damaged)
     path.write_text(json.dumps(spec | {"fingerprint": "0"}))

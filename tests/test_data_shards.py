@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manta.data.config import CacheConfig
 from manta.data.errors import InputError
-from manta.data.shards import ShardWriter, dtype_for, map_tokens, problem, read_index
+from manta.data.home import Home
+from manta.data.shards import ShardWriter, dtype_for, map_tokens, read_index
 
 documents = st.lists(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20), min_size=1, max_size=10)
 
@@ -26,15 +28,16 @@ def write(prefix, documents, vocabulary=2**16):
 def test_documents_come_back(tmp_path_factory, documents, vocabulary):
     prefix = tmp_path_factory.getbasetemp() / "back.train"
     shard = write(prefix, documents, vocabulary)
-    index = read_index(prefix)
+    index = read_index(prefix.with_name(shard.index))
     assert index.dtype == (np.uint16 if vocabulary <= 2**16 else np.int32)
     assert index.lengths.tolist() == [len(tokens) for tokens in documents]
     assert index.documents.tolist() == list(range(len(documents) + 1))
-    tokens = map_tokens(prefix, index.dtype)
+    tokens = map_tokens(prefix.with_name(shard.file), shard)
     starts = index.pointers // index.dtype.itemsize
     assert [tokens[at : at + n].tolist() for at, n in zip(starts, index.lengths, strict=True)] == documents
     assert (shard.tokens, shard.documents, shard.text_bytes) == (len(tokens), len(documents), 3 * len(documents))
-    assert problem(prefix.parent, shard, contents=True) is None
+    assert index.document_lengths().tolist() == index.lengths.tolist()
+    assert Home(str(prefix.parent), CacheConfig()).problem(shard, contents=True) is None
 
 
 def test_the_bytes_are_megatrons(tmp_path):
@@ -54,15 +57,15 @@ def test_what_is_not_committed_leaves_nothing(tmp_path):
 
 def test_damage_is_noticed(tmp_path):
     shard = write(tmp_path / "x.train", [[1, 2, 0]])
-    path = tmp_path / "x.train.bin"
+    home, path = Home(str(tmp_path), CacheConfig()), tmp_path / "x.train.bin"
     whole = path.read_bytes()
     path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    assert problem(tmp_path, shard, contents=False) is None
-    assert problem(tmp_path, shard, contents=True) == f"{path}: its content has changed since it was written"
+    assert home.problem(shard, contents=False) is None
+    assert home.problem(shard, contents=True) == f"{path}: its content has changed since it was written"
     path.write_bytes(whole[:-1])
-    assert problem(tmp_path, shard, contents=False) == f"{path}: 5 bytes; wants 6"
+    assert home.problem(shard, contents=False) == f"{path}: 5 bytes; wants 6"
     path.unlink()
-    assert problem(tmp_path, shard, contents=False) == f"{path}: missing"
+    assert home.problem(shard, contents=False) == f"{path}: missing"
 
 
 def test_a_bad_index_is_told(tmp_path):
@@ -76,4 +79,4 @@ def test_a_bad_index_is_told(tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=words):
-            read_index(tmp_path / "x")
+            read_index(path)

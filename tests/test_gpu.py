@@ -144,7 +144,7 @@ def overflowing() -> tuple[list[bool], list[float | None]]:
         if step == 1:
             engine.zero.loss_scaler.cur_scale = 2.0**40
         whole = parity.batch("llama", step)
-        taken = [parity.rows(whole, layout.samples(step=0, turn=turn, rank=0)) for turn in range(layout.accumulation)]
+        taken = [parity.rows(whole, layout.samples(first=0, turn=turn, rank=0)) for turn in range(len(whole.tokens) // layout.micro_batch)]
         skipped.append(engine.step(taken, learning_rate=1e-3).skipped)
         scales.append(engine.loss_scale)
     return skipped, scales
@@ -275,7 +275,7 @@ def two_steps(preset, changes, compiled) -> tuple[list[float], list[float]]:
         whole = replace(whole, segments=documents, next_sentence=torch.tensor([0, 1, 1, 0]))
     told = []
     for _ in range(2):
-        taken = [parity.rows(whole, layout.samples(step=0, turn=turn, rank=0)) for turn in range(layout.accumulation)]
+        taken = [parity.rows(whole, layout.samples(first=0, turn=turn, rank=0)) for turn in range(len(whole.tokens) // layout.micro_batch)]
         outcome = engine.step(taken, learning_rate=1e-4)
         sums, counts = engine.evaluate(taken[0])
         assert torch.isfinite(sums).all()

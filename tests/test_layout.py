@@ -6,33 +6,45 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manta.data.errors import InputError
-from manta.trainer.config import ScheduleConfig, TrainConfig
+from manta.trainer.config import BatchConfig, ScheduleConfig, TrainConfig
 from manta.trainer.layout import fits, plan
 from manta.trainer.schedule import learning_rate
 
 counts = st.integers(1, 24)
 
 
-@given(micro=counts, turns=counts, ranks=counts, step=st.integers(0, 10**12))
-def test_every_layout_reads_the_same_samples_each_step(micro, turns, ranks, step):
-    layout = plan(TrainConfig(steps=1, global_batch=micro * turns, micro_batch=micro), ranks)
-    assert layout.global_batch == micro * turns
-    taken = [layout.samples(step=step, turn=t, rank=r) for t in range(layout.accumulation) for r in range(layout.data)]
-    assert np.array_equal(np.sort(np.concatenate(taken)), step * layout.global_batch + np.arange(layout.global_batch))
+def ramp(micro: int, turns: list[int]) -> TrainConfig:
+    """A stage for each number of micro batches a step."""
+    stages = tuple(BatchConfig(from_tokens=1000 * stage, global_batch=micro * count) for stage, count in enumerate(turns))
+    return TrainConfig(steps=1, global_batch=micro * turns[-1], micro_batch=micro, batch_ramp=stages if len(turns) > 1 else ())
 
 
-@given(micro=counts, turns=counts, ranks=counts)
-def test_as_many_ranks_work_as_the_batch_can_be_dealt_to(micro, turns, ranks):
-    train = TrainConfig(steps=1, global_batch=micro * turns, micro_batch=micro)
+@given(micro=counts, turns=st.lists(counts, min_size=1, max_size=4), ranks=counts, first=st.integers(0, 10**12))
+def test_every_layout_reads_the_same_samples_each_step(micro, turns, ranks, first):
+    layout = plan(ramp(micro, turns), ranks)
+    for global_batch in (micro * count for count in turns):
+        accumulation = layout.accumulation(global_batch)
+        assert layout.data * micro * accumulation == global_batch
+        taken = [layout.samples(first=first, turn=t, rank=r) for t in range(accumulation) for r in range(layout.data)]
+        assert np.array_equal(np.sort(np.concatenate(taken)), first + np.arange(global_batch))
+
+
+@given(micro=counts, turns=st.lists(counts, min_size=1, max_size=4), ranks=counts)
+def test_as_many_ranks_work_as_every_batch_of_the_run_can_be_dealt_to(micro, turns, ranks):
+    train = ramp(micro, turns)
     layout = plan(train, ranks)
     assert layout.data <= ranks
-    assert not any(turns % more == 0 for more in range(layout.data + 1, min(ranks, turns) + 1))
+    assert not any(all(count % more == 0 for count in turns) for more in range(layout.data + 1, ranks + 1))
     assert fits(train, layout.data) == layout
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(InputError, match="got 3 ranks, wants a divisor"):
+    with pytest.raises(InputError, match=r"got 3 ranks, wants a divisor of train.global_batch 8 / train.micro_batch 1; start 2 ranks"):
         fits(TrainConfig(steps=1, global_batch=8, micro_batch=1), 3)
+    with pytest.raises(
+        InputError, match=r"got 4 ranks, wants a divisor of each of train.batch_ramp's 4, 12, 8 / train.micro_batch 2; start 2 ra"
+    ):
+        fits(ramp(2, [2, 6, 4]), 4)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_minimum():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manta.data.hashing import hashed
+from manta.data.hashing import fold, hashed
 from manta.data.objectives import IGNORED, Examples
 
 __all__ = ["IGNORED", "Batch"]
@@ -25,7 +25,7 @@ class Batch:
     tokens: Tensor  # [B, T]
     targets: Tensor  # [B, T], IGNORED where nothing is to be predicted
     positions: Tensor  # [B, T]: of each token in its sequence, or in its document where documents are kept apart
-    keys: Tensor  # [B]: of (run seed, sample number): with the place, all that dropout depends on
+    keys: Tensor  # [B]: of (run seed, sample number, part of the sample): with the place, all that dropout depends on
     documents: Tensor | None = None  # [B, S]: a token sees those of its own document; padding has -1; None: all is one document
     segments: Tensor | None = None  # [B, T]: BERT's token types
     parts: int = 1  # that the sequence is cut into
@@ -37,7 +37,10 @@ class Batch:
         """On the CPU, its memory shared with the examples. seed: the run's."""
         given = {field.name: getattr(examples, field.name, None) for field in fields(cls)}
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in given.items() if array is not None}
-        return cls(**tensors, keys=torch.from_numpy(hashed(seed, _NOISE, examples.samples).view(np.int64)))
+        keys = hashed(seed, _NOISE, examples.samples)
+        if examples.cut is not None:
+            keys = fold(keys, examples.cut)
+        return cls(**tensors, keys=torch.from_numpy(keys.view(np.int64)))
 
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -3,12 +3,14 @@
 Importing this costs no torch: a bad config is told in tenths of a second. Each field's line of prose is its help.
 """
 
+import math
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from manta.data.config import DataConfig, TokenizerConfig
+from manta.data.config import DataConfig, TokenizerConfig, stage_problem, whole
+from manta.data.timeline import Timeline
 from manta.trainer.refusals import divisors, refusal
 
 Precision = Literal["fp32", "bf16", "bf16-autocast", "fp16", "fp8"]
@@ -218,23 +220,58 @@ class ScheduleConfig(Section):
     """What is left of the learning rate at the last step."""
 
 
+class BatchConfig(Section):
+    """From when on a step has how many samples."""
+
+    from_tokens: int = Field(default=0, ge=0)
+    """Tokens that the run has read when the stage begins; it takes effect at the next step."""
+    global_batch: int = Field(ge=1, le=2**20, examples=[32])
+    """A multiple of train.micro_batch; in the last stage train.global_batch."""
+
+    @field_validator("from_tokens", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        return whole(value)
+
+
 class TrainConfig(Section):
     steps: int = Field(ge=1, examples=[1000])
     """Optimizer steps of the whole run."""
     global_batch: int = Field(ge=1, le=2**20, examples=[256])
-    """Sequences an optimizer step, over all ranks: data size x micro batch x accumulation."""
+    """Samples, of data.sequence_length tokens, an optimizer step: data size x micro batch x accumulation."""
+    batch_ramp: tuple[BatchConfig, ...] = ()
+    """Other global batches to begin with, in stages; ranks stay as many, accumulation changes. The learning rate goes on by steps."""
     micro_batch: int = Field(ge=1, examples=[8])
-    """Sequences a rank takes at once; lower it where memory is short."""
+    """Samples a rank takes at once; lower it where memory is short."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing, what is computed again on the way back. selective: all but matrix products; full: each block."""
     compile: bool | None = None
     """Whether each block is compiled by torch.compile; where left out, on GPUs yes if the layout allows it, on CPUs no."""
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Every global batch that a step may have, the last one of the whole run at the end."""
+        return tuple(stage.global_batch for stage in self.batch_ramp) or (self.global_batch,)
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":
         if self.global_batch % self.micro_batch:
             wants = f"a divisor of global_batch {self.global_batch}"
             raise ValueError(f"micro_batch: got {self.micro_batch}, wants {wants}; use {divisors(self.global_batch)}")
+        return self
+
+    @model_validator(mode="after")
+    def _ramp_leads_to_it(self) -> "TrainConfig":
+        if problem := stage_problem([stage.from_tokens for stage in self.batch_ramp]):
+            raise ValueError(f"batch_ramp: {problem}")
+        for batch in self.batches:
+            if batch % self.micro_batch:
+                fitting = divisors(math.gcd(*self.batches))
+                wants = f"a multiple of micro_batch {self.micro_batch}"
+                raise ValueError(f"batch_ramp: got global_batch {batch}, wants {wants}; change it, or use micro_batch {fitting}")
+        if self.batches[-1] != self.global_batch:
+            wants = f"train.global_batch {self.global_batch}"
+            raise ValueError(f"batch_ramp: got global_batch {self.batches[-1]} in its last stage, wants {wants}; add a stage, or change it")
         return self
 
 
@@ -311,18 +348,38 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _curriculum_leads_to_it(self) -> "TrainingConfig":
+        lengths = [stage.sequence_length for stage in self.data.curriculum]
+        if lengths and lengths[-1] != self.data.sequence_length:
+            wants = f"data.sequence_length {self.data.sequence_length}"
+            raise ValueError(
+                f"data.curriculum: got sequence_length {lengths[-1]} in its last stage, wants {wants}; add a stage, or change it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _is_proven(self) -> "TrainingConfig":
         reason = refusal(
             self.model,
             self.parallel,
             self.precision,
             sequence_length=self.data.sequence_length,
+            curriculum=[stage.sequence_length for stage in self.data.curriculum],
             compiled=self.train.compile is True,
             recompute=self.train.recompute,
         )
         if reason is not None:
             raise ValueError(reason)
         return self
+
+    def timeline(self) -> Timeline:
+        """Which samples each step reads, and in sequences of which length."""
+        return Timeline(
+            sequence_length=self.data.sequence_length,
+            global_batch=self.train.global_batch,
+            ramp=[(stage.from_tokens, stage.global_batch) for stage in self.train.batch_ramp],
+            curriculum=[(stage.from_tokens, stage.sequence_length) for stage in self.data.curriculum],
+        )
 
     def identity(self) -> dict[str, object]:
         """By dotted key, all that samples and mathematics depend on: none of it may change when a run is resumed."""

@@ -114,7 +114,10 @@ class Engine:
         return torch.device(device)
 
     def step(self, microbatches: Iterable[Batch], *, learning_rate: float) -> Outcome:
-        """One optimizer step over `layout.accumulation` micro batches, each the same on all ranks of a tensor or sequence group."""
+        """One optimizer step over these micro batches, as many on every rank, each the same on all ranks of a tensor or sequence group.
+
+        DeepSpeed is told which is the last, and that it divides nothing: how many there are may change from step to step.
+        """
         batches = list(microbatches)  # all of them first: each is weighed by what the whole step holds
         divisors_K = self._divisors(batches)
         for group in self.zero.param_groups:
@@ -122,9 +125,10 @@ class Engine:
         self.deepspeed.train()
         total_K = torch.zeros(len(self.module.terms), device=self.device, dtype=torch.float32)
         norm = None
-        for batch in batches:
+        for turn, batch in enumerate(batches, start=1):
+            self.deepspeed.set_gradient_accumulation_boundary(turn == len(batches))
             terms_K = self.deepspeed(self._part(batch), divisors_K)
-            self.deepspeed.backward(terms_K.sum())  # divides by the accumulation; ZeRO divides by the replicas
+            self.deepspeed.backward(terms_K.sum(), scale_wrt_gas=False)  # ZeRO divides by the replicas
             total_K += terms_K.detach()
             if self.layout.zero == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._clip()
@@ -133,7 +137,7 @@ class Engine:
             norm = self.deepspeed.get_global_grad_norm()
         skipped = self.precision == "fp16" and bool(self.zero.overflow)
         self._settle(learned=not skipped)
-        return Outcome(terms=total_K / (self.layout.accumulation * self.layout.replicas), norm=float(norm or 0.0), skipped=skipped)
+        return Outcome(terms=total_K / self.layout.replicas, norm=float(norm or 0.0), skipped=skipped)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -165,7 +169,7 @@ class Engine:
         counts_K = torch.stack([self.module.counts(batch) for batch in batches]).sum(dim=0).to(self.device, torch.float64)
         dist.all_reduce(counts_K, group=self.mesh.replicas)
         counts_K /= self.layout.sequence  # ranks that share a sequence have each counted the whole of it
-        return (counts_K.clamp(min=1) / (self.layout.accumulation * self.layout.replicas)).float()
+        return (counts_K.clamp(min=1) / self.layout.replicas).float()
 
     def _part(self, batch: Batch) -> Batch:
         part = batch.part(self.mesh.sequence_rank, self.layout.sequence)
@@ -245,7 +249,7 @@ def _settings(layout: Layout, optimizer: OptimizerConfig, precision: Precision, 
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device_type() == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
-        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_accumulation_steps": 1,  # nothing that it counts or divides by: each step tells where it ends
         "gradient_clipping": optimizer.gradient_clipping if layout.zero else 0.0,  # without ZeRO we do it
         "zero_optimization": zero,
         "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a micro batch

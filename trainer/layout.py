@@ -1,5 +1,6 @@
 """How a run lies on ranks: who takes which samples, who shares which weights. Pure functions of counts and config."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,20 +12,18 @@ from manta.trainer.config import ParallelConfig, TrainConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """data x micro_batch x accumulation = global batch, exactly; data x sequence x tensor = ranks."""
+    """data x micro_batch x accumulation = global batch, exactly; data x sequence x tensor = ranks.
+
+    It is one for the whole run: where the global batch changes, accumulation does, and nothing else.
+    """
 
     data: int  # ranks, or groups of them, that share the samples
-    micro_batch: int  # sequences taken at once
-    accumulation: int  # turns an optimizer step
+    micro_batch: int  # samples taken at once
     tensor: int = 1  # ranks that share each matrix
     sequence: int = 1  # ranks that share each sequence
     expert: int = 1  # ranks that share the experts, out of data x sequence
     zero: int = 1  # ZeRO stage
     offload: bool = False  # whether masters and optimizer state lie in CPU memory
-
-    @property
-    def global_batch(self) -> int:
-        return self.data * self.micro_batch * self.accumulation
 
     @property
     def replicas(self) -> int:
@@ -35,14 +34,20 @@ class Layout:
     def ranks(self) -> int:
         return self.replicas * self.tensor
 
-    def samples(self, *, step: int, turn: int, rank: int) -> NDArray[np.int64]:
-        """The global sample numbers [micro_batch] that data rank `rank` takes in this turn (0 <= turn < accumulation) of this step.
+    def accumulation(self, global_batch: int) -> int:
+        """Turns of an optimizer step of so many samples."""
+        turns, left = divmod(global_batch, self.data * self.micro_batch)
+        assert not left, f"a global batch of {global_batch} that was not planned for"
+        return turns
 
-        Over all data ranks and turns they are range(step * global_batch, (step + 1) * global_batch), each once: the layout decides
-        who reads a sample, never which samples a step reads.
+    def samples(self, *, first: int, turn: int, rank: int) -> NDArray[np.int64]:
+        """The global sample numbers [micro_batch] that data rank `rank` takes in this turn of a step that begins with sample `first`.
+
+        Over all data ranks and turns they are range(first, first + global batch), each once: the layout decides who reads a sample,
+        never which samples a step reads.
         """
-        first = step * self.global_batch + (turn * self.data + rank) * self.micro_batch
-        return np.arange(first, first + self.micro_batch, dtype=np.int64)
+        here = first + (turn * self.data + rank) * self.micro_batch
+        return np.arange(here, here + self.micro_batch, dtype=np.int64)
 
     def __str__(self) -> str:
         sizes = ((self.data, "data"), (self.tensor, "tensor"), (self.sequence, "sequence"), (self.expert, "expert"))
@@ -51,7 +56,7 @@ class Layout:
 
 
 def plan(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None) -> Layout:
-    """The layout for at most `ranks` ranks: the largest data size that deals the global batch out evenly. The rest stand by."""
+    """The layout for at most `ranks` ranks: the largest data size that deals each global batch out evenly. The rest stand by."""
     parallel = parallel or ParallelConfig()
     if ranks < 1:
         raise InputError(f"cluster: got {ranks} ranks, wants at least 1; raise cluster.ranks_per_node")
@@ -59,7 +64,7 @@ def plan(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None)
     if ranks < each:
         wants = f"at least parallel.tensor {parallel.tensor} x parallel.sequence {parallel.sequence} = {each}"
         raise InputError(f"cluster: got {ranks} ranks, wants {wants}; raise cluster.ranks_per_node or lower them")
-    turns = train.global_batch // train.micro_batch
+    turns = shared_turns(train)
     fitting = (
         size for size in range(min(ranks // each, turns), 0, -1) if turns % size == 0 and size * parallel.sequence % parallel.expert == 0
     )
@@ -72,7 +77,6 @@ def plan(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None)
     return Layout(
         data=data,
         micro_batch=train.micro_batch,
-        accumulation=turns // data,
         tensor=parallel.tensor,
         sequence=parallel.sequence,
         expert=parallel.expert,
@@ -81,12 +85,22 @@ def plan(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None)
     )
 
 
+def shared_turns(train: TrainConfig) -> int:
+    """How many ways the micro batches of a step can be dealt out, of whichever stage it is."""
+    return math.gcd(*train.batches) // train.micro_batch
+
+
+def turns_in_words(train: TrainConfig) -> str:
+    """What the ranks have to divide."""
+    batches = ", ".join(map(str, dict.fromkeys(train.batches)))
+    of = f"each of train.batch_ramp's {batches}" if train.batch_ramp else f"train.global_batch {batches}"
+    return f"{of} / train.micro_batch {train.micro_batch}"
+
+
 def fits(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None) -> Layout:
     """The layout for exactly `ranks` ranks. Raises InputError where the global batch can not be dealt out evenly over them."""
     layout = plan(train, ranks, parallel)
     if layout.ranks != ranks:
-        turns = f"train.global_batch {train.global_batch} / train.micro_batch {train.micro_batch}"
-        raise InputError(
-            f"WORLD_SIZE: got {ranks} ranks, wants a divisor of {turns}; start {layout.ranks} ranks or lower train.micro_batch"
-        )
+        wants = f"a divisor of {turns_in_words(train)}"
+        raise InputError(f"WORLD_SIZE: got {ranks} ranks, wants {wants}; start {layout.ranks} ranks or lower train.micro_batch")
     return layout

@@ -5,17 +5,13 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import xxhash
-from numpy.typing import NDArray
 
-from manta.data.objectives import IGNORED, Examples
 from manta.data.samples import Samples
 from manta.trainer.batch import Batch
 from manta.trainer.checkpoint import store
@@ -24,12 +20,12 @@ from manta.trainer.config import TrainingConfig
 from manta.trainer.engine import Engine, Outcome
 from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.metrics import Line, MetricsLog, describe
+from manta.trainer.reader import DIGEST_BITS, Reader
 from manta.trainer.rundir import RunDirectory
 from manta.trainer.schedule import learning_rate
 from manta.trainer.world import World
 
 log = logging.getLogger(__name__)
-DIGEST_BITS = 32  # sums of so many bits over 2**20 samples are still exact in a float64
 
 
 class Notice:
@@ -60,17 +56,27 @@ class Loop:
         heartbeat: Heartbeat,
         notice: Notice,
         peak: float | None,
-        flops_per_token: float,
+        flops_per_token: Mapping[int, float],
         identity: dict[str, str],
     ) -> None:
+        """flops_per_token: by sequence length."""
         self.config, self.world, self.samples, self.engine, self.home = config, world, samples, engine, home
         self.heartbeat, self.notice, self.peak, self.flops_per_token, self.identity = heartbeat, notice, peak, flops_per_token, identity
+        self.timeline = config.timeline()
+        reading = {"rank": engine.mesh.data_rank, "seed": config.run.seed, "steps": config.train.steps}
+        self.reader = Reader(samples, self.timeline, engine.layout, **reading, device=world.device)
         self.saved: int | None = None  # the step of the newest checkpoint
         self._digest = 0
         self._waited = 0.0
 
     def run(self, step: int) -> int:
         """From `step` steps done to the last. Gives the steps done: fewer than all where we were told to leave."""
+        try:
+            return self._run(step)
+        finally:
+            self.reader.close()
+
+    def _run(self, step: int) -> int:
         metrics = MetricsLog(self.home.metrics_file) if self.world.rank == 0 else None
         last = self.config.train.steps
         self.saved = step or None
@@ -107,19 +113,21 @@ class Loop:
             raise FloatingPointError(
                 f"step {step + 1}: loss {loss}, gradient norm {outcome.norm}; lower optimizer.learning_rate or lengthen the warmup"
             )
-        tokens = self.config.train.global_batch * self.config.data.sequence_length
-        speed = tokens / seconds
+        phase = self.timeline.phase(step)
+        speed = phase.global_batch * self.config.data.sequence_length / seconds
         peak = self.peak and self.peak * self.world.size
         line: Line = {
             "step": step + 1,
-            "tokens": (step + 1) * tokens,
+            "tokens": self.timeline.tokens(step + 1),
             "time": time.time(),
             "train/loss": loss,
             **self._parts("train", terms),
+            "global_batch": phase.global_batch,
+            "sequence_length": phase.sequence_length,
             "learning_rate": rate,
             "grad_norm": None if outcome.skipped else outcome.norm,
             "tokens_per_second": round(speed, 1),
-            "mfu": peak and round(speed * self.flops_per_token / peak, 4),
+            "mfu": peak and round(speed * self.flops_per_token[phase.sequence_length] / peak, 4),
             "data_wait": round(self._waited, 6),
             "step_time": round(seconds, 6),
             "memory/peak": self._peak_memory(),
@@ -148,15 +156,14 @@ class Loop:
         return {f"{prefix}/{name}": term for name, term in told.items() if name not in {"loss"} | leave_out}
 
     def _microbatches(self, step: int) -> Iterator[Batch]:
-        for turn in range(self.engine.layout.accumulation):
-            self.heartbeat("step", step)
-            start = time.perf_counter()
-            examples = self.samples.train(self.engine.layout.samples(step=step, turn=turn, rank=self.engine.mesh.data_rank))
-            # Summed over ranks, in any order: two runs that read the same samples show the same digest, on any machines.
-            self._digest += sum(_digest(*both) for both in zip(examples.tokens, examples.targets, strict=True))
-            batch = self._batch(examples)
+        self.heartbeat("step", step)
+        start = time.perf_counter()
+        for read in self.reader.step(step):
             self._waited += time.perf_counter() - start
-            yield batch
+            self._digest += read.digest
+            self.heartbeat("step", step)
+            yield read.batch
+            start = time.perf_counter()
 
     def evaluate(self, step: int) -> Line:
         """Mean losses over the first `evaluate.samples` validation sequences, dealt over the data ranks."""
@@ -167,8 +174,7 @@ class Loop:
         for turn in range(turns):  # as many on every rank: weights and experts may lie on others
             self.heartbeat("evaluate", step)
             numbers = (turn * layout.data + self.engine.mesh.data_rank) * size + np.arange(size)
-            examples = self.samples.validation(np.minimum(numbers, count - 1))
-            both = torch.cat(self.engine.evaluate(self._batch(_counted(examples, numbers < count)))).tolist()
+            both = torch.cat(self.engine.evaluate(self.reader.validation(numbers, count))).tolist()
             sums = [a + b for a, b in zip(sums, both, strict=True)] if sums else both
         totals = self._total(*sums)
         half = len(totals) // 2
@@ -179,15 +185,11 @@ class Loop:
     def save(self, step: int) -> None:
         self.heartbeat("save", step)
         state = logical_state(self.engine)
-        come = progress(self.engine, step=step, samples_consumed=step * self.config.train.global_batch)
+        come = progress(self.engine, step=step, samples_consumed=self.timeline.first_sample(step))
         keep = self.config.checkpoint.keep
         path = store.save(self.home.checkpoints, state, come, identity=self.identity, attempt=self.world.attempt, keep=keep)
         self.saved = step
         log.info("saved %s", path)
-
-    def _batch(self, examples: Examples) -> Batch:
-        batch = Batch.of(examples, seed=self.config.run.seed)
-        return batch.pinned() if self.world.device.type == "cuda" else batch
 
     def _total(self, *values: float) -> Sequence[float]:
         """Each value summed over all ranks."""
@@ -205,17 +207,3 @@ class Loop:
 def validation_samples(config: TrainingConfig, samples: Samples) -> int:
     """How many of the validation windows are evaluated."""
     return min(config.evaluate.samples, samples.validation_windows)
-
-
-def _digest(tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> int:
-    return xxhash.xxh3_64_intdigest(np.stack((tokens, targets)).tobytes()) % 2**DIGEST_BITS
-
-
-def _counted(examples: Examples, counted_K: NDArray[np.bool_]) -> Examples:
-    """The same, predicting nothing where an example is there only to make up the batch."""
-    pairs = examples.next_sentence
-    return replace(
-        examples,
-        targets=np.where(counted_K[:, None], examples.targets, IGNORED),
-        next_sentence=None if pairs is None else np.where(counted_K, pairs, IGNORED),
-    )

@@ -57,7 +57,8 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     vocabulary, sequence_length = samples.tokenizer_vocabulary, config.data.sequence_length
     model = build(config.model, vocabulary=vocabulary, sequence_length=sequence_length, code=home.code)
     model.initialize(config.run.seed)
-    cost, parameters = model.flops_per_token(sequence_length), sum(p.numel() for p in model.parameters())
+    costs = {length: model.flops_per_token(length) for length in {phase.sequence_length for phase in config.timeline().phases}}
+    parameters = sum(p.numel() for p in model.parameters())
     peak = peak_flops(world.device, torch.float32 if config.precision == "fp32" else torch.bfloat16)
     engine = Engine(
         model,
@@ -82,7 +83,7 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
         heartbeat=heartbeat,
         notice=notice,
         peak=peak,
-        flops_per_token=cost,
+        flops_per_token=costs,
         identity=identity,
     )
     step = loop.run(step or 0)

@@ -1,7 +1,7 @@
 """What is not run, and why: what parity was not proven for, or was seen to fail. Pure, and asked before anything starts."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,13 @@ def refusal(
     precision: "Precision",
     *,
     sequence_length: int,
+    curriculum: Sequence[int] = (),
     compiled: bool = False,
     recompute: str = "none",
 ) -> str | None:
     """Why this is not run, in a line; None where it is run."""
     reasons = (
-        _indivisible(model, parallel, sequence_length),
+        _indivisible(model, parallel, sequence_length, curriculum),
         _unproven(model, parallel, precision),
         _recompiled(parallel, compiled=compiled),
         _recomputed(parallel, recompute),
@@ -51,16 +52,17 @@ def _recomputed(parallel: "ParallelConfig", recompute: str) -> Iterator[str]:
         yield "train.recompute: got selective, which goes wrong under ZeRO-3; use full or none, or zero 1 or 2"
 
 
-def _indivisible(model: "ModelConfig", parallel: "ParallelConfig", sequence_length: int) -> Iterator[str]:
+def _indivisible(model: "ModelConfig", parallel: "ParallelConfig", sequence_length: int, curriculum: Sequence[int]) -> Iterator[str]:
     experts = model.experts
     if experts is None and parallel.expert > 1:
         yield f"parallel.expert: got {parallel.expert}, and the model has no experts; set model.experts or leave it out"
     inner = ("model.mlp_width", model.inner) if experts is None else ("model.experts.width", experts.width)
     heads = [("model.heads", model.heads), ("model.kv_heads", model.kv)]
     vocabulary = ("the vocabulary's multiple", VOCABULARY_MULTIPLE)
+    lengths = [("data.sequence_length", sequence_length), *(("data.curriculum's sequence_length", length) for length in curriculum)]
     for key, parts, sizes in (
         ("parallel.tensor", parallel.tensor, [*heads, inner, vocabulary]),
-        ("parallel.sequence", parallel.sequence, [*heads, ("data.sequence_length", sequence_length)]),
+        ("parallel.sequence", parallel.sequence, [*heads, *lengths]),
         ("parallel.tensor x parallel.sequence", parallel.tensor * parallel.sequence, heads),
         ("parallel.expert", parallel.expert, [] if experts is None else [("model.experts.experts", experts.experts)]),
     ):

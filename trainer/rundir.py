@@ -5,7 +5,7 @@ import json
 import shlex
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from manta.data.errors import InputError
-from manta.data.prepare import Prepared
+from manta.data.manifest import Prepared
 from manta.trainer.config import ModelConfig, TrainingConfig
 
 
@@ -92,7 +92,8 @@ class RunDirectory:
 
     def prepared(self) -> Prepared:
         """The corpus and tokenizer that the run reads."""
-        return Prepared.from_json(self.manifest()["corpus"])
+        prepared = Prepared.from_json(self.manifest()["corpus"])
+        return replace(prepared, tokenizer=self.tokenizer_file) if self.tokenizer_file.exists() else prepared
 
     @property
     def code(self) -> Path:

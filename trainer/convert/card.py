@@ -31,12 +31,14 @@ def card(trained: Pretrained, architecture: str, dtype: torch.dtype) -> str:
 def _figures(trained: Pretrained) -> dict[str, str]:
     """Of the step that is exported, which a run may have gone past."""
     run, step = trained.home.config(), trained.checkpoint.progress.step
+    last_phase = run.timeline().phase(max(0, step - 1))
+    sequences = last_phase.global_batch * (run.data.sequence_length // last_phase.sequence_length)
     lines = [line for line in read_metrics(trained.home.metrics_file) if line["step"] <= step]
     last = {key: line[key] for line in lines for key in ("train/loss", "eval/loss") if key in line}
     rows = {
         "steps": f"{step:,} of {run.train.steps:,}",
         "tokens": f"{trained.checkpoint.progress.samples_consumed * run.data.sequence_length:,}",
-        "global batch": f"{run.train.global_batch:,} sequences of {run.data.sequence_length:,} tokens",
+        "global batch": f"{sequences:,} sequences of {last_phase.sequence_length:,} tokens",
         "training loss": f"{last['train/loss']:.4f}" if "train/loss" in last else "not logged",
         "validation loss": f"{last['eval/loss']:.4f}" if "eval/loss" in last else "not measured",
         "precision": run.precision,

@@ -57,11 +57,11 @@ def _compile(block: Any, recompute: Recompute) -> None:
     for mixture in mixtures:  # how many rows an expert has is data: the graph is broken there, and nowhere else
         mixture.forward = torch.compiler.disable(mixture.forward)
     if mixtures:
-        block.forward = torch.compile(block.forward)  # within recomputation: around a broken graph it would compile nothing
+        block.forward = torch.compile(block.forward, dynamic=False)  # within recomputation: around a broken graph it would compile nothing
     if recompute != "none":
         _recompute(block, recompute)
     if not mixtures:
-        block.compile()
+        block.compile(dynamic=False)  # once for each sequence length: code for any of them would be slower for all
 
 
 def cut(model: nn.Module, part: cuts.Part) -> None:

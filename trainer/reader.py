@@ -1,0 +1,86 @@
+"""Micro batches, prepared by a thread of their own while those before them are computed."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from manta.data.objectives import IGNORED, Examples
+from manta.data.samples import Samples
+from manta.data.timeline import Timeline
+from manta.trainer.batch import Batch
+from manta.trainer.layout import Layout
+
+DIGEST_BITS = 32  # sums of so many bits over 2**20 samples are still exact in a float64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    batch: Batch
+    digest: int
+    """Summed over micro batches and ranks, in any order: two runs that read the same samples show the same digest, on any machines."""
+
+
+class Reader:
+    """Reads one step ahead. A single thread does all the reading, in order; what goes wrong in it is raised to whoever asks, as it is."""
+
+    def __init__(
+        self, samples: Samples, timeline: Timeline, layout: Layout, *, rank: int, seed: int, steps: int, device: torch.device
+    ) -> None:
+        """rank: which of the layout's data ranks. seed: the run's. steps: of the whole run."""
+        self._samples, self._timeline, self._layout, self._rank, self._seed, self._steps = samples, timeline, layout, rank, seed, steps
+        self._pins = device.type == "cuda"
+        # Each thread is at a GPU of its own choice, the first at first: pinned memory would be that one's.
+        self._thread = ThreadPoolExecutor(1, "reader", partial(torch.cuda.set_device, device) if self._pins else None)
+        self._ahead: dict[int, list[Future[Microbatch]]] = {}
+
+    def step(self, step: int) -> Iterator[Microbatch]:
+        """This rank's micro batches of a step. Those of the next one are begun."""
+        for wanted in (step, step + 1):
+            if wanted not in self._ahead and wanted < self._steps:
+                turns = self._layout.accumulation(self._timeline.phase(wanted).global_batch)
+                self._ahead[wanted] = [self._thread.submit(self._train, wanted, turn) for turn in range(turns)]
+        for future in self._ahead.pop(step):
+            yield future.result()
+
+    def validation(self, indices: NDArray[np.integer], count: int) -> Batch:
+        """Validation samples [K]; those from `count` on only make up the batch, and predict nothing."""
+        return self._thread.submit(self._validation, indices, count).result()
+
+    def close(self) -> None:
+        """The thread ends with what it is reading; nobody waits for that."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _train(self, step: int, turn: int) -> Microbatch:
+        first, length = self._timeline.first_sample(step), self._timeline.phase(step).sequence_length
+        numbers = self._layout.samples(first=first, turn=turn, rank=self._rank)
+        examples = self._samples.train(numbers, sequence_length=length)
+        digest = sum(_digest(*both) for both in zip(examples.tokens, examples.targets, strict=True))
+        return Microbatch(batch=self._batch(examples), digest=digest)
+
+    def _validation(self, indices: NDArray[np.integer], count: int) -> Batch:
+        examples = self._samples.validation(np.minimum(indices, count - 1))
+        return self._batch(_counted(examples, indices < count))
+
+    def _batch(self, examples: Examples) -> Batch:
+        batch = Batch.of(examples, seed=self._seed)
+        return batch.pinned() if self._pins else batch
+
+
+def _digest(tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> int:
+    return xxhash.xxh3_64_intdigest(np.stack((tokens, targets)).tobytes()) % 2**DIGEST_BITS
+
+
+def _counted(examples: Examples, counted_K: NDArray[np.bool_]) -> Examples:
+    """The same, predicting nothing where an example is there only to make up the batch."""
+    pairs = examples.next_sentence
+    return replace(
+        examples,
+        targets=np.where(counted_K[:, None], examples.targets, IGNORED),
+        next_sentence=None if pairs is None else np.where(counted_K, pairs, IGNORED),
+    )
