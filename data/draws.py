@@ -62,10 +62,7 @@ class Draws:
 
     def numbered(self, count: NDArray[np.integer]) -> Numbers:
         """What a run reads, counted from 0 [K] -> sample numbers [K]."""
-        numbers = np.array(count, dtype=np.int64)
-        for first, end in self._skip:
-            numbers[numbers >= first] += end - first
-        return numbers
+        return numbered(self._skip, count)
 
     def located(self, samples: Numbers) -> tuple[Numbers, Numbers]:
         """Sample numbers [K] -> what they are drawn from [K], and which of its samples each is [K]."""
@@ -103,6 +100,14 @@ class Draws:
     def _before(self, number: int) -> Numbers:
         assert self._mixture is not None
         return self._mixture.taken(number)
+
+
+def numbered(skip: Sequence[tuple[int, int]], count: NDArray[np.integer]) -> Numbers:
+    """What a run reads, counted from 0 [K] -> sample numbers [K]: those in the ranges [first, end) are left out."""
+    numbers = np.array(count, dtype=np.int64)
+    for first, end in skip:
+        numbers[numbers >= first] += end - first
+    return numbers
 
 
 def mixture_of(data: DataConfig) -> Mixture | None:

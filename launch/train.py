@@ -10,10 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from manta.cluster.controller import Controller
 from manta.cluster.job import Job
 from manta.cluster.journal import read_events
 from manta.cluster.machine import default_ranks, gpus
+from manta.data.draws import numbered
 from manta.data.durable import write_atomically
 from manta.data.errors import InputError
 from manta.data.manifest import Prepared, is_there
@@ -103,6 +106,10 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     differ = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in now if now[key] != before.get(key)]
     if config.train.steps < old.train.steps:
         differ.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
+    reached = numbered(old.data.skip, np.array([old.timeline().first_sample(home.saved_step or 0)]))[0]
+    read = [[span for span in data.skip if span[0] < reached] for data in (old.data, config.data)]
+    if read[0] != read[1]:
+        differ.append(f"data.skip {json.dumps(old.data.skip)} -> {json.dumps(config.data.skip)} (may change from sample {reached} on)")
     if differ:
         remedy = "choose another run.dir, or go on as it is: manta resume " + home.typed
         raise InputError(f"{home.path}: holds a run of another config: {'; '.join(differ)}; {remedy}")
@@ -206,6 +213,7 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
         remedy = "bring back the corpus it was begun with, or choose another run.dir"
         raise InputError(f"{home.path}: corpus fingerprint: got {prepared.fingerprint}, wants {begun.fingerprint}; {remedy}")
     samples = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises where shards are not as written
+    samples.draws.check_epochs(config.timeline().first_sample(config.train.steps))
     room = config.model.vocabulary
     if room is not None and room < samples.tokenizer_vocabulary:
         wants = f"at least the tokenizer's {samples.tokenizer_vocabulary}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -356,3 +357,14 @@ def test_what_keeps_a_model_in_bounds_is_told_apart_from_its_loss():
     terms = {"train/masked_language": 5.0, "train/next_sentence": 0.5}
     told = describe({"train/loss": 5.5, **terms, "train/z_loss": 3.0, "tokens_per_second": 9.0, "skipped": False})
     assert told == "loss 5.5000 (masked language 5.0000, next sentence 0.5000)  9 tokens/s"
+
+
+def test_samples_may_be_skipped_from_where_a_run_has_come_to(case, undisturbed):
+    shutil.copytree(case.home / undisturbed, case.home / "skipping")
+    more = ("run.dir=skipping", f"train.steps={STEPS + 2}")
+    refused = case.manta("train", str(case.file), *more, "data.skip=[[10, 20]]")
+    assert refused.returncode == 2
+    assert re.search(r"data\.skip \[\] -> \[\[10, 20\]\] \(may change from sample \d+ on\)", refused.stderr)
+    reached = int(re.search(r"from sample (\d+) on", refused.stderr)[1])
+    assert case.manta("train", str(case.file), *more, f"data.skip=[[{reached + 1}, {reached + 100}]]").returncode == 0
+    assert [line["step"] for line in lines(case, "skipping")][-1] == STEPS + 2

@@ -21,6 +21,7 @@ FREE = (
         "data.workers",
         "data.cache",
         "data.ray",
+        "data.skip",
         "model.preset",
         "train.steps",
         "train.micro_batch",
@@ -29,7 +30,7 @@ FREE = (
     ),
     *("parallel.", "checkpoint.", "evaluate.", "track.", "cluster."),
 )
-"""Keys, and sections, that may change when a run is resumed (train.steps upwards only)."""
+"""Keys, and sections, that may change when a run is resumed: train.steps upwards only, data.skip of what was not read yet."""
 
 
 class Section(BaseModel):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from manta.data import order
+from manta.data import mixture, order, packing
 from manta.data.errors import InputError
 from manta.data.samples import Samples
 from manta.trainer.checkpoint import store
@@ -70,6 +70,10 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     )
     log.info("built %s parameters in %s: %s", f"{parameters:,}", config.precision, layout)
     identity = {"corpus": prepared.fingerprint, "config": _digest(config.identity()), "order": str(order.VERSION)}
+    if config.data.mixture:
+        identity["mixture"] = str(mixture.VERSION)
+    if config.data.packing == "best_fit":
+        identity["packing"] = str(packing.VERSION)
     step = resume(engine, home, identity)
     if step is None and config.run.start_from is not None:
         begin_from(engine, Path(home.manifest().get("start_from", config.run.start_from)))
