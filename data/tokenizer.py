@@ -46,7 +46,7 @@ class SpecialTokens:
     mask: int
     pad: int
     is_text: NDArray[np.bool_]  # [vocabulary]: whether an id is that of a token which text is made of
-    begins_word: NDArray[np.bool_] | None = None  # [vocabulary]: whether a token is the first of a word; None where nobody asks
+    begins_word: NDArray[np.bool_] | None = None  # [vocabulary]: whether a token is the first of a word; None where tokens do not tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
