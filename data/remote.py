@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from glob import has_magic
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
@@ -49,11 +50,13 @@ _BROKEN = {
     "IncompleteRead",
     "IncompleteReadError",
     "ResponseParserError",
+    "TransportError",
     "ServiceRequestError",
     "ServiceResponseError",
 }
 _LOCKED_OUT = {"PermissionError", "NoCredentialsError", "PartialCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError"}
-_IDENTITIES = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "generation", "LastModified", "last_modified", "mtime", "modified")
+_HASHES = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "generation")  # as each store calls them
+_TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 T = TypeVar("T")
@@ -158,10 +161,12 @@ def listing(url: str) -> list[RemoteFile]:
     def look(store: Any) -> list[RemoteFile]:
         store.invalidate_cache()
         try:
-            found = {url: store.info(url)}
+            info = store.info(url)
         except FileNotFoundError:
-            found = {url: {"type": None}}
-        if found[url]["type"] != "file":
+            info = None
+        if info and info["type"] == "file":
+            found = {info["name"]: info}
+        else:
             found = store.glob(url, detail=True) if has_magic(url) else store.find(url, detail=True)
         files = {name: info for name, info in found.items() if info["type"] == "file" and not name.endswith("/")}
         return sorted(_listed(store, name, info) for name, info in files.items())
@@ -243,7 +248,8 @@ def _info(url: str) -> dict[str, Any]:
 def _listed(store: Any, name: str, info: dict[str, Any]) -> RemoteFile:
     if info.get("size") is None:
         info = store.info(name)
-    identity = next((str(info[key]).strip('"') for key in _IDENTITIES if info.get(key)), "")
+    known: object = next((info[key] for key in (*_HASHES, *_TIMES) if info.get(key)), "")
+    identity = str(known.timestamp() if isinstance(known, datetime) else known).strip('"')
     return RemoteFile(url=store.unstrip_protocol(name), size=int(info.get("size") or 0), identity=identity)
 
 
@@ -260,7 +266,7 @@ def _ask(url: str, action: Callable[[Any], T]) -> T:
         try:
             return action(store)
         except Exception as error:  # noqa: BLE001  each store's library has errors of its own
-            told = _told(error)
+            told = _told(error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error)
             final = _final(url, error, told)
             if final is None and attempt == TRIES:
                 final = OSError(f"{url}: {TRIES} tries failed, the last with {told}")
@@ -306,36 +312,42 @@ os.register_at_fork(after_in_child=_forget_the_parents_loop)
 
 def _final(url: str, error: Exception, told: str) -> Exception | None:
     """What an error means to the caller; None where another try may do."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    status = _status(error)
     if isinstance(error, InputError):
         return error
-    if names & _BROKEN:
+    status = _status(error)
+    names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
+    if names & _BROKEN or (status is not None and (status >= 500 or status in {408, 429})):
         return None
-    if status == 404 or isinstance(error, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, "no such object, or no such bucket", url)
     if status in {401, 403} or names & _LOCKED_OUT:
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if url.startswith("s3") else "the store's own"
         return InputError(f"{url}: no access ({told}); wants credentials that may: set {keys} in the environment")
-    if status is not None and (status >= 500 or status in {408, 429}):
-        return None
+    if status == 404 or isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, "no such object, or no such bucket", url)
+    if names & {"ValueError", "ParamValidationError"}:
+        return InputError(f"{url}: {told}; wants a URL that its store can read; mend it")
     return OSError(f"{url}: {told}")
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error, or what caused it, tells of."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from: a store may call missing what it could not ask for."""
     while error is not None:
-        response: Any = getattr(error, "response", None)
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error, or what caused it, tells of."""
+    for cause in _causes(error):
+        response: Any = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
             return cast("dict[str, Any]", response).get("ResponseMetadata", {}).get("HTTPStatusCode")
-        for holder, name in ((error, "status"), (error, "status_code"), (error, "code"), (response, "status_code")):
+        for holder, name in ((cause, "status"), (cause, "status_code"), (cause, "code"), (response, "status_code")):
             if isinstance(found := getattr(holder, name, None), int):
                 return found
-        error = error.__cause__
     return None
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """An error in one line, without what the environment keeps secret."""
     text = " ".join(str(error).split())
     for name, value in os.environ.items():

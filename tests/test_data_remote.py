@@ -164,12 +164,13 @@ def test_a_held_file_stays_and_an_evicted_one_stays_mapped(store, tmp_path, monk
         assert path.name in files_in(tmp_path)
 
 
-def test_a_cut_connection_costs_no_more_than_the_block_that_it_cut(store, proxy, tmp_path, monkeypatch):
+def test_a_cut_connection_costs_no_more_than_the_block_that_it_cut(store, proxy, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(remote, "BLOCK", 40_000)
     each = file(store, "cut.bin")
     proxy.cut("cut.bin", at=70_000, times=3)
     assert fetch(ShardCache(tmp_path, PLENTY), each).read_bytes() == content("cut.bin")
     assert proxy.ranges == ["bytes=0-39999", *["bytes=40000-79999"] * 4, "bytes=80000-99999"]
+    assert [record.args[1] for record in caplog.records] == [1, 2, 3]  # tries are counted here, and not below as well
 
 
 def test_a_bit_flipped_on_the_way_is_noticed_and_mended(store, proxy, tmp_path, caplog):
@@ -415,6 +416,9 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
     remote.write_bytes(url, b"")  # no listing is remembered
     assert remote.size_of(url) == 0
     assert remote.read_bytes(url) == b""
+    for _ in range(2):
+        remote.delete(url)
+        assert not remote.exists(url)
     with pytest.raises(FileNotFoundError, match=r"none\.bin"):
         remote.upload(tmp_path / "none.bin", url)
 
@@ -542,7 +546,9 @@ def test_a_secret_that_an_error_repeats_is_not_shown(elsewhere):
     assert "hunter2" not in str(told.value)
 
 
-def test_unknown_schemes_and_missing_packages_are_told():
+def test_unknown_schemes_missing_packages_and_malformed_urls_are_told():
+    with pytest.raises(InputError, match=r"^s3://Bad Bucket/x: ParamValidationError: .*wants a URL that its store can read; mend it"):
+        remote.write_bytes("s3://Bad Bucket/x", b"")
     with pytest.raises(InputError, match=r"^s5://corpus/x: got an unknown scheme s5://; wants one that fsspec knows"):
         remote.read_bytes("s5://corpus/x")
     with pytest.raises(InputError, match=r"^oss://corpus/x: the package for oss:// is not installed; .*ossfs"):
@@ -570,6 +576,17 @@ def test_a_store_without_parts_is_refused_and_never_read_wrong(tmp_path, monkeyp
                 remote.read_bytes(f"http://127.0.0.1:{port}/y.bin")
         finally:
             server.kill()
+    with pytest.raises(OSError, match="5 tries failed, the last with Client"):  # and not that it is missing
+        remote.exists(url)
+
+
+def test_any_store_is_written_read_and_listed():
+    url = remote.join("memory://here", "below", "x.txt")
+    remote.write_bytes(url, b"text")
+    assert remote.read_bytes(url) == b"text"
+    assert [found.size for found in remote.listing("memory://here")] == [4]
+    assert remote.listing("memory://here/*/*.txt") == remote.listing("memory://here") == remote.listing(url)
+    assert remote.listing(url)[0].identity
 
 
 def test_only_urls_of_stores_are_remote():
