@@ -6,7 +6,8 @@ where config wants bad ones left out, each is yielded as `Refused`. A file that 
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, Protocol, cast
@@ -77,18 +78,15 @@ class TextFiles:
     def documents(self) -> Iterator[Document | Refused]:
         for index, path in enumerate(self.paths):
             at, line = index * _FILE, 1
-            try:
-                with _opened_text(path) as text:
-                    for part in _whole_or_cut(text):
-                        if (bad := _undecodable(part)) is None:
-                            yield Document(part, at)
-                        elif not self.lenient:
-                            bad_line = line + part.count("\n", 0, bad)
-                            problem = RowError(f"not UTF-8 (byte 0x{ord(part[bad]) - 0xDC00:02x}); convert the file")
-                            yield refused(f"{path}: line {bad_line}", problem, self.bad_rows)
-                        at, line = at + len(part), line + part.count("\n")
-            except OSError as error:
-                raise InputError(unreadable(path, error)) from None
+            with _opened_text(path) as text:
+                for part in _whole_or_cut(text):
+                    if (bad := _undecodable(part)) is None:
+                        yield Document(part, at)
+                    elif not self.lenient:
+                        bad_line = line + part.count("\n", 0, bad)
+                        problem = RowError(f"not UTF-8 (byte 0x{ord(part[bad]) - 0xDC00:02x}); convert the file")
+                        yield refused(f"{path}: line {bad_line}", problem, self.bad_rows)
+                    at, line = at + len(part), line + part.count("\n")
 
     def where(self, place: int) -> str:
         index, left = divmod(place, _FILE)
@@ -117,28 +115,25 @@ class JsonLines:
     def documents(self) -> Iterator[Document | Refused]:
         offset = self.start
         lines_before: int | None = None
-        try:
-            with opened(self.path) as stream:
-                if self.start:  # a line belongs to the range that holds its first byte
-                    stream.seek(self.start - 1)
-                    offset += len(stream.readline()) - 1
-                first = offset
-                for number, line in enumerate(stream, start=1):
-                    if self.stop is not None and offset >= self.stop:
-                        return
-                    try:
-                        content = "" if line.isspace() else self.reader.of(parse_json(line))
-                    except RowError as problem:
-                        if lines_before is None:
-                            lines_before = self._lines_before(first)
-                        at = f"byte {offset}" if lines_before == _UNCOUNTED else f"line {lines_before + number}"
-                        yield refused(f"{self.path}: {at}", problem, self.bad_rows)
-                    else:
-                        if len(content):
-                            yield Document(content, offset)
-                    offset += len(line)
-        except OSError as error:
-            raise InputError(unreadable(self.path, error)) from None
+        with _opened(self.path) as stream:
+            if self.start:  # a line belongs to the range that holds its first byte
+                stream.seek(self.start - 1)
+                offset += len(stream.readline()) - 1
+            first = offset
+            for number, line in enumerate(stream, start=1):
+                if self.stop is not None and offset >= self.stop:
+                    return
+                try:
+                    content = "" if line.isspace() else self.reader.of(parse_json(line))
+                except RowError as problem:
+                    if lines_before is None:
+                        lines_before = self._lines_before(first)
+                    at = f"byte {offset}" if lines_before == _UNCOUNTED else f"line {lines_before + number}"
+                    yield refused(f"{self.path}: {at}", problem, self.bad_rows)
+                else:
+                    if len(content):
+                        yield Document(content, offset)
+                offset += len(line)
 
     def where(self, place: int) -> str:
         return f"{self.path}: line {1 + _count_lines(self.path, place)}"
@@ -159,23 +154,12 @@ def refused(where: str, problem: RowError, policy: BadRows) -> Refused:
 
 def suffix_of(path: str) -> str:
     """What tells a file's format: its suffix, without that of its compression."""
-    name = _named(path)
-    return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+    stem, suffix = _split(path)
+    return _split(stem)[1] if suffix in COMPRESSED else suffix
 
 
 def compression_of(path: str) -> str | None:
-    return COMPRESSED.get(_named(path).suffix)
-
-
-def opened(path: str) -> BinaryIO:
-    """Decompressed where the name says so. pyarrow's streams, unlike zstandard's and for all formats alike, refuse a truncated file."""
-    compression = compression_of(path)
-    raw = open_read(path) if is_remote(path) else open(path, "rb", _BUFFER)  # noqa: PTH123, SIM115  the caller closes it
-    if compression is None:
-        return raw
-    import pyarrow as pa
-
-    return io.BufferedReader(cast("io.RawIOBase", pa.input_stream(raw, compression=compression)), _BUFFER)
+    return COMPRESSED.get(_split(path)[1])
 
 
 def unreadable(path: str, error: Exception) -> str:
@@ -188,13 +172,36 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _named(path: str) -> Path:
-    return Path(urlsplit(path).path if path.startswith(("http://", "https://")) else path)
+def _split(path: str) -> tuple[str, str]:
+    """The last name and its suffix; of a web address, what it asks for is no part of them. A corpus may be a million files: no Path."""
+    name = (urlsplit(path).path if path.startswith(("http://", "https://")) else path).rpartition("/")[2]
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, dot + suffix) if stem else (name, "")
 
 
-def _opened_text(path: str) -> io.TextIOWrapper:
+@contextmanager
+def _opened(path: str) -> Generator[BinaryIO]:
+    """Decompressed where the name says so. pyarrow's streams, unlike zstandard's and for all formats alike, refuse a truncated file."""
+    compression = compression_of(path)
+    try:
+        with open_read(path) if is_remote(path) else Path(path).open("rb", _BUFFER) as raw:
+            if compression is None:
+                yield raw
+                return
+            import pyarrow as pa
+
+            unpacked = cast("io.RawIOBase", pa.input_stream(raw, compression=compression))
+            with io.BufferedReader(unpacked, _BUFFER) as stream:
+                yield stream
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from None
+
+
+@contextmanager
+def _opened_text(path: str) -> Generator[io.TextIOWrapper]:
     """Letter for letter; what is not UTF-8 comes as lone surrogates, so that it is known where it stands."""
-    return io.TextIOWrapper(opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    with _opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        yield text
 
 
 def _whole_or_cut(text: io.TextIOWrapper) -> Iterator[str]:
@@ -235,7 +242,7 @@ def _undecodable(part: str) -> int | None:
 def _count_lines(path: str, stop: int) -> int:
     """Line ends in the first `stop` bytes."""
     lines = 0
-    with opened(path) as stream:
+    with _opened(path) as stream:
         while stop > 0 and (block := stream.read(min(stop, 1 << 20))):
             stop, lines = stop - len(block), lines + block.count(b"\n")
     return lines

@@ -48,7 +48,8 @@ class Parquet:
             _check_columns(self.path, table.schema_arrow.names, self.reader)
             groups = range(*self.groups) if self.groups else range(table.num_row_groups)
             batches = table.iter_batches(batch_size=_BATCH, row_groups=list(groups), columns=list(self.reader.names))
-            yield from _documents(self, (content for batch in batches for content in _contents(batch, self.reader)))
+            columns = (_columns(batch, self.reader) for batch in batches)
+            yield from _documents(self, (content for row in columns for content in _contents(row, self.reader)))
 
     def where(self, place: int) -> str:
         return f"{self.path}: row {place + 1}"
@@ -88,7 +89,8 @@ class Arrow:
         with _opened_arrow(self.path) as (names, batches):
             _check_columns(self.path, names, self.reader)
             slices = _slices(batches, self.first_row, self.end_row)
-            yield from _documents(self, (content for batch in slices for content in _contents(batch, self.reader)))
+            columns = ([_sound(column) for column in _columns(batch, self.reader)] for batch in slices)
+            yield from _documents(self, (content for row in columns for content in _contents(row, self.reader)))
 
     def where(self, place: int) -> str:
         return f"{self.path}: row {place + 1}"
@@ -162,7 +164,7 @@ def _opened_parquet(path: str) -> Generator[Any]:
     try:
         with open_read(path) if is_remote(path) else nullcontext(path) as source, parquet.ParquetFile(source) as table:
             yield table
-    except (OSError, ArrowException) as error:
+    except (OSError, ArrowException, UnicodeDecodeError) as error:  # the last of a column's name
         raise InputError(unreadable(path, error)) from None
 
 
@@ -183,7 +185,7 @@ def _opened_arrow(path: str) -> Generator[tuple[list[str], Iterator[Any]]]:
             file.seek(0)
             reader = pa.ipc.open_stream(file)
             yield reader.schema.names, iter(reader)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last of a column's name
         raise InputError(unreadable(path, error)) from None
 
 
@@ -213,9 +215,24 @@ def _documents(table: _Table, contents: Iterable[Content | RowError]) -> Iterato
             yield Document(content, row)
 
 
-def _contents(batch: Any, reader: Reader) -> Iterator[Content | RowError]:
+def _columns(batch: Any, reader: Reader) -> list[Any]:
+    return [batch.column(batch.schema.names.index(name)) for name in reader.names]
+
+
+def _sound(column: Any) -> Any:
+    """Raises where its numbers point outside of its bytes: they are a file's as they are, and to follow a wrong one ends the process.
+
+    Whether its text is UTF-8 is not asked here: a row that is none may be skipped, a damaged file may not.
+    """
+    import pyarrow as pa
+
+    bare = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}.get(column.type)
+    (column if bare is None else column.view(bare)).validate(full=True)
+    return column
+
+
+def _contents(columns: list[Any], reader: Reader) -> Iterator[Content | RowError]:
     """Of each row, in order."""
-    columns = [batch.column(batch.schema.names.index(name)) for name in reader.names]
     if isinstance(reader, Field) and reader.kind != "text" and (ids := _all_ids(columns[0])) is not None:
         yield from ids
         return

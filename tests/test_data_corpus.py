@@ -249,8 +249,9 @@ def test_a_file_that_vanishes_before_it_is_read_is_told(tmp_path):
     path = put(tmp_path / "x.jsonl", LINES)
     piece = pieces(path)[0]
     Path(path).unlink()
-    with pytest.raises(InputError, match=f"{path}: cannot be read"):
-        list(piece.documents())
+    for read_it in (lambda: list(piece.documents()), lambda: piece.where(30)):
+        with pytest.raises(InputError, match=f"{path}: cannot be read"):
+            read_it()
 
 
 def test_no_access_is_told():

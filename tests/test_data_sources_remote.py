@@ -2,6 +2,7 @@
 
 import bz2
 import functools
+import gc
 import gzip
 import io
 import json
@@ -11,7 +12,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
+import object_store
 import pytest
+import s3fs
 import zstandard
 from reading import DOCUMENTS, arrow, pieces, places, put, read, skipped, table, told
 
@@ -80,6 +83,50 @@ def memory():
     yield store
     store.store.clear()
     store.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    with object_store.ObjectStore() as store, object_store.Proxy(store.port) as proxy:
+        for name, value in proxy.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(remote, "WAIT", 0.01)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield store, proxy
+        s3fs.S3FileSystem.clear_instance_cache()  # what it knows of is gone
+        gc.collect()
+
+
+def test_a_bucket_is_read_as_a_disk_is_through_answers_that_break(bucket, tmp_path):
+    store, proxy = bucket
+    store.put("web/a.jsonl", LINES)
+    store.put("web/b.jsonl.gz", gzip.compress(LINES))
+    store.put("web/deep/c.parquet", Path(table(tmp_path / "c.parquet", text=DOCUMENTS)).read_bytes())
+    store.put("web/deep/d.arrow", Path(arrow(tmp_path / "d.arrow", text=DOCUMENTS)).read_bytes())
+    store.put("web/photo.png", b"\x89PNG")
+    for key in ("web/a.jsonl", "web/b.jsonl.gz", "web/deep/c.parquet", "web/deep/d.arrow"):
+        proxy.cut(key, at=50)
+    rows = [f"row {row}" for row in range(1, 5)]
+    expected = [
+        *((f"web/{name}", PLACES) for name in ("a.jsonl", "b.jsonl.gz")),
+        *((f"web/deep/{name}", rows) for name in ("c.parquet", "d.arrow")),
+    ]
+    for path in ("s3://corpus/web", "s3://corpus/web/", "s3://corpus/web/**"):
+        if path.endswith("**"):
+            store.delete("web/photo.png")
+        assert read(path) == DOCUMENTS * 4
+        assert places(path) == [f"s3://corpus/{key}: {place}" for key, of_file in expected for place in of_file]
+    assert read("s3://corpus/web/*.jsonl") == DOCUMENTS
+    source = SourceConfig(path="s3://corpus/web/a.jsonl")
+    before = corpus.identity(source)
+    store.put("web/a.jsonl", LINES.replace(b"Guten", b"guten"))
+    assert corpus.identity(source) != before
+    store.put("web/empty.jsonl", b"")
+    assert "s3://corpus/web/empty.jsonl: empty file" in told("s3://corpus/web")
+    assert "no such files" in told("s3://corpus/other")
+    assert "no such files" in told("s3://other/web")
+    store.check_keys(on=True)
+    assert "no access" in told("s3://corpus/web")
 
 
 def test_files_of_every_kind_are_read_from_a_web_server(website):

@@ -104,6 +104,15 @@ def test_a_truncated_or_damaged_table_is_told_and_never_skipped(tmp_path, bad_ro
         assert told(path, bad_rows=bad_rows).endswith("fetch it again")
 
 
+def test_an_arrow_file_that_points_outside_of_itself_is_told_and_not_followed(tmp_path):
+    sound = Path(arrow(tmp_path / "x.arrow", batch=4, text=["aaaa"] * 4)).read_bytes()
+    offsets = np.arange(0, 20, 4, dtype=np.int32)
+    assert sound.count(offsets.tobytes()) == 1
+    offsets[2:4] = 2**31 - 16, -(2**31)
+    path = put(tmp_path / "x.arrow", sound.replace(np.arange(0, 20, 4, dtype=np.int32).tobytes(), offsets.tobytes()))
+    assert told(path, bad_rows="skip").startswith(f"{path}: cannot be read (ArrowInvalid")
+
+
 def saved_dataset(folder: Path, **columns) -> str:
     datasets.Dataset.from_dict(columns).save_to_disk(folder, num_shards=2)
     return str(folder)
