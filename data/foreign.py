@@ -57,14 +57,13 @@ class TokenFile:
 
 def token_files(source: SourceConfig) -> list[TokenFile]:
     """The .bin files of a source of token ids, in order. Raises InputError where one's format can not be told."""
-    found = {file.path: file for file in files(source)}
-    return [_told(file, source, found) for path, file in found.items() if path.endswith(".bin")]
+    return [_told(file, source) for file in files(source) if file.path.endswith(".bin")]
 
 
-def _told(file: File, source: SourceConfig, found: dict[str, File]) -> TokenFile:
+def _told(file: File, source: SourceConfig) -> TokenFile:
     if source.format is not None:
         return TokenFile(path=file.path, size=file.size, format=source.format)  # type: ignore[arg-type]  one of the three, else not here
-    if f"{file.path.removesuffix('.bin')}.idx" in found:
+    if _exists(_index_of(file.path)):
         return TokenFile(path=file.path, size=file.size, format="megatron")
     head = _head(file.path, file.size)
     if len(head) == _LLMC_HEADER.size and _LLMC_HEADER.unpack(head)[:2] in _LLMC:
@@ -158,13 +157,23 @@ def _layout(piece: TokenFile) -> tuple[np.dtype[Any], int, NDArray[np.int64] | N
             got = (piece.size - _LLMC_BYTES) // dtype.itemsize
             raise InputError(f"{piece.path}: got {got} tokens, wants {wants}: it is truncated or damaged: fetch it again")
         return dtype, _LLMC_BYTES, None
-    beside = f"{piece.path.removesuffix('.bin')}.idx"
+    beside = _index_of(piece.path)
+    if not _exists(beside):
+        raise InputError(f"{beside}: missing; wants the index that Megatron's tools write beside each .bin")
     index = parse_index(remote.read_bytes(beside) if remote.is_remote(beside) else Path(beside).read_bytes(), beside)
     lengths = index.document_lengths()
     if lengths.sum() * index.dtype.itemsize != piece.size:
         wants = f"the {lengths.sum() * index.dtype.itemsize} that its .idx tells"
         raise InputError(f"{piece.path}: got {piece.size} bytes, wants {wants}: it is truncated or of another .idx")
     return index.dtype, 0, lengths[lengths > 0]
+
+
+def _index_of(path: str) -> str:
+    return f"{path.removesuffix('.bin')}.idx"
+
+
+def _exists(path: str) -> bool:
+    return remote.exists(path) if remote.is_remote(path) else Path(path).exists()
 
 
 def _whole(piece: TokenFile, offset: int, dtype: np.dtype[Any]) -> int:

@@ -43,6 +43,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {  # tries are counted here and nowhere be
 # Each store's library has errors of its own, with no base in common and not always installed: they are told by name.
 _BROKEN = {
     "ConnectionError",
+    "FlexibleChecksumError",
     "TimeoutError",
     "HTTPClientError",
     "ClientConnectionError",

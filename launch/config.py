@@ -57,7 +57,10 @@ def validate(tree: Tree, file: Path, sources: Mapping[str, str]) -> RunConfig:
         # Strict JSON: no text for a number, no `yes` for one; and still paths and tuples.
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        raise ConfigError("\n".join(_tell(e, file, sources) for e in error.errors(include_url=False))) from None
+        found = error.errors(include_url=False)
+        # A list with a wrong entry is told as too short besides.
+        causes = [e for e in found if not any(len(o["loc"]) > len(e["loc"]) and o["loc"][: len(e["loc"])] == e["loc"] for o in found)]
+        raise ConfigError("\n".join(_tell(e, file, sources) for e in causes)) from None
     except TypeError as error:
         raise ConfigError(f"{file}: {error}; wants numbers, texts, lists and sections") from None
 
@@ -225,6 +228,9 @@ def _remedy(loc: Sequence[int | str]) -> str:
     field, key = _field(loc), ".".join(str(part) for part in loc if isinstance(part, str))
     if field is None:
         return f"set {key}"
+    if any(isinstance(part, int) for part in loc):  # an entry of a list, which no override can name
+        example = f"try {loc[-1]}={field.examples[0]}" if field.examples else "change it"
+        return example if field.is_required() else f"{example}, or leave it out"
     if field.examples:
         return f"try {key}={field.examples[0]}"
     if isinstance(section := field.annotation, type) and issubclass(section, BaseModel):

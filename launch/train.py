@@ -214,6 +214,10 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
         raise InputError(f"{home.path}: corpus fingerprint: got {prepared.fingerprint}, wants {begun.fingerprint}; {remedy}")
     samples = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises where shards are not as written
     samples.draws.check_epochs(config.timeline().first_sample(config.train.steps))
+    each = sum(draw.windows.total for draw in samples.draws.all)
+    if (batch := max(config.train.batches)) > each:
+        wants = f"at most the {each} samples of an epoch, that none stands twice in a step"
+        raise InputError(f"train.global_batch: got {batch}, wants {wants}; lower it, or give more text")
     room = config.model.vocabulary
     if room is not None and room < samples.tokenizer_vocabulary:
         wants = f"at least the tokenizer's {samples.tokenizer_vocabulary}"

@@ -195,6 +195,10 @@ def prepare_alone(directory: str, lines: str) -> None:
     prepare.prepare(config(Path(directory), lines), SMALL)
 
 
+def prepare_with_two(directory: str, lines: str) -> None:
+    prepare.prepare(config(Path(directory), lines, workers=2), SMALL)
+
+
 def start(function: Callable[..., None], *args: object) -> subprocess.Popen[bytes]:
     program = f"import sys, test_data_prepare; test_data_prepare.{function.__name__}(*sys.argv[1:])"
     command = [sys.executable, "-c", program, *map(str, args)]
@@ -216,6 +220,24 @@ def test_a_preparation_killed_at_any_file_goes_on_to_the_same_bytes(lines, undis
     prepared = prepare.prepare(config(tmp_path, lines), SMALL)
     assert content(prepared) == content(undisturbed)
     assert finished.items() <= records(tmp_path).items()
+
+
+@pytest.mark.slow
+def test_a_preparation_killed_at_twenty_random_moments_ends_in_the_same_bytes(lines, undisturbed, tmp_path):
+    """Each is begun anew, killed once at some moment between its start and its end, and run again; on one worker and on two."""
+    begun = time.monotonic()
+    assert start(prepare_alone, tmp_path / "whole", lines).wait() == 0
+    whole, moments = time.monotonic() - begun, random.Random(20)
+    killed = 0
+    for number in range(20):
+        directory = tmp_path / str(number)
+        process = start(prepare_alone if number % 2 else prepare_with_two, directory, lines)
+        time.sleep(moments.uniform(0.3, 1.0) * whole)  # before that Python still loads
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        assert process.returncode in (0, -signal.SIGKILL)
+        assert content(prepare.prepare(config(directory, lines), SMALL)) == content(undisturbed)
+    assert killed >= 10
 
 
 def test_a_killed_preparation_leaves_no_worker_and_goes_on_to_the_same_bytes(lines, undisturbed, tmp_path):
