@@ -15,7 +15,8 @@ from manta.data.hashing import hashed
 from manta.data.manifest import digest
 from manta.data.mixture import Mixture
 from manta.data.order import BlockOrder, Order
-from manta.data.stream import Cut, Packed, Stream
+from manta.data.packed import Packed
+from manta.data.stream import Cut, Stream
 
 _SOURCE = 3  # the stream of hashes that the orders of mixed sources are keyed by
 

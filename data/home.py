@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
@@ -23,6 +24,7 @@ class Home:
     def __init__(self, root: str, config: CacheConfig) -> None:
         self.root = root
         self._config = config
+        self._listed: dict[str, int] | None = None
 
     def at(self, name: str) -> str:
         """A file's path or URL; one that is whole already stays as it is."""
@@ -62,6 +64,11 @@ class Home:
         with self._file(self._tokens_of(shard)) as path:
             return map_tokens(path, shard)
 
+    def mapped(self, name: str, *, size: int, xxh3: str) -> NDArray[Any]:
+        """The bytes of any file of which size and hash are known."""
+        with self._file(CachedFile(url=self.at(name), size=size, xxh3=xxh3)) as path:
+            return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+
     def index(self, shard: Shard) -> Index:
         with self._file(CachedFile(url=self.at(shard.index), size=shard.idx_bytes, xxh3=shard.idx_xxh3)) as path:
             return read_index(path)
@@ -82,7 +89,7 @@ class Home:
         for name, size, digest in sides:
             at = self.at(name)
             try:
-                got = remote.size_of(at) if is_remote(at) else Path(at).stat().st_size
+                got = self._size(at)
             except FileNotFoundError:
                 return f"{at}: missing"
             if got != size:
@@ -90,6 +97,18 @@ class Home:
             if contents and _xxh3(at, size) != digest:
                 return f"{at}: its content has changed since it was written"
         return None
+
+    def _size(self, at: str) -> int:
+        """Of a bucket's files all are asked for at once: a corpus has thousands."""
+        if not is_remote(at):
+            return Path(at).stat().st_size
+        if not at.startswith(f"{self.root}/"):
+            return remote.size_of(at)
+        if self._listed is None:
+            self._listed = {file.url: file.size for file in remote.listing(f"{self.root}/")}
+        if at not in self._listed:
+            raise FileNotFoundError(at)
+        return self._listed[at]
 
     def _tokens_of(self, shard: Shard) -> CachedFile:
         return CachedFile(url=self.at(shard.file), size=shard.bin_bytes, xxh3=shard.bin_xxh3)

@@ -28,7 +28,7 @@ class Bins:
 
     edges: Numbers  # [bins + 1]
     starts: Numbers  # [pieces]
-    lengths: Numbers  # [pieces]
+    lengths: NDArray[np.integer]  # [pieces]
 
     def __len__(self) -> int:
         return len(self.edges) - 1

@@ -30,10 +30,10 @@ from manta.data.foreign import take_over
 from manta.data.formats import Piece
 from manta.data.home import Home
 from manta.data.manifest import Manifest, PieceRecord, Prepared, Split, digest
+from manta.data.packed import find_packings, pack
 from manta.data.progress import progress, say
 from manta.data.remote import is_remote, join
 from manta.data.samples import Samples, entropy
-from manta.data.stream import packed_counts
 from manta.data.tokenizer_training import train
 from manta.data.worker import T, Work, run_all
 
@@ -53,7 +53,12 @@ def find(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
         return None
     homes = [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
     manifests = [found for corpus_home in homes if (found := _intact(corpus_home, contents=False))]
-    return _prepared(home, homes, manifests) if len(manifests) == len(homes) else None
+    if len(manifests) < len(homes):
+        return None
+    pairs = zip(homes, manifests, strict=True)
+    if data.packing == "best_fit" and not all(find_packings(*pair, shape_of(data)) for pair in pairs):
+        return None
+    return _prepared(home, homes, manifests)
 
 
 def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
@@ -76,7 +81,7 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
         manifests = [_make_corpus(*pair, data, tokens, home) for pair in zip(data.sources, homes, strict=True)]
         if data.packing == "best_fit":
             for corpus_home, made in zip(homes, manifests, strict=True):
-                packed_counts(corpus_home, made, shape_of(data), keep=True)
+                pack(corpus_home, made, shape_of(data))
     prepared = _prepared(home, homes, manifests)
     Samples(prepared, data, tokens, seed=0)  # raises where no sample results
     return prepared

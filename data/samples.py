@@ -22,7 +22,8 @@ from manta.data.home import Home
 from manta.data.manifest import Manifest, Prepared
 from manta.data.objectives import Examples
 from manta.data.order import Order, Permutation
-from manta.data.stream import Cut, Packed, Shape, Stream, Text, packed_counts
+from manta.data.packed import Packed, Packing, packings
+from manta.data.stream import Cut, Shape, Stream, Text
 from manta.data.tokenizer import Tokenizer
 
 Numbers = NDArray[np.int64]
@@ -106,18 +107,16 @@ class Samples:
         data, shape = self._data, self._objective.shape
         streams = [Stream(home, corpus.train.shards) for home, corpus in opened]
         held_out = [Stream(home, corpus.validation.shards) for home, corpus in opened]
-        packed = [packed_counts(home, corpus, shape) for home, corpus in opened] if data.packing == "best_fit" else None
+        packed = [packings(home, corpus, shape) for home, corpus in opened] if data.packing == "best_fit" else []
 
-        def windows(streams: Sequence[Stream], bins: Sequence[Sequence[int]] | None, *, apart: bool) -> Cut | Packed:
-            if bins is None:
+        def windows(streams: Sequence[Stream], bins: Sequence[tuple[Packing, ...]], *, apart: bool) -> Cut | Packed:
+            if data.packing == "cut":
                 return Cut(streams, shape, apart=apart)
-            return Packed(streams, shape, counts=[count for one in bins for count in one], filler=filler)
+            return Packed(streams, [packing for shards in bins for packing in shards], shape, filler=filler)
 
-        apart = data.shuffle_shards is not None
-        train_bins = None if packed is None else [train for train, _ in packed]
-        held_bins = None if packed is None else [held for _, held in packed]
-        singly = [windows([stream], None if train_bins is None else [train_bins[at]], apart=apart) for at, stream in enumerate(streams)]
-        validation = windows(held_out, held_bins, apart=False)
+        apart, train_bins = data.shuffle_shards is not None, [found.train for found in packed]
+        singly = [windows([stream], train_bins[at : at + 1], apart=apart) for at, stream in enumerate(streams)]
+        validation = windows(held_out, [found.validation for found in packed], apart=False)
         _check_enough(data, opened, [one.total for one in singly], validation.total, shape)
         names = [source.called for source in data.sources]
         if data.mixture:

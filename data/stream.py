@@ -1,9 +1,8 @@
-"""Windows of token shards, by number: running text cut into windows of one width, or whole documents packed into bins.
+"""Windows of token shards, by number: running text cut into windows of one width. `packed` has bins of whole documents.
 
 Legend: K windows asked for, W width of a window, S shards.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,14 +12,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from manta.data import packing
 from manta.data.home import Home
-from manta.data.manifest import Manifest
-from manta.data.packing import Bins, best_fit
 from manta.data.shards import Shard
 
 _OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor
-_PACKED_SHARDS = 64  # whose bins are held at a time
 
 Numbers = NDArray[np.int64]
 
@@ -115,12 +110,12 @@ class Cut:
 
     def part(self, windows: Numbers) -> tuple[Numbers, Numbers]:
         """Of windows [K], the first window of the shard or stream that each is of, and how many that has."""
-        parts, own = _located(windows, self._firsts, self.counts)
+        parts, own = located(windows, self._firsts, self.counts)
         return windows - own, self.counts[parts]
 
     def read(self, windows: NDArray[np.integer]) -> Text:
         """Windows [K] in range(total) -> their text."""
-        parts, own = _located(windows, self._firsts, self.counts)
+        parts, own = located(windows, self._firsts, self.counts)
         owners, starts = self._owners[parts], self._begins[parts] + own * self._stride
         if len(self._streams) == 1:
             return Text(tokens=self._streams[0].gather(starts, self._width))
@@ -131,65 +126,7 @@ class Cut:
         return Text(tokens=tokens_KW)
 
 
-class Packed:
-    """Bins of whole documents, numbered through all shards of all streams."""
-
-    def __init__(self, streams: Sequence[Stream], shape: Shape, *, counts: Sequence[int], filler: int) -> None:
-        """Counts [S]: bins of each shard (`packed_counts`). filler: the id of what stands for nothing."""
-        self.counts = np.array(counts, dtype=np.int64)
-        self.total = int(self.counts.sum())
-        self._firsts = np.cumsum(self.counts) - self.counts
-        self._places = [(stream, shard) for stream in streams for shard in range(len(stream.shards))]
-        self._shape, self._filler = shape, filler
-        self._bins = lru_cache(_PACKED_SHARDS)(self._pack)
-
-    def part(self, windows: Numbers) -> tuple[Numbers, Numbers]:
-        """Of bins [K], the first bin of the shard that each is of, and how many that has."""
-        parts, own = _located(windows, self._firsts, self.counts)
-        return windows - own, self.counts[parts]
-
-    def read(self, windows: NDArray[np.integer]) -> Text:
-        """Bins [K] in range(total) -> their text, filled up."""
-        shards, own = _located(windows, self._firsts, self.counts)
-        tokens_KW = np.full((len(own), self._shape.width), self._filler, dtype=np.int64)
-        documents_KW = np.full_like(tokens_KW, -1)
-        for row, (shard, at) in enumerate(zip(shards.tolist(), own.tolist(), strict=True)):
-            bins, (stream, index) = self._bins(shard), self._places[shard]
-            tokens, filled = stream.map(index), 0
-            pieces = range(bins.edges[at], bins.edges[at + 1])
-            for number, piece in enumerate(pieces):
-                start, length = int(bins.starts[piece]), int(bins.lengths[piece])
-                tokens_KW[row, filled : filled + length] = tokens[start : start + length]
-                documents_KW[row, filled : filled + length] = number
-                filled += length
-        return Text(tokens=tokens_KW, documents=documents_KW)
-
-    def _pack(self, shard: int) -> Bins:
-        stream, index = self._places[shard]
-        return bins_of(stream.home, stream.shards[index], self._shape)
-
-
-def bins_of(home: Home, shard: Shard, shape: Shape) -> Bins:
-    return best_fit(home.index(shard).document_lengths(), shape.width, shared=shape.width - shape.stride)
-
-
-def packed_counts(home: Home, corpus: Manifest, shape: Shape, *, keep: bool = False) -> tuple[list[int], list[int]]:
-    """Bins of each train and of each validation shard; `keep` has them written beside the corpus, to be found the next time."""
-    name = f"packing-{packing.VERSION}-{shape.width}-{shape.stride}.json"
-    try:
-        kept = json.loads(home.read(name))
-    except (FileNotFoundError, ValueError):
-        kept = {}
-    if kept.get("fingerprint") == corpus.fingerprint:
-        return kept["train"], kept["validation"]
-    train = [len(bins_of(home, shard, shape)) for shard in corpus.train.shards]
-    validation = [len(bins_of(home, shard, shape)) for shard in corpus.validation.shards]
-    if keep:
-        home.write(name, json.dumps({"fingerprint": corpus.fingerprint, "train": train, "validation": validation}).encode())
-    return train, validation
-
-
-def _located(windows: NDArray[np.integer], firsts: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
+def located(windows: NDArray[np.integer], firsts: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
     """Windows [K] -> which part each is of, and which of that part's it is. Parts without windows are passed over."""
     windows, total = np.asarray(windows, dtype=np.int64), int(counts.sum())
     if windows.size and (windows.min() < 0 or windows.max() >= total):
