@@ -81,10 +81,8 @@ class Packed:
     def _map(self, shard: int) -> Bins:
         packed = self._packings[shard]
         raw = self._places[shard][0].home.mapped(packed.file, size=packed.bytes, xxh3=packed.xxh3)
-        ends = np.cumsum([8 * (packed.bins + 1), 8 * packed.pieces])
-        return Bins(
-            edges=raw[: ends[0]].view(np.int64), starts=raw[ends[0] : ends[1]].view(np.int64), lengths=raw[ends[1] :].view(np.int32)
-        )
+        edges, starts, lengths = np.split(raw, np.cumsum([8 * (packed.bins + 1), 8 * packed.pieces]))
+        return Bins(edges=edges.view(np.int64), starts=starts.view(np.int64), lengths=lengths.view(np.int32))
 
 
 def find_packings(home: Home, corpus: Manifest, shape: Shape) -> Packings | None:

@@ -217,7 +217,8 @@ def _intact(home: Home, *, contents: bool) -> Manifest | None:
 
 def _encode_all(source: SourceConfig, tasks: list[Task], data: DataConfig) -> list[PieceRecord]:
     """The records of all pieces, in order; those that are whole on disk are not made again."""
-    records = {task.index: record for task in tasks if (record := _finished(task))}
+    home = Home(tasks[0].root, data.cache) if tasks else None
+    records = {task.index: record for task in tasks if home and (record := _finished(task, home))}
     missing = [task for task in tasks if task.index not in records]
     if records and missing:
         say(f"prepare {source.called} has {len(records)} of {len(tasks)} pieces from before")
@@ -258,14 +259,14 @@ def _run(work: Work[T], tasks: Sequence[Task], data: DataConfig) -> Iterator[tup
     return run_all(work, tasks, data.workers or _cores())
 
 
-def _finished(task: Task) -> PieceRecord | None:
+def _finished(task: Task, home: Home) -> PieceRecord | None:
     """What an earlier preparation finished of this piece, where every byte of it is still there; of what is remote, the sizes."""
     try:
-        record = PieceRecord.model_validate_json(task.home.read(task.record))
+        record = PieceRecord.model_validate_json(home.read(task.record))
     except (FileNotFoundError, ValidationError):
         return None
     contents = not is_remote(task.root)
-    return None if any(task.home.problem(shard, contents=contents) for shard in record.shards()) else record
+    return None if any(home.problem(shard, contents=contents) for shard in record.shards()) else record
 
 
 def _unigram_entropy(home: Home, parts: Sequence[manifest.Shard], vocabulary: int) -> float | None:
