@@ -6,38 +6,31 @@ reads is fixed by config and n alone, so a run that comes back on as many ranks 
 another number there is no telling which were read, and it is refused. A cursor says where a rank stands: checkpoints hold each one's.
 """
 
-import glob
-import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import Path
+from itertools import chain, count
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from manta.data import corpus, tokenizer
-from manta.data.config import DataConfig, SourceConfig, TokenizerConfig
-from manta.data.encode import held_out_below, sample
+from manta.data.config import DataConfig, TokenizerConfig
+from manta.data.encode import sample
 from manta.data.errors import InputError
 from manta.data.examples import Objective, Read
-from manta.data.filters import Filter
-from manta.data.formats import Document, Piece, Refused
+from manta.data.formats import Refused
 from manta.data.hashing import hashed
-from manta.data.manifest import Prepared, digest
+from manta.data.live_sources import Part, as_prepared, parts_of, placed
+from manta.data.manifest import Prepared
 from manta.data.objectives import Examples
 from manta.data.order import Permutation
-from manta.data.remote import is_remote
 from manta.data.samples import Samples, entropy
 from manta.data.stream import Text
 from manta.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the order in which ranks read; another one is another corpus
 _PROOF_BYTES, _PROOF_PIECES = 1_000_000, 8  # text on which a faster encoder must equal the reference: of few pieces, for each is opened
 _ABOUT_ONE_SIZE = 1.25  # the largest piece over the mean, up to which ranks take whole pieces
 
@@ -56,32 +49,6 @@ class Cursor:
     """Of the piece, counted over all ranks and whatever is left out."""
     token: int = 0
     """Of the document."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """A piece, and which of its documents are taken and held out."""
-
-    piece: Piece
-    filter: Filter
-    held_out_below: int
-
-    def text(self, found: Document | Refused) -> str | None:
-        """None where it is left out. Raises InputError for token ids."""
-        if isinstance(found, Refused):
-            return None
-        if not isinstance(found.content, str):
-            raise InputError(_told_of_ids(self.piece.name))
-        return found.content if self.filter.reason_against(found.content) is None else None
-
-    def holds_out(self, text: str) -> bool:
-        """By its text, as prepared corpora do: a document that stands twice is held out twice."""
-        return xxhash.xxh3_64_intdigest(text.encode()) < self.held_out_below
-
-    def held_out(self) -> Iterator[str]:
-        for found in self.piece.documents():
-            if (text := self.text(found)) is not None and self.holds_out(text):
-                yield text
 
 
 class LiveSamples:
@@ -103,7 +70,7 @@ class LiveSamples:
         self._seed, self._rank, self._ranks = seed, rank, ranks
         self._tokenizer = Tokenizer(prepared.tokenizer, end_of_text=tokens.end_of_text)
         self._objective = Objective(data, self._tokenizer)
-        by_source = [_parts(source, data) for source in data.sources]
+        by_source = [parts_of(source, data) for source in data.sources]
         self._parts = [part for parts, _ in by_source for part in parts]
         self._takes_pieces = _as_many_for_each([part.piece.size for part in self._parts], ranks)
         self._tokenizer.choose_encoder(_some_text(self._parts))
@@ -169,7 +136,7 @@ class LiveSamples:
 
     def _documents_from(self, cursor: Cursor) -> Iterator[tuple[Cursor, Ids]]:
         """The ids of this rank's documents to train on, the first from the cursor's token on."""
-        for epoch in itertools.count(cursor.epoch):
+        for epoch in count(cursor.epoch):
             order = Permutation(len(self._parts), int(hashed(self._seed, epoch)[0]))(np.arange(len(self._parts))).tolist()
             found = False
             for place in range(cursor.piece if epoch == cursor.epoch else 0, len(order)):
@@ -184,7 +151,7 @@ class LiveSamples:
                     " give more documents, or use fewer ranks"
                 )
 
-    def _own(self, part: _Part, place: int, first: int) -> Iterator[tuple[int, str]]:
+    def _own(self, part: Part, place: int, first: int) -> Iterator[tuple[int, str]]:
         """Of a piece that stands at this place of an epoch: what this rank trains on, from document `first` on, with its number."""
         if self._takes_pieces and place % self._ranks != self._rank:
             return
@@ -203,7 +170,7 @@ class LiveSamples:
         if self._malformed & (self._malformed - 1) == 0:
             log.warning("malformed rows are left out, %d so far, the last: %s", self._malformed, refused.problem)
 
-    def _first_held_out(self, by_source: Sequence[Sequence[_Part]], wanted: int, *, share: float) -> Numbers:
+    def _first_held_out(self, by_source: Sequence[Sequence[Part]], wanted: int, *, share: float) -> Numbers:
         """The first validation windows, of the first documents that each source holds out, in turn: [<= wanted, W]."""
         width, stride = self._objective.shape.width, self._objective.shape.stride
         texts: list[Ids] = []
@@ -237,38 +204,6 @@ def open_samples(
     return Samples(prepared, data, tokens, seed=seed)
 
 
-def as_prepared(tokenizer_file: Path, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
-    """What stands for a prepared corpus: the tokenizer, and what tells whether the sources are still the same, and are read the same way.
-
-    Raises InputError where a source does not exist, or holds token ids.
-    """
-    data = placed(data)
-    _refuse_token_files(data)
-    sources = [corpus.identity(source) for source in data.sources]
-    read = [data.text_field, data.bad_rows, data.validation, tokens.end_of_text, tokenizer.fingerprint(tokenizer.read(tokenizer_file))]
-    return Prepared(tokenizer=tokenizer_file, corpora=(), fingerprint=digest(["live", VERSION, sources, *read]))
-
-
-def refuse_ids(data: DataConfig) -> None:
-    """Raises InputError where a source holds token ids, in files of their own or in its first row."""
-    _refuse_token_files(data)
-    for source in data.sources:
-        for part in _parts(source, data)[0][:1]:
-            for found in part.piece.documents():
-                part.text(found)
-                break
-
-
-def placed(data: DataConfig) -> DataConfig:
-    """With local paths made absolute: ranks stand elsewhere, and so may whoever resumes a run."""
-
-    def of(source: SourceConfig) -> SourceConfig:
-        held_out = None if source.validation is None else _absolute(source.validation)
-        return source.model_copy(update={"path": _absolute(source.path), "validation": held_out})
-
-    return data.model_copy(update={"sources": tuple(map(of, data.sources))})
-
-
 def check_ranks(cursors: Sequence[object] | None, ranks: int) -> None:
     """Raises InputError where a checkpoint of a live run is to go on with more or fewer data ranks than it has cursors."""
     saved = len(cursors or ())
@@ -276,25 +211,6 @@ def check_ranks(cursors: Sequence[object] | None, ranks: int) -> None:
         wants = f"{saved}: so many have read its text, each a share of its own"
         remedy = "start as many (cluster.ranks_per_node), or begin a new run without data.live, from these weights by run.start_from"
         raise InputError(f"data.live: got {ranks} data rank{'s' if ranks > 1 else ''}, wants {wants}; {remedy}")
-
-
-def _refuse_token_files(data: DataConfig) -> None:
-    for source in data.sources:
-        if corpus.is_tokens(source):
-            raise InputError(_told_of_ids(source.called))
-
-
-def _parts(source: SourceConfig, data: DataConfig) -> tuple[list[_Part], list[_Part]]:
-    """A source's pieces to train on, and those among which its validation documents are."""
-    taken, apart = Filter(source.filter), corpus.held_out(source)
-
-    def parts(of: SourceConfig, share: float) -> list[_Part]:
-        return [_Part(piece=piece, filter=taken, held_out_below=held_out_below(share)) for piece in corpus.pieces(of, data)]
-
-    if apart is not None:
-        return parts(source, 0.0), parts(apart, 1.0)
-    both = parts(source, data.validation)
-    return both, both
 
 
 def _as_many_for_each(sizes: Sequence[int], ranks: int) -> bool:
@@ -305,7 +221,7 @@ def _as_many_for_each(sizes: Sequence[int], ranks: int) -> bool:
     return bool(sizes) and len(sizes) % ranks == 0 and max(sizes) * len(sizes) <= _ABOUT_ONE_SIZE * sum(sizes)
 
 
-def _some_text(parts: Sequence[_Part]) -> list[str]:
+def _some_text(parts: Sequence[Part]) -> list[str]:
     spread = parts[:: max(1, len(parts) // _PROOF_PIECES)][:_PROOF_PIECES]
     return list(sample([part.piece for part in spread], _PROOF_BYTES))
 
@@ -344,17 +260,3 @@ def _in_turn(streams: Iterable[Iterator[str]]) -> Iterator[str]:
             yield one
             waiting.append(stream)
             break
-
-
-def _absolute(path: str) -> str:
-    if path.startswith("hf:"):
-        dataset, colon, config = path.removeprefix("hf:").partition(":")
-        return f"hf:{Path(dataset).absolute()}{colon}{config}" if Path(dataset).is_dir() else path
-    if path == "stdlib:" or is_remote(path):
-        return path
-    here = Path(path.removeprefix("file://"))
-    return str(here.absolute() if here.exists() else Path(glob.escape(str(Path.cwd()))) / here)
-
-
-def _told_of_ids(name: str) -> str:
-    return f"data.sources: {name!r}: got token ids beside data.live, wants text: ids need no tokenizing; leave data.live out"

@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from manta.data import corpus, foreign, live, manifest, tokenizer
+from manta.data import corpus, foreign, live_sources, manifest, tokenizer
 from manta.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
 from manta.data.durable import TEMPORARY
 from manta.data.encode import DUPLICATE, MALFORMED, Task, encode, hashes, sample
@@ -29,6 +29,7 @@ from manta.data.examples import shape_of
 from manta.data.foreign import take_over
 from manta.data.formats import Piece
 from manta.data.home import Home
+from manta.data.live import LiveSamples
 from manta.data.manifest import Manifest, PieceRecord, Prepared, Split, digest
 from manta.data.progress import progress, say
 from manta.data.remote import is_remote, join
@@ -46,14 +47,14 @@ def find(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
 
     Raises InputError where a source or the tokenizer's file does not exist.
     """
-    data = live.placed(data) if data.live else data
+    data = live_sources.placed(data) if data.live else data
     home = _tokenizer_home(data, tokens)
     try:
         content = home.read(_TOKENIZER).decode()
     except FileNotFoundError:
         return None
     if data.live:
-        return live.as_prepared(home.copy(_TOKENIZER), data, tokens)
+        return live_sources.as_prepared(home.copy(_TOKENIZER), data, tokens)
     homes = [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
     manifests = [found for corpus_home in homes if (found := _intact(corpus_home, contents=False))]
     return _prepared(home, homes, manifests) if len(manifests) == len(homes) else None
@@ -65,8 +66,8 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
     Raises InputError for whatever is wrong with a source, with the tokenizer's file, or with so little text that no sample results.
     """
     if data.live:
-        data = live.placed(data)
-        live.refuse_ids(data)
+        data = live_sources.placed(data)
+        live_sources.refuse_ids(data)
     home = _tokenizer_home(data, tokens)
     _check_tokenizer(data, tokens)
     for source in data.sources:
@@ -92,8 +93,8 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
 
 def _live(home: Home, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
     """Of a corpus that is tokenized while it is read, only the tokenizer is made."""
-    prepared = live.as_prepared(home.copy(_TOKENIZER), data, tokens)
-    live.LiveSamples(prepared, data, tokens, seed=0, held_out=1)  # raises where no sample results
+    prepared = live_sources.as_prepared(home.copy(_TOKENIZER), data, tokens)
+    LiveSamples(prepared, data, tokens, seed=0, held_out=1)  # raises where no sample results
     say(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {home.root}")
     return prepared
 

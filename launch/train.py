@@ -19,7 +19,8 @@ from manta.cluster.machine import default_ranks, gpus
 from manta.data.draws import numbered
 from manta.data.durable import write_atomically
 from manta.data.errors import InputError
-from manta.data.live import as_prepared, check_ranks, open_samples, placed
+from manta.data.live import check_ranks, open_samples
+from manta.data.live_sources import as_prepared, placed
 from manta.data.manifest import Prepared, is_there
 from manta.data.prepare import find, prepare
 from manta.data.samples import Samples
@@ -62,7 +63,7 @@ def train(config: RunConfig) -> int:
             say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns_in_words(config.train)} deals out evenly over {layout.data}")
         say(f"{home.path}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
         if config.data.live:
-            say(f"{home.path}: data.live: text is tokenized while it is read; only {layout.data} data ranks can go on with it")
+            say(f"{home.path}: data.live: text is tokenized while it is read; only as many data ranks, {layout.data}, can go on with it")
         job = Job(
             command=(sys.executable, "-P", "-m", "manta.trainer", str(home.path)),
             environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks

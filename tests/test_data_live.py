@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from reading import arrow, put, table
 from test_data_prepare import SMALL, documents, texts_of, write_lines
 from test_run import events, lines, losses, wait_for_step
 
-from manta.data import live, prepare
+from manta.data import live_sources, prepare
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.live import Cursor, LiveSamples, open_samples
@@ -30,6 +30,7 @@ from manta.data.objectives import IGNORED, Examples
 from manta.data.samples import Samples
 from manta.data.timeline import Timeline
 from manta.data.tokenizer import Tokenizer
+from manta.trainer.checkpoint import store
 from manta.trainer.config import TrainConfig
 from manta.trainer.layout import plan
 from manta.trainer.reader import Reader
@@ -219,13 +220,13 @@ def test_a_batch_is_the_samples_one_by_one(folder, tokens):
 
 
 def test_the_order_in_which_ranks_read_never_changes(tmp_path, tokens):
-    """Golden: whoever changes it changes every live run that is under way, and raises live.VERSION."""
+    """Golden: whoever changes it changes every live run that is under way, and raises live_sources.VERSION."""
     for name, count in (("a", 5), ("b", 2), ("c", 4)):
         write_lines(tmp_path / f"{name}.jsonl", [f"{name}{number}" for number in range(count)])
     write_lines(tmp_path / "held.txt", documents(5))
     data = config(tmp_path, {"path": str(tmp_path / "*.jsonl"), "validation": str(tmp_path / "held.txt")})
     told = [[" ".join(texts) for texts in texts_by_epoch(opened(data, tokens, rank, 2, held_out=1), tokens, 2)] for rank in range(2)]
-    assert live.VERSION == 1
+    assert live_sources.VERSION == 1
     assert told == [["a0 a2 a4 b1 c0 c2", "b0 a1 a3 c0 c2"], ["a1 a3 b0 c1 c3", "b1 a0 a2 a4 c1 c3"]]
 
 
@@ -350,12 +351,13 @@ def test_relative_paths_are_those_of_where_the_run_was_begun(tmp_path, tokens, m
     for path in ("text", "text/*.jsonl", "text/x[1].jsonl"):
         data = config(tmp_path, path)
         expected = [window(examples) for _, examples in read(opened(data, tokens), 0, 20)]
-        placed = live.placed(data)
+        placed = live_sources.placed(data)
         monkeypatch.chdir(tmp_path)
         assert [window(examples) for _, examples in read(opened(placed, tokens), 0, 20)] == expected
         monkeypatch.chdir(home)
-    kept = config(tmp_path, "stdlib:", "s3://bucket/x", "hf:name:config", "file:///x/*.txt")
-    assert [source.path for source in live.placed(kept).sources] == ["stdlib:", "s3://bucket/x", "hf:name:config", "/x/*.txt"]
+    kept = ["stdlib:", "s3://bucket/x", "hf:name:config", "hf://datasets/x"]
+    more = live_sources.placed(config(tmp_path, *kept, "hf:text:part", "file:///x/*.txt")).sources
+    assert [source.path for source in more] == [*kept, f"hf:{home / 'text'}:part", "/x/*.txt"]
 
 
 def test_token_ids_are_refused(tmp_path, tokens):
@@ -401,47 +403,55 @@ def test_a_reader_that_is_ahead_tells_where_each_step_began(folder, tokens):
     assert told == expected
 
 
+def test_a_checkpoint_tells_its_cursors_and_an_older_one_has_none(tmp_path):
+    cursors = [asdict(Cursor(epoch=1, piece=2, document=3, token=rank)) for rank in range(2)]
+    come = store.Progress(step=4, samples_consumed=8, optimizer_steps=4, cursors=cursors)
+    path = store.save(tmp_path, {"master/x": torch.ones(3)}, come, identity={}, attempt=1, keep=1)
+    assert store.verify(path).progress == come
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["cursors"], manifest["xxh3"]
+    (path / "manifest.json").write_text(json.dumps(manifest | {"xxh3": store._digest(manifest)}))
+    assert store.verify(path).progress == replace(come, cursors=None)
+
+
 # Whole runs
 
-STEPS = 24
-LIVE = ("data.live=true", "data.sources=[documents/*.txt]", f"train.steps={STEPS}", "checkpoint.every_steps=5", "evaluate.every_steps=12")
+STEPS = 40
+LIVE = ("data.live=true", "data.sources=[documents/*.txt]", f"train.steps={STEPS}", "checkpoint.every_steps=5", "evaluate.every_steps=20")
 
 
 def digests(case, run: str) -> list[int]:
     return [line["data/digest"] for line in lines(case, run)]
 
 
+def evaluated(case, run: str) -> list[float]:
+    return [line["eval/loss"] for line in lines(case, run) if "eval/loss" in line]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(case) -> str:
     done = case.train("live", *LIVE)
-    assert "text is tokenized while it is read; only 2 data ranks can go on with it" in done.stderr
+    assert "text is tokenized while it is read; only as many data ranks, 2, can go on with it" in done.stderr
     assert losses(case, "live")[-1] < losses(case, "live")[0] - 0.2
     assert len(set(digests(case, "live"))) == STEPS
     return "live"
 
 
-def test_a_live_run_whose_rank_is_killed_comes_back_to_the_same_samples(case, undisturbed):
-    with case.start("train", str(case.file), "run.dir=live killed", *LIVE, "cluster.keep_warm=true") as running:
-        wait_for_step(case, "live killed", 8, running)
-        victim = next(e for e in events(case, "live killed") if e["event"] == "attempt-started")["ranks"][1]["pid"]
+def test_a_live_run_is_killed_and_stopped_and_comes_back_to_the_same_samples_on_as_many_ranks(case, undisturbed, tmp_path):
+    run, on_cpu = "live again", os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with case.start("train", str(case.file), f"run.dir={run}", *LIVE, "cluster.keep_warm=true") as running:
+        wait_for_step(case, run, 8, running)
+        victim = next(event for event in events(case, run) if event["event"] == "attempt-started")["ranks"][1]["pid"]
         os.kill(victim, signal.SIGKILL)
-        assert running.wait(90) == 0, running.stderr.read()
-        running.communicate()
-    assert [event["rank"] for event in events(case, "live killed") if event["event"] == "rank-failed"] == [1]
-    assert {line["attempt"] for line in lines(case, "live killed")} == {1, 2}
-    assert losses(case, "live killed") == losses(case, undisturbed)  # bit by bit
-    assert digests(case, "live killed") == digests(case, undisturbed)
-
-
-def test_a_live_run_goes_on_with_as_many_ranks_and_refuses_others(case, undisturbed, tmp_path):
-    run = "live stopped"
-    with case.start("train", str(case.file), f"run.dir={run}", *LIVE) as running:
-        wait_for_step(case, run, 3, running)
+        wait_for_step(case, run, 16, running)
         running.send_signal(signal.SIGTERM)
         assert running.wait(60) == 75, running.stderr.read()
         running.communicate()
-    stopped, on_cpu = lines(case, run)[-1]["step"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    assert [event["rank"] for event in events(case, run) if event["event"] == "rank-failed"] == [1]
+    assert {line["attempt"] for line in lines(case, run)} == {1, 2}
+    stopped = lines(case, run)[-1]["step"]
     assert stopped < STEPS
+
     saved = sorted((case.home / run).glob("checkpoints/*/*"))
     told = "data.live: got 1 data rank, wants 2: so many have read its text, each a share of its own; start as many"
     refused = case.manta("resume", run, "cluster.ranks_per_node=1")
@@ -453,21 +463,13 @@ def test_a_live_run_goes_on_with_as_many_ranks_and_refuses_others(case, undistur
     assert told in by_hand.stderr
     assert sorted((case.home / run).glob("checkpoints/*/*")) == saved
     assert len(lines(case, run)) == stopped
-    done = subprocess.run(
-        [MANTA, "resume", str(case.home / run)],  # from elsewhere, where no source is
-        cwd=tmp_path,
-        env=on_cpu,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+
+    command = [MANTA, "resume", str(case.home / run)]  # from elsewhere, where no source is
+    done = subprocess.run(command, cwd=tmp_path, env=on_cpu, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert losses(case, run) == losses(case, undisturbed)
+    assert losses(case, run) == losses(case, undisturbed)  # bit by bit
     assert digests(case, run) == digests(case, undisturbed)
-    assert [line["eval/loss"] for line in lines(case, run) if "eval/loss" in line] == [
-        line["eval/loss"] for line in lines(case, undisturbed) if "eval/loss" in line
-    ]
+    assert evaluated(case, run) == evaluated(case, undisturbed)
 
 
 def test_a_live_run_over_another_corpus_is_refused(case, undisturbed):
@@ -475,7 +477,7 @@ def test_a_live_run_over_another_corpus_is_refused(case, undisturbed):
     before = changed.stat()
     changed.write_text(changed.read_text() + "\n")
     try:
-        refused = case.train(undisturbed, *LIVE, "train.steps=30", code=2)
+        refused = case.train(undisturbed, *LIVE, "train.steps=44", code=2)
     finally:
         changed.write_text(changed.read_text()[:-1])
         os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
