@@ -303,6 +303,12 @@ class DataConfig(_Section):
         for key in ("mixture", "curriculum", "packing", "skip", "shuffle_shards", "ray"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: got {_short(getattr(self, key))} beside live, which reads its files as they come; leave one out")
+        for source in self.sources:
+            told = f"sources: got {{}} for {source.called!r} beside live, which {{}}; leave one out"
+            if source.filter.unique:
+                raise ValueError(told.format("filter unique", "reads each document once and remembers none"))
+            if source.epochs is not None:
+                raise ValueError(told.format(f"epochs {source.epochs:g}", "does not know beforehand how much there is"))
         if self.objective == "masked" and self.pairs == "next_sentence":
             raise ValueError("pairs: got next_sentence beside live, which has no other text to draw B from; use sentence_order or none")
         return self

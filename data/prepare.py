@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from manta.data import corpus, foreign, manifest, tokenizer
+from manta.data import corpus, foreign, live_sources, manifest, tokenizer
 from manta.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
 from manta.data.durable import TEMPORARY
 from manta.data.encode import DUPLICATE, MALFORMED, Task, encode, hashes, sample
@@ -29,6 +29,7 @@ from manta.data.examples import shape_of
 from manta.data.foreign import take_over
 from manta.data.formats import Piece
 from manta.data.home import Home
+from manta.data.live import LiveSamples
 from manta.data.manifest import Manifest, PieceRecord, Prepared, Split, digest
 from manta.data.packed import find_packings, pack
 from manta.data.progress import progress, say
@@ -46,11 +47,14 @@ def find(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
 
     Raises InputError where a source or the tokenizer's file does not exist.
     """
+    data = live_sources.placed(data) if data.live else data
     home = _tokenizer_home(data, tokens)
     try:
         content = home.read(_TOKENIZER).decode()
     except FileNotFoundError:
         return None
+    if data.live:
+        return live_sources.as_prepared(home.copy(_TOKENIZER), data, tokens)
     homes = [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
     manifests = [found for corpus_home in homes if (found := _intact(corpus_home, contents=False))]
     if len(manifests) < len(homes):
@@ -66,6 +70,9 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
 
     Raises InputError for whatever is wrong with a source, with the tokenizer's file, or with so little text that no sample results.
     """
+    if data.live:
+        data = live_sources.placed(data)
+        live_sources.refuse_ids(data)
     home = _tokenizer_home(data, tokens)
     _check_tokenizer(data, tokens)
     for source in data.sources:
@@ -77,6 +84,8 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
             content = home.read(_TOKENIZER).decode()
         except FileNotFoundError:
             content = _make_tokenizer(home, data, tokens)
+        if data.live:
+            return _live(home, data, tokens)
         homes = [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
         manifests = [_make_corpus(*pair, data, tokens, home) for pair in zip(data.sources, homes, strict=True)]
         if data.packing == "best_fit":
@@ -84,6 +93,14 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
                 pack(corpus_home, made, shape_of(data))
     prepared = _prepared(home, homes, manifests)
     Samples(prepared, data, tokens, seed=0)  # raises where no sample results
+    return prepared
+
+
+def _live(home: Home, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
+    """Of a corpus that is tokenized while it is read, only the tokenizer is made."""
+    prepared = live_sources.as_prepared(home.copy(_TOKENIZER), data, tokens)
+    LiveSamples(prepared, data, tokens, seed=0, held_out=1)  # raises where no sample results
+    say(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {home.root}")
     return prepared
 
 

@@ -65,7 +65,8 @@ def prepare(file: File, overrides: Overrides = None) -> None:
 
     loaded = config.load(file, overrides or [])
     prepared = prepare_corpus(loaded.data, loaded.tokenizer)
-    typer.echo("\n".join(str(corpus) for corpus in prepared.corpora))
+    for corpus in prepared.corpora:
+        typer.echo(corpus)
 
 
 @app.command()

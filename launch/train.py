@@ -19,6 +19,8 @@ from manta.cluster.machine import default_ranks, gpus
 from manta.data.draws import numbered
 from manta.data.durable import write_atomically
 from manta.data.errors import InputError
+from manta.data.live import check_ranks, open_samples
+from manta.data.live_sources import as_prepared, placed
 from manta.data.manifest import Prepared, is_there
 from manta.data.prepare import find, prepare
 from manta.data.samples import Samples
@@ -34,6 +36,8 @@ STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
 
 def train(config: RunConfig) -> int:
     """Starts the run, or goes on with it where it was begun. Gives the exit code. Raises InputError before anything is started."""
+    if config.data.live:
+        config = config.model_copy(update={"data": placed(config.data)})
     home = RunDirectory(config.run.dir.absolute())
     check_place(home)
     ranks = ranks_at_hand(config)
@@ -43,6 +47,8 @@ def train(config: RunConfig) -> int:
     if is_done(home, config):
         say(f"{home.path}: already done: step {config.train.steps} of {config.train.steps}; raise train.steps to go on")
         return 0
+    if config.data.live:
+        refuse_other_ranks(home, layout)
     code = check_own_model(home, config)
     prepared = corpus(home, config)
     for found in start.values():
@@ -56,6 +62,8 @@ def train(config: RunConfig) -> int:
         if ranks > layout.ranks:
             say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns_in_words(config.train)} deals out evenly over {layout.data}")
         say(f"{home.path}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
+        if config.data.live:
+            say(f"{home.path}: data.live: text is tokenized while it is read; only as many data ranks, {layout.data}, can go on with it")
         job = Job(
             command=(sys.executable, "-P", "-m", "manta.trainer", str(home.path)),
             environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
@@ -118,6 +126,16 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
         say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
 
 
+def refuse_other_ranks(home: RunDirectory, layout: Layout) -> None:
+    """Raises InputError where a live run has been saved by more or fewer data ranks; of a damaged checkpoint ranks have the last word."""
+    try:
+        saved = json.loads((home.newest / "manifest.json").read_bytes()) if home.newest else None
+    except ValueError:
+        return
+    if isinstance(saved, dict):
+        check_ranks(saved.get("cursors"), layout.data)
+
+
 def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
     """Which checkpoint's weights a new run begins with, for its manifest: the same one on every attempt, however the source goes on.
 
@@ -145,7 +163,7 @@ def refuse_other_weights(found: Path, home: RunDirectory, config: RunConfig, pre
     from manta.trainer.checkpoint.errors import CheckpointError
     from manta.trainer.pretrained import other_weights  # torch: a second and a half, for those alone who begin with other weights
 
-    tokens = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
+    tokens = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
     try:
         told = other_weights(found, config.model, vocabulary=tokens, sequence_length=config.data.sequence_length, code=home.code)
     except CheckpointError as error:
@@ -202,27 +220,35 @@ def check_own_model(home: RunDirectory, config: RunConfig) -> dict[str, str]:
 def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
     """What the run reads: what it was begun with, where that is still there, even if its sources are not; else found or prepared.
 
+    Live, the sources are what it reads: they have to be there, and the same.
+
     Raises InputError where it is damaged, or other tokens than the run was begun with.
     """
     begun = home.prepared() if home.manifest_file.exists() else None
     if begun is not None and is_there(begun, config.data.cache):
-        prepared = begun
+        prepared = as_prepared(begun.tokenizer, config.data, config.tokenizer) if config.data.live else begun
     else:
         prepared = find(config.data, config.tokenizer) or prepare(config.data, config.tokenizer)
     if begun is not None and begun.fingerprint != prepared.fingerprint:
         remedy = "bring back the corpus it was begun with, or choose another run.dir"
         raise InputError(f"{home.path}: corpus fingerprint: got {prepared.fingerprint}, wants {begun.fingerprint}; {remedy}")
-    samples = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises where shards are not as written
-    samples.draws.check_epochs(config.timeline().first_sample(config.train.steps))
-    each = sum(draw.windows.total for draw in samples.draws.all)
-    if (batch := max(config.train.batches)) > each:
-        wants = f"at most the {each} samples of an epoch, that none stands twice in a step"
-        raise InputError(f"train.global_batch: got {batch}, wants {wants}; lower it, or give more text")
+    samples = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises where shards are not as written
+    if isinstance(samples, Samples):
+        check_reading(samples, config)
     room = config.model.vocabulary
     if room is not None and room < samples.tokenizer_vocabulary:
         wants = f"at least the tokenizer's {samples.tokenizer_vocabulary}"
         raise InputError(f"model.vocabulary: got {room}, wants {wants}; raise it or leave it out")
     return prepared
+
+
+def check_reading(samples: Samples, config: RunConfig) -> None:
+    """Raises InputError where a source would be read more often than it may, or a step would read a sample twice."""
+    samples.draws.check_epochs(config.timeline().first_sample(config.train.steps))
+    each = sum(draw.windows.total for draw in samples.draws.all)
+    if (batch := max(config.train.batches)) > each:
+        wants = f"at most the {each} samples of an epoch, that none stands twice in a step"
+        raise InputError(f"train.global_batch: got {batch}, wants {wants}; lower it, or give more text")
 
 
 def manifest(config: RunConfig) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import resource
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from types import FrameType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from manta.data.live import LiveSamples
 from manta.data.samples import Samples
 from manta.trainer.batch import Batch
 from manta.trainer.checkpoint import store
@@ -50,7 +52,7 @@ class Loop:
         *,
         config: TrainingConfig,
         world: World,
-        samples: Samples,
+        samples: Samples | LiveSamples,
         engine: Engine,
         home: RunDirectory,
         heartbeat: Heartbeat,
@@ -185,11 +187,21 @@ class Loop:
     def save(self, step: int) -> None:
         self.heartbeat("save", step)
         state = logical_state(self.engine)
-        come = progress(self.engine, step=step, samples_consumed=self.timeline.first_sample(step))
+        come = progress(self.engine, step=step, samples_consumed=self.timeline.first_sample(step), cursors=self._cursors(step))
         keep = self.config.checkpoint.keep
         path = store.save(self.home.checkpoints, state, come, identity=self.identity, attempt=self.world.attempt, keep=keep)
         self.saved = step
         log.info("saved %s", path)
+
+    def _cursors(self, step: int) -> list[dict[str, int]] | None:
+        """Where each data rank's reading of the next step begins; None where samples are had by number, by whichever rank."""
+        cursor = self.reader.cursor(step)
+        if cursor is None:
+            return None
+        told: list[tuple[int, dict[str, int]]] = [(self.engine.mesh.data_rank, asdict(cursor))] * self.world.size
+        dist.all_gather_object(told, told[0])
+        by_rank = dict(told)  # ranks that share samples stand at the same place
+        return [by_rank[rank] for rank in range(self.engine.layout.data)]
 
     def _total(self, *values: float) -> Sequence[float]:
         """Each value summed over all ranks."""
@@ -204,6 +216,6 @@ class Loop:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def validation_samples(config: TrainingConfig, samples: Samples) -> int:
+def validation_samples(config: TrainingConfig, samples: Samples | LiveSamples) -> int:
     """How many of the validation windows are evaluated."""
     return min(config.evaluate.samples, samples.validation_windows)

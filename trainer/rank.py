@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from manta.data import mixture, order, packing
 from manta.data.errors import InputError
-from manta.data.samples import Samples
+from manta.data.live import Cursor, LiveSamples, check_ranks, open_samples
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.state import load_masters, restore
@@ -28,7 +28,7 @@ from manta.trainer.parallel.fp8 import ask_for_gpu
 from manta.trainer.power import peak_flops
 from manta.trainer.refusals import compiles
 from manta.trainer.rundir import RunDirectory
-from manta.trainer.world import World
+from manta.trainer.world import Mesh, World
 
 log = logging.getLogger(__name__)
 DONE, LEFT, INTERRUPTED = 0, 75, 130
@@ -48,11 +48,13 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     config = home.config()
     layout = fits(config.train, world.size, config.parallel)
     prepared = home.prepared()
-    samples = Samples(prepared, config.data, config.tokenizer, seed=config.run.seed)
     if config.precision == "fp8":
         ask_for_gpu(world.device)
     world.join()
     log.info("joined %d ranks on %s", world.size, world.device)
+    mesh = world.mesh(layout)
+    reading = {"seed": config.run.seed, "held_out": config.evaluate.samples, "rank": mesh.data_rank, "ranks": layout.data}
+    samples = open_samples(prepared, config.data, config.tokenizer, **reading)
 
     vocabulary, sequence_length = samples.tokenizer_vocabulary, config.data.sequence_length
     model = build(config.model, vocabulary=vocabulary, sequence_length=sequence_length, code=home.code)
@@ -62,7 +64,7 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     peak = peak_flops(world.device, torch.float32 if config.precision == "fp32" else torch.bfloat16)
     engine = Engine(
         model,
-        mesh=world.mesh(layout),
+        mesh=mesh,
         optimizer=config.optimizer,
         precision=config.precision,
         recompute=config.train.recompute,
@@ -74,9 +76,11 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
         identity["mixture"] = str(mixture.VERSION)
     if config.data.packing == "best_fit":
         identity["packing"] = str(packing.VERSION)
-    step = resume(engine, home, identity)
-    if step is None and config.run.start_from is not None:
+    come = resume(engine, home, identity)
+    if come is None and config.run.start_from is not None:
         begin_from(engine, Path(home.manifest().get("start_from", config.run.start_from)))
+    if isinstance(samples, LiveSamples):
+        go_on(samples, come, mesh)
 
     loop = Loop(
         config=config,
@@ -90,7 +94,7 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
         flops_per_token=costs,
         identity=identity,
     )
-    step = loop.run(step or 0)
+    step = loop.run(come.step if come else 0)
     dist.destroy_process_group()
     if step == config.train.steps:
         return DONE
@@ -111,8 +115,8 @@ def _compiles(config: TrainingConfig, device: torch.device) -> bool:
     return True
 
 
-def resume(engine: Engine, home: RunDirectory, identity: dict[str, str]) -> int | None:
-    """Loads the newest valid checkpoint. Gives the steps it has done; None where there is none.
+def resume(engine: Engine, home: RunDirectory, identity: dict[str, str]) -> store.Progress | None:
+    """Loads the newest valid checkpoint. Gives how far it has come; None where there is none.
 
     Raises CheckpointError where all are bad, InputError where it is of another run.
     """
@@ -132,7 +136,16 @@ def resume(engine: Engine, home: RunDirectory, identity: dict[str, str]) -> int 
             raise InputError(f"{checkpoint.path}: {key} fingerprint: got {got}, wants {wanted}; {remedy}")
     restore(checkpoint, engine)
     log.info("resumed from %s", checkpoint.path)
-    return checkpoint.progress.step
+    return checkpoint.progress
+
+
+def go_on(samples: LiveSamples, come: store.Progress | None, mesh: Mesh) -> None:
+    """Has live samples go on from where this data rank stood. Raises InputError where more or fewer ranks have read so far."""
+    log.info("data.live: what is read depends on the number of data ranks, %d; no other can go on", mesh.layout.data)
+    if come is not None:
+        cursors = come.cursors or []
+        check_ranks(cursors, mesh.layout.data)
+        samples.go_on_from(Cursor(**cursors[mesh.data_rank]))
 
 
 def begin_from(engine: Engine, path: Path) -> None:

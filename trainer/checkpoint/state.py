@@ -60,12 +60,14 @@ def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     return shapes | {f"master/{name}": tuple(bias_E.shape) for name, bias_E in _biases(engine)}
 
 
-def progress(engine: Engine, *, step: int, samples_consumed: int) -> store.Progress:
-    """How far this engine has come: what is a number, and no tensor."""
+def progress(engine: Engine, *, step: int, samples_consumed: int, cursors: list[dict[str, int]] | None = None) -> store.Progress:
+    """How far this engine has come: what is a number, and no tensor. cursors: of each data rank, where samples are read live."""
     counts = {int(held["step"]) for held in _optimizer(engine).state.values() if "step" in held}
     assert len(counts) <= 1, f"groups have counted {counts} steps"
     scaler = {name: getattr(engine.zero.loss_scaler, name) for name in LOSS_SCALER} if engine.precision == "fp16" else None
-    return store.Progress(step=step, samples_consumed=samples_consumed, optimizer_steps=next(iter(counts), 0), loss_scaler=scaler)
+    return store.Progress(
+        step=step, samples_consumed=samples_consumed, optimizer_steps=next(iter(counts), 0), loss_scaler=scaler, cursors=cursors
+    )
 
 
 def restore(checkpoint: store.Checkpoint, engine: Engine) -> None:

@@ -38,6 +38,7 @@ class Progress:
     samples_consumed: int
     optimizer_steps: int  # steps counted by the optimizer's bias correction
     loss_scaler: dict[str, float] | None = None  # fp16: where the dynamic loss scale stands
+    cursors: list[dict[str, int]] | None = None  # data.live: where each data rank stands in its text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +189,9 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
-    progress = Progress(**{k: manifest[k] for k in Progress.__dataclass_fields__ if k in manifest})  # older ones knew no loss scaler
+    progress = Progress(
+        **{k: manifest[k] for k in Progress.__dataclass_fields__ if k in manifest}
+    )  # older ones knew no loss scaler and no cursors
     tensors = {k: tuple(shape) for k, shape in manifest["tensors"].items()}
     return Checkpoint(path=path, progress=progress, tensors=tensors, identity=manifest["identity"])
 
