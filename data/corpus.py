@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Literal
 
 from manta.data import remote
-from manta.data.config import DataConfig, SourceConfig
+from manta.data.config import DataConfig
 from manta.data.errors import InputError
 from manta.data.files import File, find, stat, walk, without_notes
 from manta.data.filters import Filter
 from manta.data.formats import COMPRESSED, BadRows, Document, JsonLines, Piece, TextFiles, compression_of, suffix_of, unreadable
 from manta.data.rows import Field, Kind, Reader, Template
+from manta.data.source import SourceConfig
 from manta.data.tables import Arrow, HuggingFace, Parquet, open_dataset
 
 Format = Literal["text", "json", "parquet", "arrow", "tokens"]

@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data import remote
-from manta.data.config import CacheConfig, FilterConfig
+from manta.data.config import CacheConfig
 from manta.data.errors import InputError
 from manta.data.filters import Filter
 from manta.data.formats import Document, Piece, Refused
@@ -24,6 +24,7 @@ from manta.data.home import Home
 from manta.data.manifest import PieceRecord
 from manta.data.order import Permutation
 from manta.data.shards import Shard, ShardWriter, dtype_for
+from manta.data.source import FilterConfig
 from manta.data.tokenizer import Encoder, Tokenizer
 
 _BATCH = 1 << 20  # characters encoded at once

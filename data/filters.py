@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from manta.data.config import FilterConfig
+from manta.data.source import FilterConfig
 
 
 @dataclass(frozen=True, slots=True)

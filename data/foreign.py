@@ -20,12 +20,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data import remote
-from manta.data.config import SourceConfig
 from manta.data.corpus import File, files
 from manta.data.encode import Task, Tell, open_tokenizer
 from manta.data.errors import InputError
 from manta.data.manifest import PieceRecord
 from manta.data.shards import Shard, index_bytes, parse_index
+from manta.data.source import SourceConfig
 
 Format = Literal["megatron", "nanogpt", "llm.c"]
 

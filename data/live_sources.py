@@ -8,13 +8,14 @@ from pathlib import Path
 import xxhash
 
 from manta.data import corpus, tokenizer
-from manta.data.config import DataConfig, SourceConfig, TokenizerConfig
+from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.encode import held_out_below
 from manta.data.errors import InputError
 from manta.data.filters import Filter
 from manta.data.formats import Document, Piece, Refused
 from manta.data.manifest import Prepared, digest
 from manta.data.remote import is_remote
+from manta.data.source import SourceConfig
 
 VERSION = 1  # of the order in which ranks read; another one is another corpus
 

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from manta.data import corpus, foreign, live_sources, manifest, tokenizer
-from manta.data.config import BYTES, DataConfig, SourceConfig, TokenizerConfig
+from manta.data.config import BYTES, DataConfig, TokenizerConfig
 from manta.data.durable import TEMPORARY
 from manta.data.encode import DUPLICATE, MALFORMED, Task, encode, hashes, sample
 from manta.data.errors import InputError
@@ -35,6 +35,7 @@ from manta.data.packed import find_packings, pack
 from manta.data.progress import progress, say
 from manta.data.remote import is_remote, join
 from manta.data.samples import Samples, entropy
+from manta.data.source import SourceConfig
 from manta.data.tokenizer_training import train
 from manta.data.worker import T, Work, run_all
 

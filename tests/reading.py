@@ -10,9 +10,10 @@ import pytest
 from pyarrow import parquet
 
 from manta.data import corpus
-from manta.data.config import DataConfig, SourceConfig
+from manta.data.config import DataConfig
 from manta.data.errors import InputError
 from manta.data.formats import Document, Piece, Refused
+from manta.data.source import SourceConfig
 
 DOCUMENTS = ["Guten Tag.\n", "雪が降る", "a\r\nb", "🙂 <|endoftext|> not the end"]
 

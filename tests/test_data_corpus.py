@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from reading import DOCUMENTS, arrow, pieces, places, put, read, skipped, table, told
 
 from manta.data import corpus, formats
-from manta.data.config import SourceConfig
 from manta.data.errors import InputError
 from manta.data.rows import Field
+from manta.data.source import SourceConfig
 
 LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(DOCUMENTS)).encode()
 

@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 
-from manta.data.config import FilterConfig
 from manta.data.filters import Filter
+from manta.data.source import FilterConfig
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ import psutil
 import pytest
 
 from manta.data import manifest, prepare
-from manta.data.config import CacheConfig, DataConfig, SourceConfig, TokenizerConfig
+from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
 from manta.data.encode import Task, encode
 from manta.data.errors import InputError
 from manta.data.formats import Piece
 from manta.data.home import Home
 from manta.data.manifest import Prepared
+from manta.data.source import SourceConfig
 from manta.data.tokenizer import Tokenizer
 from manta.data.worker import run_all
 

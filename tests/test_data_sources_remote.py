@@ -19,7 +19,7 @@ import zstandard
 from reading import DOCUMENTS, arrow, pieces, places, put, read, skipped, table, told
 
 from manta.data import corpus, remote
-from manta.data.config import SourceConfig
+from manta.data.source import SourceConfig
 
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode()
 PLACES = [f"line {line}" for line in range(1, len(DOCUMENTS) + 1)]

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from reading import DOCUMENTS, arrow, found, pieces, places, put, read, skipped, table, told
 
 from manta.data import corpus
-from manta.data.config import SourceConfig
+from manta.data.source import SourceConfig
 
 IDS = [[5, 4_000_000_000, 0], [], [7]]
 ROWS = [f"row {i} " * 20 for i in range(100)]
