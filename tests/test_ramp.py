@@ -38,6 +38,7 @@ from parity import (
     rows,
 )
 from spmd import spmd
+from test_compile import needs_compiler
 from test_run import assert_same, events, lines, losses, resume, wait_for_step
 
 from manta.data.hashing import hashed
@@ -124,7 +125,7 @@ def plain(cell: Cell, optimizer: str) -> Trace:
     return Trace(told, norms, moved(cell.model, cell.precision, dict(masters.named_parameters())))
 
 
-def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = None) -> Trace:
+def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = None, *, compiled: bool = False) -> Trace:
     """The same in DeepSpeed, on this rank's share; with a fault put in, where a control asks for one."""
     torch.nn.functional.linear = LINEAR
     world = World.from_environment()
@@ -140,6 +141,7 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
             optimizer=optimizer_config(optimizer, cell.precision),
             precision=cell.precision,
             recompute=cell.recompute,
+            compile_blocks=compiled,
         )
     if fault is not None:
         fault(engine)
@@ -195,6 +197,21 @@ def test_the_comparison_notices_a_fault(fault, zero):
     told = spmd(of_both, 2, partial(under, fault=fault), [cell])[0][0]
     for optimizer in OPTIMIZERS:
         assert not told[optimizer].differs(reference("gpt2", "fp32")[optimizer]).within(BOUNDS["fp32"])
+
+
+def compiled(cell: Cell) -> tuple[Trace, int]:
+    trace = under(cell, "adamw", compiled=True)
+    from torch._dynamo.utils import counters
+
+    return trace, counters["stats"]["unique_graphs"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_blocks_are_compiled_once_for_each_length():
+    for trace, graphs in spmd(compiled, 2, Cell("gpt2", 2), timeout=240.0):
+        assert trace.differs(reference("gpt2", "fp32")["adamw"]).within(BOUNDS["fp32"])
+        assert graphs == len({length for _, length in SHAPES})
 
 
 RAMP = (
