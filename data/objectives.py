@@ -64,8 +64,8 @@ def keyed(samples: Tokens, seed: int | None, cut: Tokens | None = None) -> Hashe
 
 def shorter(windows_KW: Tokens, sequence_length: int) -> Tokens:
     """Windows [K, T + 1] -> [K * T / s, s + 1]: each cut into windows of s targets, which share one token as windows do."""
-    inner = np.lib.stride_tricks.sliding_window_view(windows_KW, sequence_length + 1, axis=1)[:, ::sequence_length]
-    return inner.reshape(-1, sequence_length + 1)
+    starts = np.arange(0, windows_KW.shape[1] - 1, sequence_length)
+    return windows_KW[:, starts[:, None] + np.arange(sequence_length + 1)].reshape(-1, sequence_length + 1)
 
 
 def draw(hashes: Hashes, below: ArrayLike) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ import statistics
 import threading
 from collections.abc import Callable
 from concurrent.futures import wait
-from contextlib import chdir
+from contextlib import chdir, closing
 from dataclasses import replace
 from functools import cache, partial
 from operator import attrgetter
@@ -282,20 +282,20 @@ def reader_of(case, *overrides: str) -> tuple[Reader, Samples, Timeline, Layout]
 
 def test_a_step_is_read_while_the_one_before_it_is_computed(case):
     reader, samples, timeline, layout = reader_of(case)
-    for step in range(3, 40):
-        microbatches, phase = list(reader.step(step)), timeline.phase(step)
-        assert len(microbatches) == layout.accumulation(phase.global_batch)
-        for turn, microbatch in enumerate(microbatches):
-            numbers = layout.samples(first=timeline.first_sample(step), turn=turn, rank=1)
-            wanted = Batch.of(samples.train(numbers, sequence_length=phase.sequence_length), seed=5)
-            assert torch.equal(microbatch.batch.tokens, wanted.tokens)
-            assert torch.equal(microbatch.batch.keys, wanted.keys)
-        if step + 1 < 40:
-            begun = wait(reader._ahead[step + 1], timeout=10)
-            assert len(begun.done) == layout.accumulation(timeline.phase(step + 1).global_batch)
-        else:
-            assert not reader._ahead, "nothing is read beyond the last step"
-    reader.close()
+    with closing(reader):
+        for step in range(3, 40):
+            microbatches, phase = list(reader.step(step)), timeline.phase(step)
+            assert len(microbatches) == layout.accumulation(phase.global_batch)
+            for turn, microbatch in enumerate(microbatches):
+                numbers = layout.samples(first=timeline.first_sample(step), turn=turn, rank=1)
+                wanted = Batch.of(samples.train(numbers, sequence_length=phase.sequence_length), seed=5)
+                assert torch.equal(microbatch.batch.tokens, wanted.tokens)
+                assert torch.equal(microbatch.batch.keys, wanted.keys)
+            if step + 1 < 40:
+                begun = wait(reader._ahead[step + 1], timeout=10)
+                assert len(begun.done) == layout.accumulation(timeline.phase(step + 1).global_batch)
+            else:
+                assert not reader._ahead, "nothing is read beyond the last step"
 
 
 def test_what_goes_wrong_in_reading_is_raised_as_it_is_and_the_thread_ends(case, tmp_path):
@@ -303,14 +303,12 @@ def test_what_goes_wrong_in_reading_is_raised_as_it_is_and_the_thread_ends(case,
     reader, *_ = reader_of(case, f"data.directory={tmp_path / 'corpora'}")
     for shard in tmp_path.glob("corpora/**/*.bin"):
         shard.unlink()
-    with pytest.raises(FileNotFoundError, match=r"\.bin"):
+    before = set(threading.enumerate())
+    with closing(reader), pytest.raises(FileNotFoundError, match=r"\.bin"):
         list(reader.step(0))
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
-    assert threads
-    reader.close()
-    for thread in threads:
+    for thread in set(threading.enumerate()) - before:
         thread.join(10)
-        assert not thread.is_alive()
+    assert set(threading.enumerate()) == before
 
 
 @pytest.fixture(scope="module")
