@@ -46,14 +46,22 @@ def find(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
 
     Raises InputError where a source or the tokenizer's file does not exist.
     """
+    there = places(data, tokens)
+    if there is None:
+        return None
+    home, homes = there
+    manifests = [found for corpus_home in homes if (found := _intact(corpus_home, contents=False))]
+    return _prepared(home, homes, manifests) if len(manifests) == len(homes) else None
+
+
+def places(data: DataConfig, tokens: TokenizerConfig) -> tuple[Home, list[Home]] | None:
+    """Where the tokenizer lies, and where each source's corpus does or would, whole or not; None where there is no tokenizer yet."""
     home = _tokenizer_home(data, tokens)
     try:
         content = home.read(_TOKENIZER).decode()
     except FileNotFoundError:
         return None
-    homes = [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
-    manifests = [found for corpus_home in homes if (found := _intact(corpus_home, contents=False))]
-    return _prepared(home, homes, manifests) if len(manifests) == len(homes) else None
+    return home, [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
 
 
 def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
