@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from manta.data import manifest, prepare
+from manta.data import making, manifest, prepare
 from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
 from manta.data.encode import Task, encode
 from manta.data.errors import InputError
@@ -330,7 +330,7 @@ def test_one_bad_line_fails_the_whole_and_leaves_no_manifest(tmp_path, monkeypat
     with (folder / "2.jsonl").open("a") as stream:
         stream.write('{"text": "cut sho')
     data, tokens = config(tmp_path / "corpora", folder, workers=workers), SMALL.model_copy(update={"train_bytes": 10_000})
-    monkeypatch.setattr(prepare, "_PROOF_BYTES", 10_000)  # the bad line is met by a worker, not by the sample
+    monkeypatch.setattr(making, "_PROOF_BYTES", 10_000)  # the bad line is met by a worker, not by the sample
     with pytest.raises(InputError) as caught:
         prepare.prepare(data, tokens)
     assert str(caught.value).startswith(f"{folder}/2.jsonl: line 101: malformed JSON")
@@ -371,7 +371,7 @@ def test_a_corpus_too_small_is_told_with_the_remedy(tmp_path):
 
 def test_a_source_that_changes_under_the_reader_is_refused(tmp_path, monkeypatch):
     good = write_lines(tmp_path / "good.jsonl", documents(20))
-    monkeypatch.setattr(prepare, "encode", lambda task, tell: (encode(task, tell), write_lines(good, documents(21)))[0])
+    monkeypatch.setattr(making, "encode", lambda task, tell: (encode(task, tell), write_lines(good, documents(21)))[0])
     with pytest.raises(InputError, match="changed while it was read"):
         prepare.prepare(config(tmp_path / "corpora", good), SMALL)
     assert not list(tmp_path.glob("corpora/*/manifest.json"))
