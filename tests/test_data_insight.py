@@ -22,9 +22,10 @@ from manta.data.duplicates import SPAN, duplicates, overlap
 from manta.data.home import Home
 from manta.data.insight import Lengths, contents, documents_cut, stream_of, windows_by_stream
 from manta.data.objectives import IGNORED
+from manta.data.packing import best_fit
 from manta.data.shards import ShardWriter
 from manta.data.spelling import Speller
-from manta.data.stream import Shape, Stream, bins_of
+from manta.data.stream import Shape, Stream
 from manta.data.timeline import Timeline
 from manta.launch.insight.bars import visible
 from manta.trainer.metrics import read_metrics
@@ -79,7 +80,8 @@ def test_what_packing_makes_of_documents_is_what_samples_hold(tmp_path, way, apa
     told = [one.cut if way == "one" else one.best_fit for one in found]
     assert sum(one.samples for one in told) == draw.windows.total
     if way != "one":
-        bins = [bins_of(stream.home, shard, shape) for stream in draw.streams for shard in stream.shards]
+        found = [stream.home.index(shard).document_lengths() for stream in draw.streams for shard in stream.shards]
+        bins = [best_fit(lengths, shape.width, shared=shape.width - shape.stride) for lengths in found]
         assert sum(one.padding for one in told) == sum(len(one) * shape.width - int(one.lengths.sum()) for one in bins)
         longer = [stream.home.index(shard).document_lengths() > shape.width for stream in draw.streams for shard in stream.shards]
         assert sum(one.cut for one in told) == sum(int(one.sum()) for one in longer)
