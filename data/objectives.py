@@ -8,6 +8,7 @@ Legend: K examples, T sequence length, W tokens of text that an example reads, S
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from manta.data.hashing import Hashes, fold, hashed
@@ -15,6 +16,7 @@ from manta.data.tokenizer import FimTokens
 
 IGNORED = -100  # the target where nothing is to be predicted
 PADDING = -1  # the document of what stands for nothing
+DIGEST_BITS = 32  # sums of so many bits over 2**20 samples are still exact in a float64
 
 # Training and validation, and each kind of draw, have hashes of their own; masking's kinds count from 0.
 _TRAIN, _VALIDATION = 0, 1
@@ -34,6 +36,11 @@ class Examples:
     documents: Tokens | None = None  # [K, T]: a token sees its own document; padding has -1; None: all of them
     segments: Tokens | None = None  # [K, T]: 0 for [CLS] A [SEP], 1 for B [SEP]
     next_sentence: Tokens | None = None  # [K]: 0 where B follows A, 1 where it does not, or where the two were swapped
+
+    def digest(self) -> int:
+        """Summed over rows, and so over batches and ranks, in any order: runs that read the same samples show the same, on any machines."""
+        rows = zip(self.tokens, self.targets, strict=True)
+        return sum(xxhash.xxh3_64_intdigest(np.stack(row).tobytes()) % 2**DIGEST_BITS for row in rows)
 
     def cumulative_lengths(self) -> NDArray[np.int32]:
         """Where documents begin and end in the batch laid out flat, [K * T]: int32 [D + 1], the first 0 and the last K * T.

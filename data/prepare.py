@@ -49,14 +49,12 @@ def find(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
     Raises InputError where a source or the tokenizer's file does not exist.
     """
     data = live_sources.placed(data) if data.live else data
-    home = _tokenizer_home(data, tokens)
-    try:
-        content = home.read(_TOKENIZER).decode()
-    except FileNotFoundError:
+    there = places(data, tokens)
+    if there is None:
         return None
+    home, homes = there
     if data.live:
         return live_sources.as_prepared(home.copy(_TOKENIZER), data, tokens)
-    homes = [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
     manifests = [found for corpus_home in homes if (found := _intact(corpus_home, contents=False))]
     if len(manifests) < len(homes):
         return None
@@ -64,6 +62,16 @@ def find(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
     if data.packing == "best_fit" and not all(find_packings(*pair, shape_of(data)) for pair in pairs):
         return None
     return _prepared(home, homes, manifests)
+
+
+def places(data: DataConfig, tokens: TokenizerConfig) -> tuple[Home, list[Home]] | None:
+    """Where the tokenizer lies, and where each source's corpus does or would, whole or not; None where there is no tokenizer yet."""
+    home = _tokenizer_home(data, tokens)
+    try:
+        content = home.read(_TOKENIZER).decode()
+    except FileNotFoundError:
+        return None
+    return home, [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
 
 
 def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:

@@ -10,6 +10,7 @@ import typer
 
 from manta.data.errors import InputError
 from manta.launch import __version__
+from manta.launch.insight.commands import app as data_app
 
 if TYPE_CHECKING:
     from manta.trainer.rundir import RunDirectory
@@ -20,6 +21,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT
 )
+app.add_typer(data_app, name="data")
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The run's config, in YAML.", show_default=False)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]

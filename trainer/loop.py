@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from manta.data.live import LiveSamples
+from manta.data.objectives import DIGEST_BITS
 from manta.data.samples import Samples
 from manta.trainer.batch import Batch
 from manta.trainer.checkpoint import store
@@ -22,7 +23,7 @@ from manta.trainer.config import TrainingConfig
 from manta.trainer.engine import Engine, Outcome
 from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.metrics import Line, MetricsLog, describe
-from manta.trainer.reader import DIGEST_BITS, Reader
+from manta.trainer.reader import Reader
 from manta.trainer.rundir import RunDirectory
 from manta.trainer.schedule import learning_rate
 from manta.trainer.world import World

@@ -1,0 +1,74 @@
+"""`manta data verify`: every byte of a prepared corpus read, and all that is damaged told."""
+
+import time
+from typing import Any
+
+from manta.data import manifest, tokenizer
+from manta.data.errors import InputError
+from manta.data.home import Home
+from manta.data.manifest import Manifest
+from manta.data.progress import progress
+from manta.data.verify import Damage, size, verify
+from manta.launch.insight.bars import console
+from manta.launch.insight.opened import Opened
+
+Told = dict[str, Any]
+
+
+def check(opened: Opened) -> Told:
+    """What was verified, and under `damaged` a line for each thing that is wrong."""
+    file, homes, fingerprint = opened.places()
+    remedy = f"delete it and run: manta prepare {opened.typed}"
+    corpora: list[tuple[Home, Manifest]] = []
+    damaged: list[str] = []
+    for home in homes:
+        try:
+            corpora.append((home, manifest.load(home)))
+        except InputError as error:
+            damaged.append(str(error))
+    told = [_line(damage, remedy) for damage in _tokenizer(str(file), tokenizer.fingerprint(tokenizer.read(file)), corpora)]
+    if fingerprint is not None and len(corpora) == len(homes):
+        got = manifest.joint_fingerprint(tuple(corpus for _, corpus in corpora))
+        if got != fingerprint:
+            wants = f"{fingerprint}, what the run was begun with"
+            told.append(f"{', '.join(home.root for home in homes)}: fingerprint: got {got}, wants {wants}; bring that corpus back")
+    files, total = size(corpora)
+    begun = time.perf_counter()
+    with progress("verify", total) as advance:
+        told += [_line(damage, remedy) for damage in verify(corpora, tell=advance)]
+    seconds = time.perf_counter() - begun
+    return {
+        "corpora": [home.root for home in homes],
+        "files": files,
+        "bytes": total,
+        "tokens": sum(corpus.train.tokens + corpus.validation.tokens for _, corpus in corpora),
+        "documents": sum(corpus.train.documents + corpus.validation.documents for _, corpus in corpora),
+        "vocabulary": max((corpus.vocabulary for _, corpus in corpora), default=None),
+        "seconds": seconds,
+        "damaged": damaged + told,
+    }
+
+
+def _tokenizer(path: str, fingerprint: str, corpora: list[tuple[Home, Manifest]]) -> list[Damage]:
+    wanted = {corpus.tokenizer for _, corpus in corpora} - {fingerprint}
+    return [
+        Damage(path=path, got=f"xxh3 {fingerprint}", wanted=f"{other}, that of the tokenizer the corpus was written with")
+        for other in wanted
+    ]
+
+
+def _line(damage: Damage, remedy: str) -> str:
+    return f"{damage.path}: got {damage.got}, wants {damage.wanted}; {remedy}"
+
+
+def show(told: Told) -> None:
+    """Where nothing is damaged."""
+    rate = told["bytes"] / max(told["seconds"], 1e-9) / 1e9
+    out = console()
+    for corpus in told["corpora"]:
+        out.print(corpus, soft_wrap=True)
+    out.print(
+        f"verified: {told['files']:,} files, {told['bytes'] / 1e6:,.1f} MB, {rate:.1f} GB/s; {told['documents']:,} documents,"
+        f" {told['tokens']:,} tokens, each id below {told['vocabulary']:,}",
+        soft_wrap=True,
+    )
