@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from manta.data.draws import Draw
 from manta.data.home import Home
 from manta.data.manifest import Manifest
-from manta.data.shards import Shard
 from manta.data.packed import find_packings
 from manta.data.packing import best_fit
+from manta.data.shards import Shard
 from manta.data.stream import Shape
 
 Numbers = NDArray[np.int64]
