@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from manta.data.draws import Draw
 from manta.data.home import Home
 from manta.data.manifest import Manifest
+from manta.data.packed import find_packings
 from manta.data.packing import best_fit
 from manta.data.shards import Shard
 from manta.data.stream import Shape
@@ -77,19 +78,21 @@ class Contents:
 
 
 def contents(home: Home, corpus: Manifest, shape: Shape, *, apart: bool) -> Contents:
-    """Reads the indexes, shard by shard. apart: whether windows end with their shard."""
+    """Reads the indexes, shard by shard, and packs what is not packed yet. apart: whether windows end with their shard."""
     lengths, counts = Lengths.of(np.zeros(0, dtype=np.int64)), np.zeros(2, dtype=np.int64)
-    cut = windows = filled = begin = bins = 0
+    packed = find_packings(home, corpus, shape)
+    bins = 0 if packed is None else sum(packing.bins for packing in packed.train)
+    cut = windows = filled = begin = 0
     for shard in corpus.train.shards:
         lengths_D = document_lengths(home, shard)
         lengths += Lengths.of(lengths_D)
         cut += documents_cut(lengths_D, shape, begin=0 if apart else begin)
         begin += shard.tokens
         windows += windows_in(shard.tokens, shape) if apart else 0
+        bins += 0 if packed else len(best_fit(lengths_D, shape.width, shared=shape.width - shape.stride))
         pieces_D = pieces(lengths_D, shape)
         counts += len(lengths_D), int((pieces_D > 1).sum())
         filled += int(lengths_D.sum() + (pieces_D - 1).sum() * (shape.width - shape.stride))
-        bins += len(best_fit(lengths_D, shape.width, shared=shape.width - shape.stride))
     windows = windows if apart else windows_in(begin, shape)
     return Contents(
         lengths=lengths,

@@ -88,7 +88,7 @@ class Packed:
 def find_packings(home: Home, corpus: Manifest, shape: Shape) -> Packings | None:
     """What `pack` has written, or None."""
     try:
-        found = Packings.model_validate_json(home.read(_name(shape)))
+        found = Packings.model_validate_json(home.read(packings_file(shape)))
     except (FileNotFoundError, ValidationError):
         return None
     return found if found.fingerprint == corpus.fingerprint else None
@@ -98,7 +98,7 @@ def packings(home: Home, corpus: Manifest, shape: Shape) -> Packings:
     """Raises InputError where the corpus was not packed for this width."""
     found = find_packings(home, corpus, shape)
     if found is None:
-        raise InputError(f"{home.at(_name(shape))}: missing; wants the corpus packed for this sequence length: run `manta prepare`")
+        raise InputError(f"{home.at(packings_file(shape))}: missing; wants the corpus packed for this sequence length: run `manta prepare`")
     return found
 
 
@@ -107,16 +107,16 @@ def pack(home: Home, corpus: Manifest, shape: Shape) -> None:
     if find_packings(home, corpus, shape) is None:
         train, validation = (tuple(_pack(home, shard, shape) for shard in split.shards) for split in (corpus.train, corpus.validation))
         found = Packings(fingerprint=corpus.fingerprint, train=train, validation=validation)
-        home.write(_name(shape), found.model_dump_json(indent=1).encode())
+        home.write(packings_file(shape), found.model_dump_json(indent=1).encode())
 
 
 def _pack(home: Home, shard: Shard, shape: Shape) -> Packing:
     bins = best_fit(home.index(shard).document_lengths(), shape.width, shared=shape.width - shape.stride)
     content = bins.edges.tobytes() + bins.starts.tobytes() + bins.lengths.astype(np.int32).tobytes()
-    name = f"{shard.index.removesuffix('.idx')}.{_name(shape).removesuffix('.json')}.bin"
+    name = f"{shard.index.removesuffix('.idx')}.{packings_file(shape).removesuffix('.json')}.bin"
     home.write(name, content)
     return Packing(file=name, bins=len(bins), pieces=len(bins.starts), xxh3=xxhash.xxh3_64_hexdigest(content))
 
 
-def _name(shape: Shape) -> str:
+def packings_file(shape: Shape) -> str:
     return f"packing-{packing.VERSION}-{shape.width}-{shape.stride}.json"

@@ -6,7 +6,7 @@ All that is wrong is told, not only the first of it. A file is read once, by one
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -18,7 +18,9 @@ from manta.data import manifest, remote
 from manta.data.errors import InputError
 from manta.data.home import Home
 from manta.data.manifest import Manifest
+from manta.data.packed import find_packings, packings_file
 from manta.data.shards import Shard, parse_index
+from manta.data.stream import Shape
 
 _BLOCK = 1 << 22  # bytes, a multiple of any id's
 _THREADS = 8
@@ -33,24 +35,28 @@ class Damage:
     path: str
     got: str
     wanted: str
+    delete: str | None = None
+    """What has to go for it to be made anew, where that is another file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _File:
-    """A file of token ids, and the shards that lie in it; or an index, and its one shard."""
+    """A file of token ids, and the shards that lie in it; or an index, and its one shard; or what else a corpus has."""
 
     path: str
     size: int
     xxh3: str
-    vocabulary: int
-    shards: tuple[Shard, ...]
-    is_index: bool
+    vocabulary: int = 0
+    shards: tuple[Shard, ...] = ()
+    is_index: bool = False
+    delete: str | None = None
 
     def damage(self, tell: Tell) -> Damage | None:
         try:
-            return self._damage(tell)
+            found = self._damage(tell)
+            return found and replace(found, delete=self.delete)
         except FileNotFoundError:
-            return Damage(path=self.path, got="no such file", wanted=f"{self.size:,} bytes")
+            return Damage(path=self.path, got="no such file", wanted=f"{self.size:,} bytes", delete=self.delete)
         except (OSError, InputError) as error:
             return Damage(path=self.path, got=f"an error ({error})", wanted=f"{self.size:,} bytes")
 
@@ -73,7 +79,7 @@ class _File:
             return Damage(path=self.path, got=f"xxh3 {digest.hexdigest()}", wanted=self.xxh3)
         if self.is_index:
             return _index_damage(self.path, b"".join(index), self.shards[0])
-        if lowest < 0 or highest >= self.vocabulary:
+        if self.shards and (lowest < 0 or highest >= self.vocabulary):
             return Damage(path=self.path, got=f"id {lowest if lowest < 0 else highest}", wanted=f"ids below {self.vocabulary}")
         return None
 
@@ -87,9 +93,9 @@ class _File:
                 yield np.frombuffer(block[first - begin : end - begin], dtype)
 
 
-def verify(corpora: Sequence[tuple[Home, Manifest]], *, tell: Tell) -> list[Damage]:
-    """All that is damaged, in the order of the files. tell: is told of the bytes that were read."""
-    files, lock = [file for home, corpus in corpora for file in _files(home, corpus)], Lock()
+def verify(corpora: Sequence[tuple[Home, Manifest]], shape: Shape, *, tell: Tell) -> list[Damage]:
+    """All that is damaged, in the order of the files. shape: also how it is packed for these windows. tell: of the bytes that were read."""
+    files, lock = [file for home, corpus in corpora for file in _files(home, corpus, shape)], Lock()
 
     def told(read: int) -> None:
         with lock:
@@ -101,13 +107,13 @@ def verify(corpora: Sequence[tuple[Home, Manifest]], *, tell: Tell) -> list[Dama
     return damaged
 
 
-def size(corpora: Iterable[tuple[Home, Manifest]]) -> tuple[int, int]:
+def size(corpora: Iterable[tuple[Home, Manifest]], shape: Shape) -> tuple[int, int]:
     """How many files, and bytes in them."""
-    files = [file for home, corpus in corpora for file in _files(home, corpus)]
+    files = [file for home, corpus in corpora for file in _files(home, corpus, shape)]
     return len(files), sum(file.size for file in files)
 
 
-def _files(home: Home, corpus: Manifest) -> list[_File]:
+def _files(home: Home, corpus: Manifest, shape: Shape) -> list[_File]:
     """Several shards may lie in one file, where a corpus is read as others wrote it."""
     shards = (*corpus.train.shards, *corpus.validation.shards)
     of_file: dict[str, list[Shard]] = {}
@@ -116,20 +122,13 @@ def _files(home: Home, corpus: Manifest) -> list[_File]:
     found: list[_File] = []
     for path, within in of_file.items():
         first = within[0]
-        found.append(
-            _File(path=path, size=first.bin_bytes, xxh3=first.bin_xxh3, vocabulary=corpus.vocabulary, shards=tuple(within), is_index=False)
-        )
+        found.append(_File(path=path, size=first.bin_bytes, xxh3=first.bin_xxh3, vocabulary=corpus.vocabulary, shards=tuple(within)))
         found += [
-            _File(
-                path=home.at(shard.index),
-                size=shard.idx_bytes,
-                xxh3=shard.idx_xxh3,
-                vocabulary=corpus.vocabulary,
-                shards=(shard,),
-                is_index=True,
-            )
-            for shard in within
+            _File(path=home.at(shard.index), size=shard.idx_bytes, xxh3=shard.idx_xxh3, shards=(shard,), is_index=True) for shard in within
         ]
+    packed = find_packings(home, corpus, shape)
+    for packing in (*packed.train, *packed.validation) if packed else ():
+        found.append(_File(path=home.at(packing.file), size=packing.bytes, xxh3=packing.xxh3, delete=home.at(packings_file(shape))))
     return found
 
 

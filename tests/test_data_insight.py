@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_store import ObjectStore
 from test_data_any_step import WAYS, open_way
-from test_data_prepare import documents, write_lines
+from test_data_prepare import SMALL, config, documents, write_lines
 
 from manta.data import duplicates as counted
-from manta.data import manifest
-from manta.data.config import CacheConfig
+from manta.data import manifest, prepare
+from manta.data.config import CacheConfig, TokenizerConfig
 from manta.data.duplicates import SPAN, duplicates, overlap
+from manta.data.examples import shape_of
 from manta.data.home import Home
 from manta.data.insight import Lengths, contents, documents_cut, stream_of, windows_by_stream
 from manta.data.objectives import IGNORED
@@ -27,6 +28,7 @@ from manta.data.shards import ShardWriter
 from manta.data.spelling import Speller
 from manta.data.stream import Shape, Stream
 from manta.data.timeline import Timeline
+from manta.data.verify import Damage, size, verify
 from manta.launch.insight.bars import visible
 from manta.trainer.metrics import read_metrics
 
@@ -80,11 +82,10 @@ def test_what_packing_makes_of_documents_is_what_samples_hold(tmp_path, way, apa
     told = [one.cut if way == "one" else one.best_fit for one in found]
     assert sum(one.samples for one in told) == draw.windows.total
     if way != "one":
-        found = [stream.home.index(shard).document_lengths() for stream in draw.streams for shard in stream.shards]
-        bins = [best_fit(lengths, shape.width, shared=shape.width - shape.stride) for lengths in found]
+        documents_of = [stream.home.index(shard).document_lengths() for stream in draw.streams for shard in stream.shards]
+        bins = [best_fit(lengths, shape.width, shared=0) for lengths in documents_of]
         assert sum(one.padding for one in told) == sum(len(one) * shape.width - int(one.lengths.sum()) for one in bins)
-        longer = [stream.home.index(shard).document_lengths() > shape.width for stream in draw.streams for shard in stream.shards]
-        assert sum(one.cut for one in told) == sum(int(one.sum()) for one in longer)
+        assert sum(one.cut for one in told) == sum(int((lengths > shape.width).sum()) for lengths in documents_of)
 
 
 def sources_in(folder: Path) -> Path:
@@ -197,6 +198,64 @@ def test_each_token_of_a_sample_is_spelled_once(tmp_path, way):
             assert all(passage.pieces[-1].text == "<|endoftext|>" for passage in spelled.passages[:-1]) or "packed" in way
 
 
+def look(prepared, data) -> list[Damage]:
+    corpora = [(home := Home(root, CacheConfig()), manifest.load(home)) for root in prepared.corpora]
+    read = []
+    found = verify(corpora, shape_of(data), tell=read.append)
+    if not found:
+        assert sum(read) == size(corpora, shape_of(data))[1]
+    return found
+
+
+def test_how_a_corpus_is_packed_is_verified_too_and_can_be_mended(tmp_path):
+    data = config(tmp_path / "corpora", write_lines(tmp_path / "some.jsonl", documents(80)), packing="best_fit")
+    prepared = prepare.prepare(data, SMALL)
+    assert look(prepared, data) == []
+    (packing,) = Path(prepared.corpora[0]).glob("piece-00000.train.packing-*.bin")
+    content = bytearray(packing.read_bytes())
+    content[100] ^= 1
+    packing.write_bytes(content)
+    (found,) = look(prepared, data)
+    assert found.path == str(packing)
+    Path(found.delete).unlink()
+    assert look(prepare.prepare(data, SMALL), data) == []
+
+
+@pytest.mark.parametrize("change", [3, 1030])
+def test_a_file_of_several_shards_is_read_once(tmp_path, change):
+    """One of llm.c's, with a header before the ids: train and validation lie in it."""
+    prepared = prepare.prepare(config(tmp_path / "corpora", write_lines(tmp_path / "some.jsonl", documents(80))), SMALL)
+    home = Home(prepared.corpora[0], CacheConfig())
+    ids = np.concatenate([home.tokens(shard) for shard in manifest.load(home).train.shards])
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(ids)
+    file = tmp_path / "theirs.bin"
+    file.write_bytes(header.tobytes() + ids.tobytes())
+    data, tokens = config(tmp_path / "corpora", file), TokenizerConfig(file=prepared.tokenizer)
+    theirs = prepare.prepare(data, tokens)
+    assert look(theirs, data) == []
+    content = bytearray(file.read_bytes())
+    content[change] ^= 1
+    file.write_bytes(content)
+    (found,) = look(theirs, data)
+    assert (found.path, found.got[:5]) == (str(file), "xxh3 ")
+
+
+def test_ids_and_counts_that_do_not_fit_are_found_though_hashes_do(tmp_path):
+    data = config(tmp_path / "corpora", write_lines(tmp_path / "some.jsonl", documents(80)))
+    prepared = prepare.prepare(data, SMALL)
+    home = Home(prepared.corpora[0], CacheConfig())
+    corpus = manifest.load(home)
+    (shard,) = corpus.train.shards
+    (small,) = verify([(home, corpus.model_copy(update={"vocabulary": 100}))], shape_of(data), tell=listen)[:1]
+    assert (small.path, small.wanted) == (home.at(shard.file), "ids below 100")
+    fewer = shard.model_copy(update={"documents": shard.documents - 1})
+    other = corpus.model_copy(update={"train": corpus.train.model_copy(update={"shards": (fewer,)})})
+    counts, index = verify([(home, other)], shape_of(data), tell=listen)
+    assert (counts.path, counts.wanted) == (home.at("manifest.json"), f"{shard.documents - 1:,}, the sum of its shards")
+    assert (index.path, index.got) == (home.at(shard.index), f"{shard.documents:,} documents")
+
+
 def test_no_text_moves_the_cursor_of_a_terminal():
     assert visible("a\x1b[2J\tb\r\n\x7f\x9b1m é") == "a␛[2J\tb␍\n␡�1m é"
 
@@ -298,14 +357,18 @@ def test_verify_tells_of_all_that_is_damaged(case, run, of):
     flipped.write_bytes(content)
     short.write_bytes(short.read_bytes()[:-8])
     gone.unlink()
+    expected = [str(flipped), str(short), str(gone)]
+    if of == "run":
+        (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
+        expected.insert(0, str(copy / "tokenizer.json"))
     done = case.manta("data", "verify", *where)
     lines = [line for line in done.stderr.splitlines() if line.startswith("manta: ")]
     assert done.returncode == 2
     assert done.stdout == ""
-    assert [line.split(": got ")[0].removeprefix("manta: ") for line in lines] == [str(flipped), str(short), str(gone)]
+    assert [line.split(": got ")[0].removeprefix("manta: ") for line in lines] == expected
     assert "got xxh3 " in lines[0]
-    assert f"got {short.stat().st_size:,} bytes, wants {short.stat().st_size + 8:,}; delete it and run: manta prepare " in lines[1]
-    assert "got no such file" in lines[2]
+    assert f"got {short.stat().st_size:,} bytes, wants {short.stat().st_size + 8:,}; delete it and run: manta prepare " in lines[-2]
+    assert "got no such file" in lines[-1]
     assert [f"manta: {line}" for line in told(case, "verify", *where, code=2)["damaged"]] == lines
     if of == "file":
         assert case.manta("prepare", *where).returncode == 0

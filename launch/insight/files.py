@@ -1,10 +1,12 @@
 """`manta data verify`: every byte of a prepared corpus read, and all that is damaged told."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from manta.data import manifest, tokenizer
 from manta.data.errors import InputError
+from manta.data.examples import shape_of
 from manta.data.home import Home
 from manta.data.manifest import Manifest
 from manta.data.progress import progress
@@ -18,7 +20,6 @@ Told = dict[str, Any]
 def check(opened: Opened) -> Told:
     """What was verified, and under `damaged` a line for each thing that is wrong."""
     file, homes, fingerprint = opened.places()
-    remedy = f"delete it and run: manta prepare {opened.typed}"
     corpora: list[tuple[Home, Manifest]] = []
     damaged: list[str] = []
     for home in homes:
@@ -26,16 +27,17 @@ def check(opened: Opened) -> Told:
             corpora.append((home, manifest.load(home)))
         except InputError as error:
             damaged.append(str(error))
-    told = [_line(damage, remedy) for damage in _tokenizer(str(file), tokenizer.fingerprint(tokenizer.read(file)), corpora)]
+    damaged += _tokenizer(file, corpora)
     if fingerprint is not None and len(corpora) == len(homes):
         got = manifest.joint_fingerprint(tuple(corpus for _, corpus in corpora))
         if got != fingerprint:
             wants = f"{fingerprint}, what the run was begun with"
-            told.append(f"{', '.join(home.root for home in homes)}: fingerprint: got {got}, wants {wants}; bring that corpus back")
-    files, total = size(corpora)
+            damaged.append(f"{', '.join(home.root for home in homes)}: fingerprint: got {got}, wants {wants}; bring that corpus back")
+    shape = shape_of(opened.config.data)
+    files, total = size(corpora, shape)
     begun = time.perf_counter()
     with progress("verify", total) as advance:
-        told += [_line(damage, remedy) for damage in verify(corpora, tell=advance)]
+        damaged += [_line(damage, opened.typed, homes) for damage in verify(corpora, shape, tell=advance)]
     seconds = time.perf_counter() - begun
     return {
         "corpora": [home.root for home in homes],
@@ -45,19 +47,24 @@ def check(opened: Opened) -> Told:
         "documents": sum(corpus.train.documents + corpus.validation.documents for _, corpus in corpora),
         "vocabulary": max((corpus.vocabulary for _, corpus in corpora), default=None),
         "seconds": seconds,
-        "damaged": damaged + told,
+        "damaged": damaged,
     }
 
 
-def _tokenizer(path: str, fingerprint: str, corpora: list[tuple[Home, Manifest]]) -> list[Damage]:
-    wanted = {corpus.tokenizer for _, corpus in corpora} - {fingerprint}
-    return [
-        Damage(path=path, got=f"xxh3 {fingerprint}", wanted=f"{other}, that of the tokenizer the corpus was written with")
-        for other in wanted
-    ]
+def _tokenizer(file: Path, corpora: list[tuple[Home, Manifest]]) -> list[str]:
+    try:
+        got = tokenizer.fingerprint(tokenizer.read(file))
+    except InputError as error:
+        return [str(error)]
+    others = {corpus.tokenizer for _, corpus in corpora} - {got}
+    return [f"{file}: got xxh3 {got}, wants {other}: it is not what the corpus was written with; bring that back" for other in others]
 
 
-def _line(damage: Damage, remedy: str) -> str:
+def _line(damage: Damage, typed: str, homes: list[Home]) -> str:
+    ours = any(damage.path.startswith(f"{home.root}/") for home in homes)
+    remedy = (
+        f"delete {damage.delete or 'it'} and run: manta prepare {typed}" if ours else "it is read where it lies: bring back what it was"
+    )
     return f"{damage.path}: got {damage.got}, wants {damage.wanted}; {remedy}"
 
 

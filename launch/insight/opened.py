@@ -30,8 +30,9 @@ class Opened:
         return None if self.home is None or not self.home.manifest_file.exists() else self.home.prepared()
 
     def prepared(self) -> Prepared:
-        """Raises InputError where the corpus is not prepared."""
-        found = self.begun or prepare.find(self.config.data, self.config.tokenizer)
+        """Raises InputError where the corpus is not prepared; how it is packed does not matter here."""
+        cut = self.config.data.model_copy(update={"packing": "cut"})
+        found = self.begun or prepare.find(cut, self.config.tokenizer)
         if found is None:
             raise InputError(self._not_prepared)
         return found

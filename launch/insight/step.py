@@ -212,7 +212,8 @@ def _show_sequence(out: Console, sequence: Told, *, full: bool) -> None:
             for line, part in enumerate(text.split("\n", allow_blank=not text.plain.endswith("\n"))):
                 out.print(Text.assemble((f"{number:>3} ┃ " if line == 0 else "    ┃ ", "cyan"), part), soft_wrap=True)
     if sequence["padding"]:
-        out.print(f"    ┃ {sequence['padding']:,} tokens of padding", style="dim")
+        count = sequence["padding"]
+        out.print(f"    ┃ {count:,} token{'s' if count > 1 else ''} of padding", style="dim")
 
 
 def _shortened(pieces: list[Told], *, full: bool) -> Iterator[tuple[str, str]]:
