@@ -41,7 +41,6 @@ def find(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
     """
     if data.live:
         data = live_sources.placed(data)
-    data = live_sources.placed(data) if data.live else data
     there = places(data, tokens)
     if there is None:
         return None
