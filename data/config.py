@@ -16,7 +16,7 @@ class StageConfig(Section):
     """From when on sources are mixed by which weights."""
 
     from_tokens: int = Field(default=0, ge=0)
-    """Tokens that the run has read when the stage begins; the first begins at 0."""
+    """Tokens of all samples before the stage, those that data.skip leaves out too; the first begins at 0."""
     weights: dict[str, float] = Field(min_length=1, examples=["{web: 0.7, code: 0.3}"])
     """By name of source, its share of the samples; they are divided by their sum. A source that is not named gives none."""
 

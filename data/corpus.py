@@ -63,7 +63,8 @@ def identity(source: SourceConfig) -> list[object]:
             [(os.path.relpath(file.path, root), file.size) for file in files(source)],
         ]
     else:
-        found = [source.path, [(file.path, file.size, file.version) for file in files(source)]]
+        listed = files(source)
+        found = [source.path, [(file.path, file.size, file.version) for file in [*listed, *_indexes(listed)]]]
     decided = source.model_dump(mode="json", exclude_defaults=True, include={"format", "text_field", "template", "filter"})
     if decided:
         found.append(decided)
@@ -105,6 +106,24 @@ def pieces(source: SourceConfig, data: DataConfig) -> list[Piece]:
                 f"data.sources: {source.called!r}: got a filter, which asks of text, and the source holds token ids; leave it out"
             )
     return [piece if isinstance(piece, TextFiles) else replace(piece, reader=replace(field, kind=kind)) for piece in work]
+
+
+def kind(source: SourceConfig, data: DataConfig) -> Literal["text", "ids", "shards"]:
+    """What it holds, as its first document tells."""
+    if is_tokens(source):
+        return "shards"
+    reader = getattr(next(iter(pieces(source, data)), None), "reader", None)
+    return "ids" if getattr(reader, "kind", None) == "ids" else "text"
+
+
+def passed_over(source: SourceConfig) -> list[str]:
+    """Files of its directory that are not read: nobody knows how, or, beside documents, they may be token shards."""
+    if source.path == "stdlib:" or _is_dataset(source):
+        return []
+    where = _where(source)
+    found, searched = find(where)
+    paths = without_notes(where, list(found))
+    return sorted({*paths} - {*_known(paths, source)}) if searched else []
 
 
 def files(source: SourceConfig) -> list[File]:
@@ -183,6 +202,13 @@ def _kind(work: Sequence[Piece]) -> Kind | None:
             if isinstance(found, Document):
                 return "text" if isinstance(found.content, str) else "ids"
     return None
+
+
+def _indexes(listed: list[File]) -> list[File]:
+    """Beside token shards that are named without them: they decide where documents end."""
+    names = {file.path for file in listed}
+    beside = [f"{file.path.removesuffix('.bin')}.idx" for file in listed if file.path.endswith(".bin")]
+    return [file for path in beside if path not in names for file in find(path)[0].values() if file is not None]
 
 
 def _known(paths: list[str], source: SourceConfig) -> list[str]:

@@ -58,11 +58,16 @@ class Task:
 
     @property
     def record(self) -> str:
-        return f"{self.stem}.json"
+        return record_file(self.index)
 
     @property
     def home(self) -> Home:
         return Home(self.root, self.cache)
+
+
+def record_file(index: int) -> str:
+    """Says that a piece's shards are whole."""
+    return f"piece-{index:05d}.json"
 
 
 def encode(task: Task, tell: Tell) -> PieceRecord:
@@ -98,15 +103,16 @@ def hashes(task: Task, tell: Tell) -> NDArray[np.uint64]:
     return np.array(found, dtype=np.uint64)
 
 
-def sample(pieces: list[Piece], wanted: int) -> Iterator[str]:
+def sample(pieces: list[tuple[Piece, FilterConfig]], wanted: int) -> Iterator[str]:
     """About `wanted` bytes of text from all over: pieces in shuffled order, each giving its share of what is still wanted."""
     order = Permutation(len(pieces), key=0)(np.arange(len(pieces)))
     for left, index in zip(range(len(pieces), 0, -1), order, strict=True):
         share = math.ceil(wanted / left)
-        for document in pieces[int(index)].documents():
+        piece, chosen = pieces[int(index)][0], Filter(pieces[int(index)][1])
+        for document in piece.documents():
             if share <= 0:
                 break
-            if isinstance(document, Refused) or not isinstance(document.content, str):
+            if isinstance(document, Refused) or not isinstance(document.content, str) or chosen.reason_against(document.content):
                 continue
             part = document.content[:share]
             yield part

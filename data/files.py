@@ -69,7 +69,13 @@ def without_notes(where: str, paths: list[str]) -> list[str]:
 
 def walk(directory: str) -> Iterator[str]:
     """Every file below, sorted; what is installed, compiled or hidden is not part of a corpus."""
-    for folder, children, names in os.walk(directory, onerror=_raise):
+    seen: set[tuple[int, int]] = set()  # a link may lead back up
+    for folder, children, names in os.walk(directory, onerror=_raise, followlinks=True):
+        status = Path(folder).stat()
+        if (place := (status.st_dev, status.st_ino)) in seen:
+            children[:] = []
+            continue
+        seen.add(place)
         children[:] = sorted(child for child in children if child not in {"site-packages", "__pycache__"} and not child.startswith("."))
         yield from (str(Path(folder, name)) for name in sorted(names) if not name.startswith("."))
 

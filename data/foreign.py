@@ -24,7 +24,7 @@ from manta.data.corpus import File, files
 from manta.data.encode import Task, Tell, open_tokenizer
 from manta.data.errors import InputError
 from manta.data.manifest import PieceRecord
-from manta.data.shards import Shard, index_bytes, parse_index
+from manta.data.shards import LONGEST, Shard, index_bytes, parse_index
 from manta.data.source import SourceConfig
 
 Format = Literal["megatron", "nanogpt", "llm.c"]
@@ -57,7 +57,12 @@ class TokenFile:
 
 def token_files(source: SourceConfig) -> list[TokenFile]:
     """The .bin files of a source of token ids, in order. Raises InputError where one's format can not be told."""
-    return [_told(file, source) for file in files(source) if file.path.endswith(".bin")]
+    listed = files(source)
+    names = {file.path for file in listed}
+    for name in sorted(names):
+        if name.endswith(".idx") and f"{name.removesuffix('.idx')}.bin" not in names:
+            raise InputError(f"{name.removesuffix('.idx')}.bin: missing, and its .idx is there; fetch it again, or take the .idx out")
+    return [_told(file, source) for file in listed if file.path.endswith(".bin")]
 
 
 def _told(file: File, source: SourceConfig) -> TokenFile:
@@ -95,6 +100,7 @@ def take_over(task: Task, tell: Tell) -> PieceRecord:
     if lengths is None:
         edges = np.unique(np.concatenate([[0], marked, [count]]))
         lengths = np.diff(edges)
+    lengths = _bounded(lengths)
     bounds = np.cumsum(lengths)
     unmarked = int(len(bounds) - np.isin(bounds, marked).sum())
     lengths, kept = _split(lengths, task.held_out)
@@ -122,6 +128,14 @@ def take_over(task: Task, tell: Tell) -> PieceRecord:
     record = PieceRecord(train=shards[0], validation=shards[1], left_out=left)
     task.home.write(task.record, record.model_dump_json(indent=1).encode())
     return record
+
+
+def _bounded(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """An index spells lengths in 31 bits: what is longer, a file without any end of text for one, is several documents."""
+    if lengths.max(initial=0) <= LONGEST:
+        return lengths
+    parts = [[LONGEST] * (length // LONGEST) + [length % LONGEST] for length in lengths.tolist()]
+    return np.array([part for several in parts for part in several if part], dtype=np.int64)
 
 
 def _split(lengths: NDArray[np.int64], held_out: float) -> tuple[NDArray[np.int64], int]:

@@ -85,17 +85,21 @@ class Home:
 
     def problem(self, shard: Shard, *, contents: bool) -> str | None:
         """What is wrong with a shard's files, if anything: there and of their size, and where asked, their hashes."""
-        sides = ((shard.file, shard.bin_bytes, shard.bin_xxh3), (shard.index, shard.idx_bytes, shard.idx_xxh3))
-        for name, size, digest in sides:
-            at = self.at(name)
-            try:
-                got = self._size(at)
-            except FileNotFoundError:
-                return f"{at}: missing"
-            if got != size:
-                return f"{at}: {got} bytes; wants {size}"
-            if contents and _xxh3(at, size) != digest:
-                return f"{at}: its content has changed since it was written"
+        return self.file_problem(shard.file, shard.bin_bytes, shard.bin_xxh3, contents=contents) or self.file_problem(
+            shard.index, shard.idx_bytes, shard.idx_xxh3, contents=contents
+        )
+
+    def file_problem(self, name: str, size: int, digest: str, *, contents: bool) -> str | None:
+        """What is wrong with one file, if anything."""
+        at = self.at(name)
+        try:
+            got = self._size(at)
+        except FileNotFoundError:
+            return f"{at}: missing"
+        if got != size:
+            return f"{at}: {got} bytes; wants {size}"
+        if contents and _xxh3(at, size) != digest:
+            return f"{at}: its content has changed since it was written"
         return None
 
     def _size(self, at: str) -> int:

@@ -26,6 +26,7 @@ from manta.data.manifest import Prepared
 from manta.data.objectives import Examples
 from manta.data.order import Permutation
 from manta.data.samples import Samples, entropy
+from manta.data.source import FilterConfig
 from manta.data.stream import Text
 from manta.data.tokenizer import Tokenizer
 
@@ -223,7 +224,7 @@ def _as_many_for_each(sizes: Sequence[int], ranks: int) -> bool:
 
 def _some_text(parts: Sequence[Part]) -> list[str]:
     spread = parts[:: max(1, len(parts) // _PROOF_PIECES)][:_PROOF_PIECES]
-    return list(sample([part.piece for part in spread], _PROOF_BYTES))
+    return list(sample([(part.piece, FilterConfig()) for part in spread], _PROOF_BYTES))
 
 
 def _first(held: Iterable[tuple[Cursor, Ids]], width: int) -> Numbers:

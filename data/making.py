@@ -43,7 +43,7 @@ def make_shards(
     if corpus.is_tokens(source):
         choice = "none: token ids, read where they lie"
     else:
-        choice = tokenizer.choose_encoder(list(sample([piece for piece, _ in shares], _PROOF_BYTES)))
+        choice = tokenizer.choose_encoder(list(sample([(piece, source.filter) for piece, _ in shares], _PROOF_BYTES)))
     tasks = [
         Task(
             piece=piece,
@@ -69,6 +69,8 @@ def make_whole(
     validation = tuple(record.validation for record in records if record.validation)
     left_out = sum((Counter(record.left_out) for record in records), Counter[str]())
     told = f"; left out: {', '.join(f'{count:,} {reason}' for reason, count in sorted(left_out.items()))}" if left_out else ""
+    if source.validation and not validation:
+        raise InputError(f"data.sources: {source.called!r}: validation: {source.validation!r} holds no documents; wants text{told}")
     if not train and not validation:
         raise InputError(f"data.sources: {source.called!r}: holds no documents; wants text{told}")
     made = Manifest(

@@ -111,7 +111,7 @@ def load(home: Home) -> Manifest:
         raise InputError(f"{path}: missing; the corpus is not prepared, or only in part: {_REMEDY}") from None
     except ValidationError as error:
         raise InputError(f"{path}: {error.error_count()} fields are wrong; the file is damaged: {_REMEDY}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: malformed JSON ({error}); the file is damaged: {_REMEDY}") from None
 
 

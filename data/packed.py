@@ -17,6 +17,7 @@ from manta.data.errors import InputError
 from manta.data.home import Home
 from manta.data.manifest import Manifest
 from manta.data.packing import Bins, best_fit
+from manta.data.remote import is_remote
 from manta.data.shards import Shard
 from manta.data.stream import Numbers, Shape, Stream, Text, located
 
@@ -85,26 +86,29 @@ class Packed:
         return Bins(edges=edges.view(np.int64), starts=starts.view(np.int64), lengths=lengths.view(np.int32))
 
 
-def find_packings(home: Home, corpus: Manifest, shape: Shape) -> Packings | None:
-    """What `pack` has written, or None."""
+def find_packings(home: Home, corpus: Manifest, shape: Shape, *, contents: bool = False) -> Packings | None:
+    """What `pack` has written, or None where it is not there, damaged, or of another corpus; sizes only, or where asked, every byte."""
     try:
         found = Packings.model_validate_json(home.read(packings_file(shape)))
     except (FileNotFoundError, ValidationError):
         return None
-    return found if found.fingerprint == corpus.fingerprint else None
+    files = (*found.train, *found.validation)
+    damaged = any(home.file_problem(one.file, one.bytes, one.xxh3, contents=contents) for one in files)
+    return None if damaged or found.fingerprint != corpus.fingerprint else found
 
 
 def packings(home: Home, corpus: Manifest, shape: Shape) -> Packings:
     """Raises InputError where the corpus was not packed for this width."""
     found = find_packings(home, corpus, shape)
     if found is None:
-        raise InputError(f"{home.at(packings_file(shape))}: missing; wants the corpus packed for this sequence length: run `manta prepare`")
+        wants = "the corpus packed for this sequence length"
+        raise InputError(f"{home.at(packings_file(shape))}: missing, or what it names is damaged; wants {wants}: run `manta prepare`")
     return found
 
 
 def pack(home: Home, corpus: Manifest, shape: Shape) -> None:
     """Pack each shard for this width, where that is not done."""
-    if find_packings(home, corpus, shape) is None:
+    if find_packings(home, corpus, shape, contents=not is_remote(home.root)) is None:
         train, validation = (tuple(_pack(home, shard, shape) for shard in split.shards) for split in (corpus.train, corpus.validation))
         found = Packings(fingerprint=corpus.fingerprint, train=train, validation=validation)
         home.write(packings_file(shape), found.model_dump_json(indent=1).encode())

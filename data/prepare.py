@@ -16,8 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from manta.data import corpus, live_sources, manifest, tokenizer
+from manta.data.checks import check_sources
 from manta.data.config import BYTES, DataConfig, TokenizerConfig
-from manta.data.encode import sample
+from manta.data.encode import record_file, sample
 from manta.data.errors import InputError
 from manta.data.examples import shape_of
 from manta.data.home import Home
@@ -76,15 +77,9 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
         live_sources.refuse_ids(data)
     home = _tokenizer_home(data, tokens)
     _check_tokenizer(data, tokens)
-    for source in data.sources:
-        for one in (source, corpus.held_out(source)):
-            if one is not None:
-                corpus.files(one)  # what is missing is told before anything is written
+    check_sources(data, tokens)
     with _alone(data):
-        try:
-            content = home.read(_TOKENIZER).decode()
-        except FileNotFoundError:
-            content = _make_tokenizer(home, data, tokens)
+        content = _whole_tokenizer(home, tokens) or _make_tokenizer(home, data, tokens)
         if data.live:
             return _live(home, data, tokens)
         homes = [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
@@ -114,9 +109,6 @@ def _check_tokenizer(data: DataConfig, tokens: TokenizerConfig) -> None:
         if data.fill_in_the_middle:
             given.fim_tokens()
         return
-    for source in data.sources:
-        if corpus.is_tokens(source):
-            raise InputError(f"data.sources: {source.called!r}: holds token ids; wants the tokenizer that wrote them: set tokenizer.file")
     special = {tokens.end_of_text, *_marks(data)}
     if tokens.vocabulary < BYTES + len(special):
         least = f"at least {BYTES + len(special)}: {BYTES} bytes and {' '.join(sorted(special))}"
@@ -130,12 +122,26 @@ def _marks(data: DataConfig) -> tuple[str, ...]:
     return tokenizer.FIM_MARKS if data.fill_in_the_middle else ()
 
 
+def _whole_tokenizer(home: Home, tokens: TokenizerConfig) -> str | None:
+    """The text of the tokenizer that an earlier preparation made; where that is damaged, it is said, and None."""
+    try:
+        content = home.read(_TOKENIZER)
+    except FileNotFoundError:
+        return None
+    try:
+        tokenizer.Tokenizer(home.copy(_TOKENIZER), end_of_text=tokens.end_of_text)
+    except InputError as error:
+        say(f"prepare: {error}; it has to be made again")
+        return None
+    return content.decode()
+
+
 def _make_tokenizer(home: Home, data: DataConfig, tokens: TokenizerConfig) -> str:
     if tokens.file:
         content = tokenizer.read(tokens.file)
     else:
         say(f"tokenizer: training {tokens.vocabulary} tokens on up to {tokens.train_bytes / 1e6:.1f} MB of text")
-        pieces = [piece for source in data.sources for piece in corpus.pieces(source, data)]
+        pieces = [(piece, source.filter) for source in data.sources for piece in corpus.pieces(source, data)]
         content = train(
             sample(pieces, tokens.train_bytes),
             algorithm=tokens.algorithm,
@@ -157,6 +163,8 @@ def _make_corpus(source: SourceConfig, home: Home, data: DataConfig, tokens: Tok
     at = tokenizer_home.at(_TOKENIZER)
     choice, records = make_shards(source, home, data, opened, tokenizer_at=at, end_of_text=tokens.end_of_text)
     if _corpus_home(data, source, tokens, opened.fingerprint).root != home.root:
+        for index in range(len(records)):  # else they would be taken for whole, should the file come back as it was
+            home.delete(record_file(index))
         raise InputError(f"data.sources: {source.called!r}: a file changed while it was read; wants one that stands still: prepare again")
     return make_whole(source, home, data, opened, choice=choice, records=records)
 

@@ -22,7 +22,7 @@ from manta.data.home import Home
 from manta.data.manifest import Manifest, Prepared
 from manta.data.objectives import Examples
 from manta.data.order import Order, Permutation
-from manta.data.packed import Packed, Packing, packings
+from manta.data.packed import Packed, Packing, find_packings, packings
 from manta.data.stream import Cut, Shape, Stream, Text
 from manta.data.tokenizer import Tokenizer
 
@@ -82,7 +82,9 @@ class Samples:
 
     def verify(self) -> None:
         """Read every byte and compare hashes. Raises InputError where one has changed since the corpus was prepared."""
-        manifest.load_checked(self._prepared, self._data.cache, contents=True)
+        for home, corpus in manifest.load_checked(self._prepared, self._data.cache, contents=True):
+            if self._data.packing == "best_fit" and not find_packings(home, corpus, self._objective.shape, contents=True):
+                raise InputError(f"{home.root}: what its packing holds has changed since it was written; run `manta prepare` again")
 
     def _held_out_at(self, indices: NDArray[np.integer]) -> Numbers:
         if indices.size and (indices.min() < 0 or indices.max() >= self.validation_windows):

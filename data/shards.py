@@ -23,6 +23,7 @@ from manta.data.errors import InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
+LONGEST = 2**31 - 1  # tokens of a document
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 DTYPES = {
     1: np.dtype(np.uint8),
@@ -134,7 +135,9 @@ class ShardWriter:
 
 
 def index_bytes(lengths: NDArray[np.integer], dtype: np.dtype[Any]) -> bytes:
-    """The .idx of documents of these lengths in tokens, end to end."""
+    """The .idx of documents of these lengths in tokens, end to end. Raises ValueError where one is longer than the format can say."""
+    if lengths.max(initial=0) > LONGEST:
+        raise ValueError(f"a document of {lengths.max()} tokens; a Megatron index wants at most {LONGEST}")
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     pointers = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
     documents = np.arange(len(lengths) + 1, dtype=np.int64)
@@ -159,12 +162,16 @@ def parse_index(raw: bytes, path: str) -> Index:
     if len(raw) not in (wanted, wanted + sequences):  # a multimodal one has a byte more for each sequence
         raise InputError(f"{path}: {len(raw)} bytes; wants {wanted}: the file is truncated or damaged")
     at = HEADER.size
-    return Index(
+    index = Index(
         dtype=DTYPES[code],
         lengths=np.frombuffer(raw, np.int32, sequences, at),
         pointers=np.frombuffer(raw, np.int64, sequences, at + sequences * 4),
         documents=np.frombuffer(raw, np.int64, documents, at + sequences * 12),
     )
+    bounds = index.documents
+    if index.lengths.min(initial=0) < 0 or not len(bounds) or bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any():
+        raise InputError(f"{path}: its lengths or bounds of documents make no sense: the file is damaged: fetch it again")
+    return index
 
 
 def map_tokens(path: Path, shard: Shard) -> NDArray[Any]:

@@ -3,11 +3,12 @@
 import ctypes
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from threading import Thread
 from typing import Any, TypeVar, cast
@@ -62,17 +63,22 @@ def run_all(work: Work[T], tasks: Sequence[Task], workers: int) -> Iterator[tupl
     if count <= 1:
         yield from ((task, work(task, _unheard)) for task in tasks)
         return
-    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
     fleet = [Worker() for _ in range(count)]
     for worker in fleet:
         idle.put(worker)
 
     def run(task: Task) -> T:
         worker = idle.get()
+        if worker is None:
+            raise CancelledError
         try:
-            return worker.run(work, task)
-        finally:
-            idle.put(worker)
+            result = worker.run(work, task)
+        except BaseException:
+            idle.put(None)  # not the worker: it may be dead, and another's task would be blamed
+            raise
+        idle.put(worker)
+        return result
 
     threads = ThreadPoolExecutor(count)
     try:
@@ -103,9 +109,19 @@ def _serve(pipe: Connection, lifeline: Connection, place: Any) -> None:
         except InputError as error:
             answer = (error, None)
         except Exception as error:  # noqa: BLE001  it is raised again, where people see it
-            error.add_note("".join(traceback.format_exception(error)))
-            answer = (error, None)
+            answer = (_portable(error), None)
         pipe.send(answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, with where it was raised; what does not survive the way to another process is told in words."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301  our own bytes
+    except Exception:  # noqa: BLE001  whatever pickling raises
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(trace)
+    return error
 
 
 def _unheard(place: int) -> None:

@@ -55,7 +55,7 @@ def train(config: RunConfig) -> int:
         refuse_other_weights(Path(found), home, config, prepared)
         tell_of_another_tokenizer(RunDirectory(Path(found).parent.parent), prepared)
     with home.claim():
-        begun = home.manifest() if home.manifest_file.exists() else manifest(config)
+        begun = home.manifest() if home.has_trained else manifest(config)
         write_atomically(home.manifest_file, json.dumps(begun | code | start | {"corpus": prepared.to_json()}, indent=1).encode())
         write_atomically(home.config_file, config.to_yaml().encode())
         write_atomically(home.tokenizer_file, prepared.tokenizer.read_bytes())
@@ -107,8 +107,8 @@ def check_place(home: RunDirectory) -> None:
 
 def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     """Raises InputError where the directory holds a run that this config would not go on with, and shows what differs."""
-    if not home.config_file.exists() or not (home.newest or home.metrics_file.exists()):
-        return  # nothing was trained there
+    if not home.config_file.exists() or not home.has_trained:
+        return
     old = load(home.config_file)
     before, now = old.identity(), config.identity()
     differ = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in now if now[key] != before.get(key)]
@@ -142,7 +142,7 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
     Raises InputError where there is none: said before a corpus is prepared, not after.
     """
     start = config.run.start_from
-    if start is None or home.newest is not None or home.metrics_file.exists():
+    if start is None or home.has_trained:
         return {}  # of a run that has begun the manifest says it already
     is_checkpoint = start.name.startswith("step-") and (start / "manifest.json").exists()
     found = start if is_checkpoint else RunDirectory(start).newest
@@ -224,7 +224,7 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
 
     Raises InputError where it is damaged, or other tokens than the run was begun with.
     """
-    begun = home.prepared() if home.manifest_file.exists() else None
+    begun = home.prepared() if home.has_trained else None
     if begun is not None and is_there(begun, config.data.cache):
         prepared = as_prepared(begun.tokenizer, config.data, config.tokenizer) if config.data.live else begun
     else:

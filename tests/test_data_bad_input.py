@@ -72,6 +72,7 @@ CORPORA = {
     "truncated parquet": ("x.parquet", cut(parquet), r"x\.parquet: cannot be read \(.*\); it may be truncated or damaged"),
     "no column": ("x.parquet", lambda path: parquet(path, body=["x"]), r"x\.parquet: no field 'text'; it has 'body'"),
     "truncated gzip": ("x.jsonl.gz", cut(zipped), r"x\.jsonl\.gz: cannot be read \(.*\); it may be truncated or damaged"),
+    "ids in a field": ("x.jsonl", lambda path: path.write_text('{"text": [1, 2, 3]}\n' * 99), r"holds token ids; wants the tokenizer"),
     "ids without a tokenizer": ("x.bin", lambda path: np.ones(999, np.uint16).tofile(path), r"holds token ids; wants the tokenizer"),
 }
 
@@ -130,6 +131,26 @@ def test_weights_and_epochs_that_make_no_sense_are_told(home, monkeypatch, capsy
     code, err = run(monkeypatch, capsys, "train", "run.yaml", "train.global_batch=4000")
     assert code == 2
     assert re.search(r"manta: train\.global_batch: got 4000, wants at most the \d+ samples of an epoch", err)
+
+
+def test_what_is_held_out_has_to_fit_what_is_trained_on(home, monkeypatch, capsys):
+    (home / "all").mkdir()
+    write_lines(home / "all" / "x.jsonl", documents(100))
+    write_lines(home / "all" / "y.jsonl", documents(20, seed=1))
+    write_tokenizer(home / "t.json")
+    np.ones(999, np.uint16).tofile(home / "x.bin")
+    (home / "blank.jsonl").write_text("\n")
+    shards = "path: x.bin, format: nanogpt"
+    for source, words in (
+        ("path: all, validation: all/y.jsonl", r"validation: got .*/all/y\.jsonl, which is trained on as well; wants other files"),
+        (f"path: all, validation: {home}/all/x.jsonl", r"validation: got .*/all/x\.jsonl, which is trained on as well"),
+        (f"{shards}, validation: all", r"validation: got text, wants token shards|no such files"),
+        ("path: all, validation: blank.jsonl", r"validation: 'blank\.jsonl' holds no documents"),
+        (f"{shards}, filter: {{minimum_characters: 5}}", r"got a filter, wants none: token shards have no text for it; leave it out"),
+        (f"{shards}, text_field: body", r"got a text_field, wants none"),
+    ):
+        (home / "run.yaml").write_text(CONFIG.replace("SOURCES", f"[{{{source}}}]").replace("vocabulary: 400,", "file: t.json,"))
+        assert re.search(words, told(home, monkeypatch, capsys)), source
 
 
 def spoilt(change):

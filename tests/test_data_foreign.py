@@ -147,6 +147,23 @@ def test_bad_files_are_told_in_a_line(tmp_path, tokens):
     assert refused(tmp_path, tokens, indexed).startswith(f"{indexed.with_suffix('.idx')}: not a Megatron index")
 
 
+def test_an_index_decides_what_a_corpus_is_and_half_a_pair_is_told(tmp_path, tokens):
+    path = tmp_path / "x.bin"
+    write("megatron", path, documents())
+    one = prepare(config(tmp_path, path), tokens)
+    write_megatron(tmp_path / "x", [[*document, END] for document in documents()], np.uint16, sequences=1)
+    spec = path.with_suffix(".idx").read_bytes()
+    os.utime(path.with_suffix(".idx"), ns=(1, 1))
+    other = prepare(config(tmp_path, path), tokens)
+    assert other.corpora != one.corpora
+    path.with_suffix(".idx").write_bytes(spec[:-8] + (10**6).to_bytes(8, "little"))
+    assert "bounds of documents make no sense" in refused(tmp_path / "bad", tokens, path)
+    path.with_suffix(".idx").write_bytes(spec)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "y.idx").write_bytes(spec)
+    assert "y.bin: missing, and its .idx is there" in refused(tmp_path / "bad", tokens, tmp_path / "half")
+
+
 def test_ids_of_another_tokenizer_are_told(tmp_path, tokens):
     ids = np.array([5] * 3000 + [257] + [6] * 50, dtype=np.uint16)
     ids.tofile(tmp_path / "x.bin")

@@ -159,6 +159,27 @@ def test_a_damaged_corpus_is_mended_by_preparing_again(lines, undisturbed, tmp_p
         assert content(made) == whole
 
 
+def test_a_damaged_packing_or_tokenizer_is_mended_by_preparing_again(lines, tmp_path):
+    data = config(tmp_path, lines, packing="best_fit")
+    made = prepare.prepare(data, SMALL)
+    whole, packed = content(made), Path(made.corpora[0]) / "piece-00003.train.packing-1-17-16.bin"
+    for damage in (
+        packed.unlink,
+        lambda: os.truncate(packed, 100),
+        lambda: packed.write_bytes(b"\1" + whole[packed.name][1:]),
+        lambda: (packed.parent / "manifest.json").write_bytes(b"\xff\xfe"),
+    ):
+        damage()
+        assert prepare.prepare(data, SMALL) == made
+        assert content(made) == whole
+    written = made.tokenizer.read_bytes()
+    made.tokenizer.write_bytes(written[:1000])
+    assert prepare.prepare(data, SMALL) == made
+    assert made.tokenizer.read_bytes() == written
+    packed.unlink()
+    assert prepare.find(data, SMALL) is None
+
+
 @dataclass(frozen=True)
 class Stalling:
     """A piece that keeps its worker busy for ever."""
@@ -312,6 +333,26 @@ def test_a_worker_that_dies_ends_the_preparation_and_file_and_line_are_told(line
     assert not multiprocessing.active_children()
 
 
+class TwoPartError(Exception):
+    """Pickles, and can not be made again from what it pickles."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+def fail_in_two_parts(task, tell):
+    tell(3)
+    if task.index:
+        raise TwoPartError("one", "two")
+
+
+def test_an_error_that_does_not_travel_is_told_in_words(lines, undisturbed, tmp_path):
+    tasks = [task(piece_of(lines / "03.jsonl"), undisturbed, tmp_path, index) for index in range(6)]
+    with pytest.raises(RuntimeError, match="TwoPartError: one and two") as caught:
+        list(run_all(fail_in_two_parts, tasks, workers=2))
+    assert "fail_in_two_parts" in caught.value.__notes__[0]
+
+
 def test_an_error_does_not_wait_for_the_others(undisturbed, tmp_path):
     lines = write_lines(tmp_path / "x.jsonl", ["x"])
     with lines.open("a") as stream:
@@ -371,7 +412,13 @@ def test_a_corpus_too_small_is_told_with_the_remedy(tmp_path):
 
 def test_a_source_that_changes_under_the_reader_is_refused(tmp_path, monkeypatch):
     good = write_lines(tmp_path / "good.jsonl", documents(20))
-    monkeypatch.setattr(making, "encode", lambda task, tell: (encode(task, tell), write_lines(good, documents(21)))[0])
+    monkeypatch.setattr(making, "encode", lambda task, tell: (write_lines(good, documents(21)), encode(task, tell))[1])
+    before = good.stat()
     with pytest.raises(InputError, match="changed while it was read"):
         prepare.prepare(config(tmp_path / "corpora", good), SMALL)
     assert not list(tmp_path.glob("corpora/*/manifest.json"))
+    monkeypatch.undo()
+    write_lines(good, documents(20))  # it comes back as it was, as from a snapshot: nothing of the other is taken for it
+    os.utime(good, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = prepare.prepare(config(tmp_path / "corpora", good), SMALL)
+    assert again.fingerprint == prepare.prepare(config(tmp_path / "clean", good), SMALL).fingerprint

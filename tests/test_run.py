@@ -368,3 +368,13 @@ def test_samples_may_be_skipped_from_where_a_run_has_come_to(case, undisturbed):
     reached = int(re.search(r"from sample (\d+) on", refused.stderr)[1])
     assert case.manta("train", str(case.file), *more, f"data.skip=[[{reached + 1}, {reached + 100}]]").returncode == 0
     assert [line["step"] for line in lines(case, "skipping")][-1] == STEPS + 2
+
+
+def test_a_run_that_never_trained_begins_anew_with_another_corpus(case, undisturbed):
+    home = case.home / "begun"
+    home.mkdir()
+    for name in ("config.yaml", "manifest.json", "tokenizer.json"):
+        shutil.copy(case.home / undisturbed / name, home)
+    before = json.loads((home / "manifest.json").read_text())["corpus"]
+    assert case.manta("train", str(case.file), "run.dir=begun", "data.validation=0.2", "train.steps=1").returncode == 0
+    assert json.loads((home / "manifest.json").read_text())["corpus"]["corpora"] != before["corpora"]

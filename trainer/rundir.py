@@ -63,6 +63,11 @@ class RunDirectory:
         return max((int(step) for step in steps if step.isdigit()), default=0)
 
     @property
+    def has_trained(self) -> bool:
+        """Whether a step was ever taken here: from then on it is one run, of one config and one corpus."""
+        return self.newest is not None or self.metrics_file.exists()
+
+    @property
     def newest(self) -> Path | None:
         """The newest committed checkpoint, whose content nobody has looked at."""
         return max((path.parent for path in self.checkpoints.glob("step-*/manifest.json")), default=None)
