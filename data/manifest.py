@@ -125,12 +125,12 @@ def is_there(prepared: Prepared, cache: CacheConfig) -> bool:
     return prepared.tokenizer.exists()
 
 
-def load_checked(prepared: Prepared, cache: CacheConfig, *, contents: bool = False) -> tuple[tuple[Home, Manifest], ...]:
+def load_checked(prepared: Prepared, cache: CacheConfig) -> tuple[tuple[Home, Manifest], ...]:
     """Where a run's corpora lie and their manifests, once their files are there and the ones that were prepared; else InputError."""
     homes = [Home(root, cache) for root in prepared.corpora]
     manifests = tuple(load(home) for home in homes)
     for home, manifest in zip(homes, manifests, strict=True):
-        if problem := manifest.problem(home, contents=contents):
+        if problem := manifest.problem(home):
             raise InputError(f"{problem}; {_REMEDY}")
     if not prepared.tokenizer.is_file():
         raise InputError(f"{prepared.tokenizer}: missing; {_REMEDY}")

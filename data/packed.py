@@ -88,13 +88,19 @@ class Packed:
 
 def find_packings(home: Home, corpus: Manifest, shape: Shape, *, contents: bool = False) -> Packings | None:
     """What `pack` has written, or None where it is not there, damaged, or of another corpus; sizes only, or where asked, every byte."""
-    try:
-        found = Packings.model_validate_json(home.read(packings_file(shape)))
-    except (FileNotFoundError, ValidationError):
+    found = recorded_packings(home, shape)
+    if found is None or found.fingerprint != corpus.fingerprint:
         return None
     files = (*found.train, *found.validation)
-    damaged = any(home.file_problem(one.file, one.bytes, one.xxh3, contents=contents) for one in files)
-    return None if damaged or found.fingerprint != corpus.fingerprint else found
+    return None if any(home.file_problem(one.file, one.bytes, one.xxh3, contents=contents) for one in files) else found
+
+
+def recorded_packings(home: Home, shape: Shape) -> Packings | None:
+    """What the record says, whatever became of the files that it names."""
+    try:
+        return Packings.model_validate_json(home.read(_record(shape)))
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 def packings(home: Home, corpus: Manifest, shape: Shape) -> Packings:
@@ -102,7 +108,7 @@ def packings(home: Home, corpus: Manifest, shape: Shape) -> Packings:
     found = find_packings(home, corpus, shape)
     if found is None:
         wants = "the corpus packed for this sequence length"
-        raise InputError(f"{home.at(packings_file(shape))}: missing, or what it names is damaged; wants {wants}: run `manta prepare`")
+        raise InputError(f"{home.at(_record(shape))}: missing, or what it names is damaged; wants {wants}: run `manta prepare`")
     return found
 
 
@@ -111,16 +117,16 @@ def pack(home: Home, corpus: Manifest, shape: Shape) -> None:
     if find_packings(home, corpus, shape, contents=not is_remote(home.root)) is None:
         train, validation = (tuple(_pack(home, shard, shape) for shard in split.shards) for split in (corpus.train, corpus.validation))
         found = Packings(fingerprint=corpus.fingerprint, train=train, validation=validation)
-        home.write(packings_file(shape), found.model_dump_json(indent=1).encode())
+        home.write(_record(shape), found.model_dump_json(indent=1).encode())
 
 
 def _pack(home: Home, shard: Shard, shape: Shape) -> Packing:
     bins = best_fit(home.index(shard).document_lengths(), shape.width, shared=shape.width - shape.stride)
     content = bins.edges.tobytes() + bins.starts.tobytes() + bins.lengths.astype(np.int32).tobytes()
-    name = f"{shard.index.removesuffix('.idx')}.{packings_file(shape).removesuffix('.json')}.bin"
+    name = f"{shard.index.removesuffix('.idx')}.{_record(shape).removesuffix('.json')}.bin"
     home.write(name, content)
     return Packing(file=name, bins=len(bins), pieces=len(bins.starts), xxh3=xxhash.xxh3_64_hexdigest(content))
 
 
-def packings_file(shape: Shape) -> str:
+def _record(shape: Shape) -> str:
     return f"packing-{packing.VERSION}-{shape.width}-{shape.stride}.json"

@@ -22,7 +22,7 @@ from manta.data.home import Home
 from manta.data.manifest import Manifest, Prepared
 from manta.data.objectives import Examples
 from manta.data.order import Order, Permutation
-from manta.data.packed import Packed, Packing, find_packings, packings
+from manta.data.packed import Packed, Packing, packings
 from manta.data.stream import Cut, Shape, Stream, Text
 from manta.data.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ class Samples:
         """Raises InputError where a shard is missing, truncated or not the one prepared, where text is too short for a sample, or
         where the tokenizer lacks what the objective needs.
         """
-        self._prepared, self._data, self._seed = prepared, data, seed
+        self._data, self._seed = data, seed
         opened = manifest.load_checked(prepared, data.cache)
         _check_cache(data, opened)
         tokenizer = Tokenizer(prepared.tokenizer, end_of_text=tokens.end_of_text)
@@ -79,12 +79,6 @@ class Samples:
         text, new = self.validation_text(indices), slice(-self._objective.shape.stride, None)
         tokens = text.tokens[:, new] if text.documents is None else text.tokens[:, new][text.documents[:, new] >= 0]
         return entropy(np.bincount(tokens.ravel(), minlength=self.tokenizer_vocabulary))
-
-    def verify(self) -> None:
-        """Read every byte and compare hashes. Raises InputError where one has changed since the corpus was prepared."""
-        for home, corpus in manifest.load_checked(self._prepared, self._data.cache, contents=True):
-            if self._data.packing == "best_fit" and not find_packings(home, corpus, self._objective.shape, contents=True):
-                raise InputError(f"{home.root}: what its packing holds has changed since it was written; run `manta prepare` again")
 
     def _held_out_at(self, indices: NDArray[np.integer]) -> Numbers:
         if indices.size and (indices.min() < 0 or indices.max() >= self.validation_windows):

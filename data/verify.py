@@ -6,7 +6,7 @@ All that is wrong is told, not only the first of it. A file is read once, by one
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -18,7 +18,7 @@ from manta.data import manifest, remote
 from manta.data.errors import InputError
 from manta.data.home import Home
 from manta.data.manifest import Manifest
-from manta.data.packed import find_packings, packings_file
+from manta.data.packed import recorded_packings
 from manta.data.shards import Shard, parse_index
 from manta.data.stream import Shape
 
@@ -35,8 +35,6 @@ class Damage:
     path: str
     got: str
     wanted: str
-    delete: str | None = None
-    """What has to go for it to be made anew, where that is another file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +47,12 @@ class _File:
     vocabulary: int = 0
     shards: tuple[Shard, ...] = ()
     is_index: bool = False
-    delete: str | None = None
 
     def damage(self, tell: Tell) -> Damage | None:
         try:
-            found = self._damage(tell)
-            return found and replace(found, delete=self.delete)
+            return self._damage(tell)
         except FileNotFoundError:
-            return Damage(path=self.path, got="no such file", wanted=f"{self.size:,} bytes", delete=self.delete)
+            return Damage(path=self.path, got="no such file", wanted=f"{self.size:,} bytes")
         except (OSError, InputError) as error:
             return Damage(path=self.path, got=f"an error ({error})", wanted=f"{self.size:,} bytes")
 
@@ -126,9 +122,9 @@ def _files(home: Home, corpus: Manifest, shape: Shape) -> list[_File]:
         found += [
             _File(path=home.at(shard.index), size=shard.idx_bytes, xxh3=shard.idx_xxh3, shards=(shard,), is_index=True) for shard in within
         ]
-    packed = find_packings(home, corpus, shape)
+    packed = recorded_packings(home, shape)
     for packing in (*packed.train, *packed.validation) if packed else ():
-        found.append(_File(path=home.at(packing.file), size=packing.bytes, xxh3=packing.xxh3, delete=home.at(packings_file(shape))))
+        found.append(_File(path=home.at(packing.file), size=packing.bytes, xxh3=packing.xxh3))
     return found
 
 

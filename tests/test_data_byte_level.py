@@ -1,56 +1,25 @@
 """tiktoken is a second encoder only where it is proven equal, and is one for all tokenizers that split bytes by a regular expression."""
 
-import json
 import re
-import sysconfig
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizer_files import END, TEXTS, TRICKY, altered, opened_fast, trained
 
-from manta.data import byte_level, tokenizer
+from manta.data import byte_level
 from manta.data.tokenizer import Tokenizer
-
-TEXTS = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]]
-END = "<|endoftext|>"
-TRICKY = [
-    "",
-    " ",
-    "\n\n\n",
-    "  x  ",
-    "don't I'LL we've",
-    "1234567 ½ ٣",
-    "a<|endoftext|>b",
-    "naïve 雪 🙂👩‍👩‍👧",
-    "x \u2003\u3000 y",
-    "\x00\x7f\u200b",
-    "tab\t\tq ",
-]
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(tokenizer.train(TEXTS, vocabulary=600, end_of_text=END), encoding="utf-8")
-    return path
+    return trained(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
 def fast(file) -> Tokenizer:
-    opened = Tokenizer(file)
-    size = sum(len(text.encode()) for text in TEXTS + TRICKY)
-    said = f"tiktoken: same ids as tokenizers on 41 documents, {size} bytes, of the corpus"
-    assert opened.choose_encoder(TEXTS + TRICKY) == said
-    return opened
-
-
-def altered(file: Path, directory: Path, alter) -> Path:
-    spec = json.loads(file.read_text())
-    alter(spec)
-    path = directory / "altered.json"
-    path.write_text(json.dumps(spec))
-    return path
+    return opened_fast(file)
 
 
 def test_a_sea_of_blanks_does_not_drown_the_fast_encoder(fast, file):

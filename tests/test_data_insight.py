@@ -217,7 +217,9 @@ def test_how_a_corpus_is_packed_is_verified_too_and_can_be_mended(tmp_path):
     packing.write_bytes(content)
     (found,) = look(prepared, data)
     assert found.path == str(packing)
-    Path(found.delete).unlink()
+    packing.unlink()
+    (found,) = look(prepared, data)
+    assert (found.path, found.got) == (str(packing), "no such file")
     assert look(prepare.prepare(data, SMALL), data) == []
 
 
@@ -367,7 +369,7 @@ def test_verify_tells_of_all_that_is_damaged(case, run, of):
     assert done.stdout == ""
     assert [line.split(": got ")[0].removeprefix("manta: ") for line in lines] == expected
     assert "got xxh3 " in lines[0]
-    assert f"got {short.stat().st_size:,} bytes, wants {short.stat().st_size + 8:,}; delete it and run: manta prepare " in lines[-2]
+    assert f"got {short.stat().st_size:,} bytes, wants {short.stat().st_size + 8:,}; make it again: manta prepare " in lines[-2]
     assert "got no such file" in lines[-1]
     assert [f"manta: {line}" for line in told(case, "verify", *where, code=2)["damaged"]] == lines
     if of == "file":

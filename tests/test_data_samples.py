@@ -130,17 +130,15 @@ def damaged(prepared, tmp_path) -> Prepared:
 
 def refused(prepared: Prepared) -> str:
     with pytest.raises(InputError) as caught:
-        open_samples(prepared).verify()
+        open_samples(prepared)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_a_truncated_missing_or_changed_shard_is_refused(damaged):
-    open_samples(damaged).verify()
+def test_a_truncated_or_missing_shard_is_refused(damaged):
+    open_samples(damaged)
     path = Path(damaged.corpora[0]) / "piece-00002.train.bin"
     whole = path.read_bytes()
-    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    assert refused(damaged) == f"{path}: its content has changed since it was written; run `manta prepare` again"
     os.truncate(path, len(whole) - 2)
     assert refused(damaged) == f"{path}: {len(whole) - 2} bytes; wants {len(whole)}; run `manta prepare` again"
     path.unlink()

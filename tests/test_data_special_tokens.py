@@ -1,48 +1,24 @@
 """Tokens that are no text: found under the names that others give them too, and never spelled by a document. And where words begin."""
 
-import json
-import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizer_files import END, TEXTS, altered, told, trained
 
 from manta.data import tokenizer
-from manta.data.errors import InputError
 from manta.data.tokenizer import Tokenizer
-
-TEXTS = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]]
-END = "<|endoftext|>"
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(tokenizer.train(TEXTS, vocabulary=600, end_of_text=END), encoding="utf-8")
-    return path
-
-
-def altered(file: Path, directory: Path, alter) -> Path:
-    spec = json.loads(file.read_text())
-    alter(spec)
-    path = directory / "altered.json"
-    path.write_text(json.dumps(spec))
-    return path
+    return trained(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module", params=["bpe", "wordpiece", "unigram"])
 def any_file(request, tmp_path_factory) -> Path:
     """One of each algorithm, without what a masked objective or fill-in-the-middle needs."""
-    path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
-    path.write_text(tokenizer.train(TEXTS[:4], vocabulary=300, end_of_text=END, algorithm=request.param), encoding="utf-8")
-    return path
-
-
-def told(make) -> str:
-    with pytest.raises(InputError) as caught:
-        make()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return trained(tmp_path_factory.mktemp(request.param), TEXTS[:4], 300, algorithm=request.param)
 
 
 @pytest.fixture(scope="module")

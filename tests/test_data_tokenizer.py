@@ -2,62 +2,31 @@
 
 import json
 import re
-import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_files import END, TEXTS, altered, opened_fast, told, trained
 
 from manta.data import tokenizer
-from manta.data.errors import InputError
 from manta.data.tokenizer import Tokenizer
-
-TEXTS = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]]
-END = "<|endoftext|>"
-TRICKY = [
-    "",
-    " ",
-    "\n\n\n",
-    "  x  ",
-    "don't I'LL we've",
-    "1234567 ½ ٣",
-    "a<|endoftext|>b",
-    "naïve 雪 🙂👩‍👩‍👧",
-    "x \u2003\u3000 y",
-    "\x00\x7f\u200b",
-    "tab\t\tq ",
-]
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(tokenizer.train(TEXTS, vocabulary=600, end_of_text=END), encoding="utf-8")
-    return path
+    return trained(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
 def fast(file) -> Tokenizer:
-    opened = Tokenizer(file)
-    size = sum(len(text.encode()) for text in TEXTS + TRICKY)
-    said = f"tiktoken: same ids as tokenizers on 41 documents, {size} bytes, of the corpus"
-    assert opened.choose_encoder(TEXTS + TRICKY) == said
-    return opened
+    return opened_fast(file)
 
 
 @pytest.fixture(scope="module")
 def reference(file) -> Tokenizer:
     return Tokenizer(file)
-
-
-def altered(file: Path, directory: Path, alter) -> Path:
-    spec = json.loads(file.read_text())
-    alter(spec)
-    path = directory / "altered.json"
-    path.write_text(json.dumps(spec))
-    return path
 
 
 def test_training_twice_gives_the_same_file(file):
@@ -115,16 +84,7 @@ def test_a_file_that_would_cut_and_fill_up_texts_does_neither_to_a_document(file
 @pytest.fixture(scope="module", params=["bpe", "wordpiece", "unigram"])
 def any_file(request, tmp_path_factory) -> Path:
     """One of each algorithm, without what a masked objective or fill-in-the-middle needs."""
-    path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
-    path.write_text(tokenizer.train(TEXTS[:4], vocabulary=300, end_of_text=END, algorithm=request.param), encoding="utf-8")
-    return path
-
-
-def told(make) -> str:
-    with pytest.raises(InputError) as caught:
-        make()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return trained(tmp_path_factory.mktemp(request.param), TEXTS[:4], 300, algorithm=request.param)
 
 
 def test_a_malformed_file_is_told(any_file, tmp_path):

@@ -62,9 +62,7 @@ def _tokenizer(file: Path, corpora: list[tuple[Home, Manifest]]) -> list[str]:
 
 def _line(damage: Damage, typed: str, homes: list[Home]) -> str:
     ours = any(damage.path.startswith(f"{home.root}/") for home in homes)
-    remedy = (
-        f"delete {damage.delete or 'it'} and run: manta prepare {typed}" if ours else "it is read where it lies: bring back what it was"
-    )
+    remedy = f"make it again: manta prepare {typed}" if ours else "it is read where it lies: bring back what it was"
     return f"{damage.path}: got {damage.got}, wants {damage.wanted}; {remedy}"
 
 
