@@ -16,7 +16,8 @@ from pydantic_core import ErrorDetails
 
 from manta.cluster.config import ClusterConfig
 from manta.data.errors import InputError
-from manta.trainer.config import ModelConfig, TrainingConfig
+from manta.trainer.config import TrainingConfig
+from manta.trainer.model_config import ModelConfig
 
 Tree = dict[str, Any]
 

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from manta.trainer import engine as engines
 from manta.trainer.batch import IGNORED, Batch
 from manta.trainer.checkpoint.state import logical_shapes, logical_state
-from manta.trainer.config import ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision, TrainConfig
+from manta.trainer.config import OptimizerConfig, ParallelConfig, Precision, TrainConfig
 from manta.trainer.engine import Engine
 from manta.trainer.layout import fits
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
+from manta.trainer.model_config import ExpertsConfig, ModelConfig
 from manta.trainer.optim import build_optimizer
 from manta.trainer.parallel.fp8 import multiply_in_fp8
 from manta.trainer.refusals import refusal

@@ -22,7 +22,6 @@ from manta.launch.cli import app
 from manta.trainer.batch import IGNORED, Batch
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.config import ExpertsConfig, ModelConfig
 from manta.trainer.convert.architectures import ARCHITECTURES, GPT2, architecture_for
 from manta.trainer.convert.configs import from_theirs
 from manta.trainer.convert.huggingface import export
@@ -31,6 +30,7 @@ from manta.trainer.convert.mapping import bind, tensors
 from manta.trainer.generate import Sampling, generate, write
 from manta.trainer.model.build import build
 from manta.trainer.model.decoder import Decoder
+from manta.trainer.model_config import ExpertsConfig, ModelConfig
 from manta.trainer.pretrained import load_pretrained
 from manta.trainer.rundir import RunDirectory
 

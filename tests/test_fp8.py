@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from manta.data.errors import InputError
-from manta.trainer.config import ExpertsConfig, ModelConfig, ParallelConfig
+from manta.trainer.config import ParallelConfig
 from manta.trainer.model.layers import MLP
+from manta.trainer.model_config import ExpertsConfig, ModelConfig
 from manta.trainer.parallel.fp8 import ask_for_gpu, multiply_in_fp8
 from manta.trainer.refusals import refusal
 

@@ -19,7 +19,7 @@ import yaml
 from parity import OPTIMIZERS, Cell, Difference, Trace, plain, under
 
 from manta.trainer.batch import Batch
-from manta.trainer.config import ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from manta.trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
 from manta.trainer.engine import Engine
 from manta.trainer.layout import fits
 from manta.trainer.model import losses
@@ -28,6 +28,7 @@ from manta.trainer.model.build import build
 from manta.trainer.model.dropout import AttentionDropout, Dropout, Noise, name_dropouts
 from manta.trainer.model.losses import cross_entropy
 from manta.trainer.model.moe import MixtureOfExperts
+from manta.trainer.model_config import ExpertsConfig, ModelConfig
 from manta.trainer.parallel.fp8 import CAPABILITY
 from manta.trainer.world import World
 

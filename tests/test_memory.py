@@ -11,11 +11,12 @@ from spmd import spmd
 from torch import Tensor
 
 from manta.trainer.batch import Batch
-from manta.trainer.config import ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision, TrainConfig
+from manta.trainer.config import OptimizerConfig, ParallelConfig, Precision, TrainConfig
 from manta.trainer.engine import Engine
 from manta.trainer.layout import Layout, fits
 from manta.trainer.memory import MOMENTS, Memory, estimate, shapes
 from manta.trainer.model.build import build
+from manta.trainer.model_config import ExpertsConfig, ModelConfig
 from manta.trainer.optim import STATES, build_optimizer
 from manta.trainer.world import World
 

@@ -8,12 +8,12 @@ from parity import LENGTH, MODELS, VOCABULARY, batch, model, rows
 
 from manta.data.errors import InputError
 from manta.trainer.batch import IGNORED, Batch
-from manta.trainer.config import ModelConfig
 from manta.trainer.generate import Sampling, draw, generate
 from manta.trainer.model.bert import Bert
 from manta.trainer.model.build import build
 from manta.trainer.model.decoder import Decoder
 from manta.trainer.model.transformer import Transformer
+from manta.trainer.model_config import ModelConfig
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp_width=64)
 DECODERS = ["llama", "gpt2", "moe", "gpt2-moe"]

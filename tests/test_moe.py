@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from manta.trainer.config import ExpertsConfig
 from manta.trainer.model import moe
 from manta.trainer.model.moe import Experts, MixtureOfExperts, Router
+from manta.trainer.model_config import ExpertsConfig
 
 WIDTH = 8
 CONFIG = ExpertsConfig(experts=4, top_k=2, width=12)

@@ -18,9 +18,10 @@ from spmd import spmd
 
 from manta.data.errors import InputError
 from manta.launch import config
-from manta.trainer.config import ModelConfig, ParallelConfig
+from manta.trainer.config import ParallelConfig
 from manta.trainer.metrics import read_metrics
 from manta.trainer.model.build import build, own
+from manta.trainer.model_config import ModelConfig
 from manta.trainer.pretrained import load_pretrained
 from manta.trainer.rundir import RunDirectory
 

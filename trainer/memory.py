@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from manta.trainer.config import ModelConfig, Precision
+from manta.trainer.config import Precision
 from manta.trainer.layout import Layout
+from manta.trainer.model_config import ModelConfig
 from manta.trainer.parallel import cuts
 
 MOMENTS = {"adamw": 2, "sgd": 1}

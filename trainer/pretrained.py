@@ -14,11 +14,11 @@ from manta.data.errors import InputError
 from manta.data.tokenizer import Tokenizer
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.config import ModelConfig
 from manta.trainer.convert import source
 from manta.trainer.convert.mapping import tensors
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
+from manta.trainer.model_config import ModelConfig
 from manta.trainer.rundir import RunDirectory
 
 

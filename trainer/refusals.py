@@ -6,7 +6,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it is the config that asks
-    from manta.trainer.config import ModelConfig, ParallelConfig, Precision
+    from manta.trainer.config import ParallelConfig, Precision
+    from manta.trainer.model_config import ModelConfig
 
 VOCABULARY_MULTIPLE = 128
 """Rows of embedding and head are padded to this, the same for every layout."""

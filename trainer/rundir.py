@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from manta.data.errors import InputError
 from manta.data.manifest import Prepared
-from manta.trainer.config import ModelConfig, TrainingConfig
+from manta.trainer.config import TrainingConfig
+from manta.trainer.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

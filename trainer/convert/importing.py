@@ -16,7 +16,6 @@ from torch import Tensor
 from manta.data.errors import InputError
 from manta.data.tokenizer import Tokenizer
 from manta.trainer.checkpoint import store
-from manta.trainer.config import ModelConfig
 from manta.trainer.convert import files
 from manta.trainer.convert.architectures import Architecture
 from manta.trainer.convert.configs import Config, from_theirs, number
@@ -24,6 +23,7 @@ from manta.trainer.convert.mapping import Link, bind, tensors
 from manta.trainer.convert.places import CONFIG, TOKENIZER, check_import, make_directory, read_json
 from manta.trainer.convert.source import KEPT, NAME, Source
 from manta.trainer.model.build import build
+from manta.trainer.model_config import ModelConfig
 
 STEP_ZERO = store.Progress(step=0, samples_consumed=0, optimizer_steps=0)
 TIED = {"head.weight": "embedding.weight", "head.bias": "head.bias"}  # what a file may hold a second time, and of what

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manta.trainer.batch import IGNORED, Batch
-from manta.trainer.config import ModelConfig
 from manta.trainer.model.attention import Visibility
 from manta.trainer.model.dropout import Dropout, Noise
 from manta.trainer.model.layers import MLP, Attention, Embedding, Head, Pass
 from manta.trainer.model.losses import classify
 from manta.trainer.model.transformer import Transformer, padded, predicted
+from manta.trainer.model_config import ModelConfig
 
 
 class Block(nn.Module):
