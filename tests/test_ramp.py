@@ -360,6 +360,7 @@ def test_a_rank_killed_in_mid_ramp_changes_no_loss(case, ramped):
     assert [line["data/digest"] for line in lines(case, "ramp killed")] == [line["data/digest"] for line in lines(case, ramped)]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_mid_ramp_goes_on_with_one_rank(case, ramped):
     with case.start("train", str(case.file), "run.dir=ramp stopped", *RAMP) as running:
         wait_for_step(case, "ramp stopped", 11, running)

@@ -170,6 +170,7 @@ def test_a_run_goes_on_under_tensor_parallelism(case, undisturbed):
     assert_same(again, lines(case, undisturbed))
 
 
+@pytest.mark.slow
 def test_a_mixture_whose_experts_lay_on_two_ranks_goes_on_on_one(case):
     experts = "model.experts={experts: 4, top_k: 2, width: 32, balance: bias, bias_speed: 0.01}"
     uneven = "evaluate.samples=9"  # by fours over two ranks: at last one of them has one, the other none

@@ -30,7 +30,13 @@ def gpt2(case, tmp_path_factory):
     return model
 
 
-@pytest.mark.parametrize("layout", ["parallel.zero=3", "parallel.tensor=2", "parallel={zero: 3, tensor: 2}"])
+LAYOUTS = [
+    *(pytest.param(one, marks=pytest.mark.slow) for one in ("parallel.zero=3", "parallel.tensor=2")),
+    "parallel={zero: 3, tensor: 2}",
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(case, gpt2, layout):
     overrides = [
         "run.start_from=imported/gpt2",
@@ -84,6 +90,7 @@ def test_another_models_weights_are_refused_with_the_first_difference_before_any
     assert not (case.home / "from another").exists()
 
 
+@pytest.mark.slow
 def test_a_part_of_another_model_s_weights_is_not_taken_for_the_whole(case):
     case.train("deeper", "model.layers=3", "train.steps=1")
     done = case.manta("train", str(case.file), "run.dir=shallower", "run.start_from=deeper")
