@@ -31,9 +31,6 @@ def gpt2(case, tmp_path_factory):
 
 
 SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in ("parallel.zero=3", "parallel.tensor=2")]
-    *(pytest.param(one, marks=pytest.mark.slow) for one in ("parallel.zero=3", "parallel.tensor=2")),
-    "parallel={zero: 3, tensor: 2}",
-]
 
 
 @pytest.mark.parametrize("layout", [*SLOW, "parallel={zero: 3, tensor: 2}"])
