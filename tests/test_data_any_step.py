@@ -51,10 +51,14 @@ def opened(folder):
     return cache(lambda way: open_way(folder, **WAYS[way]))
 
 
-def open_way(folder: Path, tokens: TokenizerConfig = SMALL, **more) -> Samples:
+def config_of(folder: Path, **more) -> DataConfig:
     sources = {"web": str(folder / "web"), "code": str(folder / "code.jsonl")}
     settings = {"sequence_length": T, "validation": 0.1, "workers": 1, "sources": sources, "directory": folder / "corpora"}
-    data = DataConfig(**settings | more)
+    return DataConfig(**settings | more)
+
+
+def open_way(folder: Path, tokens: TokenizerConfig = SMALL, **more) -> Samples:
+    data = config_of(folder, **more)
     return Samples(prepare.prepare(data, tokens), data, tokens, seed=7)
 
 
@@ -133,7 +137,7 @@ def test_a_mixture_has_its_shares_and_says_so(opened):
 def test_other_sources_may_come_and_go(opened, folder):
     """A source's own order is keyed by its name: what is mixed beside it changes when it is read, not in which order."""
     both = opened("mixed")
-    tokens = TokenizerConfig(file=both._prepared.tokenizer)
+    tokens = TokenizerConfig(file=prepare.find(config_of(folder, **WAYS["mixed"]), SMALL).tokenizer)
     alone = open_way(folder, tokens, sources={"code": str(folder / "code.jsonl")}, mixture={"code": 1.0})
     numbers = np.arange(50)
     assert np.array_equal(both.draws.all[1].order(numbers)[1], alone.draws.all[0].order(numbers)[1])

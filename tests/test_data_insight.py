@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_store import ObjectStore
-from test_data_any_step import WAYS, open_way
+from test_data_any_step import WAYS, config_of, open_way
 from test_data_prepare import SMALL, config, documents, write_lines
 
 from manta.data import duplicates as counted
@@ -178,7 +178,7 @@ def test_each_token_of_a_sample_is_spelled_once(tmp_path, way):
     folder = sources_in(tmp_path)
     samples = open_way(folder, **WAYS[way])
     apart = open_way(folder, **WAYS[way] | {"separate_documents": True})
-    file = samples._prepared.tokenizer
+    file = prepare.find(config_of(folder, **WAYS[way]), SMALL).tokenizer
     is_masked = WAYS[way].get("objective") == "masked"
     speller = Speller(file, end_of_text="<|endoftext|>", masked=is_masked)
     examples, other = (one.train(np.arange(40)) for one in (samples, apart))
