@@ -20,7 +20,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from glob import has_magic
@@ -130,6 +131,30 @@ def upload(local: Path, url: str) -> None:
     _ask(url, put)
 
 
+def write_parts(url: str, parts: Callable[[], Iterable[memoryview]]) -> None:
+    """An object from its bytes in order, asked for anew at each try; a few blocks of them are held in memory at most."""
+
+    def write(store: Any) -> None:
+        _make_parent(store, url)
+        stream = store.open(url, "wb", block_size=BLOCK)
+        try:
+            for part in parts():
+                stream.write(part)
+        except BaseException:
+            _give_up(stream)
+            raise
+        stream.close()
+
+    _ask(url, write)
+
+
+def _give_up(stream: Any) -> None:
+    """What was uploaded so far is let go, where the store can; closed, it would become an object."""
+    with suppress(Exception):
+        stream.closed = True
+        stream.discard()
+
+
 def delete(url: str) -> None:
     """Whether it was there or not."""
 
@@ -145,6 +170,11 @@ def delete(url: str) -> None:
 def open_read(url: str, *, size: int | None = None) -> BinaryIO:
     """A stream of an object's bytes, buffered, that can seek. Where its size is known already, the store is not asked for it."""
     return io.BufferedReader(_Stream(url, size_of(url) if size is None else size), BLOCK)
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of an object, fewer where it ends before."""
+    return b"".join(_range(url, at, min(at + BLOCK, stop)) for at in range(start, stop, BLOCK))
 
 
 def blocks(url: str, size: int) -> Iterator[bytes]:

@@ -47,7 +47,7 @@ class Display:
         self._pace: float | None = None
         self._spoke = 0.0
         self._begun = time.monotonic()
-        self._bad = set(home.checkpoints.glob("bad-*"))
+        self._bad = set(home.checkpoints.bad())
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -114,7 +114,7 @@ class Display:
 
     def _passed_over(self) -> str:
         """What the ranks found bad, and named so."""
-        bad = sorted(path.name for path in set(self._home.checkpoints.glob("bad-*")) - self._bad)
+        bad = sorted(set(self._home.checkpoints.bad()) - self._bad)
         return f"; passed over {', '.join(bad)}: {self._home.path / 'logs'} says why" if bad else ""
 
     def _ending(self, code: int) -> str | None:

@@ -29,7 +29,7 @@ def status(directory: Path) -> dict[str, Any]:
     config = home.config()
     steps, timeline = config.train.steps, config.timeline()
     evaluated = [line for line in lines if "eval/loss" in line]
-    checkpoints = sorted(path.name for path in home.checkpoints.glob("step-*"))
+    checkpoints = home.checkpoints.names()
     done = newest.get("step", 0)
     return {
         "run": str(home.path),
@@ -52,7 +52,7 @@ def status(directory: Path) -> dict[str, Any]:
         "layout": newest.get("layout"),
         "attempts": max((event["attempt"] for event in events), default=0),
         "failures": [event["message"] for event in events if event["event"] in {"rank-failed", "node-lost"}],
-        "checkpoint": checkpoints[-1] if checkpoints else None,
+        "checkpoint": checkpoints[0] if checkpoints else None,
     }
 
 

@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ from manta.data.tokenizer import fingerprint, read
 from manta.launch import __version__
 from manta.launch.config import RunConfig, load
 from manta.launch.display import Display, say
+from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.layout import Layout, plan, turns_in_words
-from manta.trainer.rundir import RunDirectory
+from manta.trainer.rundir import RunDirectory, origin_of
 
 STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
 
@@ -52,7 +55,7 @@ def train(config: RunConfig) -> int:
     code = check_own_model(home, config)
     prepared = corpus(home, config)
     for found in start.values():
-        refuse_other_weights(Path(found), home, config, prepared)
+        refuse_other_weights(found, home, config, prepared)
         tell_of_another_tokenizer(RunDirectory(Path(found).parent.parent), prepared)
     with home.claim():
         begun = home.manifest() if home.has_trained else manifest(config)
@@ -128,12 +131,10 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
 
 def refuse_other_ranks(home: RunDirectory, layout: Layout) -> None:
     """Raises InputError where a live run has been saved by more or fewer data ranks; of a damaged checkpoint ranks have the last word."""
-    try:
-        saved = json.loads((home.newest / "manifest.json").read_bytes()) if home.newest else None
-    except ValueError:
-        return
-    if isinstance(saved, dict):
-        check_ranks(saved.get("cursors"), layout.data)
+    where = home.checkpoints
+    for name in where.names()[:1]:
+        with suppress(OSError, CheckpointError):
+            check_ranks(from_bytes(where.manifest(name), where.at(name)).progress.cursors, layout.data)
 
 
 def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
@@ -144,23 +145,23 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
     start = config.run.start_from
     if start is None or home.has_trained:
         return {}  # of a run that has begun the manifest says it already
-    is_checkpoint = start.name.startswith("step-") and (start / "manifest.json").exists()
-    found = start if is_checkpoint else RunDirectory(start).newest
-    if found is None:
-        foreign = (start / "config.json").exists()
-        remedy = f"take it in first: manta import {shlex.quote(str(start))}" if foreign else "name one, or leave it out"
+    where, named = origin_of(start)
+    names = where.names()
+    if not names or (named or names[0]) not in names:
+        foreign = (Path(start) / "config.json").exists()
+        remedy = f"take it in first: manta import {shlex.quote(start)}" if foreign else "name one, or leave it out"
         wants = "a run's directory, an imported one, or checkpoints/step-..."
         raise InputError(f"run.start_from: got {start}, which has no checkpoint, wants {wants}; {remedy}")
-    origin = RunDirectory(found.parent.parent)
+    found = where.at(named or names[0])
+    origin = RunDirectory(Path(found).parent.parent)
     known = origin.config_file.exists() or (origin.path / "model.yaml").exists()  # else it was copied out of its run
     if known and (differ := origin.differs_in_model(config.model)):
         say(f"run.start_from: the weights were trained as another model: {'; '.join(differ)}")
-    return {"start_from": str(found)}
+    return {"start_from": found}
 
 
-def refuse_other_weights(found: Path, home: RunDirectory, config: RunConfig, prepared: Prepared) -> None:
+def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prepared: Prepared) -> None:
     """Raises InputError where the weights are not of this model's shapes: ranks would say so too, once they all stand."""
-    from manta.trainer.checkpoint.errors import CheckpointError
     from manta.trainer.pretrained import other_weights  # torch: a second and a half, for those alone who begin with other weights
 
     tokens = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary

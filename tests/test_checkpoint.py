@@ -1,8 +1,6 @@
-"""A checkpoint is whole tensors: it comes back under any other layout, and a damaged one does not count."""
+"""A checkpoint is whole tensors: what any layout saved, any other loads."""
 
-import json
 import math
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,13 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity import RATES, Cell, batch, in_pieces, model, optimizer_config, rows
 from spmd import spmd
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from manta.trainer import engine as engines
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.checkpoint.pieces import Pieces, rectangles
-from manta.trainer.checkpoint.state import LOSS_SCALER, load_masters, logical_state, progress, restore
+from manta.trainer.checkpoint.keeping import Keep
+from manta.trainer.checkpoint.pieces import Pieces
+from manta.trainer.checkpoint.rectangles import rectangles
+from manta.trainer.checkpoint.saver import Saver
+from manta.trainer.checkpoint.state import LOSS_SCALER, load_masters, logical_state, progress, refresh, restore, settle
+from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.config import ParallelConfig, TrainConfig
 from manta.trainer.engine import Engine
 from manta.trainer.layout import fits
@@ -54,11 +55,11 @@ def test_pieces_lie_where_a_rank_s_part_lies_in_the_whole(shape, data):
     start = data.draw(st.integers(0, math.prod(shape)))
     whole = torch.arange(math.prod(wholes)).view(wholes)
     part = whole[tuple(slice(o, o + s) for o, s in zip(offsets, shape, strict=True))].reshape(-1)[start:].clone()
-    pieces = Pieces(wholes, part, held=shape, offsets=offsets, start=start)
-    for chunk, view in zip(pieces.chunks, pieces.views, strict=True):
-        assert torch.equal(view, whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))])
+    pieces = Pieces.of(wholes, part, held=shape, offsets=offsets, start=start)
+    for place, view in pieces.held:
+        assert torch.equal(view, whole[place.slices])
         assert view.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()  # nothing is copied
-    assert sum(view.numel() for view in pieces.views) == part.numel()
+    assert sum(view.numel() for _, view in pieces.held) == part.numel()
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,17 @@ def advance(engine: Engine, cell: Cell, optimizer: str, first: int, last: int) -
     return Trail(losses, progress(engine, step=0, samples_consumed=0).loss_scaler, biases)
 
 
-def save(engine: Engine, directory: Path, step: int, *, attempt: int = 1, keep: int = 2) -> Path:
+def save(engine: Engine, directory: Path, step: int, *, keep: int = 2, asynchronous: bool = False) -> None:
     come = progress(engine, step=step, samples_consumed=step * TRAIN.global_batch)
-    return store.save(directory, logical_state(engine), come, identity={"corpus": "c"}, attempt=attempt, keep=keep)
+    saver = Saver(Folder(directory), identity={"corpus": "c"}, attempt=1, keep=Keep(newest=keep), asynchronous=asynchronous)
+    saver.save(logical_state(engine), come, wait=not asynchronous)
+    saver.finish()
+
+
+def resume(engine: Engine, directory: Path) -> None:
+    where = Folder(directory)
+    checkpoint = store.take_newest(where, lambda found: restore(where, found, engine))
+    settle(checkpoint.progress, engine)
 
 
 Job = tuple[Path, Cell, str]  # where the checkpoint lies, which layout, which optimizer
@@ -122,7 +131,7 @@ def read(jobs: list[Job], *, pieces: bool = False) -> list[Trail]:
     trails = []
     for directory, cell, optimizer in jobs:
         engine = build(cell, optimizer, pieces=pieces)
-        restore(store.newest(directory), engine)
+        resume(engine, directory)
         trails.append(advance(engine, cell, optimizer, SAVED, LAST))
     return trails
 
@@ -235,7 +244,7 @@ def unstepped(directory: Path) -> None:
         save(engine, directory / str(place), 0)
         wanted = advance(engine, cell, "adamw", 0, 2)
         resumed = build(cell)
-        restore(store.newest(directory / str(place)), resumed)
+        resume(resumed, directory / str(place))
         assert advance(resumed, cell, "adamw", 0, 2) == wanted, str(cell)
 
 
@@ -246,17 +255,20 @@ def test_a_run_that_never_stepped_can_be_saved(tmp_path):
 def weights_alone(directory: Path) -> None:
     writer = KINDS[1]
     (undisturbed,) = write([(directory, writer, "adamw")])
+    where = Folder(directory)
+    checkpoint = store.newest(where)
     for cell in KINDS:
         engine = build(cell, "sgd")  # another optimizer: nothing of the old one's is asked for
-        load_masters(store.newest(directory), engine)
+        load_masters(where, checkpoint, engine)
+        refresh(engine)
         assert progress(engine, step=0, samples_consumed=0).optimizer_steps == 0
         begun = advance(engine, cell, "sgd", SAVED, SAVED + 2)
         assert begun.losses[0] == pytest.approx(undisturbed.losses[0], rel=1e-6), str(cell)
         assert begun.losses[1] != pytest.approx(undisturbed.losses[1], rel=1e-4), str(cell)
     with pytest.raises(CheckpointError, match=r"master/blocks.0.attention.k_norm.weight: got \(8,\), wants nothing \(and"):
-        load_masters(store.newest(directory), build(Cell("gpt2", 2)))
+        load_masters(where, checkpoint, build(Cell("gpt2", 2)))
     with pytest.raises(CheckpointError, match=r"exp_avg/blocks.0.attention.k_norm.weight: got \(8,\), wants nothing \(and"):
-        restore(store.newest(directory), build(writer, "sgd"))
+        restore(where, checkpoint, build(writer, "sgd"))
 
 
 def test_weights_are_loaded_without_their_optimizer_and_only_into_their_model(tmp_path):
@@ -270,7 +282,7 @@ def losing(directory: Path) -> None:
         engine = build(cell)
         kept = {key: pieces for key, pieces in logical_state(engine).items() if not key.startswith(lost)}
         with patch("manta.trainer.checkpoint.state.logical_state", lambda _, kept=kept: kept):
-            restore(store.newest(directory), engine)
+            resume(engine, directory)
         assert advance(engine, cell, "adamw", SAVED, LAST).losses != pytest.approx(undisturbed.losses, rel=1e-4), lost
 
 
@@ -286,104 +298,11 @@ def save_alike(directory: Path) -> None:
 def test_what_ranks_hold_alike_is_written_once_by_all_of_them(tmp_path):
     spmd(save_alike, 2, tmp_path)
     for directory in tmp_path.iterdir():
-        path = store.newest(directory).path
-        wholes = FileSystemReader(path).read_metadata().state_dict_metadata
-        for key, tensor in wholes.items():
-            assert sum(math.prod(chunk.sizes) for chunk in tensor.chunks) == math.prod(tensor.size), key
-        first, second = (sum(file.stat().st_size for file in path.glob(f"__{rank}_*")) for rank in (0, 1))
+        checkpoint = store.newest(Folder(directory))
+        for key, stored in checkpoint.tensors.items():
+            assert sum(chunk.place.count for chunk in stored.chunks) == math.prod(stored.shape), key
+        first, second = (file.bytes for file in checkpoint.files)
         assert first == pytest.approx(second, rel=0.1)
-
-
-def save_steps(directory: Path, steps: list[int], keep: int) -> None:
-    engine = build(KINDS[1])
-    for step in steps:
-        save(engine, directory, step, keep=keep)
-
-
-@pytest.fixture(scope="module")
-def two_checkpoints(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoints")
-    spmd(save_steps, 2, directory, [4], 2)
-    manifest = json.loads((directory / "step-00000004/manifest.json").read_text())
-    shutil.copytree(directory / "step-00000004", directory / "step-00000008")
-    del manifest["xxh3"]
-    later = manifest | {"step": 8}
-    (directory / "step-00000008/manifest.json").write_text(json.dumps(later | {"xxh3": store._digest(later)}))
-    return directory
-
-
-@pytest.fixture
-def checkpoints(two_checkpoints, tmp_path) -> Path:
-    return Path(shutil.copytree(two_checkpoints, tmp_path / "checkpoints"))
-
-
-def test_the_newest_checkpoint_is_taken_and_half_written_ones_are_not_seen(checkpoints):
-    shutil.copytree(checkpoints / "step-00000008", checkpoints / ".step-00000012.attempt-0001.partial")
-    assert store.newest(checkpoints).progress.step == 8
-    (checkpoints / "latest").write_text("step-00000099\n")
-    assert store.newest(checkpoints).progress.step == 8
-
-
-def test_a_checkpoint_from_before_there_was_a_loss_scaler_is_read(checkpoints):
-    file = checkpoints / "step-00000008/manifest.json"
-    manifest = json.loads(file.read_text())
-    del manifest["loss_scaler"], manifest["xxh3"]
-    file.write_text(json.dumps(manifest | {"xxh3": store._digest(manifest)}))
-    assert store.newest(checkpoints).progress == store.Progress(step=8, samples_consumed=16, optimizer_steps=0)
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "torn manifest", "another key", "another step"])
-def test_a_damaged_checkpoint_is_passed_over_and_named(checkpoints, damage, caplog):
-    shard = next((checkpoints / "step-00000008").glob("__1_*"))
-    manifest = checkpoints / "step-00000008/manifest.json"
-    content = bytearray(shard.read_bytes())
-    match damage:
-        case "flip":
-            content[len(content) // 2] ^= 1
-            shard.write_bytes(content)
-        case "truncate":
-            shard.write_bytes(content[:-1])
-        case "remove":
-            shard.unlink()
-        case "no manifest":
-            manifest.unlink()
-        case "another key":
-            manifest.write_text(manifest.read_text().replace('"files"', '"filez"'))
-        case "another step":
-            manifest.write_text(manifest.read_text().replace('"step": 8', '"step": 9'))
-        case "torn manifest":
-            manifest.write_text(manifest.read_text()[:100])
-    assert store.newest(checkpoints).progress.step == 4
-    assert "passed over a bad checkpoint" in caplog.text
-    assert "step-00000008" in caplog.text
-
-
-def test_a_run_whose_checkpoints_are_all_bad_stops(checkpoints):
-    for path in store.committed(checkpoints):
-        (path / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match="every checkpoint is bad"):
-        store.newest(checkpoints)
-
-
-def test_another_model_is_refused_with_the_first_difference(checkpoints):
-    checkpoint = store.newest(checkpoints)
-    with pytest.raises(CheckpointError, match=r"exp_avg/embedding.weight: got \(256, 64\), wants \(256, 96\)"):
-        store.load(checkpoint, {}, checkpoint.tensors | {"exp_avg/embedding.weight": (256, 96)})
-
-
-def test_bad_checkpoints_ahead_push_no_good_one_out(checkpoints):
-    (checkpoints / "step-00000008/.metadata").unlink()
-    spmd(save_steps, 2, checkpoints, [6], 1)
-    assert store.newest(checkpoints).progress.step == 6
-    store.set_aside(checkpoints, store.newest(checkpoints))
-    assert [path.name for path in store.committed(checkpoints)] == ["step-00000006"]
-    assert (checkpoints / "bad-step-00000008").exists()
-
-
-def test_only_the_newest_are_kept(tmp_path):
-    spmd(save_steps, 2, tmp_path, [1, 2, 3], 2)
-    assert [path.name for path in store.committed(tmp_path)] == ["step-00000003", "step-00000002"]
-    assert (tmp_path / "latest").read_text() == "step-00000003\n"
 
 
 def private_parts() -> None:

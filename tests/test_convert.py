@@ -22,6 +22,10 @@ from manta.launch.cli import app
 from manta.trainer.batch import IGNORED, Batch
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.checkpoint.manifest import Progress
+from manta.trainer.checkpoint.pieces import Pieces
+from manta.trainer.checkpoint.saver import Saver
+from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.convert.architectures import ARCHITECTURES, GPT2, architecture_for
 from manta.trainer.convert.configs import from_theirs
 from manta.trainer.convert.huggingface import export
@@ -115,7 +119,8 @@ def run(tmp_path, words):
         model = build(model_config(**changes), vocabulary=tokenizer.Tokenizer(words).vocabulary, sequence_length=32)
         torch.manual_seed(1)
         state = {f"master/{name}": tensor.normal_(std=0.2) for name, tensor in tensors(model).items()}
-        store.save(home.checkpoints, state, store.Progress(step=4, samples_consumed=16, optimizer_steps=4), identity={}, attempt=1, keep=1)
+        pieces = {key: Pieces.all_of(tensor) for key, tensor in state.items()}
+        Saver(home.checkpoints, identity={}, attempt=1).save(pieces, Progress(step=4, samples_consumed=16, optimizer_steps=4))
         return home
 
     return make
@@ -480,7 +485,7 @@ def test_an_imported_model_is_a_preset_and_a_checkpoint_at_step_zero(run, tmp_pa
         loaded.model.model_dump()
         == model_config(preset="imported/gpt2/model.yaml", family="gpt2", positions=40, vocabulary=270, dropout=0.1).model_dump()
     )
-    assert store.newest(tmp_path / "imported/gpt2/checkpoints").progress == STEP_ZERO
+    assert store.newest(Folder(tmp_path / "imported/gpt2/checkpoints")).progress == STEP_ZERO
     file.write_text(loaded.to_yaml())
     monkeypatch.chdir("/")
     assert launch_config.load(file) == loaded, "a run's own config has every key: the preset may be gone"

@@ -50,6 +50,7 @@ from manta.launch.train import steps_in_words
 from manta.trainer import engine as engines
 from manta.trainer.batch import _NOISE, Batch
 from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.config import BatchConfig, ParallelConfig, TrainConfig
 from manta.trainer.engine import Engine
 from manta.trainer.layout import Layout, fits
@@ -333,7 +334,7 @@ def test_a_run_reads_what_its_timeline_says(case, ramped):
         assert (line["global_batch"], line["sequence_length"]) == (phase.global_batch, phase.sequence_length)
         assert line["tokens"] == 32 * (first + phase.global_batch)
         assert line["data/digest"] == digest(samples, np.arange(first, first + phase.global_batch), phase.sequence_length)
-    saved = store.newest(case.home / ramped / "checkpoints")
+    saved = store.newest(Folder(case.home / ramped / "checkpoints"))
     assert (saved.progress.step, saved.progress.samples_consumed) == (40, 128 + 14 * 8)
 
 

@@ -261,7 +261,7 @@ def test_a_run_whose_checkpoints_are_all_bad_never_starts_afresh(case, undisturb
 
 def test_a_run_survives_a_bad_checkpoint_a_moved_corpus_and_a_second_manta(case, undisturbed):
     home = copy_of(case, undisturbed, "survivor")
-    (home / "checkpoints/step-00000040/__0_0.distcp").write_bytes(b"")
+    (home / "checkpoints/step-00000040/rank-0000.safetensors").write_bytes(b"")
     manifest = json.loads((home / "manifest.json").read_text())
     moved = json.loads(json.dumps(manifest["corpus"]).replace("/corpora/", "/elsewhere/"))
     (home / "manifest.json").write_text(json.dumps(manifest | {"corpus": moved}))

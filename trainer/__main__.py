@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from manta.data.errors import InputError
-from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.checkpoint.errors import CheckpointError, SaveError
 from manta.trainer.heartbeat import Heartbeat
 
 FAILED, USAGE = 1, 2
@@ -83,7 +83,7 @@ def _category(error: BaseException) -> str:
     """What a supervisor should make of it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"
-    return "hopeless" if isinstance(error, CheckpointError) else "exception"
+    return "hopeless" if isinstance(error, CheckpointError | SaveError) else "exception"
 
 
 if __name__ == "__main__":

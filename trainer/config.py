@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from manta.data.config import DataConfig, TokenizerConfig, stage_problem, whole
+from manta.data.remote import is_remote
 from manta.data.source import Section
 from manta.data.timeline import Timeline
 from manta.trainer.model_config import FAMILY_KEYS, ModelConfig
@@ -46,13 +47,13 @@ class RunSection(Section):
             raise ValueError(f"got {str(value)!r}, wants a path; leave out the NUL")
         return value
 
-    start_from: Path | None = Field(default=None, examples=["imported/gpt2"])
+    start_from: str | None = Field(default=None, examples=["imported/gpt2"])
     """Whose weights a new run begins with: a run's directory, what `manta import` made, or one checkpoint. All else begins anew."""
 
     @field_validator("start_from")
     @classmethod
-    def _from_wherever_we_are(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.absolute()
+    def _from_wherever_we_are(cls, value: str | None) -> str | None:
+        return value if value is None or is_remote(value) else str(Path(value).absolute())
 
     seed: int = Field(default=1, ge=0, lt=2**63)
     """Fixes the initial weights and the order of samples."""
@@ -155,10 +156,29 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
+    directory: str | None = Field(default=None, examples=["s3://bucket/mine"])
+    """Where checkpoints lie, a directory or the URL of an object store; run.dir/checkpoints where left out."""
     every_steps: int = Field(default=500, ge=1)
     """Steps between checkpoints; one is always written at the end and when told to leave."""
+    every_minutes: float | None = Field(default=None, gt=0, examples=[30.0])
+    """Minutes after which one is written in any case, counted from the last."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept; two, so that one stands behind should the newest be damaged."""
+    keep_best: int = Field(default=0, ge=0)
+    """Checkpoints kept beside them, of the lowest validation loss; only of steps that were evaluated."""
+    keep_every: int | None = Field(default=None, ge=1, examples=[10000])
+    """Checkpoints of steps that are multiples of this are kept for ever."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy in CPU memory of what the rank writes."""
+    tolerate: int = Field(default=2, ge=0)
+    """Saves in a row that may fail, for want of room say, while training goes on; one more stops the run."""
+    verify: Literal["full", "sizes"] = "full"
+    """What is checked before a checkpoint is gone on from: every byte by its hash, or the sizes of files alone."""
+
+    @field_validator("directory")
+    @classmethod
+    def _from_wherever_we_are(cls, value: str | None) -> str | None:
+        return value if value is None or is_remote(value) else str(Path(value).absolute())
 
 
 class EvaluateConfig(Section):

@@ -6,7 +6,6 @@ import resource
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from types import FrameType
 
 import numpy as np
@@ -17,14 +16,14 @@ from manta.data.live import LiveSamples
 from manta.data.objectives import DIGEST_BITS
 from manta.data.samples import Samples
 from manta.trainer.batch import Batch
-from manta.trainer.checkpoint import store
-from manta.trainer.checkpoint.state import logical_state, progress
+from manta.trainer.checkpoint.saver import Saver
 from manta.trainer.config import TrainingConfig
 from manta.trainer.engine import Engine, Outcome
 from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.metrics import Line, MetricsLog, describe
 from manta.trainer.reader import Reader
 from manta.trainer.rundir import RunDirectory
+from manta.trainer.saves import Saves
 from manta.trainer.schedule import learning_rate
 from manta.trainer.world import World
 
@@ -60,15 +59,14 @@ class Loop:
         notice: Notice,
         peak: float | None,
         flops_per_token: Mapping[int, float],
-        identity: dict[str, str],
+        saver: Saver,
     ) -> None:
         """flops_per_token: by sequence length."""
         self.config, self.world, self.samples, self.engine, self.home = config, world, samples, engine, home
-        self.heartbeat, self.notice, self.peak, self.flops_per_token, self.identity = heartbeat, notice, peak, flops_per_token, identity
+        self.heartbeat, self.notice, self.peak, self.flops_per_token, self.saver = heartbeat, notice, peak, flops_per_token, saver
         self.timeline = config.timeline()
         reading = {"rank": engine.mesh.data_rank, "seed": config.run.seed, "steps": config.train.steps}
         self.reader = Reader(samples, self.timeline, engine.layout, **reading, device=world.device)
-        self.saved: int | None = None  # the step of the newest checkpoint
         self._digest = 0
         self._waited = 0.0
 
@@ -82,10 +80,10 @@ class Loop:
     def _run(self, step: int) -> int:
         metrics = MetricsLog(self.home.metrics_file) if self.world.rank == 0 else None
         last = self.config.train.steps
-        self.saved = step or None
-        leave = False
+        saves = Saves(self.saver, self.engine, self.reader, self.config, self.home, step=step)
+        leave, line = False, Line()
         while step < last and not leave:
-            line, leave = self._step(step)
+            line, leave, asked, failed = self._step(step, saves)
             step += 1
             self.heartbeat("step", step)
             if step == last or (step % self.config.evaluate.every_steps == 0 and not leave):
@@ -94,22 +92,27 @@ class Loop:
             if metrics and due:
                 metrics.write(line)
                 log.info("step %d/%d  %s", step, last, describe(line))
-            if step % self.config.checkpoint.every_steps == 0:
-                self.save(step)
-        if step != self.saved:
-            self.save(step)
+            if failed:
+                saves.finish()
+            if asked or step % self.config.checkpoint.every_steps == 0:
+                self.heartbeat("save", step)
+                saves.save(step, line, wait=False)
+        self.heartbeat("save", step)
+        saves.finish()
+        if step != saves.saved:
+            saves.save(step, line, wait=True)
         if metrics:
             metrics.close()
         self.heartbeat("done", step)
         return step
 
-    def _step(self, step: int) -> tuple[Line, bool]:
-        """One optimizer step; the line that tells of it, and whether any rank was told to leave."""
+    def _step(self, step: int, saves: Saves) -> tuple[Line, bool, bool, bool]:
+        """One optimizer step; the line that tells of it, and whether any rank was told to leave, asks to save, or knows that it failed."""
         start = time.perf_counter()
         rate = learning_rate(self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps)
         self._digest, self._waited = 0, 0.0
         outcome = self.engine.step(self._microbatches(step), learning_rate=rate)
-        terms, asked, digest = self._terms(outcome)
+        terms, (leave, asked, failed, digest) = self._terms(outcome, saves)
         seconds = time.perf_counter() - start
         loss = self.engine.loss(terms)
         if not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.norm))):  # a smaller scale mends gradients alone
@@ -143,14 +146,19 @@ class Loop:
             line |= {"loss_scale": self.engine.loss_scale, "skipped": outcome.skipped}
         for name, load_E in self.engine.loads.items():
             line[f"load/{name}"] = [round(share, 4) for share in load_E.tolist()]
-        return line, asked > 0
+        if saves.failures:
+            line["checkpoint/failures"] = saves.failures
+        return line, leave > 0, asked > 0, failed > 0
 
-    def _terms(self, outcome: Outcome) -> tuple[list[float], float, float]:
-        """Over all ranks: each term of the step's loss, how many were told to leave, and the digest of what was read."""
+    def _terms(self, outcome: Outcome, saves: Saves) -> tuple[list[float], list[float]]:
+        """Over all ranks: each term of the step's loss; how many were told to leave, ask to save, and know that it failed; and the digest
+        of what was read.
+        """
         first = self.engine.mesh.is_first_of_sample  # each sample's digest is counted once
-        local = [*outcome.terms.tolist(), float(self.notice.signal is not None), float(self._digest if first else 0)]
-        *terms, asked, digest = self._total(*local)
-        return [term / self.engine.layout.tensor for term in terms], asked, digest  # tensor ranks have each told the same
+        heard = [float(self.notice.signal is not None), float(saves.is_asked()), float(saves.has_failed)]
+        total = self._total(*outcome.terms.tolist(), *heard, float(self._digest if first else 0))
+        terms, rest = total[: len(outcome.terms)], total[len(outcome.terms) :]
+        return [term / self.engine.layout.tensor for term in terms], list(rest)  # tensor ranks have each told the same
 
     def _parts(self, prefix: str, terms: Sequence[float], *, leave_out: frozenset[str] = frozenset()) -> Line:
         """A loss of several terms is told term by term, too."""
@@ -184,25 +192,6 @@ class Loop:
         terms = [total / max(count, 1) for total, count in zip(totals[:half], totals[half:], strict=True)]
         fillers_count_in = self.engine.module.auxiliary  # they are of all that a batch holds, also where nothing is to be predicted
         return {"eval/loss": self.engine.loss(terms), **self._parts("eval", terms, leave_out=fillers_count_in)}
-
-    def save(self, step: int) -> None:
-        self.heartbeat("save", step)
-        state = logical_state(self.engine)
-        come = progress(self.engine, step=step, samples_consumed=self.timeline.first_sample(step), cursors=self._cursors(step))
-        keep = self.config.checkpoint.keep
-        path = store.save(self.home.checkpoints, state, come, identity=self.identity, attempt=self.world.attempt, keep=keep)
-        self.saved = step
-        log.info("saved %s", path)
-
-    def _cursors(self, step: int) -> list[dict[str, int]] | None:
-        """Where each data rank's reading of the next step begins; None where samples are had by number, by whichever rank."""
-        cursor = self.reader.cursor(step)
-        if cursor is None:
-            return None
-        told: list[tuple[int, dict[str, int]]] = [(self.engine.mesh.data_rank, asdict(cursor))] * self.world.size
-        dist.all_gather_object(told, told[0])
-        by_rank = dict(told)  # ranks that share samples stand at the same place
-        return [by_rank[rank] for rank in range(self.engine.layout.data)]
 
     def _total(self, *values: float) -> Sequence[float]:
         """Each value summed over all ranks."""

@@ -14,12 +14,13 @@ from manta.data.errors import InputError
 from manta.data.tokenizer import Tokenizer
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.checkpoint.manifest import Checkpoint, difference
 from manta.trainer.convert import source
 from manta.trainer.convert.mapping import tensors
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.model_config import ModelConfig
-from manta.trainer.rundir import RunDirectory
+from manta.trainer.rundir import RunDirectory, origin_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class Pretrained:
     tokenizer_file: Path
     end_of_text: str
     sequence_length: int
-    checkpoint: store.Checkpoint
+    checkpoint: Checkpoint
     source: source.Source | None  # None: it was trained here
 
     @property
@@ -59,7 +60,7 @@ def load_pretrained(home: RunDirectory) -> Pretrained:
     tokenizer = Tokenizer(file, end_of_text=end_of_text)
     with torch.device("meta"):
         model = build(config, vocabulary=tokenizer.vocabulary, sequence_length=sequence_length, code=home.code)
-    fill(model, store.load_weights(checkpoint), checkpoint.path)
+    fill(model, store.load_weights(home.checkpoints, checkpoint), checkpoint.at)
     return Pretrained(
         home=home,
         config=config,
@@ -82,12 +83,14 @@ def imported_config(directory: Path) -> ModelConfig:
         raise InputError(f"{file}: {' '.join(str(error).split())}; wants what manta import wrote: import it again") from None
 
 
-def other_weights(path: Path, config: ModelConfig, *, vocabulary: int, sequence_length: int, code: Path) -> str | None:
-    """The first difference of what the checkpoint at `path` holds from what this model wants; None where it fits.
+def other_weights(start: str, config: ModelConfig, *, vocabulary: int, sequence_length: int, code: Path) -> str | None:
+    """The first difference of what the checkpoint at `start` holds from what this model wants; None where it fits.
 
     Raises CheckpointError where there is none.
     """
-    got = {key: tuple(shape) for key, shape in store.read_manifest(path)["tensors"].items()}
+    where, name = origin_of(start)
+    assert name is not None, f"{start}: not the name of one checkpoint"
+    got = store.look(where, name).shapes
     with torch.device("meta"):
         model = build(config, vocabulary=vocabulary, sequence_length=sequence_length, code=code)
     return differs(model, {key.removeprefix("master/"): shape for key, shape in got.items() if key.startswith("master/")})
@@ -95,13 +98,13 @@ def other_weights(path: Path, config: ModelConfig, *, vocabulary: int, sequence_
 
 def differs(model: Transformer, got: Mapping[str, tuple[int, ...]]) -> str | None:
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
-    return None if wanted == got else store.difference(wanted, got)
+    return None if wanted == got else difference(wanted, got)
 
 
-def fill(model: Transformer, weights: dict[str, Tensor], path: Path) -> None:
+def fill(model: Transformer, weights: dict[str, Tensor], at: str) -> None:
     """Gives a model without memory its weights. Raises CheckpointError where they are another model's."""
     if told := differs(model, {name: tuple(tensor.shape) for name, tensor in weights.items()}):
-        raise CheckpointError(f"{path}: {told}")
+        raise CheckpointError(f"{at}: {told}")
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     shared = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
     model.load_state_dict(weights, assign=True, strict=False)

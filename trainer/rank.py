@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import signal
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,7 +15,10 @@ from manta.data.errors import InputError
 from manta.data.live import Cursor, LiveSamples, check_ranks, open_samples
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.checkpoint.state import load_masters, restore
+from manta.trainer.checkpoint.keeping import Keep
+from manta.trainer.checkpoint.manifest import Checkpoint, Progress
+from manta.trainer.checkpoint.saver import Saver
+from manta.trainer.checkpoint.state import load_masters, refresh, restore, settle
 from manta.trainer.compiler import ask_for_compiler
 from manta.trainer.config import TrainingConfig
 from manta.trainer.engine import Engine
@@ -27,7 +29,7 @@ from manta.trainer.model.build import build
 from manta.trainer.parallel.fp8 import ask_for_gpu
 from manta.trainer.power import peak_flops
 from manta.trainer.refusals import compiles
-from manta.trainer.rundir import RunDirectory
+from manta.trainer.rundir import RunDirectory, origin_of
 from manta.trainer.world import Mesh, World
 
 log = logging.getLogger(__name__)
@@ -76,9 +78,18 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
         identity["mixture"] = str(mixture.VERSION)
     if config.data.packing == "best_fit":
         identity["packing"] = str(packing.VERSION)
-    come = resume(engine, home, identity)
+    told = config.checkpoint
+    saver = Saver(
+        home.checkpoints,
+        identity=identity,
+        attempt=world.attempt,
+        keep=Keep(newest=told.keep, best=told.keep_best, every=told.keep_every),
+        asynchronous=told.asynchronous,
+    )
+    saver.fence()
+    come = resume(engine, home, identity, verify=told.verify)
     if come is None and config.run.start_from is not None:
-        begin_from(engine, Path(home.manifest().get("start_from", config.run.start_from)))
+        begin_from(engine, home.manifest().get("start_from", config.run.start_from))
     if isinstance(samples, LiveSamples):
         go_on(samples, come, mesh)
 
@@ -92,7 +103,7 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
         notice=notice,
         peak=peak,
         flops_per_token=costs,
-        identity=identity,
+        saver=saver,
     )
     step = loop.run(come.step if come else 0)
     dist.destroy_process_group()
@@ -115,31 +126,29 @@ def _compiles(config: TrainingConfig, device: torch.device) -> bool:
     return True
 
 
-def resume(engine: Engine, home: RunDirectory, identity: dict[str, str]) -> store.Progress | None:
+def resume(engine: Engine, home: RunDirectory, identity: dict[str, str], *, verify: store.Verify) -> Progress | None:
     """Loads the newest valid checkpoint. Gives how far it has come; None where there is none.
 
     Raises CheckpointError where all are bad, InputError where it is of another run.
     """
+    where = home.checkpoints
 
-    def newest() -> store.Checkpoint | None:
-        found = store.newest(home.checkpoints)
-        if found is not None:
-            store.set_aside(home.checkpoints, found)
-        return found
+    def take(checkpoint: Checkpoint) -> None:
+        for key, wanted in identity.items():
+            if (got := checkpoint.identity.get(key)) != wanted:
+                remedy = "choose another run.dir, or go back to the config that this run was started with"
+                raise InputError(f"{checkpoint.at}: {key} fingerprint: got {got}, wants {wanted}; {remedy}")
+        restore(where, checkpoint, engine, verify=verify)
 
-    checkpoint = _chosen(newest)
+    checkpoint = store.take_newest(where, take)
     if checkpoint is None:
         return None
-    for key, wanted in identity.items():
-        if (got := checkpoint.identity.get(key)) != wanted:
-            remedy = "choose another run.dir, or go back to the config that this run was started with"
-            raise InputError(f"{checkpoint.path}: {key} fingerprint: got {got}, wants {wanted}; {remedy}")
-    restore(checkpoint, engine)
-    log.info("resumed from %s", checkpoint.path)
+    settle(checkpoint.progress, engine)
+    log.info("resumed from %s", checkpoint.at)
     return checkpoint.progress
 
 
-def go_on(samples: LiveSamples, come: store.Progress | None, mesh: Mesh) -> None:
+def go_on(samples: LiveSamples, come: Progress | None, mesh: Mesh) -> None:
     """Has live samples go on from where this data rank stood. Raises InputError where more or fewer ranks have read so far."""
     log.info("data.live: what is read depends on the number of data ranks, %d; no other can go on", mesh.layout.data)
     if come is not None:
@@ -148,29 +157,21 @@ def go_on(samples: LiveSamples, come: store.Progress | None, mesh: Mesh) -> None
         samples.go_on_from(Cursor(**cursors[mesh.data_rank]))
 
 
-def begin_from(engine: Engine, path: Path) -> None:
+def begin_from(engine: Engine, start: str) -> None:
     """The weights of another run, or of an import. Raises InputError where there are none, or they are those of another model."""
+    where, name = origin_of(start)
+
+    def take(checkpoint: Checkpoint) -> None:
+        load_masters(where, checkpoint, engine)
+
     try:
-        checkpoint = _chosen(lambda: store.find(path))
-        assert checkpoint is not None, "find gives one, or raises"
-        load_masters(checkpoint, engine)
+        checkpoint = store.take_newest(where, take, set_aside=False) if name is None else store.take_one(where, name, take)
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
-    log.info("began from the weights of %s", checkpoint.path)
-
-
-def _chosen(choose: Callable[[], store.Checkpoint | None]) -> store.Checkpoint | None:
-    """Rank 0 reads and hashes; the others take its word."""
-    chosen: list[store.Checkpoint | Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            chosen[0] = choose()
-        except CheckpointError as error:
-            chosen[0] = error
-    dist.broadcast_object_list(chosen, device=torch.device("cpu"))
-    if isinstance(chosen[0], Exception):
-        raise chosen[0]
-    return chosen[0]
+    if checkpoint is None:
+        raise InputError(f"run.start_from: {start}: got no checkpoint there, wants a run's directory, an imported one, or a checkpoint's")
+    refresh(engine)
+    log.info("began from the weights of %s", checkpoint.at)
 
 
 def _digest(value: object) -> str:

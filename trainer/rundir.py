@@ -15,8 +15,19 @@ from pydantic import ValidationError
 
 from manta.data.errors import InputError
 from manta.data.manifest import Prepared
+from manta.data.remote import is_remote
+from manta.trainer.checkpoint.manifest import step_of
+from manta.trainer.checkpoint.storage import Storage, storage_of
 from manta.trainer.config import TrainingConfig
 from manta.trainer.model_config import ModelConfig
+
+
+def origin_of(start: str) -> tuple[Storage, str | None]:
+    """What run.start_from names: one checkpoint, by its name; or the newest of a run or an import, which has no name yet."""
+    above, _, name = start.rstrip("/").rpartition("/")
+    if step_of(name) is not None:
+        return storage_of(above), name
+    return storage_of(start) if is_remote(start) else RunDirectory(Path(start)).checkpoints, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +60,18 @@ class RunDirectory:
         return self.path / "lock"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def checkpoints(self) -> Storage:
+        """Where they lie: beside the rest, or where the config says."""
+        try:
+            told = yaml.safe_load(self.config_file.read_text())["checkpoint"]["directory"]
+        except (OSError, yaml.YAMLError, TypeError, KeyError):
+            told = None  # an import, or nothing yet; what is wrong with a config is told by who reads it
+        return storage_of(told or self.path / "checkpoints")
+
+    @property
+    def request_file(self) -> Path:
+        """Whoever makes it asks for a checkpoint now; the run takes it away once there is one."""
+        return self.path / "save-now"
 
     @property
     def typed(self) -> str:
@@ -60,18 +81,12 @@ class RunDirectory:
     @property
     def saved_step(self) -> int:
         """The step of the newest committed checkpoint, whose content nobody has looked at; 0 where there is none."""
-        steps = (path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/manifest.json"))
-        return max((int(step) for step in steps if step.isdigit()), default=0)
+        return next((step for name in self.checkpoints.names() if (step := step_of(name))), 0)
 
     @property
     def has_trained(self) -> bool:
         """Whether a step was ever taken here: from then on it is one run, of one config and one corpus."""
-        return self.newest is not None or self.metrics_file.exists()
-
-    @property
-    def newest(self) -> Path | None:
-        """The newest committed checkpoint, whose content nobody has looked at."""
-        return max((path.parent for path in self.checkpoints.glob("step-*/manifest.json")), default=None)
+        return self.metrics_file.exists() or bool(self.checkpoints.names())
 
     def config(self) -> TrainingConfig:
         """The config that every rank of the run reads; where the ranks are placed is not its matter."""

@@ -3,3 +3,11 @@
 
 class CheckpointError(RuntimeError):
     """A checkpoint that can not be used, and why."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written, and why; those that were there stand."""
+
+
+class FencedError(RuntimeError):
+    """A later attempt of the run has begun: this one may save no more."""

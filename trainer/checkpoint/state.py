@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.pieces import Pieces
+from manta.trainer.checkpoint.storage import Storage
 from manta.trainer.engine import Engine
 from manta.trainer.optim import STATES
 from manta.trainer.parallel import cuts
@@ -46,9 +48,9 @@ def logical_state(engine: Engine) -> dict[str, Pieces]:
         tensors = {"master": fragment.master.data} | {key: optimizer.state[fragment.master][key] for key in STATES[type(optimizer)]}
         for key, tensor in tensors.items():
             flat = tensor.view(-1).narrow(0, fragment.offset, fragment.count)
-            state[f"{key}/{fragment.name}"] = Pieces(whole, flat, held=fragment.held, offsets=offsets, start=fragment.start)
+            state[f"{key}/{fragment.name}"] = Pieces.of(whole, flat, held=fragment.held, offsets=offsets, start=fragment.start)
     for name, bias_E in _biases(engine):
-        state[f"master/{name}"] = Pieces(bias_E.shape, bias_E, held=bias_E.shape, offsets=(0,), start=0)
+        state[f"master/{name}"] = Pieces.all_of(bias_E)
     return state
 
 
@@ -60,33 +62,42 @@ def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     return shapes | {f"master/{name}": tuple(bias_E.shape) for name, bias_E in _biases(engine)}
 
 
-def progress(engine: Engine, *, step: int, samples_consumed: int, cursors: list[dict[str, int]] | None = None) -> store.Progress:
+def progress(engine: Engine, *, step: int, samples_consumed: int, cursors: list[dict[str, int]] | None = None) -> Progress:
     """How far this engine has come: what is a number, and no tensor. cursors: of each data rank, where samples are read live."""
     counts = {int(held["step"]) for held in _optimizer(engine).state.values() if "step" in held}
     assert len(counts) <= 1, f"groups have counted {counts} steps"
     scaler = {name: getattr(engine.zero.loss_scaler, name) for name in LOSS_SCALER} if engine.precision == "fp16" else None
-    return store.Progress(
+    return Progress(
         step=step, samples_consumed=samples_consumed, optimizer_steps=next(iter(counts), 0), loss_scaler=scaler, cursors=cursors
     )
 
 
-def restore(checkpoint: store.Checkpoint, engine: Engine) -> None:
-    """All that training goes on from. Raises CheckpointError where the checkpoint is of another model or optimizer."""
-    store.load(checkpoint, logical_state(engine), logical_shapes(engine))
+def restore(where: Storage, checkpoint: Checkpoint, engine: Engine, *, verify: store.Verify = "full") -> None:
+    """Masters and optimizer state, into an engine; `settle` has it go on from there, once all ranks have theirs.
+
+    Raises CheckpointError where the checkpoint is damaged, or of another model or optimizer: then part of the engine may be filled.
+    """
+    store.load(where, checkpoint, logical_state(engine), logical_shapes(engine), verify=verify)
+
+
+def settle(progress: Progress, engine: Engine) -> None:
+    """What `restore` leaves: the numbers that training goes on from, and weights as masters have them."""
     for held in _optimizer(engine).state.values():
         if "step" in held:  # each master its own: a shared one would run ahead
-            held["step"] = torch.full_like(held["step"], float(checkpoint.progress.optimizer_steps))
+            held["step"] = torch.full_like(held["step"], float(progress.optimizer_steps))
     if engine.precision == "fp16":
-        for name, value in (checkpoint.progress.loss_scaler or {}).items():
+        for name, value in (progress.loss_scaler or {}).items():
             setattr(engine.zero.loss_scaler, name, value)
-    _refresh(engine)
+    refresh(engine)
 
 
-def load_masters(checkpoint: store.Checkpoint, engine: Engine) -> None:
-    """The weights alone, into an engine that has not stepped. Raises CheckpointError where they are another model's."""
+def load_masters(where: Storage, checkpoint: Checkpoint, engine: Engine) -> None:
+    """The weights alone, into an engine that has not stepped; `refresh` has it train on from them.
+
+    Raises CheckpointError where they are another model's, or damaged.
+    """
     weights = replace(checkpoint, tensors=_masters_alone(checkpoint.tensors))
-    store.load(weights, _masters_alone(logical_state(engine)), _masters_alone(logical_shapes(engine)))
-    _refresh(engine)
+    store.load(where, weights, _masters_alone(logical_state(engine)), _masters_alone(logical_shapes(engine)), verify="full")
 
 
 def _masters_alone(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,8 +156,8 @@ def _biases(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     return ((f"{name}.bias", router.bias) for name, router in engine.module.routers() if router.bias is not None)
 
 
-def _refresh(engine: Engine) -> None:
-    """Once masters are filled: the weights that training computes with, from them."""
+def refresh(engine: Engine) -> None:
+    """Once masters are filled: the weights that training computes with, from them. All ranks call this together."""
     zero = engine.zero
     match engine.layout.zero:
         case 0:

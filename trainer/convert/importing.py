@@ -15,7 +15,10 @@ from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.data.tokenizer import Tokenizer
-from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint.manifest import Progress
+from manta.trainer.checkpoint.pieces import Pieces
+from manta.trainer.checkpoint.saver import Saver
+from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.convert import files
 from manta.trainer.convert.architectures import Architecture
 from manta.trainer.convert.configs import Config, from_theirs, number
@@ -25,7 +28,7 @@ from manta.trainer.convert.source import KEPT, NAME, Source
 from manta.trainer.model.build import build
 from manta.trainer.model_config import ModelConfig
 
-STEP_ZERO = store.Progress(step=0, samples_consumed=0, optimizer_steps=0)
+STEP_ZERO = Progress(step=0, samples_consumed=0, optimizer_steps=0)
 TIED = {"head.weight": "embedding.weight", "head.bias": "head.bias"}  # what a file may hold a second time, and of what
 
 
@@ -56,7 +59,8 @@ def import_model(directory: Path, output: Path) -> None:
         try:
             make_directory(partial)
             identity = {"source": xxhash.xxh3_128_hexdigest(source.to_json())}
-            store.save(partial / "checkpoints", imported.weights(), STEP_ZERO, identity=identity, attempt=0, keep=1)
+            weights_of = {key: Pieces.all_of(tensor) for key, tensor in imported.weights().items()}
+            Saver(Folder(partial / "checkpoints"), identity=identity, attempt=0).save(weights_of, STEP_ZERO)
             for name in KEPT:
                 if (directory / name).exists():
                     shutil.copyfile(directory / name, partial / name)

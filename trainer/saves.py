@@ -1,0 +1,108 @@
+"""When a run is saved, and what becomes of a save that fails."""
+
+import logging
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch.distributed as dist
+
+from manta.trainer.checkpoint.errors import SaveError
+from manta.trainer.checkpoint.manifest import Progress
+from manta.trainer.checkpoint.saver import Saver
+from manta.trainer.checkpoint.state import logical_state, progress
+from manta.trainer.config import TrainingConfig
+from manta.trainer.engine import Engine
+from manta.trainer.metrics import Line
+from manta.trainer.reader import Reader
+from manta.trainer.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+LOOK = 1.0  # seconds between two looks for a request
+
+
+class Saves:
+    """All ranks call each method together, but for `is_asked`."""
+
+    def __init__(self, saver: Saver, engine: Engine, reader: Reader, config: TrainingConfig, home: RunDirectory, *, step: int) -> None:
+        """step: at which the run goes on."""
+        self._saver, self._engine, self._reader, self._config, self._home = saver, engine, reader, config, home
+        self._timeline = config.timeline()
+        self.saved: int | None = step or None  # the step of the newest checkpoint, or of the one under way
+        self.failures = 0  # in a row
+        self._at = self._looked = time.monotonic()
+
+    def is_asked(self) -> bool:
+        """Whether this rank knows of a reason to save, step count apart: the clock, or a person. The first rank alone looks."""
+        if dist.get_rank() > 0:
+            return False
+        now, minutes = time.monotonic(), self._config.checkpoint.every_minutes
+        if minutes is not None and now - self._at >= minutes * 60:
+            return True
+        if now - self._looked < LOOK:
+            return False
+        self._looked = now
+        return self._home.request_file.exists()
+
+    @property
+    def has_failed(self) -> bool:
+        return self._saver.has_failed
+
+    def save(self, step: int, line: Line, *, wait: bool) -> None:
+        """line: what was measured of this step. wait: until it is there; a failure is then raised, however many are tolerated."""
+        self.finish()
+        told: dict[str, Any] = {
+            "layout": str(self._engine.layout),
+            "ranks": dist.get_world_size(),
+            "validation_loss": line.get("eval/loss"),
+            "config": self._config.model_dump(mode="json"),
+        }
+        self._at = time.monotonic()
+        try:
+            self._saver.save(logical_state(self._engine), self._progress(step), about=told, wait=wait)
+        except SaveError as error:
+            self._tolerate(error, wait=wait)
+        else:
+            self.saved = step
+            if wait or not self._saver.is_busy:
+                self._answer()
+
+    def finish(self) -> None:
+        """Waits for the save under way. Raises SaveError where it failed, and as many before it as are tolerated."""
+        busy = self._saver.is_busy
+        try:
+            self._saver.finish()
+        except SaveError as error:
+            self._tolerate(error, wait=False)
+        else:
+            if busy:
+                self._answer()
+
+    def _tolerate(self, error: SaveError, *, wait: bool) -> None:
+        self.failures, self.saved = self.failures + 1, None
+        self._drop_request()
+        tolerated = self._config.checkpoint.tolerate
+        if wait or self.failures > tolerated:
+            raise error
+        log.error("could not save, and train on (%d of %d such failures in a row are tolerated): %s", self.failures, tolerated, error)
+
+    def _answer(self) -> None:
+        self.failures = 0
+        self._drop_request()
+
+    def _drop_request(self) -> None:
+        if dist.get_rank() == 0:
+            self._home.request_file.unlink(missing_ok=True)
+
+    def _progress(self, step: int) -> Progress:
+        return progress(self._engine, step=step, samples_consumed=self._timeline.first_sample(step), cursors=self._cursors(step))
+
+    def _cursors(self, step: int) -> list[dict[str, int]] | None:
+        """Where each data rank's reading of the next step begins; None where samples are had by number, by whichever rank."""
+        cursor = self._reader.cursor(step)
+        if cursor is None:
+            return None
+        told: list[tuple[int, dict[str, int]]] = [(self._engine.mesh.data_rank, asdict(cursor))] * dist.get_world_size()
+        dist.all_gather_object(told, told[0])
+        by_rank = dict(told)  # ranks that share samples stand at the same place
+        return [by_rank[rank] for rank in range(self._engine.layout.data)]
