@@ -10,6 +10,7 @@ import typer
 
 from manta.data.errors import InputError
 from manta.launch import __version__
+from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.insight.commands import app as data_app
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT
 )
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The run's config, in YAML.", show_default=False)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
@@ -188,9 +190,9 @@ def main() -> None:
             sys.stderr.write(f"manta: {line}\n")
         sys.exit(USAGE)
     except Exception as error:
-        from manta.trainer.checkpoint.errors import CheckpointError
+        from manta.trainer.checkpoint.errors import CheckpointError, SaveError
 
-        if not isinstance(error, CheckpointError):
+        if not isinstance(error, CheckpointError | SaveError):
             raise
         sys.stderr.write(f"manta: {error}\n")
         sys.exit(FAILED)

@@ -124,9 +124,18 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     if differ:
         remedy = "choose another run.dir, or go on as it is: manta resume " + home.typed
         raise InputError(f"{home.path}: holds a run of another config: {'; '.join(differ)}; {remedy}")
+    refuse_lost_checkpoints(home, config)
     shape = config.schedule.shape
     if config.train.steps > old.train.steps and shape != "constant":
         say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
+
+
+def refuse_lost_checkpoints(home: RunDirectory, config: RunConfig) -> None:
+    """Raises InputError where the run's checkpoints are now looked for at a place that has none: it would begin anew, over them."""
+    before, now = home.checkpoints, home.checkpoints_of(config.checkpoint.directory)
+    if str(now) != str(before) and before.names() and not now.names():
+        remedy = f"copy them there, or leave it at {before}"
+        raise InputError(f"checkpoint.directory: got {now}, where there is no checkpoint, wants those of the run; {remedy}")
 
 
 def refuse_other_ranks(home: RunDirectory, layout: Layout) -> None:

@@ -410,7 +410,7 @@ def test_what_is_large_is_read_in_parts_and_only_the_blocks_that_are_needed(tmp_
 
     monkeypatch.setattr(where, "reader", told)
     filled = torch.zeros(3, 1_500_000)
-    read(where, store.look(where, "step-00000001"), {"x": cut(filled, tensor.shape, [wanted])}, rank=1, ranks=2)
+    read(where, store.look(where, "step-00000001"), {"x": cut(filled, tensor.shape, [wanted])}, rest=None)
     assert torch.equal(filled[wanted.slices], tensor[wanted.slices])
     assert max(asked) <= SPAN + 2 * BLOCK
     assert sum(asked) <= wanted.count * 4 + wanted.sizes[0] * 2 * BLOCK

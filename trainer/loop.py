@@ -155,7 +155,7 @@ class Loop:
         of what was read.
         """
         first = self.engine.mesh.is_first_of_sample  # each sample's digest is counted once
-        heard = [float(self.notice.signal is not None), float(saves.is_asked()), float(saves.has_failed)]
+        heard = [float(self.notice.signal is not None), *map(float, saves.look())]
         total = self._total(*outcome.terms.tolist(), *heard, float(self._digest if first else 0))
         terms, rest = total[: len(outcome.terms)], total[len(outcome.terms) :]
         return [term / self.engine.layout.tensor for term in terms], list(rest)  # tensor ranks have each told the same

@@ -52,15 +52,16 @@ def load_pretrained(home: RunDirectory) -> Pretrained:
         config, end_of_text, sequence_length = run.model, run.tokenizer.end_of_text, run.data.sequence_length
     else:
         config, end_of_text, sequence_length = imported_config(home.path), origin.end_of_text, origin.sequence_length
-    checkpoint = store.newest(home.checkpoints)
-    if checkpoint is None:
+    found = store.newest_weights(home.checkpoints)
+    if found is None:
         remedy = f"train first: manta resume {home.typed}" if origin is None else "import it again"
         raise InputError(f"{home.checkpoints}: got no checkpoint, wants one; {remedy}")
     file = home.tokenizer_file if home.tokenizer_file.exists() else home.prepared().tokenizer
     tokenizer = Tokenizer(file, end_of_text=end_of_text)
     with torch.device("meta"):
         model = build(config, vocabulary=tokenizer.vocabulary, sequence_length=sequence_length, code=home.code)
-    fill(model, store.load_weights(home.checkpoints, checkpoint), checkpoint.at)
+    checkpoint, weights = found
+    fill(model, weights, checkpoint.at)
     return Pretrained(
         home=home,
         config=config,

@@ -66,7 +66,11 @@ class RunDirectory:
             told = yaml.safe_load(self.config_file.read_text())["checkpoint"]["directory"]
         except (OSError, yaml.YAMLError, TypeError, KeyError):
             told = None  # an import, or nothing yet; what is wrong with a config is told by who reads it
-        return storage_of(told or self.path / "checkpoints")
+        return self.checkpoints_of(told)
+
+    def checkpoints_of(self, directory: str | None) -> Storage:
+        """Where they lie under this checkpoint.directory."""
+        return storage_of(directory or self.path / "checkpoints")
 
     @property
     def request_file(self) -> Path:

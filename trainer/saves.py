@@ -22,7 +22,7 @@ LOOK = 1.0  # seconds between two looks for a request
 
 
 class Saves:
-    """All ranks call each method together, but for `is_asked`."""
+    """All ranks call `save` and `finish` together; `look` each by itself."""
 
     def __init__(self, saver: Saver, engine: Engine, reader: Reader, config: TrainingConfig, home: RunDirectory, *, step: int) -> None:
         """step: at which the run goes on."""
@@ -31,22 +31,24 @@ class Saves:
         self.saved: int | None = step or None  # the step of the newest checkpoint, or of the one under way
         self.failures = 0  # in a row
         self._at = self._looked = time.monotonic()
+        self._is_answering = False  # a person who asked for a checkpoint
 
-    def is_asked(self) -> bool:
-        """Whether this rank knows of a reason to save, step count apart: the clock, or a person. The first rank alone looks."""
-        if dist.get_rank() > 0:
-            return False
+    def look(self) -> tuple[bool, bool]:
+        """Whether this rank knows of a reason to save, step count apart; and whether it knows that the save under way has failed."""
+        if self._saver.is_busy and self._saver.is_done and not self._saver.has_failed:
+            self.finish()
+        return dist.get_rank() == 0 and self._is_asked(), self._saver.has_failed
+
+    def _is_asked(self) -> bool:
+        """By the clock, or by a person."""
         now, minutes = time.monotonic(), self._config.checkpoint.every_minutes
         if minutes is not None and now - self._at >= minutes * 60:
             return True
-        if now - self._looked < LOOK:
+        if self._is_answering or now - self._looked < LOOK:
             return False
         self._looked = now
-        return self._home.request_file.exists()
-
-    @property
-    def has_failed(self) -> bool:
-        return self._saver.has_failed
+        self._is_answering = self._home.request_file.exists()
+        return self._is_answering
 
     def save(self, step: int, line: Line, *, wait: bool) -> None:
         """line: what was measured of this step. wait: until it is there; a failure is then raised, however many are tolerated."""
@@ -64,8 +66,8 @@ class Saves:
             self._tolerate(error, wait=wait)
         else:
             self.saved = step
-            if wait or not self._saver.is_busy:
-                self._answer()
+            if not self._saver.is_busy:
+                self._settle()
 
     def finish(self) -> None:
         """Waits for the save under way. Raises SaveError where it failed, and as many before it as are tolerated."""
@@ -76,23 +78,24 @@ class Saves:
             self._tolerate(error, wait=False)
         else:
             if busy:
-                self._answer()
+                self._settle()
 
     def _tolerate(self, error: SaveError, *, wait: bool) -> None:
         self.failures, self.saved = self.failures + 1, None
-        self._drop_request()
+        self._answer()
         tolerated = self._config.checkpoint.tolerate
         if wait or self.failures > tolerated:
             raise error
         log.error("could not save, and train on (%d of %d such failures in a row are tolerated): %s", self.failures, tolerated, error)
 
-    def _answer(self) -> None:
+    def _settle(self) -> None:
         self.failures = 0
-        self._drop_request()
+        self._answer()
 
-    def _drop_request(self) -> None:
+    def _answer(self) -> None:
         if dist.get_rank() == 0:
             self._home.request_file.unlink(missing_ok=True)
+        self._is_answering = False
 
     def _progress(self, step: int) -> Progress:
         return progress(self._engine, step=step, samples_consumed=self._timeline.first_sample(step), cursors=self._cursors(step))

@@ -28,16 +28,24 @@ class Want:
     target: Tensor
 
 
-def read(where: Storage, checkpoint: Checkpoint, state: Mapping[str, Pieces], *, full: bool = True, rank: int = 0, ranks: int = 1) -> None:
+def read(
+    where: Storage,
+    checkpoint: Checkpoint,
+    state: Mapping[str, Pieces],
+    *,
+    hashes: bool = True,
+    rest: tuple[int, int] | None = (0, 1),
+) -> None:
     """Fills `state`, whose keys and shapes are the checkpoint's, from the bytes that it is made of.
 
-    full: every block read is checked against its hash, and over `ranks` ranks together every block of every file; else sizes alone.
-    Raises CheckpointError where a file is not as its manifest says.
+    hashes: each block that is read is checked against its hash. rest: (rank, ranks), between whom the files are dealt out to be looked at
+    as a whole: their size, and where hashes are checked the blocks that nobody wants. None leaves that. Raises CheckpointError where a
+    file is not as its manifest says.
     """
     name = checkpoint.at.rpartition("/")[2]
     wants = _wants(checkpoint, state)
     for number, file in enumerate(checkpoint.files):
-        mine = number % ranks == rank
+        mine = rest is not None and number % rest[1] == rest[0]
         if number not in wants and not mine:
             continue
         at = f"{checkpoint.at}/{file.name}"
@@ -46,10 +54,10 @@ def read(where: Storage, checkpoint: Checkpoint, state: Mapping[str, Pieces], *,
                 raise CheckpointError(f"{at}: bytes: got {size}, wants {file.bytes}")
             reader = where.reader(name, file.name)
             try:
-                blocks = Blocks(reader, file, at, checked=full)
+                blocks = Blocks(reader, file, at, checked=hashes)
                 for want in sorted(wants.get(number, []), key=lambda want: want.start):
                     _copy(blocks, want)
-                if mine and full:
+                if mine and hashes:
                     blocks.check_rest()
             finally:
                 reader.close()

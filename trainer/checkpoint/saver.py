@@ -73,6 +73,11 @@ class Saver:
         return self._thread is not None
 
     @property
+    def is_done(self) -> bool:
+        """Whether the save under way has ended: `finish` would not wait."""
+        return self._thread is None or not self._thread.is_alive()
+
+    @property
     def has_failed(self) -> bool:
         """Whether the save under way has ended badly, as far as this rank knows: `finish` raises it."""
         return self._failure is not None

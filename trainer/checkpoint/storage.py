@@ -74,6 +74,8 @@ class Storage(Protocol):
 
     def delete(self, name: str) -> None: ...
 
+    def delete_bad(self, name: str) -> None: ...
+
     def set_aside(self, name: str) -> None:
         """Takes a bad one out of sight; its bytes stay for whoever wants to look."""
         ...
@@ -173,6 +175,9 @@ class Folder:
             return
         shutil.rmtree(gone, ignore_errors=True)
 
+    def delete_bad(self, name: str) -> None:
+        shutil.rmtree(self.path / name)
+
     def set_aside(self, name: str) -> None:
         (self.path / name).rename(_free(self.path / f"{BAD}{name}"))
 
@@ -259,6 +264,10 @@ class Bucket:
     def delete(self, name: str) -> None:
         """The manifest first: without, nothing of it counts."""
         remote.delete(remote.join(self.url, name, MANIFEST))
+        for url in self._objects(f"{name}/**"):
+            remote.delete(url)
+
+    def delete_bad(self, name: str) -> None:
         for url in self._objects(f"{name}/**"):
             remote.delete(url)
 

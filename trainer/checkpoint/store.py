@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, difference, from_bytes, step_of
@@ -81,14 +82,19 @@ def load(
     """
     if wanted != (shapes := checkpoint.shapes):
         raise CheckpointError(f"{checkpoint.at}: {difference(wanted, shapes)}; was it another model or optimizer?")
-    rank, ranks = rank_of_ranks()
-    read(where, checkpoint, state, full=verify == "full", rank=rank, ranks=ranks)
+    read(where, checkpoint, state, hashes=verify == "full", rest=rank_of_ranks())
 
 
-def load_weights(where: Storage, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The fp32 masters, whole, by parameter name: for one process that trains nothing."""
-    prefix = "master/"
-    wanted = {key: stored for key, stored in checkpoint.tensors.items() if key.startswith(prefix)}
-    weights = {key: torch.empty(stored.shape, dtype=TORCH[stored.dtype]) for key, stored in wanted.items()}
-    read(where, checkpoint, {key: Pieces.all_of(tensor) for key, tensor in weights.items()}, full=False)
-    return {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+def newest_weights(where: Storage) -> tuple[Checkpoint, dict[str, Tensor]] | None:
+    """Of the newest valid checkpoint the masters, whole, by parameter name: for a process that trains nothing. None where there is none."""
+    weights: dict[str, Tensor] = {}
+
+    def take(checkpoint: Checkpoint) -> None:
+        weights.clear()
+        for key, stored in checkpoint.tensors.items():
+            if key.startswith("master/"):
+                weights[key.removeprefix("master/")] = torch.empty(stored.shape, dtype=TORCH[stored.dtype])
+        read(where, checkpoint, {f"master/{name}": Pieces.all_of(tensor) for name, tensor in weights.items()})
+
+    checkpoint = take_newest(where, take, set_aside=False)
+    return None if checkpoint is None else (checkpoint, weights)

@@ -1,0 +1,92 @@
+"""The commands of `manta checkpoint`. Each imports what it needs when it runs."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="A run's checkpoints: which there are, whether they are whole, what is in them."
+)
+
+Where = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run, an import, one checkpoint of it, or the URL where they lie.", show_default=False)
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@app.command("list", epilog="For example: manta checkpoint list runs/mine")
+def list_(where: Where, *, as_json: AsJson = False) -> None:
+    """Which checkpoints there are, newest first, as their manifests tell; their files are not read."""
+    from manta.launch.checkpoint import listed
+
+    told = listed.checkpoints(where)
+    if as_json:
+        typer.echo(json.dumps(told))
+    else:
+        listed.show(told)
+
+
+@app.command(epilog="For example: manta checkpoint verify runs/mine")
+def verify(where: Where, *, as_json: AsJson = False) -> None:
+    """Read every byte, and tell which checkpoints hold what their manifest says. Exit code 1 where one does not."""
+    from manta.launch.checkpoint import verified
+
+    told = verified.verify(where)
+    if as_json:
+        typer.echo(json.dumps(told))
+    else:
+        verified.show(told)
+    if any(one["error"] for one in told):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="For example: manta checkpoint inspect runs/mine --match 'blocks.0.*'")
+def inspect(
+    where: Where,
+    *,
+    match: Annotated[str, typer.Option(metavar="PATTERN", help="Of these weights alone.")] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """What a checkpoint holds: progress, and of each weight its shape, norm, largest value, and the norms of its optimizer state.
+
+    Of a run the newest valid one, or RUN/checkpoints/step-... One tensor at a time is held in memory.
+    """
+    from manta.launch.checkpoint import inspected
+
+    told = inspected.inspect(where, match)
+    if as_json:
+        typer.echo(json.dumps(told))
+    else:
+        inspected.show(told)
+
+
+@app.command(epilog="For example: manta checkpoint prune runs/mine --keep 2 --every 10000 --dry-run")
+def prune(
+    where: Where,
+    *,
+    keep: Annotated[int, typer.Option(min=1, help="Newest ones to keep.")] = 1,
+    best: Annotated[int, typer.Option(min=0, help="Ones of the lowest validation loss to keep, too.")] = 0,
+    every: Annotated[int | None, typer.Option(min=1, help="Steps whose multiples are kept, too.", show_default=False)] = None,
+    bad: Annotated[bool, typer.Option("--bad", help="Delete those that were set aside as bad, too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Delete checkpoints that are kept no more. The newest valid one stays whatever is asked for; it is read first, every byte."""
+    from manta.launch.checkpoint import pruned
+
+    for name in pruned.prune(where, keep=keep, best=best, every=every, bad=bad, dry_run=dry_run):
+        typer.echo(f"{'would delete' if dry_run else 'deleted'} {name}")
+
+
+@app.command(epilog="For example: manta checkpoint now runs/mine")
+def now(
+    run: Run,
+    *,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for it.")] = 600.0,
+) -> None:
+    """Have a run that is training write one after the step that it is at, and wait until it is there."""
+    from manta.launch.checkpoint import requested
+
+    typer.echo(requested.now(run, timeout=timeout))
