@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from operator import add
 from typing import Any
 from unittest.mock import patch
 
@@ -263,8 +262,8 @@ def gathered(engine: Engine) -> tuple[dict[str, torch.Tensor], list[str]]:
     for flat in (lowest, highest):
         for name, shape, whole in zip(names, shapes, flat.split(sizes), strict=True):
             if (here := state.get(prefix + name)) is not None:
-                for chunk, held in zip(here.chunks, here.views, strict=True):
-                    whole.view(shape)[tuple(map(slice, chunk.offsets, map(add, chunk.offsets, chunk.sizes)))] = held
+                for place, held in here.held:
+                    whole.view(shape)[place.slices] = held
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     both = list(zip(names, shapes, lowest.split(sizes), highest.split(sizes), strict=True))
