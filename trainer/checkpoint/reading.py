@@ -14,7 +14,7 @@ from manta.trainer.checkpoint.rectangles import Rectangle
 from manta.trainer.checkpoint.share import TORCH
 from manta.trainer.checkpoint.storage import Reader, Storage
 
-SPAN = 8 * BLOCK  # bytes read at once
+SPAN = 4 * BLOCK  # bytes read at once: what they are checked and copied from is still in the cache
 
 
 @dataclass(frozen=True, slots=True)
