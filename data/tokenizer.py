@@ -220,6 +220,13 @@ def read(file: Path) -> str:
         raise InputError(f"{file}: cannot be read ({type(error).__name__}); wants a tokenizer.json: set tokenizer.file") from None
 
 
+def ids(file: Path) -> dict[str, int]:
+    """Every token's number, special ones among them."""
+    from tokenizers import Tokenizer as Reference
+
+    return Reference.from_str(read(file)).get_vocab(with_added_tokens=True)
+
+
 def fingerprint(content: str) -> str:
     """The identity of a tokenizer: the hash of its file."""
     return xxhash.xxh3_128_hexdigest(content.encode())

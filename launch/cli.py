@@ -41,11 +41,24 @@ def manta(*, version: Annotated[bool, typer.Option("--version", help="Show the v
 
 
 @app.command()
-def train(file: File, overrides: Overrides = None) -> None:
+def train(
+    file: File,
+    overrides: Overrides = None,
+    *,
+    weights_only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM",
+            help="Begin with the weights of a run, an import or a checkpoint, and nothing else of it: run.start_from=FROM.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Start a run, or go on with it where it was begun. Prepares the corpus first, where that is not done."""
     from manta.launch import config
 
-    loaded = config.load(file, overrides or [])
+    start = [] if weights_only is None else [f"run.start_from={json.dumps(weights_only)}"]
+    loaded = config.load(file, [*(overrides or []), *start])
     from manta.launch.train import train as start
 
     raise typer.Exit(start(loaded))

@@ -25,14 +25,14 @@ from manta.data.live_sources import as_prepared, placed
 from manta.data.manifest import Prepared, is_there
 from manta.data.prepare import find, prepare
 from manta.data.samples import Samples
-from manta.data.tokenizer import fingerprint, read
+from manta.data.tokenizer import fingerprint, ids, read
 from manta.launch import __version__
 from manta.launch.config import RunConfig, load
 from manta.launch.display import Display, say
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.layout import Layout, plan, turns_in_words
-from manta.trainer.rundir import RunDirectory, origin_of
+from manta.trainer.rundir import RunDirectory, origin_of, tokenizer_of
 
 STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
 
@@ -56,7 +56,7 @@ def train(config: RunConfig) -> int:
     prepared = corpus(home, config)
     for found in start.values():
         refuse_other_weights(found, home, config, prepared)
-        tell_of_another_tokenizer(RunDirectory(Path(found).parent.parent), prepared)
+        tell_of_another_tokenizer(found, config, prepared)
     with home.claim():
         begun = home.manifest() if home.has_trained else manifest(config)
         write_atomically(home.manifest_file, json.dumps(begun | code | start | {"corpus": prepared.to_json()}, indent=1).encode())
@@ -174,8 +174,9 @@ def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prep
     from manta.trainer.pretrained import other_weights  # torch: a second and a half, for those alone who begin with other weights
 
     tokens = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
+    length, by_token = config.data.sequence_length, config.run.match_tokens
     try:
-        told = other_weights(found, config.model, vocabulary=tokens, sequence_length=config.data.sequence_length, code=home.code)
+        told = other_weights(found, config.model, vocabulary=tokens, sequence_length=length, code=home.code, by_token=by_token)
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
     if told:
@@ -183,13 +184,19 @@ def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prep
         raise InputError(f"run.start_from: {found}: {told}; {remedy}")
 
 
-def tell_of_another_tokenizer(origin: RunDirectory, prepared: Prepared) -> None:
+def tell_of_another_tokenizer(found: str, config: RunConfig, prepared: Prepared) -> None:
     """Weights whose tokens mean something else begin worse than none: it is said, and not refused, for some are trained on purpose so."""
-    file = origin.tokenizer_file
+    if config.run.match_tokens:
+        theirs, ours = ids(tokenizer_of(origin_of(found)[0])), ids(prepared.tokenizer)
+        both = len(theirs.keys() & ours.keys())
+        say(f"run.match_tokens: {both:,} of {len(ours):,} tokens have a row in the weights, {len(ours) - both:,} begin anew")
+        return
+    file = RunDirectory(Path(found).parent.parent).tokenizer_file
     if not file.exists():
         say(f"run.start_from: whether the weights were trained with this tokenizer is not known: there is no {file}")
     elif fingerprint(read(file)) != fingerprint(read(prepared.tokenizer)):
-        say(f"run.start_from: the weights were trained with another tokenizer; to read as they did: tokenizer.file={file}")
+        remedy = f"to read as they did: tokenizer.file={file}; to take rows by what a token is: run.match_tokens=true"
+        say(f"run.start_from: the weights were trained with another tokenizer; {remedy}")
 
 
 def steps_in_words(config: RunConfig, layout: Layout) -> str:

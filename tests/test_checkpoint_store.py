@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint import store, vocabulary
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError
 from manta.trainer.checkpoint.keeping import Keep, surplus
 from manta.trainer.checkpoint.manifest import BLOCK, Progress, name_of
@@ -414,3 +414,26 @@ def test_what_is_large_is_read_in_parts_and_only_the_blocks_that_are_needed(tmp_
     assert torch.equal(filled[wanted.slices], tensor[wanted.slices])
     assert max(asked) <= SPAN + 2 * BLOCK
     assert sum(asked) <= wanted.count * 4 + wanted.sizes[0] * 2 * BLOCK
+
+
+@given(data=st.data())
+def test_rows_of_another_vocabulary_are_found_by_token(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("rows")
+    there = {f"t{number}": number for number in range(data.draw(st.integers(1, 12)))}
+    names = data.draw(st.permutations([*there, *(f"new{number}" for number in range(data.draw(st.integers(0, 4))))]))
+    here = {name: number for number, name in enumerate(names[: data.draw(st.integers(1, len(names)))])}
+    alike = vocabulary.runs(there, here)
+    assert sum(run.count for run in alike) == len(here.keys() & there.keys())
+    shape = (len(there) + 3, 5)  # with rows that are no token's
+    tensor = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    ends = sorted({0, tensor.numel(), *data.draw(st.lists(st.integers(0, tensor.numel()), max_size=3))})
+    places = [place for a, b in pairwise(ends) for place in rectangles(shape, a, b)]
+    saver(directory).save({"master/embedding.weight": cut(tensor, shape, places)}, progress(1))
+    where = Folder(directory)
+    filled = torch.full((len(here) + 2, 5), -1.0)
+    suited = vocabulary.matched(store.look(where, "step-00000001"), alike, {"master/embedding.weight": tuple(filled.shape)})
+    read(where, suited, {"master/embedding.weight": Pieces.all_of(filled)})
+    for name, number in here.items():
+        assert torch.equal(filled[number], tensor[there[name]] if name in there else torch.full((5,), -1.0))
+    assert (filled[len(here) :] == -1).all()
+    shutil.rmtree(directory)

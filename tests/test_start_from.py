@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from manta.data.samples import Samples
+from manta.data.tokenizer import ids
 from manta.trainer.batch import IGNORED
+from manta.trainer.checkpoint import store
 from manta.trainer.rundir import RunDirectory
 
 
@@ -66,6 +68,42 @@ def test_weights_of_another_tokenizer_are_told(case):
     )
     file = case.home / "imported/gpt2/tokenizer.json"
     assert f"run.start_from: the weights were trained with another tokenizer; to read as they did: tokenizer.file={file}" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpt2")
+def test_a_vocabulary_that_has_grown_keeps_the_rows_of_its_tokens(case):
+    """The tokenizer gets new tokens, and its numbers another order: each old token has its own row all the same."""
+    import_of = case.home / "imported/gpt2"
+    spec = json.loads((import_of / "tokenizer.json").read_text())
+    there = ids(import_of / "tokenizer.json")
+    names = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
+    special = [added["content"] for added in spec["added_tokens"]]
+    kept = [name for name in names if name not in special]
+    order = [*special, *kept[100:], *kept[:100], *(f"new{number}" for number in range(70))]
+    spec["model"]["vocab"] = {name: number for number, name in enumerate(order)}
+    for added in spec["added_tokens"]:
+        added["id"] = order.index(added["content"])
+    grown = case.home / "grown.json"
+    grown.write_text(json.dumps(spec))
+    model = "model={preset: imported/gpt2/model.yaml, vocabulary: null, dropout: 0, attention_dropout: 0}"
+    frozen = ("optimizer.learning_rate=1e-12", "train.steps=1", f"tokenizer={{file: {json.dumps(str(grown))}}}", model)
+    refused = case.train("not grown", *frozen, "--weights-only", "imported/gpt2", code=2)
+    assert "embedding.weight: got" in refused.stderr
+    done = case.train("grown", *frozen, "--weights-only", "imported/gpt2", "run.match_tokens=true", "parallel.zero=3")
+    assert f"run.match_tokens: {len(there):,} of {len(order):,} tokens have a row in the weights, 70 begin anew" in done.stderr
+    (_, ours), (_, theirs) = (store.newest_weights(RunDirectory(case.home / run).checkpoints) for run in ("grown", "imported/gpt2"))
+    rows = torch.tensor([there[name] for name in order[:-70]])
+    assert torch.allclose(ours["embedding.weight"][: len(rows)], theirs["embedding.weight"][rows], atol=1e-6)
+    begun = ours["embedding.weight"][len(rows) : len(order)]
+    assert 0.01 < float(begun.std()) < 0.03, "as in a new run"
+    same = [name for name in theirs if not name.startswith("embedding.")]
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in same)
+    lost = case.home / "imported/lost"
+    shutil.copytree(import_of, lost)
+    (lost / "tokenizer.json").unlink()
+    refused = case.train("lost", *frozen, "--weights-only", "imported/lost", "run.match_tokens=true", code=2)
+    assert "run.match_tokens: got weights in" in refused.stderr
 
 
 def test_weights_that_are_not_there_are_told_before_anything_starts(case):

@@ -55,6 +55,8 @@ class RunSection(Section):
     def _from_wherever_we_are(cls, value: str | None) -> str | None:
         return value if value is None or is_remote(value) else str(Path(value).absolute())
 
+    match_tokens: bool = False
+    """Whether rows of those weights go by what a token is, where this vocabulary has grown, or another order. New ones begin anew."""
     seed: int = Field(default=1, ge=0, lt=2**63)
     """Fixes the initial weights and the order of samples."""
 

@@ -15,6 +15,7 @@ from manta.data.tokenizer import Tokenizer
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint, difference
+from manta.trainer.checkpoint.vocabulary import ROWS
 from manta.trainer.convert import source
 from manta.trainer.convert.mapping import tensors
 from manta.trainer.model.build import build
@@ -84,17 +85,24 @@ def imported_config(directory: Path) -> ModelConfig:
         raise InputError(f"{file}: {' '.join(str(error).split())}; wants what manta import wrote: import it again") from None
 
 
-def other_weights(start: str, config: ModelConfig, *, vocabulary: int, sequence_length: int, code: Path) -> str | None:
+def other_weights(
+    start: str, config: ModelConfig, *, vocabulary: int, sequence_length: int, code: Path, by_token: bool = False
+) -> str | None:
     """The first difference of what the checkpoint at `start` holds from what this model wants; None where it fits.
 
-    Raises CheckpointError where there is none.
+    by_token: rows of the vocabulary are matched by what a token is; there may be more or fewer. Raises CheckpointError where there is none.
     """
     where, name = origin_of(start)
     assert name is not None, f"{start}: not the name of one checkpoint"
     got = store.look(where, name).shapes
     with torch.device("meta"):
         model = build(config, vocabulary=vocabulary, sequence_length=sequence_length, code=code)
-    return differs(model, {key.removeprefix("master/"): shape for key, shape in got.items() if key.startswith("master/")})
+    weights = {key.removeprefix("master/"): shape for key, shape in got.items() if key.startswith("master/")}
+    if by_token:
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
+        rows = [name for name, shape in weights.items() if ROWS.fullmatch(f"master/{name}") and wanted.get(name, ())[1:] == shape[1:]]
+        weights |= {name: wanted[name] for name in rows if name in wanted}
+    return differs(model, weights)
 
 
 def differs(model: Transformer, got: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from manta.data import mixture, order, packing
 from manta.data.errors import InputError
 from manta.data.live import Cursor, LiveSamples, check_ranks, open_samples
-from manta.trainer.checkpoint import store
+from manta.data.tokenizer import ids
+from manta.trainer.checkpoint import store, vocabulary
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.keeping import Keep
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.state import load_masters, refresh, restore, settle
+from manta.trainer.checkpoint.state import load_masters, logical_shapes, refresh, restore, settle
 from manta.trainer.compiler import ask_for_compiler
 from manta.trainer.config import TrainingConfig
 from manta.trainer.engine import Engine
@@ -29,7 +30,7 @@ from manta.trainer.model.build import build
 from manta.trainer.parallel.fp8 import ask_for_gpu
 from manta.trainer.power import peak_flops
 from manta.trainer.refusals import compiles
-from manta.trainer.rundir import RunDirectory, origin_of
+from manta.trainer.rundir import RunDirectory, origin_of, tokenizer_of
 from manta.trainer.world import Mesh, World
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     reading = {"seed": config.run.seed, "held_out": config.evaluate.samples, "rank": mesh.data_rank, "ranks": layout.data}
     samples = open_samples(prepared, config.data, config.tokenizer, **reading)
 
-    vocabulary, sequence_length = samples.tokenizer_vocabulary, config.data.sequence_length
-    model = build(config.model, vocabulary=vocabulary, sequence_length=sequence_length, code=home.code)
+    tokens, sequence_length = samples.tokenizer_vocabulary, config.data.sequence_length
+    model = build(config.model, vocabulary=tokens, sequence_length=sequence_length, code=home.code)
     model.initialize(config.run.seed)
     costs = {length: model.flops_per_token(length) for length in {phase.sequence_length for phase in config.timeline().phases}}
     parameters = sum(p.numel() for p in model.parameters())
@@ -89,7 +90,8 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     saver.fence()
     come = resume(engine, home, identity, verify=told.verify)
     if come is None and config.run.start_from is not None:
-        begin_from(engine, home.manifest().get("start_from", config.run.start_from))
+        start = home.manifest().get("start_from", config.run.start_from)
+        begin_from(engine, start, prepared.tokenizer if config.run.match_tokens else None)
     if isinstance(samples, LiveSamples):
         go_on(samples, come, mesh)
 
@@ -157,12 +159,17 @@ def go_on(samples: LiveSamples, come: Progress | None, mesh: Mesh) -> None:
         samples.go_on_from(Cursor(**cursors[mesh.data_rank]))
 
 
-def begin_from(engine: Engine, start: str) -> None:
-    """The weights of another run, or of an import. Raises InputError where there are none, or they are those of another model."""
+def begin_from(engine: Engine, start: str, tokenizer: Path | None = None) -> None:
+    """The weights of another run, or of an import. Raises InputError where there are none, or they are those of another model.
+
+    tokenizer: this run's, where rows go by what a token is.
+    """
     where, name = origin_of(start)
+    alike = None if tokenizer is None else vocabulary.runs(ids(tokenizer_of(where)), ids(tokenizer))
 
     def take(checkpoint: Checkpoint) -> None:
-        load_masters(where, checkpoint, engine)
+        suited = checkpoint if alike is None else vocabulary.matched(checkpoint, alike, logical_shapes(engine))
+        load_masters(where, suited, engine)
 
     try:
         checkpoint = store.take_newest(where, take, set_aside=False) if name is None else store.take_one(where, name, take)

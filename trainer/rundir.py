@@ -30,6 +30,15 @@ def origin_of(start: str) -> tuple[Storage, str | None]:
     return storage_of(start) if is_remote(start) else RunDirectory(Path(start)).checkpoints, None
 
 
+def tokenizer_of(checkpoints: Storage) -> Path:
+    """What the run, or the import, whose checkpoints lie there reads with. Raises InputError where it is not beside them."""
+    file = Path(str(checkpoints)).parent / "tokenizer.json"
+    if is_remote(str(checkpoints)) or not file.exists():
+        wants = "weights beside which lies their tokenizer.json, in RUN/checkpoints"
+        raise InputError(f"run.match_tokens: got weights in {checkpoints}, wants {wants}; put it at {file}")
+    return file
+
+
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
     path: Path
