@@ -5,6 +5,7 @@ The ranks are forked from one process that has torch and deepspeed imported, so 
 
 import multiprocessing
 import os
+import shutil
 import socket
 import tempfile
 import traceback
@@ -40,6 +41,7 @@ def spmd(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 
             process.join()
             process.close()
             reading.close()
+        shutil.rmtree(home, ignore_errors=True)
     for rank, (error, _) in enumerate(answers):
         if error is not None:
             raise AssertionError(f"rank {rank} of {ranks}:\n{error}")
