@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from manta.data import remote
-from manta.data.durable import sync_directory, write_atomically
+from manta.data.durable import TEMPORARY, sync_directory, write_atomically
 from manta.trainer.checkpoint.errors import FencedError
 from manta.trainer.checkpoint.manifest import MANIFEST, step_of
 
@@ -135,6 +135,8 @@ class Folder:
                 continue
         for left in self.path.glob(".swept-*"):
             shutil.rmtree(left, ignore_errors=True)
+        for left in self.path.glob(f".*{TEMPORARY}"):
+            left.unlink(missing_ok=True)
 
     def holds(self, token: str) -> bool:
         return self._fence()["token"] in {token, ""}
