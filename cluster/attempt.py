@@ -76,19 +76,8 @@ class Attempt:
             time.sleep(SETTLE)
             status = guilty(self._failed(self.nodes.poll(0)))
         self.nodes.kill()
-        failure = explain(status)
-        yield self._event(
-            "rank-failed",
-            rank=status.rank,
-            code=status.code,
-            cause=failure.cause.name,
-            message=failure.message,
-            step=status.step,
-            phase=status.phase,
-            traceback=status.error.traceback if status.error else status.tail,
-            noticed_after=round(noticed - status.exited_at, 3),
-        )
-        return failure
+        yield self._fell(status, noticed)
+        return explain(status)
 
     def _hang(self, failure: Failure) -> Generator[Event, None, Failure]:
         self.nodes.dump_stacks()
@@ -106,12 +95,28 @@ class Attempt:
             statuses = self.nodes.poll(TICK)
             yield self._tick(statuses)
         self.nodes.kill()
+        if failed := self._failed(statuses):  # what kept it from saving
+            yield self._fell(guilty(failed), time.time())
         codes = {status.code for status in statuses}
         return Done() if codes == {0} else Left(saved=codes <= {0, 75})
 
     @staticmethod
     def _failed(statuses: Sequence[RankStatus]) -> list[RankStatus]:
         return [status for status in statuses if status.code not in LEFT | {None, 0}]
+
+    def _fell(self, status: RankStatus, noticed: float) -> Event:
+        failure = explain(status)
+        return self._event(
+            "rank-failed",
+            rank=status.rank,
+            code=status.code,
+            cause=failure.cause.name,
+            message=failure.message,
+            step=status.step,
+            phase=status.phase,
+            traceback=status.error.traceback if status.error else status.tail,
+            noticed_after=round(noticed - status.exited_at, 3),
+        )
 
     def _tick(self, statuses: Sequence[RankStatus]) -> Event:
         return self._event(POLL, ranks=[{"rank": s.rank, "step": s.step, "phase": s.phase, "quiet": round(s.quiet, 2)} for s in statuses])

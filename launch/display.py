@@ -88,7 +88,7 @@ class Display:
         if self._bar:
             self._bar.update(self._task, completed=line["step"], told=told)
         due = time.monotonic() - self._spoke >= INTERVAL and not self._bar
-        if due or "eval/loss" in line or line.get("skipped"):
+        if due or "eval/loss" in line or line.get("skipped") or line.get("checkpoint/failures"):
             self._console.print(f"step {line['step']}/{self._steps}  {told}")
             self._spoke = time.monotonic()
 

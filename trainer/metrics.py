@@ -48,6 +48,8 @@ def describe(line: Line) -> str:
         parts.append(f"MFU {line['mfu']:.1%}")
     if line.get("skipped"):
         parts.append(f"gradients overflowed, nothing learned, loss scale now {line['loss_scale']:g}")
+    if line.get("checkpoint/failures"):
+        parts.append(f"COULD NOT SAVE, {line['checkpoint/failures']} in a row: logs/ says why")
     if "eval/loss" in line:
         parts.append(f"validation loss {loss_in_words(line['eval/loss'], terms(line, 'eval'))}")
     return "  ".join(parts)

@@ -111,11 +111,11 @@ class Saver:
         share, hashes = self._share, list[str]()
         if not share.places:
             return None
-        file = f"rank-{self._rank:04d}.safetensors"
+        file, free = f"rank-{self._rank:04d}.safetensors", self.where.free()
         try:
             file = self.where.write(name, self._token, file, lambda: share.body(views, hashes))
         except REFUSED as error:
-            return SaveError(f"rank {self._rank}: {self._told(name, error, share.bytes)}")
+            return SaveError(f"rank {self._rank}: {self._told(name, error, share.bytes, free)}")
         except Exception as error:  # noqa: BLE001  told to the first rank, which waits for it
             return error
         return File(file, share.bytes, tuple(hashes))
@@ -139,19 +139,18 @@ class Saver:
         except Exception as error:
             self.where.abandon(name, self._token)
             if isinstance(error, REFUSED):
-                raise SaveError(self._told(name, error, None)) from None
+                raise SaveError(self._told(name, error)) from None
             raise
         try:
             self._prune(name)
         except REFUSED as error:
             log.warning("%s: could not delete what is kept no more: %s", self.where.at(name), error)
 
-    def _told(self, name: str, error: Exception, wanted: int | None) -> str:
-        """What a disk or a store says, with what a person has to know of it."""
+    def _told(self, name: str, error: Exception, wanted: int | None = None, free: int | None = None) -> str:
+        """What a disk or a store says, with what a person has to know of it. free: bytes, before anything was written."""
         if not isinstance(error, OSError) or error.strerror is None:
             return str(error)
-        free = self.where.free()
-        wants = "" if wanted is None else f": wants {wanted:,} bytes" + ("" if free is None else f", and {free:,} are free")
+        wants = "" if wanted is None else f": wants {wanted:,} bytes" + ("" if free is None else f", and {free:,} were free")
         remedy = "; make room, or lower checkpoint.keep" if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
         return f"{error.filename or self.where.at(name)}: {error.strerror}{wants}{remedy}"
 

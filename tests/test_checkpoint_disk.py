@@ -1,0 +1,130 @@
+"""Disks that are full or read-only, for real: small file systems in memory, mounted by the test. Root writes through permissions."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint.errors import SaveError
+from manta.trainer.checkpoint.manifest import Progress
+from manta.trainer.checkpoint.pieces import Pieces
+from manta.trainer.checkpoint.saver import Saver
+from manta.trainer.checkpoint.storage import Folder
+from manta.trainer.metrics import read_metrics
+
+MIB = 1 << 20
+
+
+def mount(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """Of 2 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path))
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def tensors(step: int) -> dict[str, Pieces]:
+    return {"master/x": Pieces.all_of(torch.full((300, 1000), float(step)))}  # 1.2 MB
+
+
+def progress(step: int) -> Progress:
+    return Progress(step=step, samples_consumed=step, optimizer_steps=step)
+
+
+FULL = r"rank 0: \S+/step-00000002: No space left on device: wants 1,200,\d+ bytes, and 880,640 were free; make room, or lower"
+
+
+def saved(saver: Saver, step: int, *, wait: bool) -> None:
+    saver.save(tensors(step), progress(step), wait=wait)
+    saver.finish()
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["blocking", "asynchronous"])
+def test_a_full_disk_is_told_and_costs_no_checkpoint(disk, wait):
+    saver = Saver(Folder(disk), identity={}, attempt=0, asynchronous=True)
+    saver.fence()
+    saver.save(tensors(1), progress(1))
+    free = shutil.disk_usage(disk).free
+    with pytest.raises(SaveError, match=FULL):
+        saved(saver, 2, wait=wait)
+    assert shutil.disk_usage(disk).free == free, "what was half written is taken away"
+    assert store.newest(Folder(disk)).progress.step == 1
+    assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
+    saved(saver, 2, wait=wait)
+    assert store.newest(Folder(disk)).progress.step == 2
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["blocking", "asynchronous"])
+def test_a_read_only_disk_is_told_and_costs_no_checkpoint(disk, wait):
+    saver = Saver(Folder(disk), identity={}, attempt=0, asynchronous=True)
+    saver.fence()
+    saver.save(tensors(1), progress(1))
+    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    with pytest.raises(SaveError, match=r"rank 0: \S+/\.step-00000002\S+: Read-only file system: wants 1,200,\d+ bytes, and"):
+        saved(saver, 2, wait=wait)
+    assert store.newest(Folder(disk)).progress.step == 1
+    assert mount("-o", "remount,rw", str(disk)).returncode == 0
+    shutil.rmtree(disk / "step-00000001")
+    saved(saver, 3, wait=wait)
+    assert store.newest(Folder(disk)).progress.step == 3
+
+
+# Whole runs: a checkpoint is 1.3 MB
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stops(case, disk):
+    run = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.tolerate=1", "evaluate.every_steps=100")
+    failed = case.train("full", *run, code=1)
+    full = r"rank \d failed at step \d+: SaveError: rank \d: .*/step-00000012: No space left on device: wants [\d,]+ bytes, and [\d,]+ were"
+    assert re.search(full, failed.stderr)
+    assert "COULD NOT SAVE, 1 in a row" in failed.stderr
+    lines = read_metrics(case.home / "full/metrics.jsonl")
+    told = [line["step"] for line in lines if line.get("checkpoint/failures") == 1]
+    assert told[0] in range(9, 12), "the second save, of step 8, is the first that finds no room"
+    assert lines[-1]["step"] in range(12, 16), "the third, of step 12, is one more than are tolerated"
+    log = (case.home / "full/logs/attempt-0001/rank-0000.log").read_text()
+    assert "could not save, and train on (1 of 1 such failures in a row are tolerated): rank" in log
+    assert not (case.home / "full/logs/attempt-0002/rank-0000.log").exists(), "another try would meet the same"
+    where = Folder(disk)
+    assert store.newest(where).progress.step == 4
+    assert where.names() == ["step-00000004"]
+    assert not list(disk.glob(".*partial"))
+    assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
+    assert case.manta("resume", "full", "train.steps=40").returncode == 0
+    assert where.names() == ["step-00000040", "step-00000036"]
+    again = read_metrics(case.home / "full/metrics.jsonl")
+    assert [line["step"] for line in again] == list(range(1, 41))
+    assert [line["attempt"] for line in again] == [1] * 4 + [2] * 36
+
+
+@pytest.mark.slow
+def test_a_run_told_to_leave_that_can_not_save_says_so(case, disk):
+    run = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.tolerate=1000", "train.steps=4000")
+    with case.start("train", str(case.file), "run.dir=left", *run) as running:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not any(line["step"] == 12 for line in read_metrics(case.home / "left/metrics.jsonl")):
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        _, told = running.communicate(timeout=60)
+        assert running.returncode == 143, told
+    assert "No space left on device" in told
+    assert "left; step 4 is saved; go on with: manta resume" in told
+    assert json.loads(case.manta("status", "left", "--json").stdout)["state"] == "stopped, not saved"
+    assert store.newest(Folder(disk)).progress.step == 4
