@@ -115,6 +115,8 @@ class Proxy:
         self.stalled = threading.Event()  # an answer has come to its stall
         self._go = threading.Event()
         self._faults: dict[str, list[Fault]] = {}
+        self._hang_ups: list[Fault] = []
+        self.hung_up = 0
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +146,10 @@ class Proxy:
         """Any request for the object, whatever its method, is answered by this status."""
         self._faults.setdefault(key, []).append(Fault("refuse", status, times))
 
+    def hang_up(self, *, at: int, times: int) -> None:
+        """The connection ends once byte `at` of an upload has come; the next `times` uploads that are so large."""
+        self._hang_ups = [Fault("cut", at, times)]
+
     def go(self) -> None:
         self._go.set()
 
@@ -169,6 +175,16 @@ class Proxy:
     def refusal(self, key: str) -> int | None:
         """The status that a request for the object is to get instead of an answer."""
         return fault.at if (fault := self._due(key, {"refuse"}, range(1000))) else None
+
+    def hangs_up(self, size: int) -> int | None:
+        """After how many bytes of an upload of this size the connection is to end."""
+        with self._guard:
+            for fault in self._hang_ups:
+                if fault.times and size > fault.at:
+                    fault.times -= 1
+                    self.hung_up += 1
+                    return fault.at
+        return None
 
     def fault(self, key: str, carried: range) -> Fault | None:
         """What is to happen to an answer that carries these bytes of the object."""
@@ -198,6 +214,12 @@ class _Handler(BaseHTTPRequestHandler):
     def forward(self) -> None:
         key = unquote(urlsplit(self.path).path).removeprefix(f"/{BUCKET}").lstrip("/")
         self.front.count(self.command, key, self.headers["Range"])
+        size = int(self.headers["Content-Length"] or 0)
+        if self.command == "PUT" and (at := self.front.hangs_up(size)) is not None:
+            self.rfile.read(at)
+            self.close_connection = True
+            self.connection.shutdown(SHUT_RDWR)
+            return
         body = self._body()
         if status := self.front.refusal(key):
             self._answer(status, [], b"<Error><Code>Unwell</Code><Message>told to</Message></Error>")

@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -137,7 +138,8 @@ class Saver:
             )
             self.where.commit(name, self._token, to_bytes(checkpoint))
         except Exception as error:
-            self.where.abandon(name, self._token)
+            with suppress(*REFUSED):  # what is wrong already is told; the next attempt sweeps
+                self.where.abandon(name, self._token)
             if isinstance(error, REFUSED):
                 raise SaveError(self._told(name, error)) from None
             raise
