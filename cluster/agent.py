@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from pydantic import TypeAdapter, ValidationError
 
-from manta.cluster.failure import LEFT, RankError, RankStatus
+from manta.cluster.failure import SAVED, RankError, RankStatus
 from manta.cluster.heartbeat import HeartbeatReader
 from manta.cluster.machine import cores
 from manta.cluster.process import Process
@@ -155,7 +155,7 @@ class NodeAgent:
 
 def _status(rank: _Rank) -> RankStatus:
     beat = rank.heartbeat.read()
-    failed = rank.process.code not in LEFT | {None, 0}
+    failed = rank.process.code not in {None, 0, SAVED}
     if failed and not rank.log.exists():  # it fell before it could take its log
         shutil.copyfile(rank.process.log, rank.log)
     return RankStatus(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from manta.cluster.agent import NodeFacts
 from manta.cluster.config import ClusterConfig
-from manta.cluster.failure import LEFT, Failure, RankStatus, explain, guilty, stalled
+from manta.cluster.failure import LEFT, SAVED, Failure, RankStatus, explain, guilty, stalled
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event
 from manta.cluster.orders import Orders
@@ -95,10 +95,10 @@ class Attempt:
             statuses = self.nodes.poll(TICK)
             yield self._tick(statuses)
         self.nodes.kill()
-        if failed := self._failed(statuses):  # what kept it from saving
+        if failed := [s for s in statuses if s in self._failed(statuses) or s.error]:  # what kept it from saving
             yield self._fell(guilty(failed), time.time())
         codes = {status.code for status in statuses}
-        return Done() if codes == {0} else Left(saved=codes <= {0, 75})
+        return Done() if codes == {0} else Left(saved=codes <= {0, SAVED})
 
     @staticmethod
     def _failed(statuses: Sequence[RankStatus]) -> list[RankStatus]:

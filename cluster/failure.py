@@ -7,7 +7,8 @@ from enum import Enum
 from typing import Literal
 
 BEFORE_THE_FIRST_STEP = frozenset({"", "start", "load"})  # phases of a heartbeat; "" is none yet
-LEFT = frozenset({75, 143})  # exit codes of a rank that was told to leave: saved, could not save
+SAVED, UNSAVED = 75, 143  # exit codes of a rank that was told to leave
+LEFT = frozenset({SAVED, UNSAVED})
 
 
 class Cause(Enum):

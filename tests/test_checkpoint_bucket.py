@@ -8,9 +8,9 @@ from object_store import BUCKET, ObjectStore, Proxy
 
 from manta.data import remote
 from manta.trainer.checkpoint import store
-from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError
+from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError, UnreachableError
 from manta.trainer.checkpoint.keeping import Keep
-from manta.trainer.checkpoint.manifest import Progress
+from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.reading import read
 from manta.trainer.checkpoint.saver import Saver
@@ -145,6 +145,38 @@ def test_where_every_try_is_cut_nothing_counts_and_the_next_save_works(where, pr
     begun.save(tensors(2), progress(2), wait=False)
     begun.finish()
     assert is_of(where, 2)
+
+
+def test_a_store_that_can_not_be_reached_makes_no_checkpoint_bad(where, proxy):
+    """To go back to an older one, and set this one aside, because of a network would cost steps that are saved."""
+    begun = saver(where)
+    for step in (1, 2):
+        begun.save(tensors(step), progress(step))
+    key = next(f"{where.url}/{name}" for name in objects(where) if name.startswith("step-00000002/a")).removeprefix(f"s3://{BUCKET}/")
+
+    def take(found: Checkpoint) -> None:
+        read(where, found, {})
+
+    for failing in (key, f"{where.url.removeprefix(f's3://{BUCKET}/')}/step-00000002/manifest.json"):
+        proxy.refuse(failing, status=503, times=1000)
+        with pytest.raises(UnreachableError, match=rf"step-00000002/.*{remote.TRIES} tries failed, the last with"):
+            store.take_newest(where, take)
+        proxy.reset()
+        assert where.names() == ["step-00000002", "step-00000001"]
+        assert where.bad() == []
+    assert store.take_newest(where, take).progress.step == 2
+
+
+def test_a_store_that_is_down_from_end_to_end_of_a_save_fails_it_and_no_more(where, proxy):
+    begun = saver(where)
+    begun.save(tensors(1), progress(1))
+    proxy.hang_up(at=0, times=1000)
+    proxy.refuse("", status=503, times=1000)  # nor can what was half written be looked for
+    with pytest.raises(SaveError, match="tries failed"):
+        begun.save(tensors(2), progress(2))
+    proxy.reset()
+    begun.save(tensors(3), progress(3))
+    assert where.names() == ["step-00000003", "step-00000001"]
 
 
 @pytest.mark.slow

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from manta.trainer.checkpoint import store
-from manta.trainer.checkpoint.errors import SaveError
+from manta.trainer.checkpoint.errors import FencedError, SaveError
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.saver import Saver
 from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.metrics import read_metrics
 
-MIB = 1 << 20
+MIB, PAGE = 1 << 20, 4096
 
 
 def mount(*arguments: str) -> subprocess.CompletedProcess:
@@ -45,6 +45,12 @@ def tensors(step: int) -> dict[str, Pieces]:
 
 def progress(step: int) -> Progress:
     return Progress(step=step, samples_consumed=step, optimizer_steps=step)
+
+
+def fill(file: Path, *, leave: int) -> None:
+    """The disk, but for so many bytes."""
+    file.write_bytes(bytes(shutil.disk_usage(file.parent).free - leave))
+    assert shutil.disk_usage(file.parent).free == leave
 
 
 FULL = r"rank 0: \S+/step-00000002: No space left on device: wants 1,200,\d+ bytes, and 880,640 were free; make room, or lower"
@@ -83,6 +89,66 @@ def test_a_read_only_disk_is_told_and_costs_no_checkpoint(disk, wait):
     shutil.rmtree(disk / "step-00000001")
     saved(saver, 3, wait=wait)
     assert store.newest(Folder(disk)).progress.step == 3
+
+
+def test_room_that_a_dead_attempt_s_half_of_a_checkpoint_takes_is_given_back_first(disk):
+    """Else the next attempt could not even say that it has begun."""
+    dead = Saver(Folder(disk), identity={}, attempt=1)
+    dead.fence()
+    dead.save(tensors(1), progress(1))
+    half = disk / ".step-00000002.a0001-00000000.partial"
+    half.mkdir()
+    fill(half / "rank-0000.safetensors", leave=0)
+    live = Saver(Folder(disk), identity={}, attempt=2)
+    live.fence()
+    assert not list(disk.glob(".*"))
+    assert Folder(disk).holds(live._token)
+    assert not Folder(disk).holds(dead._token)
+    assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
+    with pytest.raises(FencedError):
+        dead.save(tensors(2), progress(2))
+    assert store.newest(Folder(disk)).progress.step == 1
+
+
+def test_an_attempt_that_can_not_say_that_it_has_begun_says_what_to_do(disk):
+    saver = Saver(Folder(disk), identity={}, attempt=1)
+    saver.save(tensors(1), progress(1))
+    (disk / "fence.json").unlink(missing_ok=True)
+    fill(disk / "filler", leave=0)
+    with pytest.raises(SaveError, match=rf"{disk}: No space left on device; make room"):
+        saver.fence()
+    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    with pytest.raises(SaveError, match=rf"{disk}/\.fence\.json\.\d+\.tmp: Read-only file system"):
+        saver.fence()
+    assert store.newest(Folder(disk)).progress.step == 1
+
+
+@pytest.mark.parametrize("short", [0, 1, 2], ids=["no room for latest", "nor for the manifest", "nor for the tensors"])
+def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(disk, short, caplog):
+    saver = Saver(Folder(disk), identity={}, attempt=1)
+    saver.fence()
+    assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
+    before = shutil.disk_usage(disk).free
+    saver.save(tensors(1), progress(1))
+    takes = before - shutil.disk_usage(disk).free - PAGE  # `latest` was made beside it
+    fill(disk / "filler", leave=takes - short * PAGE)
+    if short == 0:
+        saver.save(tensors(2), progress(2))
+        assert re.search(r"latest\S*: No space left on device; step-00000002 is saved all the same", caplog.text)
+    else:
+        with pytest.raises(SaveError, match=r"No space left on device: wants [\d,]+ bytes, and [\d,]+ were free; make room"):
+            saver.save(tensors(2), progress(2))
+        assert shutil.disk_usage(disk).free == takes - short * PAGE
+    where = Folder(disk)
+    for name in where.names():
+        store.verify(where, name)
+    assert store.newest(where).progress.step == (1 if short else 2)
+    assert not list(disk.glob(".step*"))
+    (disk / "filler").unlink()
+    saver.save(tensors(3), progress(3))
+    assert store.newest(where).progress.step == 3
+    assert (disk / "latest").read_text() == "step-00000003\n"
+    assert not list(disk.glob(".*"))
 
 
 # Whole runs: a checkpoint is 1.3 MB

@@ -18,7 +18,7 @@ from spmd import spmd
 from manta.data.durable import write_atomically
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.keeping import Keep
-from manta.trainer.checkpoint.manifest import MANIFEST, Progress
+from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.reading import read
 from manta.trainer.checkpoint.saver import Saver
@@ -40,18 +40,23 @@ def save(directory: Path, *steps: int, attempt: int) -> None:
         saver.save(tensors(step), Progress(step=step, samples_consumed=step, optimizer_steps=step))
 
 
+def is_of(directory: Path, found: Checkpoint, seed: int) -> bool:
+    """Bit by bit."""
+    filled = {key: Pieces.all_of(torch.zeros(shape)) for key, shape in SHAPES.items()}
+    read(Folder(directory), found, filled)
+    return all(torch.equal(filled[key].held[0][1], pieces.held[0][1]) for key, pieces in tensors(seed).items())
+
+
 def check(directory: Path, may_be: set[int]) -> None:
     """What is there is one of these, whole, and nothing else; and another attempt goes on, and leaves nothing lying about."""
     where = Folder(directory)
     for name in where.names():
         store.verify(where, name)  # nothing that is half there has the name of a whole one
+    latest = directory / "latest"
+    assert not latest.exists() or latest.read_text().strip() in where.names()
     newest = store.newest(where)
     assert (0 if newest is None else newest.progress.step) in may_be
-    if newest is not None:
-        filled = {key: Pieces.all_of(torch.zeros(shape)) for key, shape in SHAPES.items()}
-        read(where, newest, filled)
-        for key, pieces in tensors(newest.progress.step).items():
-            assert torch.equal(filled[key].held[0][1], pieces.held[0][1])
+    assert newest is None or is_of(directory, newest, newest.progress.step)
     save(directory, 12, attempt=3)
     assert store.newest(where).progress.step == 12
     assert [path.name for path in directory.iterdir() if not KEPT.fullmatch(path.name)] == []
@@ -110,6 +115,38 @@ def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path,
 
 def test_a_save_killed_as_it_takes_another_s_place_leaves_a_whole_checkpoint(tmp_path):
     killed_everywhere(tmp_path, over_another, check_names=False)
+
+
+def test_a_save_killed_as_it_takes_a_whole_one_s_place_loses_neither(tmp_path):
+    """As where the commit itself went well, and then the disk said that it had not: the same step is saved once more."""
+
+    def begin(directory: Path) -> None:
+        save(directory, 4, attempt=1)
+        another = Saver(Folder(directory), identity={}, attempt=1)
+        another.fence()
+        another.save(tensors(5), Progress(step=8, samples_consumed=8, optimizer_steps=8))
+
+    begin(tmp_path / "whole")
+    job = partial(save, attempt=2)
+    operations = traced(partial(job, tmp_path / "whole", 8), tmp_path / "whole")
+    assert any("bad-step-00000008" in str(path) for path in (tmp_path / "whole").iterdir())
+    for number in range(1, len(operations) + 1):
+        directory = tmp_path / str(number)
+        begin(directory)
+        assert traced(partial(job, directory, 8), directory, number) is None
+        Saver(Folder(directory), identity={}, attempt=3).fence()  # as whoever goes on does before it looks
+        newest = store.newest(Folder(directory))
+        assert newest.progress.step == 8, operations[number - 1]
+        assert any(is_of(directory, newest, seed) for seed in (5, 8))
+        assert [path.name for path in directory.iterdir() if not KEPT.fullmatch(path.name)] == []
+        shutil.rmtree(directory)
+
+
+def test_a_save_whose_latest_can_not_be_written_counts(tmp_path, caplog):
+    (tmp_path / "latest").mkdir()  # nothing can be renamed over it
+    save(tmp_path, 8, attempt=1)
+    assert store.newest(Folder(tmp_path)).progress.step == 8
+    assert "latest: Is a directory; step-00000008 is saved all the same" in caplog.text
 
 
 def test_the_check_notices_a_rename_before_the_manifest(tmp_path, monkeypatch):
@@ -178,4 +215,28 @@ def test_a_rank_killed_as_it_saves_leaves_the_checkpoint_before(tmp_path, killed
     save(tmp_path, 4, attempt=1)
     with pytest.raises(AssertionError, match=r"died|Error"):
         spmd(by_two, 2, tmp_path, killed, kill_at)
+    check(tmp_path, {4})
+
+
+def refused(directory: Path) -> str:
+    saver = Saver(Folder(directory), identity={}, attempt=2)
+
+    class OddError(Exception):
+        """Known to this function alone: it can not be sent to another process."""
+
+    def refuse(*_) -> str:
+        raise OddError("no")
+
+    if int(os.environ["RANK"]) == 1:
+        saver.where.write = refuse
+    try:
+        saver.save(tensors(8), Progress(step=8, samples_consumed=8, optimizer_steps=8))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_whatever_a_rank_fails_with_all_ranks_hear_of_it(tmp_path):
+    save(tmp_path, 4, attempt=1)
+    assert spmd(refused, 2, tmp_path, timeout=30) == ["rank 1: OddError: no"] * 2
     check(tmp_path, {4})

@@ -219,6 +219,23 @@ def test_an_attempt_that_froze_as_it_was_about_to_commit_finds_nothing_to_commit
     assert Folder(checkpoints).names() == ["step-00000008", "step-00000004"]
 
 
+def test_an_attempt_that_froze_as_it_was_about_to_commit_leaves_another_s_checkpoint_in_its_place(checkpoints, monkeypatch):
+    dead, live = saver(checkpoints, attempt=1), saver(checkpoints, attempt=2)
+    dead.fence()
+
+    def froze(_: str) -> bool:
+        live.fence()
+        live.save(whole(tensors(13)), progress(12))  # the same step, meanwhile
+        return True
+
+    monkeypatch.setattr(dead.where, "holds", froze)
+    with pytest.raises(SaveError, match="No such file"):
+        dead.save(whole(tensors(12)), progress(12))
+    assert Folder(checkpoints).names()[0] == "step-00000012"
+    assert Folder(checkpoints).bad() == []
+    assert equal(loaded(checkpoints, "step-00000012"), tensors(13))
+
+
 def test_a_dead_attempt_deletes_nothing(checkpoints, monkeypatch):
     dead, live = saver(checkpoints, attempt=1, keep=Keep(newest=1)), saver(checkpoints, attempt=2)
     dead.fence()
@@ -287,7 +304,7 @@ def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch):
         begun.save(whole(tensors()), progress(1), wait=False)
         begun._thread.join()
         assert begun.has_failed
-        with pytest.raises(SaveError, match=r"rank 0: .*/x: No space left on device: wants 2,8.* bytes, and .* are free; make room"):
+        with pytest.raises(SaveError, match=r"rank 0: .*/x: No space left on device: wants 2,8.* bytes, and .* were free; make room"):
             begun.finish()
     assert not begun.has_failed
     begun.finish()

@@ -15,10 +15,10 @@ import traceback
 from pathlib import Path
 
 from manta.data.errors import InputError
-from manta.trainer.checkpoint.errors import CheckpointError, SaveError
+from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
 from manta.trainer.heartbeat import Heartbeat
 
-FAILED, USAGE = 1, 2
+FAILED, USAGE, UNSAVED = 1, 2, 143
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def main() -> int:
     except BaseException as error:  # noqa: BLE001  whatever it was, the supervisor wants to know
         traceback.print_exc()
         report(error, heartbeat, _category(error))
-        return FAILED
+        return UNSAVED if isinstance(error, LeftUnsavedError) else FAILED
 
 
 def stand_by() -> None:
@@ -83,6 +83,8 @@ def _category(error: BaseException) -> str:
     """What a supervisor should make of it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"
+    if isinstance(error, UnreachableError):
+        return "exception"
     return "hopeless" if isinstance(error, CheckpointError | SaveError) else "exception"
 
 

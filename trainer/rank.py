@@ -15,7 +15,7 @@ from manta.data.errors import InputError
 from manta.data.live import Cursor, LiveSamples, check_ranks, open_samples
 from manta.data.tokenizer import ids
 from manta.trainer.checkpoint import store, vocabulary
-from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError
 from manta.trainer.checkpoint.keeping import Keep
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.saver import Saver
@@ -107,11 +107,23 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
         flops_per_token=costs,
         saver=saver,
     )
-    step = loop.run(come.step if come else 0)
+    try:
+        step = loop.run(come.step if come else 0)
+    except SaveError as error:  # on all ranks: the signal may have met but one of them
+        if not _any(world, notice.signal is not None):
+            raise
+        raise LeftUnsavedError(f"told to leave: {error}") from error
     dist.destroy_process_group()
     if step == config.train.steps:
         return DONE
     return INTERRUPTED if notice.signal is signal.SIGINT else LEFT
+
+
+def _any(world: World, claim: bool) -> bool:
+    """Whether it is so on any rank."""
+    told = torch.tensor(float(claim), device=world.device)
+    dist.all_reduce(told)
+    return told.item() > 0
 
 
 def _compiles(config: TrainingConfig, device: torch.device) -> bool:

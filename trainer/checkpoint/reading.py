@@ -7,7 +7,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.checkpoint.errors import CheckpointError, unreadable
 from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, File
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.rectangles import Rectangle
@@ -62,7 +62,7 @@ def read(
             finally:
                 reader.close()
         except OSError as error:
-            raise CheckpointError(f"{at}: {error.strerror or error}") from None
+            raise unreadable(at, error) from None
 
 
 def _wants(checkpoint: Checkpoint, state: Mapping[str, Pieces]) -> dict[int, list[Want]]:

@@ -21,10 +21,11 @@ from manta.trainer.checkpoint.keeping import Keep, surplus
 from manta.trainer.checkpoint.manifest import Checkpoint, File, Progress, from_bytes, name_of, to_bytes
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.share import Plan, Share, held, plan
-from manta.trainer.checkpoint.storage import Storage
+from manta.trainer.checkpoint.storage import FULL, Storage
 from manta.trainer.checkpoint.together import first_deals, first_hears, first_says, rank_of_ranks
 
 log = logging.getLogger(__name__)
+SHUT = {errno.EROFS, errno.EACCES, errno.EPERM}
 REFUSED = (OSError, InputError)  # what a disk or a store says
 
 
@@ -45,8 +46,11 @@ class Saver:
         self._failure: Exception | None = None
 
     def fence(self) -> None:
-        """No earlier attempt commits from here on; called before a checkpoint is looked for. Raises FencedError in an earlier one."""
-        first_says(lambda: self.where.fence(self._attempt, self._token), self._group)
+        """No earlier attempt commits from here on; called before a checkpoint is looked for. Raises FencedError in an earlier one.
+
+        SaveError where a disk that is full, or may not be written, stands against it: to try again would be of no use.
+        """
+        first_says(self._fence, self._group)
 
     def save(self, state: Mapping[str, Pieces], progress: Progress, *, about: Mapping[str, Any] | None = None, wait: bool = True) -> None:
         """`state` has the same places and shapes at each call: who writes what is planned once.
@@ -92,6 +96,14 @@ class Saver:
         if failure is not None:
             raise failure
 
+    def _fence(self) -> None:
+        try:
+            self.where.fence(self._attempt, self._token)
+        except OSError as error:
+            if error.errno not in FULL | SHUT:
+                raise
+            raise SaveError(f"an attempt has to be noted before it goes on: {self._told('', error)}") from None
+
     def _planned(self, state: Mapping[str, Pieces]) -> tuple[Plan | None, Any]:
         told = first_hears(held(state), self._group)
         made = plan(told) if self._rank == 0 else None
@@ -112,17 +124,20 @@ class Saver:
         share, hashes = self._share, list[str]()
         if not share.places:
             return None
-        file, free = f"rank-{self._rank:04d}.safetensors", self.where.free()
+        file, free = f"rank-{self._rank:04d}.safetensors", None
         try:
+            free = self.where.free()
             file = self.where.write(name, self._token, file, lambda: share.body(views, hashes))
         except REFUSED as error:
             return SaveError(f"rank {self._rank}: {self._told(name, error, share.bytes, free)}")
-        except Exception as error:  # noqa: BLE001  told to the first rank, which waits for it
-            return error
+        except Exception as error:  # told to the first rank, which waits for it: as one that can surely be sent
+            log.exception("%s: rank %d could not write its share", self.where.at(name), self._rank)
+            return RuntimeError(f"rank {self._rank}: {type(error).__name__}: {error}")
         return File(file, share.bytes, tuple(hashes))
 
     def _commit(self, name: str, told: list[File | Exception | None], progress: Progress, about: Mapping[str, Any]) -> None:
         assert self._plan is not None
+        wanted = free = None
         try:
             for one in told:
                 if isinstance(one, Exception):
@@ -136,12 +151,14 @@ class Saver:
                 tensors=self._plan.tensors({rank: number for number, rank in enumerate(files)}),
                 about=dict(about),
             )
-            self.where.commit(name, self._token, to_bytes(checkpoint))
+            manifest = to_bytes(checkpoint)
+            wanted, free = len(manifest), self.where.free()
+            self.where.commit(name, self._token, manifest)
         except Exception as error:
             with suppress(*REFUSED):  # what is wrong already is told; the next attempt sweeps
                 self.where.abandon(name, self._token)
             if isinstance(error, REFUSED):
-                raise SaveError(self._told(name, error)) from None
+                raise SaveError(self._told(name, error, wanted, free)) from None
             raise
         try:
             self._prune(name)
@@ -153,7 +170,7 @@ class Saver:
         if not isinstance(error, OSError) or error.strerror is None:
             return str(error)
         wants = "" if wanted is None else f": wants {wanted:,} bytes" + ("" if free is None else f", and {free:,} were free")
-        remedy = "; make room, or lower checkpoint.keep" if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
+        remedy = "; make room, or lower checkpoint.keep" if error.errno in FULL else ""
         return f"{error.filename or self.where.at(name)}: {error.strerror}{wants}{remedy}"
 
     def _prune(self, newest: str) -> None:

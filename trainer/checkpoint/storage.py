@@ -6,20 +6,26 @@ another's is refused. A rank that was frozen between that look and the rename fi
 before it looks for checkpoints.
 """
 
+import errno
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
 from manta.data import remote
 from manta.data.durable import TEMPORARY, sync_directory, write_atomically
+from manta.data.errors import InputError
 from manta.trainer.checkpoint.errors import FencedError
 from manta.trainer.checkpoint.manifest import MANIFEST, step_of
 
-FENCE, LATEST, BAD = "fence.json", "latest", "bad-"
+log = logging.getLogger(__name__)
+FENCE, LATEST, BAD, REPLACED = "fence.json", "latest", "bad-", ".replaced-"
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 Fence = dict[str, Any]
 _NO_FENCE: Fence = {"attempt": 0, "token": ""}
@@ -126,8 +132,22 @@ class Folder:
 
     def fence(self, attempt: int, token: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / FENCE, _next(self.path, self._fence(), attempt, token))
-        for left in self.path.glob(".step-*"):  # by dead attempts; renamed first, which is at once and for all
+        told = _next(self.path, self._fence(), attempt, token)
+        try:
+            write_atomically(self.path / FENCE, told)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self._sweep(token)  # it may be what fills the disk
+            write_atomically(self.path / FENCE, told)
+        self._sweep(token)
+
+    def _sweep(self, token: str) -> None:
+        """Takes away what dead attempts have half written, and ends what they have half done."""
+        for left in self.path.glob(f"{REPLACED}*"):
+            name = left.name.removeprefix(REPLACED)
+            left.rename(_free(self.path / f"{BAD}{name}") if (self.path / name).exists() else self.path / name)
+        for left in self.path.glob(".step-*"):  # renamed first, which is at once and for all
             swept = left.with_name(f".swept-{token}-{left.name}")
             try:
                 left.rename(swept)
@@ -158,11 +178,25 @@ class Folder:
         write_atomically(partial / MANIFEST, manifest)
         if not self.holds(token):
             raise FencedError(_begun(self.at(name), self._fence()))
-        if final.exists():  # not by this run, which would have gone on from it
-            self.set_aside(name)
-        partial.rename(final)
+        with self._place(name):
+            partial.rename(final)
         sync_directory(self.path)
-        write_atomically(self.path / LATEST, f"{name}\n".encode())
+        _tell_latest(self.path / LATEST, name, lambda: write_atomically(self.path / LATEST, f"{name}\n".encode()))
+
+    @contextmanager
+    def _place(self, name: str) -> Generator[None]:
+        """Has a checkpoint's place free meanwhile; what was there comes back where that fails, also to whoever sweeps after a kill."""
+        final, replaced = self.path / name, self.path / f"{REPLACED}{name}"
+        if not final.exists():  # it seldom has: who finds a good one goes on from it, and sets a bad one aside
+            yield
+            return
+        final.rename(replaced)
+        try:
+            yield
+        except OSError:
+            replaced.rename(final)
+            raise
+        replaced.rename(_free(self.path / f"{BAD}{name}"))
 
     def abandon(self, name: str, token: str) -> None:
         shutil.rmtree(self._partial(name, token), ignore_errors=True)
@@ -257,7 +291,8 @@ class Bucket:
         if not self.holds(token):
             raise FencedError(_begun(self.at(name), self._fence()))
         remote.write_bytes(remote.join(self.url, name, MANIFEST), manifest)
-        remote.write_bytes(remote.join(self.url, LATEST), f"{name}\n".encode())
+        latest = remote.join(self.url, LATEST)
+        _tell_latest(latest, name, lambda: remote.write_bytes(latest, f"{name}\n".encode()))
 
     def abandon(self, name: str, token: str) -> None:
         for url in self._objects(f"{name}/{token}/*"):
@@ -307,6 +342,14 @@ def _next(where: object, before: Fence, attempt: int, token: str) -> bytes:
     if attempt and before["attempt"] > attempt:
         raise FencedError(f"{where}: attempt {before['attempt']} has begun since; this is attempt {attempt}, and it may save no more")
     return json.dumps({"attempt": max(attempt, before["attempt"]), "token": token}).encode()
+
+
+def _tell_latest(at: object, name: str, tell: Callable[[], None]) -> None:
+    """For people: nothing relies on it, so a failure here does not undo the commit before."""
+    try:
+        tell()
+    except (OSError, InputError) as error:
+        log.warning("%s: %s; %s is saved all the same", at, getattr(error, "strerror", None) or error, name)
 
 
 def _begun(at: str, fence: Fence) -> str:

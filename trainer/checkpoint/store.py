@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.checkpoint.errors import CheckpointError, UnreachableError, unreadable
 from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, difference, from_bytes, step_of
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.reading import read
@@ -24,7 +24,7 @@ def look(where: Storage, name: str) -> Checkpoint:
     try:
         checkpoint = from_bytes(where.manifest(name), where.at(name))
     except OSError as error:
-        raise CheckpointError(f"{where.at(name)}/{MANIFEST}: {error.strerror or error}") from None
+        raise unreadable(f"{where.at(name)}/{MANIFEST}", error) from None
     if (step := step_of(name)) != checkpoint.progress.step:
         raise CheckpointError(f"{checkpoint.at}: holds step {checkpoint.progress.step}, wants step {step}, as its name says")
     return checkpoint
@@ -41,12 +41,15 @@ def take_newest(where: Storage, take: Callable[[Checkpoint], None], *, set_aside
     """The newest checkpoint that every rank could take, and has taken; None where there never was one. All ranks call this together.
 
     What one rank finds bad is bad for all: it is passed over, told of, and set aside, so that it is met no second time. Raises
-    CheckpointError where there are checkpoints and all are bad: a run never starts afresh over them.
+    CheckpointError where there are checkpoints and all are bad: a run never starts afresh over them. And UnreachableError where one
+    could not be read now: to go back behind it would cost steps that are saved.
     """
     passed_over: dict[str, str] = {}
     for name in first_says(where.names):
         try:
             checkpoint = take_one(where, name, take)
+        except UnreachableError:
+            raise
         except CheckpointError as error:
             log.warning("passed over a bad checkpoint: %s", error)
             passed_over[name] = str(error)

@@ -52,15 +52,15 @@ def first_deals(dealt: Sequence[T], group: Group = None) -> T:
 
 
 def all_or_none(do: Callable[[], None], error: type[Exception]) -> None:
-    """Raises `error` on all ranks, with what the first of them raised, where some rank raised it."""
-    failed: str | None = None
+    """Raises on all ranks what the first of them raised, where some rank raised `error`, or one of its kind."""
+    failed: Exception | None = None
     try:
         do()
     except error as raised:
-        failed = str(raised)
+        failed = type(raised)(str(raised))
     _, ranks = rank_of_ranks()
-    told: list[str | None] = [failed] * ranks
+    told: list[Exception | None] = [failed] * ranks
     if ranks > 1:
         dist.all_gather_object(told, failed)
     if (first := next((one for one in told if one is not None), None)) is not None:
-        raise error(first)
+        raise first
