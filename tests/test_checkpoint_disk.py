@@ -1,6 +1,7 @@
 """Disks that are full or read-only, for real: small file systems in memory, mounted by the test. Root writes through permissions."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from manta.cluster.journal import read_events
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import FencedError, SaveError
 from manta.trainer.checkpoint.manifest import Progress
@@ -181,16 +183,30 @@ def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stop
 
 
 @pytest.mark.slow
-def test_a_run_told_to_leave_that_can_not_save_says_so(case, disk):
-    run = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.tolerate=1000", "train.steps=4000")
-    with case.start("train", str(case.file), "run.dir=left", *run) as running:
+@pytest.mark.parametrize("told_is", ["manta", "rank 1"])
+def test_a_run_told_to_leave_that_can_not_save_says_so(case, disk, told_is):
+    run = f"left by {told_is}"
+    more = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.tolerate=1000", "train.steps=4000")
+    with case.start("train", str(case.file), f"run.dir={run}", *more) as running:
         until = time.monotonic() + 60
-        while time.monotonic() < until and not any(line["step"] == 12 for line in read_metrics(case.home / "left/metrics.jsonl")):
+        while time.monotonic() < until and not any(line["step"] == 12 for line in read_metrics(case.home / run / "metrics.jsonl")):
             time.sleep(0.05)
-        running.send_signal(signal.SIGTERM)
+        ranks = next(e for e in read_events(case.home / run / "events.jsonl") if e["event"] == "attempt-started")["ranks"]
+        os.kill(running.pid if told_is == "manta" else ranks[1]["pid"], signal.SIGTERM)
         _, told = running.communicate(timeout=60)
         assert running.returncode == 143, told
-    assert "No space left on device" in told
+    assert re.search(r"LeftUnsavedError: told to leave: rank \d: .*: No space left on device: wants [\d,]+ bytes, and [\d,]+ were", told)
     assert "left; step 4 is saved; go on with: manta resume" in told
-    assert json.loads(case.manta("status", "left", "--json").stdout)["state"] == "stopped, not saved"
+    assert json.loads(case.manta("status", run, "--json").stdout)["state"] == "stopped, not saved"
+    assert store.newest(Folder(disk)).progress.step == 4
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_nowhere_where_checkpoints_can_not_be_written(case, disk):
+    here = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "train.steps=4")
+    case.train("nowhere", *here)
+    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    failed = case.train("nowhere", *here[:-1], "train.steps=8", code=1)
+    assert re.search(rf"give up: SaveError: an attempt has to be noted .*{disk}/\S+: Read-only file system", failed.stderr)
+    assert not (case.home / "nowhere/logs/attempt-0003").exists(), "another try would meet the same"
     assert store.newest(Folder(disk)).progress.step == 4
