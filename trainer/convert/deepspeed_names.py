@@ -98,7 +98,7 @@ class _Renamed:
         used = {self._shared.get(name, name) for name in wanted}
         wrong = [
             f"{name}: got {list(there[name]) if name in there else 'nothing'}, wants {list(wanted[name]) if name in wanted else 'nothing'}"
-            for name in sorted(wanted.keys() | (there.keys() - used))
+            for name in (*wanted, *sorted(there.keys() - used))
             if there.get(name) != wanted.get(name)
         ]
         if wrong:
