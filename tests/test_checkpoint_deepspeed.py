@@ -35,7 +35,7 @@ from manta.trainer.engine import Engine
 from manta.trainer.layout import fits
 from manta.trainer.metrics import read_metrics
 from manta.trainer.model.build import build
-from manta.trainer.model_config import ModelConfig
+from manta.trainer.model_config import ExpertsConfig, ModelConfig
 from manta.trainer.optim import build_optimizer
 from manta.trainer.rundir import RunDirectory
 from manta.trainer.world import World
@@ -44,9 +44,15 @@ SAVED, LAST, GLOBAL_BATCH = 2, 7, 4
 BOUNDS = {"fp32": 1e-6, "bf16": 1e-3, "fp16": 1e-3}
 LINEAR = torch.nn.functional.linear  # ZeRO-3 puts another in its place, for good
 SHAPE: dict[str, Any] = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 128, "norm_epsilon": 1e-5}
+EXPERTS = ExpertsConfig(experts=4, top_k=2, width=32, balance="none", router_z=0.0)
+BALANCED = ExpertsConfig(experts=4, top_k=2, width=32, router_z=0.0, shared=1, score="sigmoid", balance="bias", bias_speed=1e-9)
 THEIRS = {  # classes of transformers, and what they are to us
     "GPT2LMHeadModel": ModelConfig(family="gpt2", **SHAPE),
     "LlamaForCausalLM": ModelConfig(kv_heads=2, tied_head=False, **SHAPE),
+    "BertForPreTraining": ModelConfig(family="bert", **SHAPE),
+    "MixtralForCausalLM": ModelConfig(kv_heads=2, tied_head=False, experts=EXPERTS, **SHAPE),
+    "Qwen3MoeForCausalLM": ModelConfig(kv_heads=2, qk_norm=True, experts=EXPERTS, **SHAPE),
+    "Glm4MoeForCausalLM": ModelConfig(kv_heads=2, qk_norm=True, experts=BALANCED, **SHAPE),
 }
 
 
@@ -61,9 +67,11 @@ class Plain:
     optimizer: str = "adamw"
     saved: int = SAVED
     zero_settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        return f"{self.model} zero{self.zero} {self.precision} {self.ranks} ranks {self.optimizer}"
+        more = " ".join(self.zero_settings | self.settings)
+        return f"{self.model} zero{self.zero} {self.precision} {self.ranks} ranks {self.optimizer} {self.saved} {more}"
 
 
 @dataclass(frozen=True)
@@ -80,22 +88,42 @@ def whole_batch(name: str, step: int) -> Batch:
     """As ours read it; what is transformers' has no padding, and its last token predicts nothing."""
     if name not in THEIRS:
         return rows(batch(name, step), range(GLOBAL_BATCH))
-    tokens = text(step)
+    tokens, keys, places = text(step), torch.arange(GLOBAL_BATCH), torch.arange(LENGTH).expand(GLOBAL_BATCH, LENGTH)
+    if name == "BertForPreTraining":  # as many masked in each, so that the mean of means is the mean
+        masked = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(step)).argsort(dim=1) < 5
+        told = {"segments": (places > LENGTH // 2).long(), "next_sentence": keys % 2}
+        return Batch(tokens=tokens.masked_fill(masked, 3), targets=tokens.where(masked, IGNORED), positions=places, keys=keys, **told)
     targets = torch.cat([tokens[:, 1:], torch.full((GLOBAL_BATCH, 1), IGNORED)], dim=1)
-    return Batch(tokens=tokens, targets=targets, positions=torch.arange(LENGTH).expand_as(tokens), keys=torch.arange(GLOBAL_BATCH))
+    return Batch(tokens=tokens, targets=targets, positions=places, keys=keys)
 
 
 def transformers_model(name: str) -> torch.nn.Module:
     import transformers
 
     torch.manual_seed(3)
-    if name == "GPT2LMHeadModel":
-        sizes = {"n_positions": LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 128}
-        dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, **dropouts))
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=VOCABULARY, rms_norm_eps=1e-5, tie_word_embeddings=False, **sizes)
-    return transformers.LlamaForCausalLM(config)
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "hidden_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "tie_word_embeddings": THEIRS[name].tied_head}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    of_decoders = {"rope_parameters": rope, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "intermediate_size": 128}
+    of_mixtures = of_decoders | {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "norm_topk_prob": True, "head_dim": 16}
+    dropouts = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    more: dict[str, dict[str, Any]] = {
+        "GPT2LMHeadModel": {"n_inner": 128},
+        "LlamaForCausalLM": of_decoders,
+        "BertForPreTraining": {"intermediate_size": 128, "layer_norm_eps": 1e-5},
+        "MixtralForCausalLM": of_decoders | {"intermediate_size": 32, "num_local_experts": 4},
+        "Qwen3MoeForCausalLM": of_mixtures | {"num_experts": 4},
+        "Glm4MoeForCausalLM": of_mixtures | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 0, "use_qk_norm": True},
+    }
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**sizes, **more[name], **dict.fromkeys(dropouts, 0.0)))
+
+
+def loss_of_theirs(trained: Any, name: str, batch: Batch) -> torch.Tensor:
+    if name == "BertForPreTraining":
+        labels = batch.targets.where(batch.targets != IGNORED, -100)
+        return trained(batch.tokens, token_type_ids=batch.segments, labels=labels, next_sentence_label=batch.next_sentence).loss
+    return trained(input_ids=batch.tokens, labels=batch.tokens, use_cache=False).loss
 
 
 def initialized(trained: torch.nn.Module, way: Plain, told: OptimizerConfig, turns: int) -> Any:
@@ -114,6 +142,7 @@ def initialized(trained: torch.nn.Module, way: Plain, told: OptimizerConfig, tur
         "bf16": {"enabled": way.precision == "bf16"},
         "fp16": {"enabled": way.precision == "fp16", "loss_scale_window": 1000, "hysteresis": 2},
     }
+    settings |= way.settings
     with patch.object(get_accelerator(), "is_fp16_supported", return_value=True):
         engine, *_ = ds.initialize(model=trained, optimizer=build_optimizer(trained.parameters(), told), config=settings)
     return engine
@@ -134,8 +163,7 @@ def plain(directory: Path, way: Plain) -> Trail:
         loss = torch.zeros((), dtype=torch.float64)
         for row in range(dist.get_rank(), GLOBAL_BATCH, way.ranks):
             if way.model in THEIRS:
-                tokens = text(step)[row : row + 1]
-                told = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+                told = loss_of_theirs(engine, way.model, rows(whole_batch(way.model, step), [row]))
             else:
                 whole = whole_batch(way.model, step)
                 told = engine(rows(whole, [row]), trained.counts(whole).float().clamp(min=1) / GLOBAL_BATCH).sum()
@@ -267,10 +295,29 @@ STAGES = [(0, "fp32"), *((zero, precision) for zero in (1, 2, 3) for precision i
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", ["llama", *THEIRS])
+@pytest.mark.parametrize("name", ["llama", "GPT2LMHeadModel", "LlamaForCausalLM"])
 def test_every_stage_precision_and_optimizer_goes_on_under_every_layout(tmp_path, name):
     among = [(zero, precision, ranks, optimizer) for zero, precision in STAGES for ranks in (1, 2) for optimizer in ("adamw", "sgd")]
     check(trained(tmp_path, [Plain(name, *way) for way in among]), LAYOUTS)
+
+
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # DeepSpeed then has another optimizer of its own around ours
+
+
+@pytest.mark.slow
+def test_every_architecture_of_transformers_goes_on(tmp_path):
+    check(trained(tmp_path, [Plain(name, zero) for name in THEIRS for zero in (0, 1, 3)]), [(2, {"zero": 1})])
+
+
+@pytest.mark.slow
+def test_what_deepspeed_keeps_otherwise_goes_on_too(tmp_path):
+    ways = [
+        Plain("llama", 1, "bf16", settings=FP32_SUMS),
+        Plain("llama", 1, zero_settings={"elastic_checkpoint": True}),
+        Plain("llama", 2, zero_settings={"offload_optimizer": {"device": "cpu"}}),
+        Plain("llama", 3, zero_settings={"offload_optimizer": {"device": "cpu"}}),
+    ]
+    check(trained(tmp_path, ways), [(2, {"zero": 1})])
 
 
 @pytest.mark.slow
@@ -440,7 +487,7 @@ def test_what_can_not_go_on_is_told_in_a_line_and_nothing_is_written(case, simpl
     for arguments, told in (
         ([str(simple.parent), file], "got no latest, wants what engine.save_checkpoint wrote"),
         ([theirs, file], "embedding.weight: got [256, 64], wants [512, 64] (and"),
-        ([theirs, file, "--names", "huggingface"], "lm_head.weight: got nothing"),
+        ([theirs, file, "--names", "huggingface"], "model.embed_tokens.weight: got nothing, wants [512, 64]"),
         ([theirs, file, "--names", "mine"], "--names: got 'mine', wants manta or huggingface"),
         ([theirs, file, "train.steps=1"], f"train.steps: got 1, and {simple}/global_step2 is of step 2"),
         ([theirs, file, "run.start_from=imported/gpt2"], "run.start_from: got"),

@@ -3,7 +3,7 @@ files are imported by. Optimizer state goes the same way as the weights: rows mo
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +14,8 @@ from manta.data.errors import InputError
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.config import OptimizerConfig, TrainingConfig
-from manta.trainer.convert.architectures import architecture_for
-from manta.trainer.convert.deepspeed import MASTER, Saved
+from manta.trainer.convert.architectures import MIXTRAL, Architecture, architecture_for
+from manta.trainer.convert.deepspeed import MASTER, Saved, States
 from manta.trainer.convert.mapping import SAME, Link, bind, tensors
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
@@ -24,6 +24,14 @@ from manta.trainer.optim import STATES
 
 Names = Literal["manta", "huggingface"]
 WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")  # by another's wrapper, and by torch.compile
+FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+MIXTRAL_TODAY = (
+    (r"\.mlp\.(gate|experts)\.", r".block_sparse_moe.\1."),
+    (r"(experts\.\d+)\.gate_proj", r"\1.w1"),
+    (r"(experts\.\d+)\.down_proj", r"\1.w2"),
+    (r"(experts\.\d+)\.up_proj", r"\1.w3"),
+)
+"""Names of a model in memory, and of its files."""
 OPTIMIZERS = {"adamw": STATES[torch.optim.AdamW], "sgd": STATES[torch.optim.SGD]}
 
 
@@ -80,12 +88,11 @@ class _Renamed:
             if names is None:
                 return same, rows
             raise
-        if names == "huggingface" or self._known(theirs) > self._known(same):
+        named = _as_in_files(self._parameters, architecture_for(config))
+        if names == "huggingface" or _known(named, theirs) > _known(self._parameters, same):
+            self._parameters = named
             return theirs, vocabulary
         return same, rows
-
-    def _known(self, links: list[Link]) -> int:
-        return len(self._parameters.keys() & {name for link in links for name in link.theirs})
 
     def _check(self) -> None:
         wanted: dict[str, tuple[int, ...]] = {}
@@ -143,6 +150,31 @@ class _Renamed:
 
 def _bare(name: str) -> str:
     return WRAPPED.sub("", name)
+
+
+def _known(named: Mapping[str, States], links: list[Link]) -> int:
+    return len(named.keys() & {name for link in links for name in link.theirs})
+
+
+def _as_in_files(named: Mapping[str, States], architecture: Architecture) -> dict[str, States]:
+    """Since version 5 transformers holds all experts of a block in two weights, which its files, and our rows, name one by one."""
+    apart: dict[str, States] = {}
+    for name, states in named.items():
+        if (fused := FUSED.fullmatch(name)) is None:
+            apart[name] = states
+            continue
+        parts = fused[2].replace("gate_up_proj", "gate_proj up_proj").split()
+        for key, whole in states.items():
+            for part, weights in zip(parts, whole.chunk(len(parts), dim=1), strict=True):
+                for expert, weight in enumerate(weights):
+                    apart.setdefault(f"{fused[1]}.{expert}.{part}.weight", {})[key] = weight
+    return {_older(name) if architecture is MIXTRAL else name: states for name, states in apart.items()}
+
+
+def _older(name: str) -> str:
+    for pattern, older in MIXTRAL_TODAY:
+        name = re.sub(pattern, older, name)
+    return name
 
 
 def _of_transformers(config: ModelConfig, model: dict[str, tuple[int, ...]]) -> list[Link]:
