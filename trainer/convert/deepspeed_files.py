@@ -11,6 +11,7 @@ nothing of DeepSpeed is imported.
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,12 @@ def model_file(at: Path) -> Path:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Lazily: a tensor's bytes are read when it is used."""
+    """Checked whole against the sums in it; then lazily, a tensor's bytes when it is used."""
     try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise InputError(f"{file}: got bytes of {damaged} that are not as they were written; copy it again")
         with torch.serialization.safe_globals(OBJECTS):
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
@@ -75,7 +80,7 @@ def read(file: Path) -> dict[str, Any]:
                 f"{file}: got {found[1]}, wants {wants}; nothing of it was run. Save without it, or leave the file alone"
             ) from None
         raise InputError(f"{file}: got a pickle that does more than hold tensors; nothing of it was run") from None
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
         told = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise InputError(f"{file}: got a file that can not be read ({told}), wants it whole; copy it again") from None
 

@@ -193,18 +193,15 @@ def _whole(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def differences(saved: Saved, config: TrainingConfig) -> list[str]:
-    """What DeepSpeed was told otherwise than this config says, and what losses depend on; the learning rate apart, which has a schedule."""
-    told, found = config.optimizer, dict[str, tuple[object, object]]()
+    """What DeepSpeed was told otherwise than this config says, and losses depend on; the learning rate apart, which has a schedule."""
+    told, pairs = config.optimizer, dict[str, tuple[object, object]]()
     for name, group in saved.settings.items():
-        if "betas" in group:
-            found["optimizer.beta1"], found["optimizer.beta2"] = (group["betas"][0], told.beta1), (group["betas"][1], told.beta2)
-            found["optimizer.epsilon"] = (group.get("eps"), told.epsilon)
-        if "momentum" in group:
-            found["optimizer.beta1"] = (group["momentum"], told.beta1)
+        beta1, beta2 = group.get("betas", (group.get("momentum", told.beta1), told.beta2))
+        pairs["optimizer.beta1"], pairs["optimizer.beta2"] = (beta1, told.beta1), (beta2, told.beta2)
+        pairs["optimizer.epsilon"] = (group.get("eps", told.epsilon), told.epsilon)
         decay = told.weight_decay if saved.parameters[name][MASTER].ndim > 1 else 0.0
-        key = f"optimizer.weight_decay of {name}"
-        if group.get("weight_decay", decay) != decay and not any(k.startswith("optimizer.weight_decay") for k in found):
-            found[key] = (group["weight_decay"], decay)
-    found["optimizer.gradient_clipping"] = (saved.clipping, told.gradient_clipping)
-    found["samples read"] = (saved.samples, config.timeline().first_sample(saved.step))
-    return [f"{key}: DeepSpeed had {was}, this config has {now}" for key, (was, now) in found.items() if was != now]
+        if (was := group.get("weight_decay", 0.0)) != decay and not any(" of " in key for key in pairs):
+            pairs[f"optimizer.weight_decay of {name}"] = (was, decay)  # one is enough to see by
+    pairs["optimizer.gradient_clipping"] = (saved.clipping, told.gradient_clipping)
+    pairs["samples read"] = (saved.samples, config.timeline().first_sample(saved.step))
+    return [f"{key}: DeepSpeed had {was}, this config has {now}" for key, (was, now) in pairs.items() if was != now]
