@@ -58,10 +58,7 @@ def train(config: RunConfig) -> int:
         refuse_other_weights(found, home, config, prepared)
         tell_of_another_tokenizer(found, config, prepared)
     with home.claim():
-        begun = home.manifest() if home.has_trained else manifest(config)
-        write_atomically(home.manifest_file, json.dumps(begun | code | start | {"corpus": prepared.to_json()}, indent=1).encode())
-        write_atomically(home.config_file, config.to_yaml().encode())
-        write_atomically(home.tokenizer_file, prepared.tokenizer.read_bytes())
+        lay_out(home, config, prepared, code | start)
         if ranks > layout.ranks:
             say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns_in_words(config.train)} deals out evenly over {layout.data}")
         say(f"{home.path}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
@@ -75,6 +72,14 @@ def train(config: RunConfig) -> int:
             ranks_per_node=layout.ranks,
         )
         return follow(Controller(job, config.cluster), Display(home, config.train.steps, config.timeline()))
+
+
+def lay_out(home: RunDirectory, config: RunConfig, prepared: Prepared, told: dict[str, str]) -> None:
+    """Writes what ranks begin with into a claimed directory. told: what the manifest remembers besides of a run that begins."""
+    begun = home.manifest() if home.has_trained else manifest(config)
+    write_atomically(home.manifest_file, json.dumps(begun | told | {"corpus": prepared.to_json()}, indent=1).encode())
+    write_atomically(home.config_file, config.to_yaml().encode())
+    write_atomically(home.tokenizer_file, prepared.tokenizer.read_bytes())
 
 
 def follow(controller: Controller, display: Display) -> int:

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manta.trainer.checkpoint import store, vocabulary
@@ -387,6 +387,7 @@ def cut(tensor: torch.Tensor, shape: Sequence[int], places: list[Rectangle]) -> 
     return Pieces(tuple(shape), tensor.dtype, tuple((place, tensor[place.slices]) for place in places))
 
 
+@settings(deadline=None)  # it writes files
 @given(data=st.data(), shape=st.lists(st.integers(1, 9), min_size=1, max_size=3))
 def test_any_rectangle_is_read_out_of_any_chunks(tmp_path_factory, data, shape):
     directory = tmp_path_factory.mktemp("cut")
@@ -433,6 +434,7 @@ def test_what_is_large_is_read_in_parts_and_only_the_blocks_that_are_needed(tmp_
     assert sum(asked) <= wanted.count * 4 + wanted.sizes[0] * 2 * BLOCK
 
 
+@settings(deadline=None)  # it writes files
 @given(data=st.data())
 def test_rows_of_another_vocabulary_are_found_by_token(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("rows")

@@ -1,7 +1,5 @@
 """One rank of a run, from its run directory to its exit code."""
 
-import hashlib
-import json
 import logging
 import signal
 from contextlib import nullcontext
@@ -10,12 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from manta.data import mixture, order, packing
 from manta.data.errors import InputError
 from manta.data.live import Cursor, LiveSamples, check_ranks, open_samples
 from manta.data.tokenizer import ids
 from manta.trainer.checkpoint import store, vocabulary
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError
+from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.keeping import Keep
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.saver import Saver
@@ -74,12 +72,7 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
         compile_blocks=_compiles(config, world.device),
     )
     log.info("built %s parameters in %s: %s", f"{parameters:,}", config.precision, layout)
-    identity = {"corpus": prepared.fingerprint, "config": _digest(config.identity()), "order": str(order.VERSION)}
-    if config.data.mixture:
-        identity["mixture"] = str(mixture.VERSION)
-    if config.data.packing == "best_fit":
-        identity["packing"] = str(packing.VERSION)
-    told = config.checkpoint
+    identity, told = identity_of(config, prepared), config.checkpoint
     saver = Saver(
         home.checkpoints,
         identity=identity,
@@ -191,7 +184,3 @@ def begin_from(engine: Engine, start: str, tokenizer: Path | None = None) -> Non
         raise InputError(f"run.start_from: {start}: got no checkpoint there, wants a run's directory, an imported one, or a checkpoint's")
     refresh(engine)
     log.info("began from the weights of %s", checkpoint.at)
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

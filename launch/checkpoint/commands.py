@@ -90,3 +90,28 @@ def now(
     from manta.launch.checkpoint import requested
 
     typer.echo(requested.now(run, timeout=timeout))
+
+
+@app.command(epilog="For example: manta checkpoint convert deepspeed/checkpoints run.yaml run.dir=runs/mine")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="DS_DIR", help="What engine.save_checkpoint wrote.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The config of the run that goes on from there.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the config.", show_default=False)
+    ] = None,
+    *,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHOSE", help="manta or huggingface: whose names the model had. Not given, the files tell.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Go on with manta where plain DeepSpeed stopped: weights, optimizer state, step and loss scale, under ZeRO 0, 1, 2 or 3.
+
+    Makes the run directory, which must be new. The config says what the run was: the same model, optimizer and batch.
+    """
+    from manta.launch.checkpoint import converted
+
+    typer.echo(converted.convert(source, file, overrides or [], names))
+    typer.echo(f"go on with it: {converted.next_command(file, overrides or [])}")

@@ -1,0 +1,22 @@
+"""What a run's weights depend on, as fingerprints: a checkpoint of other ones is another run's."""
+
+import hashlib
+import json
+
+from manta.data import mixture, order, packing
+from manta.data.manifest import Prepared
+from manta.trainer.config import TrainingConfig
+
+
+def identity_of(config: TrainingConfig, prepared: Prepared) -> dict[str, str]:
+    """Of the run of this config over this corpus."""
+    identity = {"corpus": prepared.fingerprint, "config": _digest(config.identity()), "order": str(order.VERSION)}
+    if config.data.mixture:
+        identity["mixture"] = str(mixture.VERSION)
+    if config.data.packing == "best_fit":
+        identity["packing"] = str(packing.VERSION)
+    return identity
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
