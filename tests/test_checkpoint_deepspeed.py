@@ -445,6 +445,30 @@ def test_another_model_or_optimizer_is_refused_with_the_first_difference(few, si
     assert "lm_head.weight: got it tied to transformer.wte.weight, wants it apart" in refused(*of["GPT2LMHeadModel"], model=untied)
 
 
+def test_without_zero_weights_are_never_guessed(few, tmp_path):
+    directory = next(directory for directory, way in few if way == Plain("llama", 0))
+    at = Path(shutil.copytree(directory / f"global_step{SAVED}", tmp_path / "whole"))
+    wanted = {name: states["exp_avg"] for name, states in deepspeed.load(at).parameters.items()}
+    held = torch.load(at / "mp_rank_00_model_states.pt", weights_only=False)
+    matrices, others = held["optimizer"]["param_groups"]
+    numbers, names = matrices["params"], [name for name, weight in held["module"].items() if weight.ndim > 1]
+    odd, even = ({**matrices, "params": numbers[first::2]} for first in (0, 1))
+    held["optimizer"]["param_groups"] = [odd, even, others]
+    torch.save(held, at / "mp_rank_00_model_states.pt")
+    assert "got several groups of the optimizer that it may be in, wants one; save under ZeRO 1, 2 or 3" in refused(at)
+    for group, of_group in ((odd, names[::2]), (even, names[1::2]), (others, [name for name in wanted if name not in names])):
+        group["param_names"] = of_group
+    torch.save(held, at / "mp_rank_00_model_states.pt")
+    found = deepspeed.load(at).parameters
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name]["exp_avg"], wanted[name]) for name in wanted)
+    held["module"]["norm.weight"] = torch.ones(65)
+    for group in (odd, even, others):
+        del group["param_names"]
+    torch.save(held, at / "mp_rank_00_model_states.pt")
+    assert "norm.weight: got [65], and the optimizer has no weight of that shape next" in refused(at)
+
+
 def test_what_deepspeed_was_told_otherwise_is_said(simple):
     saved = deepspeed.load(simple)
     assert differences(saved, config_of(SIMPLE)) == []
@@ -479,7 +503,15 @@ def plain_run(directory: Path, config: TrainingConfig, tokens: int, batches: lis
     return losses
 
 
-def test_what_was_converted_by_the_command_is_a_run_that_goes_on(case, tmp_path, monkeypatch):
+def typed(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """The command in this process: its exit code, and what it says of a mistake."""
+    monkeypatch.setattr(sys, "argv", ["manta", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_what_was_converted_by_the_command_is_a_run_that_goes_on(case, tmp_path, monkeypatch, capsys):
     given = ["run.dir=from deepspeed", "train.steps=8", "schedule.shape=constant", "evaluate.every_steps=100", "optimizer.epsilon=1e-5"]
     config = load(case.file, given)
     with monkeypatch.context() as there:  # and not where ranks are forked: the user's own files lie there
@@ -496,22 +528,16 @@ def test_what_was_converted_by_the_command_is_a_run_that_goes_on(case, tmp_path,
     assert path == str(case.home / "from deepspeed/checkpoints/step-00000005")
     assert told == f"go on with it: {shlex.join(['manta', 'train', str(case.file), *given])}"
     assert RunDirectory(case.home / "from deepspeed").manifest()["manta"]
-    again = case.manta(*command)
-    assert again.returncode == 2
-    assert "holds a run that has trained already" in again.stderr
+    with monkeypatch.context() as there:
+        there.chdir(case.home)
+        code, said = typed(there, capsys, *command)
+    assert code == 2
+    assert "holds a run that has trained already" in said
     done = case.manta(*shlex.split(told.removeprefix("go on with it: manta ")))
     assert done.returncode == 0, done.stderr
     lines = read_metrics(case.home / "from deepspeed/metrics.jsonl")
     assert [line["step"] for line in lines] == [6, 7, 8]
     assert [line["train/loss"] for line in lines] == pytest.approx(wanted[5:], rel=1e-6)
-
-
-def typed(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
-    """The command in this process: its exit code, and what it says of a mistake."""
-    monkeypatch.setattr(sys, "argv", ["manta", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code, capsys.readouterr().err
 
 
 def test_what_can_not_go_on_is_told_in_a_line_and_nothing_is_written(case, simple, monkeypatch, capsys):
