@@ -24,11 +24,11 @@ import xxhash
 
 from manta.trainer.batch import Batch
 from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, name_of, to_bytes
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.saver import Saver
 from manta.trainer.checkpoint.state import logical_shapes, logical_state, progress
-from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.config import OptimizerConfig, TrainConfig
 from manta.trainer.engine import Engine
 from manta.trainer.layout import fits

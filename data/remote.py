@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 from manta.data.errors import InputError
+from manta.data.remote_errors import meaning, status_of, told_of
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +42,8 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _OPTIONS: dict[str, dict[str, Any]] = {  # tries are counted here and nowhere below; two parts at a time, each of 50 MB and more
     "s3": {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 1}}, "max_concurrency": 2}
 }
-# Each store's library has errors of its own, with no base in common and not always installed: they are told by name.
-_BROKEN = {
-    "ConnectionError",
-    "FlexibleChecksumError",
-    "TimeoutError",
-    "HTTPClientError",
-    "ClientConnectionError",
-    "ClientPayloadError",
-    "IncompleteRead",
-    "IncompleteReadError",
-    "ResponseParserError",
-    "TransportError",
-    "ServiceRequestError",
-    "ServiceResponseError",
-}
-_LOCKED_OUT = {"PermissionError", "NoCredentialsError", "PartialCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError"}
 _HASHES = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "generation")  # as each store calls them
 _TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
-_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -258,7 +242,7 @@ def _range(url: str, start: int, stop: int) -> bytes:
         try:
             return store.cat_file(url, start=start, end=stop)
         except Exception as error:
-            if _status(error) == 416:
+            if status_of(error) == 416:
                 return b""  # it ends before the start
             raise
 
@@ -297,8 +281,8 @@ def _ask(url: str, action: Callable[[Any], T]) -> T:
         try:
             return action(store)
         except Exception as error:  # noqa: BLE001  each store's library has errors of its own
-            told = _told(error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error)
-            final = _final(url, error, told)
+            told = told_of(error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error)
+            final = meaning(url, error, told)
             if final is None and attempt == TRIES:
                 final = OSError(f"{url}: {TRIES} tries failed, the last with {told}")
             if final is not None:
@@ -326,7 +310,7 @@ def _store(url: str) -> Any:
     try:
         store, _ = fsspec.url_to_fs(url, **_OPTIONS.get("s3" if scheme == "s3a" else scheme, {}))
     except (ValueError, TypeError) as error:
-        raise InputError(f"{url}: {_told(error)}; wants a URL, and settings in the environment, with which {scheme}:// opens") from None
+        raise InputError(f"{url}: {told_of(error)}; wants a URL, and settings in the environment, with which {scheme}:// opens") from None
     if scheme in {"s3", "s3a"}:
         store.retries = 1
     return store
@@ -339,49 +323,3 @@ def _forget_the_parents_loop() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_the_parents_loop)
-
-
-def _final(url: str, error: Exception, told: str) -> Exception | None:
-    """What an error means to the caller; None where another try may do."""
-    if isinstance(error, InputError):
-        return error
-    status = _status(error)
-    names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-    if names & _BROKEN or (status is not None and (status >= 500 or status in {408, 429})):
-        return None
-    if status in {401, 403} or names & _LOCKED_OUT:
-        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if url.startswith("s3") else "the store's own"
-        return InputError(f"{url}: no access ({told}); wants credentials that may: set {keys} in the environment")
-    if status == 404 or isinstance(error, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, "no such object, or no such bucket", url)
-    if names & {"ValueError", "ParamValidationError"}:
-        return InputError(f"{url}: {told}; wants a URL that its store can read; mend it")
-    return OSError(f"{url}: {told}")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from: a store may call missing what it could not ask for."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error, or what caused it, tells of."""
-    for cause in _causes(error):
-        response: Any = getattr(cause, "response", None)
-        if isinstance(response, dict):  # botocore
-            return cast("dict[str, Any]", response).get("ResponseMetadata", {}).get("HTTPStatusCode")
-        for holder, name in ((cause, "status"), (cause, "status_code"), (cause, "code"), (response, "status_code")):
-            if isinstance(found := getattr(holder, name, None), int):
-                return found
-    return None
-
-
-def _told(error: BaseException) -> str:
-    """An error in one line, without what the environment keeps secret."""
-    text = " ".join(str(error).split())
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET.search(name):
-            text = text.replace(value, f"${name}")
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

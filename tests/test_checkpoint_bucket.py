@@ -8,14 +8,15 @@ from object_store import BUCKET, ObjectStore, Proxy
 
 from manta.data import remote
 from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint.bucket import Bucket
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError, UnreachableError
 from manta.trainer.checkpoint.keeping import Keep
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.reading import read
 from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.storage import Bucket, storage_of
 from manta.trainer.metrics import read_metrics
+from manta.trainer.rundir import storage_of
 
 SHAPES = {"master/embedding.weight": (1000, 4500), "master/norm.weight": (64,)}  # 18 MB: more than one part of an upload
 
@@ -103,7 +104,7 @@ def test_a_damaged_or_missing_object_is_passed_over_and_set_aside(where, caplog)
     assert where.bad() == ["step-00000002", "step-00000003"]
     saver(where, attempt=2).fence()
     assert second in objects(where), "what was set aside stays for whoever wants to look"
-    where.delete_bad("step-00000002")
+    where.delete("step-00000002")
     assert where.bad() == ["step-00000003"]
 
 

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.reading import read
-from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.metrics import read_metrics
 
 

@@ -16,10 +16,10 @@ import torch
 from manta.cluster.journal import read_events
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import FencedError, SaveError
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.metrics import read_metrics
 
 MIB, PAGE = 1 << 20, 4096

@@ -17,12 +17,12 @@ from spmd import spmd
 
 from manta.data.durable import write_atomically
 from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.keeping import Keep
 from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.reading import read
 from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.storage import Folder
 
 SHAPES = {"master/embedding.weight": (300, 1000), "master/norm.weight": (64,), "exp_avg/norm.weight": (64,)}
 KEPT = re.compile(r"step-\d{8}|bad-step-\d{8}|fence\.json|latest")

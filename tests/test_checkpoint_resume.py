@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from manta.trainer.checkpoint.storage import Folder
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.metrics import read_metrics
 
 STEPS, WARMUP = 24, 16

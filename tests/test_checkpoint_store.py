@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from manta.trainer.checkpoint import store, vocabulary
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError
+from manta.trainer.checkpoint.fence import Fence
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.keeping import Keep, surplus
 from manta.trainer.checkpoint.manifest import BLOCK, Progress, name_of
 from manta.trainer.checkpoint.pieces import Pieces
@@ -24,7 +26,6 @@ from manta.trainer.checkpoint.reading import SPAN, read
 from manta.trainer.checkpoint.rectangles import Rectangle, rectangles
 from manta.trainer.checkpoint.saver import Saver
 from manta.trainer.checkpoint.share import SPREAD, Held, plan
-from manta.trainer.checkpoint.storage import Folder
 
 SHAPES = {"master/embedding.weight": (700, 1024), "master/norm.weight": (1024,), "exp_avg/norm.weight": (1024,), "master/scale": ()}
 
@@ -209,11 +210,14 @@ def test_an_attempt_that_froze_as_it_was_about_to_commit_finds_nothing_to_commit
     dead, live = saver(checkpoints, attempt=1), saver(checkpoints, attempt=2)
     dead.fence()
 
-    def froze(_: str) -> bool:
-        live.fence()  # between the look and the rename
-        return True
+    look = dead.where._fence
 
-    monkeypatch.setattr(dead.where, "holds", froze)
+    def froze() -> Fence:
+        seen = look()
+        live.fence()  # between the look and the rename
+        return seen
+
+    monkeypatch.setattr(dead.where, "_fence", froze)
     with pytest.raises(SaveError, match="No such file"):
         dead.save(whole(tensors(12)), progress(12))
     assert Folder(checkpoints).names() == ["step-00000008", "step-00000004"]
@@ -223,12 +227,15 @@ def test_an_attempt_that_froze_as_it_was_about_to_commit_leaves_another_s_checkp
     dead, live = saver(checkpoints, attempt=1), saver(checkpoints, attempt=2)
     dead.fence()
 
-    def froze(_: str) -> bool:
+    look = dead.where._fence
+
+    def froze() -> Fence:
+        seen = look()
         live.fence()
         live.save(whole(tensors(13)), progress(12))  # the same step, meanwhile
-        return True
+        return seen
 
-    monkeypatch.setattr(dead.where, "holds", froze)
+    monkeypatch.setattr(dead.where, "_fence", froze)
     with pytest.raises(SaveError, match="No such file"):
         dead.save(whole(tensors(12)), progress(12))
     assert Folder(checkpoints).names()[0] == "step-00000012"
@@ -260,6 +267,12 @@ def test_who_runs_it_by_hand_comes_after_whoever_was_there(checkpoints):
     live.fence()
     with pytest.raises(FencedError, match="attempt 4 has begun since"):
         by_hand.save(whole(tensors(16)), progress(16))
+
+
+def test_a_damaged_fence_is_told_and_nobody_saves_over_it(checkpoints):
+    (checkpoints / "fence.json").write_text('{"attempt":')
+    with pytest.raises(CheckpointError, match=r"fence\.json: .*; it is not as it was written: delete it once no other attempt runs"):
+        saver(checkpoints, attempt=2).fence()
 
 
 # In the background

@@ -22,10 +22,10 @@ from manta.launch.cli import app
 from manta.trainer.batch import IGNORED, Batch
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.convert.architectures import ARCHITECTURES, GPT2, architecture_for
 from manta.trainer.convert.configs import from_theirs
 from manta.trainer.convert.huggingface import export

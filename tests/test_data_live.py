@@ -31,10 +31,10 @@ from manta.data.samples import Samples
 from manta.data.timeline import Timeline
 from manta.data.tokenizer import Tokenizer
 from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.config import TrainConfig
 from manta.trainer.layout import plan
 from manta.trainer.reader import Reader

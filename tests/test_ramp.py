@@ -50,7 +50,7 @@ from manta.launch.train import steps_in_words
 from manta.trainer import engine as engines
 from manta.trainer.batch import _NOISE, Batch
 from manta.trainer.checkpoint import store
-from manta.trainer.checkpoint.storage import Folder
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.config import BatchConfig, ParallelConfig, TrainConfig
 from manta.trainer.engine import Engine
 from manta.trainer.layout import Layout, fits

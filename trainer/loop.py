@@ -98,9 +98,7 @@ class Loop:
                 self.heartbeat("save", step)
                 saves.save(step, line, wait=False)
         self.heartbeat("save", step)
-        saves.finish()
-        if step != saves.saved:
-            saves.save(step, line, wait=True)
+        saves.end(step, line)
         if metrics:
             metrics.close()
         self.heartbeat("done", step)

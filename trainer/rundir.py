@@ -16,10 +16,17 @@ from pydantic import ValidationError
 from manta.data.errors import InputError
 from manta.data.manifest import Prepared
 from manta.data.remote import is_remote
+from manta.trainer.checkpoint.bucket import Bucket
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import step_of
-from manta.trainer.checkpoint.storage import Storage, storage_of
+from manta.trainer.checkpoint.storage import Storage
 from manta.trainer.config import TrainingConfig
 from manta.trainer.model_config import ModelConfig
+
+
+def storage_of(where: str | Path) -> Storage:
+    """Checkpoints at a path or a URL."""
+    return Bucket(str(where)) if is_remote(str(where)) else Folder(Path(where))
 
 
 def origin_of(start: str) -> tuple[Storage, str | None]:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -69,6 +70,13 @@ class Saves:
             if not self._saver.is_busy:
                 self._settle()
 
+    def end(self, step: int, line: Line) -> None:
+        """The last save, where it is not made yet, whatever became of the one before."""
+        with suppress(SaveError):  # told in the log
+            self.finish()
+        if step != self.saved:
+            self.save(step, line, wait=True)
+
     def finish(self) -> None:
         """Waits for the save under way. Raises SaveError where it failed, and as many before it as are tolerated."""
         busy = self._saver.is_busy
@@ -85,6 +93,7 @@ class Saves:
         self._answer()
         tolerated = self._config.checkpoint.tolerate
         if wait or self.failures > tolerated:
+            log.error("could not save: %s", error)
             raise error
         log.error("could not save, and train on (%d of %d such failures in a row are tolerated): %s", self.failures, tolerated, error)
 

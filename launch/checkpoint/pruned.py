@@ -6,9 +6,7 @@ from pathlib import Path
 
 from manta.launch.checkpoint.listed import found
 from manta.trainer.checkpoint import store
-from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.keeping import Keep, surplus
-from manta.trainer.checkpoint.storage import Storage
 from manta.trainer.rundir import RunDirectory
 
 
@@ -20,18 +18,11 @@ def prune(where: str, *, keep: int, best: int, every: int | None, bad: bool, dry
         newest = store.newest(place)
         assert newest is not None, "there are names"
         name = newest.at.rpartition("/")[2]
-        for one in surplus(place.names(), name, Keep(newest=keep, best=best, every=every), lambda one: _loss(place, one)):
+        for one in surplus(place.names(), name, Keep(newest=keep, best=best, every=every), lambda one: store.validation_loss(place, one)):
             if not dry_run:
                 place.delete(one)
             yield one
         for one in place.bad() if bad else []:
             if not dry_run:
-                place.delete_bad(one)
+                place.delete(one)
             yield one
-
-
-def _loss(place: Storage, name: str) -> float | None:
-    try:
-        return store.look(place, name).about.get("validation_loss")
-    except CheckpointError:
-        return None

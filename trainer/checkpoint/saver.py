@@ -16,12 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from manta.data.errors import InputError
-from manta.trainer.checkpoint.errors import CheckpointError, SaveError
+from manta.trainer.checkpoint.errors import SaveError
+from manta.trainer.checkpoint.folder import FULL
 from manta.trainer.checkpoint.keeping import Keep, surplus
-from manta.trainer.checkpoint.manifest import Checkpoint, File, Progress, from_bytes, name_of, to_bytes
+from manta.trainer.checkpoint.manifest import Checkpoint, File, Progress, name_of, to_bytes
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.share import Plan, Share, held, plan
-from manta.trainer.checkpoint.storage import FULL, Storage
+from manta.trainer.checkpoint.storage import Storage
+from manta.trainer.checkpoint.store import validation_loss
 from manta.trainer.checkpoint.together import first_deals, first_hears, first_says, rank_of_ranks
 
 log = logging.getLogger(__name__)
@@ -177,12 +179,6 @@ class Saver:
         """Only the attempt that the run belongs to deletes, and never what it has just saved."""
         if self._keep is None:
             return
-        for name in surplus(self.where.names(), newest, self._keep, self._validation_loss):
+        for name in surplus(self.where.names(), newest, self._keep, lambda name: validation_loss(self.where, name)):
             if self.where.holds(self._token):
                 self.where.delete(name)
-
-    def _validation_loss(self, name: str) -> float | None:
-        try:
-            return from_bytes(self.where.manifest(name), name).about.get("validation_loss")
-        except (CheckpointError, OSError):
-            return None  # a bad one is not among the best

@@ -30,6 +30,14 @@ def look(where: Storage, name: str) -> Checkpoint:
     return checkpoint
 
 
+def validation_loss(where: Storage, name: str) -> float | None:
+    """What was measured at its step; None where nothing was, or its manifest can not be read: a bad one is not among the best."""
+    try:
+        return look(where, name).about.get("validation_loss")
+    except CheckpointError:
+        return None
+
+
 def verify(where: Storage, name: str) -> Checkpoint:
     """Reads every byte of the checkpoint. Raises CheckpointError with the first thing that is not as its manifest says."""
     checkpoint = look(where, name)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.data.tokenizer import Tokenizer
+from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.storage import Folder
 from manta.trainer.convert import files
 from manta.trainer.convert.architectures import Architecture
 from manta.trainer.convert.configs import Config, from_theirs, number

@@ -1,0 +1,92 @@
+"""Checkpoints in an object store. One's files lie below its name and the token of who wrote them."""
+
+from manta.data import remote
+from manta.trainer.checkpoint.fence import FENCE, Fence
+from manta.trainer.checkpoint.manifest import MANIFEST
+from manta.trainer.checkpoint.storage import BAD, LATEST, Body, Reader, newest_first, tell_latest
+
+
+class Bucket:
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def bad(self) -> list[str]:
+        return [url.split("/")[-2] for url in self._objects(f"step-*/{BAD}{MANIFEST}")]
+
+    def names(self) -> list[str]:
+        return newest_first(url.split("/")[-2] for url in self._objects(f"step-*/{MANIFEST}"))
+
+    def at(self, name: str) -> str:
+        return remote.join(self.url, name)
+
+    def manifest(self, name: str) -> bytes:
+        return remote.read_bytes(remote.join(self.url, name, MANIFEST))
+
+    def size(self, name: str, file: str) -> int:
+        return remote.size_of(remote.join(self.url, name, file))
+
+    def reader(self, name: str, file: str) -> Reader:
+        return _BucketReader(remote.join(self.url, name, file))
+
+    def fence(self, attempt: int, token: str) -> None:
+        remote.write_bytes(remote.join(self.url, FENCE), self._fence().next(attempt, token, self.url).to_bytes())
+        kept = {url.split("/")[-2] for url in self._objects("step-*/*.json")}  # committed, or set aside
+        for url in self._objects("step-*/*/*"):  # by dead attempts
+            if url.split("/")[-3] not in kept:
+                remote.delete(url)
+
+    def holds(self, token: str) -> bool:
+        return self._fence().is_held_by(token)
+
+    def write(self, name: str, token: str, file: str, body: Body) -> str:
+        within = f"{token}/{file}"
+        remote.write_parts(remote.join(self.url, name, within), body)
+        return within
+
+    def free(self) -> int | None:
+        return None
+
+    def commit(self, name: str, token: str, manifest: bytes) -> None:
+        self._fence().refuse(token, self.at(name))
+        remote.write_bytes(remote.join(self.url, name, MANIFEST), manifest)
+        latest = remote.join(self.url, LATEST)
+        tell_latest(latest, name, lambda: remote.write_bytes(latest, f"{name}\n".encode()))
+
+    def abandon(self, name: str, token: str) -> None:
+        for url in self._objects(f"{name}/{token}/*"):
+            remote.delete(url)
+
+    def delete(self, name: str) -> None:
+        """The manifest first: without, nothing of it counts."""
+        remote.delete(remote.join(self.url, name, MANIFEST))
+        for url in self._objects(f"{name}/**"):
+            remote.delete(url)
+
+    def set_aside(self, name: str) -> None:
+        remote.write_bytes(remote.join(self.url, name, f"{BAD}{MANIFEST}"), self.manifest(name))
+        remote.delete(remote.join(self.url, name, MANIFEST))
+
+    def _objects(self, pattern: str) -> list[str]:
+        try:
+            return [file.url for file in remote.listing(remote.join(self.url, pattern))]
+        except FileNotFoundError:
+            return []
+
+    def _fence(self) -> Fence:
+        return Fence.read(lambda: remote.read_bytes(remote.join(self.url, FENCE)), self.url)
+
+
+class _BucketReader:
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def read_into(self, start: int, buffer: memoryview) -> int:
+        content = remote.read_range(self._url, start, start + len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        """Nothing is held open."""
