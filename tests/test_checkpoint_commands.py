@@ -101,7 +101,10 @@ def test_pruning_never_takes_the_newest_valid_one(case, run):
     assert len(where.names()) == 2
 
 
-@pytest.mark.parametrize("command", ["list", "verify", "inspect", "prune"])
+SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in ("verify", "inspect", "prune")]
+
+
+@pytest.mark.parametrize("command", ["list", *SLOW])
 def test_where_there_is_none_it_is_said(case, command, tmp_path):
     refused = case.manta("checkpoint", command, str(tmp_path))
     assert refused.returncode == 2
@@ -110,6 +113,7 @@ def test_where_there_is_none_it_is_said(case, command, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_is_saved_on_request(case):
     shape = ("train.steps=3000", "checkpoint.every_steps=3000", "evaluate.every_steps=3000", "evaluate.samples=1")
     with case.start("train", str(case.file), "run.dir=asked", *shape) as running:

@@ -169,6 +169,7 @@ save(Path(sys.argv[2]), 8, attempt=2)
 CHANGES = {"unlink": "remove", "unlinkat": "remove"}  # what an audit event calls otherwise
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace on this machine")
 def test_tracing_misses_no_operation_that_the_kernel_sees(tmp_path):
     for name in ("ours", "theirs"):
@@ -210,7 +211,10 @@ def by_two(directory: Path, killed: int, kill_at: int) -> None:
     saver.save(tensors(8), Progress(step=8, samples_consumed=8, optimizer_steps=8))
 
 
-@pytest.mark.parametrize(("killed", "kill_at"), [(1, 2), (1, 4), (0, 2), (0, 4), (0, 7), (0, 9)])
+SLOW = [pytest.param(*where, marks=pytest.mark.slow) for where in ((1, 4), (0, 2), (0, 4), (0, 9))]
+
+
+@pytest.mark.parametrize(("killed", "kill_at"), [(1, 2), (0, 7), *SLOW])
 def test_a_rank_killed_as_it_saves_leaves_the_checkpoint_before(tmp_path, killed, kill_at):
     save(tmp_path, 4, attempt=1)
     with pytest.raises(AssertionError, match=r"died|Error"):

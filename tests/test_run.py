@@ -94,7 +94,10 @@ def test_a_rank_killed_in_mid_run_changes_no_loss(case, undisturbed):
     assert len(written) > STEPS, "no step was done twice: the kill came too late to prove anything"
 
 
-@pytest.mark.parametrize(("before", "after", "told", "code"), [(2, 1, signal.SIGTERM, 75), (1, 2, signal.SIGINT, 130)])
+FROM_ONE_TO_TWO = pytest.param(1, 2, signal.SIGINT, 130, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("before", "after", "told", "code"), [(2, 1, signal.SIGTERM, 75), FROM_ONE_TO_TWO])
 def test_a_stopped_run_goes_on_with_another_number_of_ranks(case, undisturbed, before, after, told, code):
     run = f"from {before} to {after}"
     with case.start("train", str(case.file), f"run.dir={run}", f"cluster.ranks_per_node={before}") as running:

@@ -60,6 +60,7 @@ def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(case, gp
     assert "began from the weights of" in (case.home / run / "logs/attempt-0001/rank-0000.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpt2")
 def test_weights_of_another_tokenizer_are_told(case):
     preset = "model={preset: imported/gpt2/model.yaml}"
