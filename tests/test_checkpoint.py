@@ -21,10 +21,11 @@ from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.keeping import Keep
+from manta.trainer.checkpoint.manifest import LOSS_SCALER
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.rectangles import rectangles
 from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.state import LOSS_SCALER, load_masters, logical_state, progress, refresh, restore, settle
+from manta.trainer.checkpoint.state import load_masters, logical_state, progress, refresh, restore, settle
 from manta.trainer.config import ParallelConfig, TrainConfig
 from manta.trainer.engine import Engine
 from manta.trainer.layout import fits

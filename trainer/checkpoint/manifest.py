@@ -22,6 +22,7 @@ from manta.trainer.checkpoint.rectangles import Rectangle
 FORMAT = 2
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20  # bytes that share a hash
+LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # fp16's: every field that changes, as DeepSpeed calls it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,14 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from manta.trainer.checkpoint import store
-from manta.trainer.checkpoint.manifest import Checkpoint, Progress
+from manta.trainer.checkpoint.manifest import LOSS_SCALER, Checkpoint, Progress
 from manta.trainer.checkpoint.pieces import Pieces
 from manta.trainer.checkpoint.storage import Storage
 from manta.trainer.engine import Engine
 from manta.trainer.optim import STATES
 from manta.trainer.parallel import cuts
-
-LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Size, Tensor
 
 from manta.data.errors import InputError
+from manta.trainer.checkpoint.manifest import LOSS_SCALER
 from manta.trainer.convert.deepspeed_files import folder, model_file, read, share_files
 
-LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 MASTER = "master"
 States = dict[str, Tensor]  # of one parameter: MASTER, and what the optimizer keeps for it
 
