@@ -24,10 +24,10 @@ from manta.launch.config import load
 from manta.trainer.batch import IGNORED, Batch
 from manta.trainer.checkpoint import store
 from manta.trainer.checkpoint.folder import Folder
-from manta.trainer.checkpoint.manifest import Progress
+from manta.trainer.checkpoint.manifest import LOSS_SCALER, Progress
 from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.state import LOSS_SCALER, restore, settle
 from manta.trainer.checkpoint.state import progress as progress_of
+from manta.trainer.checkpoint.state import restore, settle
 from manta.trainer.config import OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from manta.trainer.convert import deepspeed
 from manta.trainer.convert.deepspeed_names import differences, logical_state, progress
