@@ -3,6 +3,7 @@
 The server is moto's, a process of its own; it ends with the one that started it. Everything a client needs to reach it is in `environment`.
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -40,6 +41,7 @@ class ObjectStore:
     def stop(self) -> None:
         self._server.kill()
         self._server.communicate()
+        forget()
 
     def put(self, key: str, content: bytes) -> str:
         """The URL of an object with this content."""
@@ -62,6 +64,16 @@ class ObjectStore:
             assert answer.status < 300, told
         finally:
             connection.close()
+
+
+def forget() -> None:
+    """Close connections to a store that is gone, or that the environment names no longer; a forked child that collects them would wait
+    for their loop.
+    """
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    gc.collect()
 
 
 def url(key: str) -> str:

@@ -418,7 +418,13 @@ def test_a_checkpoint_tells_its_cursors(tmp_path):
 # Whole runs
 
 STEPS = 40
-LIVE = ("data.live=true", "data.sources=[documents/*.txt]", f"train.steps={STEPS}", "checkpoint.every_steps=5", "evaluate.every_steps=20")
+LIVE = (
+    "data.live=true",
+    "data.sources=[documents/*.txt]",
+    f"train.steps={STEPS}",
+    "checkpoint.every_steps=5",
+    "evaluate.every_steps=15",
+)  # not where it is stopped
 
 
 def digests(case, run: str) -> list[int]:

@@ -1,6 +1,5 @@
 """Files in an object store, and a node's cache of them: each once, whole, within its limit, whatever breaks."""
 
-import gc
 import gzip
 import logging
 import multiprocessing
@@ -17,7 +16,6 @@ from threading import Thread
 
 import object_store
 import pytest
-import s3fs
 import xxhash
 
 from manta.data import cache, remote
@@ -37,7 +35,7 @@ def store():
 def everyones(store):
     with object_store.Proxy(store.port) as proxy:
         yield proxy
-        forget()
+        object_store.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -55,18 +53,12 @@ def elsewhere(monkeypatch):
     """Sets and unsets what tells of a store, so that the next request goes by that."""
 
     def go(**environment):
-        forget()
+        object_store.forget()
         for name, value in environment.items():
             monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
 
     yield go
-    forget()
-
-
-def forget():
-    """Close connections to a store that the environment names no longer; a forked child that collects them would wait for their loop."""
-    s3fs.S3FileSystem.clear_instance_cache()
-    gc.collect()
+    object_store.forget()
 
 
 def content(seed, size=100_000):

@@ -2,7 +2,6 @@
 
 import bz2
 import functools
-import gc
 import gzip
 import io
 import json
@@ -14,7 +13,6 @@ from pathlib import Path
 import fsspec
 import object_store
 import pytest
-import s3fs
 import zstandard
 from reading import DOCUMENTS, arrow, pieces, places, put, read, skipped, table, told
 
@@ -91,10 +89,8 @@ def bucket(monkeypatch):
         for name, value in proxy.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(remote, "WAIT", 0.01)
-        s3fs.S3FileSystem.clear_instance_cache()
+        object_store.forget()
         yield store, proxy
-        s3fs.S3FileSystem.clear_instance_cache()  # what it knows of is gone
-        gc.collect()
 
 
 def test_a_bucket_is_read_as_a_disk_is_through_answers_that_break(bucket, tmp_path):
