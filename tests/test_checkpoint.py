@@ -174,7 +174,7 @@ EXPERTS = [{"expert": 2}, {"expert": 2, "zero": 3}]
 
 def test_what_any_layout_saved_others_load(tmp_path):
     families = (
-        ("adamw", [*cells("llama", "fp32", 2, *STAGES, OFFLOADED[1], {"tensor": 2}), *cells("llama", "fp32", 1, {})]),
+        ("adamw", [*cells("llama", "fp32", 2, STAGES[1], STAGES[3], {"tensor": 2}), *cells("llama", "fp32", 1, {})]),
         ("sgd", cells("gpt2", "bf16", 2, {"zero": 2}, {"zero": 3})),
         ("adamw", cells("gpt2", "fp16", 2, {"zero": 1}, {"zero": 3, "offload": True})),
         ("adamw", cells("gpt2-moe", "fp32", 2, *EXPERTS)),

@@ -82,6 +82,7 @@ def test_what_is_in_a_checkpoint_is_told(case, trained):
     assert "--match: got 'nothing', which no weight of" in refused.stderr
 
 
+@pytest.mark.slow
 def test_pruning_never_takes_the_newest_valid_one(case, run):
     where = Folder(run / "checkpoints")
     before = where.names()

@@ -511,6 +511,7 @@ def typed(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     return ended.value.code, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_converted_by_the_command_is_a_run_that_goes_on(case, tmp_path, monkeypatch, capsys):
     given = ["run.dir=from deepspeed", "train.steps=8", "schedule.shape=constant", "evaluate.every_steps=100", "optimizer.epsilon=1e-5"]
     config = load(case.file, given)

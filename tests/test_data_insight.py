@@ -377,6 +377,7 @@ def test_verify_tells_of_all_that_is_damaged(case, run, of):
         assert told(case, "verify", *where)["damaged"] == []
 
 
+@pytest.mark.slow
 def test_a_corpus_in_an_object_store_is_looked_at_where_it_lies(case, tmp_path):
     prepared, cache = (str(case.file), "data.directory=s3://corpus/corpora"), tmp_path / "cache"
     where = (*prepared, f"data.cache.directory={cache}")

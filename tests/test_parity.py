@@ -77,7 +77,8 @@ def test_the_comparison_notices_a_fault(fault, cell, put_in, optimizer):
     assert not difference.within(BOUNDS[cell.precision]), fault
 
 
-@pytest.mark.parametrize("name", [pytest.param("bert", marks=pytest.mark.slow), "gpt2-moe"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "gpt2-moe"])
 def test_the_comparison_notices_a_doubled_gradient_of_any_one_weight(name):
     differences = spmd(each_doubled, 1, name, "bf16")[0]
     assert len(differences) > 30

@@ -350,6 +350,7 @@ def test_status_and_the_start_tell_of_the_phases(case, ramped):
     )
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_mid_ramp_changes_no_loss(case, ramped):
     with case.start("train", str(case.file), "run.dir=ramp killed", *RAMP, "cluster.keep_warm=true") as running:
         wait_for_step(case, "ramp killed", 15, running)

@@ -167,6 +167,7 @@ def assert_same(again: list[dict], before: list[dict]) -> None:
         assert [line[key] for key in told] == pytest.approx([other[key] for key in told], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_tensor_parallelism(case, undisturbed):
     again = resume(case, taken_back(case, undisturbed, "cut"), "parallel.tensor=2")
     assert [line["step"] for line in again] == [37, 38, 39, 40]
@@ -363,6 +364,7 @@ def test_what_keeps_a_model_in_bounds_is_told_apart_from_its_loss():
     assert told == "loss 5.5000 (masked language 5.0000, next sentence 0.5000)  9 tokens/s"
 
 
+@pytest.mark.slow
 def test_samples_may_be_skipped_from_where_a_run_has_come_to(case, undisturbed):
     shutil.copytree(case.home / undisturbed, case.home / "skipping")
     more = ("run.dir=skipping", f"train.steps={STEPS + 2}")
@@ -374,6 +376,7 @@ def test_samples_may_be_skipped_from_where_a_run_has_come_to(case, undisturbed):
     assert [line["step"] for line in lines(case, "skipping")][-1] == STEPS + 2
 
 
+@pytest.mark.slow
 def test_a_run_that_never_trained_begins_anew_with_another_corpus(case, undisturbed):
     home = case.home / "begun"
     home.mkdir()
