@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import secrets
 import shlex
 import sys
 import time
@@ -24,6 +25,7 @@ from manta.data.live import check_ranks, open_samples
 from manta.data.live_sources import as_prepared, placed
 from manta.data.manifest import Prepared, is_there
 from manta.data.prepare import find, prepare
+from manta.data.remote import delete, is_remote, join, write_bytes
 from manta.data.samples import Samples
 from manta.launch import __version__
 from manta.launch.config import RunConfig, load
@@ -42,7 +44,7 @@ def train(config: RunConfig) -> int:
     if config.data.live:
         config = config.model_copy(update={"data": placed(config.data)})
     home = RunDirectory(config.run.dir.absolute())
-    check_place(home)
+    check_places(home, config)
     ranks = ranks_at_hand(config)
     layout = plan(config.train, ranks, config.parallel)
     refuse_another_run(home, config)
@@ -104,13 +106,30 @@ def ranks_at_hand(config: RunConfig) -> int:
     return asked
 
 
-def check_place(home: RunDirectory) -> None:
-    """Raises InputError where the run directory could not be made: said before a corpus is prepared, not after."""
-    nearest = next(path for path in (home.path, *home.path.parents) if path.exists())
+def check_places(home: RunDirectory, config: RunConfig) -> None:
+    """Raises InputError where the run, or its checkpoints, could not be written: said before a corpus is prepared, not after."""
+    check_directory("run.dir", home.path)
+    there = config.checkpoint.directory
+    if there is None:
+        return
+    if not is_remote(there):
+        check_directory("checkpoint.directory", Path(there).absolute())
+        return
+    trial = join(there, f"trial-{secrets.token_hex(4)}")
+    try:
+        write_bytes(trial, b"whether checkpoints can be saved here")
+        delete(trial)
+    except (OSError, InputError) as error:
+        raise InputError(f"checkpoint.directory: got {there}, wants a place that can be written: {error}") from None
+
+
+def check_directory(key: str, path: Path) -> None:
+    """Raises InputError where it is not there and could not be made, or could not be written."""
+    nearest = next(each for each in (path, *path.parents) if each.exists())
     if not nearest.is_dir():
-        raise InputError(f"run.dir: got {home.path}, wants a directory, and {nearest} is a file; choose another")
+        raise InputError(f"{key}: got {path}, wants a directory, and {nearest} is a file; choose another")
     if not os.access(nearest, os.W_OK):
-        raise InputError(f"run.dir: got {home.path}, and {nearest} can not be written; choose another, or change its permissions")
+        raise InputError(f"{key}: got {path}, and {nearest} can not be written; choose another, or change its permissions")
 
 
 def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:

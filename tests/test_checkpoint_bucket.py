@@ -91,7 +91,7 @@ def test_a_damaged_or_missing_object_is_passed_over_and_set_aside(where, caplog)
     begun = saver(where)
     for step in (1, 2, 3):
         begun.save(tensors(step), progress(step))
-    second, third = (next(name for name in objects(where) if name.startswith(f"step-0000000{n}/a")) for n in (2, 3))
+    second, third = (next(name for name in objects(where) if name.startswith(f"step-0000000{n}/a") and "rank" in name) for n in (2, 3))
     content = bytearray(remote.read_bytes(f"{where.url}/{second}"))
     content[len(content) // 2] ^= 1
     remote.write_bytes(f"{where.url}/{second}", bytes(content))
@@ -126,6 +126,30 @@ def test_a_dead_attempt_can_not_commit_and_leaves_nothing(where, monkeypatch):
     assert not [name for name in objects(where) if name.startswith("step-00000001")]
 
 
+def test_a_dead_attempt_that_thaws_at_the_very_commit_leaves_a_later_one_s_checkpoint_alone(where, monkeypatch):
+    """It looked at the fence in time, then froze: no store can tell its manifest from one of a live attempt."""
+    dead, live = saver(where, attempt=1), saver(where, attempt=2)
+    dead.fence()
+    put = remote.write_bytes
+
+    def freeze(url: str, content: bytes) -> None:
+        if url.endswith("manifest.json") and "/a0001-" in url:
+            live.fence()
+            live.save(tensors(2), progress(2))
+            live.save(tensors(3), progress(3))
+        put(url, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "write_bytes", freeze)
+        dead.save(tensors(2), progress(2))
+    assert is_of(where, 2), "that of the attempt in the fence"
+    saver(where, attempt=3).fence()
+    assert is_of(where, 2), "that of the later one"
+    assert store.take_newest(where, lambda found: read(where, found, {})).progress.step == 3
+    where.delete("step-00000002")
+    assert where.names() == ["step-00000003"], "nor does the dead one's come to light"
+
+
 def test_a_connection_cut_in_mid_upload_is_tried_again(where, proxy):
     proxy.hang_up(at=5_000_000, times=3)
     saver(where).save(tensors(1), progress(1))
@@ -153,12 +177,14 @@ def test_a_store_that_can_not_be_reached_makes_no_checkpoint_bad(where, proxy):
     begun = saver(where)
     for step in (1, 2):
         begun.save(tensors(step), progress(step))
-    key = next(f"{where.url}/{name}" for name in objects(where) if name.startswith("step-00000002/a")).removeprefix(f"s3://{BUCKET}/")
+    key = next(f"{where.url}/{name}" for name in objects(where) if name.startswith("step-00000002/a") and "rank" in name).removeprefix(
+        f"s3://{BUCKET}/"
+    )
 
     def take(found: Checkpoint) -> None:
         read(where, found, {})
 
-    for failing in (key, f"{where.url.removeprefix(f's3://{BUCKET}/')}/step-00000002/manifest.json"):
+    for failing in (key, key.replace("rank-0000.safetensors", "manifest.json")):
         proxy.refuse(failing, status=503, times=1000)
         with pytest.raises(UnreachableError, match=rf"step-00000002/.*{remote.TRIES} tries failed, the last with"):
             store.take_newest(where, take)
@@ -178,6 +204,16 @@ def test_a_store_that_is_down_from_end_to_end_of_a_save_fails_it_and_no_more(whe
     proxy.reset()
     begun.save(tensors(3), progress(3))
     assert where.names() == ["step-00000003", "step-00000001"]
+
+
+def test_a_place_that_can_not_be_written_is_told_before_a_run_begins(case, server):
+    for there, wants in ((f"s3://{BUCKET}x/run", "no such bucket"), (str(case.file), "wants a directory")):
+        told = case.manta("train", str(case.file), "run.dir=never", f"checkpoint.directory={there}", **server.environment)
+        assert told.returncode == 2
+        (line,) = told.stderr.splitlines()
+        assert "checkpoint.directory: got " in line
+        assert wants in line
+        assert not (case.home / "never").exists()
 
 
 @pytest.mark.slow

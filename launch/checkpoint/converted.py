@@ -7,7 +7,7 @@ from manta.data.errors import InputError
 from manta.data.live import open_samples
 from manta.launch.config import RunConfig, load
 from manta.launch.display import say
-from manta.launch.train import check_own_model, check_place, corpus, lay_out
+from manta.launch.train import check_own_model, check_places, corpus, lay_out
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import name_of
 from manta.trainer.checkpoint.saver import Saver
@@ -27,7 +27,7 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     if names is not None and names not in NAMES:
         raise InputError(f"--names: got {names!r}, wants {' or '.join(NAMES)}; leave it out to have the files tell")
     home = RunDirectory(config.run.dir.absolute())
-    check_place(home)
+    check_places(home, config)
     where = home.checkpoints_of(config.checkpoint.directory)
     if home.has_trained or where.names():
         raise InputError(f"{home.path}: holds a run that has trained already, wants a new directory; choose another run.dir")

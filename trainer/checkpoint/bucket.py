@@ -1,4 +1,11 @@
-"""Checkpoints in an object store. One's files lie below its name and the token of who wrote them."""
+"""Checkpoints in an object store. One's files, and its manifest, lie below its name and the token of who wrote them.
+
+So no attempt writes where another does, however late it comes. Where two have saved the same step, that of the attempt in the fence counts,
+else that of the later one.
+"""
+
+import errno
+import os
 
 from manta.data import remote
 from manta.trainer.checkpoint.fence import FENCE, Fence
@@ -14,16 +21,16 @@ class Bucket:
         return self.url
 
     def bad(self) -> list[str]:
-        return [url.split("/")[-2] for url in self._objects(f"step-*/{BAD}{MANIFEST}")]
+        return [name for name, _ in self._manifests(f"{BAD}{MANIFEST}")]
 
     def names(self) -> list[str]:
-        return newest_first(url.split("/")[-2] for url in self._objects(f"step-*/{MANIFEST}"))
+        return newest_first(name for name, _ in self._manifests(MANIFEST))
 
     def at(self, name: str) -> str:
         return remote.join(self.url, name)
 
     def manifest(self, name: str) -> bytes:
-        return remote.read_bytes(remote.join(self.url, name, MANIFEST))
+        return remote.read_bytes(remote.join(self.url, name, self._token_of(name), MANIFEST))
 
     def size(self, name: str, file: str) -> int:
         return remote.size_of(remote.join(self.url, name, file))
@@ -33,9 +40,9 @@ class Bucket:
 
     def fence(self, attempt: int, token: str) -> None:
         remote.write_bytes(remote.join(self.url, FENCE), self._fence().next(attempt, token, self.url).to_bytes())
-        kept = {url.split("/")[-2] for url in self._objects("step-*/*.json")}  # committed, or set aside
+        kept = {*self._manifests(MANIFEST), *self._manifests(f"{BAD}{MANIFEST}")}
         for url in self._objects("step-*/*/*"):  # by dead attempts
-            if url.split("/")[-3] not in kept:
+            if _place(url) not in kept:
                 remote.delete(url)
 
     def holds(self, token: str) -> bool:
@@ -51,7 +58,7 @@ class Bucket:
 
     def commit(self, name: str, token: str, manifest: bytes) -> None:
         self._fence().refuse(token, self.at(name))
-        remote.write_bytes(remote.join(self.url, name, MANIFEST), manifest)
+        remote.write_bytes(remote.join(self.url, name, token, MANIFEST), manifest)
         latest = remote.join(self.url, LATEST)
         tell_latest(latest, name, lambda: remote.write_bytes(latest, f"{name}\n".encode()))
 
@@ -60,14 +67,27 @@ class Bucket:
             remote.delete(url)
 
     def delete(self, name: str) -> None:
-        """The manifest first: without, nothing of it counts."""
-        remote.delete(remote.join(self.url, name, MANIFEST))
-        for url in self._objects(f"{name}/**"):
+        """The manifests first: without, nothing of it counts."""
+        for url in sorted(self._objects(f"{name}/*/*"), key=lambda url: not url.endswith(f"/{MANIFEST}")):
             remote.delete(url)
 
     def set_aside(self, name: str) -> None:
-        remote.write_bytes(remote.join(self.url, name, f"{BAD}{MANIFEST}"), self.manifest(name))
-        remote.delete(remote.join(self.url, name, MANIFEST))
+        token = self._token_of(name)
+        manifest = remote.join(self.url, name, token, MANIFEST)
+        remote.write_bytes(remote.join(self.url, name, token, f"{BAD}{MANIFEST}"), remote.read_bytes(manifest))
+        remote.delete(manifest)
+
+    def _manifests(self, file: str) -> dict[tuple[str, str], None]:
+        """Of which checkpoint, and whose."""
+        return dict.fromkeys(_place(url) for url in self._objects(f"step-*/*/{file}"))
+
+    def _token_of(self, name: str) -> str:
+        """Whose a committed one is. Raises FileNotFoundError where there is none."""
+        tokens = [_place(url)[1] for url in self._objects(f"{name}/*/{MANIFEST}")]
+        if not tokens:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.at(name))
+        own = self._fence().token
+        return max(tokens, key=lambda token: (token == own, token))
 
     def _objects(self, pattern: str) -> list[str]:
         try:
@@ -77,6 +97,12 @@ class Bucket:
 
     def _fence(self) -> Fence:
         return Fence.read(lambda: remote.read_bytes(remote.join(self.url, FENCE)), self.url)
+
+
+def _place(url: str) -> tuple[str, str]:
+    """Of which checkpoint an object is, and who wrote it."""
+    name, token, _ = url.rsplit("/", 3)[1:]
+    return name, token
 
 
 class _BucketReader:
