@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -48,17 +50,18 @@ class NodeAgent:
     """A Ray actor, but written as a plain class: every method runs on one event loop, in one thread, so there is nothing to lock."""
 
     def __init__(
-        self, *, address: str, command: Sequence[str], environment: Mapping[str, str], directory: Path, ranks: int, scratch: Path
+        self, *, address: str, program: Sequence[str], environment: Mapping[str, str], directory: Path, sharing: int, scratch: Path | None
     ) -> None:
+        """sharing: ranks of the run on this machine, whichever agents start them."""
         self._address = address
-        self._command = command
+        self._command = (sys.executable, *program)
         self._directory = directory
-        self._count = ranks
-        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._scratch = Path(tempfile.mkdtemp(prefix="agent-", dir=scratch))
+        if scratch is not None:
+            scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._scratch = Path(tempfile.mkdtemp(prefix="manta-agent-", dir=scratch))
         self._environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(NOT_FOR_RANKS)},
-            "OMP_NUM_THREADS": str(max(1, cores() // ranks)),
+            "OMP_NUM_THREADS": str(max(1, cores() // sharing)),
             **environment,
             "MANTA_STANDBY": "1",
         }
@@ -82,16 +85,16 @@ class NodeAgent:
             probe.bind((self._address, 0))
             return probe.getsockname()[1]
 
-    async def warm(self) -> list[int]:
-        """Have a full set of spares; they warm up on their own. Their process ids."""
+    async def warm(self, count: int) -> list[int]:
+        """Have so many spares; they warm up on their own. Their process ids."""
         self._spares = [spare for spare in self._spares if spare.alive]
-        self._spares += [self._spawn() for _ in range(self._count - len(self._spares))]
+        self._spares += [self._spawn() for _ in range(count - len(self._spares))]
         return [spare.pid for spare in self._spares]
 
     async def start(self, attempt: int, places: Sequence[Mapping[str, str]]) -> list[int]:
         """Make the spares the ranks of an attempt, starting what is missing. Their process ids."""
         await self.kill()
-        await self.warm()
+        await self.warm(len(places))
         self._ranks = [self._place(self._spares.pop(0), attempt, place) for place in places]
         self._reported = None
         return [rank.process.pid for rank in self._ranks]
@@ -188,7 +191,8 @@ def _tail(path: Path) -> str:
 
 def _interface(address: str) -> str:
     """The network interface that carries an address: gloo and NCCL are told to use it, or they may pick another."""
+    wanted = "127.0.0.1" if ipaddress.ip_address(address).is_loopback else address  # the loopback answers to all of 127.0.0.0/8
     for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == address for a in addresses):
+        if any(a.address == wanted for a in addresses):
             return name
     raise LookupError(f"no network interface has the address {address}")

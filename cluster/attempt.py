@@ -1,5 +1,7 @@
 """One attempt: from the word "go" to its outcome. It says what it sees as events, and leaves what follows to its caller."""
 
+import bisect
+import itertools
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from manta.cluster.failure import LEFT, SAVED, Failure, RankStatus, explain, gui
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event
 from manta.cluster.orders import Orders
+from manta.cluster.placement import Place
+from manta.cluster.room import Room
 
 if TYPE_CHECKING:
     from manta.cluster.nodes import Nodes  # it imports Ray, which must wait until its environment stands
@@ -32,7 +36,12 @@ class Left:
     saved: bool
 
 
-Outcome = Done | Left | Failure
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regrouped:
+    """The ranks saved and left, for there are nodes for more of them."""
+
+
+Outcome = Done | Left | Regrouped | Failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +51,16 @@ class Attempt:
     job: Job
     config: ClusterConfig
     orders: Orders
+    room: Room
 
     def run(self) -> Generator[Event, None, Outcome]:
         """NodeLostError goes up to the caller; after any other outcome no rank is left."""
         for index, facts in self.nodes.welcome():
             yield self._event("node-ready", node=index, host=facts.host, address=facts.address)
-        pids = self.nodes.start(self.number, places(self.job, self.number, self.nodes.facts, self.nodes.free_port()))
-        yield self._event("attempt-started", ranks=[{"rank": rank, "pid": pid} for rank, pid in enumerate(pids)])
+        environments = places(self.job, self.number, self.nodes.places, self.nodes.facts, self.nodes.free_port())
+        pids = self.nodes.start(self.number, environments)
+        ranks = [{"rank": rank, "pid": pid, "node": self.node_of(rank)} for rank, pid in enumerate(pids)]
+        yield self._event("attempt-started", ranks=ranks)
         stepped = False
         while True:
             statuses = self.nodes.poll(TICK)
@@ -64,6 +76,10 @@ class Attempt:
                 if self.config.keep_warm:
                     self.nodes.warm()
                 yield self._event("first-step", step=min(status.step for status in statuses))
+            if stepped and (more := self.room.for_more(self.nodes.places)):
+                yield self._event("nodes-appeared", ranks=more.ranks, nodes=[str(place.machine) for place in more.places])
+                outcome = yield from self._leave()
+                return Regrouped() if outcome == Left(saved=True) and not self.orders.leave else outcome
             if hung := stalled(statuses, start_timeout=self.config.start_timeout, step_timeout=self.config.step_timeout):
                 return (yield from self._hang(hung))
             yield self._tick(statuses)
@@ -83,7 +99,8 @@ class Attempt:
         self.nodes.dump_stacks()
         time.sleep(STACKS)
         self.nodes.kill()
-        yield self._event("rank-failed", rank=failure.rank, code=None, cause=failure.cause.name, message=failure.message, step=failure.step)
+        told = {"rank": failure.rank, "code": None, "cause": failure.cause.name, "message": failure.message, "step": failure.step}
+        yield self._event("rank-failed", **told, **self._where(failure.rank))
         return failure
 
     def _leave(self) -> Generator[Event, None, Done | Left]:
@@ -114,9 +131,22 @@ class Attempt:
             message=failure.message,
             step=status.step,
             phase=status.phase,
+            **self._where(status.rank),
             traceback=status.error.traceback if status.error else status.tail,
             noticed_after=round(noticed - status.exited_at, 3),
         )
+
+    def node_of(self, rank: int) -> int:
+        """Which node it is on."""
+        ends = list(itertools.accumulate(place.ranks for place in self.nodes.places))
+        return bisect.bisect_right(ends, rank)
+
+    def _where(self, rank: int | None) -> dict[str, str]:
+        """Which machine a rank is on, for people and by its id."""
+        if rank is None:
+            return {}
+        machine = self.nodes.places[self.node_of(rank)].machine
+        return {"host": machine.host, "address": machine.address, "machine": machine.id}
 
     def _tick(self, statuses: Sequence[RankStatus]) -> Event:
         return self._event(POLL, ranks=[{"rank": s.rank, "step": s.step, "phase": s.phase, "quiet": round(s.quiet, 2)} for s in statuses])
@@ -125,21 +155,23 @@ class Attempt:
         return Event(kind=kind, attempt=self.number, time=time.time(), details=details)
 
 
-def places(job: Job, attempt: int, facts: Sequence[NodeFacts], port: int) -> list[list[dict[str, str]]]:
+def places(job: Job, attempt: int, nodes: Sequence[Place], facts: Sequence[NodeFacts], port: int) -> list[list[dict[str, str]]]:
     """The environment of every rank, node by node: ranks are numbered along the nodes."""
+    count = sum(node.ranks for node in nodes)
+    numbers = iter(range(count))
     return [
         [
             {
-                "RANK": str(node * job.ranks_per_node + local),
-                "WORLD_SIZE": str(job.ranks),
+                "RANK": str(next(numbers)),
+                "WORLD_SIZE": str(count),
                 "LOCAL_RANK": str(local),
-                "LOCAL_WORLD_SIZE": str(job.ranks_on(node)),
+                "LOCAL_WORLD_SIZE": str(node.ranks),
                 "MASTER_ADDR": facts[0].address,
                 "MASTER_PORT": str(port),
                 "MANTA_ATTEMPT": str(attempt),
-                **{name: job.environment.get(name, facts[node].interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
+                **{name: job.environment.get(name, about.interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
             }
-            for local in range(job.ranks_on(node))
+            for local in range(node.ranks)
         ]
-        for node in range(job.nodes)
+        for node, about in zip(nodes, facts, strict=True)
     ]

@@ -1,24 +1,53 @@
 """How much machinery a run gets and how patient it is: the `cluster` section."""
 
-from typing import Literal
+import re
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+_RANGE = re.compile(r"([1-9]\d*)(?:\.\.([1-9]\d*))?")
+
+
+def _is_range(nodes: int | str) -> int | str:
+    """Raises ValueError where it is no number of nodes, nor a range of them."""
+    found = _RANGE.fullmatch(str(nodes))
+    if found is None or int(found[1]) > int(found[2] or found[1]):
+        raise ValueError("wants a number of nodes, as 4, or a range, as 2..8")
+    return nodes
 
 
 class ClusterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    nodes: Literal[1] = 1
-    """Machines to run on. Only 1 so far: this machine."""
+    nodes: Annotated[int | str, AfterValidator(_is_range)] = 1
+    """Nodes to run on. `4` begins on 4, and where some are lost goes on with those that are left; `2..8` begins on as many as there are,
+    and waits where fewer than 2 are left. Either takes in nodes that come (back). On one machine, 2 or more are a rehearsal."""
     ranks_per_node: int | None = Field(default=None, ge=1)
-    """Ranks on each machine. Unset: one a GPU; without a GPU two, or one on a single core."""
+    """Ranks on each node. Unset: one a GPU; without a GPU two, or one on a single core."""
     start_timeout: float = Field(default=600.0, gt=0)
-    """Seconds a rank may go without a sign of life before its first step (imports, compilation, loading a checkpoint), or as it saves."""
+    """Seconds to wait for nodes; and that a rank may go without a sign of life before its first step (imports, compilation, loading a
+    checkpoint), or as it saves."""
     step_timeout: float = Field(default=300.0, gt=0)
     """Seconds a rank may go without a sign of life (one a micro batch) once it steps; then the attempt counts as hung and is restarted."""
+    node_timeout: float = Field(default=30.0, gt=0)
+    """Seconds a node may leave its controller without an answer; then it counts as lost, and the run goes on without it."""
     grace: float = Field(default=60.0, ge=0)
     """Seconds the ranks have to save and leave when the run is told to stop."""
     restarts_without_progress: int = Field(default=3, ge=0)
     """Restarts in a row that get no further than an attempt before them until the run gives up."""
     keep_warm: bool = True
     """Keep spare processes ready (everything imported), so that a restart takes tenths of a second. Costs their memory."""
+
+    @property
+    def least(self) -> int:
+        """Nodes without which the run does not begin."""
+        return int(str(self.nodes).split("..", maxsplit=1)[0])
+
+    @property
+    def most(self) -> int:
+        return int(str(self.nodes).rsplit("..", maxsplit=1)[-1])
+
+    @property
+    def least_left(self) -> int:
+        """Nodes without which a run that has begun does not go on."""
+        return self.least if ".." in str(self.nodes) else 1

@@ -1,4 +1,7 @@
-"""The run from outside: attempt after attempt, until it is done, told to leave, or beyond help."""
+"""The run from outside: attempt after attempt, until it is done, told to leave, or beyond help.
+
+How it stands follows from its events alone (run_state.py), and every event is in the journal before anything comes of it.
+"""
 
 import contextlib
 import os
@@ -9,95 +12,128 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manta.cluster.attempt import Attempt, Done, Left, Outcome
+from manta.cluster.attempt import Attempt, Done, Left, Outcome, Regrouped
 from manta.cluster.config import ClusterConfig
-from manta.cluster.failure import Cause, Failure, GiveUp, Policy, decide
+from manta.cluster.failure import Cause, GiveUp, Policy, decide
 from manta.cluster.job import Job
-from manta.cluster.journal import POLL, Event, Journal
+from manta.cluster.journal import POLL, Event, Journal, read_events
 from manta.cluster.orders import Orders
-from manta.cluster.runtime import ADDRESS, local_ray
+from manta.cluster.placement import PlacementError
+from manta.cluster.room import Room
+from manta.cluster.run_state import advance, replay
+from manta.cluster.runtime import Ray
 
 if TYPE_CHECKING:
     from manta.cluster.nodes import Nodes
 
-LEFT_SAVED, LEFT_UNSAVED, INTERRUPTED = 75, 143, 130
+LEFT_SAVED, LEFT_UNSAVED, INTERRUPTED, USAGE = 75, 143, 130, 2
 USERS_CHOICE = ("OMP_NUM_THREADS",)  # Ray sets it for its workers, so what the user said must be handed over
+LOOK = 0.25  # seconds between two looks for nodes
 
 
 class Controller:
     """Supervises a job from this process's main thread. `run` yields what happens; the last event, run-ended, has the exit code."""
 
-    def __init__(self, job: Job, config: ClusterConfig) -> None:
+    def __init__(self, job: Job, config: ClusterConfig, ray: Ray) -> None:
         said = {name: os.environ[name] for name in USERS_CHOICE if name in os.environ}
         self._job = replace(job, directory=job.directory.absolute(), environment={**said, **job.environment})
-        self._config = config
+        self._config, self._ray = config, ray
+        self._policy = Policy(restarts_without_progress=config.restarts_without_progress)
         self._orders = Orders()
-        self._history: list[Failure] = []
-        self._attempt = 0
-        self._step = 0
 
     def run(self) -> Iterator[Event]:
         """Close it early and everything is ended at once."""
-        journal = Journal(self._job.directory / "events.jsonl")
-        with journal, self._orders, contextlib.closing(self._events()) as events:
-            self._attempt = journal.last_attempt
+        file = self._job.directory / "events.jsonl"
+        self._state = replay(read_events(file))
+        with Journal(file) as journal, self._orders, contextlib.closing(self._events()) as events:
             for event in events:
-                if event.kind == POLL:
-                    self._step = max((rank["step"] for rank in event.details["ranks"]), default=0)
-                else:
+                self._state = advance(self._state, event)
+                if event.kind != POLL:
                     journal.write(event)
                 yield event
 
     def _events(self) -> Generator[Event, None, None]:
-        yield self._event("run-started", ranks=self._job.ranks, command=list(self._job.command))
+        yield self._event("run-started", program=list(self._job.program), took_over=self._state.phase != "ended")
         code = None
         try:
             while code is None:
-                with local_ray(nodes=self._job.nodes) as scratch:
+                with self._ray.connected() as scratch:
                     code = yield from self._supervise(scratch)
         except SystemExit:  # a SIGTERM met Ray's own handler, which stands while it starts
             self._orders.note(signal.SIGTERM)
             code = self._left(saved=False)
         yield self._event("run-ended", exit_code=code)
 
-    def _supervise(self, scratch: Path) -> Generator[Event, None, int | None]:
+    def _supervise(self, scratch: Path | None) -> Generator[Event, None, int | None]:
         """The exit code, or None when it is Ray itself that is gone and must be started anew."""
         from manta.cluster.nodes import Nodes  # Ray is up
 
-        policy = Policy(restarts_without_progress=self._config.restarts_without_progress)
-        with contextlib.closing(Nodes(self._job, address=ADDRESS, scratch=scratch)) as nodes:
+        room = Room(self._job, self._config)
+        with contextlib.closing(Nodes(self._job, scratch=scratch, timeout=self._config.node_timeout)) as nodes:
             while self._orders.leave is None:
-                outcome = yield from self._try(nodes)
+                code = yield from self._gather(nodes, room)
+                if code is not None or self._orders.leave:
+                    break
+                outcome = yield from self._try(nodes, room)
                 if isinstance(outcome, Done):
                     return 0
                 if isinstance(outcome, Left):
                     return self._left(saved=outcome.saved)
+                if isinstance(outcome, Regrouped):
+                    yield self._event("decided", decision="regroup")
+                    continue
                 if self._orders.leave:
                     break
-                self._history.append(outcome)
-                decision = decide(self._history, policy)
+                decision = decide(self._state.history, self._policy)
                 if isinstance(decision, GiveUp):
                     yield self._event("decided", decision="give up", reason=decision.reason)
                     return decision.exit_code
-                yield self._event("decided", decision="restart", after=decision.after)
+                leave_out = room.leave_out(self._state.history)
+                yield self._event("decided", decision="restart", after=decision.after, leave_out=sorted(leave_out))
                 nodes.warm()
                 self._pause(decision.after)
-                if outcome.cause is Cause.NODE_LOST and not nodes.have_machines:
+                if outcome.cause is Cause.NODE_LOST and self._ray.on_one_node and not room.left(self._state.suspects):
                     return None
-            return INTERRUPTED if self._orders.leave is signal.SIGINT else LEFT_UNSAVED
+            else:
+                return INTERRUPTED if self._orders.leave is signal.SIGINT else LEFT_UNSAVED
+            return code if code is not None else self._left(saved=False)
 
-    def _try(self, nodes: "Nodes") -> Generator[Event, None, Outcome]:
-        from manta.cluster.nodes import NodeLostError
+    def _gather(self, nodes: "Nodes", room: Room) -> Generator[Event, None, int | None]:
+        """Waits for nodes to run on, and takes them; or gives the exit code with which the run ends."""
+        begun, told = time.monotonic(), ""
+        while self._orders.leave is None:
+            try:
+                placement = room.enough(time.monotonic() - begun, suspects=self._state.suspects, has_begun=self._state.has_begun)
+            except PlacementError as error:
+                yield self._event("decided", decision="give up", reason=str(error))
+                return USAGE
+            if placement is not None:
+                machines = [{"id": p.machine.id, "host": p.machine.host, "address": p.machine.address} for p in placement.places]
+                yield self._event("nodes-gathered", ranks=placement.ranks, nodes=machines)
+                nodes.take(placement)
+                return None
+            if time.monotonic() - begun > self._config.start_timeout:
+                yield self._event("decided", decision="give up", reason=f"{room.missing()} within {self._config.start_timeout:g} s")
+                return 1
+            if room.missing() != told:
+                told = room.missing()
+                yield self._event("waiting", message=told)
+            time.sleep(LOOK)
+        return None
 
-        self._attempt += 1
-        attempt = Attempt(number=self._attempt, nodes=nodes, job=self._job, config=self._config, orders=self._orders)
+    def _try(self, nodes: "Nodes", room: Room) -> Generator[Event, None, Outcome]:
+        from manta.cluster.nodes import NodeLostError, answers
+
+        attempt = Attempt(number=self._state.attempt + 1, nodes=nodes, job=self._job, config=self._config, orders=self._orders, room=room)
         try:
             outcome = yield from attempt.run()
         except NodeLostError as lost:
-            nodes.replace(lost.node)
-            yield self._event("node-lost", node=lost.node, message=lost.reason)
-            outcome = Failure(cause=Cause.NODE_LOST, rank=None, step=self._step, message=str(lost))
-        yield self._event("attempt-stopped", outcome=type(outcome).__name__.lower())
+            machine = nodes.drop(lost.node).machine
+            alive = answers(machine) and "answered" not in lost.reason
+            details = {"host": machine.host, "address": machine.address, "machine": machine.id, "suspect": not alive}
+            yield self._event("node-lost", attempt.number, node=lost.node, message=f"{machine}: {lost.reason}", **details)
+            outcome = self._state.history[-1]
+        yield self._event("attempt-stopped", attempt.number, outcome=type(outcome).__name__.lower())
         return outcome
 
     def _pause(self, seconds: float) -> None:
@@ -110,5 +146,5 @@ class Controller:
             return INTERRUPTED
         return LEFT_SAVED if saved else LEFT_UNSAVED
 
-    def _event(self, kind: str, **details: Any) -> Event:
-        return Event(kind=kind, attempt=self._attempt, time=time.time(), details=details)
+    def _event(self, kind: str, attempt: int | None = None, **details: Any) -> Event:
+        return Event(kind=kind, attempt=self._state.attempt if attempt is None else attempt, time=time.time(), details=details)

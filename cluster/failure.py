@@ -58,12 +58,13 @@ class RankStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """One ended attempt. `rank` is the first to fail: the others fell over it. `step` is the last it finished."""
+    """One ended attempt. `rank` is the first to fail: the others fell over it. `step` is the last it finished. `machine`: where."""
 
     cause: Cause
     rank: int | None
     step: int
     message: str
+    machine: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +101,7 @@ def decide(history: Sequence[Failure], policy: Policy) -> Restart | GiveUp:
     failures = [f for f in history if f.cause is not Cause.PREEMPTED]
     if last.cause is Cause.EXCEPTION and len(failures) > 1 and _alike(failures[-2], last):
         return GiveUp(reason=f"rank {last.rank} failed twice at step {last.step} with the same error: {last.message}")
-    tries = _tries_without_progress(failures)
+    tries = len(without_progress(failures))
     if tries > policy.restarts_without_progress:
         return GiveUp(reason=f"{tries} attempts and no step beyond {max(f.step for f in failures)}; the last: {last.message}")
     return Restart(after=0.0 if tries == 1 else min(policy.longest_backoff, policy.backoff * 2 ** (tries - 2)))
@@ -165,10 +166,10 @@ def _alike(one: Failure, other: Failure) -> bool:
     return (one.cause, one.step, one.message) == (other.cause, other.step, other.message)
 
 
-def _tries_without_progress(failures: Sequence[Failure]) -> int:
-    furthest, tries = -1, 0
-    for failure in failures:
+def without_progress(failures: Sequence[Failure]) -> Sequence[Failure]:
+    """Those since the run last got further than ever before."""
+    furthest, since = -1, 0
+    for number, failure in enumerate(failures):
         if failure.step > furthest:
-            furthest, tries = failure.step, 0
-        tries += 1
-    return tries
+            furthest, since = failure.step, number
+    return failures[since:]

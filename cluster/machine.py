@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 
@@ -21,3 +22,21 @@ def gpus() -> int:
 def default_ranks() -> int:
     """One rank a GPU; without a GPU two, so that a laptop run is a distributed run, or one on a single core."""
     return gpus() or min(2, cores())
+
+
+def nvlink_island() -> str:
+    """Which NVLink fabric this machine's GPUs belong to; empty where it shares none with others, or has none."""
+    try:
+        told = subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return island_in(told)
+
+
+def island_in(report: str) -> str:
+    """The fabric that `nvidia-smi -q` names: cluster and clique, as they stand under Fabric."""
+    cluster = re.search(r"^\s+ClusterUUID\s+: ([0-9a-f-]{36})$", report, re.MULTILINE)
+    clique = re.search(r"^\s+CliqueId\s+: (\d+)$", report, re.MULTILINE)
+    if cluster is None or not cluster[1].strip("0-"):
+        return ""
+    return f"{cluster[1]}-{clique[1] if clique else 0}"

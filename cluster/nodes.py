@@ -1,23 +1,26 @@
-"""The nodes of a run: one agent on each, spoken to all at once. The only file that talks to Ray's actors.
+"""The nodes of a run: one agent on each, spoken to all at once. The only file that talks to Ray's nodes and actors.
 
 It is imported when Ray has been started: Ray reads its environment at import.
 """
 
+import socket
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
-import ray.util
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from manta.cluster.agent import NodeAgent, NodeFacts
 from manta.cluster.failure import RankStatus
+from manta.cluster.hosts import ISLAND
 from manta.cluster.job import Job
+from manta.cluster.placement import Machine, Place, Placement
 
-ANSWER = 30.0  # seconds in which an agent must answer; one that does not is as good as dead
+PROBE = 0.5  # seconds in which a living machine accepts a connection
 
 
 class NodeLostError(RuntimeError):
@@ -34,6 +37,7 @@ class NodeLostError(RuntimeError):
 
 @dataclass(slots=True)
 class _Node:
+    place: Place
     agent: Any
     sentinel: ray.ObjectRef[None]
     facts: NodeFacts | None = None
@@ -42,19 +46,60 @@ class _Node:
     ranks: tuple[RankStatus, ...] = ()
 
 
+def machines() -> list[Machine]:
+    """Those that Ray believes in, and that have room for an agent. It may be half a minute late to learn of a loss."""
+    return [
+        Machine(
+            id=found["NodeID"],
+            host=found["NodeManagerHostname"],
+            address=found["NodeManagerAddress"],
+            port=found["NodeManagerPort"],
+            cpus=int(found["Resources"]["CPU"]),
+            gpus=int(found["Resources"].get("GPU", 0)),
+            island=found.get("Labels", {}).get(ISLAND, ""),
+        )
+        for found in ray.nodes()
+        if found["Alive"] and found["Resources"].get("CPU", 0) >= 1
+    ]
+
+
+def answers(machine: Machine) -> bool:
+    """Whether somebody listens where its raylet did."""
+    try:
+        socket.create_connection((machine.address, machine.port), timeout=PROBE).close()
+    except OSError:
+        return False
+    return True
+
+
 class Nodes:
     """Agents, one a node, each told to warm its processes as soon as it exists: they import while ports are still being found."""
 
-    def __init__(self, job: Job, *, address: str, scratch: Path) -> None:
-        self._job = job
-        self._address = address
-        self._scratch = scratch
-        self._group = ray.util.placement_group([{"CPU": 1} for _ in range(job.nodes)], strategy="STRICT_SPREAD")
-        self._nodes = [self._start(index) for index in range(job.nodes)]
+    def __init__(self, job: Job, *, scratch: Path | None, timeout: float) -> None:
+        """timeout: seconds in which an agent must answer; one that does not is as good as dead."""
+        self._job, self._scratch, self._timeout = job, scratch, timeout
+        self._nodes: list[_Node] = []
 
     @property
     def facts(self) -> list[NodeFacts]:
         return [node.facts for node in self._nodes if node.facts is not None]
+
+    @property
+    def places(self) -> list[Place]:
+        return [node.place for node in self._nodes]
+
+    def take(self, placement: Placement) -> None:
+        """Have an agent on each machine of the placement, and on no other. Those that stay keep what they have warm."""
+        before = {node.place.machine.id: node for node in self._nodes}
+        hosts = Counter[str]()
+        for place in placement.places:
+            hosts[place.machine.host] += place.ranks
+        self._nodes = []
+        for place in placement.places:
+            node = before.pop(place.machine.id, None) or self._start(place, sharing=hosts[place.machine.host])
+            node.place = place
+            self._nodes.append(node)
+        self._end(list(before.values()))
 
     def welcome(self) -> list[tuple[int, NodeFacts]]:
         """Wait for the agents that are new, and learn where they are."""
@@ -74,7 +119,8 @@ class Nodes:
         return self._answer(0, self._nodes[0].agent.free_port.remote())
 
     def warm(self) -> None:
-        self._tell("warm")
+        for node in self._nodes:
+            node.agent.warm.remote(node.place.ranks)
 
     def terminate(self) -> None:
         self._tell("terminate")
@@ -101,45 +147,51 @@ class Nodes:
                 self._answer(index, node.sentinel)
             if node.poll in ready:
                 node.ranks, node.poll = tuple(self._answer(index, node.poll)), None
-            elif time.monotonic() - node.asked > wait + ANSWER:
-                raise NodeLostError(index, f"its agent has not answered for {ANSWER:.0f} s")
+            elif time.monotonic() - node.asked > wait + self._timeout:
+                raise NodeLostError(index, f"its agent has not answered for {self._timeout:g} s")
         return [status for node in self._nodes for status in node.ranks]
 
-    @property
-    def have_machines(self) -> bool:
-        """Whether Ray has as many machines as there are nodes (it learns of a dead one when it tells of its agent's death, or later)."""
-        return sum(machine["Alive"] for machine in ray.nodes()) >= len(self._nodes)
-
-    def replace(self, index: int) -> None:
-        """A new agent in place of a lost one. The old one's ranks die with it, if it still lives; those elsewhere are of no use."""
-        ray.kill(self._nodes[index].agent)
-        self._nodes[index] = self._start(index)
+    def drop(self, index: int) -> Place:
+        """Let go of a lost node. Its ranks die with its agent, if it still lives; those elsewhere are of no use."""
+        lost = self._nodes.pop(index)
+        ray.kill(lost.agent)
         self._tell("kill")
+        return lost.place
 
     def close(self) -> None:
         """Leave nothing behind, whatever state the agents are in."""
-        closing = [node.agent.close.remote() for node in self._nodes]
-        ray.wait(closing, num_returns=len(closing), timeout=2.0)
-        for node in self._nodes:
-            ray.kill(node.agent)
+        nodes, self._nodes = self._nodes, []
+        self._end(nodes)
 
-    def _start(self, index: int) -> _Node:
-        placed = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+    def _start(self, place: Place, *, sharing: int) -> _Node:
+        machine = place.machine
         agent: Any = (
             ray.remote(NodeAgent)
-            .options(num_cpus=1, scheduling_strategy=placed)
+            .options(
+                num_cpus=1,
+                num_gpus=machine.gpus,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(machine.id, soft=False),
+            )
             .remote(
-                address=self._address,
-                command=self._job.command,
+                address=machine.address,
+                program=self._job.program,
                 environment=self._job.environment,
                 directory=self._job.directory,
-                ranks=self._job.ranks_on(index),
+                sharing=sharing,
                 scratch=self._scratch,
             )
         )
         agent.follow_raylet.remote()
-        agent.warm.remote()
-        return _Node(agent=agent, sentinel=agent.sentinel.remote())
+        agent.warm.remote(place.ranks)
+        return _Node(place=place, agent=agent, sentinel=agent.sentinel.remote())
+
+    @staticmethod
+    def _end(nodes: list[_Node]) -> None:
+        closing = [node.agent.close.remote() for node in nodes]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=2.0)
+        for node in nodes:
+            ray.kill(node.agent)
 
     def _tell(self, method: str) -> None:
         for node in self._nodes:
@@ -153,6 +205,6 @@ class Nodes:
 
     def _answer(self, index: int, ref: Any) -> Any:
         try:
-            return ray.get(ref, timeout=ANSWER)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            return ray.get(ref, timeout=self._timeout)
+        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError, ray.exceptions.GetTimeoutError) as error:
             raise NodeLostError(index, f"its agent is gone ({type(error).__name__})") from error

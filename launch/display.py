@@ -92,7 +92,7 @@ class Display:
             self._console.print(f"step {line['step']}/{self._steps}  {told}")
             self._spoke = time.monotonic()
 
-    def _tell(self, event: Event) -> str | None:  # noqa: PLR0911  a table: a line a kind
+    def _tell(self, event: Event) -> str | None:  # noqa: C901, PLR0911  a table: a line a kind
         """One line for a transition; None for one that only the journal wants."""
         details, home = event.details, self._home
         match event.kind:
@@ -101,6 +101,14 @@ class Display:
                 return f"attempt {event.attempt}: rank {details['rank']} failed at step {details['step']}: {details['message']} ({log})"
             case "node-lost":
                 return f"attempt {event.attempt}: node {details['node']} lost: {details['message']}"
+            case "waiting":
+                return f"waiting: {details['message']}"
+            case "nodes-gathered" if len(details["nodes"]) > 1:
+                return f"{details['ranks']} ranks on {', '.join(node['address'] for node in details['nodes'])}"
+            case "nodes-appeared":
+                return f"attempt {event.attempt}: there is room for {details['ranks']} ranks now: saving, to go on with them"
+            case "decided" if details["decision"] == "regroup":
+                return None
             case "decided":
                 return f"attempt {event.attempt}: {details['decision']}" + (f": {details['reason']}" if "reason" in details else "")
             case "first-step" if details["step"] > 1:

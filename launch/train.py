@@ -5,7 +5,6 @@ import os
 import platform
 import secrets
 import shlex
-import sys
 import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from manta.cluster.controller import Controller
 from manta.cluster.job import Job
 from manta.cluster.journal import read_events
 from manta.cluster.machine import default_ranks, gpus
+from manta.cluster.runtime import LocalRay
 from manta.data.draws import numbered
 from manta.data.durable import write_atomically
 from manta.data.errors import InputError
@@ -33,7 +33,7 @@ from manta.launch.display import Display, say
 from manta.launch.origin import refuse_other_weights, start_of, tell_of_another_tokenizer
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import from_bytes
-from manta.trainer.layout import Layout, plan, turns_in_words
+from manta.trainer.layout import Layout, plan, sizes, turns_in_words
 from manta.trainer.rundir import RunDirectory
 
 STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
@@ -67,13 +67,13 @@ def train(config: RunConfig) -> int:
         if config.data.live:
             say(f"{home.path}: data.live: text is tokenized while it is read; only as many data ranks, {layout.data}, can go on with it")
         job = Job(
-            command=(sys.executable, "-P", "-m", "manta.trainer", str(home.path)),
+            program=("-P", "-m", "manta.trainer", str(home.path)),
             environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
             directory=home.path,
-            ranks=layout.ranks,
-            ranks_per_node=layout.ranks,
+            sizes=(layout.ranks,) if config.data.live else sizes(config.train, config.parallel),
+            ranks_per_node=ranks_per_node(config),
         )
-        return follow(Controller(job, config.cluster), Display(home, config.train.steps, config.timeline()))
+        return follow(Controller(job, config.cluster, LocalRay(config.cluster.most)), Display(home, config.train.steps, config.timeline()))
 
 
 def lay_out(home: RunDirectory, config: RunConfig, prepared: Prepared, told: dict[str, str]) -> None:
@@ -94,6 +94,10 @@ def follow(controller: Controller, display: Display) -> int:
 
 
 def ranks_at_hand(config: RunConfig) -> int:
+    return config.cluster.most * ranks_per_node(config)
+
+
+def ranks_per_node(config: RunConfig) -> int:
     if config.precision == "fp8" and gpus() == 0:
         raise InputError("precision: got fp8, which wants GPUs, and this machine has none; use bf16")
     asked = config.cluster.ranks_per_node

@@ -1,5 +1,6 @@
 """A controller in a process of its own: `cluster_controller.py DIRECTORY COMMAND…`; CLUSTER is its config, FAKE goes to the ranks."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -7,19 +8,21 @@ from pathlib import Path
 from manta.cluster.config import ClusterConfig
 from manta.cluster.controller import Controller
 from manta.cluster.job import Job
+from manta.cluster.runtime import LocalRay
 
 
 def main():
     directory, *command = sys.argv[1:]
+    config = ClusterConfig.model_validate_json(os.environ.get("CLUSTER", "{}"))
     job = Job(
-        command=tuple(command),
+        program=tuple(command),
         environment={"FAKE": os.environ.get("FAKE", "{}")},
         directory=Path(directory),
-        ranks=2,
-        ranks_per_node=2,
+        sizes=tuple(json.loads(os.environ.get("SIZES", "[2]"))),
+        ranks_per_node=config.ranks_per_node or 2,
     )
     code = 1
-    for event in Controller(job, ClusterConfig.model_validate_json(os.environ.get("CLUSTER", "{}"))).run():
+    for event in Controller(job, config, LocalRay(config.most)).run():
         if event.kind == "run-ended":
             code = event.details["exit_code"]
     sys.exit(code)

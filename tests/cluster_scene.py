@@ -15,15 +15,21 @@ PYTHON = sys.executable
 
 
 class Scene:
-    def __init__(self, directory, plan, *, cluster=None, cwd=None, command=None):
+    def __init__(self, directory, plan, *, cluster=None, cwd=None, program=None, sizes=(2,)):
         self.directory = directory
         directory.mkdir(exist_ok=True)
         plan = {**plan, "scene": str(directory)}
-        command = command or [PYTHON, "-P", str(HERE / "cluster_fake_rank.py")]
+        program = program or ["-P", str(HERE / "cluster_fake_rank.py")]
         with (directory / "controller.log").open("w") as output:
             self.process = subprocess.Popen(
-                [PYTHON, "-P", "-W", "error", str(HERE / "cluster_controller.py"), str(directory), *command],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", "FAKE": json.dumps(plan), "CLUSTER": json.dumps(cluster or {})},
+                [PYTHON, "-P", "-W", "error", str(HERE / "cluster_controller.py"), str(directory), *program],
+                env={
+                    **os.environ,
+                    "CUDA_VISIBLE_DEVICES": "0,1",
+                    "FAKE": json.dumps(plan),
+                    "CLUSTER": json.dumps(cluster or {}),
+                    "SIZES": json.dumps(sizes),
+                },
                 cwd=cwd,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -139,7 +139,7 @@ def test_ranks_get_their_place_and_nothing_of_ray(scene):
         "WORLD_SIZE": "2",
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": "127.0.0.2",
         "MANTA_ATTEMPT": str(KILL),
     }
     assert place["GLOO_SOCKET_IFNAME"] == place["NCCL_SOCKET_IFNAME"] == "lo"

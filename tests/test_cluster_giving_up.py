@@ -11,9 +11,9 @@ def scenes(tmp_path_factory):
     scenes = {
         "twice": Scene(root / "twice", {"steps": 50, "faults": [[5, [always, 1], "raise"]]}),
         "input": Scene(root / "input", {"faults": [[0, [always, 0], "input"]]}),
-        "stillborn": Scene(root / "stillborn", {}, command=["/bin/sh", "-c", "echo there is no module named nonsense; exit 3"]),
+        "stillborn": Scene(root / "stillborn", {}, program=["-c", "import sys; print('there is no module named nonsense'); sys.exit(3)"]),
         "absent": Scene(root / "absent", {"warm_time": 99}, cluster={"start_timeout": 1, "restarts_without_progress": 0}),
-        "missing": Scene(root / "missing", {}, command=["/no/such/program"]),
+        "missing": Scene(root / "missing", {}, program=["/no/such/program.py"]),
     }
     yield scenes
     for scene in scenes.values():
@@ -40,9 +40,9 @@ def test_a_process_that_dies_before_it_has_a_place_is_told_by_its_own_words(scen
     assert "nonsense" in scenes["stillborn"].log(1, 0)
 
 
-def test_a_command_that_does_not_exist_is_named(scenes):
+def test_a_program_that_does_not_exist_is_named(scenes):
     assert scenes["missing"].end() == 1
-    assert "can not start /no/such/program: No such file" in scenes["missing"].event("rank-failed")["message"]
+    assert "can't open file '/no/such/program.py'" in scenes["missing"].event("rank-failed")["message"]
 
 
 def test_ranks_that_never_come_up_are_listed(scenes):

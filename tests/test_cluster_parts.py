@@ -20,6 +20,7 @@ from manta.cluster.job import Job
 from manta.cluster.journal import Event, Journal, read_events
 from manta.cluster.machine import default_ranks, gpus
 from manta.cluster.orders import Orders
+from manta.cluster.placement import Machine, Place
 
 
 def beat(step, phase="step"):
@@ -88,18 +89,20 @@ def test_orders_are_noted_and_old_handlers_put_back(number):
     assert signal.getsignal(number) is before
 
 
-def test_every_setting_is_explained_and_more_nodes_than_one_are_refused():
+def test_every_setting_is_explained_and_bad_ones_are_refused():
     assert all(field.description for field in ClusterConfig.model_fields.values())
-    with pytest.raises(pydantic.ValidationError, match="nodes"):
-        ClusterConfig.model_validate({"nodes": 2})
+    for nodes in (0, "8..2", "two", "2..", -1, 1.5):
+        with pytest.raises(pydantic.ValidationError, match="nodes"):
+            ClusterConfig.model_validate({"nodes": nodes})
     with pytest.raises(pydantic.ValidationError, match="step_timeout"):
         ClusterConfig.model_validate({"step_timeout": float("nan")})
 
 
 def test_ranks_are_numbered_along_the_nodes(tmp_path):
-    job = Job(command=("x",), environment={"NCCL_SOCKET_IFNAME": "mine"}, directory=tmp_path, ranks=5, ranks_per_node=2)
-    facts = [NodeFacts(host=f"h{n}", address=f"10.0.0.{n}", interface=f"eth{n}") for n in range(job.nodes)]
-    by_node = places(job, 7, facts, 1234)
+    job = Job(program=("x",), environment={"NCCL_SOCKET_IFNAME": "mine"}, directory=tmp_path, sizes=(5,))
+    facts = [NodeFacts(host=f"h{n}", address=f"10.0.0.{n}", interface=f"eth{n}") for n in range(3)]
+    on = [Place(Machine(id=f"{n}", host=f"h{n}", address=f"10.0.0.{n}", port=1, cpus=2), ranks) for n, ranks in enumerate((2, 2, 1))]
+    by_node = places(job, 7, on, facts, 1234)
     assert [[place["RANK"] for place in node] for node in by_node] == [["0", "1"], ["2", "3"], ["4"]]
     assert [[place["LOCAL_RANK"] for place in node] for node in by_node] == [["0", "1"], ["0", "1"], ["0"]]
     assert {place["MASTER_ADDR"] for node in by_node for place in node} == {"10.0.0.0"}

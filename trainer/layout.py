@@ -85,6 +85,12 @@ def plan(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None)
     )
 
 
+def sizes(train: TrainConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """The numbers of ranks that a run can have, ascending."""
+    each, turns = parallel.tensor * parallel.sequence, shared_turns(train)
+    return tuple(data * each for data in range(1, turns + 1) if turns % data == 0 and data * parallel.sequence % parallel.expert == 0)
+
+
 def shared_turns(train: TrainConfig) -> int:
     """How many ways the micro batches of a step can be dealt out, of whichever stage it is."""
     return math.gcd(*train.batches) // train.micro_batch

@@ -1,0 +1,74 @@
+"""Is there room for the run? What nodes there are, which of them are used, and whether to wait for more."""
+
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from manta.cluster.config import ClusterConfig
+from manta.cluster.failure import Failure, without_progress
+from manta.cluster.job import Job
+from manta.cluster.placement import Machine, Place, Placement, place
+
+SETTLE = 10.0  # seconds that nodes are waited for which the run would take, but does not need
+LOOK = 2.0  # seconds between two looks for nodes that have come
+STRIKES = 2  # failures on one machine, with no progress between them, after which it is left out
+
+
+class Room:
+    """Asks Ray, which has to be connected."""
+
+    def __init__(self, job: Job, config: ClusterConfig) -> None:
+        self._job, self._config = job, config
+        self._there: list[Machine] = []
+        self._suspects: Collection[str] = ()
+        self._looked = 0.0
+        self._more: tuple[int, float] = (0, 0.0)
+
+    def enough(self, waited: float, *, suspects: Collection[str], has_begun: bool) -> Placement | None:
+        """What to run on now; None where it is better to wait. Raises PlacementError."""
+        self._there = self.left(suspects)
+        placement = self._place(self._there)
+        if placement is None or len(self._there) < (self._config.least_left if has_begun else self._config.least):
+            return None
+        if not has_begun and len(self._there) < self._config.most and waited < SETTLE:
+            return None
+        return placement
+
+    def missing(self) -> str:
+        """What is waited for."""
+        there = ", ".join(map(str, self._there)) or "none"
+        return f"cluster.nodes: got {len(self._there)} nodes ({there}), wants {self._config.nodes}"
+
+    def for_more(self, places: Sequence[Place]) -> Placement | None:
+        """A placement of more ranks than these, where nodes have come for it that stayed a while."""
+        now = time.monotonic()
+        if len(places) >= self._config.most or now - self._looked < LOOK:
+            return None
+        self._looked = now
+        placement = self._place(self._look())
+        if placement is None or placement.ranks <= sum(place.ranks for place in places):
+            self._more = (0, now)
+            return None
+        if placement.ranks != self._more[0]:
+            self._more = (placement.ranks, now)
+        return placement if now - self._more[1] >= LOOK else None
+
+    def left(self, suspects: Collection[str]) -> list[Machine]:
+        """Those that can be used."""
+        self._suspects = suspects
+        return self._look()
+
+    def leave_out(self, history: Sequence[Failure]) -> set[str]:
+        """Machines on which the run has failed again and again, as long as it can do without them."""
+        struck = Counter(failure.machine for failure in without_progress(history) if failure.machine)
+        out = {machine for machine, strikes in struck.items() if strikes >= STRIKES} - set(self._suspects)
+        left = [machine for machine in self._there if machine.id not in out]
+        return out if len(left) >= self._config.least_left and self._place(left) is not None else set()
+
+    def _look(self) -> list[Machine]:
+        from manta.cluster.nodes import machines  # it imports Ray, which must wait until its environment stands
+
+        return [machine for machine in machines() if machine.id not in self._suspects]
+
+    def _place(self, there: Collection[Machine]) -> Placement | None:
+        return place(there, most=self._config.most, sizes=self._job.sizes, ranks_per_node=self._job.ranks_per_node)

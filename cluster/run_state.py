@@ -1,0 +1,80 @@
+"""How a run stands: a pure function of the events so far. A controller that is killed is followed by one that reads them again."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from manta.cluster.failure import Cause, Failure
+from manta.cluster.journal import Event
+
+Phase = Literal["ended", "gathering", "starting", "running", "leaving", "deciding"]
+
+TRANSITIONS: dict[str, tuple[frozenset[Phase] | None, Phase | None]] = {
+    # event: the phases it may come in (None: any), and the one it leads to (None: the same)
+    "run-started": (None, "gathering"),
+    "waiting": (frozenset({"gathering"}), None),
+    "nodes-gathered": (frozenset({"gathering"}), "starting"),
+    "node-ready": (frozenset({"starting"}), None),
+    "attempt-started": (frozenset({"starting"}), "running"),
+    "first-step": (frozenset({"running"}), None),
+    "rank-failed": (frozenset({"running", "leaving"}), None),
+    "node-lost": (frozenset({"gathering", "starting", "running", "leaving"}), None),
+    "nodes-appeared": (frozenset({"running"}), None),
+    "leaving": (frozenset({"running"}), "leaving"),
+    "attempt-stopped": (frozenset({"starting", "running", "leaving"}), "deciding"),
+    "decided": (frozenset({"deciding", "gathering"}), "gathering"),
+    "run-ended": (None, "ended"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """`history`: the failures since a person started the run, oldest first. `suspects`: ids of machines that are not to be used."""
+
+    phase: Phase = "ended"
+    attempt: int = 0
+    step: int = 0
+    history: tuple[Failure, ...] = ()
+    suspects: frozenset[str] = frozenset()
+    has_begun: bool = False  # there were nodes enough, once
+
+
+def advance(state: RunState, event: Event) -> RunState:  # noqa: PLR0911  a table: a case a kind
+    """The state after an event. Raises ValueError where it can not come in this one."""
+    allowed, phase = TRANSITIONS.get(event.kind, (None, None))
+    if allowed is not None and state.phase not in allowed:
+        raise ValueError(f"{event.kind} in phase {state.phase}, wants one of {', '.join(sorted(allowed))}")
+    after = replace(state, phase=phase or state.phase, attempt=max(state.attempt, event.attempt))
+    match event.kind:
+        case "poll":
+            return replace(after, step=max((rank["step"] for rank in event.details["ranks"]), default=state.step))
+        case "run-started" if state.phase == "ended":  # else the one before was broken off: what had failed stays told
+            return replace(after, history=(), suspects=frozenset(), has_begun=False)
+        case "nodes-gathered":
+            return replace(after, has_begun=True)
+        case "rank-failed":
+            return replace(after, history=(*after.history, _failure(event.details)), step=event.details["step"])
+        case "node-lost":
+            message, machine = f"node {event.details['node']}: {event.details['message']}", event.details.get("machine", "")
+            lost = Failure(cause=Cause.NODE_LOST, rank=None, step=state.step, message=message, machine=machine)
+            suspects = {machine} if event.details.get("suspect") else set[str]()
+            return replace(after, history=(*after.history, lost), suspects=after.suspects | suspects)
+        case "decided":
+            return replace(after, suspects=after.suspects | frozenset(event.details.get("leave_out", ())))
+        case _:
+            return after
+
+
+def replay(events: Iterable[dict[str, Any]]) -> RunState:
+    """The state that a journal's lines lead to."""
+    state = RunState()
+    for line in events:
+        details = {key: value for key, value in line.items() if key not in {"event", "attempt", "time"}}
+        state = advance(state, Event(kind=line["event"], attempt=line["attempt"], time=line["time"], details=details))
+    return state
+
+
+def _failure(told: dict[str, Any]) -> Failure:
+    return Failure(
+        cause=Cause[told["cause"]], rank=told["rank"], step=told["step"], message=told["message"], machine=told.get("machine", "")
+    )
