@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from manta.cluster.targets import Kubernetes
+
 
 class ClusterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -22,3 +24,5 @@ class ClusterConfig(BaseModel):
     """Restarts in a row that get no further than an attempt before them until the run gives up."""
     keep_warm: bool = True
     """Keep spare processes ready (everything imported), so that a restart takes tenths of a second. Costs their memory."""
+    kubernetes: Kubernetes = Kubernetes()
+    """What `manta train --on kubernetes` makes there."""

@@ -53,15 +53,17 @@ def train(
             show_default=False,
         ),
     ] = None,
+    on: Annotated[str, typer.Option(metavar="TARGET", help="Where it runs: local (this machine), or kubernetes.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the target would be handed, and do nothing.")] = False,
 ) -> None:
     """Start a run, or go on with it where it was begun. Prepares the corpus first, where that is not done."""
     from manta.launch import config
 
     start = [] if weights_only is None else [f"run.start_from={json.dumps(weights_only)}"]
     loaded = config.load(file, [*(overrides or []), *start])
-    from manta.launch.train import train as start
+    from manta.launch.targets.dispatch import launch
 
-    raise typer.Exit(start(loaded))
+    raise typer.Exit(launch(loaded, on, dry_run=dry_run))
 
 
 @app.command()
