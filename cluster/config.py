@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from manta.cluster.targets import Kubernetes, Slurm
+
 _RANGE = re.compile(r"([1-9]\d*)(?:\.\.([1-9]\d*))?")
 
 
@@ -37,6 +39,10 @@ class ClusterConfig(BaseModel):
     """Restarts in a row that get no further than an attempt before them until the run gives up."""
     keep_warm: bool = True
     """Keep spare processes ready (everything imported), so that a restart takes tenths of a second. Costs their memory."""
+    slurm: Slurm = Slurm()
+    """What `manta train --on slurm` asks for there."""
+    kubernetes: Kubernetes = Kubernetes()
+    """What `manta train --on kubernetes` makes there."""
 
     @property
     def least(self) -> int:

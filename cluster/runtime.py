@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from manta.cluster.hosts import Host, Hosts
+from manta.cluster.hosts import OBJECT_STORE_BYTES, Host, Hosts
 
-OBJECT_STORE_BYTES = 80_000_000  # nothing of size ever passes through it; this is near the least that Ray accepts
 # Ray takes 127.0.0.1 as a wish for the outward address, which a laptop loses when it changes networks; others of the loopback's it takes.
 LOOPBACK = "127.0.0.2"
 TEMPORARY = Path("/tmp")  # noqa: S108  whatever TMPDIR says: Ray's socket paths must fit into 107 bytes

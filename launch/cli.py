@@ -31,6 +31,11 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the config: train.steps=100", show_default=False)
 ]
 
+On = Annotated[
+    str, typer.Option(metavar="TARGET", help="Where: local, ssh:FILE (a host a line), slurm, kubernetes, or auto (the Ray it is on).")
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Join a Ray that asks for no token: anyone may run code there.")]
+
 
 @app.callback(invoke_without_command=True)
 def manta(*, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
@@ -53,25 +58,29 @@ def train(
             show_default=False,
         ),
     ] = None,
+    on: On = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what SLURM or Kubernetes would be handed, and do nothing.")] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Start a run, or go on with it where it was begun. Prepares the corpus first, where that is not done."""
     from manta.launch import config
 
     start = [] if weights_only is None else [f"run.start_from={json.dumps(weights_only)}"]
     loaded = config.load(file, [*(overrides or []), *start])
-    from manta.launch.train import train as start
+    from manta.launch.targets.dispatch import launch
 
-    raise typer.Exit(start(loaded))
+    raise typer.Exit(launch(loaded, on, dry_run=dry_run, insecure=insecure))
 
 
 @app.command()
-def resume(run: Run, overrides: Overrides = None) -> None:
+def resume(run: Run, overrides: Overrides = None, *, on: On = "local", insecure: Insecure = False) -> None:
     """Go on with a run from its newest valid checkpoint, on whatever ranks are at hand."""
     from manta.launch import config
+    from manta.launch.targets.dispatch import launch
     from manta.launch.train import resume_config
-    from manta.launch.train import train as start
 
-    raise typer.Exit(start(config.load(resume_config(run), [*(overrides or []), f"run.dir={json.dumps(str(run.absolute()))}"])))
+    loaded = config.load(resume_config(run), [*(overrides or []), f"run.dir={json.dumps(str(run.absolute()))}"])
+    raise typer.Exit(launch(loaded, on, insecure=insecure))
 
 
 @app.command()

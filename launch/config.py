@@ -28,7 +28,7 @@ class RunConfig(TrainingConfig):
     cluster: ClusterConfig = ClusterConfig()
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class ConfigError(InputError):
@@ -95,12 +95,21 @@ def _laid_over(below: Tree, above: Tree) -> Tree:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people mean it: 1e-4 is a number, and a key stands once."""
+    """YAML 1.1 as people mean it: 1e-4 is a number, 24:00:00 a time and not 86,400, and a key stands once."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """What it writes is read as it was: a text that would be taken for a number stands in quotes."""
+
+
+for _either in (_Loader, _Dumper):
+    _either.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+_TIME = ("tag:yaml.org,2002:str", re.compile(r"^\d+(:\d+)+$"))
+for _digit in "0123456789":
+    _Loader.yaml_implicit_resolvers[_digit].insert(0, _TIME)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
@@ -255,10 +264,17 @@ def reference() -> str:
 
 def _rows(section: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        default = "required" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True), default=str)}`"
-        yield f"| `{prefix}.{name}` | {default} | {_prose(field)} |"
+        yield f"| `{prefix}.{name}` | {_default(field)} | {_prose(field)} |"
         if (inner := _nested(field)) is not None:
             yield from _rows(inner, f"{prefix}.{name}")
+
+
+def _default(field: FieldInfo) -> str:
+    """Empty for a section: its keys follow, with theirs."""
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    return "" if isinstance(default, BaseModel) else f"`{json.dumps(default, default=str)}`"
 
 
 def _prose(field: FieldInfo) -> str:

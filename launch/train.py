@@ -17,7 +17,7 @@ from manta.cluster.controller import Controller
 from manta.cluster.job import Job
 from manta.cluster.journal import read_events
 from manta.cluster.machine import default_ranks, gpus
-from manta.cluster.runtime import LocalRay
+from manta.cluster.runtime import LocalRay, Ray
 from manta.data.draws import numbered
 from manta.data.durable import write_atomically
 from manta.data.errors import InputError
@@ -39,13 +39,15 @@ from manta.trainer.rundir import RunDirectory
 STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, ray: Ray) -> int:
     """Starts the run, or goes on with it where it was begun. Gives the exit code. Raises InputError before anything is started."""
     if config.data.live:
         config = config.model_copy(update={"data": placed(config.data)})
     home = RunDirectory(config.run.dir.absolute())
     check_places(home, config)
-    ranks = ranks_at_hand(config)
+    each = ranks_per_node(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
+    fitting = sizes(config.train, config.parallel)
+    ranks = max(fitting, default=1) if each is None else config.cluster.most * each  # None: nobody knows yet what GPUs there are
     layout = plan(config.train, ranks, config.parallel)
     refuse_another_run(home, config)
     start = start_of(home, config)
@@ -61,19 +63,20 @@ def train(config: RunConfig) -> int:
         tell_of_another_tokenizer(found, config, prepared)
     with home.claim():
         lay_out(home, config, prepared, code | start)
-        if ranks > layout.ranks:
+        if each and ranks > layout.ranks:
             say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns_in_words(config.train)} deals out evenly over {layout.data}")
-        say(f"{home.path}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
+        if each:
+            say(f"{home.path}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
         if config.data.live:
             say(f"{home.path}: data.live: text is tokenized while it is read; only as many data ranks, {layout.data}, can go on with it")
         job = Job(
             program=("-P", "-m", "manta.trainer", str(home.path)),
             environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
             directory=home.path,
-            sizes=(layout.ranks,) if config.data.live else sizes(config.train, config.parallel),
-            ranks_per_node=ranks_per_node(config),
+            sizes=(layout.ranks,) if config.data.live else fitting,
+            ranks_per_node=each,
         )
-        return follow(Controller(job, config.cluster, LocalRay(config.cluster.most)), Display(home, config.train.steps, config.timeline()))
+        return follow(Controller(job, config.cluster, ray), Display(home, config.train.steps, config.timeline()))
 
 
 def lay_out(home: RunDirectory, config: RunConfig, prepared: Prepared, told: dict[str, str]) -> None:
@@ -93,11 +96,8 @@ def follow(controller: Controller, display: Display) -> int:
     return code
 
 
-def ranks_at_hand(config: RunConfig) -> int:
-    return config.cluster.most * ranks_per_node(config)
-
-
 def ranks_per_node(config: RunConfig) -> int:
+    """On this machine. Raises InputError where it has too few GPUs."""
     if config.precision == "fp8" and gpus() == 0:
         raise InputError("precision: got fp8, which wants GPUs, and this machine has none; use bf16")
     asked = config.cluster.ranks_per_node

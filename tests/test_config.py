@@ -341,3 +341,9 @@ def test_a_section_on_the_command_line_is_where_its_keys_were_set(case, tmp_path
 def test_an_override_must_name_a_key(case):
     with pytest.raises(InputError, match=r"got 'steps', wants section.key=value"):
         config.load(case.file, ["steps"])
+
+
+def test_a_text_that_looks_like_a_number_is_still_a_text_when_a_config_was_written(case, tmp_path):
+    loaded = config.load(case.file, ["run.dir='1e3'", "data.sources=[{path: text, name: '1E-4'}]"])
+    (tmp_path / "again.yaml").write_text(loaded.to_yaml())
+    assert config.load(tmp_path / "again.yaml") == loaded

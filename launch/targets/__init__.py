@@ -1,0 +1,1 @@
+"""Where a run is launched, as `--on` names it: this machine, or a cluster."""
