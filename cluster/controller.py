@@ -14,6 +14,7 @@ from manta.cluster.config import ClusterConfig
 from manta.cluster.failure import Cause, Failure, GiveUp, Policy, decide
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event, Journal
+from manta.cluster.logs import forget
 from manta.cluster.orders import Orders
 from manta.cluster.runtime import ADDRESS, local_ray
 
@@ -31,7 +32,7 @@ class Controller:
         said = {name: os.environ[name] for name in USERS_CHOICE if name in os.environ}
         self._job = replace(job, directory=job.directory.absolute(), environment={**said, **job.environment})
         self._config = config
-        self._orders = Orders()
+        self._orders = Orders(self._job.directory / "stop-now")
         self._history: list[Failure] = []
         self._attempt = 0
         self._step = 0
@@ -90,6 +91,7 @@ class Controller:
         from manta.cluster.nodes import NodeLostError
 
         self._attempt += 1
+        forget(self._job.directory / "logs", attempt=self._attempt, keep=self._config.keep_logs)
         attempt = Attempt(number=self._attempt, nodes=nodes, job=self._job, config=self._config, orders=self._orders)
         try:
             outcome = yield from attempt.run()
