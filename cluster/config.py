@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from manta.cluster.targets import Kubernetes, Slurm
+from manta.cluster.targets import Kubernetes, Slurm, Ssh
 
 _RANGE = re.compile(r"([1-9]\d*)(?:\.\.([1-9]\d*))?")
 
@@ -39,6 +39,11 @@ class ClusterConfig(BaseModel):
     """Restarts in a row that get no further than an attempt before them until the run gives up."""
     keep_warm: bool = True
     """Keep spare processes ready (everything imported), so that a restart takes tenths of a second. Costs their memory."""
+    keep_logs: int = Field(default=20, ge=1)
+    """Attempts whose logs are kept, the newest; older ones are deleted as an attempt starts. Nothing else bounds a rank's log, which
+    gets a line a logged step; it is only added to, so that logrotate (copytruncate) may cut it."""
+    ssh: Ssh = Ssh()
+    """How `manta train --on ssh:FILE` reaches its hosts."""
     slurm: Slurm = Slurm()
     """What `manta train --on slurm` asks for there."""
     kubernetes: Kubernetes = Kubernetes()

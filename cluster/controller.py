@@ -17,6 +17,7 @@ from manta.cluster.config import ClusterConfig
 from manta.cluster.failure import Cause, GiveUp, Policy, decide
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event, Journal, read_events
+from manta.cluster.logs import forget
 from manta.cluster.orders import Orders
 from manta.cluster.placement import PlacementError
 from manta.cluster.room import Room
@@ -39,7 +40,7 @@ class Controller:
         self._job = replace(job, directory=job.directory.absolute(), environment={**said, **job.environment})
         self._config, self._ray = config, ray
         self._policy = Policy(restarts_without_progress=config.restarts_without_progress)
-        self._orders = Orders()
+        self._orders = Orders(self._job.directory / "stop-now")
 
     def run(self) -> Iterator[Event]:
         """Close it early and everything is ended at once."""
@@ -124,6 +125,7 @@ class Controller:
     def _try(self, nodes: "Nodes", room: Room) -> Generator[Event, None, Outcome]:
         from manta.cluster.nodes import NodeLostError, answers
 
+        forget(self._job.directory / "logs", attempt=self._state.attempt + 1, keep=self._config.keep_logs)
         attempt = Attempt(number=self._state.attempt + 1, nodes=nodes, job=self._job, config=self._config, orders=self._orders, room=room)
         try:
             outcome = yield from attempt.run()

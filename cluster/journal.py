@@ -29,7 +29,7 @@ class Journal:
         self._file = path.open("ab+")
         self._file.seek(0)
         earlier = self._file.read()
-        self.last_attempt = max((int(event["attempt"]) for event in _whole(earlier)), default=0)
+        self.last_attempt = max((int(event["attempt"]) for event in whole_events(earlier)), default=0)
         if earlier and not earlier.endswith(b"\n"):
             self._file.write(b"\n")
 
@@ -48,10 +48,17 @@ class Journal:
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events so far, in order; none where there is no file yet. A line that is being written, or was cut off, is left out."""
-    return list(_whole(path.read_bytes())) if path.exists() else []
+    return list(whole_events(path.read_bytes())) if path.exists() else []
 
 
-def _whole(journal: bytes) -> Iterator[dict[str, Any]]:
+def whole_events(journal: bytes) -> Iterator[dict[str, Any]]:
+    """Those of a part of a journal that begins with a whole line."""
     for line in journal[: journal.rfind(b"\n") + 1].splitlines():
         with suppress(ValueError):  # cut off, and closed by the next controller
             yield json.loads(line)
+
+
+def as_event(line: dict[str, Any]) -> Event:
+    """A line of the journal as what it was written from."""
+    details = {key: value for key, value in line.items() if key not in {"time", "event", "attempt"}}
+    return Event(kind=line["event"], attempt=line["attempt"], time=line["time"], details=details)

@@ -1,28 +1,55 @@
-"""What the outside asks of a run: signals are noted here, and acted upon by whoever looks next."""
+"""What the outside asks of a run, by a signal or by a file: noted here, and acted upon by whoever looks next."""
 
 import signal
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+AT_ONCE = b"at once"
 
 
 class Orders:
-    """In force between enter and exit; the handlers that stood before are put back. `leave` is the first signal that said so,
-    `at_once` that a Ctrl-C came after it.
+    """In force between enter and exit; the handlers that stood before are put back.
+
+    `file`, where one is given, reaches the run from wherever its directory is seen: once it is there it asks as SIGTERM does, with
+    AT_ONCE in it as two Ctrl-C do. One that an earlier run left unanswered is not for this one; what was answered is taken away.
     """
 
-    def __init__(self) -> None:
-        self.leave: signal.Signals | None = None
-        self.at_once = False
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._leave: signal.Signals | None = None
+        self._at_once = False
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def leave(self) -> signal.Signals | None:
+        """The first signal that said so."""
+        self._look()
+        return self._leave
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a Ctrl-C came after it, or what amounts to one."""
+        self._look()
+        return self._at_once
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
         del frame
-        self.at_once = self.at_once or (self.leave is not None and number == signal.SIGINT)
-        self.leave = self.leave or signal.Signals(number)
+        self._at_once = self._at_once or (self._leave is not None and number == signal.SIGINT)
+        self._leave = self._leave or signal.Signals(number)
+
+    def _look(self) -> None:
+        if self._file is None:
+            return
+        with suppress(OSError):  # nobody asks; or a shared directory is out of sight for a moment, and is looked at again
+            self._at_once = self._file.read_bytes().startswith(AT_ONCE) or self._at_once
+            self._leave = self._leave or signal.SIGTERM
 
     def __enter__(self) -> Self:
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
         heard = [number for number in LEAVE if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's wish stands
         self._before = {number: signal.signal(number, self.note) for number in heard}
         return self
@@ -30,3 +57,6 @@ class Orders:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._file is not None:
+            with suppress(OSError):  # the next run takes it away, or does not begin
+                self._file.unlink(missing_ok=True)

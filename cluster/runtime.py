@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,12 @@ class JoinedRay:
     @contextlib.contextmanager
     def connected(self) -> Generator[None]:
         """Raises OpenClusterError where anyone who reaches it may run code there, unless told that this is known."""
+        if ":" in self.address:
+            host, _, port = self.address.rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()  # Ray would try for minutes
+            except OSError as error:
+                raise NoClusterError(f"got {self.address}, wants a Ray that this machine is a node of: {error.strerror or error}") from None
         with _quiet_ray():
             import ray
             from ray.exceptions import AuthenticationError

@@ -157,6 +157,13 @@ def _text(value: object) -> object:
 Directive = Annotated[str, AfterValidator(_directive)]
 
 
+class Ssh(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    options: tuple[str, ...] = Field(default=(), examples=['["-F", "cluster.ssh"]'])
+    """Options of ssh, as they stand on its command line; most are better kept in ssh's own config."""
+
+
 class Slurm(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 

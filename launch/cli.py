@@ -30,6 +30,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", sho
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the config: train.steps=100", show_default=False)
 ]
+Detach = Annotated[bool, typer.Option("--detach", help="Go on in the background, and return once it is under way.")]
 
 On = Annotated[
     str, typer.Option(metavar="TARGET", help="Where: local, ssh:FILE (a host a line), slurm, kubernetes, or auto (the Ray it is on).")
@@ -58,6 +59,7 @@ def train(
             show_default=False,
         ),
     ] = None,
+    detach: Detach = False,
     on: On = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what SLURM or Kubernetes would be handed, and do nothing.")] = False,
     insecure: Insecure = False,
@@ -66,21 +68,64 @@ def train(
     from manta.launch import config
 
     start = [] if weights_only is None else [f"run.start_from={json.dumps(weights_only)}"]
-    loaded = config.load(file, [*(overrides or []), *start])
     from manta.launch.targets.dispatch import launch
 
-    raise typer.Exit(launch(loaded, on, dry_run=dry_run, insecure=insecure))
+    laid_over = [*(overrides or []), *start]
+    loaded = config.load(file, laid_over)
+    detached = ["train", str(file), *laid_over, f"--on={on}", *(["--insecure"] if insecure else [])] if detach else []
+    raise typer.Exit(launch(loaded, on, dry_run=dry_run, insecure=insecure, detached=detached))
 
 
 @app.command()
-def resume(run: Run, overrides: Overrides = None, *, on: On = "local", insecure: Insecure = False) -> None:
+def resume(run: Run, overrides: Overrides = None, *, detach: Detach = False, on: On = "local", insecure: Insecure = False) -> None:
     """Go on with a run from its newest valid checkpoint, on whatever ranks are at hand."""
     from manta.launch import config
     from manta.launch.targets.dispatch import launch
-    from manta.launch.train import resume_config
 
-    loaded = config.load(resume_config(run), [*(overrides or []), f"run.dir={json.dumps(str(run.absolute()))}"])
-    raise typer.Exit(launch(loaded, on, insecure=insecure))
+    loaded = config.load(config.resume_config(run), [*(overrides or []), f"run.dir={json.dumps(str(run.absolute()))}"])
+    detached = ["resume", str(run), *(overrides or []), f"--on={on}", *(["--insecure"] if insecure else [])] if detach else []
+    raise typer.Exit(launch(loaded, on, insecure=insecure, detached=detached))
+
+
+@app.command()
+def attach(run: Run) -> None:
+    """Watch a run that is in the background, or anywhere; ends with its exit code. Ctrl-C ends the watching, not the run."""
+    from manta.launch.reach.attach import attach as show
+
+    raise typer.Exit(show(run))
+
+
+@app.command()
+def stop(
+    run: Run,
+    *,
+    at_once: Annotated[bool, typer.Option("--at-once", help="Do not save: what a second Ctrl-C does.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for it.")] = 600.0,
+) -> None:
+    """Have a run save and leave, whichever machine it is on, and wait until it has."""
+    from manta.launch.reach.stop import stop as end
+
+    try:
+        typer.echo(end(run, at_once=at_once, timeout=timeout))
+    except TimeoutError as error:
+        typer.echo(f"manta: {error}", err=True)
+        raise typer.Exit(FAILED) from None
+
+
+@app.command()
+def logs(
+    run: Run,
+    *,
+    rank: Annotated[int, typer.Option(min=0, help="Whose.")] = 0,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Of which attempt; the newest where not given.", show_default=False)] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on, attempt after attempt, until the run ends.")] = False,
+) -> None:
+    """What a rank has written: its log, and whatever libraries said there."""
+    from manta.launch.reach.logs import logs as read
+
+    for text in read(run, rank=rank, attempt=attempt, follow=follow):
+        sys.stdout.buffer.write(text)
+        sys.stdout.flush()
 
 
 @app.command()
@@ -188,13 +233,12 @@ def _bytes(text: str) -> int:
 def _trained(run: Path) -> "RunDirectory":
     """The run, or the import, in a directory. Its mistakes are told before torch is imported."""
     from manta.launch import config
-    from manta.launch.train import resume_config
     from manta.trainer.rundir import RunDirectory
 
     home = RunDirectory(run.absolute())
     if (home.path / "source.json").exists():
         return home
-    config.load(resume_config(run))
+    config.load(config.resume_config(run))
     if not home.saved_step:
         raise InputError(f"{run}: got no checkpoint, wants one; train first: manta resume {home.typed}")
     return home

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import chain
@@ -18,6 +19,7 @@ from manta.cluster.config import ClusterConfig
 from manta.data.errors import InputError
 from manta.trainer.config import TrainingConfig
 from manta.trainer.model_config import ModelConfig
+from manta.trainer.rundir import RunDirectory
 
 Tree = dict[str, Any]
 
@@ -50,6 +52,15 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
         if _is_path(model["preset"]):
             sources = {f"model.{key}": str(model["preset"]) for key in values} | sources
     return validate(tree, file, sources)
+
+
+def resume_config(directory: Path) -> Path:
+    """The config file of the run in `directory`. Raises InputError where there is none."""
+    file = RunDirectory(directory).config_file
+    if not file.exists():
+        start = f"manta train FILE run.dir={shlex.quote(str(directory))}"
+        raise InputError(f"{directory}: got no {file.name}, wants a run directory; start one with: {start}")
+    return file
 
 
 def validate(tree: Tree, file: Path, sources: Mapping[str, str]) -> RunConfig:

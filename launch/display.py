@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a bar on a terminal, a line an interval elsewhere, and every transition."""
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -10,11 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from manta.cluster.controller import INTERRUPTED, LEFT_SAVED, LEFT_UNSAVED
 from manta.cluster.journal import POLL, Event
 from manta.data.timeline import Timeline
+from manta.launch.tail import Tail
 from manta.trainer.metrics import Line, describe, duration, end_of_lines, parse
 from manta.trainer.rundir import RunDirectory
 
+FAILED = 1
 INTERVAL = 10.0  # seconds between lines where there is no terminal
 SMOOTHING = 0.1  # share of the newest step in the average time a sample
+EXCERPT = 12  # last lines of a traceback that are shown: the error, and where it was raised
 
 
 class Voice(Console):
@@ -32,6 +36,12 @@ def say(text: str) -> None:
     Voice().print(text)
 
 
+def stands(home: RunDirectory) -> str:
+    """Where a run that has left goes on, and how."""
+    saved = f"step {home.saved_step} is saved" if home.saved_step else "nothing is saved yet"
+    return f"{saved}; go on with: manta resume {home.typed}"
+
+
 class Display:
     """Shows the events of a controller, and the metrics that the ranks write meanwhile."""
 
@@ -43,10 +53,11 @@ class Display:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=steps, completed=home.saved_step, told="starting")
-        self._read = end_of_lines(home.metrics_file)
+        self._metrics = Tail(home.metrics_file, end_of_lines(home.metrics_file))
         self._pace: float | None = None
         self._spoke = 0.0
-        self._begun = time.monotonic()
+        self._begun = time.time()
+        self._failed: Event | None = None  # what ended the newest attempt, where a rank did
         self._bad = set(home.checkpoints.bad())
 
     def __enter__(self) -> Self:
@@ -65,20 +76,10 @@ class Display:
             self._console.quiet = True
 
     def _show(self, event: Event) -> None:
-        for line in self._new_lines():
+        for line in parse(self._metrics.lines().decode()):
             self._show_line(line)
         if event.kind != POLL and (told := self._tell(event)):
             self._console.print(told)
-
-    def _new_lines(self) -> list[Line]:
-        if not self._home.metrics_file.exists():
-            return []
-        with self._home.metrics_file.open("rb") as file:
-            file.seek(self._read)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return parse(whole.decode())
 
     def _show_line(self, line: Line) -> None:
         left = self._timeline.first_sample(self._steps) - self._timeline.first_sample(line["step"])
@@ -94,12 +95,17 @@ class Display:
 
     def _tell(self, event: Event) -> str | None:  # noqa: C901, PLR0911  a table: a line a kind
         """One line for a transition; None for one that only the journal wants."""
-        details, home = event.details, self._home
+        details = event.details
         match event.kind:
+            case "run-started":
+                self._begun = event.time
+                return None
             case "rank-failed":
-                log = home.path / "logs" / f"attempt-{event.attempt:04d}" / f"rank-{details.get('rank') or 0:04d}.log"
-                return f"attempt {event.attempt}: rank {details['rank']} failed at step {details['step']}: {details['message']} ({log})"
+                self._failed = event
+                where = f"attempt {event.attempt}: rank {details['rank']} failed at step {details['step']}"
+                return f"{where}: {details['message']} ({self._log(event)})"
             case "node-lost":
+                self._failed = None
                 return f"attempt {event.attempt}: node {details['node']} lost: {details['message']}"
             case "waiting":
                 return f"waiting: {details['message']}"
@@ -116,7 +122,7 @@ class Display:
             case "leaving":
                 return "told to leave: saving"
             case "run-ended":
-                return self._ending(details["exit_code"])
+                return self._ending(event)
             case _:
                 return None
 
@@ -125,14 +131,24 @@ class Display:
         bad = sorted(set(self._home.checkpoints.bad()) - self._bad)
         return f"; passed over {', '.join(bad)}: {self._home.path / 'logs'} says why" if bad else ""
 
-    def _ending(self, code: int) -> str | None:
+    def _log(self, failed: Event) -> Path:
+        return self._home.logs / f"attempt-{failed.attempt:04d}" / f"rank-{failed.details['rank'] or 0:04d}.log"
+
+    def _ending(self, event: Event) -> str | None:
         """How it ended, where that leaves the run, and what comes next."""
-        home = self._home
+        home, code = self._home, event.details["exit_code"]
         if code == 0:
-            took = duration(time.monotonic() - self._begun)
+            took = duration(event.time - self._begun)
             writes = home.config().model.family in {"llama", "gpt2"}
             return f"done: {self._steps} steps, {took} since this start; try: manta {'generate' if writes else 'status'} {home.typed}"
         if code in {LEFT_SAVED, LEFT_UNSAVED, INTERRUPTED}:
-            stands = f"step {home.saved_step} is saved" if home.saved_step else "nothing is saved yet"
-            return f"left; {stands}; go on with: manta resume {home.typed}"
-        return None
+            return f"left; {stands(home)}"
+        return self._last_words(self._failed) if self._failed and code == FAILED else None
+
+    def _last_words(self, failed: Event) -> str:
+        """The error that the run gave up over, as the rank that raised it, or was killed, left it."""
+        message = failed.details["message"]
+        trace = failed.details.get("traceback", "").rstrip()
+        lines = trace.splitlines()[-EXCERPT:]
+        lines += [] if trace.endswith(message) else [message]
+        return "\n".join([*lines, f"rank {failed.details['rank']} of attempt {failed.attempt}, all that it wrote: {self._log(failed)}"])

@@ -4,8 +4,8 @@ import json
 import os
 import platform
 import secrets
-import shlex
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from manta.cluster.controller import Controller
 from manta.cluster.job import Job
-from manta.cluster.journal import read_events
+from manta.cluster.journal import Event, read_events
 from manta.cluster.machine import default_ranks, gpus
 from manta.cluster.runtime import LocalRay, Ray
 from manta.data.draws import numbered
@@ -31,6 +31,7 @@ from manta.launch import __version__
 from manta.launch.config import RunConfig, load
 from manta.launch.display import Display, say
 from manta.launch.origin import refuse_other_weights, start_of, tell_of_another_tokenizer
+from manta.launch.reach.detach import detach
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.layout import Layout, plan, sizes, turns_in_words
@@ -39,8 +40,11 @@ from manta.trainer.rundir import RunDirectory
 STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
 
 
-def train(config: RunConfig, ray: Ray) -> int:
-    """Starts the run, or goes on with it where it was begun. Gives the exit code. Raises InputError before anything is started."""
+def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
+    """Starts the run, or goes on with it where it was begun. Gives the exit code. Raises InputError before anything is started.
+
+    `detached`: the arguments of the manta that does so in the background, where this one is not to.
+    """
     if config.data.live:
         config = config.model_copy(update={"data": placed(config.data)})
     home = RunDirectory(config.run.dir.absolute())
@@ -61,6 +65,8 @@ def train(config: RunConfig, ray: Ray) -> int:
     for found in start.values():
         refuse_other_weights(found, home, config, prepared)
         tell_of_another_tokenizer(found, config, prepared)
+    if detached:
+        return detach(home, detached)
     with home.claim():
         lay_out(home, config, prepared, code | start)
         if each and ranks > layout.ranks:
@@ -76,7 +82,7 @@ def train(config: RunConfig, ray: Ray) -> int:
             sizes=(layout.ranks,) if config.data.live else fitting,
             ranks_per_node=each,
         )
-        return follow(Controller(job, config.cluster, ray), Display(home, config.train.steps, config.timeline()))
+        return follow(Controller(job, config.cluster, ray).run(), Display(home, config.train.steps, config.timeline()))
 
 
 def lay_out(home: RunDirectory, config: RunConfig, prepared: Prepared, told: dict[str, str]) -> None:
@@ -87,10 +93,11 @@ def lay_out(home: RunDirectory, config: RunConfig, prepared: Prepared, told: dic
     write_atomically(home.tokenizer_file, prepared.tokenizer.read_bytes())
 
 
-def follow(controller: Controller, display: Display) -> int:
+def follow(events: Iterator[Event], display: Display) -> int:
+    """Shows them all. Gives the exit code that the last one has."""
     code = 1
     with display:
-        for event in controller.run():
+        for event in events:
             display.show(event)
             code = event.details.get("exit_code", code)
     return code
@@ -260,12 +267,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def resume_config(directory: Path) -> Path:
-    """The config file of the run in `directory`. Raises InputError where there is none."""
-    file = RunDirectory(directory).config_file
-    if not file.exists():
-        start = f"manta train FILE run.dir={shlex.quote(str(directory))}"
-        raise InputError(f"{directory}: got no {file.name}, wants a run directory; start one with: {start}")
-    return file

@@ -9,7 +9,7 @@ def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("giving-up")
     always = list(range(1, 10))
     scenes = {
-        "twice": Scene(root / "twice", {"steps": 50, "faults": [[5, [always, 1], "raise"]]}),
+        "twice": Scene(root / "twice", {"steps": 50, "faults": [[5, [always, 1], "raise"]]}, cluster={"keep_logs": 1}),
         "input": Scene(root / "input", {"faults": [[0, [always, 0], "input"]]}),
         "stillborn": Scene(root / "stillborn", {}, program=["-c", "import sys; print('there is no module named nonsense'); sys.exit(3)"]),
         "absent": Scene(root / "absent", {"warm_time": 99}, cluster={"start_timeout": 1, "restarts_without_progress": 0}),
@@ -27,6 +27,7 @@ def test_the_same_exception_at_the_same_step_is_not_tried_a_third_time(scenes):
     assert scenes["twice"].event("decided", 2)["reason"] == (
         "rank 1 failed twice at step 5 with the same error: RuntimeError: a loss of nan"
     )
+    assert [path.name for path in (scenes["twice"].directory / "logs").iterdir()] == ["attempt-0002"], "as many as are kept"
 
 
 def test_bad_input_is_not_retried(scenes):

@@ -21,11 +21,13 @@ def scenes(tmp_path_factory):
     }
     root = tmp_path_factory.mktemp("leaving")
     scenes = {name: Scene(root / name, plan, cluster={"grace": 0.5 if name == "slow" else 60}) for name, plan in plans.items()}
-    for scene in scenes.values():
-        scene.event("first-step")
-    yield scenes
-    for scene in scenes.values():
-        scene.close()
+    try:
+        for scene in scenes.values():
+            scene.event("first-step")
+        yield scenes
+    finally:
+        for scene in scenes.values():
+            scene.close()
 
 
 def test_sigterm_saves_and_asks_to_be_run_again(scenes):

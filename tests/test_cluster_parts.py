@@ -18,6 +18,7 @@ from manta.cluster.config import ClusterConfig
 from manta.cluster.heartbeat import SIZE, HeartbeatReader
 from manta.cluster.job import Job
 from manta.cluster.journal import Event, Journal, read_events
+from manta.cluster.logs import outlived
 from manta.cluster.machine import default_ranks, gpus
 from manta.cluster.orders import Orders
 from manta.cluster.placement import Machine, Place
@@ -87,6 +88,38 @@ def test_orders_are_noted_and_old_handlers_put_back(number):
         os.kill(os.getpid(), signal.SIGINT)
         assert (orders.leave, orders.at_once) == (number, True)
     assert signal.getsignal(number) is before
+
+
+def test_a_file_asks_as_a_signal_does_and_is_taken_away(tmp_path):
+    file = tmp_path / "stop-now"
+    file.write_text("at once")  # of a run that was killed before it could answer
+    with Orders(file) as orders:
+        assert (orders.leave, orders.at_once) == (None, False)
+        file.touch()
+        assert (orders.leave, orders.at_once) == (signal.SIGTERM, False)
+        file.write_text("at once")
+        assert orders.at_once
+        file.unlink()
+        assert (orders.leave, orders.at_once) == (signal.SIGTERM, True), "what was said is said"
+        file.touch()
+    assert not file.exists()
+
+
+def test_a_file_does_not_change_what_a_signal_said(tmp_path):
+    with Orders(tmp_path / "stop-now") as orders:
+        os.kill(os.getpid(), signal.SIGINT)
+        (tmp_path / "stop-now").touch()
+        assert (orders.leave, orders.at_once) == (signal.SIGINT, False)
+
+
+@given(st.sets(st.integers(0, 12000)), st.integers(1, 12000), st.integers(1, 30))
+def test_the_logs_of_the_newest_attempts_are_kept(numbers, attempt, keep):
+    names = [f"attempt-{number:04d}" for number in numbers]
+    gone = outlived([*names, "controller.log", "attempt-0001.old", "attempts"], attempt=attempt, keep=keep)
+    left = {number for number in numbers if f"attempt-{number:04d}" not in gone}
+    assert set(gone) <= set(names)
+    assert left == {number for number in numbers if number > attempt - keep}
+    assert len(left - {attempt}) < keep or max(left) > attempt
 
 
 def test_every_setting_is_explained_and_bad_ones_are_refused():

@@ -29,7 +29,7 @@ def test_help_and_version_need_no_heavy_import():
     script = f"import sys; import manta.launch.cli, manta.launch.config; sys.exit(' '.join({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
-    for command in ([], ["train"], ["resume"], ["prepare"], ["status"], ["generate"], ["export"]):
+    for command in ([], ["train"], ["resume"], ["prepare"], ["status"], ["attach"], ["stop"], ["logs"], ["generate"], ["export"]):
         told = subprocess.run([sys.executable, "-P", "-m", "manta.launch", *command, "--help"], capture_output=True, text=True, check=False)
         assert told.returncode == 0
         assert "Usage: manta" in told.stdout

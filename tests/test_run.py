@@ -259,6 +259,7 @@ def test_a_run_whose_checkpoints_are_all_bad_never_starts_afresh(case, undisturb
         (path / "manifest.json").write_text("{")
     failed = case.train("bad", "train.steps=44", code=1)
     assert "every checkpoint is bad" in failed.stderr
+    assert f"{home}/logs/attempt-0002/rank-000" in failed.stderr.splitlines()[-1]
     assert [event["event"] for event in events(case, "bad")].count("attempt-started") == 2, "another try would meet the same"
     assert lines(case, "bad")[-1]["step"] == STEPS
 

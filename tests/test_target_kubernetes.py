@@ -304,7 +304,7 @@ def test_without_kubectl_the_command_says_what_to_do(case, file):
 
 @pytest.mark.parametrize(
     ("on", "dry_run", "told"),
-    [("kubernets", False, "--on: got 'kubernets', wants one of local, kubernetes"), ("local", True, "--dry-run: got it for this machine")],
+    [("kubernets", False, "--on: got 'kubernets', wants one of local, ssh:FILE"), ("local", True, "--dry-run: got it with --on local")],
 )
 def test_a_target_that_there_is_not_is_bad_input(file, on, dry_run, told):
     with pytest.raises(InputError, match=told):

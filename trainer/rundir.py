@@ -94,6 +94,16 @@ class RunDirectory:
         return self.path / "save-now"
 
     @property
+    def stop_file(self) -> Path:
+        """Whoever makes it asks the run to save and leave; its controller takes it away when it has left."""
+        return self.path / "stop-now"
+
+    @property
+    def logs(self) -> Path:
+        """A directory an attempt, a file a rank."""
+        return self.path / "logs"
+
+    @property
     def typed(self) -> str:
         """The path as a person can type it."""
         return shlex.quote(str(self.path))

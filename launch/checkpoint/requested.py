@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from manta.data.errors import InputError
-from manta.launch.train import resume_config
+from manta.launch.config import resume_config
 from manta.trainer.checkpoint.errors import SaveError
 from manta.trainer.rundir import RunDirectory
 

@@ -11,8 +11,7 @@ from manta.data.home import Home
 from manta.data.manifest import Prepared
 from manta.data.samples import Samples
 from manta.launch import config as configs
-from manta.launch.config import RunConfig
-from manta.launch.train import resume_config
+from manta.launch.config import RunConfig, resume_config
 from manta.trainer.rundir import RunDirectory
 
 

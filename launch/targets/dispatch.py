@@ -1,8 +1,9 @@
 """From the name of a target to the run on it."""
 
 import re
+from collections.abc import Sequence
 
-from manta.cluster.runtime import JoinedRay, LocalRay
+from manta.cluster.runtime import JoinedRay, LocalRay, NoClusterError
 from manta.data.errors import InputError
 from manta.launch.config import RunConfig
 
@@ -10,12 +11,17 @@ TARGETS = ("local", "ssh:FILE", "slurm", "kubernetes", "auto", "HOST:PORT of a R
 HANDED_OVER = {"slurm", "kubernetes"}
 
 
-def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool = False) -> int:
-    """Starts the run on a target, or hands it over. Gives the exit code. Raises InputError before anything is started."""
+def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool = False, detached: Sequence[str] = ()) -> int:
+    """Starts the run on a target, or hands it over. Gives the exit code. Raises InputError before anything is started.
+
+    `detached`: the arguments of the manta that does so in the background, where this one is not to.
+    """
     if dry_run and on not in HANDED_OVER:
         raise InputError(
             f"--dry-run: got it with --on {on}, to which nothing is handed over; leave it out, or use --on slurm or kubernetes"
         )
+    if detached and on in HANDED_OVER:
+        raise InputError(f"--detach: got it with --on {on}, which keeps the run anyhow; leave it out")
     kind, _, rest = on.partition(":")
     if on == "slurm":
         from manta.launch.targets import slurm
@@ -28,15 +34,21 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
     from manta.launch.train import train
 
     if on == "local":
-        return train(config, LocalRay(config.cluster.most))
+        return train(config, LocalRay(config.cluster.most), detached=detached)
     if kind == "ssh" and rest:
         from manta.launch.targets import ssh
 
-        return train(config, ssh.ray_of(rest, config.cluster))
+        return train(config, ssh.ray_of(rest, config.cluster), detached=detached)
     if on == "allocation":
         from manta.launch.targets import slurm
 
-        return train(config, slurm.ray_of_allocation(config.cluster))
+        return train(config, slurm.ray_of_allocation(config.cluster), detached=detached)
     if on == "auto" or re.fullmatch(r"[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", on):
-        return train(config, JoinedRay(on, insecure=insecure))
+        ray = JoinedRay(on, insecure=insecure)
+        try:
+            with ray.connected():
+                pass  # before anything is written
+        except NoClusterError as error:
+            raise InputError(f"--on: {error}") from None
+        return train(config, ray, detached=detached)
     raise InputError(f"--on: got {on!r}, wants one of {', '.join(TARGETS)}")

@@ -21,7 +21,7 @@ OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "Server
 
 def ray_of(file: str, cluster: ClusterConfig) -> HostsRay:
     """The Ray of the hosts in a file. Raises InputError where they are too few, or a line is none."""
-    hosts = [_host(file, number, line) for number, line in _lines(Path(file))]
+    hosts = [_host(file, number, line, cluster.ssh.options) for number, line in _lines(Path(file))]
     if len(hosts) < cluster.least:
         raise InputError(f"{file}: got {len(hosts)} hosts, wants the {cluster.least} of cluster.nodes; add some, or lower it")
     return HostsRay(tuple(hosts), address=_towards(file, hosts[0]), grace=cluster.grace)
@@ -38,7 +38,7 @@ def _lines(file: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in stripped if line]
 
 
-def _host(file: str, number: int, line: str) -> Host:
+def _host(file: str, number: int, line: str, options: tuple[str, ...]) -> Host:
     found = LINE.fullmatch(line)
     more = {key: value for key, _, value in (each.partition("=") for each in found["rest"].split())} if found else {}
     if found is None or not more.keys() <= KEYS or not all(more.values()):
@@ -47,7 +47,7 @@ def _host(file: str, number: int, line: str) -> Host:
     port = ("-p", found["port"]) if found["port"] else ()
     return Host(
         name=found["host"].strip("[]"),
-        reach=("ssh", *OPTIONS, *port, found["login"].replace("[", "").replace("]", "")),
+        reach=("ssh", *OPTIONS, *options, *port, found["login"].replace("[", "").replace("]", "")),
         has_shell=True,
         python=more.get("python", sys.executable),
         address=more.get("address"),

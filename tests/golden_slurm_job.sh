@@ -1,0 +1,38 @@
+#!/bin/bash
+#SBATCH --job-name=first
+#SBATCH --nodes=2-8
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --partition=gpu
+#SBATCH --account=research
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --output="/shared/my runs/first/slurm/job-%j.log"
+#SBATCH --open-mode=append
+#SBATCH --mem=0
+#SBATCH --exclude=n7
+
+set -u
+module load cuda/13.0
+
+# The controller, on the first node. It reaches the others by srun.
+/opt/manta/bin/python -P -m manta.launch train '/shared/my runs/first/slurm/run.yaml' --on allocation &
+run=$!
+
+# SLURM tells this script alone. Only where the time is up does the job queue again: not where somebody cancels it.
+time_is_up=no
+trap 'time_is_up=yes; kill -USR1 "$run"' USR1
+trap 'kill -TERM "$run"' TERM
+wait "$run"
+code=$?
+while kill -0 "$run" 2>/dev/null; do
+    wait "$run"
+    code=$?
+done
+
+if [ "$code" = 75 ] && [ "$time_is_up" = yes ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
