@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from manta.cluster.agent import NodeFacts
@@ -11,6 +11,7 @@ from manta.cluster.failure import LEFT, SAVED, Failure, RankStatus, explain, gui
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event
 from manta.cluster.orders import Orders
+from manta.cluster.pace import Pace, limits, slow
 
 if TYPE_CHECKING:
     from manta.cluster.nodes import Nodes  # it imports Ray, which must wait until its environment stands
@@ -49,7 +50,7 @@ class Attempt:
             yield self._event("node-ready", node=index, host=facts.host, address=facts.address)
         pids = self.nodes.start(self.number, places(self.job, self.number, self.nodes.facts, self.nodes.free_port()))
         yield self._event("attempt-started", ranks=[{"rank": rank, "pid": pid} for rank, pid in enumerate(pids)])
-        stepped = False
+        stepped, pace = False, Pace()
         while True:
             statuses = self.nodes.poll(TICK)
             exited = [status for status in statuses if status.code is not None]
@@ -64,8 +65,11 @@ class Attempt:
                 if self.config.keep_warm:
                     self.nodes.warm()
                 yield self._event("first-step", step=min(status.step for status in statuses))
-            if hung := stalled(statuses, start_timeout=self.config.start_timeout, step_timeout=self.config.step_timeout):
+            if hung := stalled(statuses, limits(statuses, start=self.config.start_timeout, step=self.config.step_timeout)):
                 return (yield from self._hang(hung))
+            pace, slower = slow(statuses, pace)
+            for one in slower:
+                yield self._event("rank-slow", node=self.nodes.facts[one.rank // self.job.ranks_per_node].host, **asdict(one))
             yield self._tick(statuses)
 
     def _crash(self) -> Generator[Event, None, Failure]:

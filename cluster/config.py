@@ -13,9 +13,9 @@ class ClusterConfig(BaseModel):
     ranks_per_node: int | None = Field(default=None, ge=1)
     """Ranks on each machine. Unset: one a GPU; without a GPU two, or one on a single core."""
     start_timeout: float = Field(default=600.0, gt=0)
-    """Seconds a rank may go without a sign of life before its first step (imports, compilation, loading a checkpoint), or as it saves."""
-    step_timeout: float = Field(default=300.0, gt=0)
-    """Seconds a rank may go without a sign of life (one a micro batch) once it steps; then the attempt counts as hung and is restarted."""
+    """Seconds a rank may go without a sign of life before its first step (imports, loading a checkpoint), or as it compiles or saves."""
+    step_timeout: float | None = Field(default=None, gt=0, examples=[300.0])
+    """Seconds a rank may go without a sign of life once it steps; then the attempt counts as hung. Unset: learned (docs/recovery.md)."""
     grace: float = Field(default=60.0, ge=0)
     """Seconds the ranks have to save and leave when the run is told to stop."""
     restarts_without_progress: int = Field(default=3, ge=0)

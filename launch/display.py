@@ -99,6 +99,10 @@ class Display:
             case "rank-failed":
                 log = home.path / "logs" / f"attempt-{event.attempt:04d}" / f"rank-{details.get('rank') or 0:04d}.log"
                 return f"attempt {event.attempt}: rank {details['rank']} failed at step {details['step']}: {details['message']} ({log})"
+            case "rank-slow":
+                compared = f"{details['work']:.3g} s of step {details['step']} by itself, the median rank {details['median']:.3g} s"
+                slower = f"rank {details['rank']} on {details['node']} is {details['times']:.1f}x slower than the median"
+                return f"attempt {event.attempt}: {slower}: {compared}; all go at its pace"
             case "node-lost":
                 return f"attempt {event.attempt}: node {details['node']} lost: {details['message']}"
             case "decided":
