@@ -173,6 +173,9 @@ def _status(rank: _Rank) -> RankStatus:
         exited_at=rank.process.exited_at or 0.0,
         error=_error(rank.error) if failed else None,
         tail=_tail(rank.log) if failed else "",
+        work=beat.work,
+        intervals=rank.heartbeat.intervals,
+        longest=rank.heartbeat.longest,
     )
 
 

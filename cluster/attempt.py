@@ -4,7 +4,7 @@ import bisect
 import itertools
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from manta.cluster.agent import NodeFacts
@@ -13,6 +13,7 @@ from manta.cluster.failure import LEFT, SAVED, Failure, RankStatus, explain, gui
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event
 from manta.cluster.orders import Orders
+from manta.cluster.pace import Pace, limits, slow
 from manta.cluster.placement import Place
 from manta.cluster.room import Room
 
@@ -61,7 +62,7 @@ class Attempt:
         pids = self.nodes.start(self.number, environments)
         ranks = [{"rank": rank, "pid": pid, "node": self.node_of(rank)} for rank, pid in enumerate(pids)]
         yield self._event("attempt-started", ranks=ranks)
-        stepped = False
+        stepped, pace = False, Pace()
         while True:
             statuses = self.nodes.poll(TICK)
             exited = [status for status in statuses if status.code is not None]
@@ -80,9 +81,16 @@ class Attempt:
                 yield self._event("nodes-appeared", ranks=more.ranks, nodes=[str(place.machine) for place in more.places])
                 outcome = yield from self._leave()
                 return Regrouped() if outcome == Left(saved=True) and not self.orders.leave else outcome
-            if hung := stalled(statuses, start_timeout=self.config.start_timeout, step_timeout=self.config.step_timeout):
+            if hung := stalled(statuses, limits(statuses, start=self.config.start_timeout, step=self.config.step_timeout)):
                 return (yield from self._hang(hung))
+            pace = yield from self._compare(statuses, pace)
             yield self._tick(statuses)
+
+    def _compare(self, statuses: Sequence[RankStatus], before: Pace) -> Generator[Event, None, Pace]:
+        pace, slower = slow(statuses, before)
+        for one in slower:
+            yield self._event("rank-slow", node=self.nodes.facts[self.node_of(one.rank)].host, **asdict(one))
+        return pace
 
     def _crash(self) -> Generator[Event, None, Failure]:
         """What survivors could still do does not count: what counts is on disk. So they are ended at once."""

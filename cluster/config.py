@@ -27,10 +27,10 @@ class ClusterConfig(BaseModel):
     ranks_per_node: int | None = Field(default=None, ge=1)
     """Ranks on each node. Unset: one a GPU; without a GPU two, or one on a single core."""
     start_timeout: float = Field(default=600.0, gt=0)
-    """Seconds to wait for nodes; and that a rank may go without a sign of life before its first step (imports, compilation, loading a
-    checkpoint), or as it saves."""
-    step_timeout: float = Field(default=300.0, gt=0)
-    """Seconds a rank may go without a sign of life (one a micro batch) once it steps; then the attempt counts as hung and is restarted."""
+    """Seconds to wait for nodes; and that a rank may go without a sign of life before its first step (imports, loading a checkpoint), or as
+    it compiles or saves."""
+    step_timeout: float | None = Field(default=None, gt=0, examples=[300.0])
+    """Seconds a rank may go without a sign of life once it steps; then the attempt counts as hung. Unset: learned (docs/recovery.md)."""
     node_timeout: float = Field(default=30.0, gt=0)
     """Seconds a node may leave its controller without an answer; then it counts as lost, and the run goes on without it."""
     grace: float = Field(default=60.0, ge=0)

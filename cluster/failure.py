@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Literal
 
 BEFORE_THE_FIRST_STEP = frozenset({"", "start", "load"})  # phases of a heartbeat; "" is none yet
+HELD_UP = frozenset({"read", "compile"})  # phases of a step in which a rank may be long, while the others wait for it in phase "step"
 SAVED, UNSAVED = 75, 143  # exit codes of a rank that was told to leave
 LEFT = frozenset({SAVED, UNSAVED})
 
@@ -41,7 +42,11 @@ class RankError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStatus:
-    """One rank as its agent sees it. `code` is None while it lives; negative, it names a signal. `quiet`: seconds since its last beat."""
+    """One rank as its agent sees it. `code` is None while it lives; negative, it names a signal. `quiet`: seconds since its last beat.
+
+    `work`: seconds of its last step that it spent by itself; 0 where that is not known. `intervals` between beats in phase "step" have been
+    seen, the `longest` of so many seconds.
+    """
 
     rank: int
     pid: int
@@ -54,6 +59,23 @@ class RankStatus:
     exited_at: float = 0.0
     error: RankError | None = None
     tail: str = ""
+    work: float = 0.0
+    intervals: int = 0
+    longest: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Seconds without a sign of life after which a rank counts as hung, by what it does."""
+
+    start: float  # until its first step, and as it compiles or saves
+    step: float
+    other: float  # as it reads, evaluates or ends
+
+    def of(self, status: RankStatus) -> float:
+        if not status.has_stepped or status.phase in {"compile", "save"}:
+            return self.start
+        return self.step if status.phase == "step" else self.other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,16 +149,17 @@ def guilty(exited: Sequence[RankStatus]) -> RankStatus:
     return min(exited, key=lambda s: (not _is_killed(s), s.exited_at, s.rank))
 
 
-def stalled(statuses: Sequence[RankStatus], *, start_timeout: float, step_timeout: float) -> Failure | None:
+def stalled(statuses: Sequence[RankStatus], limits: Limits) -> Failure | None:
     """The failure that silence amounts to, if some rank has given no sign of life for too long.
 
     One hung rank stops all, so the quietest is often not the guilty one: a stopped process is named first, then the rank with the
-    fewest steps, then the quietest. Ranks that never came up are named all.
+    fewest steps, then one that the others may be waiting for, then the quietest. Ranks that never came up are named all.
     """
     alive = [s for s in statuses if s.code is None]
-    if not any(s.quiet > (step_timeout if s.has_stepped and s.phase != "save" else start_timeout) for s in alive):
+    others = max((limits.of(s) for s in alive if s.phase in HELD_UP), default=0.0)
+    if not any(s.quiet > max(limits.of(s), others if s.phase == "step" else 0.0) for s in alive):
         return None
-    named = min(alive, key=lambda s: (s.state != "T", s.step, -s.quiet))
+    named = min(alive, key=lambda s: (s.state != "T", s.step, s.phase not in HELD_UP, -s.quiet))
     if missing := [str(s.rank) for s in alive if not s.phase]:
         message = f"no sign of life within {named.quiet:.1f} s from rank {', '.join(missing)}"
     else:

@@ -13,11 +13,15 @@ SIZE = 256  # bytes: one pwrite, padded with spaces, so that a shorter beat leav
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
-    """`step` counts finished optimizer steps; `time` is the rank's monotonic clock; `phase` is "" before the first beat."""
+    """`step` counts finished optimizer steps; `time` is the rank's monotonic clock; `phase` is "" before the first beat.
+
+    `work`: seconds of the last step that the rank spent by itself; 0 where that is not known.
+    """
 
     step: int
     phase: str
     time: float
+    work: float = 0.0
 
 
 _ADAPTER = TypeAdapter(Heartbeat)
@@ -31,6 +35,7 @@ class HeartbeatReader:
         self._changed = time.monotonic()
         self._first_step: int | None = None  # a resumed rank does not begin at 0
         self.last = Heartbeat(step=0, phase="", time=0.0)
+        self.intervals, self.longest = 0, 0.0  # between two beats in phase "step", the first step's left out: how many, and seconds
 
     def read(self) -> Heartbeat:
         try:
@@ -38,6 +43,8 @@ class HeartbeatReader:
         except (FileNotFoundError, ValidationError):  # not written yet, or torn
             return self.last
         if beat != self.last:
+            if self.has_stepped and self.last.phase == beat.phase == "step":
+                self.intervals, self.longest = self.intervals + 1, max(self.longest, self.quiet)
             self.last, self._changed = beat, time.monotonic()
         if self._first_step is None and beat.phase not in BEFORE_THE_FIRST_STEP:
             self._first_step = beat.step

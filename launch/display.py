@@ -93,7 +93,7 @@ class Display:
             self._console.print(f"step {line['step']}/{self._steps}  {told}")
             self._spoke = time.monotonic()
 
-    def _tell(self, event: Event) -> str | None:  # noqa: C901, PLR0911  a table: a line a kind
+    def _tell(self, event: Event) -> str | None:  # noqa: C901, PLR0911, PLR0912  a table: a line a kind
         """One line for a transition; None for one that only the journal wants."""
         details = event.details
         match event.kind:
@@ -104,6 +104,10 @@ class Display:
                 self._failed = event
                 where = f"attempt {event.attempt}: rank {details['rank']} failed at step {details['step']}"
                 return f"{where}: {details['message']} ({self._log(event)})"
+            case "rank-slow":
+                compared = f"{details['work']:.3g} s of step {details['step']} by itself, the median rank {details['median']:.3g} s"
+                slower = f"rank {details['rank']} on {details['node']} is {details['times']:.1f}x slower than the median"
+                return f"attempt {event.attempt}: {slower}: {compared}; all go at its pace"
             case "node-lost":
                 self._failed = None
                 return f"attempt {event.attempt}: node {details['node']} lost: {details['message']}"

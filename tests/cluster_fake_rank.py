@@ -1,6 +1,7 @@
 """A rank without a model: follows the contract of manta.cluster, counts steps with sleeps, and misbehaves when told to.
 
-FAKE is a JSON dict in the environment: steps, step_time, warm_time, and faults, each tied to an attempt and a rank.
+FAKE is a JSON dict in the environment: steps, step_time, warm_time, faults, each tied to an attempt and a rank, and slow: a rank, and
+from which step to which it works twice as long as the others, who wait for it.
 """
 
 import faulthandler
@@ -34,11 +35,12 @@ def main():
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     signal.signal(signal.SIGTERM, leave)
     file = os.open(os.environ["MANTA_HEARTBEAT"], os.O_WRONLY | os.O_CREAT)
-    progress = {"step": 0, "phase": "start"}
+    progress, work = {"step": 0, "phase": "start"}, {}
 
-    def beat(step, phase):
+    def beat(step, phase, **told):
         progress.update(step=step, phase=phase)
-        os.pwrite(file, json.dumps({**progress, "time": time.monotonic()}).encode().ljust(256), 0)
+        work.update(told)
+        os.pwrite(file, json.dumps({**progress, "time": time.monotonic(), **work}).encode().ljust(256), 0)
 
     beat(0, "start")
     try:
@@ -76,8 +78,15 @@ def run(plan, beat):
             case number:
                 os.kill(os.getpid(), signal.Signals[number])
         time.sleep(plan.get("step_time", 0.02))
-        beat(step + 1, "step")
+        beat(step + 1, "step", **worked(plan, rank, step))
     beat(plan.get("steps", 10), "done")
+
+
+def worked(plan, rank, step):
+    if "slow" not in plan:  # as ranks that do not know it
+        return {}
+    who, first, last = plan["slow"]
+    return {"work": 0.4 if rank == who and first <= step < last else 0.2}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """What ended an attempt, and what follows: pure functions."""
 
 import signal
+from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manta.cluster.failure import Cause, Failure, GiveUp, Policy, RankError, RankStatus, Restart, decide, explain, guilty, stalled
+from manta.cluster.failure import Cause, Failure, GiveUp, Limits, Policy, RankError, RankStatus, Restart, decide, explain, guilty, stalled
 
 POLICY = Policy()
+LIMITS = Limits(start=100, step=3, other=20)
 MENDABLE = st.sampled_from([Cause.SIGNAL, Cause.HANG, Cause.NODE_LOST])
 
 
@@ -78,25 +81,37 @@ def test_a_signal_outranks_an_exception_but_an_abort_does_not(exited):
 
 def test_a_rank_that_stalls_is_named():
     fine = status(0, quiet=1.0, step=6)
-    assert stalled([fine, status(1, quiet=2.0)], start_timeout=100, step_timeout=3) is None
-    assert stalled([fine, status(1, quiet=4.0)], start_timeout=100, step_timeout=3) == failure(
-        Cause.HANG, 5, "rank 1 gave no sign of life for 4.0 s in phase step", 1
-    )
-    assert stalled([fine, status(1, quiet=4.0, phase="save")], start_timeout=100, step_timeout=3) is None
-    assert stalled([fine, status(1, quiet=400, code=0)], start_timeout=100, step_timeout=3) is None
+    assert stalled([fine, status(1, quiet=2.0)], LIMITS) is None
+    assert stalled([fine, status(1, quiet=4.0)], LIMITS) == failure(Cause.HANG, 5, "rank 1 gave no sign of life for 4.0 s in phase step", 1)
+    assert stalled([fine, status(1, quiet=400, code=0)], LIMITS) is None
+
+
+@pytest.mark.parametrize(("phase", "limit"), [("compile", 100), ("save", 100), ("evaluate", 20), ("read", 20), ("done", 20), ("step", 3)])
+def test_each_phase_has_a_limit_of_its_own_and_the_first_step_the_start_s(phase, limit):
+    assert stalled([status(1, quiet=limit - 1, phase=phase)], LIMITS) is None
+    assert stalled([status(1, quiet=limit + 1, phase=phase)], LIMITS).rank == 1
+    assert stalled([status(1, quiet=99, phase=phase, has_stepped=False)], LIMITS) is None
+    assert stalled([status(1, quiet=101, phase=phase, has_stepped=False)], LIMITS).rank == 1
+
+
+@pytest.mark.parametrize(("phase", "limit"), [("read", 20), ("compile", 100)])
+def test_a_rank_that_is_held_up_in_a_step_is_waited_for_and_named(phase, limit):
+    waiting = status(0, quiet=limit + 1)
+    assert stalled([replace(waiting, quiet=limit - 1), status(1, quiet=limit - 1.5, phase=phase)], LIMITS) is None
+    assert stalled([waiting, status(1, quiet=limit + 0.5, phase=phase)], LIMITS).rank == 1
+    assert stalled([replace(waiting, quiet=4), status(1, phase="save")], LIMITS).rank == 0
 
 
 def test_of_ranks_that_wait_for_one_another_the_stopped_one_is_named_then_the_one_behind_then_the_quietest():
     waiting, behind, stopped = status(0, quiet=9, step=6), status(1, quiet=8, step=5), status(2, quiet=7, step=6, state="T")
-    limits = {"start_timeout": 100, "step_timeout": 3}
-    assert stalled([waiting, behind, stopped], **limits).rank == stopped.rank
-    assert stalled([waiting, behind], **limits).rank == behind.rank
-    assert stalled([waiting, status(3, quiet=8, step=6)], **limits).rank == waiting.rank
+    assert stalled([waiting, behind, stopped], LIMITS).rank == stopped.rank
+    assert stalled([waiting, behind], LIMITS).rank == behind.rank
+    assert stalled([waiting, status(3, quiet=8, step=6)], LIMITS).rank == waiting.rank
 
 
 def test_ranks_that_never_came_up_are_listed():
     absent = [status(rank, quiet=700, step=0, phase="") for rank in (1, 3)]
-    failed = stalled([status(0, quiet=600, phase="start", step=0), *absent], start_timeout=650, step_timeout=3)
+    failed = stalled([status(0, quiet=600, phase="start", step=0), *absent], replace(LIMITS, start=650))
     assert failed.message == "no sign of life within 700.0 s from rank 1, 3"
 
 

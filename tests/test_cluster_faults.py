@@ -24,7 +24,7 @@ def scene(tmp_path_factory):
     for name in HOSTILE:
         (cwd / name).write_text(f"raise SystemExit('shadowed by {name}')")
     faults = [[8, [[RAISE], 0], "raise"], [30, [[KILL], 1], "SIGKILL"], [50, [[STOP], 1], "SIGSTOP"], [70, [[SEGV], 0], "SIGSEGV"]]
-    plan = {"every": 20, "steps": 120, "step_time": 0.05, "warm_time": 0.3, "faults": faults}
+    plan = {"every": 20, "steps": 150, "step_time": 0.05, "warm_time": 0.3, "faults": faults, "slow": [1, 100, 150]}
     scene = Scene(root / "run", plan, cluster={"step_timeout": 1.0}, cwd=cwd)
     yield scene
     scene.close()
@@ -114,6 +114,15 @@ def test_an_exception_is_told_with_its_traceback(ended):
     failed = of(events, "rank-failed", RAISE)
     assert failed["message"] == "RuntimeError: a loss of nan"
     assert "cluster_fake_rank.py" in failed["traceback"]
+
+
+def test_a_slow_rank_is_told_of_once_with_its_node_and_the_run_goes_on(ended):
+    _, events = ended
+    told = of(events, "rank-slow", LAST)
+    assert (told["rank"], told["times"], told["work"], told["median"]) == (1, 2.0, 0.4, 0.2)
+    assert told["node"] == of(events, "node-ready", 1)["host"]
+    assert 100 < told["step"] <= 150
+    assert [event["attempt"] for event in events if event["event"] == "rank-slow"] == [LAST]
 
 
 def test_a_lost_agent_is_replaced(ended):

@@ -22,10 +22,11 @@ from manta.cluster.logs import outlived
 from manta.cluster.machine import default_ranks, gpus
 from manta.cluster.orders import Orders
 from manta.cluster.placement import Machine, Place
+from manta.trainer.heartbeat import Heartbeat
 
 
-def beat(step, phase="step"):
-    return json.dumps({"step": step, "phase": phase, "time": 1.5}).encode().ljust(SIZE)
+def beat(step, phase="step", **told):
+    return json.dumps({"step": step, "phase": phase, "time": 1.5, **told}).encode().ljust(SIZE)
 
 
 @given(st.integers(0, SIZE))
@@ -60,6 +61,32 @@ def test_quiet_is_the_time_since_the_beat_changed(tmp_path):
     path.write_bytes(beat(2))
     reader.read()
     assert reader.quiet < 0.05
+
+
+def test_a_beat_may_tell_of_work_and_an_older_one_does_not(tmp_path):
+    path = tmp_path / "beat"
+    reader = HeartbeatReader(path)
+    path.write_bytes(beat(1))
+    assert reader.read().work == 0
+    path.write_bytes(beat(2, work=0.25))
+    assert reader.read().work == 0.25
+    rank = Heartbeat(str(path))
+    rank.work = 123456.123456789
+    rank("evaluate", 10**12)
+    assert path.stat().st_size == SIZE
+    assert (reader.read().work, reader.read().step) == (123456.123457, 10**12)
+
+
+def test_silences_are_measured_between_beats_of_steps_and_the_first_step_s_is_left_out(tmp_path):
+    path = tmp_path / "beat"
+    reader = HeartbeatReader(path)
+    told = [(3, "load"), (3, "step"), (4, "step"), (5, "step"), (5, "save"), (5, "step"), (5, "read"), (5, "step"), (6, "step")]
+    for step, phase in told:
+        time.sleep(0.1 if (step, phase) != (5, "step") else 0.02)
+        path.write_bytes(beat(step, phase))
+        reader.read()
+    assert reader.intervals == 2  # to 5, and to 6
+    assert 0.1 <= reader.longest < 0.2
 
 
 def test_a_journal_goes_on_after_a_torn_line(tmp_path):

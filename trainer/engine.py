@@ -39,6 +39,7 @@ from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim import build_optimizer
 from manta.trainer.parallel import cuts
 from manta.trainer.parallel.apply import Recompute, parallelize
+from manta.trainer.work import Work
 from manta.trainer.world import Mesh
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is done here on purpose: another's optimizer under ZeRO
@@ -102,6 +103,7 @@ class Engine:
             config=settings,
             config_class=DeepSpeedConfig(settings, mpu),
         )
+        self.work = Work(model, mesh.layout, self.device, compiled=compile_blocks)
 
     @property
     def zero(self) -> Any:
@@ -127,7 +129,9 @@ class Engine:
         norm = None
         for turn, batch in enumerate(batches, start=1):
             self.deepspeed.set_gradient_accumulation_boundary(turn == len(batches))
-            terms_K = self.deepspeed(self._part(batch), divisors_K)
+            part = self._part(batch)
+            with self.work.forward():
+                terms_K = self.deepspeed(part, divisors_K)
             self.deepspeed.backward(terms_K.sum(), scale_wrt_gas=False)  # ZeRO divides by the replicas
             total_K += terms_K.detach()
             if self.layout.zero == 0 and self.deepspeed.is_gradient_accumulation_boundary():

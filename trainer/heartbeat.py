@@ -5,7 +5,7 @@ import os
 import time
 from typing import Literal, Self
 
-Phase = Literal["start", "load", "step", "evaluate", "save", "done"]
+Phase = Literal["start", "load", "read", "compile", "step", "evaluate", "save", "done"]
 SIZE = 256  # bytes: one write, so that a reader sees a whole beat
 
 
@@ -15,6 +15,7 @@ class Heartbeat:
     def __init__(self, path: str | None) -> None:
         self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         self.step, self.phase = 0, "start"
+        self.work = 0.0  # seconds of the last step that this rank spent by itself
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -29,5 +30,5 @@ class Heartbeat:
         """`step`: optimizer steps finished."""
         self.step, self.phase = step, phase
         if self._file is not None:
-            beat = json.dumps({"step": step, "phase": phase, "time": time.monotonic()})
+            beat = json.dumps({"step": step, "phase": phase, "time": time.monotonic(), "work": round(self.work, 6)})
             os.pwrite(self._file, beat.ljust(SIZE).encode(), 0)

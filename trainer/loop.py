@@ -69,6 +69,7 @@ class Loop:
         self.reader = Reader(samples, self.timeline, engine.layout, **reading, device=world.device)
         self._digest = 0
         self._waited = 0.0
+        self._lengths = set[int]()  # of sequences, that were trained on here
 
     def run(self, step: int) -> int:
         """From `step` steps done to the last. Gives the steps done: fewer than all where we were told to leave."""
@@ -93,6 +94,7 @@ class Loop:
                 metrics.write(line)
                 log.info("step %d/%d  %s", step, last, describe(line))
             if failed:
+                self.heartbeat("save", step)
                 saves.finish()
             if asked or step % self.config.checkpoint.every_steps == 0:
                 self.heartbeat("save", step)
@@ -112,6 +114,7 @@ class Loop:
         outcome = self.engine.step(self._microbatches(step), learning_rate=rate)
         terms, (leave, asked, failed, digest) = self._terms(outcome, saves)
         seconds = time.perf_counter() - start
+        self.heartbeat.work = self._waited + self.engine.work.take()
         loss = self.engine.loss(terms)
         if not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.norm))):  # a smaller scale mends gradients alone
             raise FloatingPointError(
@@ -165,14 +168,17 @@ class Loop:
         return {f"{prefix}/{name}": term for name, term in told.items() if name not in {"loss"} | leave_out}
 
     def _microbatches(self, step: int) -> Iterator[Batch]:
-        self.heartbeat("step", step)
+        self.heartbeat("read", step)
         start = time.perf_counter()
         for read in self.reader.step(step):
             self._waited += time.perf_counter() - start
             self._digest += read.digest
-            self.heartbeat("step", step)
+            self.heartbeat("read", step)
             yield read.batch
             start = time.perf_counter()
+        length = self.timeline.phase(step).sequence_length
+        self.heartbeat("step" if length in self._lengths else "compile", step)  # blocks are compiled once for each length
+        self._lengths.add(length)
 
     def evaluate(self, step: int) -> Line:
         """Mean losses over the first `evaluate.samples` validation sequences, dealt over the data ranks."""
