@@ -21,6 +21,7 @@ from parity import OPTIMIZERS, Cell, Difference, Trace, plain, under
 from manta.trainer.batch import Batch
 from manta.trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
 from manta.trainer.engine import Engine
+from manta.trainer.guard import sum_of_bits
 from manta.trainer.layout import fits
 from manta.trainer.model import losses
 from manta.trainer.model.attention import Visibility, attend
@@ -155,6 +156,27 @@ def test_a_step_that_overflows_in_fp16_is_left_out():
     skipped, scales = apart(overflowing)
     assert skipped == [False, True]
     assert scales[0] == 2.0**16
+
+
+def looked_at() -> tuple[list[float], int, int]:
+    """What a rank spends by itself, over three steps; and the sum of a weight's bits, there and on the CPU."""
+    world, layout = World.from_environment(), fits(TrainConfig(steps=3, global_batch=16, micro_batch=4), 1)
+    engine = Engine(parity.model("llama"), mesh=world.mesh(layout), optimizer=parity.optimizer_config("adamw"), precision="bf16")
+    work = []
+    for step in range(3):
+        whole = parity.batch("llama", step)
+        taken = [parity.rows(whole, layout.samples(first=0, turn=turn, rank=0)) for turn in range(len(whole.tokens) // layout.micro_batch)]
+        engine.step(taken, learning_rate=1e-3)
+        work.append(engine.work.take())
+    weight = engine.module.embedding.weight
+    return work, int(sum_of_bits(weight)), int(sum_of_bits(weight.cpu()))
+
+
+def test_a_rank_s_own_time_is_known_a_step_later_and_bits_sum_to_the_same_there():
+    (first, *later), there, here = apart(looked_at)
+    assert (first == 0) == (DEVICE == "cuda")
+    assert all(0 < seconds < 60 for seconds in later)
+    assert there == here
 
 
 ATTENDED = [(causal, window, documents) for causal in (True, False) for window in (None, 50) for documents in (False, True)]

@@ -31,7 +31,7 @@ FREE = (
         "train.recompute",
         "train.compile",
     ),
-    *("parallel.", "checkpoint.", "evaluate.", "track.", "cluster."),
+    *("parallel.", "checkpoint.", "guard.", "evaluate.", "track.", "cluster."),
 )
 """Keys, and sections, that may change when a run is resumed: train.steps upwards only, data.skip of what was not read yet."""
 
@@ -183,6 +183,11 @@ class CheckpointConfig(Section):
         return value if value is None or is_remote(value) else str(Path(value).absolute())
 
 
+class GuardConfig(Section):
+    replicas_every_steps: int = Field(default=100, ge=0)
+    """Steps between looks at whether ranks that should hold the same weights do; there is one before each checkpoint, too. 0: never."""
+
+
 class EvaluateConfig(Section):
     every_steps: int = Field(default=250, ge=1)
     """Steps between evaluations; one is always made at the end."""
@@ -207,6 +212,7 @@ class TrainingConfig(Section):
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
     precision: Precision = "bf16"

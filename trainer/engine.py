@@ -33,6 +33,7 @@ from deepspeed.utils import groups
 
 from manta.trainer.batch import Batch
 from manta.trainer.config import OptimizerConfig, Precision
+from manta.trainer.guard import Replicas
 from manta.trainer.layout import Layout
 from manta.trainer.memory import Memory, estimate
 from manta.trainer.model.transformer import Transformer
@@ -103,6 +104,7 @@ class Engine:
             config=settings,
             config_class=DeepSpeedConfig(settings, mpu),
         )
+        self.replicas = Replicas(model, mesh)
         self.work = Work(model, mesh.layout, self.device, compiled=compile_blocks)
 
     @property
@@ -116,17 +118,18 @@ class Engine:
         return torch.device(device)
 
     def step(self, microbatches: Iterable[Batch], *, learning_rate: float) -> Outcome:
-        """One optimizer step over these micro batches, as many on every rank, each the same on all ranks of a tensor or sequence group.
+        """One optimizer step over these micro batches."""
+        return self.update(self.accumulate(microbatches), learning_rate=learning_rate)
+
+    def accumulate(self, microbatches: Iterable[Batch]) -> Tensor:
+        """Gradients of these micro batches, as many on every rank, each the same on all ranks of a tensor or sequence group: gives terms_K.
 
         DeepSpeed is told which is the last, and that it divides nothing: how many there are may change from step to step.
         """
         batches = list(microbatches)  # all of them first: each is weighed by what the whole step holds
         divisors_K = self._divisors(batches)
-        for group in self.zero.param_groups:
-            group["lr"] = learning_rate
         self.deepspeed.train()
         total_K = torch.zeros(len(self.module.terms), device=self.device, dtype=torch.float32)
-        norm = None
         for turn, batch in enumerate(batches, start=1):
             self.deepspeed.set_gradient_accumulation_boundary(turn == len(batches))
             part = self._part(batch)
@@ -134,14 +137,21 @@ class Engine:
                 terms_K = self.deepspeed(part, divisors_K)
             self.deepspeed.backward(terms_K.sum(), scale_wrt_gas=False)  # ZeRO divides by the replicas
             total_K += terms_K.detach()
-            if self.layout.zero == 0 and self.deepspeed.is_gradient_accumulation_boundary():
-                norm = self._clip()
-            self.deepspeed.step()  # acts on the last micro batch
+            if turn < len(batches):
+                self.deepspeed.step()  # which does nothing yet but count
+        return total_K
+
+    def update(self, terms_K: Tensor, *, learning_rate: float) -> Outcome:
+        """Learns from the gradients that have been accumulated. terms_K: this rank's sums over its micro batches."""
+        for group in self.zero.param_groups:
+            group["lr"] = learning_rate
+        norm = self._clip() if self.layout.zero == 0 else None
+        self.deepspeed.step()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         skipped = self.precision == "fp16" and bool(self.zero.overflow)
         self._settle(learned=not skipped)
-        return Outcome(terms=total_K / self.layout.replicas, norm=float(norm or 0.0), skipped=skipped)
+        return Outcome(terms=terms_K / self.layout.replicas, norm=float(norm or 0.0), skipped=skipped)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,11 @@ class Loop:
         start = time.perf_counter()
         rate = learning_rate(self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps)
         self._digest, self._waited = 0, 0.0
-        outcome = self.engine.step(self._microbatches(step), learning_rate=rate)
+        terms_K = self.engine.accumulate(self._microbatches(step))
+        every = self.config.guard.replicas_every_steps
+        if every and (step + 1) % every == 0:
+            self.engine.replicas.look(step + 1)
+        outcome = self.engine.update(terms_K, learning_rate=rate)
         terms, (leave, asked, failed, digest) = self._terms(outcome, saves)
         seconds = time.perf_counter() - start
         self.heartbeat.work = self._waited + self.engine.work.take()

@@ -52,8 +52,13 @@ class Saves:
         return self._is_answering
 
     def save(self, step: int, line: Line, *, wait: bool) -> None:
-        """line: what was measured of this step. wait: until it is there; a failure is then raised, however many are tolerated."""
+        """line: what was measured of this step. wait: until it is there; a failure is then raised, however many are tolerated.
+
+        Raises ReplicaError where weights have changed by themselves: they are not saved.
+        """
         self.finish()
+        if self._config.guard.replicas_every_steps:
+            self._engine.replicas.look(step)
         told: dict[str, Any] = {
             "layout": str(self._engine.layout),
             "ranks": dist.get_world_size(),
