@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -30,9 +31,13 @@ _ERROR = TypeAdapter(RankError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
+    """`versions`: of the packages asked for, None where it has none. `seal`: what stands in the run's, None where there is no such file."""
+
     host: str
     address: str
     interface: str
+    versions: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    seal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +81,14 @@ class NodeAgent:
         raylet = os.pidfd_open(os.getppid())
         asyncio.get_running_loop().add_reader(raylet, os._exit, 1)
 
-    async def describe(self) -> NodeFacts:
-        return NodeFacts(host=socket.gethostname(), address=self._address, interface=_interface(self._address))
+    async def describe(self, packages: Sequence[str], seal: Path) -> NodeFacts:
+        return NodeFacts(
+            host=socket.gethostname(),
+            address=self._address,
+            interface=_interface(self._address),
+            versions={package: _version(package) for package in packages},
+            seal=_word(seal),
+        )
 
     async def free_port(self) -> int:
         """A port that is free now. Another may take it: then the attempt fails, and the next asks again."""
@@ -190,6 +201,17 @@ def _tail(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         return file.read().decode(errors="replace")
+
+
+def _word(file: Path) -> str | None:
+    return file.read_text() if file.exists() else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _interface(address: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from manta.cluster.agent import NodeFacts
 from manta.cluster.config import ClusterConfig
-from manta.cluster.failure import LEFT, SAVED, Failure, RankStatus, explain, guilty, stalled
+from manta.cluster.failure import LEFT, SAVED, Cause, Failure, RankStatus, explain, guilty, stalled
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event
 from manta.cluster.orders import Orders
@@ -56,8 +56,8 @@ class Attempt:
 
     def run(self) -> Generator[Event, None, Outcome]:
         """NodeLostError goes up to the caller; after any other outcome no rank is left."""
-        for index, facts in self.nodes.welcome():
-            yield self._event("node-ready", node=index, host=facts.host, address=facts.address)
+        if (wrong := (yield from self._welcome())) is not None:
+            return wrong
         environments = places(self.job, self.number, self.nodes.places, self.nodes.facts, self.nodes.free_port())
         pids = self.nodes.start(self.number, environments)
         ranks = [{"rank": rank, "pid": pid, "node": self.node_of(rank)} for rank, pid in enumerate(pids)]
@@ -85,6 +85,16 @@ class Attempt:
                 return (yield from self._hang(hung))
             pace = yield from self._compare(statuses, pace)
             yield self._tick(statuses)
+
+    def _welcome(self) -> Generator[Event, None, Failure | None]:
+        """Who is there; and what is wrong with them, where something is."""
+        for index, facts in self.nodes.welcome():
+            place = {"node": index, "host": facts.host, "address": facts.address}
+            yield self._event("node-ready", **place, differs=differences(self.job, facts))
+            if (message := unfit(self.job, facts)) is not None:
+                yield self._event("node-unfit", **place, message=message)
+                return Failure(cause=Cause.INPUT, rank=None, step=0, message=message)
+        return None
 
     def _compare(self, statuses: Sequence[RankStatus], before: Pace) -> Generator[Event, None, Pace]:
         pace, slower = slow(statuses, before)
@@ -161,6 +171,26 @@ class Attempt:
 
     def _event(self, kind: str, **details: Any) -> Event:
         return Event(kind=kind, attempt=self.number, time=time.time(), details=details)
+
+
+def differences(job: Job, facts: NodeFacts) -> list[str]:
+    """What a node has in another version than the controller's machine."""
+    return [
+        f"{package} {facts.versions.get(package) or 'is not there'} for {wanted}"
+        for package, wanted in job.packages
+        if facts.versions.get(package) != wanted
+    ]
+
+
+def unfit(job: Job, facts: NodeFacts) -> str | None:
+    """Why a node can have no ranks; None where it can."""
+    node = f"{facts.host} ({facts.address})"
+    if facts.seal != job.seal.read_text():
+        return f"{job.directory}: {node} does not see it, wants a directory that all nodes share; put run.dir on one"
+    for package, wanted in job.packages[:1]:
+        if (got := facts.versions.get(package)) != wanted:
+            return f"{node}: got {package} {got}, wants {wanted}, as here; install it there"
+    return None
 
 
 def places(job: Job, attempt: int, nodes: Sequence[Place], facts: Sequence[NodeFacts], port: int) -> list[list[dict[str, str]]]:

@@ -5,6 +5,7 @@ How it stands follows from its events alone (run_state.py), and every event is i
 
 import contextlib
 import os
+import secrets
 import signal
 import time
 from collections.abc import Generator, Iterator
@@ -46,6 +47,7 @@ class Controller:
         """Close it early and everything is ended at once."""
         file = self._job.directory / "events.jsonl"
         self._state = replay(read_events(file))
+        self._job.seal.write_text(secrets.token_hex(16))
         with Journal(file) as journal, self._orders, contextlib.closing(self._events()) as events:
             for event in events:
                 self._state = advance(self._state, event)

@@ -17,3 +17,10 @@ class Job:
     """Numbers of ranks it can run as."""
     ranks_per_node: int | None = None
     """None: as many as a node has GPUs."""
+    packages: tuple[tuple[str, str], ...] = ()
+    """Names and versions of what a node should have. The first has to be the same; where others differ, that is told."""
+
+    @property
+    def seal(self) -> Path:
+        """A word of the controller's: a node that reads another one there has another directory."""
+        return self.directory / "seal"

@@ -103,7 +103,8 @@ class Nodes:
 
     def welcome(self) -> list[tuple[int, NodeFacts]]:
         """Wait for the agents that are new, and learn where they are."""
-        new = [(index, node, node.agent.describe.remote()) for index, node in enumerate(self._nodes) if node.facts is None]
+        asked = ([package for package, _ in self._job.packages], self._job.seal)
+        new = [(index, node, node.agent.describe.remote(*asked)) for index, node in enumerate(self._nodes) if node.facts is None]
         for index, node, ref in new:
             node.facts = self._answer(index, ref)
         return [(index, node.facts) for index, node, _ in new if node.facts is not None]

@@ -15,6 +15,7 @@ TRANSITIONS: dict[str, tuple[frozenset[Phase] | None, Phase | None]] = {
     "waiting": (frozenset({"gathering"}), None),
     "nodes-gathered": (frozenset({"gathering"}), "starting"),
     "node-ready": (frozenset({"starting"}), None),
+    "node-unfit": (frozenset({"starting"}), None),
     "attempt-started": (frozenset({"starting"}), "running"),
     "first-step": (frozenset({"running"}), None),
     "rank-failed": (frozenset({"running", "leaving"}), None),
@@ -59,6 +60,9 @@ def advance(state: RunState, event: Event) -> RunState:  # noqa: PLR0911  a tabl
             lost = Failure(cause=Cause.NODE_LOST, rank=None, step=state.step, message=message, machine=machine)
             suspects = {machine} if event.details.get("suspect") else set[str]()
             return replace(after, history=(*after.history, lost), suspects=after.suspects | suspects)
+        case "node-unfit":
+            wrong = Failure(cause=Cause.INPUT, rank=None, step=state.step, message=event.details["message"])
+            return replace(after, history=(*after.history, wrong))
         case "decided":
             return replace(after, suspects=after.suspects | frozenset(event.details.get("leave_out", ())))
         case _:

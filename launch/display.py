@@ -108,6 +108,8 @@ class Display:
                 compared = f"{details['work']:.3g} s of step {details['step']} by itself, the median rank {details['median']:.3g} s"
                 slower = f"rank {details['rank']} on {details['node']} is {details['times']:.1f}x slower than the median"
                 return f"attempt {event.attempt}: {slower}: {compared}; all go at its pace"
+            case "node-ready" if details.get("differs"):
+                return f"{details['host']} ({details['address']}): other versions than here: {', '.join(details['differs'])}"
             case "node-lost":
                 self._failed = None
                 return f"attempt {event.attempt}: node {details['node']} lost: {details['message']}"

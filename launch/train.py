@@ -81,6 +81,7 @@ def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
             directory=home.path,
             sizes=(layout.ranks,) if config.data.live else fitting,
             ranks_per_node=each,
+            packages=(("manta", __version__), *((name, found) for name in STACK if (found := _version(name)) is not None)),
         )
         return follow(Controller(job, config.cluster, ray).run(), Display(home, config.train.steps, config.timeline()))
 

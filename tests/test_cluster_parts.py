@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pydantic
 import pytest
@@ -13,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manta.cluster.agent import NodeFacts
-from manta.cluster.attempt import places
+from manta.cluster.attempt import differences, places, unfit
 from manta.cluster.config import ClusterConfig
 from manta.cluster.heartbeat import SIZE, HeartbeatReader
 from manta.cluster.job import Job
 from manta.cluster.journal import Event, Journal, read_events
 from manta.cluster.logs import outlived
-from manta.cluster.machine import default_ranks, gpus
+from manta.cluster.machine import default_ranks, gpus, island_in
 from manta.cluster.orders import Orders
-from manta.cluster.placement import Machine, Place
+from manta.cluster.placement import Machine, Place, PlacementError, place
+from manta.cluster.run_state import advance, replay
 from manta.trainer.heartbeat import Heartbeat
 
 
@@ -204,3 +206,67 @@ def test_a_signal_that_the_parent_told_us_to_ignore_stays_ignored():
             assert orders.leave is signal.SIGUSR1
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_node_that_has_another_directory_or_another_manta_is_unfit_and_other_versions_are_told(tmp_path):
+    job = Job(program=("x",), environment={}, directory=tmp_path, sizes=(1,), packages=(("manta", "1.0"), ("torch", "2.13")))
+    job.seal.write_text("a word")
+    same = {"host": "h", "address": "10.0.0.1", "interface": "eth0", "seal": "a word"}
+    fit = NodeFacts(**same, versions={"manta": "1.0", "torch": "2.12"})
+    assert unfit(job, fit) is None
+    assert differences(job, fit) == ["torch 2.12 for 2.13"]
+    assert "does not see it, wants a directory that all nodes share" in unfit(job, replace(fit, seal="another"))
+    assert "got manta None, wants 1.0" in unfit(job, replace(fit, versions={"torch": "2.13"}))
+
+
+def test_a_controller_reads_from_the_journal_how_the_run_stands(tmp_path):
+    """One that is killed leaves its failures and suspects to the next; a run that ended leaves nothing."""
+    told = [
+        ("run-started", 0, {}),
+        ("nodes-gathered", 0, {"ranks": 2, "nodes": []}),
+        ("attempt-started", 1, {"ranks": []}),
+        ("node-lost", 1, {"node": 1, "message": "gone", "machine": "m1", "suspect": True}),
+        ("attempt-stopped", 1, {"outcome": "failure"}),
+        ("decided", 1, {"decision": "restart", "after": 0, "leave_out": ["m2"]}),
+        ("nodes-gathered", 1, {"ranks": 1, "nodes": []}),
+        ("attempt-started", 2, {"ranks": []}),
+        ("rank-failed", 2, {"rank": 0, "cause": "SIGNAL", "message": "killed", "step": 7, "machine": "m0"}),
+    ]
+    with Journal(tmp_path / "events") as journal:
+        for kind, attempt, details in told:
+            journal.write(Event(kind=kind, attempt=attempt, time=0.0, details=details))
+    state = replay(read_events(tmp_path / "events"))
+    assert (state.phase, state.attempt, state.step, state.suspects) == ("running", 2, 7, {"m1", "m2"})
+    assert [failure.cause.name for failure in state.history] == ["NODE_LOST", "SIGNAL"]
+    after = advance(state, Event(kind="run-started", attempt=2, time=0.0))
+    assert (after.phase, after.history, after.suspects, after.has_begun) == ("gathering", state.history, state.suspects, True)
+    with pytest.raises(ValueError, match="first-step in phase gathering, wants one of running"):
+        advance(after, Event(kind="first-step", attempt=2, time=0.0))
+    ended = advance(after, Event(kind="run-ended", attempt=2, time=0.0))
+    anew = advance(ended, Event(kind="run-started", attempt=2, time=0.0))
+    assert (anew.attempt, anew.history, anew.suspects, anew.has_begun) == (2, (), frozenset(), False)
+
+
+def machine(number, *, gpus=0, island="", cpus=8):
+    return Machine(id=f"m{number}", host=f"h{number}", address=f"10.0.0.{number}", port=1, cpus=cpus, gpus=gpus, island=island)
+
+
+def test_ranks_lie_on_whole_nodes_with_neighbours_next_to_each_other():
+    there = [machine(10, gpus=8), machine(9, gpus=8, island="b"), machine(2, gpus=8), machine(3, gpus=8, island="b"), machine(1)]
+    found = place(there, most=4, sizes=(8, 16, 32), ranks_per_node=None)
+    assert [(p.machine.id, p.ranks) for p in found.places] == [("m2", 8), ("m10", 8), ("m3", 8), ("m9", 8)], "1 has no GPU"
+    assert [p.machine.id for p in place(there, most=3, sizes=(8, 16), ranks_per_node=None).places] == ["m2", "m10"]
+    assert [p.ranks for p in place(there, most=4, sizes=(12,), ranks_per_node=None).places] == [8, 4]
+    assert place(there, most=1, sizes=(16,), ranks_per_node=None) is None
+    mixed = [machine(1, gpus=8), machine(2, gpus=4)]
+    with pytest.raises(PlacementError, match="nodes differ in GPUs"):
+        place(mixed, most=2, sizes=(8,), ranks_per_node=None)
+    assert place(mixed, most=2, sizes=(4, 8), ranks_per_node=4).ranks == 8
+    assert [p.machine.id for p in place(mixed, most=2, sizes=(4, 8), ranks_per_node=8).places] == ["m1"]
+
+
+def test_an_nvlink_island_is_read_from_what_the_driver_reports():
+    report = "    Fabric\n        State : Completed\n        CliqueId                          : 7\n        ClusterUUID"
+    assert island_in(f"{report}                       : 50000000-0000-0000-0000-000000000003\n") == "50000000-0000-0000-0000-000000000003-7"
+    assert island_in(f"{report}                       : 00000000-0000-0000-0000-000000000000\n") == ""
+    assert island_in("no such thing") == ""
