@@ -20,7 +20,7 @@ from manta.cluster.room import Room
 if TYPE_CHECKING:
     from manta.cluster.nodes import Nodes  # it imports Ray, which must wait until its environment stands
 
-TICK = 0.25  # seconds between two reports of progress
+TICK = 0.25  # seconds between two reports of progress, of up to 250 nodes; of more it is a millisecond a node
 SETTLE = 0.1  # seconds to wait for a killed rank after one that raised: the killed one is the cause
 STACKS = 1.0  # seconds that hung ranks have to write their stacks down
 
@@ -39,7 +39,7 @@ class Left:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regrouped:
-    """The ranks saved and left, for there are nodes for more of them."""
+    """The ranks left, for there are nodes for more of them. They saved, or what they had not saved is done again."""
 
 
 Outcome = Done | Left | Regrouped | Failure
@@ -60,11 +60,12 @@ class Attempt:
             return wrong
         environments = places(self.job, self.number, self.nodes.places, self.nodes.facts, self.nodes.free_port())
         pids = self.nodes.start(self.number, environments)
-        ranks = [{"rank": rank, "pid": pid, "node": self.node_of(rank)} for rank, pid in enumerate(pids)]
+        on = [node for node, place in enumerate(self.nodes.places) for _ in range(place.ranks)]
+        ranks = [{"rank": rank, "pid": pid, "node": node} for rank, (pid, node) in enumerate(zip(pids, on, strict=True))]
         yield self._event("attempt-started", ranks=ranks)
         stepped, pace = False, Pace()
         while True:
-            statuses = self.nodes.poll(TICK)
+            statuses = self.nodes.poll(self._tick_length)
             exited = [status for status in statuses if status.code is not None]
             if any(status.code not in LEFT | {0} for status in exited):
                 return (yield from self._crash())
@@ -80,7 +81,7 @@ class Attempt:
             if stepped and (more := self.room.for_more(self.nodes.places)):
                 yield self._event("nodes-appeared", ranks=more.ranks, nodes=[str(place.machine) for place in more.places])
                 outcome = yield from self._leave()
-                return Regrouped() if outcome == Left(saved=True) and not self.orders.leave else outcome
+                return Regrouped() if isinstance(outcome, Left) and not self.orders.leave else outcome
             if hung := stalled(statuses, limits(statuses, start=self.config.start_timeout, step=self.config.step_timeout)):
                 return (yield from self._hang(hung))
             pace = yield from self._compare(statuses, pace)
@@ -127,7 +128,7 @@ class Attempt:
         deadline = time.monotonic() + self.config.grace
         statuses = self.nodes.poll(0)
         while any(s.code is None for s in statuses) and time.monotonic() < deadline and not self.orders.at_once:
-            statuses = self.nodes.poll(TICK)
+            statuses = self.nodes.poll(self._tick_length)
             yield self._tick(statuses)
         self.nodes.kill()
         if failed := [s for s in statuses if s in self._failed(statuses) or s.error]:  # what kept it from saving
@@ -165,6 +166,10 @@ class Attempt:
             return {}
         machine = self.nodes.places[self.node_of(rank)].machine
         return {"host": machine.host, "address": machine.address, "machine": machine.id}
+
+    @property
+    def _tick_length(self) -> float:
+        return max(TICK, 0.001 * len(self.nodes.places))
 
     def _tick(self, statuses: Sequence[RankStatus]) -> Event:
         return self._event(POLL, ranks=[{"rank": s.rank, "step": s.step, "phase": s.phase, "quiet": round(s.quiet, 2)} for s in statuses])

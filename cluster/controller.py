@@ -74,8 +74,9 @@ class Controller:
         room = Room(self._job, self._config)
         with contextlib.closing(Nodes(self._job, scratch=scratch, timeout=self._config.node_timeout)) as nodes:
             while self._orders.leave is None:
-                code = yield from self._gather(nodes, room)
-                if code is not None or self._orders.leave:
+                if (code := (yield from self._gather(nodes, room))) is not None:
+                    return code
+                if self._orders.leave:
                     break
                 outcome = yield from self._try(nodes, room)
                 if isinstance(outcome, Done):
@@ -97,9 +98,7 @@ class Controller:
                 self._pause(decision.after)
                 if outcome.cause is Cause.NODE_LOST and self._ray.on_one_node and not room.left(self._state.suspects):
                     return None
-            else:
-                return INTERRUPTED if self._orders.leave is signal.SIGINT else LEFT_UNSAVED
-            return code if code is not None else self._left(saved=False)
+        return INTERRUPTED if self._orders.leave is signal.SIGINT else LEFT_UNSAVED
 
     def _gather(self, nodes: "Nodes", room: Room) -> Generator[Event, None, int | None]:
         """Waits for nodes to run on, and takes them; or gives the exit code with which the run ends."""
@@ -133,8 +132,8 @@ class Controller:
             outcome = yield from attempt.run()
         except NodeLostError as lost:
             machine = nodes.drop(lost.node).machine
-            alive = answers(machine) and "answered" not in lost.reason
-            details = {"host": machine.host, "address": machine.address, "machine": machine.id, "suspect": not alive}
+            suspect = lost.is_silent or not answers(machine)
+            details = {"host": machine.host, "address": machine.address, "machine": machine.id, "suspect": suspect}
             yield self._event("node-lost", attempt.number, node=lost.node, message=f"{machine}: {lost.reason}", **details)
             outcome = self._state.history[-1]
         yield self._event("attempt-stopped", attempt.number, outcome=type(outcome).__name__.lower())

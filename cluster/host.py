@@ -39,7 +39,9 @@ def main() -> int:
 
     def leave(_number: int, _frame: object) -> None:
         """Whoever stops all processes of a job stops the controller too: the ranks save first, and then it closes standard input."""
-        threading.Timer(told["grace"], gone.set).start()
+        patience = threading.Timer(told["grace"], gone.set)
+        patience.daemon = True
+        patience.start()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, leave)

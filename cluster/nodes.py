@@ -20,16 +20,17 @@ from manta.cluster.hosts import ISLAND
 from manta.cluster.job import Job
 from manta.cluster.placement import Machine, Place, Placement
 
+FEW = 16  # nodes whose answers are taken one by one
+BATCH = 0.05  # seconds in which those of more nodes are gathered
 PROBE = 0.5  # seconds in which a living machine accepts a connection
 
 
 class NodeLostError(RuntimeError):
-    """A node's agent is gone, and its ranks with it."""
+    """A node's agent is gone, and its ranks with it; or it `is_silent`, and as good as gone."""
 
-    def __init__(self, node: int, reason: str) -> None:
+    def __init__(self, node: int, reason: str, *, is_silent: bool = False) -> None:
         super().__init__(node, reason)
-        self.node = node
-        self.reason = reason
+        self.node, self.reason, self.is_silent = node, reason, is_silent
 
     def __str__(self) -> str:
         return f"node {self.node}: {self.reason}"
@@ -136,21 +137,33 @@ class Nodes:
     def poll(self, wait: float) -> list[RankStatus]:
         """The latest known of every rank; at once when some node has news, else after about `wait` seconds.
 
+        Agents answer when they have news, or have waited themselves. Of many nodes the answers are taken together, some at a time.
         NodeLostError when an agent has died, or has not answered for long.
         """
+        until = time.monotonic() + wait
+        while not self._hear(wait) and time.monotonic() < until and len(self._nodes) > FEW:
+            pass
+        return [status for node in self._nodes for status in node.ranks]
+
+    def _hear(self, wait: float) -> bool:
+        """Takes the answers that are there, or come soon. Whether a rank has ended that had not before."""
         for node in self._nodes:
             if node.poll is None:
                 node.poll, node.asked = node.agent.poll.remote(wait), time.monotonic()
-        waited_for = [ref for node in self._nodes for ref in (node.poll, node.sentinel)]
-        ready, _ = ray.wait(waited_for, num_returns=1, timeout=wait + 0.1)
+        refs = [ref for node in self._nodes for ref in (node.poll, node.sentinel)]
+        few = len(self._nodes) <= FEW
+        ready = set(ray.wait(refs, num_returns=1 if few else len(refs), timeout=wait + 0.1 if few else min(wait, BATCH))[0])
+        now, news = time.monotonic(), False
         for index, node in enumerate(self._nodes):
             if node.sentinel in ready:
                 self._answer(index, node.sentinel)
             if node.poll in ready:
+                before = sum(status.code is not None for status in node.ranks)
                 node.ranks, node.poll = tuple(self._answer(index, node.poll)), None
-            elif time.monotonic() - node.asked > wait + self._timeout:
-                raise NodeLostError(index, f"its agent has not answered for {self._timeout:g} s")
-        return [status for node in self._nodes for status in node.ranks]
+                news = news or sum(status.code is not None for status in node.ranks) > before
+            elif now - node.asked > wait + self._timeout:
+                raise self._silent(index)
+        return news
 
     def drop(self, index: int) -> Place:
         """Let go of a lost node. Its ranks die with its agent, if it still lives; those elsewhere are of no use."""
@@ -207,5 +220,10 @@ class Nodes:
     def _answer(self, index: int, ref: Any) -> Any:
         try:
             return ray.get(ref, timeout=self._timeout)
-        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError, ray.exceptions.GetTimeoutError) as error:
+        except ray.exceptions.GetTimeoutError as error:
+            raise self._silent(index) from error
+        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
             raise NodeLostError(index, f"its agent is gone ({type(error).__name__})") from error
+
+    def _silent(self, index: int) -> NodeLostError:
+        return NodeLostError(index, f"its agent has not answered for {self._timeout:g} s", is_silent=True)

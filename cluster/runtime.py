@@ -241,6 +241,7 @@ def _environment(token: Path) -> Generator[None]:
         RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
         RAY_IGNORE_UNHANDLED_ERRORS="1",  # an agent's death is told by its sentinel
         RAY_USAGE_STATS_ENABLED="0",
+        RAY_worker_niceness="0",  # else ranks, which agents start, give way to all else on the machine
         **HEALTH,
     )
     try:

@@ -1,12 +1,18 @@
 """Several nodes on one machine, each a raylet of its own at a loopback address of its own: lost, frozen, and come back."""
 
+import contextlib
+import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from cluster_scene import Scene
+
+from manta.cluster.journal import read_events
+from manta.trainer.metrics import read_metrics
 
 
 def raylet(scene, address):
@@ -45,6 +51,7 @@ def test_a_run_goes_on_without_a_node_that_is_lost(lost):
     assert lost.event("first-step", 2)["time"] - lost.killed < 6
 
 
+@pytest.mark.slow
 def test_it_grows_when_the_node_comes_back(lost):
     appeared = lost.event("nodes-appeared", 2, within=60)
     assert appeared["ranks"] == 3
@@ -54,6 +61,100 @@ def test_it_grows_when_the_node_comes_back(lost):
 
 
 def test_nothing_is_left_of_it(lost):
-    lost.event("first-step", 3, within=60)
+    lost.event("first-step", 2, within=60)
     lost.process.send_signal(signal.SIGTERM)
     assert lost.end() == 75
+
+
+@pytest.mark.slow
+def test_a_node_that_is_frozen_is_done_without_and_does_no_harm_when_it_thaws(tmp_path):
+    limit = 3.0
+    cluster = {"nodes": 3, "ranks_per_node": 1, "node_timeout": limit, "restarts_without_progress": 5}
+    scene = Scene(tmp_path / "run", {"steps": 4000, "step_time": 0.05, "every": 1}, cluster=cluster, sizes=(1, 2, 3))
+    try:
+        scene.event("first-step", within=60)
+        group, ranks = of_node(scene, "127.0.0.4")
+        assert ranks
+        for pid in (*group, *ranks):
+            os.kill(pid, signal.SIGSTOP)
+        frozen = time.time()
+        lost = scene.event("node-lost", within=60)
+        assert (lost["address"], lost["suspect"]) == ("127.0.0.4", True)
+        assert "has not answered for 3 s" in lost["message"]
+        assert scene.event("first-step", 2, within=60)["time"] - frozen < limit + 4
+        for pid in (*group, *ranks):
+            os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 60
+        while set(ranks) & scene.ranks():
+            assert time.monotonic() < deadline, "the old rank lives on"
+            time.sleep(0.2)
+        scene.event("nodes-appeared", 2, within=90)
+        scene.event("first-step", 3, within=60)
+        scene.process.send_signal(signal.SIGTERM)
+        assert scene.end() == 75
+    finally:
+        scene.close()
+
+
+@pytest.mark.slow
+def test_a_killed_controller_is_followed_by_another_and_frozen_ranks_that_thaw_save_nothing(case):
+    """The second one's losses are those of a run that nobody disturbed, though the first one's ranks come back to life meanwhile."""
+    steps = "train.steps=400"
+    case.train("alone", steps)
+    first = case.start("train", str(case.file), "run.dir=twice", steps)
+    home = case.home / "twice"
+    until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
+    old = pids(home)
+    for pid in old:
+        os.kill(pid, signal.SIGSTOP)
+    first.kill()
+    first.wait()
+    second = case.start("train", str(case.file), "run.dir=twice", steps)
+    until(lambda: [event for event in read_events(home / "events.jsonl") if event["event"] == "first-step" and event["attempt"] == 2])
+    for pid in old:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    _, told = second.communicate(timeout=200)
+    assert second.returncode == 0, told
+    started = [event for event in read_events(home / "events.jsonl") if event["event"] == "run-started"]
+    assert [event["took_over"] for event in started] == [False, True]
+    assert not [pid for pid in old if Path(f"/proc/{pid}").exists()]
+    both = [{line["step"]: line for line in read_metrics(case.home / run / "metrics.jsonl")} for run in ("alone", "twice")]
+    assert [line["train/loss"] for line in both[1].values()] == [line["train/loss"] for line in both[0].values()]
+    assert [line["data/digest"] for line in both[1].values()] == [line["data/digest"] for line in both[0].values()]
+    assert json.loads((home / "checkpoints/fence.json").read_text())["attempt"] == 2
+    assert case.manta("checkpoint", "verify", "twice").returncode == 0
+
+
+def pids(home):
+    """Of the newest attempt's ranks."""
+    return [rank["pid"] for event in read_events(home / "events.jsonl") if event["event"] == "attempt-started" for rank in event["ranks"]]
+
+
+def until(what, *, within=120.0):
+    deadline = time.monotonic() + within
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_run_whose_node_is_lost_reads_the_same_and_learns_the_same(case):
+    """Two nodes, one, two: the losses stay within what adding in another order does."""
+    settings = ("train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.keep_warm=true")
+    case.train("whole", *settings)
+    process = case.start("train", str(case.file), "run.dir=lost", *settings)
+    home = case.home / "lost"
+    until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    (raylet,) = [line.split()[0] for line in listed if "/raylet --" in line and "--node_ip_address=127.0.0.4 " in line]
+    os.kill(int(raylet), signal.SIGKILL)
+    _, told = process.communicate(timeout=250)
+    assert process.returncode == 0, told
+    assert "node 1 lost" in told
+    both = [{line["step"]: line for line in read_metrics(case.home / run / "metrics.jsonl")} for run in ("whole", "lost")]
+    assert both[0].keys() == both[1].keys()
+    assert {line["world_size"] for line in both[1].values()} == {1, 2}
+    assert [line["data/digest"] for line in both[1].values()] == [line["data/digest"] for line in both[0].values()]
+    for step, line in both[1].items():
+        assert line["train/loss"] == pytest.approx(both[0][step]["train/loss"], abs=1e-5)

@@ -1,0 +1,232 @@
+"""What a controller costs at scale: the real one, over agents that are made up and a clock that is, too. One process, no Ray.
+
+python benchmarks/scale.py [nodes [ranks_per_node]]
+
+Every rank beats twice a second; in the midst of it one is killed. Told is the processor time that the controller spends in a second of
+that clock, how long it takes to notice, and how many calls a start-up takes. Of Ray itself there is but that answers are pickled and read.
+"""
+
+import pickle
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from manta.cluster import attempt, controller, room
+from manta.cluster.agent import NodeFacts
+from manta.cluster.config import ClusterConfig
+from manta.cluster.failure import RankStatus
+from manta.cluster.job import Job
+
+STEPS, STEP, KILLED_AT = 120, 0.5, 40.0  # steps, seconds each, seconds after the first
+
+
+class Clock:
+    """Stands for the module `time` in what is measured."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    time = monotonic
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = Clock()
+CALLS: Counter[str] = Counter()
+
+
+@dataclass(eq=False)
+class Ref:
+    """An answer that is there from a moment on."""
+
+    at: float
+    make: Callable[[], Any]
+
+
+@dataclass(eq=False)
+class Agent:
+    machine: int
+    ranks: range = range(0)
+    begun: float = 0.0
+    killed: int | None = None
+    when: float = float("inf")
+
+    def answer(self, method: str, arguments: Sequence[Any]) -> Ref:
+        now = CLOCK.now
+        match method:
+            case "describe":
+                return Ref(
+                    now,
+                    lambda: NodeFacts(
+                        host=f"n{self.machine}", address=_address(self.machine), interface="eth0", seal=arguments[1].read_text()
+                    ),
+                )
+            case "free_port":
+                return Ref(now, lambda: 29500)
+            case "start":
+                environments = arguments[1]
+                self.ranks = range(int(environments[0]["RANK"]), int(environments[-1]["RANK"]) + 1)
+                self.begun, self.killed, self.when = now, None, float("inf")
+                return Ref(now, lambda: list(self.ranks))
+            case "poll":
+                ended = self.begun + STEPS * STEP
+                news = min(moment for moment in (self.when, ended, float("inf")) if moment > now or moment == float("inf"))
+                return Ref(min(now + arguments[0], news), lambda: pickle.loads(pickle.dumps(self.statuses())))
+            case "sentinel":
+                return Ref(float("inf"), lambda: None)
+            case _:
+                return Ref(now, lambda: None)
+
+    def statuses(self) -> list[RankStatus]:
+        done = CLOCK.now - self.begun
+        step = min(STEPS, int(done / STEP))
+        return [
+            RankStatus(
+                rank=rank,
+                pid=rank,
+                step=step,
+                phase="step",
+                quiet=done % STEP,
+                has_stepped=step > 0,
+                state="S",
+                code=-9 if rank == self.killed and CLOCK.now >= self.when else 0 if step == STEPS else None,
+                exited_at=self.when if rank == self.killed else 0.0,
+                work=0.4 + 0.001 * (rank % 7),
+                intervals=step,
+                longest=STEP,
+            )
+            for rank in self.ranks
+        ]
+
+
+@dataclass(eq=False)
+class Method:
+    agent: Agent
+    name: str
+
+    def remote(self, *arguments: Any) -> Ref:
+        CALLS[self.name] += 1
+        return self.agent.answer(self.name, arguments)
+
+
+@dataclass(eq=False)
+class Handle:
+    agent: Agent
+
+    def __getattr__(self, name: str) -> Method:
+        return Method(self.agent, name)
+
+
+@dataclass
+class Fleet:
+    """What there is of Ray."""
+
+    count: int
+    agents: dict[int, Agent] = field(default_factory=dict)
+
+    on_one_node = False
+
+    @contextmanager
+    def connected(self) -> Generator[None]:
+        yield
+
+    def nodes(self) -> list[dict[str, Any]]:
+        about = {"Alive": True, "NodeManagerPort": 1, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+        return [about | {"NodeID": str(n), "NodeManagerHostname": f"n{n}", "NodeManagerAddress": _address(n)} for n in range(self.count)]
+
+    def wait(self, refs: list[Ref], *, num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
+        if num_returns == 1:
+            CLOCK.now = max(CLOCK.now, min(CLOCK.now + timeout, *(ref.at for ref in refs)))
+        else:
+            CLOCK.now += timeout
+        return [ref for ref in refs if ref.at <= CLOCK.now], []
+
+    def get(self, ref: Ref, timeout: float) -> Any:
+        CLOCK.now = max(CLOCK.now, min(ref.at, CLOCK.now + timeout))
+        return ref.make()
+
+    def start(self, strategy: "Affinity") -> Handle:
+        CALLS["start an agent"] += 1
+        number = int(strategy.node)
+        self.agents[number] = Agent(number)
+        return Handle(self.agents[number])
+
+
+@dataclass
+class Affinity:
+    node: str
+    soft: bool
+
+
+def stand_in(fleet: Fleet) -> None:
+    """Puts a fleet in Ray's place."""
+
+    class Started:
+        def options(self, *, scheduling_strategy: Affinity, **_: Any) -> "Started":
+            self.strategy = scheduling_strategy
+            return self
+
+        def remote(self, **_: Any) -> Handle:
+            return fleet.start(self.strategy)
+
+    modules = {name: ModuleType(name) for name in ("ray", "ray.exceptions", "ray.util", "ray.util.scheduling_strategies")}
+    ray: Any = modules["ray"]
+    ray.nodes, ray.wait, ray.get, ray.kill = fleet.nodes, fleet.wait, fleet.get, lambda _: None
+    ray.remote = lambda _: Started()
+    ray.ObjectRef, ray.exceptions = list, modules["ray.exceptions"]
+    for error in ("GetTimeoutError", "RayActorError", "ActorUnschedulableError"):
+        setattr(modules["ray.exceptions"], error, type(error, (Exception,), {}))
+    modules["ray.util.scheduling_strategies"].NodeAffinitySchedulingStrategy = Affinity  # type: ignore[attr-defined]
+    sys.modules.update(modules)
+
+
+def _address(number: int) -> str:
+    return f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
+
+
+def main(count: int, each: int) -> None:
+    fleet = Fleet(count)
+    stand_in(fleet)
+    from manta.cluster import nodes
+
+    for module in (attempt, controller, nodes, room):
+        module.time = CLOCK  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as folder:
+        config = ClusterConfig(nodes=count, keep_warm=False)
+        job = Job(program=("-c", ""), environment={}, directory=Path(folder), sizes=(count * each,), ranks_per_node=each)
+        started = failed = None
+        spent = 0.0
+        begun, real = CLOCK.now, time.process_time()
+        for event in controller.Controller(job, config, fleet).run():
+            if event.kind == "first-step" and started is None:
+                started, calls, starting = CLOCK.now, sum(CALLS.values()), time.process_time() - real
+                spent, real = 0.0, time.process_time()
+                victim = fleet.agents[count // 2]
+                victim.killed, victim.when = victim.ranks[-1], CLOCK.now + KILLED_AT
+            if event.kind == "rank-failed":
+                failed, spent = event, time.process_time() - real
+                noticed = CLOCK.now - victim.when
+                running = CLOCK.now - (started or begun)
+    assert started is not None
+    assert failed is not None
+    assert failed.details["rank"] == victim.killed or failed.details["rank"] == victim.ranks[-1]
+    print(f"{count:,} nodes, {count * each:,} ranks")
+    print(f"  start-up                    {calls:8,} calls, {calls / count:.1f} a node; {starting:.2f} s of processor time")
+    print(f"  a second of heartbeats      {spent / running:8.3f} s of processor time")
+    print(f"  a killed rank is noticed    {noticed:8.3f} s after; rank {failed.details['rank']}, {failed.details['message']}")
+
+
+if __name__ == "__main__":
+    asked = [int(argument) for argument in sys.argv[1:]]
+    main(asked[0] if asked else 1250, asked[1] if len(asked) > 1 else 8)
