@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import LINEAR, batch, model, optimizer_config, rows
 from spmd import spmd
@@ -123,6 +123,7 @@ def shared():
     return [steps([cell], 3, name)[0] for cell, name, _ in SHARED]
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_other_parts_are_not_compared():
     for looks in spmd(shared, 4):
         for (cell, name, named), (*before, noticed, _) in zip(SHARED, looks, strict=True):
@@ -148,6 +149,7 @@ def test_what_balances_a_mixture_is_looked_at_under_every_stage():
         assert during.startswith(f"step 1: rank 2 on {HOST} holds a changed blocks.0.mlp.router.bias: ")
 
 
+@settings(deadline=None)  # on a busy machine a process may wait for long
 @given(st.sampled_from(list(TYPES)), st.lists(st.integers(-(2**15), 2**15 - 1), min_size=1, max_size=40), st.integers(0, 9), st.data())
 def test_each_bit_counts_and_where_a_weight_lies_does_not(dtype, values, offset, data):
     numbers = torch.tensor(values, dtype=TYPES[dtype])
@@ -168,6 +170,7 @@ def held(*bits, name="w"):
     return [("host", [Holding(name=name, bits=own, holders=tuple(range(len(bits))))]) for own in bits]
 
 
+@settings(deadline=None)  # on a busy machine a process may wait for long
 @given(st.integers(3, 9), st.integers(-(2**63), 2**63 - 1), st.integers(-(2**63), 2**63 - 1), st.data())
 def test_the_odd_one_out_of_three_or_more_is_named(ranks, most, other, data):
     odd = data.draw(st.integers(0, ranks - 1))
