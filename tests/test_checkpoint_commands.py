@@ -48,6 +48,7 @@ def test_a_run_keeps_the_newest_the_best_and_every_nth(case, trained):
     assert "2 x data 2, ZeRO-1" in shown
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_found(case, run):
     assert [one["error"] for one in told(case, "verify", run.name)] == [None] * len(Folder(run / "checkpoints").names())
     file = run / "checkpoints/step-00000030/rank-0001.safetensors"

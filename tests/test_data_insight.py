@@ -417,6 +417,7 @@ def test_mixture_tells_what_each_source_gives_by_when(case, run, steps):
     assert "100 %" in printed
 
 
+@pytest.mark.slow
 def test_mixture_warns_of_the_step_at_which_a_source_is_read_too_often(case, run, tmp_path):
     far = told(case, "mixture", run, "--steps", "20000", "--png", str(tmp_path))
     (warning,) = far["warnings"]
@@ -490,6 +491,7 @@ def test_another_digest_than_the_logged_one_is_told_loudly(case, run):
     assert told_step(case, copy.name, 7)["digest"]["logged"] is None
 
 
+@pytest.mark.slow
 def test_sample_at_shows_what_was_hidden(case, masked):
     found = told_step(case, masked, 2)
     assert found["digest"]["matches"] is True

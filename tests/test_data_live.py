@@ -417,7 +417,7 @@ def test_a_checkpoint_tells_its_cursors(tmp_path):
 
 # Whole runs
 
-STEPS = 40
+STEPS = 80
 LIVE = (
     "data.live=true",
     "data.sources=[documents/*.txt]",
@@ -444,6 +444,7 @@ def undisturbed(case) -> str:
     return "live"
 
 
+@pytest.mark.slow
 def test_a_live_run_is_killed_and_stopped_and_comes_back_to_the_same_samples_on_as_many_ranks(case, undisturbed, tmp_path):
     run, on_cpu = "live again", os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with case.start("train", str(case.file), f"run.dir={run}", *LIVE, "cluster.keep_warm=true") as running:

@@ -205,6 +205,7 @@ def plainly():
     return spmd(with_mine, 1, plain_all, [("mine", precision) for precision in sorted({cell.precision for cell in CELLS})])[0]
 
 
+@pytest.mark.slow
 def test_under_zero_it_equals_one_plain_process(plainly):
     for traces in spmd(with_mine, 2, under_all, CELLS):
         for cell, trace in zip(CELLS, traces, strict=True):

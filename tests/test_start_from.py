@@ -32,10 +32,8 @@ def gpt2(case, tmp_path_factory):
     return model
 
 
-SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in ("parallel.zero=3", "parallel.tensor=2")]
-
-
-@pytest.mark.parametrize("layout", [*SLOW, "parallel={zero: 3, tensor: 2}"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["parallel.zero=3", "parallel.tensor=2", "parallel={zero: 3, tensor: 2}"])
 def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(case, gpt2, layout):
     overrides = [
         "run.start_from=imported/gpt2",
