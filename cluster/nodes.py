@@ -22,6 +22,7 @@ from manta.cluster.placement import Machine, Place, Placement
 
 FEW = 16  # nodes whose answers are taken one by one
 BATCH = 0.05  # seconds in which those of more nodes are gathered
+COMING = 30.0  # seconds that a new agent has to come up
 PROBE = 0.5  # seconds in which a living machine accepts a connection
 
 
@@ -107,7 +108,7 @@ class Nodes:
         asked = ([package for package, _ in self._job.packages], self._job.seal)
         new = [(index, node, node.agent.describe.remote(*asked)) for index, node in enumerate(self._nodes) if node.facts is None]
         for index, node, ref in new:
-            node.facts = self._answer(index, ref)
+            node.facts = self._answer(index, ref, within=max(self._timeout, COMING))
         return [(index, node.facts) for index, node, _ in new if node.facts is not None]
 
     def start(self, attempt: int, places: list[list[dict[str, str]]]) -> list[int]:
@@ -217,9 +218,9 @@ class Nodes:
         asked = [getattr(node.agent, method).remote(*own) for node, own in zip(self._nodes, each, strict=True)]
         return [self._answer(index, ref) for index, ref in enumerate(asked)]
 
-    def _answer(self, index: int, ref: Any) -> Any:
+    def _answer(self, index: int, ref: Any, within: float | None = None) -> Any:
         try:
-            return ray.get(ref, timeout=self._timeout)
+            return ray.get(ref, timeout=within or self._timeout)
         except ray.exceptions.GetTimeoutError as error:
             raise self._silent(index) from error
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from cluster_scene import Scene
 
@@ -22,11 +23,10 @@ def raylet(scene, address):
 
 
 def of_node(scene, address):
-    """All processes of a node: its raylet, what this started, and the ranks of its agent."""
-    group = os.getpgid(raylet(scene, address))
-    agents = [pid for pid, command in scene.processes().items() if command.startswith("ray::NodeAgent") and os.getpgid(pid) == group]
-    ranks = [pid for pid in scene.ranks() if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) in agents]
-    return [pid for pid in scene.processes() if os.getpgid(pid) == group], ranks
+    """All processes of a node, and which of them are ranks: what started its raylet, and all that came of this."""
+    started = psutil.Process(raylet(scene, address)).parent()
+    found = [started.pid, *(child.pid for child in started.children(recursive=True))]
+    return found, [pid for pid in found if pid in scene.ranks()]
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +75,14 @@ def test_a_node_that_is_frozen_is_done_without_and_does_no_harm_when_it_thaws(tm
         scene.event("first-step", within=60)
         group, ranks = of_node(scene, "127.0.0.4")
         assert ranks
-        for pid in (*group, *ranks):
+        for pid in group:
             os.kill(pid, signal.SIGSTOP)
         frozen = time.time()
         lost = scene.event("node-lost", within=60)
         assert (lost["address"], lost["suspect"]) == ("127.0.0.4", True)
         assert "has not answered for 3 s" in lost["message"]
         assert scene.event("first-step", 2, within=60)["time"] - frozen < limit + 4
-        for pid in (*group, *ranks):
+        for pid in group:
             os.kill(pid, signal.SIGCONT)
         deadline = time.monotonic() + 60
         while set(ranks) & scene.ranks():
@@ -108,7 +108,7 @@ def test_a_killed_controller_is_followed_by_another_and_frozen_ranks_that_thaw_s
     for pid in old:
         os.kill(pid, signal.SIGSTOP)
     first.kill()
-    first.wait()
+    first.communicate()
     second = case.start("train", str(case.file), "run.dir=twice", steps)
     until(lambda: [event for event in read_events(home / "events.jsonl") if event["event"] == "first-step" and event["attempt"] == 2])
     for pid in old:
@@ -146,7 +146,7 @@ def test_a_run_whose_node_is_lost_reads_the_same_and_learns_the_same(case):
     process = case.start("train", str(case.file), "run.dir=lost", *settings)
     home = case.home / "lost"
     until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    listed = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
     (raylet,) = [line.split()[0] for line in listed if "/raylet --" in line and "--node_ip_address=127.0.0.4 " in line]
     os.kill(int(raylet), signal.SIGKILL)
     _, told = process.communicate(timeout=250)

@@ -106,7 +106,7 @@ def steps(case, run: str) -> list[int]:
 
 def left_of(case, run: str) -> list[str]:
     """Processes of a run that still live: those with its directory in their arguments, and what hosts have started."""
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    listed = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in listed if str(case.home / run) in line or "manta.cluster.host" in line]
 
 

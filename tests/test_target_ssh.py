@@ -70,7 +70,7 @@ class Sshds:
 
     def sessions(self, number: int) -> list[int]:
         """Those that an sshd serves."""
-        listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split()
+        listed = subprocess.run(["ps", "-wweo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split()
         pairs = list(zip(listed[2::2], listed[3::2], strict=True))
         return [int(pid) for pid, parent in pairs if int(parent) == self.processes[number].pid]
 
@@ -120,6 +120,6 @@ def test_a_run_over_ssh_outlives_a_session_that_is_killed_and_leaves_nothing(cas
     for step, line in both[1].items():
         assert line["train/loss"] == pytest.approx(both[0][step]["train/loss"], abs=1e-5)
     time.sleep(1)
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
     assert "manta.cluster.host" not in listed
     assert str(case.home / "over ssh") not in listed
