@@ -132,11 +132,11 @@ def test_a_job_that_is_warned_saves_is_queued_again_and_is_done(case, cluster):
 
 
 @pytest.mark.slow
-def test_a_job_that_is_cancelled_saves_and_stays_away(case, cluster):
+def test_a_job_that_is_told_to_end_saves_and_stays_away(case, cluster):
     job = submit(case, cluster, "cancelled", "train.steps=100000")
     until(lambda: len(steps(case, "cancelled")) > 5)
-    cluster.ask("scancel", job)
-    until(lambda: cluster.state(job) == "CANCELLED" and not left_of(case, "cancelled"), within=60)
+    cluster.ask("scancel", "--signal=TERM", "--batch", job)
+    until(lambda: cluster.state(job) == "FAILED" and not left_of(case, "cancelled"), within=60)
     events = [json.loads(line) for line in (case.home / "cancelled/events.jsonl").read_text().splitlines()]
     assert (events[-1]["event"], events[-1]["exit_code"]) == ("run-ended", 75)
     assert list((case.home / "cancelled/checkpoints").glob("step-*"))
