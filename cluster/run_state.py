@@ -40,11 +40,16 @@ class RunState:
     has_begun: bool = False  # there were nodes enough, once
 
 
-def advance(state: RunState, event: Event) -> RunState:  # noqa: PLR0911  a table: a case a kind
+def advance(state: RunState, event: Event) -> RunState:
     """The state after an event. Raises ValueError where it can not come in this one."""
-    allowed, phase = TRANSITIONS.get(event.kind, (None, None))
+    allowed, _ = TRANSITIONS.get(event.kind, (None, None))
     if allowed is not None and state.phase not in allowed:
         raise ValueError(f"{event.kind} in phase {state.phase}, wants one of {', '.join(sorted(allowed))}")
+    return _after(state, event)
+
+
+def _after(state: RunState, event: Event) -> RunState:  # noqa: PLR0911  a table: a case a kind
+    _, phase = TRANSITIONS.get(event.kind, (None, None))
     after = replace(state, phase=phase or state.phase, attempt=max(state.attempt, event.attempt))
     match event.kind:
         case "poll":
@@ -70,11 +75,11 @@ def advance(state: RunState, event: Event) -> RunState:  # noqa: PLR0911  a tabl
 
 
 def replay(events: Iterable[dict[str, Any]]) -> RunState:
-    """The state that a journal's lines lead to."""
+    """The state that a journal's lines lead to, also where some are lost, or an older manta wrote others."""
     state = RunState()
     for line in events:
         details = {key: value for key, value in line.items() if key not in {"event", "attempt", "time"}}
-        state = advance(state, Event(kind=line["event"], attempt=line["attempt"], time=line["time"], details=details))
+        state = _after(state, Event(kind=line["event"], attempt=line["attempt"], time=line["time"], details=details))
     return state
 
 

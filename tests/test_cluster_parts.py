@@ -247,6 +247,12 @@ def test_a_controller_reads_from_the_journal_how_the_run_stands(tmp_path):
     assert (anew.attempt, anew.history, anew.suspects, anew.has_begun) == (2, (), frozenset(), False)
 
 
+def test_a_journal_of_an_older_manta_is_read():
+    kinds = ("run-started", "node-ready", "attempt-started", "first-step", "attempt-stopped", "run-ended")
+    state = replay({"event": kind, "attempt": int(number > 0), "time": 0.0} for number, kind in enumerate(kinds))
+    assert (state.phase, state.attempt) == ("ended", 1)
+
+
 def machine(number, *, gpus=0, island="", cpus=8):
     return Machine(id=f"m{number}", host=f"h{number}", address=f"10.0.0.{number}", port=1, cpus=cpus, gpus=gpus, island=island)
 
