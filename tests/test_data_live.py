@@ -485,7 +485,7 @@ def test_a_live_run_over_another_corpus_is_refused(case, undisturbed):
     before = changed.stat()
     changed.write_text(changed.read_text() + "\n")
     try:
-        refused = case.train(undisturbed, *LIVE, "train.steps=44", code=2)
+        refused = case.train(undisturbed, *LIVE, f"train.steps={STEPS + 4}", code=2)
     finally:
         changed.write_text(changed.read_text()[:-1])
         os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
