@@ -24,7 +24,8 @@ from typing import Any, Protocol
 
 from manta.cluster.hosts import OBJECT_STORE_BYTES, Host, Hosts
 
-# Ray takes 127.0.0.1 as a wish for the outward address, which a laptop loses when it changes networks; others of the loopback's it takes.
+ALONE = "127.0.0.1"  # with this for its address Ray listens at no other; with any other it listens at all that the machine has
+# Where this machine's own hosts join: they take 127.0.0.1 as a wish for the outward address, which a laptop loses when it changes networks.
 LOOPBACK = "127.0.0.2"
 TEMPORARY = Path("/tmp")  # noqa: S108  whatever TMPDIR says: Ray's socket paths must fit into 107 bytes
 PREFIX = "manta-ray-"
@@ -65,7 +66,7 @@ class LocalRay:
     @contextlib.contextmanager
     def connected(self) -> Generator[Path]:
         if self.on_one_node:
-            with _private_ray(LOOPBACK, cpus=1) as scratch:
+            with _private_ray(ALONE, cpus=1) as scratch:
                 yield scratch
             return
         hosts = [Host(name=f"127.0.0.{3 + node}", address=f"127.0.0.{3 + node}", gpus=0) for node in range(self.nodes)]
@@ -188,6 +189,7 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
         during.enter_context(contextlib.chdir(scratch))  # workers import from here first; in the user's folder any data.py shadows ours
         during.enter_context(_sigterm_kept())
         during.enter_context(_replaced(services, "ConsolePopen", detached))
+        during.enter_context(_replaced(services, "resolve_ip_for_localhost", _as_it_is))
         for helper in NOT_NEEDED:
             during.enter_context(_replaced(node.Node, helper, _start_nothing))
         during.enter_context(warnings.catch_warnings(action="ignore"))
@@ -216,6 +218,10 @@ def _sigterm_kept() -> Generator[None]:
 
 def _start_nothing(*_: object, **__: object) -> None:
     pass
+
+
+def _as_it_is(address: str) -> str:
+    return address
 
 
 @contextlib.contextmanager

@@ -148,7 +148,7 @@ def test_ranks_get_their_place_and_nothing_of_ray(scene):
         "WORLD_SIZE": "2",
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.2",
+        "MASTER_ADDR": "127.0.0.1",
         "MANTA_ATTEMPT": str(KILL),
     }
     assert place["GLOO_SOCKET_IFNAME"] == place["NCCL_SOCKET_IFNAME"] == "lo"
@@ -159,7 +159,7 @@ def test_ranks_get_their_place_and_nothing_of_ray(scene):
 
 def test_ray_keeps_to_the_loopback(raylet):
     """A laptop that changes networks loses its outward address."""
-    assert "--node_ip_address=127.0.0.2 " in raylet
+    assert "--node_ip_address=127.0.0.1 " in raylet
 
 
 @pytest.mark.slow

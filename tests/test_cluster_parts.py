@@ -192,6 +192,7 @@ from ray._private import node, services, worker
 import subprocess
 assert issubclass(services.ConsolePopen, subprocess.Popen)
 assert worker._worker_logs_enabled is True
+assert services.resolve_ip_for_localhost("127.0.0.2") == "127.0.0.2"
 assert all(callable(getattr(node.Node, name)) for name in ("start_monitor", "start_log_monitor", "start_api_server"))
 """
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

@@ -1,5 +1,6 @@
 """Where this process stands among its peers, and how it joins them."""
 
+import ipaddress
 import os
 import socket
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]  torch documents them
 
 from manta.data.errors import InputError
 from manta.trainer.device import check_gpus, device_type
@@ -60,7 +61,27 @@ class World:
                 raise InputError(f"LOCAL_RANK: got {self.local_rank}, wants {wants}; lower cluster.ranks_per_node")
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timeout)
+        store = self._rendezvous(timeout) if self.rank == 0 else None
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+
+    def _rendezvous(self, timeout: timedelta) -> Store | None:
+        """Where the ranks meet, listening at MASTER_ADDR alone: torch would have it listen at every address that this machine has.
+
+        None leaves it to torch: torchrun's agent may have one already, and a name may mean another address to each node.
+        """
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not _is_address(address):
+            return None
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family) as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                door.bind((address, port))
+            except OSError as error:
+                wants = "an address of this machine, which has rank 0, and a port that is free there"
+                raise OSError(f"MASTER_ADDR, MASTER_PORT: got {address}, {port}, wants {wants}: {error.strerror}") from error
+            store = TCPStore(address, port, self.size, is_master=True, timeout=timeout, master_listen_fd=door.detach())
+        return PrefixStore("default_pg", store)  # as torch names it: the other ranks come by MASTER_ADDR and MASTER_PORT
 
     def mesh(self, layout: Layout) -> "Mesh":
         """The groups of this layout. All ranks call this together, once they have joined."""
@@ -131,6 +152,14 @@ class Mesh:
 
     def get_data_parallel_rank(self) -> int:
         return self.data_rank * self.layout.sequence + self.sequence_rank
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _free_port() -> int:
