@@ -67,3 +67,10 @@ def case(tmp_path_factory) -> Case:
     done = case.manta("prepare", str(file))
     assert done.returncode == 0, done.stderr
     return case
+
+
+@pytest.fixture(scope="session")
+def undisturbed(case) -> str:
+    """A run of the case's config as it is, done; to be looked at, and copied."""
+    case.train("undisturbed")
+    return "undisturbed"

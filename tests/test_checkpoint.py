@@ -172,20 +172,23 @@ SHARED = [{"tensor": 2}, {"tensor": 2, "zero": 3}, {"sequence": 2}, {"sequence":
 EXPERTS = [{"expert": 2}, {"expert": 2, "zero": 3}]
 
 
-def test_what_any_layout_saved_others_load(tmp_path):
-    families = (
-        ("adamw", [*cells("llama", "fp32", 2, STAGES[1], STAGES[3], {"tensor": 2}), *cells("llama", "fp32", 1, {})]),
-        ("sgd", cells("gpt2", "bf16", 2, {"zero": 2}, {"zero": 3})),
-        ("adamw", cells("gpt2", "fp16", 2, {"zero": 1}, {"zero": 3, "offload": True})),
-        ("adamw", cells("gpt2-moe", "fp32", 2, *EXPERTS)),
+FAMILIES = {
+    "llama": ("adamw", [*cells("llama", "fp32", 2, STAGES[1], {"tensor": 2}), *cells("llama", "fp32", 1, {"zero": 3})]),
+    "fp16": ("adamw", cells("gpt2", "fp16", 2, {"zero": 1}, {"zero": 3, "offload": True})),
+    "bf16": ("sgd", cells("gpt2", "bf16", 2, {"zero": 2}, {"zero": 3})),
+    "experts": ("adamw", cells("gpt2-moe", "fp32", 2, *EXPERTS)),
+}
+QUICK = ["llama", "fp16"]
+
+
+@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in QUICK)])
+def test_what_any_layout_saved_others_load(tmp_path, family):
+    """Each by itself, bit by bit, and by the next."""
+    optimizer, family = FAMILIES[family]
+    check(
+        [(tmp_path / str(cell), cell, optimizer) for cell in family],
+        lambda writer: [writer[1], family[family.index(writer[1]) - 1]],
     )
-    writers = [(tmp_path / str(cell), cell, optimizer) for optimizer, family in families for cell in family]
-
-    def itself_and_another(writer: Job) -> list[Cell]:
-        family = next(family for _, family in families if writer[1] in family)
-        return [writer[1], family[family.index(writer[1]) - max(1, len(family) // 2)]]
-
-    check(writers, itself_and_another)
 
 
 def every_layout(name: str, precision: str) -> list[Cell]:
@@ -238,12 +241,13 @@ def piecemeal(directory: Path) -> None:
     assert read([other])[0].losses == pytest.approx(wanted[0].losses, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_zero_3_may_keep_masters_in_many_pieces_and_small_weights_whole(tmp_path):
     spmd(piecemeal, 2, tmp_path)
 
 
-def unstepped(directory: Path) -> None:
-    for place, cell in enumerate(KINDS):
+def unstepped(directory: Path, kinds: list[Cell]) -> None:
+    for place, cell in enumerate(kinds):
         engine = build(cell)
         save(engine, directory / str(place), 0)
         wanted = advance(engine, cell, "adamw", 0, 2)
@@ -252,8 +256,9 @@ def unstepped(directory: Path) -> None:
         assert advance(resumed, cell, "adamw", 0, 2) == wanted, str(cell)
 
 
-def test_a_run_that_never_stepped_can_be_saved(tmp_path):
-    spmd(unstepped, 2, tmp_path)
+@pytest.mark.parametrize("kinds", [KINDS[1:4:2], pytest.param([*KINDS[::2], KINDS[-1]], marks=pytest.mark.slow)], ids=["some", "others"])
+def test_a_run_that_never_stepped_can_be_saved(tmp_path, kinds):
+    spmd(unstepped, 2, tmp_path, kinds)
 
 
 def weights_alone(directory: Path) -> None:

@@ -35,6 +35,7 @@ def told(case, *arguments: str, code: int = 0):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_newest_the_best_and_every_nth(case, trained):
     losses = {line["step"]: line["eval/loss"] for line in read_metrics(trained / "metrics.jsonl") if "eval/loss" in line}
     saved = {step: losses.get(step) for step in (6, 12, 18, 24, 30, 32)}
@@ -46,6 +47,13 @@ def test_a_run_keeps_the_newest_the_best_and_every_nth(case, trained):
     shown = case.manta("checkpoint", "list", "kept").stdout
     assert "step-00000032" in shown
     assert "2 x data 2, ZeRO-1" in shown
+
+
+def test_the_checkpoints_of_a_run_are_listed(case, undisturbed):
+    listed = told(case, "list", undisturbed)["checkpoints"]
+    assert [f"step-{one['step']:08d}" for one in listed] == Folder(case.home / undisturbed / "checkpoints").names()
+    assert [one["step"] for one in listed][:2] == [40, 36]
+    assert {(one["layout"], one["ranks"], one["attempt"]) for one in listed} == {("data 2, ZeRO-1", 2, 1)}
 
 
 @pytest.mark.slow
@@ -63,10 +71,10 @@ def test_what_is_damaged_is_found(case, run):
     assert "whole: 1.3 MB" in shown.stdout
 
 
-def test_what_is_in_a_checkpoint_is_told(case, trained):
-    inspected = told(case, "inspect", "kept", "--match", "blocks.0.*")
-    assert inspected["step"] == 32
-    where = Folder(trained / "checkpoints")
+def test_what_is_in_a_checkpoint_is_told(case, undisturbed):
+    inspected = told(case, "inspect", undisturbed, "--match", "blocks.0.*")
+    assert inspected["step"] == 40
+    where = Folder(case.home / undisturbed / "checkpoints")
     _, weights = store.newest_weights(where)
     assert inspected["weights"].keys() == {name for name in weights if name.startswith("blocks.0.")}
     for name, weight in inspected["weights"].items():
@@ -75,6 +83,11 @@ def test_what_is_in_a_checkpoint_is_told(case, trained):
         assert weight["master"]["shape"] == list(weights[name].shape)
         assert weight["exp_avg_sq"]["norm"] > 0
         assert weight["exp_avg"]["not_finite"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("trained")
+def test_what_is_in_a_checkpoint_is_shown_to_people(case):
     shown = case.manta("checkpoint", "inspect", "kept").stdout
     assert "embedding.weight" in shown
     assert "exp_avg_sq norm" in shown

@@ -279,11 +279,13 @@ SIMPLE = Plain("llama", 1)
 FEW = [
     SIMPLE,
     Plain("llama", 0),
+    Plain("LlamaForCausalLM", 2),
+    Plain("GPT2LMHeadModel", 3),
+]
+MORE = [
     Plain("llama", 1, "bf16", optimizer="sgd"),
     Plain("llama", 2, zero_settings={"round_robin_gradients": True}),
     Plain("llama", 3, "fp16"),
-    Plain("LlamaForCausalLM", 2),
-    Plain("GPT2LMHeadModel", 3),
 ]
 
 
@@ -299,8 +301,16 @@ def simple(few, tmp_path) -> Path:
     return Path(shutil.copytree(directory, tmp_path / "simple"))
 
 
+ELSEWHERE = [(2, {"tensor": 2, "zero": 1})]
+
+
 def test_a_run_of_deepspeed_goes_on_under_another_layout(few):
-    check(few, [(2, {"tensor": 2, "zero": 1})])
+    check(few, ELSEWHERE)
+
+
+@pytest.mark.slow
+def test_a_run_in_sixteen_bits_or_with_gradients_dealt_in_turn_does_too(tmp_path):
+    check(trained(tmp_path, MORE), ELSEWHERE)
 
 
 LAYOUTS = [(1, {"zero": 0}), (1, {"zero": 3}), (2, {"zero": 1}), (2, {"zero": 3}), (2, {"tensor": 2, "zero": 1})]

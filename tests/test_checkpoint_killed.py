@@ -102,7 +102,7 @@ def killed_everywhere(folder: Path, begin: Callable[[Path], set[int]], *, check_
     return operations
 
 
-@pytest.mark.parametrize("begin", [first, later])
+@pytest.mark.parametrize("begin", [pytest.param(first, marks=pytest.mark.slow), later])
 def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, begin):
     operations = killed_everywhere(tmp_path, begin)
     kinds = Counter(operation.split()[0] for operation in operations)
@@ -113,6 +113,7 @@ def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path,
         assert kinds["rmdir"] == 1
 
 
+@pytest.mark.slow
 def test_a_save_killed_as_it_takes_another_s_place_leaves_a_whole_checkpoint(tmp_path):
     killed_everywhere(tmp_path, over_another, check_names=False)
 

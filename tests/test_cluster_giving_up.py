@@ -1,4 +1,4 @@
-"""Runs that a restart can not mend. They are started together."""
+"""Runs that a restart can not mend. Those that quick tests look at are started together, and so are the others."""
 
 import pytest
 from cluster_scene import Scene
@@ -12,6 +12,16 @@ def scenes(tmp_path_factory):
         "twice": Scene(root / "twice", {"steps": 50, "faults": [[5, [always, 1], "raise"]]}, cluster={"keep_logs": 1}),
         "input": Scene(root / "input", {"faults": [[0, [always, 0], "input"]]}),
         "stillborn": Scene(root / "stillborn", {}, program=["-c", "import sys; print('there is no module named nonsense'); sys.exit(3)"]),
+    }
+    yield scenes
+    for scene in scenes.values():
+        scene.close()
+
+
+@pytest.fixture(scope="module")
+def more_scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("more-giving-up")
+    scenes = {
         "absent": Scene(root / "absent", {"warm_time": 99}, cluster={"start_timeout": 1, "restarts_without_progress": 0}),
         "missing": Scene(root / "missing", {}, program=["/no/such/program.py"]),
     }
@@ -41,11 +51,13 @@ def test_a_process_that_dies_before_it_has_a_place_is_told_by_its_own_words(scen
     assert "nonsense" in scenes["stillborn"].log(1, 0)
 
 
-def test_a_program_that_does_not_exist_is_named(scenes):
-    assert scenes["missing"].end() == 1
-    assert "can't open file '/no/such/program.py'" in scenes["missing"].event("rank-failed")["message"]
+@pytest.mark.slow
+def test_a_program_that_does_not_exist_is_named(more_scenes):
+    assert more_scenes["missing"].end() == 1
+    assert "can't open file '/no/such/program.py'" in more_scenes["missing"].event("rank-failed")["message"]
 
 
-def test_ranks_that_never_come_up_are_listed(scenes):
-    assert scenes["absent"].end() == 1
-    assert "from rank 0, 1" in scenes["absent"].event("rank-failed")["message"]
+@pytest.mark.slow
+def test_ranks_that_never_come_up_are_listed(more_scenes):
+    assert more_scenes["absent"].end() == 1
+    assert "from rank 0, 1" in more_scenes["absent"].event("rank-failed")["message"]

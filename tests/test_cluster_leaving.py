@@ -1,7 +1,8 @@
-"""Told to leave, by every means. All runs are started together and each is then told in its own way."""
+"""Told to leave, by every means. Runs are started together and each is then told in its own way."""
 
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 from cluster_scene import Scene
@@ -9,17 +10,8 @@ from cluster_scene import Scene
 STEPS = {"steps": 100_000}
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    plans = {
-        "term": STEPS,
-        "unsaved": {**STEPS, "save_fails": True},
-        "interrupt": {**STEPS, "save_time": 0.5},
-        "impatient": {**STEPS, "save_time": 100},
-        "slow": {**STEPS, "save_time": 100},
-        "killed": STEPS,
-    }
-    root = tmp_path_factory.mktemp("leaving")
+@contextmanager
+def together(root, plans):
     scenes = {name: Scene(root / name, plan, cluster={"grace": 0.5 if name == "slow" else 60}) for name, plan in plans.items()}
     try:
         for scene in scenes.values():
@@ -30,15 +22,30 @@ def scenes(tmp_path_factory):
             scene.close()
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    plans = {"term": STEPS, "interrupt": {**STEPS, "save_time": 0.5}, "slow": {**STEPS, "save_time": 100}, "killed": STEPS}
+    with together(tmp_path_factory.mktemp("leaving"), plans) as scenes:
+        yield scenes
+
+
+@pytest.fixture(scope="module")
+def more_scenes(tmp_path_factory):
+    plans = {"unsaved": {**STEPS, "save_fails": True}, "impatient": {**STEPS, "save_time": 100}}
+    with together(tmp_path_factory.mktemp("more-leaving"), plans) as scenes:
+        yield scenes
+
+
 def test_sigterm_saves_and_asks_to_be_run_again(scenes):
     scenes["term"].signal(signal.SIGTERM)
     assert scenes["term"].end() == 75
     assert scenes["term"].event("leaving")["signal"] == "SIGTERM"
 
 
-def test_told_to_leave_and_nothing_saved_is_143(scenes):
-    scenes["unsaved"].signal(signal.SIGHUP)
-    assert scenes["unsaved"].end() == 143
+@pytest.mark.slow
+def test_told_to_leave_and_nothing_saved_is_143(more_scenes):
+    more_scenes["unsaved"].signal(signal.SIGHUP)
+    assert more_scenes["unsaved"].end() == 143
 
 
 def test_ctrl_c_saves_and_leaves(scenes):
@@ -47,11 +54,12 @@ def test_ctrl_c_saves_and_leaves(scenes):
     assert all(event["outcome"] == "left" for event in scenes["interrupt"].events() if event["event"] == "attempt-stopped")
 
 
-def test_a_second_ctrl_c_leaves_at_once(scenes):
-    scenes["impatient"].signal(signal.SIGINT)
-    scenes["impatient"].event("leaving")
-    scenes["impatient"].signal(signal.SIGINT)
-    assert scenes["impatient"].end(within=8) == 130
+@pytest.mark.slow
+def test_a_second_ctrl_c_leaves_at_once(more_scenes):
+    more_scenes["impatient"].signal(signal.SIGINT)
+    more_scenes["impatient"].event("leaving")
+    more_scenes["impatient"].signal(signal.SIGINT)
+    assert more_scenes["impatient"].end(within=8) == 130
 
 
 def test_the_grace_time_ends(scenes):

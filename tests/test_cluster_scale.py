@@ -21,6 +21,7 @@ def measured(nodes: int) -> dict[str, float]:
     return {name: float(re.search(pattern, done.stdout)[1].replace(",", "")) for name, pattern in told.items()}
 
 
+@pytest.mark.slow
 def test_a_start_takes_as_many_calls_a_node_and_a_killed_rank_is_noticed_at_once():
     few, many = measured(20), measured(60)
     assert many["calls"] - few["calls"] == 8 * 40

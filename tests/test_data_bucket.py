@@ -100,6 +100,7 @@ def test_two_ranks_download_each_shard_once_and_later_ones_none(bucket, lines, t
     assert read(local, ranks=2) == cold
 
 
+@pytest.mark.slow
 def test_a_cache_smaller_than_the_corpus_reads_it_all_by_blocks(bucket, lines, tmp_path):
     proxy, data = bucket
     sizes = [shard.stat().st_size for shard in _shards(lines, tmp_path)]
@@ -115,6 +116,7 @@ def test_a_cache_smaller_than_the_corpus_reads_it_all_by_blocks(bucket, lines, t
     assert sum(downloads(proxy).values()) > len(downloads(proxy))
 
 
+@pytest.mark.slow
 def test_a_cut_connection_and_a_flipped_bit_cost_a_download_and_no_token(bucket):
     proxy, data = bucket
     (key, *_) = [key for key in _keys(data) if key.endswith("piece-00003.train.bin")]
@@ -125,6 +127,7 @@ def test_a_cut_connection_and_a_flipped_bit_cost_a_download_and_no_token(bucket)
     assert read(data) == whole
 
 
+@pytest.mark.slow
 def test_a_corrupted_object_is_told_and_never_read(bucket, store):
     _, data = bucket
     (key, *_) = [key for key in _keys(data) if key.endswith("piece-00003.train.bin")]

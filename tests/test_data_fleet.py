@@ -65,6 +65,7 @@ def prepare_in_a_process(directory: Path, lines: Path, address: str | None) -> N
     prepare.prepare(config(directory, lines, ray=address), SMALL)
 
 
+@pytest.mark.slow
 def test_many_machines_write_the_same_bytes_as_one(cluster, lines, tmp_path):
     address, _ = cluster
     here = prepare.prepare(config(tmp_path / "here", lines), SMALL)

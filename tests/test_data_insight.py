@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -298,7 +299,8 @@ def told_step(case, run: str, step: int, *more: str, code: int = 0) -> dict:
 @pytest.fixture(scope="module")
 def steps(case, run) -> list[dict]:
     """What `sample-at` tells of each step."""
-    return [told_step(case, run, step) for step in range(1, STEPS + 1)]
+    with ThreadPoolExecutor(2) as both:
+        return list(both.map(lambda step: told_step(case, run, step), range(1, STEPS + 1)))
 
 
 def corpora(case, run: str) -> list[tuple[Home, manifest.Manifest]]:
@@ -342,7 +344,7 @@ def test_verify_reads_all_of_it(case, run):
     assert "each id below 512" in case.manta("data", "verify", str(case.file), *CONFIG).stdout
 
 
-@pytest.mark.parametrize("of", ["file", "run"])
+@pytest.mark.parametrize("of", [pytest.param("file", marks=pytest.mark.slow), "run"])
 def test_verify_tells_of_all_that_is_damaged(case, run, of):
     shutil.copytree(case.home / "corpora", case.home / f"damaged {of}")
     where = (str(case.file), f"data.directory=damaged {of}", *CONFIG)
@@ -460,6 +462,7 @@ def test_sample_at_shows_what_the_run_was_trained_on(case, run, steps):
 NAMES = {"early": "[a-d]", "late": "[e-h]"}
 
 
+@pytest.mark.slow
 def test_sample_at_deals_a_step_out_over_any_ranks(case, run, steps):
     whole = steps[7]
     for ranks in (1, 2):

@@ -110,7 +110,7 @@ def same(a: Examples, b: Examples) -> bool:
     return all((x is None and y is None) or np.array_equal(x, y) for x, y in pairs)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4))])
 def test_every_document_is_read_once_an_epoch_over_all_ranks_and_none_that_is_held_out(folder, tokens, ranks):
     """Four files of several sizes: each rank reads documents of all of them."""
     data = config(folder, folder / "web", folder / "code.jsonl")
@@ -182,7 +182,7 @@ def test_a_rank_goes_on_from_any_cursor_with_the_very_samples(tmp_path_factory, 
     data = config(folder, {"path": str(folder / "*.jsonl"), "validation": str(folder / "held.jsonl.gz.txt")}, **SHAPES[shape])
     for rank in range(ranks):
         undisturbed = opened(data, tokens, rank, ranks, held_out=2)
-        whole = read(undisturbed, 0, 150)
+        whole = read(undisturbed, 0, taken + 25)
         for first in (taken, 0):
             anew = opened(data, tokens, rank, ranks, held_out=2)
             anew.go_on_from(Cursor(**json.loads(json.dumps(asdict(whole[first][0])))))
@@ -480,6 +480,7 @@ def test_a_live_run_is_killed_and_stopped_and_comes_back_to_the_same_samples_on_
     assert evaluated(case, run) == evaluated(case, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_live_run_over_another_corpus_is_refused(case, undisturbed):
     changed = case.home / "documents" / "argparse.txt"
     before = changed.stat()

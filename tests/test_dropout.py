@@ -184,6 +184,7 @@ def test_streams_are_no_part_of_a_checkpoint():
     assert Parts().state_dict() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(" " in torch.__file__, reason="torch's headers lie in a path with a space, which torch.compile can not read on a CPU")
 @pytest.mark.timeout(120)
 def test_compiled_by_the_real_compiler_a_mask_is_the_same():

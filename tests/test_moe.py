@@ -95,7 +95,7 @@ def test_the_router_s_gradients_are_finite_differences(score, normalize):
     assert torch.autograd.gradcheck(weights_and_sums, (x, router.weight))
 
 
-@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("shared", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_block_s_gradients_are_finite_differences(shared):
     block = build(shared=shared)
     _, x = wide_gaps(block)

@@ -213,6 +213,7 @@ def test_under_zero_it_equals_one_plain_process(plainly):
                 assert trace[optimizer].differs(plainly["mine", cell.precision, optimizer]).within(BOUNDS[cell.precision]), cell
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [doubled, unreduced])
 def test_the_comparison_notices_a_fault_in_it(plainly, fault):
     trace = spmd(with_mine, 2, under, Cell("mine", 2, "fp32"), "sgd", fault)[0]

@@ -15,30 +15,34 @@ from manta.trainer.engine import Engine
 from manta.trainer.layout import fits
 from manta.trainer.world import World
 
-SLICE = [
+QUICK = [
     Cell("gpt2", 1, "bf16", ParallelConfig(zero=1)),
     Cell("gpt2", 2, "fp32", ParallelConfig(zero=0), "full"),
-    Cell("gpt2", 4, "fp32", ParallelConfig(zero=0)),
     Cell("gpt2", 2, "bf16", ParallelConfig(zero=1, tensor=2), "selective"),
     Cell("gpt2", 4, "fp32", ParallelConfig(zero=1, tensor=2, sequence=2)),
     Cell("llama", 2, "fp16", ParallelConfig(zero=2), "full"),
     Cell("llama", 2, "bf16", ParallelConfig(zero=3, offload=True)),
-    Cell("llama", 4, "fp32", ParallelConfig(zero=3, tensor=2)),
-    Cell("llama", 4, "fp32", ParallelConfig(zero=1, tensor=4)),
     Cell("llama", 2, "bf16-autocast", ParallelConfig(zero=1, sequence=2)),
     Cell("llama", 2, "fp8", ParallelConfig(zero=2)),
+    Cell("bert", 2, "fp32", ParallelConfig(zero=2, offload=True)),
+    Cell("moe", 4, "fp32", ParallelConfig(zero=1, expert=4)),
+    Cell("gpt2-moe", 4, "fp32", ParallelConfig(zero=1, expert=2)),
+    Cell("gpt2-moe", 2, "fp32", ParallelConfig(zero=1, offload=True)),
+]
+"""Each model, precision, ZeRO stage, kind of share, and what lies on top: offloading and recomputation."""
+SLICE = [
+    *QUICK,
+    Cell("gpt2", 4, "fp32", ParallelConfig(zero=0)),
+    Cell("llama", 4, "fp32", ParallelConfig(zero=3, tensor=2)),
+    Cell("llama", 4, "fp32", ParallelConfig(zero=1, tensor=4)),
     Cell("bert", 4, "fp32", ParallelConfig(zero=1)),
     Cell("bert", 2, "bf16", ParallelConfig(zero=3), "full"),
-    Cell("bert", 2, "fp32", ParallelConfig(zero=2, offload=True)),
     Cell("bert", 4, "fp32", ParallelConfig(zero=2, sequence=4)),
     Cell("moe", 2, "fp32", ParallelConfig(zero=3, expert=2)),
-    Cell("moe", 4, "fp32", ParallelConfig(zero=1, expert=4)),
     Cell("moe", 4, "bf16", ParallelConfig(zero=2, expert=2, sequence=2)),
     Cell("moe", 4, "fp32", ParallelConfig(zero=2, expert=4, sequence=2)),
     Cell("gpt2-moe", 2, "fp32", ParallelConfig(zero=1, tensor=2)),
     Cell("gpt2-moe", 4, "fp16", ParallelConfig(zero=1, sequence=2)),
-    Cell("gpt2-moe", 4, "fp32", ParallelConfig(zero=1, expert=2)),
-    Cell("gpt2-moe", 2, "fp32", ParallelConfig(zero=1, offload=True)),
 ]
 
 
@@ -47,13 +51,23 @@ def reference(model, precision) -> dict:
     return spmd(plain_all, 1, [(model, precision)])[0]
 
 
-@pytest.mark.parametrize("cell", SLICE, ids=str)
+@pytest.mark.parametrize("cell", [*QUICK, *(pytest.param(cell, marks=pytest.mark.slow) for cell in SLICE[len(QUICK) :])], ids=str)
 def test_a_layout_equals_one_plain_process(cell):
     assert cell.refusal is None
     for traces in spmd(under_all, cell.ranks, [cell]):
         for optimizer in OPTIMIZERS:
             difference = traces[0][optimizer].differs(reference(cell.model, cell.precision)[cell.model, cell.precision, optimizer])
             assert difference.within(BOUNDS[cell.precision])
+
+
+def test_what_is_quick_of_it_has_each_model_precision_stage_and_kind_of_share():
+    assert {cell.model for cell in QUICK} == MODELS.keys()
+    assert {cell.precision for cell in QUICK} == set(PRECISIONS)
+    assert {cell.parallel.zero for cell in QUICK} == {0, 1, 2, 3}
+    assert {cell.ranks for cell in QUICK} == {1, 2, 4}
+    assert {cell.recompute for cell in QUICK} == {"none", "selective", "full"}
+    for kind in ("tensor", "sequence", "expert", "offload"):
+        assert any(getattr(cell.parallel, kind) > 1 or getattr(cell.parallel, kind) is True for cell in QUICK), kind
 
 
 def test_the_slice_touches_each_model_and_each_row_and_column_of_the_table():
@@ -70,7 +84,11 @@ def test_the_slice_touches_each_model_and_each_row_and_column_of_the_table():
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("fault", "cell", "put_in"), CONTROLS, ids=lambda value: str(getattr(value, "__name__", value)))
+@pytest.mark.parametrize(
+    ("fault", "cell", "put_in"),
+    [pytest.param(*control, marks=[pytest.mark.slow] if control[1].precision == "bf16" else []) for control in CONTROLS],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
 def test_the_comparison_notices_a_fault(fault, cell, put_in, optimizer):
     wanted = reference(cell.model, cell.precision)[cell.model, cell.precision, optimizer]
     difference = spmd(under, cell.ranks, cell, optimizer, put_in)[0].differs(wanted)
@@ -100,6 +118,7 @@ def wrong_under_zero_3() -> tuple[Trace, Trace]:
     return under(plainly, "sgd"), under(again, "sgd")
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_selective_recomputation_under_zero_3():
     """It is refused; run in spite of that, biases are added twice."""
     ours, theirs = spmd(wrong_under_zero_3, 1)[0]

@@ -67,19 +67,24 @@ CELLS = [
     Cell("gpt2", 1, "fp32", ParallelConfig(zero=1)),
     Cell("gpt2", 2, "fp32", ParallelConfig(zero=0)),
     Cell("gpt2", 2, "bf16", ParallelConfig(zero=1)),
-    Cell("llama", 2, "fp32", ParallelConfig(zero=2, offload=True)),
-    Cell("llama", 2, "bf16", ParallelConfig(zero=3)),
-    Cell("llama", 2, "fp16", ParallelConfig(zero=2), "full"),
     Cell("gpt2", 2, "fp32", ParallelConfig(zero=1, sequence=2)),
     Cell("moe", 2, "fp32", ParallelConfig(zero=1, expert=2)),
 ]
-MORE = [
-    Cell("gpt2", ranks, precision, ParallelConfig(zero=zero, offload=offload))
-    for ranks in (1, 2, 4)
-    for zero, offload in ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True))
-    for precision in ("fp32", "bf16")
-    if zero or precision == "fp32"
-] + [Cell("llama", 4, "fp32", ParallelConfig(zero=3, tensor=2)), Cell("moe", 4, "fp32", ParallelConfig(zero=2, expert=2, sequence=2))]
+MORE = (
+    [
+        Cell("llama", 2, "fp32", ParallelConfig(zero=2, offload=True)),
+        Cell("llama", 2, "bf16", ParallelConfig(zero=3)),
+        Cell("llama", 2, "fp16", ParallelConfig(zero=2), "full"),
+    ]
+    + [
+        Cell("gpt2", ranks, precision, ParallelConfig(zero=zero, offload=offload))
+        for ranks in (1, 2, 4)
+        for zero, offload in ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True))
+        for precision in ("fp32", "bf16")
+        if zero or precision == "fp32"
+    ]
+    + [Cell("llama", 4, "fp32", ParallelConfig(zero=3, tensor=2)), Cell("moe", 4, "fp32", ParallelConfig(zero=2, expert=2, sequence=2))]
+)
 
 
 def shorter(whole: Batch, length: int) -> Batch:
@@ -191,7 +196,7 @@ def divided(engine: Engine) -> None:
     engine.deepspeed.backward = lambda loss, *, scale_wrt_gas: backward(loss, scale_wrt_gas=not scale_wrt_gas)
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("zero", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
 @pytest.mark.parametrize("fault", [untold, divided])
 def test_the_comparison_notices_a_fault(fault, zero):
     cell = Cell("gpt2", 2, "fp32", ParallelConfig(zero=zero))
@@ -324,6 +329,7 @@ def digest(samples: Samples, numbers: np.ndarray, length: int) -> int:
     return sum(number % 2**32 for number in hashes) % 2**32
 
 
+@pytest.mark.slow
 def test_a_run_reads_what_its_timeline_says(case, ramped):
     config, samples = opened(case, *RAMP)
     timeline = config.timeline()
@@ -338,10 +344,14 @@ def test_a_run_reads_what_its_timeline_says(case, ramped):
     assert (saved.progress.step, saved.progress.samples_consumed) == (40, 128 + 14 * 8)
 
 
-def test_status_and_the_start_tell_of_the_phases(case, ramped):
+@pytest.mark.slow
+def test_status_tells_of_the_phase(case, ramped):
     told = json.loads(case.manta("status", ramped, "--json").stdout)
     assert (told["global_batch"], told["sequence_length"], told["tokens"], told["seconds_left"]) == (8, 32, 240 * 32, 0)
     assert "8 samples, in sequences of 32 tokens" in case.manta("status", ramped).stdout
+
+
+def test_the_start_tells_of_the_phases(case):
     config = configs.load(case.file, RAMP)
     assert steps_in_words(config, fits(config.train, 2)) == (
         "2 ranks x micro batch 1 x accumulation 1 = 8 sequences of 8 tokens a step, from step 11 accumulation 3 = 24 sequences of 8 tokens"
@@ -377,11 +387,13 @@ def test_a_run_stopped_in_mid_ramp_goes_on_with_one_rank(case, ramped):
     assert_same(again, lines(case, ramped))
 
 
+@pytest.mark.slow
 def test_another_ramp_is_another_run(case, ramped):
     refused = case.train(ramped, *RAMP[:1], RAMP[2], code=2)
     assert "train.batch_ramp" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_run_hardly_waits_for_its_samples(case, ramped):
     """A step here takes a hundredth of a second, and many ranks may be on few cores: the median says what is waited for without."""
     told = lines(case, ramped)[1:]  # before the first step nothing was computed meanwhile

@@ -52,12 +52,6 @@ def of_run(case, run: str) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if str(case.home / run) in (p.info["cmdline"] or [])]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(case) -> str:
-    case.train("undisturbed")
-    return "undisturbed"
-
-
 def test_a_run_leaves_what_its_directory_promises(case, undisturbed):
     home = case.home / undisturbed
     for name in (
@@ -124,6 +118,7 @@ def copy_of(case, run: str, name: str) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_rank_alone_and_torchrun_go_on_with_the_same_run(case, undisturbed):
     home = copy_of(case, undisturbed, "by hand")
     shutil.rmtree(home / "checkpoints/step-00000040")
@@ -253,6 +248,7 @@ def test_another_config_is_refused_and_the_difference_shown(case, undisturbed):
     assert (case.home / undisturbed / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_bad_never_starts_afresh(case, undisturbed):
     home = copy_of(case, undisturbed, "bad")
     for path in (home / "checkpoints").glob("step-*"):
@@ -332,6 +328,7 @@ def test_an_export_overwrites_nothing_else(case, undisturbed):
     export(trained, case.home / "again", dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_an_export_has_equal_logits_in_transformers(case, undisturbed):
     done = case.manta("export", undisturbed)
     assert done.returncode == 0, done.stderr

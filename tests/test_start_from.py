@@ -113,6 +113,7 @@ def test_weights_that_are_not_there_are_told_before_anything_starts(case):
     assert not (case.home / "never").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpt2")
 def test_another_models_weights_are_refused_with_the_first_difference_before_anything_starts(case):
     done = case.manta("train", str(case.file), "run.dir=from another", "run.start_from=imported/gpt2")
