@@ -5,8 +5,9 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,58 @@ def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
 
     `detached`: the arguments of the manta that does so in the background, where this one is not to.
     """
+    ready = ready_to_train(config, ray)
+    if ready is None:
+        say(f"{config.run.dir.absolute()}: already done: step {config.train.steps} of {config.train.steps}; raise train.steps to go on")
+        return 0
+    if detached:
+        return detach(ready.home, detached)
+    with ready.begun() as controller:
+        return follow(controller.run(), Display(ready.home, config.train.steps, config.timeline()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A run of which all is known that can be before it begins. `each`: ranks a node, None where the nodes decide. `told`: of its origin."""
+
+    home: RunDirectory
+    config: RunConfig
+    ray: Ray
+    prepared: Prepared
+    layout: Layout
+    sizes: tuple[int, ...]
+    each: int | None
+    told: dict[str, str]
+
+    @contextmanager
+    def begun(self) -> Generator[Controller]:
+        """Its controller; the run is claimed as long as this lasts."""
+        home, config, layout = self.home, self.config, self.layout
+        with home.claim():
+            lay_out(home, config, self.prepared, self.told)
+            self._say()
+            job = Job(
+                program=("-P", "-m", "manta.trainer", str(home.path)),
+                environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
+                directory=home.path,
+                sizes=(layout.ranks,) if config.data.live else self.sizes,
+                ranks_per_node=self.each,
+                packages=(("manta", __version__), *((name, found) for name in STACK if (found := _version(name)) is not None)),
+            )
+            yield Controller(job, config.cluster, self.ray)
+
+    def _say(self) -> None:
+        config, layout, where = self.config, self.layout, self.home.path
+        if self.each and (ranks := config.cluster.most * self.each) > layout.ranks:
+            say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns_in_words(config.train)} deals out evenly over {layout.data}")
+        if self.each:
+            say(f"{where}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
+        if config.data.live:
+            say(f"{where}: data.live: text is tokenized while it is read; only as many data ranks, {layout.data}, can go on with it")
+
+
+def ready_to_train(config: RunConfig, ray: Ray) -> Ready | None:
+    """None where the run is done already. Raises InputError where it can not begin, or go on."""
     if config.data.live:
         config = config.model_copy(update={"data": placed(config.data)})
     home = RunDirectory(config.run.dir.absolute())
@@ -56,8 +109,7 @@ def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
     refuse_another_run(home, config)
     start = start_of(home, config)
     if is_done(home, config):
-        say(f"{home.path}: already done: step {config.train.steps} of {config.train.steps}; raise train.steps to go on")
-        return 0
+        return None
     if config.data.live:
         refuse_other_ranks(home, layout)
     code = check_own_model(home, config)
@@ -65,25 +117,7 @@ def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
     for found in start.values():
         refuse_other_weights(found, home, config, prepared)
         tell_of_another_tokenizer(found, config, prepared)
-    if detached:
-        return detach(home, detached)
-    with home.claim():
-        lay_out(home, config, prepared, code | start)
-        if each and ranks > layout.ranks:
-            say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns_in_words(config.train)} deals out evenly over {layout.data}")
-        if each:
-            say(f"{home.path}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
-        if config.data.live:
-            say(f"{home.path}: data.live: text is tokenized while it is read; only as many data ranks, {layout.data}, can go on with it")
-        job = Job(
-            program=("-P", "-m", "manta.trainer", str(home.path)),
-            environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
-            directory=home.path,
-            sizes=(layout.ranks,) if config.data.live else fitting,
-            ranks_per_node=each,
-            packages=(("manta", __version__), *((name, found) for name in STACK if (found := _version(name)) is not None)),
-        )
-        return follow(Controller(job, config.cluster, ray).run(), Display(home, config.train.steps, config.timeline()))
+    return Ready(home=home, config=config, ray=ray, prepared=prepared, layout=layout, sizes=fitting, each=each, told=code | start)
 
 
 def lay_out(home: RunDirectory, config: RunConfig, prepared: Prepared, told: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from manta.cluster.runtime import JoinedRay, LocalRay, NoClusterError
+from manta.cluster.runtime import JoinedRay, LocalRay, NoClusterError, Ray
 from manta.data.errors import InputError
 from manta.launch.config import RunConfig
 
@@ -22,7 +22,6 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
         )
     if detached and on in HANDED_OVER:
         raise InputError(f"--detach: got it with --on {on}, which keeps the run anyhow; leave it out")
-    kind, _, rest = on.partition(":")
     if on == "slurm":
         from manta.launch.targets import slurm
 
@@ -33,16 +32,22 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
         return kubernetes.launch(config, nodes=config.cluster.most, dry_run=dry_run)
     from manta.launch.train import train
 
+    return train(config, ray_of(config, on, insecure=insecure), detached=detached)
+
+
+def ray_of(config: RunConfig, on: str, *, insecure: bool = False) -> Ray:
+    """The Ray of a target that is run from here. Raises InputError where it is none, or can not be joined."""
+    kind, _, rest = on.partition(":")
     if on == "local":
-        return train(config, LocalRay(config.cluster.most), detached=detached)
+        return LocalRay(config.cluster.most)
     if kind == "ssh" and rest:
         from manta.launch.targets import ssh
 
-        return train(config, ssh.ray_of(rest, config.cluster), detached=detached)
+        return ssh.ray_of(rest, config.cluster)
     if on == "allocation":
         from manta.launch.targets import slurm
 
-        return train(config, slurm.ray_of_allocation(config.cluster), detached=detached)
+        return slurm.ray_of_allocation(config.cluster)
     if on == "auto" or re.fullmatch(r"[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", on):
         ray = JoinedRay(on, insecure=insecure)
         try:
@@ -50,5 +55,5 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
                 pass  # before anything is written
         except NoClusterError as error:
             raise InputError(f"--on: {error}") from None
-        return train(config, ray, detached=detached)
+        return ray
     raise InputError(f"--on: got {on!r}, wants one of {', '.join(TARGETS)}")
