@@ -8,7 +8,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class Controller:
         self._policy = Policy(restarts_without_progress=config.restarts_without_progress)
         self._orders = Orders(self._job.directory / "stop-now")
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Generator[Event, None, None]:
         """Close it early and everything is ended at once."""
         file = self._job.directory / "events.jsonl"
         self._state = replay(read_events(file))

@@ -74,6 +74,12 @@ def answers(machine: Machine) -> bool:
     return True
 
 
+def alone(actor: type, machine: str) -> Any:
+    """An actor of a plain class on a machine, by its id; it takes no room there."""
+    strategy = NodeAffinitySchedulingStrategy(machine, soft=False)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=strategy).remote()
+
+
 class Nodes:
     """Agents, one a node, each told to warm its processes as soon as it exists: they import while ports are still being found."""
 

@@ -6,35 +6,31 @@ import platform
 import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from manta.cluster.controller import Controller
 from manta.cluster.job import Job
-from manta.cluster.journal import Event, read_events
+from manta.cluster.journal import Event
 from manta.cluster.machine import default_ranks, gpus
 from manta.cluster.runtime import LocalRay, Ray
-from manta.data.draws import numbered
 from manta.data.durable import write_atomically
 from manta.data.errors import InputError
-from manta.data.live import check_ranks, open_samples
+from manta.data.live import open_samples
 from manta.data.live_sources import as_prepared, placed
 from manta.data.manifest import Prepared, is_there
 from manta.data.prepare import find, prepare
 from manta.data.remote import delete, is_remote, join, write_bytes
 from manta.data.samples import Samples
 from manta.launch import __version__
-from manta.launch.config import RunConfig, load
+from manta.launch.config import RunConfig
 from manta.launch.display import Display, say
+from manta.launch.going_on import is_done, refuse_another_run, refuse_other_ranks
 from manta.launch.origin import refuse_other_weights, start_of, tell_of_another_tokenizer
 from manta.launch.reach.detach import detach
-from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.layout import Layout, plan, sizes, turns_in_words
 from manta.trainer.rundir import RunDirectory
 
@@ -58,7 +54,7 @@ def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A run of which all is known that can be before it begins. `each`: ranks a node, None where the nodes decide. `told`: of its origin."""
+    """All that can be known of a run before it begins. `each`: ranks a node, None where the nodes decide. `told`: of its origin."""
 
     home: RunDirectory
     config: RunConfig
@@ -178,44 +174,6 @@ def check_directory(key: str, path: Path) -> None:
         raise InputError(f"{key}: got {path}, and {nearest} can not be written; choose another, or change its permissions")
 
 
-def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
-    """Raises InputError where the directory holds a run that this config would not go on with, and shows what differs."""
-    if not home.config_file.exists() or not home.has_trained:
-        return
-    old = load(home.config_file)
-    before, now = old.identity(), config.identity()
-    differ = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in now if now[key] != before.get(key)]
-    if config.train.steps < old.train.steps:
-        differ.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
-    reached = numbered(old.data.skip, np.array([old.timeline().first_sample(home.saved_step or 0)]))[0]
-    read = [[span for span in data.skip if span[0] < reached] for data in (old.data, config.data)]
-    if read[0] != read[1]:
-        differ.append(f"data.skip {json.dumps(old.data.skip)} -> {json.dumps(config.data.skip)} (may change from sample {reached} on)")
-    if differ:
-        remedy = "choose another run.dir, or go on as it is: manta resume " + home.typed
-        raise InputError(f"{home.path}: holds a run of another config: {'; '.join(differ)}; {remedy}")
-    refuse_lost_checkpoints(home, config)
-    shape = config.schedule.shape
-    if config.train.steps > old.train.steps and shape != "constant":
-        say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
-
-
-def refuse_lost_checkpoints(home: RunDirectory, config: RunConfig) -> None:
-    """Raises InputError where the run's checkpoints are now looked for at a place that has none: it would begin anew, over them."""
-    before, now = home.checkpoints, home.checkpoints_of(config.checkpoint.directory)
-    if str(now) != str(before) and before.names() and not now.names():
-        remedy = f"copy them there, or leave it at {before}"
-        raise InputError(f"checkpoint.directory: got {now}, where there is no checkpoint, wants those of the run; {remedy}")
-
-
-def refuse_other_ranks(home: RunDirectory, layout: Layout) -> None:
-    """Raises InputError where a live run has been saved by more or fewer data ranks; of a damaged checkpoint ranks have the last word."""
-    where = home.checkpoints
-    for name in where.names()[:1]:
-        with suppress(OSError, CheckpointError):
-            check_ranks(from_bytes(where.manifest(name), where.at(name)).progress.cursors, layout.data)
-
-
 def steps_in_words(config: RunConfig, layout: Layout) -> str:
     """What is read in a step, and by whom; where that changes, from which step on."""
     each = layout.ranks // layout.data
@@ -231,14 +189,6 @@ def steps_in_words(config: RunConfig, layout: Layout) -> str:
 
 def ranks_in_words(count: int) -> str:
     return f"{count} rank" if count == 1 else f"{count} ranks"
-
-
-def is_done(home: RunDirectory, config: RunConfig) -> bool:
-    """Whether the run has ended well, at the last step, and nothing is left to do."""
-    events = read_events(home.events_file)
-    if home.saved_step != config.train.steps or not events:
-        return False
-    return events[-1]["event"] == "run-ended" and events[-1]["exit_code"] == 0
 
 
 def check_own_model(home: RunDirectory, config: RunConfig) -> dict[str, str]:

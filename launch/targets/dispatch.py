@@ -37,6 +37,9 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
 
 def ray_of(config: RunConfig, on: str, *, insecure: bool = False) -> Ray:
     """The Ray of a target that is run from here. Raises InputError where it is none, or can not be joined."""
+    if on in HANDED_OVER:
+        from_there = {"slurm": "in an allocation (salloc), with --on allocation", "kubernetes": "in a pod of its Ray, with --on auto"}
+        raise InputError(f"--on: got {on}, to which only a whole run is handed over; give the command {from_there[on]}")
     kind, _, rest = on.partition(":")
     if on == "local":
         return LocalRay(config.cluster.most)
