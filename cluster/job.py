@@ -15,6 +15,8 @@ class Job:
     directory: Path
     sizes: tuple[int, ...]
     """Numbers of ranks it can run as."""
+    fewer: tuple[int, ...] = ()
+    """Numbers of ranks it can go on as where too many are lost for any of those."""
     ranks_per_node: int | None = None
     """None: as many as a node has GPUs."""
     packages: tuple[tuple[str, str], ...] = ()

@@ -27,7 +27,7 @@ class Room:
     def enough(self, waited: float, *, suspects: Collection[str], has_begun: bool) -> Placement | None:
         """What to run on now; None where it is better to wait. Raises PlacementError."""
         self._there = self.left(suspects)
-        placement = self._place(self._there)
+        placement = self._place(self._there, fewer=has_begun)
         if placement is None or len(self._there) < (self._config.least_left if has_begun else self._config.least):
             return None
         if not has_begun and len(self._there) < self._config.most and waited < SETTLE:
@@ -70,5 +70,6 @@ class Room:
 
         return [machine for machine in machines() if machine.id not in self._suspects]
 
-    def _place(self, there: Collection[Machine]) -> Placement | None:
-        return place(there, most=self._config.most, sizes=self._job.sizes, ranks_per_node=self._job.ranks_per_node)
+    def _place(self, there: Collection[Machine], *, fewer: bool = False) -> Placement | None:
+        sizes = self._job.sizes + (self._job.fewer if fewer else ())
+        return place(there, most=self._config.most, sizes=sizes, ranks_per_node=self._job.ranks_per_node)

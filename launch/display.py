@@ -12,6 +12,7 @@ from manta.cluster.controller import INTERRUPTED, LEFT_SAVED, LEFT_UNSAVED
 from manta.cluster.journal import POLL, Event
 from manta.data.timeline import Timeline
 from manta.launch.tail import Tail
+from manta.trainer.layout import smaller
 from manta.trainer.metrics import Line, describe, duration, end_of_lines, parse
 from manta.trainer.rundir import RunDirectory
 
@@ -115,8 +116,8 @@ class Display:
                 return f"attempt {event.attempt}: node {details['node']} lost: {details['message']}"
             case "waiting":
                 return f"waiting: {details['message']}"
-            case "nodes-gathered" if len(details["nodes"]) > 1:
-                return f"{details['ranks']} ranks on {', '.join(node['address'] for node in details['nodes'])}"
+            case "nodes-gathered":
+                return self._gathered(details["ranks"], [node["address"] for node in details["nodes"]])
             case "nodes-appeared":
                 return f"attempt {event.attempt}: there is room for {details['ranks']} ranks now: saving, to go on with them"
             case "decided" if details["decision"] == "regroup":
@@ -131,6 +132,16 @@ class Display:
                 return self._ending(event)
             case _:
                 return None
+
+    def _gathered(self, ranks: int, addresses: list[str]) -> str | None:
+        """Who trains; and what the config says otherwise, where ranks are too few for it."""
+        config = self._home.config()
+        instead = smaller(config.train, config.parallel).get(ranks)
+        told = [] if len(addresses) == 1 and not instead else [f"{ranks} rank{'s' if ranks > 1 else ''} on {', '.join(addresses)}"]
+        if instead:
+            sizes = [(name, getattr(config.parallel, name), getattr(instead, name)) for name in ("tensor", "sequence", "expert")]
+            told += [f"parallel.{name} {size} -> {now}" for name, size, now in sizes if now != size] + ["until there are more"]
+        return ", ".join(told) or None
 
     def _passed_over(self) -> str:
         """What the ranks found bad, and named so."""

@@ -31,7 +31,7 @@ from manta.launch.display import Display, say
 from manta.launch.going_on import is_done, refuse_another_run, refuse_other_ranks
 from manta.launch.origin import refuse_other_weights, start_of, tell_of_another_tokenizer
 from manta.launch.reach.detach import detach
-from manta.trainer.layout import Layout, plan, sizes, turns_in_words
+from manta.trainer.layout import Layout, plan, sizes, smaller, turns_in_words
 from manta.trainer.rundir import RunDirectory
 
 STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
@@ -77,6 +77,7 @@ class Ready:
                 environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
                 directory=home.path,
                 sizes=(layout.ranks,) if config.data.live else self.sizes,
+                fewer=() if config.data.live else tuple(smaller(config.train, config.parallel)),
                 ranks_per_node=self.each,
                 packages=(("manta", __version__), *((name, found) for name in STACK if (found := _version(name)) is not None)),
             )

@@ -145,9 +145,7 @@ def test_a_run_whose_node_is_lost_reads_the_same_and_learns_the_same(case):
     process = case.start("train", str(case.file), "run.dir=lost", *settings)
     home = case.home / "lost"
     until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
-    listed = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    (raylet,) = [line.split()[0] for line in listed if "/raylet --" in line and "--node_ip_address=127.0.0.4 " in line]
-    os.kill(int(raylet), signal.SIGKILL)
+    os.kill(local_raylet("127.0.0.4"), signal.SIGKILL)
     _, told = process.communicate(timeout=250)
     assert process.returncode == 0, told
     assert "node 1 lost" in told
@@ -157,3 +155,29 @@ def test_a_run_whose_node_is_lost_reads_the_same_and_learns_the_same(case):
     assert [line["data/digest"] for line in both[1].values()] == [line["data/digest"] for line in both[0].values()]
     for step, line in both[1].items():
         assert line["train/loss"] == pytest.approx(both[0][step]["train/loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_smaller_tensors_where_too_few_ranks_are_left(case):
+    """Each matrix shared by two nodes, then whole on one, then shared again."""
+    settings = ("train.steps=300", "cluster.nodes=2", "cluster.ranks_per_node=1", "parallel.tensor=2", "parallel.zero=0")
+    case.train("shared", *settings)
+    process = case.start("train", str(case.file), "run.dir=halved", *settings, "cluster.keep_warm=true")
+    home = case.home / "halved"
+    until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
+    os.kill(local_raylet("127.0.0.4"), signal.SIGKILL)
+    _, told = process.communicate(timeout=250)
+    assert process.returncode == 0, told
+    assert "1 rank on 127.0.0.3, parallel.tensor 2 -> 1, until there are more" in told
+    both = [{line["step"]: line for line in read_metrics(case.home / run / "metrics.jsonl")} for run in ("shared", "halved")]
+    assert {line["layout"] for line in both[1].values()} == {"tensor 2, ZeRO-0", "ZeRO-0"}
+    assert [line["data/digest"] for line in both[1].values()] == [line["data/digest"] for line in both[0].values()]
+    for step, line in both[1].items():
+        assert line["train/loss"] == pytest.approx(both[0][step]["train/loss"], abs=1e-5)
+
+
+def local_raylet(address):
+    """The process id of the raylet of a rehearsal's node."""
+    listed = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    (pid,) = [line.split()[0] for line in listed if "/raylet --" in line and f"--node_ip_address={address} " in line]
+    return int(pid)

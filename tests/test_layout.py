@@ -1,13 +1,15 @@
 """The plan of a batch over ranks, and the learning rate: pure functions."""
 
+from itertools import chain, product
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from manta.data.errors import InputError
-from manta.trainer.config import BatchConfig, ScheduleConfig, TrainConfig
-from manta.trainer.layout import fits, plan
+from manta.trainer.config import BatchConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from manta.trainer.layout import fits, plan, sizes, smaller
 from manta.trainer.schedule import learning_rate
 
 counts = st.integers(1, 24)
@@ -45,6 +47,34 @@ def test_ranks_that_do_not_divide_the_batch_are_refused():
         InputError, match=r"got 4 ranks, wants a divisor of each of train.batch_ramp's 4, 12, 8 / train.micro_batch 2; start 2 ra"
     ):
         fits(ramp(2, [2, 6, 4]), 4)
+
+
+@given(micro=counts, turns=st.lists(counts, min_size=1, max_size=4), shares=st.tuples(*3 * [st.sampled_from([1, 2, 3, 4, 6, 8])]))
+def test_too_few_ranks_have_sizes_that_divide_those_of_the_config_and_as_large_as_can_be(micro, turns, shares):
+    train = ramp(micro, turns)
+    parallel = ParallelConfig(tensor=shares[0], sequence=shares[1], expert=shares[2])
+    assume(sizes(train, parallel))
+    instead = smaller(train, parallel)
+    assert instead.keys() == set(range(1, min(sizes(train, parallel)))) & set(chain.from_iterable(_sizes_of_divisors(train, shares)))
+    for ranks, found in instead.items():
+        layout = fits(train, ranks, parallel, shrinks=True)
+        assert (layout.tensor, layout.sequence, layout.expert) == (found.tensor, found.sequence, found.expert)
+        assert parallel.tensor % found.tensor == parallel.sequence % found.sequence == parallel.expert % found.expert == 0
+        assert not any(
+            ranks in sizes(train, ParallelConfig(tensor=larger, sequence=sequence, expert=expert))
+            for larger, sequence, expert in product(*map(divisors, shares))
+            if larger > found.tensor
+        )
+        with pytest.raises(InputError):
+            fits(train, ranks, parallel)
+
+
+def _sizes_of_divisors(train, shares):
+    return [sizes(train, ParallelConfig(tensor=t, sequence=s, expert=e)) for t, s, e in product(*map(divisors, shares))]
+
+
+def divisors(number):
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_minimum():

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +92,24 @@ def sizes(train: TrainConfig, parallel: ParallelConfig) -> tuple[int, ...]:
     return tuple(data * each for data in range(1, turns + 1) if turns % data == 0 and data * parallel.sequence % parallel.expert == 0)
 
 
+def smaller(train: TrainConfig, parallel: ParallelConfig) -> dict[int, ParallelConfig]:
+    """Numbers of ranks too small for these sizes, and which sizes each can have instead: divisors of them, tensor as large as can be, then
+    sequence, then expert, so that a rank has to hold as little more as can be.
+    """
+    least, found = min(sizes(train, parallel)), dict[int, ParallelConfig]()
+    for tensor, sequence, expert in product(*(_divisors(size) for size in (parallel.tensor, parallel.sequence, parallel.expert))):
+        instead = parallel.model_copy(update={"tensor": tensor, "sequence": sequence, "expert": expert})
+        for ranks in sizes(train, instead):
+            if ranks < least:
+                found.setdefault(ranks, instead)
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    """From the largest on."""
+    return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]
+
+
 def shared_turns(train: TrainConfig) -> int:
     """How many ways the micro batches of a step can be dealt out, of whichever stage it is."""
     return math.gcd(*train.batches) // train.micro_batch
@@ -103,8 +122,13 @@ def turns_in_words(train: TrainConfig) -> str:
     return f"{of} / train.micro_batch {train.micro_batch}"
 
 
-def fits(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None) -> Layout:
-    """The layout for exactly `ranks` ranks. Raises InputError where the global batch can not be dealt out evenly over them."""
+def fits(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None, *, shrinks: bool = False) -> Layout:
+    """The layout for exactly `ranks` ranks. Raises InputError where the global batch can not be dealt out evenly over them.
+
+    `shrinks`: whether fewer ranks than tensor, sequence and expert want may have smaller ones.
+    """
+    if shrinks and parallel:
+        parallel = smaller(train, parallel).get(ranks, parallel)
     layout = plan(train, ranks, parallel)
     if layout.ranks != ranks:
         wants = f"a divisor of {turns_in_words(train)}"

@@ -47,7 +47,7 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
     notice = Notice()
     heartbeat("load", 0)
     config = home.config()
-    layout = fits(config.train, world.size, config.parallel)
+    layout = fits(config.train, world.size, config.parallel, shrinks=world.attempt > 0)  # a supervisor has no more ranks
     prepared = home.prepared()
     if config.precision == "fp8":
         ask_for_gpu(world.device)

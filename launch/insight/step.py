@@ -103,7 +103,7 @@ def _layout(run: Path, whose: Opened, lines: list[Line], ranks: int | None) -> L
         return Layout(data=1, micro_batch=train.micro_batch)
     world, layout = lines[-1]["world_size"], None
     with suppress(InputError):
-        layout = fits(train, world, parallel)
+        layout = fits(train, world, parallel, shrinks=True)
     if layout is None or str(layout) != lines[-1]["layout"]:
         got = f"config.yaml that was changed since its newest step was done on {world} ranks ({lines[-1]['layout']})"
         raise InputError(f"{run}: got a {got}, wants the data ranks to deal a step out over; give --ranks")
