@@ -4,7 +4,6 @@ A supervisor starts it with MANTA_STANDBY: it then imports everything, waits for
 object of environment variables), and goes. That is what makes a restart cost no imports.
 """
 
-import faulthandler
 import importlib
 import json
 import logging
@@ -15,6 +14,7 @@ import traceback
 from pathlib import Path
 
 from manta.data.errors import InputError
+from manta.trainer import stacks
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
 from manta.trainer.heartbeat import Heartbeat
 
@@ -27,7 +27,7 @@ def main() -> int:
         return USAGE
     if "MANTA_STANDBY" in os.environ:
         stand_by()
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    stacks.answer(signal.SIGUSR2)
     place = f"attempt {os.environ.get('MANTA_ATTEMPT', '0')} rank {os.environ.get('RANK', '0')}"
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {place} %(name)s: %(message)s", force=True)
     heartbeat = Heartbeat.from_environment()
