@@ -33,7 +33,10 @@ Overrides = Annotated[
 Detach = Annotated[bool, typer.Option("--detach", help="Go on in the background, and return once it is under way.")]
 
 On = Annotated[
-    str, typer.Option(metavar="TARGET", help="Where: local, ssh:FILE (a host a line), slurm, kubernetes, or auto (the Ray it is on).")
+    str,
+    typer.Option(
+        metavar="TARGET", help="Where: local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (a Ray elsewhere), auto (the Ray it is on)."
+    ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Join a Ray that asks for no token: anyone may run code there.")]
 

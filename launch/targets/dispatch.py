@@ -7,8 +7,8 @@ from manta.cluster.runtime import JoinedRay, LocalRay, NoClusterError, Ray
 from manta.data.errors import InputError
 from manta.launch.config import RunConfig
 
-TARGETS = ("local", "ssh:FILE", "slurm", "kubernetes", "auto", "HOST:PORT of a Ray that this machine is a node of")
-HANDED_OVER = {"slurm", "kubernetes"}
+TARGETS = ("local", "ssh:FILE", "slurm", "kubernetes", "http://HOST:PORT of a Ray's dashboard", "auto", "HOST:PORT of the Ray it is on")
+RENDERED = {"slurm", "kubernetes"}
 
 
 def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool = False, detached: Sequence[str] = ()) -> int:
@@ -16,11 +16,9 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
 
     `detached`: the arguments of the manta that does so in the background, where this one is not to.
     """
-    if dry_run and on not in HANDED_OVER:
-        raise InputError(
-            f"--dry-run: got it with --on {on}, to which nothing is handed over; leave it out, or use --on slurm or kubernetes"
-        )
-    if detached and on in HANDED_OVER:
+    if dry_run and on not in RENDERED:
+        raise InputError(f"--dry-run: got it with --on {on}, for which nothing is rendered; leave it out, or use --on slurm or kubernetes")
+    if detached and is_handed_over(on):
         raise InputError(f"--detach: got it with --on {on}, which keeps the run anyhow; leave it out")
     if on == "slurm":
         from manta.launch.targets import slurm
@@ -30,16 +28,26 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
         from manta.launch.targets import kubernetes
 
         return kubernetes.launch(config, nodes=config.cluster.most, dry_run=dry_run)
+    if is_handed_over(on):
+        from manta.launch.targets import jobs
+
+        return jobs.submit(config, on, insecure=insecure)
     from manta.launch.train import train
 
     return train(config, ray_of(config, on, insecure=insecure), detached=detached)
 
 
+def is_handed_over(on: str) -> bool:
+    """Whether somebody else runs it there, and this command ends at once."""
+    return on in RENDERED or on.startswith(("http://", "https://"))
+
+
 def ray_of(config: RunConfig, on: str, *, insecure: bool = False) -> Ray:
     """The Ray of a target that is run from here. Raises InputError where it is none, or can not be joined."""
-    if on in HANDED_OVER:
-        from_there = {"slurm": "in an allocation (salloc), with --on allocation", "kubernetes": "in a pod of its Ray, with --on auto"}
-        raise InputError(f"--on: got {on}, to which only a whole run is handed over; give the command {from_there[on]}")
+    if is_handed_over(on):
+        there = {"slurm": "in an allocation (salloc), with --on allocation", "kubernetes": "in a pod of its Ray, with --on auto"}
+        where = there.get(on, "on a node of that Ray, with --on auto")
+        raise InputError(f"--on: got {on}, to which only a whole run is handed over; give the command {where}")
     kind, _, rest = on.partition(":")
     if on == "local":
         return LocalRay(config.cluster.most)
@@ -59,4 +67,6 @@ def ray_of(config: RunConfig, on: str, *, insecure: bool = False) -> Ray:
         except NoClusterError as error:
             raise InputError(f"--on: {error}") from None
         return ray
+    if kind == "ray":
+        raise InputError(f"--on: got {on}, by which a run would end with this terminal; submit it: --on http://HOST:8265, the dashboard's")
     raise InputError(f"--on: got {on!r}, wants one of {', '.join(TARGETS)}")

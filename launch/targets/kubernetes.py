@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from os.path import normpath
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
@@ -23,6 +22,7 @@ from manta.cluster.targets import CONFIG_MOUNT, Kubernetes
 from manta.data.errors import InputError
 from manta.data.remote import is_remote
 from manta.launch.config import RunConfig
+from manta.launch.targets.places import password_in, places
 from manta.trainer.layout import plan
 
 FAILED = 1
@@ -182,36 +182,15 @@ def _problems(config: RunConfig) -> Iterator[str]:
         yield f"{key}.gpus: got nothing, wants the GPUs of a node; set it, 8 for example, or 0 to train on CPUs"
     elif target.gpus and ranks and ranks > target.gpus:
         yield f"cluster.ranks_per_node: got {ranks}, wants at most one a GPU, of which {key}.gpus gives a node {target.gpus}; lower it"
-    yield from (problem for where, place in _places(config) if (problem := _problem(where, place, target)))
+    yield from (problem for where, place in places(config) if (problem := _problem(where, place, target)))
     cache = config.data.cache.directory
     if not cache.is_absolute() and cache.parts[:1] != ("~",):
         yield f"data.cache.directory: got {cache}, wants an absolute path, or one below ~, on a node's own disk; change it"
 
 
-def _places(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Every place that a run reads or writes, by its key."""
-    yield "run.dir", str(config.run.dir)
-    for source in config.data.sources:
-        path = source.path.removeprefix("hf:") if source.path.startswith("hf:/") and not is_remote(source.path) else source.path
-        if not path.startswith(("stdlib:", "hf:")):
-            yield "data.sources", path
-        if source.validation is not None:
-            yield "data.sources", source.validation
-    yield "data.directory", config.data.directory
-    others = {
-        "run.start_from": config.run.start_from,
-        "tokenizer.file": config.tokenizer.file,
-        "checkpoint.directory": config.checkpoint.directory,
-    }
-    yield from ((where, str(place)) for where, place in others.items() if place is not None)
-
-
 def _problem(where: str, place: str, target: Kubernetes) -> str | None:
     if is_remote(place):
-        if urlsplit(place).password is None:
-            return None
-        remedy = "put it into a secret, and name that in cluster.kubernetes.secrets"
-        return f"{where}: got a password in a URL of {urlsplit(place).hostname}, wants none; {remedy}"
+        return password_in(where, place, "put it into a secret, and name that in cluster.kubernetes.secrets")
     if PurePosixPath(target.mount) in PurePosixPath(normpath(place)).parents:
         return None
     wants = f"a path below {target.mount}, where pods have the claim{'' if where == 'run.dir' else ', or a URL such as s3://bucket/mine'}"
