@@ -45,10 +45,8 @@ def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
             runtime_env={"working_dir": folder},
             metadata={"run": str(config.run.dir)},
         )
-    run, there = shlex.quote(str(config.run.dir)), f"ray job logs --address {address} {job}"
-    say(
-        f"{config.run.dir}: submitted as {job}; see: ray job logs --address {address} {job}; where its directory is seen: manta status {run}"
-    )
+    logs, status = f"ray job logs --address {address} {job}", f"manta status {shlex.quote(str(config.run.dir))}"
+    say(f"{config.run.dir}: submitted as {job}; see: {logs}; or, where its directory is seen: {status}")
     sys.stdout.write(f"{job}\n")
     return 0
 
