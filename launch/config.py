@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from manta.cluster.config import ClusterConfig
 from manta.data.errors import InputError
+from manta.launch.dialect import ConfigError, Dumper, Loader
 from manta.trainer.config import TrainingConfig
 from manta.trainer.model_config import ModelConfig
 from manta.trainer.rundir import RunDirectory
@@ -30,11 +31,7 @@ class RunConfig(TrainingConfig):
     cluster: ClusterConfig = ClusterConfig()
 
     def to_yaml(self) -> str:
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-class ConfigError(InputError):
-    """Something in a config is wrong; a line for each thing."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -105,46 +102,10 @@ def _laid_over(below: Tree, above: Tree) -> Tree:
     return {**below, **above, **{key: _laid_over(below[key], above[key]) for key in both}}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people mean it: 1e-4 is a number, 24:00:00 a time and not 86,400, and a key stands once."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """What it writes is read as it was: a text that would be taken for a number stands in quotes."""
-
-
-for _either in (_Loader, _Dumper):
-    _either.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-
-_TIME = ("tag:yaml.org,2002:str", re.compile(r"^\d+(:\d+)+$"))
-for _digit in "0123456789":
-    _Loader.yaml_implicit_resolvers[_digit].insert(0, _TIME)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: dict[object, int] = {}
-    for key, _ in node.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{key.start_mark.name}:{line}: got a list or section for a key, wants a name; write name: value")
-        if key.value in seen:
-            raise ConfigError(
-                f"{key.start_mark.name}:{line}: {key.value}: got it twice, first in line {seen[key.value]}, wants it once; remove one"
-            )
-        seen[key.value] = line
-    loader.flatten_mapping(node)
-    return {loader.construct_object(key, deep=True): loader.construct_object(value, deep=True) for key, value in node.value}
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def _read(file: Path) -> Tree:
     try:
         with file.open(encoding="utf-8") as stream:
-            tree = yaml.load(stream, _Loader)  # noqa: S506  a SafeLoader
+            tree = yaml.load(stream, Loader)  # noqa: S506  a SafeLoader
     except OSError as error:
         near = _nearest(file.name, [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else [])
         raise ConfigError(f"{file}: {error.strerror}; wants a config in YAML, such as examples/gpt-tiny.yaml{near}") from None
@@ -162,7 +123,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not equals or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)*", key):
         raise ConfigError(f"command line: got {text!r}, wants section.key=value, such as train.steps=100")
     try:
-        return key, yaml.load(value, _Loader)  # noqa: S506  a SafeLoader
+        return key, yaml.load(value, Loader)  # noqa: S506  a SafeLoader
     except yaml.YAMLError:
         return key, value
 
@@ -234,18 +195,31 @@ def _nested(field: FieldInfo) -> type[BaseModel] | None:
     return next((m for m in annotations if isinstance(m, type) and issubclass(m, BaseModel)), None)
 
 
-def _field(loc: Sequence[int | str]) -> Any:
+def _field(loc: Sequence[int | str]) -> FieldInfo | None:
     names = [part for part in loc if isinstance(part, str)]
     return _section(names[:-1]).model_fields.get(names[-1])
 
 
+def _key(loc: Sequence[int | str]) -> Sequence[int | str]:
+    """As far as keys go: of a name in a mapping, the mapping."""
+    section: type[BaseModel] | None = RunConfig
+    for end, part in enumerate(loc):
+        if isinstance(part, str):
+            if section is None:
+                return loc[:end]
+            section = _nested(section.model_fields[part]) if part in section.model_fields else None
+    return loc
+
+
 def _described(loc: Sequence[int | str]) -> str:
+    loc = _key(loc)
     field = _field(loc)
     prose = (field.description or "").strip() if field else ""
     return prose.rstrip(".") or f"the section {loc[-1]}"
 
 
 def _remedy(loc: Sequence[int | str]) -> str:
+    loc = _key(loc)
     field, key = _field(loc), ".".join(str(part) for part in loc if isinstance(part, str))
     if field is None:
         return f"set {key}"

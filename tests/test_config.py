@@ -92,6 +92,12 @@ BAD = {
         "leave it out",
     ),
     "an unknown preset": ("model:\n  preset: llama-tinny\n", "model.preset", "got 'llama-tinny', wants one of", "did you mean llama-tiny?"),
+    "a share that is no number": (
+        "data:\n  mixture: [{weights: {a: much}}]\n",
+        "data.mixture.0.weights.a",
+        'got "much", wants number',
+        "try weights={",
+    ),
     "a missing corpus": ("data:\n  sources: [nowhere/*.txt]\n", "nowhere/*.txt", "no such file", ""),
     "a batch beyond all reason": (
         "train:\n  global_batch: 99999999999999\n",
