@@ -41,7 +41,7 @@ class Controller:
         self._job = replace(job, directory=job.directory.absolute(), environment={**said, **job.environment})
         self._config, self._ray = config, ray
         self._policy = Policy(restarts_without_progress=config.restarts_without_progress)
-        self._orders = Orders(self._job.directory / "stop-now")
+        self._orders = Orders(self._job.directory / "stop-now", seconds=config.seconds)
 
     def run(self) -> Iterator[Event]:
         """Close it early and everything is ended at once."""
@@ -109,6 +109,9 @@ class Controller:
             except PlacementError as error:
                 yield self._event("decided", decision="give up", reason=str(error))
                 return USAGE
+            if room.must_leave:
+                yield self._event("decided", decision="leave", reason="the node that manta runs on is to be taken away")
+                return LEFT_SAVED
             if placement is not None:
                 machines = [{"id": p.machine.id, "host": p.machine.host, "address": p.machine.address} for p in placement.places]
                 yield self._event("nodes-gathered", ranks=placement.ranks, nodes=machines)
@@ -116,7 +119,7 @@ class Controller:
                 return None
             if time.monotonic() - begun > self._config.start_timeout:
                 yield self._event("decided", decision="give up", reason=f"{room.missing()} within {self._config.start_timeout:g} s")
-                return 1
+                return LEFT_SAVED if room.going else 1
             if room.missing() != told:
                 told = room.missing()
                 yield self._event("waiting", message=told)
@@ -134,6 +137,7 @@ class Controller:
             machine = nodes.drop(lost.node).machine
             suspect = lost.is_silent or not answers(machine)
             details = {"host": machine.host, "address": machine.address, "machine": machine.id, "suspect": suspect}
+            details["announced"] = machine.id in room.going
             yield self._event("node-lost", attempt.number, node=lost.node, message=f"{machine}: {lost.reason}", **details)
             outcome = self._state.history[-1]
         yield self._event("attempt-stopped", attempt.number, outcome=type(outcome).__name__.lower())

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from manta.cluster.agent import NodeAgent, NodeFacts
@@ -63,6 +64,16 @@ def machines() -> list[Machine]:
         for found in ray.nodes()
         if found["Alive"] and found["Resources"].get("CPU", 0) >= 1
     ]
+
+
+def draining() -> set[str]:
+    """Ids of the nodes that are to be taken away: a spot machine's notice, say. Ray tells nobody who does not ask."""
+    return set(state.get_draining_nodes())
+
+
+def here() -> str:
+    """The id of the node that this process is on."""
+    return ray.get_runtime_context().get_node_id()
 
 
 def answers(machine: Machine) -> bool:

@@ -119,6 +119,9 @@ class Display:
                 return f"{details['ranks']} ranks on {', '.join(node['address'] for node in details['nodes'])}"
             case "nodes-appeared":
                 return f"attempt {event.attempt}: there is room for {details['ranks']} ranks now: saving, to go on with them"
+            case "nodes-draining":
+                going = ", ".join(details["nodes"]) or "the node that manta runs on"
+                return f"attempt {event.attempt}: to be taken away: {going}: saving{'' if details['here'] else ', to go on without'}"
             case "decided" if details["decision"] == "regroup":
                 return None
             case "decided":
