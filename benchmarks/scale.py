@@ -189,6 +189,7 @@ def stand_in(fleet: Fleet) -> None:
     for error in ("GetTimeoutError", "RayActorError", "ActorUnschedulableError"):
         setattr(modules["ray.exceptions"], error, type(error, (Exception,), {}))
     modules["ray.util.scheduling_strategies"].NodeAffinitySchedulingStrategy = Affinity  # type: ignore[attr-defined]
+    modules["ray._private"].worker = SimpleNamespace(_global_node=None)  # type: ignore[attr-defined]
     modules["ray._private.state"].state = SimpleNamespace(get_draining_nodes=dict)  # type: ignore[attr-defined]
     sys.modules.update(modules)
 

@@ -40,7 +40,9 @@ class Left:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regrouped:
-    """The ranks left, to go on on other nodes: on more, or without those that go. They saved, or what they had not saved is done again."""
+    """The ranks left, to go on elsewhere: on more nodes, without those that go, or under another head of Ray's. They saved, or what they had
+    not saved is done again.
+    """
 
 
 Outcome = Done | Left | Regrouped | Failure
@@ -79,6 +81,9 @@ class Attempt:
                 if self.config.keep_warm:
                     self.nodes.warm()
                 yield self._event("first-step", step=min(status.step for status in statuses))
+            if self.room.is_headless:
+                yield self._event("head-lost")
+                return (yield from self._regroup())
             if stepped and ((going := self.room.to_go(self.nodes.places)) or self.room.must_leave):
                 yield self._event("nodes-draining", nodes=[str(machine) for machine in going], here=self.room.must_leave)
                 return (yield from self._regroup())

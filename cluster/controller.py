@@ -74,6 +74,8 @@ class Controller:
         room = Room(self._job, self._config)
         with contextlib.closing(Nodes(self._job, scratch=scratch, timeout=self._config.node_timeout)) as nodes:
             while self._orders.leave is None:
+                if room.is_headless:
+                    return None
                 if (code := (yield from self._gather(nodes, room))) is not None:
                     return code
                 if self._orders.leave:
@@ -96,7 +98,8 @@ class Controller:
                 yield self._event("decided", decision="restart", after=decision.after, leave_out=sorted(leave_out))
                 nodes.warm()
                 self._pause(decision.after)
-                if outcome.cause is Cause.NODE_LOST and self._ray.on_one_node and not room.left(self._state.suspects):
+                alone = outcome.cause is Cause.NODE_LOST and self._ray.on_one_node and not room.is_headless
+                if alone and not room.left(self._state.suspects):
                     return None
         return INTERRUPTED if self._orders.leave is signal.SIGINT else LEFT_UNSAVED
 

@@ -61,6 +61,13 @@ class Room:
         return [place.machine for place in places if place.machine.id in self.going]
 
     @property
+    def is_headless(self) -> bool:
+        """Whether Ray can not be asked any more: it has to be started anew."""
+        from manta.cluster.nodes import is_headless
+
+        return is_headless()
+
+    @property
     def must_leave(self) -> bool:
         """Whether the node that this process is on is to be taken away: then the run has to go on from elsewhere."""
         from manta.cluster.nodes import here

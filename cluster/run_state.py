@@ -22,6 +22,7 @@ TRANSITIONS: dict[str, tuple[frozenset[Phase] | None, Phase | None]] = {
     "node-lost": (frozenset({"gathering", "starting", "running", "leaving"}), None),
     "nodes-appeared": (frozenset({"running"}), None),
     "nodes-draining": (frozenset({"running"}), None),
+    "head-lost": (frozenset({"running"}), None),
     "leaving": (frozenset({"running"}), "leaving"),
     "attempt-stopped": (frozenset({"starting", "running", "leaving"}), "deciding"),
     "decided": (frozenset({"deciding", "gathering"}), "gathering"),

@@ -122,6 +122,8 @@ class Display:
             case "nodes-draining":
                 going = ", ".join(details["nodes"]) or "the node that manta runs on"
                 return f"attempt {event.attempt}: to be taken away: {going}: saving{'' if details['here'] else ', to go on without'}"
+            case "head-lost":
+                return f"attempt {event.attempt}: Ray's head is gone: saving, to go on under another"
             case "decided" if details["decision"] == "regroup":
                 return None
             case "decided":

@@ -188,13 +188,15 @@ def test_ray_is_imported_only_by_a_run():
 def test_what_we_hold_of_ray_that_is_not_public_is_there():
     """runtime.py and nodes.py touch these and nothing else that is private."""
     code = """
-from ray._private import node, services, worker
+from ray._private import node, ray_constants, services, worker
 from ray._private.state import state
 import subprocess
 assert issubclass(services.ConsolePopen, subprocess.Popen)
 assert worker._worker_logs_enabled is True
 assert all(callable(getattr(node.Node, name)) for name in ("start_monitor", "start_log_monitor", "start_api_server"))
 assert callable(state.get_draining_nodes)
+assert worker._global_node is None
+assert "gcs_server" == ray_constants.PROCESS_TYPE_GCS_SERVER
 """
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 

@@ -40,7 +40,12 @@ def hosts(network, tmp_path):
 
 def test_a_run_whose_first_host_is_cut_off_goes_on_without_it_and_with_it_again(case, network, hosts):
     """The first host has rank 0, which saves. What goes on there in the dark harms nothing."""
-    three = ("cluster.nodes=3", "cluster.ranks_per_node=1", f"cluster.node_timeout={LIMIT}", f'cluster.ssh.options=["-F", "{hosts.folder}/config"]')
+    three = (
+        "cluster.nodes=3",
+        "cluster.ranks_per_node=1",
+        f"cluster.node_timeout={LIMIT}",
+        f'cluster.ssh.options=["-F", "{hosts.folder}/config"]',
+    )
     over_ssh = ("--on", f"ssh:{hosts.folder}/hosts")
     with LiveRun(case, "cut off", "train.steps=100000", *SETTINGS, *three, *over_ssh, inside=network.at_hub()) as run:
         run.steps(1, 20)

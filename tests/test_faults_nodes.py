@@ -130,10 +130,10 @@ def test_a_run_whose_own_node_is_to_be_taken_away_saves_and_asks_to_be_run_again
 
 
 def test_a_run_that_may_run_for_so_long_saves_when_it_has_and_goes_on_when_run_again(case):
-    case.train("limited, never", "train.steps=600", *SETTINGS)
+    case.train("limited, never", "train.steps=300", *SETTINGS)
     codes = []
     while {*codes} <= {75}:
-        with LiveRun(case, "limited", "train.steps=600", *SETTINGS, "cluster.stop_after=0:00:20") as run:
+        with LiveRun(case, "limited", "train.steps=300", *SETTINGS, "cluster.stop_after=0:00:20") as run:
             code, told = run.end(within=60)
             codes.append(code)
     assert codes[-1] == 0, told

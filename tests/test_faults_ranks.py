@@ -204,7 +204,9 @@ def test_a_rank_that_skips_a_collective_or_sleeps_is_a_hang_with_step_and_phase_
         assert code == 0, told
         (failed,) = run.events("rank-failed")
         assert (failed["cause"], failed["step"]) == ("HANG", 8)
-        assert re.search(rf"rank {failed['rank']} failed at step 8: rank {failed['rank']} gave no sign of life for 5\.\d s in phase step", told)
+        assert re.search(
+            rf"rank {failed['rank']} failed at step 8: rank {failed['rank']} gave no sign of life for 5\.\d s in phase step", told
+        )
         logs = [(run.home / f"logs/attempt-0001/rank-{rank:04d}.log").read_text() for rank in (0, 1)]
         assert "in barrier" in logs[0]
         assert "in barrier" not in logs[1]
