@@ -40,8 +40,8 @@ class Left:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regrouped:
-    """The ranks left, to go on elsewhere: on more nodes, without those that go, or under another head of Ray's. They saved, or what they had
-    not saved is done again.
+    """The ranks left, to go on elsewhere: on more nodes, without those that go, or under another head of Ray's. What they had not saved
+    is done again.
     """
 
 
@@ -81,14 +81,8 @@ class Attempt:
                 if self.config.keep_warm:
                     self.nodes.warm()
                 yield self._event("first-step", step=min(status.step for status in statuses))
-            if self.room.is_headless:
-                yield self._event("head-lost")
-                return (yield from self._regroup())
-            if stepped and ((going := self.room.to_go(self.nodes.places)) or self.room.must_leave):
-                yield self._event("nodes-draining", nodes=[str(machine) for machine in going], here=self.room.must_leave)
-                return (yield from self._regroup())
-            if stepped and (more := self.room.for_more(self.nodes.places)):
-                yield self._event("nodes-appeared", ranks=more.ranks, nodes=[str(place.machine) for place in more.places])
+            if (why := self._elsewhere(stepped=stepped)) is not None:
+                yield why
                 return (yield from self._regroup())
             if hung := stalled(statuses, limits(statuses, start=self.config.start_timeout, step=self.config.step_timeout)):
                 return (yield from self._hang(hung))
@@ -145,6 +139,18 @@ class Attempt:
             yield self._fell(guilty(failed), time.time())
         codes = {status.code for status in statuses}
         return Done() if codes == {0} else Left(saved=codes <= {0, SAVED})
+
+    def _elsewhere(self, *, stepped: bool) -> Event | None:
+        """Why the ranks should leave and go on elsewhere, if they should."""
+        if self.room.is_headless:
+            return self._event("head-lost")
+        if not stepped:
+            return None
+        if (going := self.room.to_go(self.nodes.places)) or self.room.must_leave:
+            return self._event("nodes-draining", nodes=[str(machine) for machine in going], here=self.room.must_leave)
+        if more := self.room.for_more(self.nodes.places):
+            return self._event("nodes-appeared", ranks=more.ranks, nodes=[str(place.machine) for place in more.places])
+        return None
 
     def _regroup(self) -> Generator[Event, None, Done | Left | Regrouped]:
         outcome = yield from self._leave()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from manta.cluster.attempt import Attempt, Done, Left, Outcome, Regrouped
 from manta.cluster.config import ClusterConfig
-from manta.cluster.failure import Cause, GiveUp, Policy, decide
+from manta.cluster.failure import Cause, Failure, GiveUp, Policy, decide
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event, Journal, read_events
 from manta.cluster.logs import forget
@@ -74,8 +74,6 @@ class Controller:
         room = Room(self._job, self._config)
         with contextlib.closing(Nodes(self._job, scratch=scratch, timeout=self._config.node_timeout)) as nodes:
             while self._orders.leave is None:
-                if room.is_headless:
-                    return None
                 if (code := (yield from self._gather(nodes, room))) is not None:
                     return code
                 if self._orders.leave:
@@ -87,21 +85,27 @@ class Controller:
                     return self._left(saved=outcome.saved)
                 if isinstance(outcome, Regrouped):
                     yield self._event("decided", decision="regroup")
-                    continue
-                if self._orders.leave:
+                elif self._orders.leave:
                     break
-                decision = decide(self._state.history, self._policy)
-                if isinstance(decision, GiveUp):
-                    yield self._event("decided", decision="give up", reason=decision.reason)
-                    return decision.exit_code
-                leave_out = room.leave_out(self._state.history)
-                yield self._event("decided", decision="restart", after=decision.after, leave_out=sorted(leave_out))
-                nodes.warm()
-                self._pause(decision.after)
-                alone = outcome.cause is Cause.NODE_LOST and self._ray.on_one_node and not room.is_headless
-                if alone and not room.left(self._state.suspects):
+                else:
+                    decision = decide(self._state.history, self._policy)
+                    if isinstance(decision, GiveUp):
+                        yield self._event("decided", decision="give up", reason=decision.reason)
+                        return decision.exit_code
+                    leave_out = room.leave_out(self._state.history)
+                    yield self._event("decided", decision="restart", after=decision.after, leave_out=sorted(leave_out))
+                    nodes.warm()
+                    self._pause(decision.after)
+                if self._is_gone(room, outcome):
                     return None
         return INTERRUPTED if self._orders.leave is signal.SIGINT else LEFT_UNSAVED
+
+    def _is_gone(self, room: Room, outcome: Failure | Regrouped) -> bool:
+        """Whether it is Ray that has to be started anew: its head is gone, or its only node."""
+        if room.is_headless:
+            return True
+        is_lost = isinstance(outcome, Failure) and outcome.cause is Cause.NODE_LOST
+        return is_lost and self._ray.on_one_node and not room.left(self._state.suspects)
 
     def _gather(self, nodes: "Nodes", room: Room) -> Generator[Event, None, int | None]:
         """Waits for nodes to run on, and takes them; or gives the exit code with which the run ends."""

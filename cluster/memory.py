@@ -1,4 +1,7 @@
-"""Has the kernel killed for want of memory? It counts such kills in the control group of the killed one: an agent's ranks are in its own."""
+"""Has the kernel killed here for want of memory?
+
+It counts such kills in the control group of what it killed; an agent's ranks are in the agent's own.
+"""
 
 from contextlib import suppress
 from pathlib import Path

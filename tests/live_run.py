@@ -29,14 +29,14 @@ def until(what: Callable[[], Any], *, within: float = 120.0, or_say: Callable[[]
 
 
 class LiveRun:
-    """`manta`, in a session of its own, so that a signal to its group is what a terminal would send. As a context it leaves nothing behind."""
+    """`manta`, in a session of its own: a signal to its group is what a terminal would send. As a context it leaves nothing behind."""
 
     def __init__(self, case: Case, name: str, *arguments: str, inside: Sequence[str] = (), **environment: str) -> None:
         """inside: what the command is to be run by. arguments: overrides of the case's config, or a command of its own."""
         self.home, self.mark = case.home / name, token_hex(8)
         self.said = case.home / f"{name}.stderr"
         command = arguments if arguments[:1] == ("resume",) else ("train", str(case.file), f"run.dir={name}", *arguments)
-        there = os.environ | {"CUDA_VISIBLE_DEVICES": "", MARK: self.mark} | environment
+        there = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", MARK: self.mark} | environment
         with self.said.open("a") as said:
             self.process = subprocess.Popen(
                 [*inside, str(MANTA), *command], cwd=case.home, env=there, stdout=said, stderr=said, start_new_session=True
@@ -86,7 +86,7 @@ class LiveRun:
         """Where a rank is: as its heartbeat, which it holds open, says."""
         for link in Path(f"/proc/{pid}/fd").glob("*"):
             with suppress(OSError, ValueError):
-                if "/heartbeat-" in os.readlink(link):
+                if "/heartbeat-" in str(link.readlink()):
                     return json.loads(link.read_bytes())["phase"]
         return ""
 
@@ -123,6 +123,14 @@ class LiveRun:
     def lines(self) -> list[dict]:
         """The true one of each step."""
         return read_metrics(self.home / "metrics.jsonl")
+
+
+def undisturbed(case: Case, name: str, *overrides: str) -> list[dict]:
+    """What a run writes that nobody hurts."""
+    with LiveRun(case, name, *overrides) as run:
+        code, told = run.end()
+        assert code == 0, told
+        return run.lines()
 
 
 def exactly(lines: Sequence[dict]) -> list[list[Any]]:

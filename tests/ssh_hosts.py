@@ -1,4 +1,4 @@
-"""Hosts that ssh reaches, all of them this machine: real sshds with keys of their own, on ports of the loopback's or in network namespaces."""
+"""Hosts that ssh reaches, all of them this machine: real sshds with keys of their own, in network namespaces or on ports."""
 
 import os
 import shutil

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import ssh_hosts
-from live_run import LiveRun, nearly, until
+from live_run import LiveRun, nearly, undisturbed, until
 from network import Network
 
-from manta.trainer.metrics import parse, read_metrics
+from manta.trainer.metrics import parse
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
 LIMIT = 5.0
@@ -40,13 +40,8 @@ def hosts(network, tmp_path):
 
 def test_a_run_whose_first_host_is_cut_off_goes_on_without_it_and_with_it_again(case, network, hosts):
     """The first host has rank 0, which saves. What goes on there in the dark harms nothing."""
-    three = (
-        "cluster.nodes=3",
-        "cluster.ranks_per_node=1",
-        f"cluster.node_timeout={LIMIT}",
-        f'cluster.ssh.options=["-F", "{hosts.folder}/config"]',
-    )
-    over_ssh = ("--on", f"ssh:{hosts.folder}/hosts")
+    three = ("cluster.nodes=3", "cluster.ranks_per_node=1", f"cluster.node_timeout={LIMIT}")
+    over_ssh = ("--on", f"ssh:{hosts.folder}/hosts", f'cluster.ssh.options=["-F", "{hosts.folder}/config"]')
     with LiveRun(case, "cut off", "train.steps=100000", *SETTINGS, *three, *over_ssh, inside=network.at_hub()) as run:
         run.steps(1, 20)
         old = run.pids(1)[0]
@@ -72,8 +67,7 @@ def test_a_run_whose_first_host_is_cut_off_goes_on_without_it_and_with_it_again(
         assert attempts == sorted(attempts), "the host that was cut off went on writing"
         until(lambda: {name: pids for name in network.hosts if (pids := others(network, name, hosts))} == {}, within=20)
     assert case.manta("checkpoint", "verify", "cut off").returncode == 0
-    case.train("never cut off", f"train.steps={len(disturbed)}", *SETTINGS)
-    nearly(disturbed, read_metrics(case.home / "never cut off/metrics.jsonl"))
+    nearly(disturbed, undisturbed(case, "never cut off", f"train.steps={len(disturbed)}", *SETTINGS))
 
 
 def others(network, name, hosts) -> list[int]:

@@ -1,4 +1,4 @@
-"""Nodes of real runs that are frozen, killed whole, come late and are taken away with notice. Each is a raylet with an address of its own."""
+"""Nodes of real runs that freeze, die whole, come late and are taken away with notice: each a raylet with an address of its own."""
 
 import os
 import re
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from live_run import LiveRun, exactly, nearly, until
+from live_run import LiveRun, exactly, nearly, undisturbed, until
 
-from manta.trainer.metrics import parse, read_metrics
+from manta.trainer.metrics import parse
 
 pytestmark = pytest.mark.slow
 SETTINGS = (
@@ -50,9 +50,7 @@ def ended_as_if_undisturbed(case, run: LiveRun) -> None:
     attempts = [line["attempt"] for line in parse((run.home / "metrics.jsonl").read_text())]
     assert attempts == sorted(attempts), "an older attempt went on writing"
     assert case.manta("checkpoint", "verify", run.home.name).returncode == 0
-    alone = f"{run.home.name}, never"
-    case.train(alone, *SETTINGS, f"train.steps={len(run.lines())}")
-    nearly(run.lines(), read_metrics(case.home / alone / "metrics.jsonl"))
+    nearly(run.lines(), undisturbed(case, f"{run.home.name}, never", *SETTINGS, f"train.steps={len(run.lines())}"))
 
 
 def test_a_run_goes_on_without_a_node_that_freezes_and_one_that_dies_whole(case):
@@ -117,7 +115,7 @@ def test_a_run_saves_and_leaves_a_node_that_is_to_be_taken_away_and_does_no_step
 
 def test_a_run_whose_own_node_is_to_be_taken_away_saves_and_asks_to_be_run_again(case):
     short = ("train.steps=200", "checkpoint.every_steps=100000")
-    case.train("taken away, never", *short)
+    whole = exactly(undisturbed(case, "taken away, never", *short))
     with LiveRun(case, "taken away", *short) as run:
         run.steps(1, 15)
         drain(run, run.event("nodes-gathered", 0)["nodes"][0]["id"])
@@ -126,11 +124,11 @@ def test_a_run_whose_own_node_is_to_be_taken_away_saves_and_asks_to_be_run_again
         assert "to be taken away" in told
     with LiveRun(case, "taken away", "resume", "taken away") as again:
         assert again.end()[0] == 0
-        assert exactly(again.lines()) == exactly(read_metrics(case.home / "taken away, never/metrics.jsonl"))
+        assert exactly(again.lines()) == whole
 
 
 def test_a_run_that_may_run_for_so_long_saves_when_it_has_and_goes_on_when_run_again(case):
-    case.train("limited, never", "train.steps=300", *SETTINGS)
+    whole = exactly(undisturbed(case, "limited, never", "train.steps=300", *SETTINGS))
     codes = []
     while {*codes} <= {75}:
         with LiveRun(case, "limited", "train.steps=300", *SETTINGS, "cluster.stop_after=0:00:20") as run:
@@ -138,4 +136,4 @@ def test_a_run_that_may_run_for_so_long_saves_when_it_has_and_goes_on_when_run_a
             codes.append(code)
     assert codes[-1] == 0, told
     assert len(codes) > 1
-    assert exactly(run.lines()) == exactly(read_metrics(case.home / "limited, never/metrics.jsonl"))
+    assert exactly(run.lines()) == whole
