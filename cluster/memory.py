@@ -11,15 +11,17 @@ GROUPS = Path("/sys/fs/cgroup")
 
 def kills() -> int:
     """So far, in this process's control group; 0 where nobody counts."""
-    for place in _places(Path("/proc/self/cgroup").read_text()):
+    for place in places(Path("/proc/self/cgroup").read_text()):
         with suppress(OSError):
             counted = dict(line.split() for line in place.read_text().splitlines())
             return int(counted.get("oom_kill", 0))
     return 0
 
 
-def _places(groups: str) -> list[Path]:
-    """Where that may stand, the likeliest first: in a container a group's path may be that of the host, and the group lies at the root."""
+def places(groups: str) -> list[Path]:
+    """Where that may stand, likeliest first, by what /proc says of a process's groups. In a container it may name a group by its path on
+    the host, and the group lies at the root.
+    """
     found: list[Path] = []
     for line in groups.splitlines():
         _, controllers, path = line.split(":", maxsplit=2)

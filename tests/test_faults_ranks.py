@@ -68,7 +68,7 @@ def test_a_run_that_loses_ranks_by_every_means_loses_no_bit(case, undisturbed):
 
 
 @pytest.mark.parametrize("phase", ["load", "compile", "step", "evaluate", "save"])
-def test_a_run_told_to_leave_in_any_phase_saves_once_and_goes_on(case, undisturbed, phase):
+def test_a_run_told_to_leave_in_any_phase_saves_and_goes_on(case, undisturbed, phase):
     """In phase load it is told before the first step; what it does not know yet how to leave, it does after that step."""
     if phase == "compile" and (shutil.which("g++") is None or " " in torch.__file__):
         pytest.skip("no C++ compiler on this machine")
