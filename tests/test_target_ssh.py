@@ -71,7 +71,7 @@ def test_a_run_over_ssh_outlives_a_session_that_is_killed_and_leaves_nothing(cas
         os.kill(session, signal.SIGKILL)
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
-    assert "lost" in told
+    assert "lost" in told or "to be taken away" in told, "its raylet is told to end, and may be seen to before it does"
     both = [{line["step"]: line for line in read_metrics(case.home / run / "metrics.jsonl")} for run in ("here", "over ssh")]
     assert both[0].keys() == both[1].keys()
     assert {line["world_size"] for line in both[1].values()} >= {2}
