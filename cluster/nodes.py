@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import worker
+from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from manta.cluster.agent import NodeAgent, NodeFacts
@@ -63,6 +65,23 @@ def machines() -> list[Machine]:
         for found in ray.nodes()
         if found["Alive"] and found["Resources"].get("CPU", 0) >= 1
     ]
+
+
+def draining() -> set[str]:
+    """Ids of the nodes that are to be taken away: a spot machine's notice, say. Ray tells nobody who does not ask."""
+    return set(state.get_draining_nodes())
+
+
+def is_headless() -> bool:
+    """Whether Ray's head is gone, where it was this process that started it. Whatever asks for it then waits, and Ray ends the process."""
+    started = getattr(worker, "_global_node", None)
+    heads = started.all_processes.get("gcs_server", ()) if started else ()
+    return any(head.process.poll() is not None for head in heads)
+
+
+def here() -> str:
+    """The id of the node that this process is on."""
+    return ray.get_runtime_context().get_node_id()
 
 
 def answers(machine: Machine) -> bool:
@@ -175,7 +194,7 @@ class Nodes:
     def drop(self, index: int) -> Place:
         """Let go of a lost node. Its ranks die with its agent, if it still lives; those elsewhere are of no use."""
         lost = self._nodes.pop(index)
-        ray.kill(lost.agent)
+        _kill(lost.agent)
         self._tell("kill")
         return lost.place
 
@@ -212,7 +231,7 @@ class Nodes:
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=2.0)
         for node in nodes:
-            ray.kill(node.agent)
+            _kill(node.agent)
 
     def _tell(self, method: str) -> None:
         for node in self._nodes:
@@ -234,3 +253,8 @@ class Nodes:
 
     def _silent(self, index: int) -> NodeLostError:
         return NodeLostError(index, f"its agent has not answered for {self._timeout:g} s", is_silent=True)
+
+
+def _kill(agent: Any) -> None:
+    if not is_headless():  # else it goes with its raylet
+        ray.kill(agent)

@@ -21,7 +21,8 @@ class Room:
         self._job, self._config = job, config
         self._there: list[Machine] = []
         self._suspects: Collection[str] = ()
-        self._looked = 0.0
+        self.going: set[str] = set()  # ids of machines that are to be taken away, or were
+        self._looked = self._asked = 0.0
         self._more: tuple[int, float] = (0, 0.0)
 
     def enough(self, waited: float, *, suspects: Collection[str], has_begun: bool) -> Placement | None:
@@ -53,6 +54,26 @@ class Room:
             self._more = (placement.ranks, now)
         return placement if now - self._more[1] >= LOOK else None
 
+    def to_go(self, places: Sequence[Place]) -> list[Machine]:
+        """Those of these that are to be taken away. Ray is asked now and then."""
+        if time.monotonic() - self._asked >= LOOK:
+            self._ask()
+        return [place.machine for place in places if place.machine.id in self.going]
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether Ray can not be asked any more: it has to be started anew."""
+        from manta.cluster.nodes import is_headless
+
+        return is_headless()
+
+    @property
+    def must_leave(self) -> bool:
+        """Whether the node that this process is on is to be taken away: then the run has to go on from elsewhere."""
+        from manta.cluster.nodes import here
+
+        return bool(self.going) and here() in self.going
+
     def left(self, suspects: Collection[str]) -> list[Machine]:
         """Those that can be used."""
         self._suspects = suspects
@@ -68,7 +89,14 @@ class Room:
     def _look(self) -> list[Machine]:
         from manta.cluster.nodes import machines  # it imports Ray, which must wait until its environment stands
 
-        return [machine for machine in machines() if machine.id not in self._suspects]
+        self._ask()
+        return [machine for machine in machines() if machine.id not in self._suspects and machine.id not in self.going]
+
+    def _ask(self) -> None:
+        from manta.cluster.nodes import draining
+
+        self._asked = time.monotonic()
+        self.going |= draining()
 
     def _place(self, there: Collection[Machine], *, fewer: bool = False) -> Placement | None:
         sizes = self._job.sizes + (self._job.fewer if fewer else ())

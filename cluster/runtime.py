@@ -35,6 +35,7 @@ HEALTH = {  # a node that is gone is believed to be so after some 10 s, not afte
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",  # and one whose head is gone gives up, with all its ranks, after as long
 }
 # Ray's autoscaler, log forwarder and web server: 1.2 s of processor time to start, 1.3 s to stop, and nobody to talk to here.
 NOT_NEEDED = ("start_monitor", "start_log_monitor", "start_api_server")
