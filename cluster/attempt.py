@@ -76,7 +76,7 @@ class Attempt:
             if not stepped and statuses and all(status.has_stepped for status in statuses):
                 stepped = True
                 if self.config.keep_warm:
-                    self.nodes.warm()
+                    self.nodes.stand_by()
                 yield self._event("first-step", step=min(status.step for status in statuses))
             if stepped and (more := self.room.for_more(self.nodes.places)):
                 yield self._event("nodes-appeared", ranks=more.ranks, nodes=[str(place.machine) for place in more.places])
