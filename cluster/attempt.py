@@ -79,7 +79,7 @@ class Attempt:
             if not stepped and statuses and all(status.has_stepped for status in statuses):
                 stepped = True
                 if self.config.keep_warm:
-                    self.nodes.warm()
+                    self.nodes.stand_by()
                 yield self._event("first-step", step=min(status.step for status in statuses))
             if (why := self._elsewhere(stepped=stepped)) is not None:
                 yield why
