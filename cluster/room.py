@@ -24,6 +24,7 @@ class Room:
         self.going: set[str] = set()  # ids of machines that are to be taken away, or were
         self._looked = self._asked = 0.0
         self._more: tuple[int, float] = (0, 0.0)
+        self._is_settled = False  # of a Ray just started, or joined, nodes come one by one
 
     def enough(self, waited: float, *, suspects: Collection[str], has_begun: bool) -> Placement | None:
         """What to run on now; None where it is better to wait. Raises PlacementError."""
@@ -31,8 +32,9 @@ class Room:
         placement = self._place(self._there, fewer=has_begun)
         if placement is None or len(self._there) < (self._config.least_left if has_begun else self._config.least):
             return None
-        if not has_begun and len(self._there) < self._config.most and waited < SETTLE:
+        if not self._is_settled and len(self._there) < self._config.most and waited < SETTLE:
             return None
+        self._is_settled = True
         return placement
 
     def missing(self) -> str:

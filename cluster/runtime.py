@@ -164,8 +164,12 @@ def _private_ray(address: str, *, cpus: int) -> Generator[Path]:
                 _start(scratch, address, cpus)
                 yield scratch
             finally:
+                groups = _groups()
                 with warnings.catch_warnings(action="ignore"):
                     ray.shutdown()
+                for group in groups:  # where a part of Ray was killed, its helpers would linger for a minute
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(group, signal.SIGKILL)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -205,6 +209,14 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
             _temp_dir=str(scratch / "ray"),  # Ray opens this folder to everyone; the one above stays shut
             _node_ip_address=address,
         )
+
+
+def _groups() -> list[int]:
+    """The process groups of the Ray that was started here: each of its processes leads one."""
+    from ray._private import worker
+
+    started = getattr(worker, "_global_node", None)
+    return [info.process.pid for infos in started.all_processes.values() for info in infos] if started else []
 
 
 @contextlib.contextmanager
