@@ -134,7 +134,8 @@ class Controller:
         return None
 
     def _try(self, nodes: "Nodes", room: Room) -> Generator[Event, None, Outcome]:
-        from manta.cluster.nodes import NodeLostError, answers
+        from manta.cluster.nodes import NodeLostError
+        from manta.cluster.view import answers
 
         forget(self._job.directory / "logs", attempt=self._state.attempt + 1, keep=self._config.keep_logs)
         attempt = Attempt(number=self._state.attempt + 1, nodes=nodes, job=self._job, config=self._config, orders=self._orders, room=room)

@@ -1,9 +1,8 @@
-"""The nodes of a run: one agent on each, spoken to all at once. The only file that talks to Ray's nodes and actors.
+"""The nodes of a run: one agent on each, spoken to all at once. The only file that talks to actors of Ray's.
 
 It is imported when Ray has been started: Ray reads its environment at import.
 """
 
-import socket
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -12,20 +11,17 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray._private import worker
-from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from manta.cluster.agent import NodeAgent, NodeFacts
 from manta.cluster.failure import RankStatus
-from manta.cluster.hosts import ISLAND
 from manta.cluster.job import Job
-from manta.cluster.placement import Machine, Place, Placement
+from manta.cluster.placement import Place, Placement
+from manta.cluster.view import is_headless
 
 FEW = 16  # nodes whose answers are taken one by one
 BATCH = 0.05  # seconds in which those of more nodes are gathered
 COMING = 30.0  # seconds that a new agent has to come up
-PROBE = 0.5  # seconds in which a living machine accepts a connection
 SEES_ALL = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # an agent that holds no GPU hands all of them to its ranks
 
 
@@ -61,49 +57,6 @@ class _Node:
     poll: Any = None
     asked: float = 0.0
     ranks: tuple[RankStatus, ...] = ()
-
-
-def machines() -> list[Machine]:
-    """Those that Ray believes in, and that have room for an agent. It may be half a minute late to learn of a loss."""
-    return [
-        Machine(
-            id=found["NodeID"],
-            host=found["NodeManagerHostname"],
-            address=found["NodeManagerAddress"],
-            port=found["NodeManagerPort"],
-            cpus=int(found["Resources"]["CPU"]),
-            gpus=int(found["Resources"].get("GPU", 0)),
-            island=found.get("Labels", {}).get(ISLAND, ""),
-        )
-        for found in ray.nodes()
-        if found["Alive"] and found["Resources"].get("CPU", 0) >= 1
-    ]
-
-
-def draining() -> set[str]:
-    """Ids of the nodes that are to be taken away: a spot machine's notice, say. Ray tells nobody who does not ask."""
-    return set(state.get_draining_nodes())
-
-
-def is_headless() -> bool:
-    """Whether Ray's head is gone, where it was this process that started it. Whatever asks for it then waits, and Ray ends the process."""
-    started = getattr(worker, "_global_node", None)
-    heads = started.all_processes.get("gcs_server", ()) if started else ()
-    return any(head.process.poll() is not None for head in heads)
-
-
-def here() -> str:
-    """The id of the node that this process is on."""
-    return ray.get_runtime_context().get_node_id()
-
-
-def answers(machine: Machine) -> bool:
-    """Whether somebody listens where its raylet did."""
-    try:
-        socket.create_connection((machine.address, machine.port), timeout=PROBE).close()
-    except OSError:
-        return False
-    return True
 
 
 def alone(actor: type, machine: str) -> Any:

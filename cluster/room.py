@@ -65,14 +65,14 @@ class Room:
     @property
     def is_headless(self) -> bool:
         """Whether Ray can not be asked any more: it has to be started anew."""
-        from manta.cluster.nodes import is_headless
+        from manta.cluster.view import is_headless
 
         return is_headless()
 
     @property
     def must_leave(self) -> bool:
         """Whether the node that this process is on is to be taken away: then the run has to go on from elsewhere."""
-        from manta.cluster.nodes import here
+        from manta.cluster.view import here
 
         return bool(self.going) and here() in self.going
 
@@ -89,13 +89,13 @@ class Room:
         return out if len(left) >= self._config.least_left and self._place(left) is not None else set()
 
     def _look(self) -> list[Machine]:
-        from manta.cluster.nodes import machines  # it imports Ray, which must wait until its environment stands
+        from manta.cluster.view import machines  # it imports Ray, which must wait until its environment stands
 
         self._ask()
         return [machine for machine in machines() if machine.id not in self._suspects and machine.id not in self.going]
 
     def _ask(self) -> None:
-        from manta.cluster.nodes import draining
+        from manta.cluster.view import draining
 
         self._asked = time.monotonic()
         self.going |= draining()
