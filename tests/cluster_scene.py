@@ -60,7 +60,8 @@ class Scene:
     def end(self, within=30.0):
         """The exit code; no process of the scene may be left."""
         code = self.process.wait(within)
-        assert self.processes() == {}
+        left = self.processes()
+        assert not left, left
         return code
 
     def output(self):
