@@ -1,6 +1,6 @@
 """How long a run needs to start, and to come back from each fault: manta's, and one under Ray Train v2. Writes it into docs/recovery.md.
 
-python benchmarks/recovery.py [--times N] [--results FILE] [--systems NAME...] [FAULT...]
+python benchmarks/recovery.py [--times N] [--patience SECONDS] [--results FILE] [--systems NAME...] [FAULT...]
 
 Three nodes of one rank each, on this machine; each fault N times, each time in a run of its own. Exits 1 where manta does not come back in
 time. With names of faults only these are measured, and nothing is written. What was measured is added to FILE, and what stands there is not
@@ -34,9 +34,10 @@ MANTA = Path(sys.executable).with_name("manta")
 EXAMPLE = HERE.parent / "examples/gpt-tiny.yaml"
 LIMIT = 3.0  # seconds that a node or a rank may be silent, where that is the fault
 WARM = 30.0  # seconds in which spares have imported everything, while training has both cores
+SAVE_EVERY = 10  # steps
 GIVE_UP = 120.0  # seconds
 BUSY = 15.0  # percent of the machine that others may use
-PATIENCE = 600.0  # seconds to wait for that
+COMING = 600.0  # seconds in which a run starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,13 @@ FAULTS = {
         settings=(f"cluster.step_timeout={LIMIT}",),
     ),
 }
-SIZE = ("train.global_batch=24", "train.micro_batch=4", "train.steps=100000", "checkpoint.every_steps=10", "evaluate.every_steps=100000")
+SIZE = (
+    "train.global_batch=24",
+    "train.micro_batch=4",
+    "train.steps=100000",
+    f"checkpoint.every_steps={SAVE_EVERY}",
+    "evaluate.every_steps=100000",
+)
 NODES = ("cluster.nodes=3", "cluster.ranks_per_node=1")
 SYSTEMS: dict[str, Callable[[Path, Fault], list[Any]]] = {
     "manta": lambda run, fault: [MANTA, "train", EXAMPLE, f"run.dir={run}", *SIZE, *NODES, *fault.settings],
@@ -110,17 +117,18 @@ class Recovery:
     busy: float
 
 
-def measure(name: str, system: str, number: int) -> Recovery:
+def measure(name: str, system: str, number: int, *, patience: float) -> Recovery:
     """One fault, in a run of its own. It hits another rank each time."""
-    fault, busy = FAULTS[name], quiet()
+    fault, busy = FAULTS[name], quiet(patience)
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+b") as log:
         run = Path(folder) / "run"
         training = subprocess.Popen(SYSTEMS[system](run, fault), stdout=log, stderr=log, cwd=HERE.parent, start_new_session=True)
         victims: list[psutil.Process] = []
         try:
-            if not until(lambda: lines(run), training, within=PATIENCE):
+            if not until(lambda: lines(run), training, within=COMING):
                 raise SystemExit(f"{system}: no step\n{Path(log.name).read_text(errors='replace')}")
             time.sleep(WARM)
+            until(lambda: lines(run)[SAVE_EVERY + 1 :], training, within=COMING)  # there is a checkpoint
             (attempt,) = of_kinds(run, "attempt-started")
             victims = fault.victims(psutil.Process(attempt["ranks"][number % len(attempt["ranks"])]["pid"]))
             assert victims
@@ -142,9 +150,9 @@ def measure(name: str, system: str, number: int) -> Recovery:
     )
 
 
-def quiet() -> float:
+def quiet(patience: float) -> float:
     """Waits until others leave the machine alone, or patience is at its end. Percent of it that they use."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while (busy := psutil.cpu_percent(5.0)) > BUSY and time.monotonic() < deadline:
         pass
     return busy
@@ -174,7 +182,7 @@ def end(training: subprocess.Popen[bytes], victims: Sequence[psutil.Process]) ->
     for victim in victims:
         if victim.is_running():
             victim.kill()
-    started = psutil.Process(training.pid).children(recursive=True)
+    started = psutil.Process(training.pid).children(recursive=True) if training.poll() is None else []
     training.terminate()
     try:
         training.wait(60)
@@ -186,15 +194,15 @@ def end(training: subprocess.Popen[bytes], victims: Sequence[psutil.Process]) ->
             process.kill()
 
 
-def start_and_stop() -> dict[str, Any]:
+def start_and_stop(patience: float) -> dict[str, Any]:
     """Seconds of the example as it is: until its first step is done; from SIGTERM until it has saved and is gone."""
-    busy = quiet()
+    busy = quiet(patience)
     with tempfile.TemporaryDirectory() as folder:
         run, when = Path(folder) / "run", time.time()
         command = [MANTA, "train", EXAMPLE, f"run.dir={run}", "train.steps=100000"]
         training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE.parent)
         try:
-            first = until(lambda: lines(run), training, within=PATIENCE)[0]["time"] - when
+            first = until(lambda: lines(run), training, within=COMING)[0]["time"] - when
             time.sleep(WARM)
             when = time.time()
             training.terminate()
@@ -217,7 +225,7 @@ def holds(results: Sequence[Recovery], name: str) -> bool:
 def table(results: Sequence[Recovery], around: dict[str, Any], machine: str) -> str:
     """What docs/recovery.md says of them."""
     times = sorted({sum((one.fault, one.system) == (name, "manta") for one in results) for name in FAULTS})
-    text = f"""On {machine}. Seconds: the median of {" to ".join(map(str, times))} runs, and in brackets the slowest.
+    text = f"""On {machine}. Seconds: the median of {" to ".join(map(str, times))}, and in brackets the slowest.
 
 | what happens | noticed after | next optimizer step after | to hold | steps done again | Ray Train v2 | Ray Train v2, tuned |
 |---|---|---|---|---|---|---|
@@ -232,7 +240,7 @@ def table(results: Sequence[Recovery], around: dict[str, Any], machine: str) -> 
             times_longer = statistics.median(theirs) / statistics.median(one.resumed for one in ours) if theirs else inf
             cells.append(in_words(theirs) + (f", {times_longer:.0f} times" if times_longer < inf else "") if theirs else "-")
         text += f"| {fault.what} | {' | '.join(cells)} |\n"
-    busy = max(one.busy for one in results)
+    busy = max(around["busy"], *(one.busy for one in results))
     if busy > BUSY:
         text += f"\nThe machine was not quiet: others used up to {busy:.0f} % of it right before a run began.\n"
     return text + (
@@ -259,6 +267,7 @@ def main() -> int:
     asked = argparse.ArgumentParser()
     asked.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(FAULTS))
     asked.add_argument("--times", type=int, default=3)
+    asked.add_argument("--patience", type=float, default=600.0, help="seconds to wait, each time, until others leave the machine alone")
     asked.add_argument("--results", type=Path)
     asked.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     told = asked.parse_args()
@@ -270,7 +279,7 @@ def main() -> int:
             for number in range(sum((one.fault, one.system) == (name, system) for one in results), told.times):
                 if any((one.fault, one.system, one.resumed) == (name, system, inf) for one in results):
                     break  # it would take as long again to see the same
-                results.append(one := measure(name, system, number))
+                results.append(one := measure(name, system, number, patience=told.patience))
                 print(
                     f"{name}, {system}: noticed after {one.noticed:.2f} s, next step after {one.resumed:.2f} s, {one.again} steps again"
                     f"; others used {one.busy:.0f} %",
@@ -279,7 +288,7 @@ def main() -> int:
                 with file.open("a") as kept:
                     kept.write(json.dumps(asdict(one)) + "\n")
     if not told.faults:
-        DOCUMENT.write_text(replace_in(DOCUMENT.read_text(), part := table(results, start_and_stop(), machine())))
+        DOCUMENT.write_text(replace_in(DOCUMENT.read_text(), part := table(results, start_and_stop(told.patience), machine())))
         print(part)
     return 0 if all(holds(results, name) for name in FAULTS) else 1
 
