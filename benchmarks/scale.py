@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from manta.cluster import attempt, controller, room
@@ -24,6 +24,7 @@ from manta.cluster.config import ClusterConfig
 from manta.cluster.failure import RankStatus
 from manta.cluster.job import Job
 
+RAY = ("ray", "ray.exceptions", "ray._private", "ray._private.state", "ray.util", "ray.util.scheduling_strategies")
 STEPS, STEP, KILLED_AT = 120, 0.5, 40.0  # steps, seconds each, seconds after the first
 
 
@@ -180,7 +181,7 @@ def stand_in(fleet: Fleet) -> None:
         def remote(self, **_: Any) -> Handle:
             return fleet.start(self.strategy)
 
-    modules = {name: ModuleType(name) for name in ("ray", "ray.exceptions", "ray.util", "ray.util.scheduling_strategies")}
+    modules = {name: ModuleType(name) for name in RAY}
     ray: Any = modules["ray"]
     ray.nodes, ray.wait, ray.get, ray.kill = fleet.nodes, fleet.wait, fleet.get, lambda _: None
     ray.remote = lambda _: Started()
@@ -188,6 +189,8 @@ def stand_in(fleet: Fleet) -> None:
     for error in ("GetTimeoutError", "RayActorError", "ActorUnschedulableError"):
         setattr(modules["ray.exceptions"], error, type(error, (Exception,), {}))
     modules["ray.util.scheduling_strategies"].NodeAffinitySchedulingStrategy = Affinity  # type: ignore[attr-defined]
+    modules["ray._private"].worker = SimpleNamespace(_global_node=None)  # type: ignore[attr-defined]
+    modules["ray._private.state"].state = SimpleNamespace(get_draining_nodes=dict)  # type: ignore[attr-defined]
     sys.modules.update(modules)
 
 

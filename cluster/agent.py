@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from manta.cluster.failure import SAVED, RankError, RankStatus
 from manta.cluster.heartbeat import HeartbeatReader
 from manta.cluster.machine import cores
+from manta.cluster.memory import kills
 from manta.cluster.process import Process
 
 LOOK = 0.05  # seconds between two readings of the heartbeats; an exit is seen at once
@@ -49,6 +50,7 @@ class _Rank:
     log: Path
     error: Path
     heartbeat: HeartbeatReader
+    kills: int  # of the kernel's for want of memory, when it began
 
 
 class NodeAgent:
@@ -155,7 +157,8 @@ class NodeAgent:
         logs = self._directory / "logs" / f"attempt-{attempt:04d}"
         logs.mkdir(parents=True, exist_ok=True)
         heartbeat = self._scratch / f"heartbeat-{attempt:04d}-{number:04d}"
-        rank = _Rank(process, number, logs / f"rank-{number:04d}.log", logs / f"rank-{number:04d}.error.json", HeartbeatReader(heartbeat))
+        log = logs / f"rank-{number:04d}.log"
+        rank = _Rank(process, number, log, log.with_suffix(".error.json"), HeartbeatReader(heartbeat), kills())
         files = {"MANTA_HEARTBEAT": str(heartbeat), "MANTA_ERROR": str(rank.error), "MANTA_LOG": str(rank.log)}
         rank.error.unlink(missing_ok=True)  # a controller killed before it could note this attempt's number leaves the number to us
         process.go({**place, **files})
@@ -182,7 +185,7 @@ def _status(rank: _Rank) -> RankStatus:
         state=rank.process.state,
         code=rank.process.code,
         exited_at=rank.process.exited_at or 0.0,
-        error=_error(rank.error) if failed else None,
+        error=_error(rank) if failed else None,
         tail=_tail(rank.log) if failed else "",
         work=beat.work,
         intervals=rank.heartbeat.intervals,
@@ -190,9 +193,12 @@ def _status(rank: _Rank) -> RankStatus:
     )
 
 
-def _error(path: Path) -> RankError | None:
+def _error(rank: _Rank) -> RankError | None:
+    """What it wrote down; or what it could not, for the kernel killed it when memory ran out."""
+    if rank.process.code == -signal.SIGKILL and kills() > rank.kills:
+        return RankError(type="SIGKILL", message="the kernel killed it, for memory ran out", category="out_of_memory")
     try:
-        return _ERROR.validate_json(path.read_bytes())
+        return _ERROR.validate_json(rank.error.read_bytes())
     except (FileNotFoundError, ValidationError):  # none, or the rank fell while it wrote: the end of its log must do
         return None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from manta.cluster.agent import NodeFacts
 from manta.cluster.config import ClusterConfig
-from manta.cluster.failure import LEFT, SAVED, Cause, Failure, RankStatus, explain, guilty, stalled
+from manta.cluster.failure import LEFT, SAVED, Cause, Failure, RankStatus, blames_a_peer, explain, guilty, stalled
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event
 from manta.cluster.orders import Orders
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TICK = 0.25  # seconds between two reports of progress, of up to 250 nodes; of more it is a millisecond a node
 SETTLE = 0.1  # seconds to wait for a killed rank after one that raised: the killed one is the cause
+SETTLES = 10  # as often, where one raised that a peer is gone: there is one that has not been seen to fall yet
 STACKS = 1.0  # seconds that hung ranks have to write their stacks down
 
 
@@ -39,7 +40,9 @@ class Left:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regrouped:
-    """The ranks left, for there are nodes for more of them. They saved, or what they had not saved is done again."""
+    """The ranks left, to go on elsewhere: on more nodes, without those that go, or under another head of Ray's. What they had not saved
+    is done again.
+    """
 
 
 Outcome = Done | Left | Regrouped | Failure
@@ -76,12 +79,11 @@ class Attempt:
             if not stepped and statuses and all(status.has_stepped for status in statuses):
                 stepped = True
                 if self.config.keep_warm:
-                    self.nodes.warm()
+                    self.nodes.stand_by()
                 yield self._event("first-step", step=min(status.step for status in statuses))
-            if stepped and (more := self.room.for_more(self.nodes.places)):
-                yield self._event("nodes-appeared", ranks=more.ranks, nodes=[str(place.machine) for place in more.places])
-                outcome = yield from self._leave()
-                return Regrouped() if isinstance(outcome, Left) and not self.orders.leave else outcome
+            if (why := self._elsewhere(stepped=stepped)) is not None:
+                yield why
+                return (yield from self._regroup())
             if hung := stalled(statuses, limits(statuses, start=self.config.start_timeout, step=self.config.step_timeout)):
                 return (yield from self._hang(hung))
             pace = yield from self._compare(statuses, pace)
@@ -107,7 +109,9 @@ class Attempt:
         """What survivors could still do does not count: what counts is on disk. So they are ended at once."""
         noticed = time.time()
         status = guilty(self._failed(self.nodes.poll(0)))
-        if status.code is not None and status.code > 0:
+        for again in range(SETTLES):
+            if (status.code or 0) < 0 or (again and not blames_a_peer(status)):
+                break
             time.sleep(SETTLE)
             status = guilty(self._failed(self.nodes.poll(0)))
         self.nodes.kill()
@@ -135,6 +139,23 @@ class Attempt:
             yield self._fell(guilty(failed), time.time())
         codes = {status.code for status in statuses}
         return Done() if codes == {0} else Left(saved=codes <= {0, SAVED})
+
+    def _elsewhere(self, *, stepped: bool) -> Event | None:
+        """Why the ranks should leave and go on elsewhere, if they should."""
+        if self.room.is_headless:
+            return self._event("head-lost")
+        if not stepped:
+            return None
+        if (going := self.room.to_go(self.nodes.places)) or self.room.must_leave:
+            return self._event("nodes-draining", nodes=[str(machine) for machine in going], here=self.room.must_leave)
+        if more := self.room.for_more(self.nodes.places):
+            return self._event("nodes-appeared", ranks=more.ranks, nodes=[str(place.machine) for place in more.places])
+        return None
+
+    def _regroup(self) -> Generator[Event, None, Done | Left | Regrouped]:
+        outcome = yield from self._leave()
+        stays = isinstance(outcome, Left) and not self.orders.leave and not self.room.must_leave
+        return Regrouped() if stays else outcome
 
     @staticmethod
     def _failed(statuses: Sequence[RankStatus]) -> list[RankStatus]:

@@ -1,5 +1,6 @@
 """How much machinery a run gets and how patient it is: the `cluster` section."""
 
+import math
 import re
 from typing import Annotated
 
@@ -7,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from manta.cluster.targets import Kubernetes, Slurm, Ssh
 
+_DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 _RANGE = re.compile(r"([1-9]\d*)(?:\.\.([1-9]\d*))?")
 
 
@@ -16,6 +18,12 @@ def _is_range(nodes: int | str) -> int | str:
     if found is None or int(found[1]) > int(found[2] or found[1]):
         raise ValueError("wants a number of nodes, as 4, or a range, as 2..8")
     return nodes
+
+
+def _is_duration(text: str) -> str:
+    if _DURATION.fullmatch(text) is None:
+        raise ValueError("wants a time as hours:minutes:seconds, as 3:50:00, or days-hours:minutes:seconds")
+    return text
 
 
 class ClusterConfig(BaseModel):
@@ -35,6 +43,8 @@ class ClusterConfig(BaseModel):
     """Seconds a node may leave its controller without an answer; then it counts as lost, and the run goes on without it."""
     grace: float = Field(default=60.0, ge=0)
     """Seconds the ranks have to save and leave when the run is told to stop."""
+    stop_after: Annotated[str, AfterValidator(_is_duration)] | None = Field(default=None, examples=["3:50:00"])
+    """Save and leave, with 75, once this manta has run for so long: where a job's time is limited and nobody says when it is up."""
     restarts_without_progress: int = Field(default=3, ge=0)
     """Restarts in a row that get no further than an attempt before them until the run gives up."""
     keep_warm: bool = True
@@ -48,6 +58,16 @@ class ClusterConfig(BaseModel):
     """What `manta train --on slurm` asks for there."""
     kubernetes: Kubernetes = Kubernetes()
     """What `manta train --on kubernetes` makes there."""
+
+    @property
+    def seconds(self) -> float:
+        """Of stop_after; without end where it is unset."""
+        if self.stop_after is None:
+            return math.inf
+        found = _DURATION.fullmatch(self.stop_after)
+        assert found is not None
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
     @property
     def least(self) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from manta.cluster.attempt import Attempt, Done, Left, Outcome, Regrouped
 from manta.cluster.config import ClusterConfig
-from manta.cluster.failure import Cause, GiveUp, Policy, decide
+from manta.cluster.failure import Cause, Failure, GiveUp, Policy, decide
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event, Journal, read_events
 from manta.cluster.logs import forget
@@ -41,7 +41,7 @@ class Controller:
         self._job = replace(job, directory=job.directory.absolute(), environment={**said, **job.environment})
         self._config, self._ray = config, ray
         self._policy = Policy(restarts_without_progress=config.restarts_without_progress)
-        self._orders = Orders(self._job.directory / "stop-now")
+        self._orders = Orders(self._job.directory / "stop-now", seconds=config.seconds)
 
     def run(self) -> Generator[Event, None, None]:
         """Close it early and everything is ended at once."""
@@ -85,20 +85,27 @@ class Controller:
                     return self._left(saved=outcome.saved)
                 if isinstance(outcome, Regrouped):
                     yield self._event("decided", decision="regroup")
-                    continue
-                if self._orders.leave:
+                elif self._orders.leave:
                     break
-                decision = decide(self._state.history, self._policy)
-                if isinstance(decision, GiveUp):
-                    yield self._event("decided", decision="give up", reason=decision.reason)
-                    return decision.exit_code
-                leave_out = room.leave_out(self._state.history)
-                yield self._event("decided", decision="restart", after=decision.after, leave_out=sorted(leave_out))
-                nodes.warm()
-                self._pause(decision.after)
-                if outcome.cause is Cause.NODE_LOST and self._ray.on_one_node and not room.left(self._state.suspects):
+                else:
+                    decision = decide(self._state.history, self._policy)
+                    if isinstance(decision, GiveUp):
+                        yield self._event("decided", decision="give up", reason=decision.reason)
+                        return decision.exit_code
+                    leave_out = room.leave_out(self._state.history)
+                    yield self._event("decided", decision="restart", after=decision.after, leave_out=sorted(leave_out))
+                    nodes.warm()
+                    self._pause(decision.after)
+                if self._is_gone(room, outcome):
                     return None
         return INTERRUPTED if self._orders.leave is signal.SIGINT else LEFT_UNSAVED
+
+    def _is_gone(self, room: Room, outcome: Failure | Regrouped) -> bool:
+        """Whether it is Ray that has to be started anew: its head is gone, or its only node."""
+        if room.is_headless:
+            return True
+        is_lost = isinstance(outcome, Failure) and outcome.cause is Cause.NODE_LOST
+        return is_lost and self._ray.on_one_node and not room.left(self._state.suspects)
 
     def _gather(self, nodes: "Nodes", room: Room) -> Generator[Event, None, int | None]:
         """Waits for nodes to run on, and takes them; or gives the exit code with which the run ends."""
@@ -109,6 +116,9 @@ class Controller:
             except PlacementError as error:
                 yield self._event("decided", decision="give up", reason=str(error))
                 return USAGE
+            if room.must_leave:
+                yield self._event("decided", decision="leave", reason="the node that manta runs on is to be taken away")
+                return LEFT_SAVED
             if placement is not None:
                 machines = [{"id": p.machine.id, "host": p.machine.host, "address": p.machine.address} for p in placement.places]
                 yield self._event("nodes-gathered", ranks=placement.ranks, nodes=machines)
@@ -116,7 +126,7 @@ class Controller:
                 return None
             if time.monotonic() - begun > self._config.start_timeout:
                 yield self._event("decided", decision="give up", reason=f"{room.missing()} within {self._config.start_timeout:g} s")
-                return 1
+                return LEFT_SAVED if room.going else 1
             if room.missing() != told:
                 told = room.missing()
                 yield self._event("waiting", message=told)
@@ -124,7 +134,8 @@ class Controller:
         return None
 
     def _try(self, nodes: "Nodes", room: Room) -> Generator[Event, None, Outcome]:
-        from manta.cluster.nodes import NodeLostError, answers
+        from manta.cluster.nodes import NodeLostError
+        from manta.cluster.view import answers
 
         forget(self._job.directory / "logs", attempt=self._state.attempt + 1, keep=self._config.keep_logs)
         attempt = Attempt(number=self._state.attempt + 1, nodes=nodes, job=self._job, config=self._config, orders=self._orders, room=room)
@@ -134,6 +145,7 @@ class Controller:
             machine = nodes.drop(lost.node).machine
             suspect = lost.is_silent or not answers(machine)
             details = {"host": machine.host, "address": machine.address, "machine": machine.id, "suspect": suspect}
+            details["announced"] = machine.id in room.going
             yield self._event("node-lost", attempt.number, node=lost.node, message=f"{machine}: {lost.reason}", **details)
             outcome = self._state.history[-1]
         yield self._event("attempt-stopped", attempt.number, outcome=type(outcome).__name__.lower())

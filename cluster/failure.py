@@ -8,6 +8,7 @@ from typing import Literal
 
 BEFORE_THE_FIRST_STEP = frozenset({"", "start", "load"})  # phases of a heartbeat; "" is none yet
 HELD_UP = frozenset({"read", "compile"})  # phases of a step in which a rank may be long, while the others wait for it in phase "step"
+PEER_IS_GONE = ("reset by peer", "closed by peer", "Broken pipe", "remote process exited")  # as gloo and NCCL say it
 SAVED, UNSAVED = 75, 143  # exit codes of a rank that was told to leave
 LEFT = frozenset({SAVED, UNSAVED})
 
@@ -144,9 +145,15 @@ def _beyond_help(failure: Failure) -> GiveUp | None:
 
 def guilty(exited: Sequence[RankStatus]) -> RankStatus:
     """The rank whose end is the cause. The first to exit, but a signal outranks an exception: a rank that is killed takes its peers'
-    connections with it, and one of them may be told of sooner. Not so SIGABRT: it is how libraries raise when a peer is gone.
+    connections with it, and one of them may be told of sooner. Not so SIGABRT: it is how libraries raise when a peer is gone. One that
+    raised just that, that a peer is gone, comes last.
     """
-    return min(exited, key=lambda s: (not _is_killed(s), s.exited_at, s.rank))
+    return min(exited, key=lambda s: (not _is_killed(s), blames_a_peer(s), s.exited_at, s.rank))
+
+
+def blames_a_peer(status: RankStatus) -> bool:
+    """Whether it fell because another had."""
+    return status.error is not None and any(words in status.error.message for words in PEER_IS_GONE)
 
 
 def stalled(statuses: Sequence[RankStatus], limits: Limits) -> Failure | None:
@@ -171,7 +178,8 @@ def stalled(statuses: Sequence[RankStatus], limits: Limits) -> Failure | None:
 def explain(status: RankStatus) -> Failure:
     """The failure that a rank's exit amounts to."""
     assert status.code is not None
-    if status.code < 0 and (status.error is None or _is_killed(status)):
+    starved = status.error is not None and status.error.category == "out_of_memory"
+    if status.code < 0 and not starved and (status.error is None or _is_killed(status)):
         cause, message = Cause.SIGNAL, f"killed by {signal.Signals(-status.code).name}"
     elif status.error is None:
         last_line = (status.tail.strip().splitlines() or ["it said nothing"])[-1]

@@ -6,6 +6,7 @@ started it is gone: it ends the raylet with all that this has started, and leave
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
@@ -21,6 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from manta.cluster.machine import nvlink_island
 
 TEMPORARY = Path("/tmp")  # noqa: S108  whatever TMPDIR says: Ray's socket paths must fit into 107 bytes
@@ -28,6 +31,7 @@ PREFIX = "manta-host-"
 AGAIN = 1.0  # seconds before a raylet is started anew; doubles
 LONGEST = 30.0
 ENDING = 5.0  # seconds that a raylet has to end
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def main() -> int:
@@ -46,6 +50,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, leave)
     threading.Thread(target=_until_closed, args=(gone,), daemon=True).start()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes ours, and is found
     scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=TEMPORARY))
     try:
         _keep_up(told, scratch, gone)
@@ -98,9 +103,17 @@ def _run(told: Mapping[str, Any], token: Path, folder: Path, gone: threading.Eve
     raylet.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         raylet.wait(ENDING)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(raylet.pid, signal.SIGKILL)
-    raylet.wait()
+    raylet.kill()
+    _end_orphans()
+
+
+def _end_orphans() -> None:
+    """Whatever a raylet has started, it is a child of this process by now: workers may take seconds to learn of its end."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=ENDING)
 
 
 def _own_address(gcs: str) -> str:

@@ -1,9 +1,8 @@
-"""The nodes of a run: one agent on each, spoken to all at once. The only file that talks to Ray's nodes and actors.
+"""The nodes of a run: one agent on each, spoken to all at once. The only file that talks to actors of Ray's.
 
 It is imported when Ray has been started: Ray reads its environment at import.
 """
 
-import socket
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from manta.cluster.agent import NodeAgent, NodeFacts
 from manta.cluster.failure import RankStatus
-from manta.cluster.hosts import ISLAND
 from manta.cluster.job import Job
-from manta.cluster.placement import Machine, Place, Placement
+from manta.cluster.placement import Place, Placement
+from manta.cluster.view import is_headless
 
 FEW = 16  # nodes whose answers are taken one by one
 BATCH = 0.05  # seconds in which those of more nodes are gathered
 COMING = 30.0  # seconds that a new agent has to come up
-PROBE = 0.5  # seconds in which a living machine accepts a connection
+SEES_ALL = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # an agent that holds no GPU hands all of them to its ranks
 
 
 class NodeLostError(RuntimeError):
@@ -37,41 +36,27 @@ class NodeLostError(RuntimeError):
         return f"node {self.node}: {self.reason}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Agent:
+    """`sentinel` is there when it has died. One of a node's two `holds` what Ray counts of it."""
+
+    actor: Any
+    sentinel: ray.ObjectRef[None]
+    holds: bool
+
+
 @dataclass(slots=True)
 class _Node:
+    """`agent` has the ranks; the `understudy`, where there is one, has the spares: so an agent's death does not cost both."""
+
     place: Place
-    agent: Any
-    sentinel: ray.ObjectRef[None]
+    sharing: int
+    agent: _Agent
+    understudy: _Agent | None = None
     facts: NodeFacts | None = None
     poll: Any = None
     asked: float = 0.0
     ranks: tuple[RankStatus, ...] = ()
-
-
-def machines() -> list[Machine]:
-    """Those that Ray believes in, and that have room for an agent. It may be half a minute late to learn of a loss."""
-    return [
-        Machine(
-            id=found["NodeID"],
-            host=found["NodeManagerHostname"],
-            address=found["NodeManagerAddress"],
-            port=found["NodeManagerPort"],
-            cpus=int(found["Resources"]["CPU"]),
-            gpus=int(found["Resources"].get("GPU", 0)),
-            island=found.get("Labels", {}).get(ISLAND, ""),
-        )
-        for found in ray.nodes()
-        if found["Alive"] and found["Resources"].get("CPU", 0) >= 1
-    ]
-
-
-def answers(machine: Machine) -> bool:
-    """Whether somebody listens where its raylet did."""
-    try:
-        socket.create_connection((machine.address, machine.port), timeout=PROBE).close()
-    except OSError:
-        return False
-    return True
 
 
 def alone(actor: type, machine: str) -> Any:
@@ -81,12 +66,16 @@ def alone(actor: type, machine: str) -> Any:
 
 
 class Nodes:
-    """Agents, one a node, each told to warm its processes as soon as it exists: they import while ports are still being found."""
+    """Agents, one a node, each told to warm its processes as soon as it exists: they import while ports are still being found.
+
+    Once ranks step, another stands by on each node, with spares, and takes over at the next start: then they change places.
+    """
 
     def __init__(self, job: Job, *, scratch: Path | None, timeout: float) -> None:
         """timeout: seconds in which an agent must answer; one that does not is as good as dead."""
         self._job, self._scratch, self._timeout = job, scratch, timeout
         self._nodes: list[_Node] = []
+        self._left: dict[str, _Agent] = {}  # understudies of agents that are lost, by machine
 
     @property
     def facts(self) -> list[NodeFacts]:
@@ -104,35 +93,52 @@ class Nodes:
             hosts[place.machine.host] += place.ranks
         self._nodes = []
         for place in placement.places:
-            node = before.pop(place.machine.id, None) or self._start(place, sharing=hosts[place.machine.host])
+            node = before.pop(place.machine.id, None) or self._begin(place, sharing=hosts[place.machine.host])
             node.place = place
             self._nodes.append(node)
         self._end(list(before.values()))
+        for agent in self._left.values():  # on machines that are not trusted any more: they may never answer
+            _kill(agent)
+        self._left = {}
 
     def welcome(self) -> list[tuple[int, NodeFacts]]:
         """Wait for the agents that are new, and learn where they are."""
         asked = ([package for package, _ in self._job.packages], self._job.seal)
-        new = [(index, node, node.agent.describe.remote(*asked)) for index, node in enumerate(self._nodes) if node.facts is None]
+        new = [(index, node, node.agent.actor.describe.remote(*asked)) for index, node in enumerate(self._nodes) if node.facts is None]
         for index, node, ref in new:
             node.facts = self._answer(index, ref, within=max(self._timeout, COMING))
         return [(index, node.facts) for index, node, _ in new if node.facts is not None]
 
     def start(self, attempt: int, places: list[list[dict[str, str]]]) -> list[int]:
         """Process ids by rank. `places` holds the environments of each node's ranks."""
+        if any(node.understudy for node in self._nodes):
+            self.kill()
         for node in self._nodes:
             node.poll, node.ranks = None, ()
+            if node.understudy is not None:
+                node.agent, node.understudy = node.understudy, node.agent
         return [pid for pids in self._ask("start", *((attempt, on_node) for on_node in places)) for pid in pids]
 
     def free_port(self) -> int:
         """A free port on the first node."""
-        return self._answer(0, self._nodes[0].agent.free_port.remote())
+        return self._answer(0, self._nodes[0].agent.actor.free_port.remote())
+
+    def stand_by(self) -> None:
+        """Have spares, and on each node an agent of their own for them."""
+        for node in self._nodes:
+            if node.understudy is None:
+                node.understudy = self._start(node.place, sharing=node.sharing, holds=not node.agent.holds)
+        self.warm()
 
     def warm(self) -> None:
         for node in self._nodes:
-            node.agent.warm.remote(node.place.ranks)
+            (node.understudy or node.agent).actor.warm.remote(node.place.ranks)
 
     def terminate(self) -> None:
         self._tell("terminate")
+        for node in self._nodes:
+            if node.understudy is not None:
+                node.understudy.actor.terminate.remote()
 
     def dump_stacks(self) -> None:
         self._tell("dump_stacks")
@@ -156,14 +162,14 @@ class Nodes:
         """Takes the answers that are there, or come soon. Whether a rank has ended that had not before."""
         for node in self._nodes:
             if node.poll is None:
-                node.poll, node.asked = node.agent.poll.remote(wait), time.monotonic()
-        refs = [ref for node in self._nodes for ref in (node.poll, node.sentinel)]
+                node.poll, node.asked = node.agent.actor.poll.remote(wait), time.monotonic()
+        refs = [ref for node in self._nodes for ref in (node.poll, node.agent.sentinel)]
         few = len(self._nodes) <= FEW
         ready = set(ray.wait(refs, num_returns=1 if few else len(refs), timeout=wait + 0.1 if few else min(wait, BATCH))[0])
         now, news = time.monotonic(), False
         for index, node in enumerate(self._nodes):
-            if node.sentinel in ready:
-                self._answer(index, node.sentinel)
+            if node.agent.sentinel in ready:
+                self._answer(index, node.agent.sentinel)
             if node.poll in ready:
                 before = sum(status.code is not None for status in node.ranks)
                 node.ranks, node.poll = tuple(self._answer(index, node.poll)), None
@@ -175,7 +181,9 @@ class Nodes:
     def drop(self, index: int) -> Place:
         """Let go of a lost node. Its ranks die with its agent, if it still lives; those elsewhere are of no use."""
         lost = self._nodes.pop(index)
-        ray.kill(lost.agent)
+        _kill(lost.agent)
+        if lost.understudy is not None:
+            self._left[lost.place.machine.id] = lost.understudy
         self._tell("kill")
         return lost.place
 
@@ -184,13 +192,19 @@ class Nodes:
         nodes, self._nodes = self._nodes, []
         self._end(nodes)
 
-    def _start(self, place: Place, *, sharing: int) -> _Node:
+    def _begin(self, place: Place, *, sharing: int) -> _Node:
+        agent = self._left.pop(place.machine.id, None) or self._start(place, sharing=sharing, holds=True)
+        agent.actor.warm.remote(place.ranks)
+        return _Node(place, sharing, agent)
+
+    def _start(self, place: Place, *, sharing: int, holds: bool) -> _Agent:
         machine = place.machine
-        agent: Any = (
+        actor: Any = (
             ray.remote(NodeAgent)
             .options(
-                num_cpus=1,
-                num_gpus=machine.gpus,
+                num_cpus=int(holds),
+                num_gpus=machine.gpus if holds else 0,
+                runtime_env=None if holds or not machine.gpus else {"env_vars": SEES_ALL},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(machine.id, soft=False),
             )
             .remote(
@@ -202,26 +216,26 @@ class Nodes:
                 scratch=self._scratch,
             )
         )
-        agent.follow_raylet.remote()
-        agent.warm.remote(place.ranks)
-        return _Node(place=place, agent=agent, sentinel=agent.sentinel.remote())
+        actor.follow_raylet.remote()
+        return _Agent(actor=actor, sentinel=actor.sentinel.remote(), holds=holds)
 
     @staticmethod
     def _end(nodes: list[_Node]) -> None:
-        closing = [node.agent.close.remote() for node in nodes]
+        agents = [agent for node in nodes for agent in (node.agent, node.understudy) if agent is not None]
+        closing = [agent.actor.close.remote() for agent in agents]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=2.0)
-        for node in nodes:
-            ray.kill(node.agent)
+        for agent in agents:
+            _kill(agent)
 
     def _tell(self, method: str) -> None:
         for node in self._nodes:
-            getattr(node.agent, method).remote()
+            getattr(node.agent.actor, method).remote()
 
     def _ask(self, method: str, *arguments: tuple[Any, ...]) -> list[Any]:
         """Call `method` on every agent, with arguments of its own if there are any, and wait for all answers."""
         each = arguments or ((),) * len(self._nodes)
-        asked = [getattr(node.agent, method).remote(*own) for node, own in zip(self._nodes, each, strict=True)]
+        asked = [getattr(node.agent.actor, method).remote(*own) for node, own in zip(self._nodes, each, strict=True)]
         return [self._answer(index, ref) for index, ref in enumerate(asked)]
 
     def _answer(self, index: int, ref: Any, within: float | None = None) -> Any:
@@ -234,3 +248,8 @@ class Nodes:
 
     def _silent(self, index: int) -> NodeLostError:
         return NodeLostError(index, f"its agent has not answered for {self._timeout:g} s", is_silent=True)
+
+
+def _kill(agent: _Agent) -> None:
+    if not is_headless():  # else it goes with its raylet
+        ray.kill(agent.actor)

@@ -1,10 +1,14 @@
-"""What the outside asks of a run, by a signal or by a file: noted here, and acted upon by whoever looks next."""
+"""What the outside asks of a run, by a signal, by a file or by the clock: noted here, and acted upon by whoever looks next."""
 
+import math
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+import psutil
 
 LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 AT_ONCE = b"at once"
@@ -15,10 +19,11 @@ class Orders:
 
     `file`, where one is given, reaches the run from wherever its directory is seen: once it is there it asks as SIGTERM does, with
     AT_ONCE in it as two Ctrl-C do. One that an earlier run left unanswered is not for this one; what was answered is taken away.
+    `seconds`: how long this process may run; then it is asked as USR1 does.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
-        self._file = file
+    def __init__(self, file: Path | None = None, *, seconds: float = math.inf) -> None:
+        self._file, self._end = file, psutil.Process().create_time() + seconds
         self._leave: signal.Signals | None = None
         self._at_once = False
         self._before: dict[signal.Signals, Any] = {}
@@ -41,6 +46,8 @@ class Orders:
         self._leave = self._leave or signal.Signals(number)
 
     def _look(self) -> None:
+        if self._leave is None and time.time() >= self._end:
+            self._leave = signal.SIGUSR1
         if self._file is None:
             return
         with suppress(OSError):  # nobody asks; or a shared directory is out of sight for a moment, and is looked at again

@@ -21,8 +21,10 @@ class Room:
         self._job, self._config = job, config
         self._there: list[Machine] = []
         self._suspects: Collection[str] = ()
-        self._looked = 0.0
+        self.going: set[str] = set()  # ids of machines that are to be taken away, or were
+        self._looked = self._asked = 0.0
         self._more: tuple[int, float] = (0, 0.0)
+        self._is_settled = False  # of a Ray just started, or joined, nodes come one by one
 
     def enough(self, waited: float, *, suspects: Collection[str], has_begun: bool) -> Placement | None:
         """What to run on now; None where it is better to wait. Raises PlacementError."""
@@ -30,8 +32,9 @@ class Room:
         placement = self._place(self._there, fewer=has_begun)
         if placement is None or len(self._there) < (self._config.least_left if has_begun else self._config.least):
             return None
-        if not has_begun and len(self._there) < self._config.most and waited < SETTLE:
+        if not self._is_settled and len(self._there) < self._config.most and waited < SETTLE:
             return None
+        self._is_settled = True
         return placement
 
     def missing(self) -> str:
@@ -53,6 +56,26 @@ class Room:
             self._more = (placement.ranks, now)
         return placement if now - self._more[1] >= LOOK else None
 
+    def to_go(self, places: Sequence[Place]) -> list[Machine]:
+        """Those of these that are to be taken away. Ray is asked now and then."""
+        if time.monotonic() - self._asked >= LOOK:
+            self._ask()
+        return [place.machine for place in places if place.machine.id in self.going]
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether Ray can not be asked any more: it has to be started anew."""
+        from manta.cluster.view import is_headless
+
+        return is_headless()
+
+    @property
+    def must_leave(self) -> bool:
+        """Whether the node that this process is on is to be taken away: then the run has to go on from elsewhere."""
+        from manta.cluster.view import here
+
+        return bool(self.going) and here() in self.going
+
     def left(self, suspects: Collection[str]) -> list[Machine]:
         """Those that can be used."""
         self._suspects = suspects
@@ -66,9 +89,16 @@ class Room:
         return out if len(left) >= self._config.least_left and self._place(left) is not None else set()
 
     def _look(self) -> list[Machine]:
-        from manta.cluster.nodes import machines  # it imports Ray, which must wait until its environment stands
+        from manta.cluster.view import machines  # it imports Ray, which must wait until its environment stands
 
-        return [machine for machine in machines() if machine.id not in self._suspects]
+        self._ask()
+        return [machine for machine in machines() if machine.id not in self._suspects and machine.id not in self.going]
+
+    def _ask(self) -> None:
+        from manta.cluster.view import draining
+
+        self._asked = time.monotonic()
+        self.going |= draining()
 
     def _place(self, there: Collection[Machine], *, fewer: bool = False) -> Placement | None:
         sizes = self._job.sizes + (self._job.fewer if fewer else ())

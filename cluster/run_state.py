@@ -21,6 +21,8 @@ TRANSITIONS: dict[str, tuple[frozenset[Phase] | None, Phase | None]] = {
     "rank-failed": (frozenset({"running", "leaving"}), None),
     "node-lost": (frozenset({"gathering", "starting", "running", "leaving"}), None),
     "nodes-appeared": (frozenset({"running"}), None),
+    "nodes-draining": (frozenset({"running"}), None),
+    "head-lost": (frozenset({"running"}), None),
     "leaving": (frozenset({"running"}), "leaving"),
     "attempt-stopped": (frozenset({"starting", "running", "leaving"}), "deciding"),
     "decided": (frozenset({"deciding", "gathering"}), "gathering"),
@@ -62,7 +64,8 @@ def _after(state: RunState, event: Event) -> RunState:  # noqa: PLR0911  a table
             return replace(after, history=(*after.history, _failure(event.details)), step=event.details["step"])
         case "node-lost":
             message, machine = f"node {event.details['node']}: {event.details['message']}", event.details.get("machine", "")
-            lost = Failure(cause=Cause.NODE_LOST, rank=None, step=state.step, message=message, machine=machine)
+            cause = Cause.PREEMPTED if event.details.get("announced") else Cause.NODE_LOST
+            lost = Failure(cause=cause, rank=None, step=state.step, message=message, machine=machine)
             suspects = {machine} if event.details.get("suspect") else set[str]()
             return replace(after, history=(*after.history, lost), suspects=after.suspects | suspects)
         case "node-unfit":

@@ -35,6 +35,7 @@ HEALTH = {  # a node that is gone is believed to be so after some 10 s, not afte
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",  # and one whose head is gone gives up, with all its ranks, after as long
 }
 # Ray's autoscaler, log forwarder and web server: 1.2 s of processor time to start, 1.3 s to stop, and nobody to talk to here.
 NOT_NEEDED = ("start_monitor", "start_log_monitor", "start_api_server")
@@ -163,8 +164,12 @@ def _private_ray(address: str, *, cpus: int) -> Generator[Path]:
                 _start(scratch, address, cpus)
                 yield scratch
             finally:
+                groups = _groups()
                 with warnings.catch_warnings(action="ignore"):
                     ray.shutdown()
+                for group in groups:  # where a part of Ray was killed, its helpers would linger for a minute
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(group, signal.SIGKILL)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -204,6 +209,14 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
             _temp_dir=str(scratch / "ray"),  # Ray opens this folder to everyone; the one above stays shut
             _node_ip_address=address,
         )
+
+
+def _groups() -> list[int]:
+    """The process groups of the Ray that was started here: each of its processes leads one."""
+    from ray._private import worker
+
+    started = getattr(worker, "_global_node", None)
+    return [info.process.pid for infos in started.all_processes.values() for info in infos] if started else []
 
 
 @contextlib.contextmanager

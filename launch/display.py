@@ -120,6 +120,11 @@ class Display:
                 return self._gathered(details["ranks"], [node["address"] for node in details["nodes"]])
             case "nodes-appeared":
                 return f"attempt {event.attempt}: there is room for {details['ranks']} ranks now: saving, to go on with them"
+            case "nodes-draining":
+                going = ", ".join(details["nodes"]) or "the node that manta runs on"
+                return f"attempt {event.attempt}: to be taken away: {going}: saving{'' if details['here'] else ', to go on without'}"
+            case "head-lost":
+                return f"attempt {event.attempt}: Ray's head is gone: saving, to go on under another"
             case "decided" if details["decision"] == "regroup":
                 return None
             case "decided":

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from manta.cluster.journal import read_events
 
 HERE = Path(__file__).parent
@@ -58,7 +60,8 @@ class Scene:
     def end(self, within=30.0):
         """The exit code; no process of the scene may be left."""
         code = self.process.wait(within)
-        assert self.processes() == {}
+        left = self.processes()
+        assert not left, left
         return code
 
     def output(self):
@@ -86,8 +89,10 @@ class Scene:
         """Ranks and spares."""
         return {pid for pid, command in self.processes().items() if "cluster_fake_rank" in command and "leash" not in command}
 
-    def agent(self):
-        (pid,) = [pid for pid, command in self.processes().items() if command.startswith("ray::NodeAgent")]
+    def agent(self, attempt=1):
+        """The one that has the ranks of an attempt: another, with the spares, may stand by."""
+        (pid,) = {psutil.Process(rank).ppid() for rank in self.pids(attempt)}
+        assert self.processes()[pid].startswith("ray::NodeAgent")
         return pid
 
     def close(self):

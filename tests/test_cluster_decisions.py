@@ -79,6 +79,13 @@ def test_a_signal_outranks_an_exception_but_an_abort_does_not(exited):
     assert guilty([status for status in exited if status.rank != 2]).rank == 3
 
 
+def test_one_that_raised_for_a_peer_was_gone_is_not_the_cause():
+    collateral = RankError(type="RuntimeError", message="gloo/transport/tcp/pair.cc: Read error: Connection reset by peer.")
+    exited = [status(0, 1, 1.0, error=collateral), status(1, -signal.SIGABRT, 1.1), status(2, 1, 1.2)]
+    assert [guilty(exited[first:]).rank for first in range(3)] == [1, 1, 2]
+    assert guilty(exited[:1]).rank == 0
+
+
 def test_a_rank_that_stalls_is_named():
     fine = status(0, quiet=1.0, step=6)
     assert stalled([fine, status(1, quiet=2.0)], LIMITS) is None
@@ -119,5 +126,8 @@ def test_an_exit_is_explained_by_signal_report_or_last_words():
     report = RankError(type="ValueError", message="bad", category="out_of_memory")
     assert explain(status(2, -signal.SIGSEGV)) == failure(Cause.SIGNAL, 5, "killed by SIGSEGV", 2)
     assert explain(status(2, 1, error=report)) == failure(Cause.OUT_OF_MEMORY, 5, "ValueError: bad", 2)
+    starved = replace(report, type="SIGKILL")
+    assert explain(status(2, -signal.SIGKILL, error=starved)) == failure(Cause.OUT_OF_MEMORY, 5, "SIGKILL: bad", 2)
+    assert explain(status(2, -signal.SIGKILL, error=replace(report, category="exception"))).cause is Cause.SIGNAL
     assert explain(status(2, 3, tail="a\nb\n")) == failure(Cause.EXCEPTION, 5, "exit code 3: b", 2)
     assert explain(status(2, 3)) == failure(Cause.EXCEPTION, 5, "exit code 3: it said nothing", 2)

@@ -47,8 +47,8 @@ def test_a_run_goes_on_without_a_node_that_is_lost(lost):
     assert (event["address"], event["suspect"]) == ("127.0.0.4", True)
     assert event["time"] - lost.killed < 3
     assert [rank["node"] for rank in lost.event("attempt-started", 2)["ranks"]] == [0, 1]
-    assert lost.rank_environment(2, 1)["WORLD_SIZE"] == "2"
     assert lost.event("first-step", 2)["time"] - lost.killed < 6
+    assert lost.rank_environment(2, 1)["WORLD_SIZE"] == "2"
 
 
 @pytest.mark.slow

@@ -55,11 +55,20 @@ def raylet(scene):
 
 
 @pytest.fixture(scope="module")
-def ended(scene, secrets, raylet, spares):
-    """The agent, too, is lost: then the run goes on to its end."""
+def living(scene, secrets, raylet, spares):
+    """Ranks and spares when the agent, too, is lost."""
     del secrets, raylet, spares
     scene.event("first-step", LOST)
-    os.kill(scene.agent(), signal.SIGKILL)
+    time.sleep(0.2)
+    found = scene.ranks()
+    os.kill(scene.agent(LOST), signal.SIGKILL)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ended(scene, living):
+    """Then the run goes on to its end."""
+    del living
     return scene.end(), scene.events()
 
 
@@ -125,10 +134,13 @@ def test_a_slow_rank_is_told_of_once_with_its_node_and_the_run_goes_on(ended):
     assert [event["attempt"] for event in events if event["event"] == "rank-slow"] == [LAST]
 
 
-def test_a_lost_agent_is_replaced(ended):
+def test_a_lost_agent_is_replaced_by_one_that_has_the_spares(ended, living, scene):
     _, events = ended
-    assert of(events, "node-lost", LOST)["node"] == 0
+    lost = of(events, "node-lost", LOST)
+    assert (lost["node"], lost["suspect"]) == (0, False)
     assert of(events, "node-ready", LAST)["node"] == 0
+    assert set(scene.pids(LOST)) | set(scene.pids(LAST)) == living
+    assert of(events, "first-step", LAST)["time"] - lost["time"] < 1.0
 
 
 @pytest.mark.usefixtures("ended")

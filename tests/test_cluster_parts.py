@@ -1,18 +1,22 @@
 """The small parts: heartbeat, journal, orders, config, the machine, and what we hold of Ray that is not public."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manta.cluster import memory
 from manta.cluster.agent import NodeFacts
 from manta.cluster.attempt import differences, places, unfit
 from manta.cluster.config import ClusterConfig
@@ -141,6 +145,20 @@ def test_a_file_does_not_change_what_a_signal_said(tmp_path):
         assert (orders.leave, orders.at_once) == (signal.SIGINT, False)
 
 
+def test_the_clock_asks_as_usr1_does_once_this_process_is_so_old():
+    old = time.time() - psutil.Process().create_time()
+    with Orders(seconds=old + 60) as later, Orders(seconds=old - 0.1) as due:
+        assert (later.leave, due.leave) == (None, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("3:50:00", 13_800), ("0:00:15", 15), ("2-01:00:00", 176_400), (None, math.inf)])
+def test_a_time_to_stop_after_is_hours_minutes_and_seconds(text, seconds):
+    assert ClusterConfig(stop_after=text).seconds == seconds
+    for bad in ("90", "1:75:00", "10:00", "soon"):
+        with pytest.raises(pydantic.ValidationError, match="hours:minutes:seconds"):
+            ClusterConfig(stop_after=bad)
+
+
 @given(st.sets(st.integers(0, 12000)), st.integers(1, 12000), st.integers(1, 30))
 def test_the_logs_of_the_newest_attempts_are_kept(numbers, attempt, keep):
     names = [f"attempt-{number:04d}" for number in numbers]
@@ -186,14 +204,18 @@ def test_ray_is_imported_only_by_a_run():
 
 
 def test_what_we_hold_of_ray_that_is_not_public_is_there():
-    """runtime.py touches these and nothing else that is private."""
+    """runtime.py and nodes.py touch these and nothing else that is private."""
     code = """
-from ray._private import node, services, worker
+from ray._private import node, ray_constants, services, worker
+from ray._private.state import state
 import subprocess
 assert issubclass(services.ConsolePopen, subprocess.Popen)
 assert worker._worker_logs_enabled is True
 assert services.resolve_ip_for_localhost("127.0.0.2") == "127.0.0.2"
 assert all(callable(getattr(node.Node, name)) for name in ("start_monitor", "start_log_monitor", "start_api_server"))
+assert callable(state.get_draining_nodes)
+assert worker._global_node is None
+assert "gcs_server" == ray_constants.PROCESS_TYPE_GCS_SERVER
 """
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
@@ -246,6 +268,24 @@ def test_a_controller_reads_from_the_journal_how_the_run_stands(tmp_path):
     ended = advance(after, Event(kind="run-ended", attempt=2, time=0.0))
     anew = advance(ended, Event(kind="run-started", attempt=2, time=0.0))
     assert (anew.attempt, anew.history, anew.suspects, anew.has_begun) == (2, (), frozenset(), False)
+
+
+def test_a_node_whose_loss_was_announced_costs_no_try():
+    details = {"node": 1, "message": "gone", "machine": "m1", "suspect": True, "announced": True}
+    state = replay([{"event": "node-lost", "attempt": 1, "time": 0.0, **details}])
+    assert [failure.cause.name for failure in state.history] == ["PREEMPTED"]
+
+
+def test_what_the_kernel_killed_for_want_of_memory_is_counted_where_it_counts(tmp_path, monkeypatch):
+    groups = "4:cpu:/a\n3:memory:/a/b\n0::/a/b\n"
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    assert memory.places(groups)[0] == tmp_path / "memory/a/b/memory.oom_control"
+    assert memory.places("0::/a/b\n") == [tmp_path / "a/b/memory.events", tmp_path / "memory.events"]
+    assert memory.kills() == 0, "nobody counts"
+    for there in (*memory.places(groups), *memory.places(Path("/proc/self/cgroup").read_text())):
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_text("low 0\noom 3\noom_kill 2\n")
+    assert memory.kills() == 2
 
 
 def test_a_journal_of_an_older_manta_is_read():

@@ -19,6 +19,7 @@ from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, S
 from manta.trainer.heartbeat import Heartbeat
 
 FAILED, USAGE, UNSAVED = 1, 2, 143
+NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # what RuntimeErrors of torch's then say
 
 
 def main() -> int:
@@ -81,7 +82,7 @@ def report(error: BaseException, heartbeat: Heartbeat, category: str) -> None:
 
 def _category(error: BaseException) -> str:
     """What a supervisor should make of it."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)):
         return "out_of_memory"
     if isinstance(error, UnreachableError):
         return "exception"
