@@ -90,7 +90,7 @@ def table(rows: Sequence[Row], losses: Sequence[str]) -> str:
     """A line a fault, in columns."""
     cells: list[tuple[str, ...]] = [COLUMNS]
     for row, told in zip(rows, losses, strict=True):
-        again = f"{row.again} steps" if row.again else ""
+        again = f"{row.again} step{'s' if row.again > 1 else ''}" if row.again else ""
         done = (_seconds(row.noticed), "at once" if row.stays_up else _seconds(row.recovered), again, told, row.note)
         cells.append((row.fault, *(("not done", "", "", "", row.left_out) if row.left_out else done)))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
