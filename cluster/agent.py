@@ -73,6 +73,7 @@ class NodeAgent:
             "MANTA_STANDBY": "1",
         }
         self._ended = asyncio.Event()  # some process has
+        self._attempt = 0  # the newest whose ranks it was given
         self._started = 0
         self._spares: list[Process] = []
         self._ranks: list[_Rank] = []
@@ -98,16 +99,22 @@ class NodeAgent:
             probe.bind((self._address, 0))
             return probe.getsockname()[1]
 
-    async def warm(self, count: int) -> list[int]:
-        """Have so many spares; they warm up on their own. Their process ids."""
+    async def warm(self, count: int, attempt: int) -> None:
+        """Have so many spares; they warm up on their own. attempt: the newest when this was said. Ray lets a call overtake another: where
+        this agent has the ranks of a later one by now, the spares have become these.
+        """
+        if attempt >= self._attempt:
+            self._fill(count)
+
+    def _fill(self, count: int) -> None:
         self._spares = [spare for spare in self._spares if spare.alive]
         self._spares += [self._spawn() for _ in range(count - len(self._spares))]
-        return [spare.pid for spare in self._spares]
 
     async def start(self, attempt: int, places: Sequence[Mapping[str, str]]) -> list[int]:
         """Make the spares the ranks of an attempt, starting what is missing. Their process ids."""
+        self._attempt = attempt
         await self.kill()
-        await self.warm(len(places))
+        self._fill(len(places))
         self._ranks = [self._place(self._spares.pop(0), attempt, place) for place in places]
         self._reported = None
         return [rank.process.pid for rank in self._ranks]

@@ -75,6 +75,7 @@ class Nodes:
         """timeout: seconds in which an agent must answer; one that does not is as good as dead."""
         self._job, self._scratch, self._timeout = job, scratch, timeout
         self._nodes: list[_Node] = []
+        self._attempt = 0
         self._left: dict[str, _Agent] = {}  # understudies of agents that are lost, by machine
 
     @property
@@ -113,6 +114,7 @@ class Nodes:
         """Process ids by rank. `places` holds the environments of each node's ranks."""
         if any(node.understudy for node in self._nodes):
             self.kill()
+        self._attempt = attempt
         for node in self._nodes:
             node.poll, node.ranks = None, ()
             if node.understudy is not None:
@@ -132,7 +134,7 @@ class Nodes:
 
     def warm(self) -> None:
         for node in self._nodes:
-            (node.understudy or node.agent).actor.warm.remote(node.place.ranks)
+            (node.understudy or node.agent).actor.warm.remote(node.place.ranks, self._attempt)
 
     def terminate(self) -> None:
         self._tell("terminate")
@@ -194,7 +196,7 @@ class Nodes:
 
     def _begin(self, place: Place, *, sharing: int) -> _Node:
         agent = self._left.pop(place.machine.id, None) or self._start(place, sharing=sharing, holds=True)
-        agent.actor.warm.remote(place.ranks)
+        agent.actor.warm.remote(place.ranks, self._attempt)
         return _Node(place, sharing, agent)
 
     def _start(self, place: Place, *, sharing: int, holds: bool) -> _Agent:
