@@ -47,8 +47,8 @@ def test_a_run_goes_on_without_a_node_that_is_lost(lost):
     assert (event["address"], event["suspect"]) == ("127.0.0.4", True)
     assert event["time"] - lost.killed < 3
     assert [rank["node"] for rank in lost.event("attempt-started", 2)["ranks"]] == [0, 1]
-    assert lost.rank_environment(2, 1)["WORLD_SIZE"] == "2"
     assert lost.event("first-step", 2)["time"] - lost.killed < 6
+    assert lost.rank_environment(2, 1)["WORLD_SIZE"] == "2"
 
 
 @pytest.mark.slow
@@ -83,7 +83,8 @@ def test_a_node_that_is_frozen_is_done_without_and_does_no_harm_when_it_thaws(tm
         assert "has not answered for 3 s" in lost["message"]
         assert scene.event("first-step", 2, within=60)["time"] - frozen < limit + 4
         for pid in group:
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # its raylet, which thaws first, ends it
+                os.kill(pid, signal.SIGCONT)
         deadline = time.monotonic() + 60
         while set(ranks) & scene.ranks():
             assert time.monotonic() < deadline, "the old rank lives on"
