@@ -91,8 +91,8 @@ FAULTS = {
     ),
 }
 SIZE = (
-    "train.global_batch=24",
-    "train.micro_batch=4",
+    "train.global_batch=12",
+    "train.micro_batch=2",
     "train.steps=100000",
     f"checkpoint.every_steps={SAVE_EVERY}",
     "evaluate.every_steps=100000",

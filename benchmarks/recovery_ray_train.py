@@ -19,7 +19,7 @@ from typing import Any
 
 from manta.cluster import runtime
 
-NODES, SEQUENCES, LENGTH, VOCABULARY, WIDTH, LAYERS, HEADS, SAVE_EVERY = 3, 24, 128, 4096, 128, 4, 4, 10
+NODES, SEQUENCES, LENGTH, VOCABULARY, WIDTH, LAYERS, HEADS, SAVE_EVERY = 3, 12, 128, 4096, 128, 4, 4, 10
 LIMIT = "3"  # seconds, as recovery.py gives manta
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},

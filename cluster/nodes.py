@@ -38,11 +38,20 @@ class NodeLostError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Agent:
-    """`sentinel` is there when it has died. One of a node's two `holds` what Ray counts of it."""
+    """`up` is answered when it has come up, `sentinel` when it has died. One of a node's two `holds` what Ray counts of it."""
 
     actor: Any
+    up: ray.ObjectRef[None]
     sentinel: ray.ObjectRef[None]
     holds: bool
+
+    @property
+    def has_died(self) -> bool:
+        return bool(ray.wait([self.sentinel], timeout=0)[0])
+
+    @property
+    def is_there(self) -> bool:
+        return bool(ray.wait([self.up], timeout=0)[0]) and not self.has_died
 
 
 @dataclass(slots=True)
@@ -117,7 +126,7 @@ class Nodes:
         self._attempt = attempt
         for node in self._nodes:
             node.poll, node.ranks = None, ()
-            if node.understudy is not None:
+            if node.understudy is not None and node.understudy.is_there:
                 node.agent, node.understudy = node.understudy, node.agent
         return [pid for pids in self._ask("start", *((attempt, on_node) for on_node in places)) for pid in pids]
 
@@ -128,7 +137,7 @@ class Nodes:
     def stand_by(self) -> None:
         """Have spares, and on each node an agent of their own for them."""
         for node in self._nodes:
-            if node.understudy is None:
+            if node.understudy is None or node.understudy.has_died:
                 node.understudy = self._start(node.place, sharing=node.sharing, holds=not node.agent.holds)
         self.warm()
 
@@ -184,8 +193,10 @@ class Nodes:
         """Let go of a lost node. Its ranks die with its agent, if it still lives; those elsewhere are of no use."""
         lost = self._nodes.pop(index)
         _kill(lost.agent)
-        if lost.understudy is not None:
+        if lost.understudy is not None and lost.understudy.is_there:
             self._left[lost.place.machine.id] = lost.understudy
+        elif lost.understudy is not None:
+            _kill(lost.understudy)
         self._tell("kill")
         return lost.place
 
@@ -218,8 +229,7 @@ class Nodes:
                 scratch=self._scratch,
             )
         )
-        actor.follow_raylet.remote()
-        return _Agent(actor=actor, sentinel=actor.sentinel.remote(), holds=holds)
+        return _Agent(actor=actor, up=actor.follow_raylet.remote(), sentinel=actor.sentinel.remote(), holds=holds)
 
     @staticmethod
     def _end(nodes: list[_Node]) -> None:

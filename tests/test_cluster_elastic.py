@@ -83,7 +83,8 @@ def test_a_node_that_is_frozen_is_done_without_and_does_no_harm_when_it_thaws(tm
         assert "has not answered for 3 s" in lost["message"]
         assert scene.event("first-step", 2, within=60)["time"] - frozen < limit + 4
         for pid in group:
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # its raylet, which thaws first, ends it
+                os.kill(pid, signal.SIGCONT)
         deadline = time.monotonic() + 60
         while set(ranks) & scene.ranks():
             assert time.monotonic() < deadline, "the old rank lives on"
