@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,8 @@ from manta.data.errors import InputError
 from manta.trainer.device import check_gpus, device_type
 from manta.trainer.layout import Layout
 from manta.trainer.parallel.cuts import Part
+
+SOON = 5.0  # seconds in which rank 0 is asked for often
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,8 @@ class World:
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
         store = self._rendezvous(timeout) if self.rank == 0 else None
+        if self.rank > 0:
+            _await_first(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
     def _rendezvous(self, timeout: timedelta) -> Store | None:
@@ -160,6 +165,19 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _await_first(address: str, port: int) -> None:
+    """Until rank 0 listens, some seconds at most. torch asks too, but sleeps half a second where it has come a moment early."""
+    deadline, wait = time.monotonic() + SOON, 0.005
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((address, port), timeout=1.0) as door:
+                if door.getsockname() != door.getpeername():  # else it has met itself: the port was its own for this moment
+                    return
+        except OSError:
+            time.sleep(wait)
+            wait = min(2 * wait, 0.1)
 
 
 def _free_port() -> int:
