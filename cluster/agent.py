@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +27,8 @@ from manta.cluster.process import Process
 
 LOOK = 0.05  # seconds between two readings of the heartbeats; an exit is seen at once
 TAIL = 4096  # bytes of a log that stand for an error
+STACKS = 1.0  # seconds that ranks have to write down where they stand
+WAITS = re.compile(r"^collectives of group .* is waited for$", re.MULTILINE)  # as `trainer/stacks.py` says it
 NOT_FOR_RANKS = ("RAY_", "PYTHONPATH", "PYTHONBREAKPOINT", "OMP_NUM_THREADS", "SPT_NOENV")  # what Ray sets for its workers
 _ERROR = TypeAdapter(RankError)
 
@@ -135,9 +138,13 @@ class NodeAgent:
             rank.process.send(signal.SIGTERM)
         await self._end(self._spares)
 
-    async def dump_stacks(self) -> None:
+    async def dump_stacks(self) -> list[int]:
+        """Have the ranks write down where they stand. Those that say that they wait in a collective."""
+        before = [_size(rank.log) for rank in self._ranks]
         for rank in self._ranks:
             rank.process.send(signal.SIGUSR2)
+        await asyncio.sleep(STACKS)
+        return [rank.number for rank, size in zip(self._ranks, before, strict=True) if WAITS.search(_since(rank.log, size))]
 
     async def kill(self) -> None:
         """End the ranks; return when they are gone. Spares live on."""
@@ -211,8 +218,18 @@ def _error(rank: _Rank) -> RankError | None:
 
 
 def _tail(path: Path) -> str:
+    return _since(path, _size(path) - TAIL)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _since(path: Path, byte: int) -> str:
+    if not path.exists():
+        return ""
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL))
+        file.seek(max(0, byte))
         return file.read().decode(errors="replace")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from manta.cluster.agent import NodeFacts
 from manta.cluster.config import ClusterConfig
-from manta.cluster.failure import LEFT, SAVED, Cause, Failure, RankStatus, blames_a_peer, explain, guilty, stalled
+from manta.cluster.failure import LEFT, SAVED, Cause, Failure, Limits, RankStatus, blames_a_peer, explain, guilty, stalled
 from manta.cluster.job import Job
 from manta.cluster.journal import POLL, Event
 from manta.cluster.orders import Orders
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 TICK = 0.25  # seconds between two reports of progress, of up to 250 nodes; of more it is a millisecond a node
 SETTLE = 0.1  # seconds to wait for a killed rank after one that raised: the killed one is the cause
+FALLEN = 5.0  # seconds that ranks have to leave once one of them has fallen: what they wait for may never come
 SETTLES = 10  # as often, where one raised that a peer is gone: there is one that has not been seen to fall yet
-STACKS = 1.0  # seconds that hung ranks have to write their stacks down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +84,9 @@ class Attempt:
             if (why := self._elsewhere(stepped=stepped)) is not None:
                 yield why
                 return (yield from self._regroup())
-            if hung := stalled(statuses, limits(statuses, start=self.config.start_timeout, step=self.config.step_timeout)):
-                return (yield from self._hang(hung))
+            patience = limits(statuses, start=self.config.start_timeout, step=self.config.step_timeout)
+            if stalled(statuses, patience):
+                return (yield from self._hang(statuses, patience))
             pace = yield from self._compare(statuses, pace)
             yield self._tick(statuses)
 
@@ -118,9 +119,9 @@ class Attempt:
         yield self._fell(status, noticed)
         return explain(status)
 
-    def _hang(self, failure: Failure) -> Generator[Event, None, Failure]:
-        self.nodes.dump_stacks()
-        time.sleep(STACKS)
+    def _hang(self, statuses: Sequence[RankStatus], patience: Limits) -> Generator[Event, None, Failure]:
+        failure = stalled(statuses, patience, waiting=self.nodes.dump_stacks())
+        assert failure is not None
         self.nodes.kill()
         told = {"rank": failure.rank, "code": None, "cause": failure.cause.name, "message": failure.message, "step": failure.step}
         yield self._event("rank-failed", **told, **self._where(failure.rank))
@@ -133,6 +134,8 @@ class Attempt:
         statuses = self.nodes.poll(0)
         while any(s.code is None for s in statuses) and time.monotonic() < deadline and not self.orders.at_once:
             statuses = self.nodes.poll(self._tick_length)
+            if self._failed(statuses):
+                deadline = min(deadline, time.monotonic() + FALLEN)
             yield self._tick(statuses)
         self.nodes.kill()
         if failed := [s for s in statuses if s in self._failed(statuses) or s.error]:  # what kept it from saving

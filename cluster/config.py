@@ -60,6 +60,11 @@ class ClusterConfig(BaseModel):
     """What `manta train --on kubernetes` makes there."""
 
     @property
+    def distrust(self) -> float:
+        """Seconds that a lost node is left out though Ray believes in it, which asks after it each second."""
+        return max(60.0, 10 * self.node_timeout)
+
+    @property
     def seconds(self) -> float:
         """Of stop_after; without end where it is unset."""
         if self.stop_after is None:

@@ -144,9 +144,17 @@ class Controller:
         except NodeLostError as lost:
             machine = nodes.drop(lost.node).machine
             suspect = lost.is_silent or not answers(machine)
-            details = {"host": machine.host, "address": machine.address, "machine": machine.id, "suspect": suspect}
-            details["announced"] = machine.id in room.going
-            yield self._event("node-lost", attempt.number, node=lost.node, message=f"{machine}: {lost.reason}", **details)
+            where = {"host": machine.host, "address": machine.address, "machine": machine.id}
+            yield self._event(
+                "node-lost",
+                attempt.number,
+                node=lost.node,
+                message=f"{machine}: {lost.reason}",
+                **where,
+                suspect=suspect,
+                trusted_again=None if machine.id in self._state.suspects else time.time() + self._config.distrust,
+                announced=machine.id in room.going,
+            )
             outcome = self._state.history[-1]
         yield self._event("attempt-stopped", attempt.number, outcome=type(outcome).__name__.lower())
         return outcome

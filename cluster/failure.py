@@ -1,7 +1,7 @@
 """What ended an attempt, and what to do about it: decisions, made from what was seen and nothing else."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -156,22 +156,28 @@ def blames_a_peer(status: RankStatus) -> bool:
     return status.error is not None and any(words in status.error.message for words in PEER_IS_GONE)
 
 
-def stalled(statuses: Sequence[RankStatus], limits: Limits) -> Failure | None:
-    """The failure that silence amounts to, if some rank has given no sign of life for too long.
+def stalled(statuses: Sequence[RankStatus], limits: Limits, *, waiting: Collection[int] = ()) -> Failure | None:
+    """The failure that silence amounts to, if some rank has given no sign of life for too long. waiting: ranks that are known to be in a
+    collective.
 
     One hung rank stops all, so the quietest is often not the guilty one: a stopped process is named first, then the rank with the
-    fewest steps, then one that the others may be waiting for, then the quietest. Ranks that never came up are named all.
+    fewest steps, then one that the others may be waiting for, by its phase or as it is in no collective, then the quietest. Ranks that
+    never came up are named all.
     """
     alive = [s for s in statuses if s.code is None]
     others = max((limits.of(s) for s in alive if s.phase in HELD_UP), default=0.0)
     if not any(s.quiet > max(limits.of(s), others if s.phase == "step" else 0.0) for s in alive):
         return None
-    named = min(alive, key=lambda s: (s.state != "T", s.step, s.phase not in HELD_UP, -s.quiet))
+    named = min(alive, key=lambda s: (s.state != "T", s.step, s.phase not in HELD_UP, s.rank in waiting, -s.quiet))
     if missing := [str(s.rank) for s in alive if not s.phase]:
         message = f"no sign of life within {named.quiet:.1f} s from rank {', '.join(missing)}"
     else:
-        stopped = ", its process is stopped" if named.state == "T" else ""
-        message = f"rank {named.rank} gave no sign of life for {named.quiet:.1f} s in phase {named.phase}{stopped}"
+        more = ""
+        if named.state == "T":
+            more = ", its process is stopped"
+        elif waiting and named.rank not in waiting:
+            more = ", while others wait for it in a collective"
+        message = f"rank {named.rank} gave no sign of life for {named.quiet:.1f} s in phase {named.phase}{more}"
     return Failure(cause=Cause.HANG, rank=named.rank, step=named.step, message=message)
 
 

@@ -3,6 +3,8 @@
 A rank must never outlive its agent, however the agent ends. The kernel sees to it (PR_SET_PDEATHSIG), but only the child itself can
 ask for that; this program is the place, for Popen's preexec_fn is unsafe in a process with threads. The tie survives exec and is cut
 when the spawning thread ends, so the agent spawns from one that lives as long as it does.
+
+A SIGTERM waits until the command unblocks it: one that comes while a rank still imports is for the run, not for this rank alone.
 """
 
 import ctypes
@@ -19,7 +21,7 @@ def main() -> None:
         sys.exit(f"prctl: {os.strerror(ctypes.get_errno())}")
     if os.getppid() != parent:  # it died before the tie was made
         sys.exit("the agent is gone")
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # Ray blocks SIGINT for its children
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGTERM])  # Ray blocks SIGINT for its children
     try:
         os.execvp(command[0], command)  # noqa: S606  no shell is wanted
     except OSError as error:

@@ -151,8 +151,9 @@ class Nodes:
             if node.understudy is not None:
                 node.understudy.actor.terminate.remote()
 
-    def dump_stacks(self) -> None:
-        self._tell("dump_stacks")
+    def dump_stacks(self) -> set[int]:
+        """All ranks write down where they stand. Those that wait in a collective."""
+        return {rank for ranks in self._ask("dump_stacks") for rank in ranks}
 
     def kill(self) -> None:
         """End all ranks, and return when they are gone."""

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.failure import Failure, without_progress
@@ -20,13 +20,13 @@ class Room:
     def __init__(self, job: Job, config: ClusterConfig) -> None:
         self._job, self._config = job, config
         self._there: list[Machine] = []
-        self._suspects: Collection[str] = ()
+        self._suspects: Mapping[str, float] = {}
         self.going: set[str] = set()  # ids of machines that are to be taken away, or were
         self._looked = self._asked = 0.0
         self._more: tuple[int, float] = (0, 0.0)
         self._is_settled = False  # of a Ray just started, or joined, nodes come one by one
 
-    def enough(self, waited: float, *, suspects: Collection[str], has_begun: bool) -> Placement | None:
+    def enough(self, waited: float, *, suspects: Mapping[str, float], has_begun: bool) -> Placement | None:
         """What to run on now; None where it is better to wait. Raises PlacementError."""
         self._there = self.left(suspects)
         placement = self._place(self._there, fewer=has_begun)
@@ -76,7 +76,7 @@ class Room:
 
         return bool(self.going) and here() in self.going
 
-    def left(self, suspects: Collection[str]) -> list[Machine]:
+    def left(self, suspects: Mapping[str, float]) -> list[Machine]:
         """Those that can be used."""
         self._suspects = suspects
         return self._look()
@@ -84,7 +84,7 @@ class Room:
     def leave_out(self, history: Sequence[Failure]) -> set[str]:
         """Machines on which the run has failed again and again, as long as it can do without them."""
         struck = Counter(failure.machine for failure in without_progress(history) if failure.machine)
-        out = {machine for machine, strikes in struck.items() if strikes >= STRIKES} - set(self._suspects)
+        out = {machine for machine, strikes in struck.items() if strikes >= STRIKES} - self._distrusted
         left = [machine for machine in self._there if machine.id not in out]
         return out if len(left) >= self._config.least_left and self._place(left) is not None else set()
 
@@ -92,7 +92,12 @@ class Room:
         from manta.cluster.view import machines  # it imports Ray, which must wait until its environment stands
 
         self._ask()
-        return [machine for machine in machines() if machine.id not in self._suspects and machine.id not in self.going]
+        out = self.going | self._distrusted
+        return [machine for machine in machines() if machine.id not in out]
+
+    @property
+    def _distrusted(self) -> set[str]:
+        return {machine for machine, until in self._suspects.items() if time.time() < until}
 
     def _ask(self) -> None:
         from manta.cluster.view import draining

@@ -1,7 +1,8 @@
 """How a run stands: a pure function of the events so far. A controller that is killed is followed by one that reads them again."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from manta.cluster.failure import Cause, Failure
@@ -32,13 +33,15 @@ TRANSITIONS: dict[str, tuple[frozenset[Phase] | None, Phase | None]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """`history`: the failures since a person started the run, oldest first. `suspects`: ids of machines that are not to be used."""
+    """`history`: the failures since a person started the run, oldest first. `suspects`: machines that are not to be used, by id, and the
+    time from which they are again; infinite for good.
+    """
 
     phase: Phase = "ended"
     attempt: int = 0
     step: int = 0
     history: tuple[Failure, ...] = ()
-    suspects: frozenset[str] = frozenset()
+    suspects: Mapping[str, float] = field(default_factory=dict[str, float])
     has_begun: bool = False  # there were nodes enough, once
 
 
@@ -57,7 +60,7 @@ def _after(state: RunState, event: Event) -> RunState:  # noqa: PLR0911  a table
         case "poll":
             return replace(after, step=max((rank["step"] for rank in event.details["ranks"]), default=state.step))
         case "run-started" if state.phase == "ended":  # else the one before was broken off: what had failed stays told
-            return replace(after, history=(), suspects=frozenset(), has_begun=False)
+            return replace(after, history=(), suspects={}, has_begun=False)
         case "nodes-gathered":
             return replace(after, has_begun=True)
         case "rank-failed":
@@ -66,13 +69,13 @@ def _after(state: RunState, event: Event) -> RunState:  # noqa: PLR0911  a table
             message, machine = f"node {event.details['node']}: {event.details['message']}", event.details.get("machine", "")
             cause = Cause.PREEMPTED if event.details.get("announced") else Cause.NODE_LOST
             lost = Failure(cause=cause, rank=None, step=state.step, message=message, machine=machine)
-            suspects = {machine} if event.details.get("suspect") else set[str]()
-            return replace(after, history=(*after.history, lost), suspects=after.suspects | suspects)
+            suspects = {machine: event.details.get("trusted_again") or math.inf} if event.details.get("suspect") else {}
+            return replace(after, history=(*after.history, lost), suspects={**after.suspects, **suspects})
         case "node-unfit":
             wrong = Failure(cause=Cause.INPUT, rank=None, step=state.step, message=event.details["message"])
             return replace(after, history=(*after.history, wrong))
         case "decided":
-            return replace(after, suspects=after.suspects | frozenset(event.details.get("leave_out", ())))
+            return replace(after, suspects={**after.suspects, **dict.fromkeys(event.details.get("leave_out", ()), math.inf)})
         case _:
             return after
 

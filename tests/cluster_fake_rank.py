@@ -44,6 +44,7 @@ def main():
 
     beat(0, "start")
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         run(plan, beat)
     except Leave:
         if plan.get("save_fails"):

@@ -116,6 +116,16 @@ def test_of_ranks_that_wait_for_one_another_the_stopped_one_is_named_then_the_on
     assert stalled([waiting, status(3, quiet=8, step=6)], LIMITS).rank == waiting.rank
 
 
+def test_of_ranks_at_the_same_step_the_one_in_no_collective_is_named():
+    statuses = [status(0, quiet=9), status(1, quiet=8)]
+    named = stalled(statuses, LIMITS, waiting={0})
+    assert named.rank == 1
+    assert named.message == "rank 1 gave no sign of life for 8.0 s in phase step, while others wait for it in a collective"
+    assert stalled(statuses, LIMITS, waiting={0, 1}) == stalled(statuses, LIMITS)
+    assert stalled([*statuses, status(2, quiet=7, step=4)], LIMITS, waiting={0, 2}).rank == 2
+    assert stalled([*statuses, status(2, quiet=7, state="T")], LIMITS, waiting={0}).message.endswith("its process is stopped")
+
+
 def test_ranks_that_never_came_up_are_listed():
     absent = [status(rank, quiet=700, step=0, phase="") for rank in (1, 3)]
     failed = stalled([status(0, quiet=600, phase="start", step=0), *absent], replace(LIMITS, start=650))

@@ -248,7 +248,7 @@ def test_a_controller_reads_from_the_journal_how_the_run_stands(tmp_path):
         ("run-started", 0, {}),
         ("nodes-gathered", 0, {"ranks": 2, "nodes": []}),
         ("attempt-started", 1, {"ranks": []}),
-        ("node-lost", 1, {"node": 1, "message": "gone", "machine": "m1", "suspect": True}),
+        ("node-lost", 1, {"node": 1, "message": "gone", "machine": "m1", "suspect": True, "trusted_again": 60.0}),
         ("attempt-stopped", 1, {"outcome": "failure"}),
         ("decided", 1, {"decision": "restart", "after": 0, "leave_out": ["m2"]}),
         ("nodes-gathered", 1, {"ranks": 1, "nodes": []}),
@@ -259,7 +259,7 @@ def test_a_controller_reads_from_the_journal_how_the_run_stands(tmp_path):
         for kind, attempt, details in told:
             journal.write(Event(kind=kind, attempt=attempt, time=0.0, details=details))
     state = replay(read_events(tmp_path / "events"))
-    assert (state.phase, state.attempt, state.step, state.suspects) == ("running", 2, 7, {"m1", "m2"})
+    assert (state.phase, state.attempt, state.step, state.suspects) == ("running", 2, 7, {"m1": 60.0, "m2": math.inf})
     assert [failure.cause.name for failure in state.history] == ["NODE_LOST", "SIGNAL"]
     after = advance(state, Event(kind="run-started", attempt=2, time=0.0))
     assert (after.phase, after.history, after.suspects, after.has_begun) == ("gathering", state.history, state.suspects, True)
@@ -267,7 +267,13 @@ def test_a_controller_reads_from_the_journal_how_the_run_stands(tmp_path):
         advance(after, Event(kind="first-step", attempt=2, time=0.0))
     ended = advance(after, Event(kind="run-ended", attempt=2, time=0.0))
     anew = advance(ended, Event(kind="run-started", attempt=2, time=0.0))
-    assert (anew.attempt, anew.history, anew.suspects, anew.has_begun) == (2, (), frozenset(), False)
+    assert (anew.attempt, anew.history, anew.suspects, anew.has_begun) == (2, (), {}, False)
+
+
+def test_a_node_that_was_lost_before_is_not_trusted_a_third_time():
+    lost = {"event": "node-lost", "attempt": 1, "time": 0.0, "node": 1, "message": "gone", "machine": "m1", "suspect": True}
+    assert replay([{**lost, "trusted_again": 60.0}]).suspects == {"m1": 60.0}
+    assert replay([{**lost, "trusted_again": 60.0}, {**lost, "trusted_again": None}]).suspects == {"m1": math.inf}
 
 
 def test_a_node_whose_loss_was_announced_costs_no_try():

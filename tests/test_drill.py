@@ -29,9 +29,9 @@ def test_every_fault_is_noticed_come_through_and_changes_no_loss(case):
     rows = {re.split(r"  +", line)[0]: line for line in told[1:-1]}
     assert list(rows) == [
         "rank killed",
-        "rank slowed",
         "disk full",
         "rank hung",
+        "rank slowed",
         "bit flipped in a checkpoint",
         "agent killed",
         "node lost",

@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
+from live_run import LiveRun, exactly
 from parity import GLOBAL_BATCH, MODELS, batch, model, optimizer_config, rows
 from spmd import spmd
 
-from manta.cluster.journal import read_events
 from manta.trainer.config import ParallelConfig, TrainConfig
 from manta.trainer.engine import Engine
 from manta.trainer.layout import fits
@@ -63,26 +63,29 @@ def test_only_a_slow_rank_s_own_time_is_longer_though_steps_take_all_as_long():
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_slowed_in_a_real_run_is_named_and_the_run_goes_on(case):
+def test_a_rank_that_is_slowed_in_a_real_run_is_named_and_the_run_goes_on_with_the_same_losses(case):
     """Stopped most of the time, in bursts too short to be seen as a hang."""
     larger = ["model.width=128", "train.global_batch=32", "train.steps=10000"]
-    with case.start("train", str(case.file), "run.dir=slowed", *larger) as running:
-        of = lambda kind: [event for event in read_events(case.home / "slowed/events.jsonl") if event["event"] == kind]  # noqa: E731
+    with LiveRun(case, "slowed", *larger) as run:
+        run.event("first-step")
+        victim = run.pids(1)[1]
         until = time.monotonic() + 120
-        while not of("rank-slow") and time.monotonic() < until and running.poll() is None:
-            if not of("first-step"):
-                time.sleep(0.05)
-                continue
-            victim = of("attempt-started")[0]["ranks"][1]["pid"]
+        while not run.events("rank-slow") and time.monotonic() < until:
             os.kill(victim, signal.SIGSTOP)
             time.sleep(0.1)
             os.kill(victim, signal.SIGCONT)
             time.sleep(0.01)
-        running.send_signal(signal.SIGTERM)
-        told = running.communicate(timeout=60)[1]
-        assert running.returncode == 75, told
-    (slow,) = of("rank-slow")
-    assert slow["rank"] == 1
-    assert slow["times"] > 1.5
-    assert f"rank 1 on {slow['node']} is {slow['times']:.1f}x slower than the median" in told
-    assert not of("rank-failed")
+        run.process.send_signal(signal.SIGTERM)
+        code, told = run.end()
+        assert code == 75, told
+        (slow,) = run.events("rank-slow")
+        assert slow["rank"] == 1
+        assert slow["times"] > 1.5
+        assert f"rank 1 on {slow['node']} is {slow['times']:.1f}x slower than the median" in told
+        assert not run.events("rank-failed")
+    slowed = exactly(run.lines())
+    with LiveRun(case, "at its own pace", *larger) as other:
+        other.steps(1, len(slowed))
+        other.process.send_signal(signal.SIGTERM)
+        assert other.end()[0] == 75
+    assert exactly(other.lines())[: len(slowed)] == slowed

@@ -17,6 +17,7 @@ from manta.data.errors import InputError
 from manta.trainer import stacks
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
 from manta.trainer.heartbeat import Heartbeat
+from manta.trainer.notice import Notice
 
 FAILED, USAGE, UNSAVED = 1, 2, 143
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # what RuntimeErrors of torch's then say
@@ -26,6 +27,7 @@ def main() -> int:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m manta.trainer RUN_DIRECTORY\n")
         return USAGE
+    notice = Notice()
     if "MANTA_STANDBY" in os.environ:
         stand_by()
     stacks.answer(signal.SIGUSR2)
@@ -36,7 +38,7 @@ def main() -> int:
     try:
         from manta.trainer.rank import run
 
-        return run(Path(sys.argv[1]), heartbeat)
+        return run(Path(sys.argv[1]), heartbeat, notice)
     except InputError as error:
         logging.getLogger("manta").error("%s", error)  # noqa: TRY400  the user's to mend: a trace would only hide it
         report(error, heartbeat, "input")

@@ -3,10 +3,8 @@
 import logging
 import math
 import resource
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from manta.trainer.config import TrainingConfig
 from manta.trainer.engine import Engine, Outcome
 from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.metrics import Line, MetricsLog, describe
+from manta.trainer.notice import Notice
 from manta.trainer.reader import Reader
 from manta.trainer.rundir import RunDirectory
 from manta.trainer.saves import Saves
@@ -28,20 +27,6 @@ from manta.trainer.schedule import learning_rate
 from manta.trainer.world import World
 
 log = logging.getLogger(__name__)
-
-
-class Notice:
-    """Remembers that somebody asked us to leave. Acted on between steps, on all ranks together."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._take)
-
-    def _take(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal is signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
 
 
 class Loop:

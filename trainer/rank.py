@@ -23,8 +23,9 @@ from manta.trainer.config import TrainingConfig
 from manta.trainer.engine import Engine
 from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.layout import fits
-from manta.trainer.loop import Loop, Notice
+from manta.trainer.loop import Loop
 from manta.trainer.model.build import build
+from manta.trainer.notice import Notice
 from manta.trainer.parallel.fp8 import ask_for_gpu
 from manta.trainer.power import peak_flops
 from manta.trainer.refusals import compiles
@@ -35,16 +36,15 @@ log = logging.getLogger(__name__)
 DONE, LEFT, INTERRUPTED = 0, 75, 130
 
 
-def run(directory: Path, heartbeat: Heartbeat) -> int:
+def run(directory: Path, heartbeat: Heartbeat, notice: Notice) -> int:
     """Trains until the last step, or until told to leave. Gives the exit code; what goes wrong is raised."""
     home, world = RunDirectory(directory.absolute()), World.from_environment()
     # A supervisor has claimed the run. Without one its first rank does.
     with nullcontext() if heartbeat.is_heard or world.rank > 0 else home.claim():
-        return train(home, world, heartbeat)
+        return train(home, world, heartbeat, notice)
 
 
-def train(home: RunDirectory, world: World, heartbeat: Heartbeat) -> int:
-    notice = Notice()
+def train(home: RunDirectory, world: World, heartbeat: Heartbeat, notice: Notice) -> int:
     heartbeat("load", 0)
     config = home.config()
     layout = fits(config.train, world.size, config.parallel, shrinks=world.attempt > 0)  # a supervisor has no more ranks
