@@ -96,7 +96,7 @@ def _run(told: Mapping[str, Any], token: Path, folder: Path, gone: threading.Eve
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     while raylet.poll() is None and not gone.wait(0.1):
-        pass
+        _bury(all_but=raylet.pid)
     if raylet.poll() is not None:
         sys.stderr.write(f"{socket.gethostname()}: its raylet ended with {raylet.returncode}: {_last_line(log)}\n")
         sys.stderr.flush()
@@ -105,6 +105,13 @@ def _run(told: Mapping[str, Any], token: Path, folder: Path, gone: threading.Eve
         raylet.wait(ENDING)
     raylet.kill()
     _end_orphans()
+
+
+def _bury(*, all_but: int) -> None:
+    """Takes note of orphans that have ended: else each stays a zombie for as long as this runs."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != all_but:
+            os.waitpid(ended.si_pid, 0)
 
 
 def _end_orphans() -> None:

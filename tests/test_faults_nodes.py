@@ -24,6 +24,16 @@ SETTINGS = (
     "cluster.ranks_per_node=1",
 )
 ENDLESS = "train.steps=100000"
+DRAIN = """
+import sys
+import time
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+preemption = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+gcs, node = sys.argv[1:]
+taken, why_not = GcsClient(address=gcs).drain_node(node, preemption, "spot", int(1000 * (time.time() + 60)))
+assert taken, why_not
+"""
 
 
 def raylet(run: LiveRun, address: str) -> int:
@@ -88,13 +98,11 @@ def test_a_run_grows_onto_a_node_that_comes_late(case):
 
 
 def drain(run: LiveRun, node: str) -> None:
-    """As who takes machines away tells Ray."""
-    head = run.whole_commands()[raylet(run, "127.0.0.2")]
+    """As `ray drain-node` does, which takes 127.0.0.1 for the outward address."""
+    head = run.whole_commands()[run.pid_of("/raylet --", "/tmp/manta-ray-")]
     gcs, folder = re.search(r"--gcs-address=(\S+)", head)[1], re.search(r"/tmp/manta-ray-\w+", head)[0]
-    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "drain-node", f"--address={gcs}", f"--node-id={node}"]
-    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=60"]
     there = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{folder}/token"}
-    subprocess.run(command, env=there, check=True, capture_output=True, text=True)
+    subprocess.run([sys.executable, "-P", "-c", DRAIN, gcs, node], env=there, check=True)
 
 
 def test_a_run_saves_and_leaves_a_node_that_is_to_be_taken_away_and_does_no_step_twice(case):
