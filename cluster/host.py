@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from manta.cluster.machine import nvlink_island
+from manta.cluster.machine import address_towards, nvlink_island
 
 TEMPORARY = Path("/tmp")  # noqa: S108  whatever TMPDIR says: Ray's socket paths must fit into 107 bytes
 PREFIX = "manta-host-"
@@ -85,8 +85,13 @@ def _run(told: Mapping[str, Any], token: Path, folder: Path, gone: threading.Eve
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | told["environment"]
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     island = nvlink_island()
+    own = told["address"] or address_towards(told["gcs"].rpartition(":")[0].strip("[]"))  # by which the others reach it
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", f"--address={told['gcs']}"]
-    command += [f"--node-ip-address={told['address'] or _own_address(told['gcs'])}", "--num-cpus=1", f"--temp-dir={folder}"]
+    command += [
+        f"--node-ip-address={own}",
+        "--num-cpus=1",
+        f"--temp-dir={folder}",
+    ]
     command += [f"--object-store-memory={told['object_store_memory']}", "--include-log-monitor=false"]
     command += [] if told["gpus"] is None else [f"--num-gpus={told['gpus']}"]
     command += [f"--labels={told['island_label']}={island}"] if island else []
@@ -121,14 +126,6 @@ def _end_orphans() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=ENDING)
-
-
-def _own_address(gcs: str) -> str:
-    """This host's address on the way to Ray's head: the one by which the others reach it."""
-    host, _, port = gcs.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))  # sends nothing
-        return probe.getsockname()[0]
 
 
 def _last_line(log: Path) -> str:

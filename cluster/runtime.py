@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 from manta.cluster.hosts import OBJECT_STORE_BYTES, Host, Hosts
 
 ALONE = "127.0.0.1"  # with this for its address Ray listens at no other; with any other it listens at all that the machine has
@@ -164,12 +166,10 @@ def _private_ray(address: str, *, cpus: int) -> Generator[Path]:
                 _start(scratch, address, cpus)
                 yield scratch
             finally:
-                groups = _groups()
+                sessions = _sessions()
                 with warnings.catch_warnings(action="ignore"):
                     ray.shutdown()
-                for group in groups:  # where a part of Ray was killed, its helpers would linger for a minute
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(group, signal.SIGKILL)
+                _end(sessions)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -211,12 +211,20 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
         )
 
 
-def _groups() -> list[int]:
-    """The process groups of the Ray that was started here: each of its processes leads one."""
+def _sessions() -> set[int]:
+    """Those of the Ray that was started here: each of its processes leads one."""
     from ray._private import worker
 
     started = getattr(worker, "_global_node", None)
-    return [info.process.pid for infos in started.all_processes.values() for info in infos] if started else []
+    return {info.process.pid for infos in started.all_processes.values() for info in infos} if started else set()
+
+
+def _end(sessions: set[int]) -> None:
+    """What is left in them: where a part of Ray was killed, its helpers and workers would linger for a minute."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) in sessions:
+                os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -157,7 +157,7 @@ def test_what_listens_is_known_by_name_and_nothing_of_ours_beyond_the_loopback(c
         assert everywhere == {}
         assert addresses == {"rank": {"127.0.0.1"}, HTTP: {"127.0.0.1"}}
     else:
-        assert everywhere == {"controller": 1, "gcs_server": 1, "raylet": 2 * 3, "ray::NodeAgent": 2}
+        assert everywhere == {"controller": 1, "gcs_server": 1, "raylet": 2 * 3, "ray::NodeAgent": 2 * 2}
         assert addresses == {"rank": {"127.0.0.1", "127.0.0.3"}, HTTP: {"127.0.0.2", "127.0.0.3", "127.0.0.4"}}  # gloo, and where they meet
     names = {door.process for door in cluster.doors}
     assert names == {*DOORS, HTTP, "rank"}

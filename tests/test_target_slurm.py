@@ -121,7 +121,12 @@ def test_a_job_that_is_warned_saves_is_queued_again_and_is_done(case, cluster):
     events = [json.loads(line) for line in (case.home / "warned/events.jsonl").read_text().splitlines()]
     assert (events[-1]["event"], events[-1]["exit_code"]) == ("run-ended", 75)
     until(lambda: not left_of(case, "warned"), within=20)
-    cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def is_begun() -> bool:  # it may not be told so while it is being queued
+        cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return cluster.state(job) != "PENDING"
+
+    until(is_begun)
     until(lambda: cluster.state(job) == "COMPLETED", within=240)
     both = [read_metrics(case.home / run / "metrics.jsonl") for run in ("undisturbed", "warned")]
     assert [(line["step"], line["train/loss"], line["data/digest"]) for line in both[1]] == [

@@ -57,7 +57,7 @@ def sshds(tmp_path):
 @pytest.mark.slow
 def test_a_run_over_ssh_outlives_a_session_that_is_killed_and_leaves_nothing(case, sshds):
     """The host is reached for anew, and the run grows back; its losses are those of a run that nobody disturbed."""
-    case.train("here", "train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1")
+    case.train("beside ssh", "train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1")
     options = f'cluster.ssh.options=["-F", "{sshds.folder}/config"]'
     settings = ("train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1", options)
     process = case.start("train", str(case.file), "run.dir=over ssh", "--on", f"ssh:{sshds.folder}/hosts", *settings)
@@ -72,7 +72,7 @@ def test_a_run_over_ssh_outlives_a_session_that_is_killed_and_leaves_nothing(cas
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     assert "lost" in told or "to be taken away" in told, "its raylet is told to end, and may be seen to before it does"
-    both = [{line["step"]: line for line in read_metrics(case.home / run / "metrics.jsonl")} for run in ("here", "over ssh")]
+    both = [{line["step"]: line for line in read_metrics(case.home / run / "metrics.jsonl")} for run in ("beside ssh", "over ssh")]
     assert both[0].keys() == both[1].keys()
     assert {line["world_size"] for line in both[1].values()} >= {2}
     assert [line["data/digest"] for line in both[1].values()] == [line["data/digest"] for line in both[0].values()]

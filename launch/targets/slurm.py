@@ -15,7 +15,8 @@ from pathlib import Path
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.hosts import Host
-from manta.cluster.runtime import HostsRay
+from manta.cluster.machine import address_towards
+from manta.cluster.runtime import LOOPBACK, HostsRay
 from manta.data.durable import write_atomically
 from manta.data.errors import InputError
 from manta.launch.config import RunConfig
@@ -121,4 +122,17 @@ def ray_of_allocation(cluster: ClusterConfig) -> HostsRay:
     if slurm.container is not None:
         reach += [f"--container-image={slurm.container}", *([f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else [])]
     host = Host(name=f"job {os.environ['SLURM_JOB_ID']}", reach=tuple(reach), python=slurm.python or sys.executable)
-    return HostsRay((host,), address=socket.gethostbyname(socket.gethostname()), grace=cluster.grace)
+    return HostsRay((host,), address=_own_address(), grace=cluster.grace)
+
+
+def _own_address() -> str:
+    """This node's, as those of the job reach it: its name's. Where that is one of the loopback's, as Debian's /etc/hosts has it, the one
+    on the way out.
+    """
+    named = socket.gethostbyname(socket.gethostname())
+    if not named.startswith("127."):
+        return named
+    try:
+        return address_towards("192.0.2.1")  # nobody's
+    except OSError:
+        return LOOPBACK

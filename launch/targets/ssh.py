@@ -4,12 +4,12 @@ A line of the file is `[user@]host[:port]`, and after it what differs there: `ad
 """
 
 import re
-import socket
 import sys
 from pathlib import Path
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.hosts import Host
+from manta.cluster.machine import address_towards
 from manta.cluster.runtime import LOOPBACK, HostsRay
 from manta.data.errors import InputError
 
@@ -57,10 +57,7 @@ def _host(file: str, number: int, line: str, options: tuple[str, ...]) -> Host:
 def _towards(file: str, host: Host) -> str:
     """This machine's address on the way to a host. A name that only ssh's own config knows needs its address= in the file."""
     try:
-        family, _, _, _, where = socket.getaddrinfo(host.address or host.name, 22, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(where)  # sends nothing
-            address = str(probe.getsockname()[0])
+        address = address_towards(host.address or host.name)
     except OSError as error:
         raise InputError(f"{file}: got {host.name}, wants a host that can be found ({error.strerror}); add its address=") from None
     return LOOPBACK if address.startswith("127.") else address
