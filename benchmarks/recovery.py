@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -222,10 +223,16 @@ def holds(results: Sequence[Recovery], name: str) -> bool:
     return all(one.resumed <= FAULTS[name].within for one in results if (one.fault, one.system) == (name, "manta"))
 
 
+def times(results: Sequence[Recovery], systems: Sequence[str]) -> str:
+    """How often each fault was measured. One that was waited for in vain is not tried again."""
+    counts = Counter((one.fault, one.system) for one in results if one.system in systems and one.resumed < inf)
+    return " to ".join(map(str, sorted({*counts.values()})))
+
+
 def table(results: Sequence[Recovery], around: dict[str, Any], machine: str) -> str:
     """What docs/recovery.md says of them."""
-    times = sorted({sum((one.fault, one.system) == (name, "manta") for one in results) for name in FAULTS})
-    text = f"""On {machine}. Seconds: the median of {" to ".join(map(str, times))}, and in brackets the slowest.
+    often = f"{times(results, ['manta'])} (Ray Train: of {times(results, [*SYSTEMS][1:])})"
+    text = f"""On {machine}. Seconds: the median of {often}, in brackets the slowest.
 
 | what happens | noticed after | next optimizer step after | to hold | steps done again | Ray Train v2 | Ray Train v2, tuned |
 |---|---|---|---|---|---|---|

@@ -36,6 +36,7 @@ def test_the_table_tells_median_slowest_and_how_many_times_longer_another_takes(
     row = next(line for line in text.splitlines() if line.startswith("| a rank is killed"))
     assert row == "| a rank is killed | 0.10 (0.10) | 0.50 (1.00) | 2 | 7 | not within 120 | 30.00 (60.00), 60 times |"
     assert len([line for line in text.splitlines() if line.startswith("| a")]) == len(recovery.FAULTS)
+    assert "the median of 3 (Ray Train: of 3), in brackets the slowest" in text
     assert "NOT HELD" not in text
     assert "not quiet" not in text
 

@@ -5,6 +5,7 @@ The script is held against golden_slurm_job.sh; `python tests/test_target_slurm.
 
 import json
 import shutil
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -74,6 +75,12 @@ def test_an_allocation_is_used_only_in_one(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(InputError, match="got no SLURM_JOB_ID, wants to be run in a job"):
         slurm.ray_of_allocation(ClusterConfig())
+
+
+def test_the_head_is_where_other_nodes_reach_it(monkeypatch):
+    for named, is_it in (("10.1.2.3", True), ("127.0.1.1", False)):
+        monkeypatch.setattr(socket, "gethostbyname", lambda _, named=named: named)
+        assert (slurm._own_address() == named) == is_it
 
 
 @pytest.fixture(scope="module")
