@@ -101,6 +101,19 @@ def drill(file: File, overrides: Overrides = None, *, on: On = "local", insecure
     raise typer.Exit(drill(loaded, ray_of(loaded, on, insecure=insecure)))
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def at(
+    address: Annotated[str, typer.Argument(metavar="http://HOST:8265", help="Of the Ray's dashboard.", show_default=False)],
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="status, logs, stop, attach, ...", show_default=False)],
+    *,
+    insecure: Insecure = False,
+) -> None:
+    """Give a command on a node of a Ray elsewhere, which sees what this machine does not: at http://head:8265 status /shared/run."""
+    from manta.launch.targets.jobs import ask
+
+    raise typer.Exit(ask(address, command, insecure=insecure))
+
+
 @app.command()
 def attach(run: Run) -> None:
     """Watch a run that is in the background, or anywhere; ends with its exit code. Ctrl-C ends the watching, not the run."""

@@ -18,7 +18,7 @@ import yaml
 from conftest import MANTA
 
 from manta.launch import __version__, config
-from manta.launch.targets.jobs import luggage
+from manta.launch.targets.jobs import luggage, take_along
 from manta.trainer.metrics import read_metrics
 from manta.trainer.rundir import RunDirectory
 
@@ -105,6 +105,10 @@ def test_a_run_is_submitted_and_learns_what_it_would_have_here(case, python, tmp
         assert submitted.returncode == 0, submitted.stderr
         home = RunDirectory(case.home / "there")
         until(lambda: home.events_file.exists() and '"run-ended"' in home.events_file.read_text(), within=200)
+        told = case.manta("at", HTTP, "status", str(home.path), "--json", **environment)
+        assert (told.returncode, json.loads(told.stdout)) == (0, json.loads(case.manta("status", str(home.path), "--json").stdout))
+        lost = case.manta("at", HTTP, "status", "/no/such run", **environment)
+        assert (lost.returncode, lost.stdout) == (2, case.manta("status", "/no/such run").stderr)
     assert json.loads(home.events_file.read_text().splitlines()[-1])["exit_code"] == 0
     lines = [read_metrics(case.home / run / "metrics.jsonl") for run in ("here", "there")]
     assert [line["train/loss"] for line in lines[1]] == [line["train/loss"] for line in lines[0]]
@@ -120,12 +124,19 @@ def test_a_ray_that_asks_for_no_token_is_handed_nothing(case, python):
     assert f"--on: got {HTTP}, wants one that asks for a token" in refused.stderr
 
 
+def test_a_command_that_nobody_can_be_asked_to_run_is_told(case):
+    done = case.manta("at", f"http://{ADDRESS}:1", "status", "/shared/run")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"http://{ADDRESS}:1" in done.stderr
+
+
 def test_what_travels_is_the_config_this_manta_and_the_user_s_own_model(case, tmp_path, monkeypatch):
     package = tmp_path / "desk/models"
     package.mkdir(parents=True)
     (package / "mine.py").write_text("")
     monkeypatch.chdir(package.parent)
-    luggage(tmp_path, config.load(case.file, ["model.family=models.mine:Mine", f"run.dir={tmp_path / 'run'}"]))
+    luggage(tmp_path)
+    take_along(tmp_path, config.load(case.file, ["model.family=models.mine:Mine", f"run.dir={tmp_path / 'run'}"]))
     assert config.load(tmp_path / "run.yaml").run.dir == tmp_path / "run"
     assert (tmp_path / "models/mine.py").exists()
     ask = "import manta.trainer.config as c, importlib.metadata as m; print(c.__file__, m.version('manta'))"
