@@ -74,7 +74,7 @@ def objects(where: Bucket) -> list[str]:
     return [file.url.removeprefix(f"{where.url}/") for file in remote.listing(where.url)]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_is_saved_is_listed_verified_read_and_kept_as_on_a_disk(where, asynchronous):
     begun = saver(where, keep=Keep(newest=1, best=1, every=4), asynchronous=asynchronous)
     begun.fence()

@@ -87,6 +87,7 @@ def test_a_corpus_in_a_bucket_holds_the_bytes_of_one_on_disk(bucket, lines, tmp_
     assert prepare.prepare(data, SMALL) == there  # nothing is made twice
 
 
+@pytest.mark.slow
 def test_two_ranks_download_each_shard_once_and_later_ones_none(bucket, lines, tmp_path):
     proxy, data = bucket
     cold = read(data, ranks=2)

@@ -55,6 +55,7 @@ def slowed(forward):
     return slow
 
 
+@pytest.mark.slow
 def test_only_a_slow_rank_s_own_time_is_longer_though_steps_take_all_as_long():
     lost = PAUSE * 2 * MODELS["gpt2"].layers
     for (name, parallel), (waiting, whole), (slow, _) in zip(LAYOUTS, *spmd(worked, 2, LAYOUTS), strict=True):
