@@ -127,7 +127,7 @@ def test_a_ray_that_asks_for_no_token_is_handed_nothing(case, python):
 def test_a_command_that_nobody_can_be_asked_to_run_is_told(case):
     done = case.manta("at", f"http://{ADDRESS}:1", "status", "/shared/run")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"http://{ADDRESS}:1" in done.stderr
+    assert f"manta: at: got http://{ADDRESS}:1, wants the address of a Ray's dashboard" in done.stderr
 
 
 def test_what_travels_is_the_config_this_manta_and_the_user_s_own_model(case, tmp_path, monkeypatch):

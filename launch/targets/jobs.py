@@ -39,7 +39,7 @@ def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
     """Hands the run over. Gives the exit code. Raises InputError before anything is handed over."""
     if problems := list(_problems(config)):
         raise InputError("\n".join(problems))
-    client = _client(address, insecure=insecure)
+    client = _client("--on", address, insecure=insecure)
     with tempfile.TemporaryDirectory() as folder:
         luggage(Path(folder))
         take_along(Path(folder), config)
@@ -56,7 +56,7 @@ def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
 
 def ask(address: str, command: Sequence[str], *, insecure: bool) -> int:
     """Has a node of it run a command of manta's, and shows what that says. Gives its exit code. Raises InputError where it can not."""
-    client = _client(address, insecure=insecure)
+    client = _client("at", address, insecure=insecure)
     with tempfile.TemporaryDirectory() as folder:
         luggage(Path(folder))
         entrypoint = f"python -P -m manta.launch {shlex.join(command)}"
@@ -65,11 +65,12 @@ def ask(address: str, command: Sequence[str], *, insecure: bool) -> int:
     while not (info := client.get_job_info(job)).status.is_terminal():
         time.sleep(0.1)
     if info.driver_exit_code is None:
-        raise InputError(f"{address}: {info.message}")
+        raise InputError(f"at: got {address}, wants a node of it that can run manta: {info.message}")
     return int(info.driver_exit_code)
 
 
 async def _show(client: Any, job: str) -> None:
+    """What a job says, until it ends; without what Ray says before."""
     head: str | None = ""
     async for text in client.tail_job_logs(job):
         if head is not None:
@@ -103,28 +104,28 @@ def take_along(folder: Path, config: RunConfig) -> None:
         shutil.copyfile(file, folder / file.name)  # else it has to be installed there
 
 
-def _client(address: str, *, insecure: bool) -> Any:
+def _client(where: str, address: str, *, insecure: bool) -> Any:
     """Raises InputError where there is none, or one that anybody is let in by, unless told that this is known."""
-    if not insecure and _is_open(address):
-        raise InputError(f"--on: got {address}, wants one that asks for a token: start it with RAY_AUTH_MODE=token; or add --insecure")
+    if not insecure and _is_open(where, address):
+        raise InputError(f"{where}: got {address}, wants one that asks for a token: start it with RAY_AUTH_MODE=token; or add --insecure")
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
     except Exception as error:  # noqa: BLE001  of several libraries
-        raise InputError(f"--on: got {address}, {RAY}: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"{where}: got {address}, {RAY}: {str(error).strip().splitlines()[0]}") from None
 
 
-def _is_open(address: str) -> bool:
+def _is_open(where: str, address: str) -> bool:
     """Whether it answers who has no token. Raises InputError where nobody is there."""
     try:
         urllib.request.urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=ANSWER).close()  # noqa: S310  http or https, as asked
     except urllib.error.HTTPError as error:
         if error.code in {401, 403}:
             return False
-        raise InputError(f"--on: got {address}, {RAY}: {error}") from None
+        raise InputError(f"{where}: got {address}, {RAY}: {error}") from None
     except OSError as error:
-        raise InputError(f"--on: got {address}, {RAY}: {getattr(error, 'reason', error)}") from None
+        raise InputError(f"{where}: got {address}, {RAY}: {getattr(error, 'reason', error)}") from None
     return True
 
 
