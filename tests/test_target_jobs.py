@@ -107,6 +107,10 @@ def test_a_run_is_submitted_and_learns_what_it_would_have_here(case, python, tmp
         until(lambda: home.events_file.exists() and '"run-ended"' in home.events_file.read_text(), within=200)
         told = case.manta("at", HTTP, "status", str(home.path), "--json", **environment)
         assert (told.returncode, json.loads(told.stdout)) == (0, json.loads(case.manta("status", str(home.path), "--json").stdout))
+        for command in (("logs", str(home.path), "--rank", "1"), ("stop", str(home.path))):
+            near = case.manta(*command)
+            told = case.manta("at", HTTP, *command, **environment)
+            assert (told.returncode, told.stdout) == (near.returncode, near.stdout + near.stderr)
         lost = case.manta("at", HTTP, "status", "/no/such run", **environment)
         assert (lost.returncode, lost.stdout) == (2, case.manta("status", "/no/such run").stderr)
     assert json.loads(home.events_file.read_text().splitlines()[-1])["exit_code"] == 0
