@@ -13,7 +13,7 @@ test-all: .venv/dev
 	$(BIN)/python -m pytest -m ''
 
 parity: .venv/dev
-	$(BIN)/python tests/parity_table.py
+	$(BIN)/python tests/support/parity_table.py
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from manta.data.config import DataConfig, TokenizerConfig
-from manta.data.manifest import Prepared
-from manta.data.prepare import prepare
+from manta.data.prepare.prepare import prepare
+from manta.data.shards.manifest import Prepared
 
 GOAL, RATIO = 10.0, 3.5  # MB by CPU-second, and as much of the other's
 END_OF_TEXT = "<|endoftext|>"

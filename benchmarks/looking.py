@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from manta.trainer.batch import Batch
-from manta.trainer.config import OptimizerConfig, Precision, TrainConfig
-from manta.trainer.engine import Engine
-from manta.trainer.layout import fits
+from manta.trainer.config.model import ModelConfig
+from manta.trainer.config.training import OptimizerConfig, Precision, TrainConfig
+from manta.trainer.dataloader.batch import Batch
+from manta.trainer.dist.layout import fits
+from manta.trainer.dist.world import World
+from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.model.build import build
-from manta.trainer.model_config import ModelConfig
-from manta.trainer.world import World
 
 RANKS, LENGTH, VOCABULARY = 2, 128, 4096
 MODELS: list[tuple[dict[str, Any], Precision]] = [

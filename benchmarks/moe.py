@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manta.trainer.config.model import ExpertsConfig
 from manta.trainer.model.layers import SwiGLU
 from manta.trainer.model.moe import MixtureOfExperts
-from manta.trainer.model_config import ExpertsConfig
 
 EXPERTS, TOP_K, SEQUENCE = 8, 2, 512
 GOAL = 1.3

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from peers import environment
 
 from manta.data.config import DataConfig, TokenizerConfig
-from manta.data.prepare import prepare
-from manta.data.samples import Samples
-from manta.data.shards import ShardWriter
+from manta.data.prepare.prepare import prepare
+from manta.data.sampling.samples import Samples
+from manta.data.shards.shard import ShardWriter
 
 T = 1024
 GOAL = 150e6  # tokens by CPU-second

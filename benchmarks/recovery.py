@@ -67,7 +67,7 @@ def raylet(rank: psutil.Process) -> list[psutil.Process]:
 
 def node(rank: psutil.Process) -> list[psutil.Process]:
     """All that came of the program that keeps its raylet up, and this first: it would start another."""
-    (keeper,) = [found for found in rank.parents() if "manta.cluster.host" in found.cmdline()]
+    (keeper,) = [found for found in rank.parents() if "manta.cluster.ray.host" in found.cmdline()]
     return [keeper, *keeper.children(recursive=True)]
 
 

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from manta.cluster import runtime
+from manta.cluster.ray import runtime
 
 NODES, SEQUENCES, LENGTH, VOCABULARY, WIDTH, LAYERS, HEADS, SAVE_EVERY = 3, 12, 128, 4096, 128, 4, 4, 10
 LIMIT = "3"  # seconds, as recovery.py gives manta

@@ -22,19 +22,19 @@ os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0
 import torch
 import xxhash
 
-from manta.trainer.batch import Batch
-from manta.trainer.checkpoint import store
+from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.engine_state import logical_shapes, logical_state, progress
 from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, name_of, to_bytes
-from manta.trainer.checkpoint.pieces import Pieces
-from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.state import logical_shapes, logical_state, progress
-from manta.trainer.config import OptimizerConfig, TrainConfig
-from manta.trainer.engine import Engine
-from manta.trainer.layout import fits
+from manta.trainer.checkpoint.shards import Pieces
+from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.config.model import ModelConfig
+from manta.trainer.config.training import OptimizerConfig, TrainConfig
+from manta.trainer.dataloader.batch import Batch
+from manta.trainer.dist.layout import fits
+from manta.trainer.dist.world import World
+from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.model.build import build
-from manta.trainer.model_config import ModelConfig
-from manta.trainer.world import World
 
 LENGTH, VOCABULARY = 128, 8192
 WANTED = {"blocking save / torch.save": 1.2, "load / torch.load": 1.2, "stall / step": 1.0, "hashes and manifest / save": 0.1}
@@ -95,7 +95,7 @@ class Comparison:
         self.timed("stall", lambda: self.behind.save(logical_state(self.engine), come, wait=False))
         self.timed("step while it is written", self.step)
         self.behind.finish()
-        checkpoint = store.look(self.where, name_of(number))
+        checkpoint = catalog.look(self.where, name_of(number))
         self.timed("torch.load", self.load_by_torch)
         self.timed("DeepSpeed's load", lambda: self.engine.deepspeed.load_checkpoint(str(self.deepspeeds), tag="x"))
         for _ in range(5):  # in turn: their difference is what hashes cost a load
@@ -119,8 +119,8 @@ class Comparison:
         for key, tensor in torch.load(self.torchs).items():
             self.wholes[key].copy_(tensor)
 
-    def load(self, checkpoint: Checkpoint, verify: store.Verify) -> None:
-        store.load(self.where, checkpoint, logical_state(self.engine), self.shapes, verify=verify)
+    def load(self, checkpoint: Checkpoint, verify: catalog.Verify) -> None:
+        catalog.load(self.where, checkpoint, logical_state(self.engine), self.shapes, verify=verify)
 
 
 def compare(scratch: Path, *, width: int, layers: int, rounds: int) -> int:
@@ -168,10 +168,10 @@ def synced(path: Path) -> None:
 def tell_memory(directory: Path) -> int:
     """By how much a process grows that loads a checkpoint, over the bytes that it loads."""
     where = Folder(directory)
-    checkpoint = store.look(where, where.names()[0])
+    checkpoint = catalog.look(where, where.names()[0])
     tensors = {key: torch.empty(stored.shape) for key, stored in checkpoint.tensors.items()}  # memory that nothing lies in yet
     before = peak(anew=True)
-    store.load(where, checkpoint, {key: Pieces.all_of(tensor) for key, tensor in tensors.items()}, checkpoint.shapes, verify="full")
+    catalog.load(where, checkpoint, {key: Pieces.all_of(tensor) for key, tensor in tensors.items()}, checkpoint.shapes, verify="full")
     print(json.dumps((peak() - before) / sum(tensor.nbytes for tensor in tensors.values())))
     return 0
 

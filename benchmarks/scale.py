@@ -18,11 +18,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from manta.cluster import attempt, controller, room
-from manta.cluster.agent import NodeFacts
 from manta.cluster.config import ClusterConfig
-from manta.cluster.failure import RankStatus
 from manta.cluster.job import Job
+from manta.cluster.nodes import capacity
+from manta.cluster.nodes.agent import NodeFacts
+from manta.cluster.supervise import attempt, controller
+from manta.cluster.supervise.failure import RankStatus
 
 RAY = ("ray", "ray.exceptions", "ray._private", "ray._private.state", "ray.util", "ray.util.scheduling_strategies")
 STEPS, STEP, KILLED_AT = 120, 0.5, 40.0  # steps, seconds each, seconds after the first
@@ -201,9 +202,9 @@ def _address(number: int) -> str:
 def main(count: int, each: int) -> None:
     fleet = Fleet(count)
     stand_in(fleet)
-    from manta.cluster import nodes
+    from manta.cluster.nodes import node_group
 
-    for module in (attempt, controller, nodes, room):
+    for module in (attempt, controller, node_group, capacity):
         module.time = CLOCK  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         config = ClusterConfig(nodes=count, keep_warm=False)

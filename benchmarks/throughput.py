@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from manta.trainer.metrics import read_metrics
-from manta.trainer.rundir import RunDirectory
+from manta.trainer.run_directory import RunDirectory
 
 MANTA = Path(sys.executable).with_name("manta")
 WARMUP = 10  # steps left out: compilation of kernels, caches, clocks

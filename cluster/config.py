@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from manta.cluster.targets import Kubernetes, Slurm, Ssh
+from manta.cluster.target_config import Kubernetes, Slurm, Ssh
 
 _DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 _RANGE = re.compile(r"([1-9]\d*)(?:\.\.([1-9]\d*))?")

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from manta.data.source import Section, SourceConfig
+from manta.data.sources.config import Section, SourceConfig
 
 BYTES = 256  # a byte-level vocabulary holds each of them, so that any text can be encoded
 

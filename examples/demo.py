@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from manta.data.samples import Samples
+from manta.data.sampling.samples import Samples
 from manta.trainer.loop import validation_samples
 from manta.trainer.metrics import Line, parse, read_metrics
-from manta.trainer.rundir import RunDirectory
+from manta.trainer.run_directory import RunDirectory
 
 CONFIG = "examples/gpt-tiny.yaml"
 RUN = Path("runs/demo")

@@ -11,10 +11,10 @@ import typer
 from manta.data.errors import InputError
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
-from manta.launch.insight.commands import app as data_app
+from manta.launch.inspect.commands import app as data_app
 
 if TYPE_CHECKING:
-    from manta.trainer.rundir import RunDirectory
+    from manta.trainer.run_directory import RunDirectory
 
 FAILED, USAGE = 1, 2
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -109,7 +109,7 @@ def at(
     insecure: Insecure = False,
 ) -> None:
     """Give a command on a node of a Ray elsewhere, which sees what this machine does not: at http://head:8265 status /shared/run."""
-    from manta.launch.targets.jobs import ask
+    from manta.launch.targets.ray_job import ask
 
     raise typer.Exit(ask(address, command, insecure=insecure))
 
@@ -117,7 +117,7 @@ def at(
 @app.command()
 def attach(run: Run) -> None:
     """Watch a run that is in the background, or anywhere; ends with its exit code. Ctrl-C ends the watching, not the run."""
-    from manta.launch.reach.attach import attach as show
+    from manta.launch.control.attach import attach as show
 
     raise typer.Exit(show(run))
 
@@ -130,7 +130,7 @@ def stop(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for it.")] = 600.0,
 ) -> None:
     """Have a run save and leave, whichever machine it is on, and wait until it has."""
-    from manta.launch.reach.stop import stop as end
+    from manta.launch.control.stop import stop as end
 
     try:
         typer.echo(end(run, at_once=at_once, timeout=timeout))
@@ -148,7 +148,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on, attempt after attempt, until the run ends.")] = False,
 ) -> None:
     """What a rank has written: its log, and whatever libraries said there."""
-    from manta.launch.reach.logs import logs as read
+    from manta.launch.control.logs import logs as read
 
     for text in read(run, rank=rank, attempt=attempt, follow=follow):
         sys.stdout.buffer.write(text)
@@ -158,7 +158,7 @@ def logs(
 @app.command()
 def prepare(file: File, overrides: Overrides = None) -> None:
     """Tokenize the config's corpus, once. Training does it too; here it is done without."""
-    from manta.data.prepare import prepare as prepare_corpus
+    from manta.data.prepare.prepare import prepare as prepare_corpus
     from manta.launch import config
 
     loaded = config.load(file, overrides or [])
@@ -170,7 +170,7 @@ def prepare(file: File, overrides: Overrides = None) -> None:
 @app.command()
 def status(run: Run, *, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """How a run stands."""
-    from manta.launch import status as report
+    from manta.launch.control import status as report
 
     told = report.status(run)
     if as_json:
@@ -217,7 +217,7 @@ def export(
         raise InputError(f"--dtype: got {dtype}, wants float32, bfloat16 or float16")
     limit = _bytes(shard_size)
     home = _trained(run)
-    from manta.trainer.convert.places import refuse_to_overwrite
+    from manta.trainer.convert.directories import refuse_to_overwrite
 
     directory = home.path / "export" / "hf" if output is None else output.absolute()
     refuse_to_overwrite(directory, home)
@@ -239,11 +239,11 @@ def import_(
     ] = None,
 ) -> None:
     """Take in a model of Hugging Face transformers: GPT-2, Llama, Mistral, Qwen3, BERT, and mixtures of experts."""
-    from manta.trainer.convert.places import check_import, import_name
+    from manta.trainer.convert.directories import check_import, import_name
 
     place = Path("imported") / import_name(directory) if output is None else output
     check_import(directory, place)
-    from manta.trainer.convert.importing import import_model
+    from manta.trainer.convert.import_model import import_model
 
     import_model(directory, place)
     typer.echo(str(place))
@@ -260,7 +260,7 @@ def _bytes(text: str) -> int:
 def _trained(run: Path) -> "RunDirectory":
     """The run, or the import, in a directory. Its mistakes are told before torch is imported."""
     from manta.launch import config
-    from manta.trainer.rundir import RunDirectory
+    from manta.trainer.run_directory import RunDirectory
 
     home = RunDirectory(run.absolute())
     if (home.path / "source.json").exists():

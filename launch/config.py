@@ -17,10 +17,10 @@ from pydantic_core import ErrorDetails
 
 from manta.cluster.config import ClusterConfig
 from manta.data.errors import InputError
-from manta.launch.dialect import ConfigError, Dumper, Loader
-from manta.trainer.config import TrainingConfig
-from manta.trainer.model_config import ModelConfig
-from manta.trainer.rundir import RunDirectory
+from manta.launch.yaml_file import ConfigError, Dumper, Loader
+from manta.trainer.config.model import ModelConfig
+from manta.trainer.config.training import TrainingConfig
+from manta.trainer.run_directory import RunDirectory
 
 Tree = dict[str, Any]
 

@@ -14,10 +14,10 @@ import traceback
 from pathlib import Path
 
 from manta.data.errors import InputError
-from manta.trainer import stacks
+from manta.trainer import stack_traces
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
 from manta.trainer.heartbeat import Heartbeat
-from manta.trainer.notice import Notice
+from manta.trainer.stop_request import Notice
 
 FAILED, USAGE, UNSAVED = 1, 2, 143
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # what RuntimeErrors of torch's then say
@@ -30,7 +30,7 @@ def main() -> int:
     notice = Notice()
     if "MANTA_STANDBY" in os.environ:
         stand_by()
-    stacks.answer(signal.SIGUSR2)
+    stack_traces.answer(signal.SIGUSR2)
     place = f"attempt {os.environ.get('MANTA_ATTEMPT', '0')} rank {os.environ.get('RANK', '0')}"
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {place} %(name)s: %(message)s", force=True)
     heartbeat = Heartbeat.from_environment()

@@ -10,21 +10,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from manta.data.live import LiveSamples
-from manta.data.objectives import DIGEST_BITS
-from manta.data.samples import Samples
-from manta.trainer.batch import Batch
-from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.config import TrainingConfig
-from manta.trainer.engine import Engine, Outcome
+from manta.data.live.samples import LiveSamples
+from manta.data.objectives.causal import DIGEST_BITS
+from manta.data.sampling.samples import Samples
+from manta.trainer.checkpoint.policy import Saves
+from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.config.training import TrainingConfig
+from manta.trainer.dataloader.batch import Batch
+from manta.trainer.dataloader.loader import Reader
+from manta.trainer.dist.world import World
+from manta.trainer.engine.deepspeed import Engine, Outcome
 from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.metrics import Line, MetricsLog, describe
-from manta.trainer.notice import Notice
-from manta.trainer.reader import Reader
-from manta.trainer.rundir import RunDirectory
-from manta.trainer.saves import Saves
-from manta.trainer.schedule import learning_rate
-from manta.trainer.world import World
+from manta.trainer.optim.schedules import learning_rate
+from manta.trainer.run_directory import RunDirectory
+from manta.trainer.stop_request import Notice
 
 log = logging.getLogger(__name__)
 

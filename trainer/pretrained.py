@@ -11,17 +11,17 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from manta.data.errors import InputError
-from manta.data.tokenizer import Tokenizer
-from manta.trainer.checkpoint import store
+from manta.data.tokenizer.tokenizer import Tokenizer
+from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint, difference
 from manta.trainer.checkpoint.vocabulary import ROWS
-from manta.trainer.convert import source
-from manta.trainer.convert.mapping import tensors
+from manta.trainer.config.model import ModelConfig
+from manta.trainer.convert import provenance
+from manta.trainer.convert.tensor_map import tensors
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
-from manta.trainer.model_config import ModelConfig
-from manta.trainer.rundir import RunDirectory, origin_of
+from manta.trainer.run_directory import RunDirectory, origin_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Pretrained:
     end_of_text: str
     sequence_length: int
     checkpoint: Checkpoint
-    source: source.Source | None  # None: it was trained here
+    source: provenance.Source | None  # None: it was trained here
 
     @property
     def vocabulary(self) -> int:
@@ -47,13 +47,13 @@ def load_pretrained(home: RunDirectory) -> Pretrained:
 
     Raises InputError where there is none, CheckpointError where all are bad, or of another model.
     """
-    origin = source.read(home.path)
+    origin = provenance.read(home.path)
     if origin is None:
         run = home.config()
         config, end_of_text, sequence_length = run.model, run.tokenizer.end_of_text, run.data.sequence_length
     else:
         config, end_of_text, sequence_length = imported_config(home.path), origin.end_of_text, origin.sequence_length
-    found = store.newest_weights(home.checkpoints)
+    found = catalog.newest_weights(home.checkpoints)
     if found is None:
         remedy = f"train first: manta resume {home.typed}" if origin is None else "import it again"
         raise InputError(f"{home.checkpoints}: got no checkpoint, wants one; {remedy}")
@@ -94,7 +94,7 @@ def other_weights(
     """
     where, name = origin_of(start)
     assert name is not None, f"{start}: not the name of one checkpoint"
-    got = store.look(where, name).shapes
+    got = catalog.look(where, name).shapes
     with torch.device("meta"):
         model = build(config, vocabulary=vocabulary, sequence_length=sequence_length, code=code)
     weights = {key.removeprefix("master/"): shape for key, shape in got.items() if key.startswith("master/")}

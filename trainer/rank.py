@@ -9,28 +9,28 @@ import torch
 import torch.distributed as dist
 
 from manta.data.errors import InputError
-from manta.data.live import Cursor, LiveSamples, check_ranks, open_samples
-from manta.data.tokenizer import ids
-from manta.trainer.checkpoint import store, vocabulary
+from manta.data.live.samples import Cursor, LiveSamples, check_ranks, open_samples
+from manta.data.tokenizer.tokenizer import ids
+from manta.trainer.checkpoint import catalog, vocabulary
+from manta.trainer.checkpoint.engine_state import load_masters, logical_shapes, refresh, restore, settle
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError
 from manta.trainer.checkpoint.identity import identity_of
-from manta.trainer.checkpoint.keeping import Keep
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
-from manta.trainer.checkpoint.saver import Saver
-from manta.trainer.checkpoint.state import load_masters, logical_shapes, refresh, restore, settle
-from manta.trainer.compiler import ask_for_compiler
-from manta.trainer.config import TrainingConfig
-from manta.trainer.engine import Engine
+from manta.trainer.checkpoint.retention import Keep
+from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.config.supported import compiles
+from manta.trainer.config.training import TrainingConfig
+from manta.trainer.dist.layout import fits
+from manta.trainer.dist.world import Mesh, World
+from manta.trainer.engine.compiler import ask_for_compiler
+from manta.trainer.engine.deepspeed import Engine
+from manta.trainer.engine.peak_flops import peak_flops
 from manta.trainer.heartbeat import Heartbeat
-from manta.trainer.layout import fits
 from manta.trainer.loop import Loop
 from manta.trainer.model.build import build
-from manta.trainer.notice import Notice
 from manta.trainer.parallel.fp8 import ask_for_gpu
-from manta.trainer.power import peak_flops
-from manta.trainer.refusals import compiles
-from manta.trainer.rundir import RunDirectory, origin_of, tokenizer_of
-from manta.trainer.world import Mesh, World
+from manta.trainer.run_directory import RunDirectory, origin_of, tokenizer_of
+from manta.trainer.stop_request import Notice
 
 log = logging.getLogger(__name__)
 DONE, LEFT, INTERRUPTED = 0, 75, 130
@@ -133,7 +133,7 @@ def _compiles(config: TrainingConfig, device: torch.device) -> bool:
     return True
 
 
-def resume(engine: Engine, home: RunDirectory, identity: dict[str, str], *, verify: store.Verify) -> Progress | None:
+def resume(engine: Engine, home: RunDirectory, identity: dict[str, str], *, verify: catalog.Verify) -> Progress | None:
     """Loads the newest valid checkpoint. Gives how far it has come; None where there is none.
 
     Raises CheckpointError where all are bad, InputError where it is of another run.
@@ -147,7 +147,7 @@ def resume(engine: Engine, home: RunDirectory, identity: dict[str, str], *, veri
                 raise InputError(f"{checkpoint.at}: {key} fingerprint: got {got}, wants {wanted}; {remedy}")
         restore(where, checkpoint, engine, verify=verify)
 
-    checkpoint = store.take_newest(where, take)
+    checkpoint = catalog.take_newest(where, take)
     if checkpoint is None:
         return None
     settle(checkpoint.progress, engine)
@@ -177,7 +177,7 @@ def begin_from(engine: Engine, start: str, tokenizer: Path | None = None) -> Non
         load_masters(where, suited, engine)
 
     try:
-        checkpoint = store.take_newest(where, take, set_aside=False) if name is None else store.take_one(where, name, take)
+        checkpoint = catalog.take_newest(where, take, set_aside=False) if name is None else catalog.take_one(where, name, take)
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
     if checkpoint is None:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manta.data.errors import InputError
+from manta.trainer.config.model import ModelConfig
 from manta.trainer.model.attention import Cache
 from manta.trainer.model.decoder import Decoder
 from manta.trainer.model.dropout import Dropout
 from manta.trainer.model.layers import Attention, Pass, RMSNorm, rotation
-from manta.trainer.model_config import ModelConfig
 
 
 class PoweredMLP(nn.Module):

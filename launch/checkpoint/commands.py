@@ -20,25 +20,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 @app.command("list", epilog="For example: manta checkpoint list runs/mine")
 def list_(where: Where, *, as_json: AsJson = False) -> None:
     """Which checkpoints there are, newest first, as their manifests tell; their files are not read."""
-    from manta.launch.checkpoint import listed
+    from manta.launch.checkpoint.list import checkpoints, show
 
-    told = listed.checkpoints(where)
+    told = checkpoints(where)
     if as_json:
         typer.echo(json.dumps(told))
     else:
-        listed.show(told)
+        show(told)
 
 
 @app.command(epilog="For example: manta checkpoint verify runs/mine")
 def verify(where: Where, *, as_json: AsJson = False) -> None:
     """Read every byte, and tell which checkpoints hold what their manifest says. Exit code 1 where one does not."""
-    from manta.launch.checkpoint import verified
+    from manta.launch.checkpoint import verify
 
-    told = verified.verify(where)
+    told = verify.verify(where)
     if as_json:
         typer.echo(json.dumps(told))
     else:
-        verified.show(told)
+        verify.show(told)
     if any(one["error"] for one in told):
         raise typer.Exit(1)
 
@@ -54,13 +54,13 @@ def inspect(
 
     Of a run the newest valid one, or RUN/checkpoints/step-... One tensor at a time is held in memory.
     """
-    from manta.launch.checkpoint import inspected
+    from manta.launch.checkpoint import inspect
 
-    told = inspected.inspect(where, match)
+    told = inspect.inspect(where, match)
     if as_json:
         typer.echo(json.dumps(told))
     else:
-        inspected.show(told)
+        inspect.show(told)
 
 
 @app.command(epilog="For example: manta checkpoint prune runs/mine --keep 2 --every 10000 --dry-run")
@@ -74,9 +74,9 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Delete checkpoints that are kept no more. The newest valid one stays whatever is asked for; it is read first, every byte."""
-    from manta.launch.checkpoint import pruned
+    from manta.launch.checkpoint import prune
 
-    for name in pruned.prune(where, keep=keep, best=best, every=every, bad=bad, dry_run=dry_run):
+    for name in prune.prune(where, keep=keep, best=best, every=every, bad=bad, dry_run=dry_run):
         typer.echo(f"{'would delete' if dry_run else 'deleted'} {name}")
 
 
@@ -87,9 +87,9 @@ def now(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for it.")] = 600.0,
 ) -> None:
     """Have a run that is training write one after the step that it is at, and wait until it is there."""
-    from manta.launch.checkpoint import requested
+    from manta.launch.checkpoint import request
 
-    typer.echo(requested.now(run, timeout=timeout))
+    typer.echo(request.now(run, timeout=timeout))
 
 
 @app.command(epilog="For example: manta checkpoint convert deepspeed/checkpoints run.yaml run.dir=runs/mine")
@@ -111,7 +111,7 @@ def convert(
 
     Makes the run directory, which must be new. The config says what the run was: the same model, optimizer and batch.
     """
-    from manta.launch.checkpoint import converted
+    from manta.launch.checkpoint import convert
 
-    typer.echo(converted.convert(source, file, overrides or [], names))
-    typer.echo(f"go on with it: {converted.next_command(file, overrides or [])}")
+    typer.echo(convert.convert(source, file, overrides or [], names))
+    typer.echo(f"go on with it: {convert.next_command(file, overrides or [])}")

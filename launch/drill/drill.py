@@ -9,16 +9,16 @@ from pathlib import Path
 
 import typer
 
-from manta.cluster.controller import INTERRUPTED, LEFT_SAVED, LEFT_UNSAVED
-from manta.cluster.runtime import Ray
-from manta.data.remote import is_remote, join
+from manta.cluster.ray.runtime import Ray
+from manta.cluster.supervise.controller import INTERRUPTED, LEFT_SAVED, LEFT_UNSAVED
+from manta.data.storage.remote import is_remote, join
 from manta.launch.config import RunConfig
-from manta.launch.display import say
 from manta.launch.drill.faults import Faults, Row
 from manta.launch.drill.watch import Wait, Watch
-from manta.launch.train import Ready, ready_to_train
+from manta.launch.run.display import say
+from manta.launch.run.train import Ready, ready_to_train
 from manta.trainer.metrics import Line
-from manta.trainer.rundir import RunDirectory
+from manta.trainer.run_directory import RunDirectory
 
 FAILED = 1
 LAID_UNDER = ("train.steps=100000", "checkpoint.every_steps=10", "checkpoint.keep=2", "track.every_steps=1")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manta.cluster.harm import Fault, Hand
-from manta.cluster.pace import KNOWN
-from manta.cluster.runtime import JoinedRay, Ray
-from manta.data.remote import is_remote
+from manta.cluster.ray.runtime import JoinedRay, Ray
+from manta.cluster.supervise.fault_injection import Fault, Hand
+from manta.cluster.supervise.stragglers import KNOWN
+from manta.data.storage.remote import is_remote
 from manta.launch.config import RunConfig
 from manta.launch.drill.watch import Wait, Watch, wait
 from manta.trainer.metrics import Line
@@ -162,7 +162,7 @@ class Faults:
         """On the node of the last rank. Waits until it can be told what to do: it is then done at once."""
         import ray
 
-        from manta.cluster.nodes import alone
+        from manta.cluster.nodes.node_group import alone
 
         hand = alone(Hand, self._watch.nodes[self._ranks[-1]["node"]]["id"])
         ray.get(hand.ready.remote(), timeout=ANSWER)

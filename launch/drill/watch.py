@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
-from manta.cluster.journal import POLL, Event
-from manta.launch.tail import Tail
+from manta.cluster.supervise.event_log import POLL, Event
+from manta.launch.control.tail import Tail
 from manta.trainer.metrics import Line, parse
-from manta.trainer.rundir import RunDirectory
+from manta.trainer.run_directory import RunDirectory
 
 T = TypeVar("T")
 Wait = Generator[None, None, T]

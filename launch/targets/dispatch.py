@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from manta.cluster.runtime import JoinedRay, LocalRay, NoClusterError, Ray
+from manta.cluster.ray.runtime import JoinedRay, LocalRay, NoClusterError, Ray
 from manta.data.errors import InputError
 from manta.launch.config import RunConfig
 
@@ -29,10 +29,10 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
 
         return kubernetes.launch(config, nodes=config.cluster.most, dry_run=dry_run)
     if is_handed_over(on):
-        from manta.launch.targets import jobs
+        from manta.launch.targets import ray_job
 
-        return jobs.submit(config, on, insecure=insecure)
-    from manta.launch.train import train
+        return ray_job.submit(config, on, insecure=insecure)
+    from manta.launch.run.train import train
 
     return train(config, ray_of(config, on, insecure=insecure), detached=detached)
 

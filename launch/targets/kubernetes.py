@@ -16,14 +16,14 @@ from typing import Any
 
 import yaml
 
-from manta.cluster.hosts import OBJECT_STORE_BYTES
-from manta.cluster.runtime import HEALTH
-from manta.cluster.targets import CONFIG_MOUNT, Kubernetes
+from manta.cluster.ray.hosts import OBJECT_STORE_BYTES
+from manta.cluster.ray.runtime import HEALTH
+from manta.cluster.target_config import CONFIG_MOUNT, Kubernetes
 from manta.data.errors import InputError
-from manta.data.remote import is_remote
+from manta.data.storage.remote import is_remote
 from manta.launch.config import RunConfig
-from manta.launch.targets.places import password_in, places
-from manta.trainer.layout import plan
+from manta.launch.targets.paths import password_in, places
+from manta.trainer.dist.layout import plan
 
 FAILED = 1
 CONFIG = f"{CONFIG_MOUNT}/run.yaml"
@@ -140,7 +140,7 @@ def _node(config: RunConfig) -> Tree:
 def _pod(config: RunConfig, container: str, resources: Tree, environment: Mapping[str, str]) -> Tree:
     """What head and nodes have in common. Requests are limits: such a pod is the last to be evicted, and Ray counts by them."""
     target = config.cluster.kubernetes
-    leave = [target.python, "-P", "-m", "manta.launch.targets.leave", CONFIG, str(config.run.dir), str(_patience(config))]
+    leave = [target.python, "-P", "-m", "manta.launch.targets.pre_stop", CONFIG, str(config.run.dir), str(_patience(config))]
     secrets = {"envFrom": [{"secretRef": {"name": secret}} for secret in target.secrets]} if target.secrets else {}
     return {
         **_given(serviceAccountName=target.service_account),

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from manta.cluster.config import ClusterConfig
-from manta.cluster.hosts import Host
-from manta.cluster.machine import address_towards
-from manta.cluster.runtime import LOOPBACK, HostsRay
-from manta.data.durable import write_atomically
+from manta.cluster.nodes.machine import address_towards
+from manta.cluster.ray.hosts import Host
+from manta.cluster.ray.runtime import LOOPBACK, HostsRay
 from manta.data.errors import InputError
+from manta.data.storage.atomic import write_atomically
 from manta.launch.config import RunConfig
-from manta.launch.display import say
+from manta.launch.run.display import say
 
 FAILED = 1
 FOLDER = "slurm"  # of the run directory: what was handed over

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from manta.cluster.config import ClusterConfig
-from manta.cluster.hosts import Host
-from manta.cluster.machine import address_towards
-from manta.cluster.runtime import LOOPBACK, HostsRay
+from manta.cluster.nodes.machine import address_towards
+from manta.cluster.ray.hosts import Host
+from manta.cluster.ray.runtime import LOOPBACK, HostsRay
 from manta.data.errors import InputError
 
 LINE = re.compile(r"(?P<login>(?:[\w.-]+@)?(?P<host>[\w.-]+|\[[0-9a-fA-F:]+\]))(?::(?P<port>\d+))?(?P<rest>(?:\s+\S+)*)")

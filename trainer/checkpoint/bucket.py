@@ -7,7 +7,7 @@ else that of the later one.
 import errno
 import os
 
-from manta.data import remote
+from manta.data.storage import remote
 from manta.trainer.checkpoint.fence import FENCE, Fence
 from manta.trainer.checkpoint.manifest import MANIFEST
 from manta.trainer.checkpoint.storage import BAD, LATEST, Body, Reader, newest_first, tell_latest

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 
-from manta.data.durable import TEMPORARY, sync_directory, write_atomically
+from manta.data.storage.atomic import TEMPORARY, sync_directory, write_atomically
 from manta.trainer.checkpoint.fence import FENCE, Fence
 from manta.trainer.checkpoint.manifest import MANIFEST
 from manta.trainer.checkpoint.storage import BAD, LATEST, Body, Reader, newest_first, tell_latest

@@ -3,9 +3,9 @@
 import hashlib
 import json
 
-from manta.data import mixture, order, packing
-from manta.data.manifest import Prepared
-from manta.trainer.config import TrainingConfig
+from manta.data.sampling import mixture, order, packing
+from manta.data.shards.manifest import Prepared
+from manta.trainer.config.training import TrainingConfig
 
 
 def identity_of(config: TrainingConfig, prepared: Prepared) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from manta.trainer.checkpoint.manifest import Checkpoint, Chunk, Stored
 from manta.trainer.checkpoint.rectangles import Rectangle
-from manta.trainer.checkpoint.share import TORCH
+from manta.trainer.checkpoint.write_plan import TORCH
 
 ROWS = re.compile(r"master/(embedding|head)\.(weight|bias)")
 """Keys whose first dimension is the vocabulary."""

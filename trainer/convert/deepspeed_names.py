@@ -12,15 +12,15 @@ from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.trainer.checkpoint.manifest import Progress
-from manta.trainer.checkpoint.pieces import Pieces
-from manta.trainer.config import OptimizerConfig, TrainingConfig
+from manta.trainer.checkpoint.shards import Pieces
+from manta.trainer.config.model import ModelConfig
+from manta.trainer.config.training import OptimizerConfig, TrainingConfig
 from manta.trainer.convert.architectures import MIXTRAL, Architecture, architecture_for
 from manta.trainer.convert.deepspeed import MASTER, Saved, States
-from manta.trainer.convert.mapping import SAME, Link, bind, tensors
+from manta.trainer.convert.tensor_map import SAME, Link, bind, tensors
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
-from manta.trainer.model_config import ModelConfig
-from manta.trainer.optim import STATES
+from manta.trainer.optim.optimizers import STATES
 
 Names = Literal["manta", "huggingface"]
 WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")  # by another's wrapper, and by torch.compile

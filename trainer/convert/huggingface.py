@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manta.trainer.convert import files
+from manta.trainer.convert import weight_files
 from manta.trainer.convert.architectures import ARCHITECTURES, Architecture, architecture_for
-from manta.trainer.convert.card import card
-from manta.trainer.convert.configs import Config, to_theirs
-from manta.trainer.convert.mapping import Link, bind, tensors
-from manta.trainer.convert.places import CARD, CONFIG, make_directory, refuse_to_overwrite
-from manta.trainer.convert.source import Source
-from manta.trainer.convert.tokens import tokenizer_files
+from manta.trainer.convert.config_json import Config, to_theirs
+from manta.trainer.convert.directories import CARD, CONFIG, make_directory, refuse_to_overwrite
+from manta.trainer.convert.model_card import card
+from manta.trainer.convert.provenance import Source
+from manta.trainer.convert.tensor_map import Link, bind, tensors
+from manta.trainer.convert.tokenizer_files import tokenizer_files
 from manta.trainer.pretrained import Pretrained
 
 SHARD_SIZE = 5_000_000_000
@@ -42,7 +42,7 @@ def export(trained: Pretrained, directory: Path, *, dtype: torch.dtype | None = 
     shutil.rmtree(partial, ignore_errors=True)
     make_directory(partial)
     try:
-        files.write(partial, planned, lambda name: place[name].export(held, vocabulary)[name], limit=shard_size)
+        weight_files.write(partial, planned, lambda name: place[name].export(held, vocabulary)[name], limit=shard_size)
         theirs = _config(trained, architecture, main) if origin is None else _kept_config(origin, dtype)
         write_json(partial / CONFIG, theirs)
         for name, content in tokenizer_files(trained).items():
@@ -57,9 +57,11 @@ def export(trained: Pretrained, directory: Path, *, dtype: torch.dtype | None = 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _plan(links: list[Link], held: dict[str, Tensor], vocabulary: int, dtype: torch.dtype, origin: Source | None) -> dict[str, files.Shape]:
+def _plan(
+    links: list[Link], held: dict[str, Tensor], vocabulary: int, dtype: torch.dtype, origin: Source | None
+) -> dict[str, weight_files.Shape]:
     """What is to be written, in the order of the model."""
-    shapes: dict[str, files.Shape] = {}
+    shapes: dict[str, weight_files.Shape] = {}
     for link in links:
         meta = {name: held[name].to("meta") for name in link.ours}
         for name, tensor in link.export(meta, vocabulary).items():
@@ -67,7 +69,7 @@ def _plan(links: list[Link], held: dict[str, Tensor], vocabulary: int, dtype: to
                 chosen = getattr(torch, origin.dtypes.get(name, origin.dtype))
             else:
                 chosen = torch.float32 if name.endswith(ALWAYS_WIDE) else dtype
-            shapes[name] = files.Shape(tuple(tensor.shape), chosen)
+            shapes[name] = weight_files.Shape(tuple(tensor.shape), chosen)
     return shapes
 
 

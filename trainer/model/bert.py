@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manta.trainer.batch import IGNORED, Batch
+from manta.trainer.config.model import ModelConfig
+from manta.trainer.dataloader.batch import IGNORED, Batch
 from manta.trainer.model.attention import Visibility
 from manta.trainer.model.dropout import Dropout, Noise
 from manta.trainer.model.layers import MLP, Attention, Embedding, Head, Pass
 from manta.trainer.model.losses import classify
 from manta.trainer.model.transformer import Transformer, padded, predicted
-from manta.trainer.model_config import ModelConfig
 
 
 class Block(nn.Module):

@@ -7,11 +7,11 @@ import traceback
 from pathlib import Path
 
 from manta.data.errors import InputError
+from manta.trainer.config.model import ModelConfig
 from manta.trainer.model.bert import Bert
 from manta.trainer.model.gpt2 import GPT2
 from manta.trainer.model.llama import Llama
 from manta.trainer.model.transformer import Transformer
-from manta.trainer.model_config import ModelConfig
 
 FAMILIES: dict[str, type[Transformer]] = {"llama": Llama, "gpt2": GPT2, "bert": Bert}
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from manta.trainer.batch import Batch
+from manta.trainer.config.model import ModelConfig
+from manta.trainer.dataloader.batch import Batch
 from manta.trainer.model.attention import Cache, Visibility
 from manta.trainer.model.dropout import Noise
 from manta.trainer.model.layers import Embedding, Head, Pass
 from manta.trainer.model.moe import MixtureOfExperts
 from manta.trainer.model.transformer import Transformer, padded, predicted
-from manta.trainer.model_config import ModelConfig
 
 
 class DecoderBlock(nn.Module):

@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
+from manta.trainer.config.model import ModelConfig
 from manta.trainer.model.decoder import Decoder, DecoderBlock
 from manta.trainer.model.dropout import Dropout
 from manta.trainer.model.layers import MLP, Attention, Pass
 from manta.trainer.model.moe import MixtureOfExperts
-from manta.trainer.model_config import ModelConfig
 
 
 class Block(DecoderBlock):

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from manta.trainer.config.model import ModelConfig
 from manta.trainer.model.decoder import Decoder, DecoderBlock
 from manta.trainer.model.dropout import Dropout
 from manta.trainer.model.layers import Attention, Pass, RMSNorm, SwiGLU, rotation
 from manta.trainer.model.moe import MixtureOfExperts
-from manta.trainer.model_config import ModelConfig
 
 
 class Block(DecoderBlock):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from manta.trainer.batch import IGNORED
+from manta.trainer.dataloader.batch import IGNORED
 
 CHUNK = {"cpu": 2**20, "cuda": 2**27}  # logits held at once in fp32: 4 MiB stays in a CPU's cache, 512 MiB keeps a GPU busy
 ALIGNED = 8  # classes: 16 bytes of two

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from manta.trainer.config.model import ExpertsConfig
 from manta.trainer.model.layers import SwiGLU
-from manta.trainer.model_config import ExpertsConfig
 
 BLACKWELL = 10  # whose grouped product leaves unwritten what an expert without tokens has (pytorch issue 172439)
 ALIGNMENT = 16  # bytes: what grouped products ask of rows and of a tensor's start

@@ -13,12 +13,12 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from manta.trainer.batch import IGNORED, Batch
+from manta.trainer.config.supported import VOCABULARY_MULTIPLE
+from manta.trainer.dataloader.batch import IGNORED, Batch
 from manta.trainer.metrics import AUXILIARY
 from manta.trainer.model.dropout import AttentionDropout, Dropout, name_dropouts
 from manta.trainer.model.layers import Attention
 from manta.trainer.model.moe import MixtureOfExperts, Router
-from manta.trainer.refusals import VOCABULARY_MULTIPLE
 
 
 def padded(vocabulary: int) -> int:

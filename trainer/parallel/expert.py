@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from manta.trainer.dist.collectives import exchange
 from manta.trainer.model.moe import MixtureOfExperts
-from manta.trainer.parallel.collectives import exchange
 
 
 def share(model: nn.Module, group: ProcessGroup) -> None:

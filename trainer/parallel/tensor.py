@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from manta.trainer.dist.collectives import copy, reduce
 from manta.trainer.model.layers import MLP, Attention, Embedding, Head, SwiGLU
 from manta.trainer.model.moe import Experts
-from manta.trainer.parallel.collectives import copy, reduce
 
 
 def share(model: nn.Module, group: ProcessGroup) -> None:

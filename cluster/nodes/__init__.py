@@ -1,0 +1,1 @@
+"""Nodes of a run: their agents, the placement of ranks, and the capacity there is."""

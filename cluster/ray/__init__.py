@@ -1,0 +1,1 @@
+"""The Ray that a run uses: private, over hosts, or joined."""

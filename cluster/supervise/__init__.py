@@ -1,0 +1,1 @@
+"""Supervision of a run: attempts, failures, restarts, and the event log."""

@@ -1,0 +1,1 @@
+"""Text tokenized while it is read, without preparation."""

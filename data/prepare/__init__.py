@@ -1,0 +1,1 @@
+"""Preparation of a corpus: documents are tokenized once, into shards."""

@@ -1,0 +1,1 @@
+"""Which tokens are in sample g: mixture, order, packing and windows."""

@@ -1,0 +1,28 @@
+"""`manta checkpoint prune`: what is kept no more is deleted, never the newest valid one."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+from manta.launch.checkpoint.list import found
+from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.retention import Keep, surplus
+from manta.trainer.run_directory import RunDirectory
+
+
+def prune(where: str, *, keep: int, best: int, every: int | None, bad: bool, dry_run: bool) -> Iterator[str]:
+    """Gives each name as it goes. Raises InputError while the run is running, CheckpointError where no checkpoint is valid."""
+    place, _ = found(where)
+    home = RunDirectory(Path(where).absolute())
+    with home.claim() if home.config_file.exists() and not dry_run else nullcontext():
+        newest = catalog.newest(place)
+        assert newest is not None, "there are names"
+        name = newest.at.rpartition("/")[2]
+        for one in surplus(place.names(), name, Keep(newest=keep, best=best, every=every), lambda one: catalog.validation_loss(place, one)):
+            if not dry_run:
+                place.delete(one)
+            yield one
+        for one in place.bad() if bad else []:
+            if not dry_run:
+                place.delete(one)
+            yield one

@@ -1,0 +1,1 @@
+"""Control a run from outside: status, attach, logs, stop."""

@@ -1,1 +1,0 @@
-"""What is in the data? `manta data`: a corpus, its files, its mixture, and the text of a step."""

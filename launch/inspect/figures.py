@@ -1,0 +1,135 @@
+"""What matplotlib draws, as PNG: the figures of `manta data` at a glance."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from manta.data.config import DataConfig
+from manta.data.errors import InputError
+from manta.data.shards.statistics import Lengths
+
+_COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#222255", "#225555", "#663333")
+"""Told apart by the colour-blind, too (Paul Tol's bright scheme, and three of his dark one)."""
+_DPI = 130
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def corpus(folder: Path, sources: Sequence[Mapping[str, Any]], lengths: Mapping[str, Lengths], data: DataConfig) -> list[str]:
+    """lengths.png and sources.png. Raises InputError where the directory can not be written."""
+    with mpl.rc_context(_STYLE):
+        return [_saved(_lengths(lengths, data.sequence_length), folder, "lengths.png"), _saved(_sources(sources), folder, "sources.png")]
+
+
+def mixture(folder: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """mixture.png: shares over the run, and how often each source was read by then."""
+    with mpl.rc_context(_STYLE):
+        return _saved(_mixture(names, rows), folder, "mixture.png")
+
+
+def _saved(figure: Figure, folder: Path, name: str) -> str:
+    path = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=_DPI)
+    except OSError as error:
+        raise InputError(f"--png: got {folder} ({error.strerror}), wants a directory that can be written; choose another") from None
+    return str(path)
+
+
+def _lengths(lengths: Mapping[str, Lengths], sequence_length: int) -> Figure:
+    """Documents, and below them tokens, by length; sources on top of each other."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    edges = next(iter(lengths.values())).edges
+    some = np.flatnonzero(sum(one.documents for one in lengths.values()))
+    first, end = (int(some[0]), int(some[-1]) + 1) if len(some) else (0, 1)
+    for axis, what in zip(axes, ("documents", "tokens"), strict=True):
+        parts = {name: getattr(one, what)[first:end] for name, one in lengths.items()}
+        total, below = max(sum(int(part.sum()) for part in parts.values()), 1), np.zeros(end - first)
+        for index, (name, part) in enumerate(parts.items()):
+            drawn = 100 * part / total
+            axis.bar(edges[first:end], drawn, np.diff(edges[first : end + 1]), below, align="edge", color=_colour(index), label=name, lw=0)
+            below += drawn
+        axis.axvline(sequence_length, color="black", lw=1.2, ls="--")
+        axis.set_title(f"{total:,} {what} by {'length' if what == 'documents' else 'the length of their document'}")
+        axis.set_ylabel(f"% of {what}")
+        axis.grid(visible=False, axis="x")
+    axes[0].annotate(
+        f" data.sequence_length {sequence_length:,}", (sequence_length, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9
+    )
+    axes[1].set_xscale("log", base=2)
+    axes[1].set_xlim(edges[first], edges[end])
+    axes[1].xaxis.set_major_formatter("{x:,.0f}")
+    axes[1].set_xlabel("tokens in a document")
+    if len(lengths) > 1:
+        _legend(figure, axes[0], len(lengths))
+    return figure
+
+
+def _sources(sources: Sequence[Mapping[str, Any]]) -> Figure:
+    """Each source's share of tokens and of documents."""
+    figure = Figure(figsize=(9, 1.4 + 0.55 * len(sources)), layout="constrained")
+    axis = figure.subplots()
+    documents = max(sum(source["documents"] for source in sources), 1)
+    for index, source in enumerate(sources):
+        share, of_documents = 100 * source["share"], 100 * source["documents"] / documents
+        axis.barh(index - 0.17, share, 0.34, color=_colour(index))
+        axis.barh(index + 0.19, of_documents, 0.22, color=_colour(index), alpha=0.4)
+        axis.annotate(f" {source['tokens']:,} tokens", (share, index - 0.17), va="center", fontsize=9)
+        axis.annotate(f" {source['documents']:,} documents", (of_documents, index + 0.19), va="center", fontsize=9)
+    axis.set_yticks(range(len(sources)), [source["source"] for source in sources])
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis="y")
+    axis.set_xticks(range(0, 101, 20))
+    axis.set_xlim(0, 1.3 * max(100 * max(source["share"], source["documents"] / documents) for source in sources))
+    axis.set_xlabel("% of all")
+    axis.set_title(f"{sum(source['tokens'] for source in sources):,} tokens in {documents:,} documents, by source")
+    return figure
+
+
+def _mixture(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Shares as they are, in steps; epochs as they add up."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    steps = [row["step"] for row in rows]
+    shares = [[100 * row["sources"][name]["share"] for row in rows] for name in names]
+    above.stackplot(steps, shares, labels=names, colors=[_colour(index) for index in range(len(names))], step="post", lw=0)
+    above.set_ylim(0, 100)
+    above.set_ylabel("% of samples")
+    above.set_title("what a step is mixed of")
+    for index, name in enumerate(names):
+        epochs = [row["sources"][name]["epochs"] for row in rows]
+        below.plot(steps, epochs, color=_colour(index), lw=2, label=name)
+        below.annotate(f" {epochs[-1]:.2f}", (steps[-1], epochs[-1]), color=_colour(index), va="center", fontsize=9, annotation_clip=False)
+    below.axhline(1, color="black", lw=1, ls="--")
+    below.set_ylim(bottom=0)
+    below.set_xlim(0, steps[-1])
+    below.set_ylabel("epochs")
+    below.set_title("how often each source has been read")
+    below.set_xlabel("steps done")
+    below.xaxis.set_major_formatter("{x:,.0f}")
+    _legend(figure, above, len(names))
+    return figure
+
+
+def _legend(figure: Figure, axis: Axes, names: int) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=min(names, 5), fontsize=9)
+
+
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]

@@ -1,1 +1,0 @@
-"""A run reached from wherever its directory is seen: stopped, read, watched, sent into the background."""

@@ -1,0 +1,255 @@
+"""From a config to a supervised run: checked whole, prepared, claimed, then handed to the controller."""
+
+import json
+import os
+import platform
+import secrets
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from manta.cluster.job import Job
+from manta.cluster.nodes.machine import default_ranks, gpus
+from manta.cluster.ray.runtime import LocalRay, Ray
+from manta.cluster.supervise.controller import Controller
+from manta.cluster.supervise.event_log import Event
+from manta.data.errors import InputError
+from manta.data.live.samples import open_samples
+from manta.data.live.sources import as_prepared, placed
+from manta.data.prepare.prepare import find, prepare
+from manta.data.sampling.samples import Samples
+from manta.data.shards.manifest import Prepared, is_there
+from manta.data.storage.atomic import write_atomically
+from manta.data.storage.remote import delete, is_remote, join, write_bytes
+from manta.launch import __version__
+from manta.launch.config import RunConfig
+from manta.launch.run.detach import detach
+from manta.launch.run.display import Display, say
+from manta.launch.run.initial_weights import refuse_other_weights, start_of, tell_of_another_tokenizer
+from manta.launch.run.resume_check import is_done, refuse_another_run, refuse_other_ranks
+from manta.trainer.dist.layout import Layout, plan, sizes, smaller, turns_in_words
+from manta.trainer.run_directory import RunDirectory
+
+STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
+
+
+def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
+    """Starts the run, or goes on with it where it was begun. Gives the exit code. Raises InputError before anything is started.
+
+    `detached`: the arguments of the manta that does so in the background, where this one is not to.
+    """
+    ready = ready_to_train(config, ray)
+    if ready is None:
+        say(f"{config.run.dir.absolute()}: already done: step {config.train.steps} of {config.train.steps}; raise train.steps to go on")
+        return 0
+    if detached:
+        return detach(ready.home, detached)
+    with ready.begun() as controller:
+        return follow(controller.run(), Display(ready.home, config.train.steps, config.timeline()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """All that can be known of a run before it begins. `each`: ranks a node, None where the nodes decide. `told`: of its origin."""
+
+    home: RunDirectory
+    config: RunConfig
+    ray: Ray
+    prepared: Prepared
+    layout: Layout
+    sizes: tuple[int, ...]
+    each: int | None
+    told: dict[str, str]
+
+    @contextmanager
+    def begun(self) -> Generator[Controller]:
+        """Its controller; the run is claimed as long as this lasts."""
+        home, config, layout = self.home, self.config, self.layout
+        with home.claim():
+            lay_out(home, config, self.prepared, self.told)
+            self._say()
+            job = Job(
+                program=("-P", "-m", "manta.trainer", str(home.path)),
+                environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
+                directory=home.path,
+                sizes=(layout.ranks,) if config.data.live else self.sizes,
+                fewer=() if config.data.live else tuple(smaller(config.train, config.parallel)),
+                ranks_per_node=self.each,
+                packages=(("manta", __version__), *((name, found) for name in STACK if (found := _version(name)) is not None)),
+            )
+            yield Controller(job, config.cluster, self.ray)
+
+    def _say(self) -> None:
+        config, layout, where = self.config, self.layout, self.home.path
+        if self.each and (ranks := config.cluster.most * self.each) > layout.ranks:
+            say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns_in_words(config.train)} deals out evenly over {layout.data}")
+        if self.each:
+            say(f"{where}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
+        if config.data.live:
+            say(f"{where}: data.live: text is tokenized while it is read; only as many data ranks, {layout.data}, can go on with it")
+
+
+def ready_to_train(config: RunConfig, ray: Ray) -> Ready | None:
+    """None where the run is done already. Raises InputError where it can not begin, or go on."""
+    if config.data.live:
+        config = config.model_copy(update={"data": placed(config.data)})
+    home = RunDirectory(config.run.dir.absolute())
+    check_places(home, config)
+    each = ranks_per_node(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
+    fitting = sizes(config.train, config.parallel)
+    ranks = max(fitting, default=1) if each is None else config.cluster.most * each  # None: nobody knows yet what GPUs there are
+    layout = plan(config.train, ranks, config.parallel)
+    refuse_another_run(home, config)
+    start = start_of(home, config)
+    if is_done(home, config):
+        return None
+    if config.data.live:
+        refuse_other_ranks(home, layout)
+    code = check_own_model(home, config)
+    prepared = corpus(home, config)
+    for found in start.values():
+        refuse_other_weights(found, home, config, prepared)
+        tell_of_another_tokenizer(found, config, prepared)
+    return Ready(home=home, config=config, ray=ray, prepared=prepared, layout=layout, sizes=fitting, each=each, told=code | start)
+
+
+def lay_out(home: RunDirectory, config: RunConfig, prepared: Prepared, told: dict[str, str]) -> None:
+    """Writes what ranks begin with into a claimed directory. told: what the manifest remembers besides of a run that begins."""
+    begun = home.manifest() if home.has_trained else manifest(config)
+    write_atomically(home.manifest_file, json.dumps(begun | told | {"corpus": prepared.to_json()}, indent=1).encode())
+    write_atomically(home.config_file, config.to_yaml().encode())
+    write_atomically(home.tokenizer_file, prepared.tokenizer.read_bytes())
+
+
+def follow(events: Iterator[Event], display: Display) -> int:
+    """Shows them all. Gives the exit code that the last one has."""
+    code = 1
+    with display:
+        for event in events:
+            display.show(event)
+            code = event.details.get("exit_code", code)
+    return code
+
+
+def ranks_per_node(config: RunConfig) -> int:
+    """On this machine. Raises InputError where it has too few GPUs."""
+    if config.precision == "fp8" and gpus() == 0:
+        raise InputError("precision: got fp8, which wants GPUs, and this machine has none; use bf16")
+    asked = config.cluster.ranks_per_node
+    if asked is None:
+        return default_ranks()
+    if 0 < gpus() < asked:
+        raise InputError(
+            f"cluster.ranks_per_node: got {asked}, wants at most one a GPU, of which there are {gpus()}; lower it or leave it out"
+        )
+    return asked
+
+
+def check_places(home: RunDirectory, config: RunConfig) -> None:
+    """Raises InputError where the run, or its checkpoints, could not be written: said before a corpus is prepared, not after."""
+    check_directory("run.dir", home.path)
+    there = config.checkpoint.directory
+    if there is None:
+        return
+    if not is_remote(there):
+        check_directory("checkpoint.directory", Path(there).absolute())
+        return
+    trial = join(there, f"trial-{secrets.token_hex(4)}")
+    try:
+        write_bytes(trial, b"whether checkpoints can be saved here")
+        delete(trial)
+    except (OSError, InputError) as error:
+        raise InputError(f"checkpoint.directory: got {there}, wants a place that can be written: {error}") from None
+
+
+def check_directory(key: str, path: Path) -> None:
+    """Raises InputError where it is not there and could not be made, or could not be written."""
+    nearest = next(each for each in (path, *path.parents) if each.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{key}: got {path}, wants a directory, and {nearest} is a file; choose another")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"{key}: got {path}, and {nearest} can not be written; choose another, or change its permissions")
+
+
+def steps_in_words(config: RunConfig, layout: Layout) -> str:
+    """What is read in a step, and by whom; where that changes, from which step on."""
+    each = layout.ranks // layout.data
+    groups = ranks_in_words(layout.data) if each == 1 else f"{layout.data} x {ranks_in_words(each)}"
+    told: list[str] = []
+    for phase in config.timeline().phases:
+        sequences = phase.global_batch * (config.data.sequence_length // phase.sequence_length)
+        accumulation = layout.accumulation(phase.global_batch)
+        since = f"from step {phase.step + 1} " if phase.step else ""
+        told.append(f"{since}accumulation {accumulation} = {sequences} sequences of {phase.sequence_length} tokens a step")
+    return f"{groups} x micro batch {layout.micro_batch} x {', '.join(told)}"
+
+
+def ranks_in_words(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
+def check_own_model(home: RunDirectory, config: RunConfig) -> dict[str, str]:
+    """What the manifest remembers of a model of the user's own: where it is looked for. Raises InputError where it can not be had."""
+    if ":" not in config.model.family:
+        return {}
+    from manta.trainer.model.build import own  # torch: a second and a half, for those alone who need it
+
+    own(config.model.family, home.code)
+    return {"code": str(home.code)}
+
+
+def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
+    """What the run reads: what it was begun with, where that is still there, even if its sources are not; else found or prepared.
+
+    Live, the sources are what it reads: they have to be there, and the same.
+
+    Raises InputError where it is damaged, or other tokens than the run was begun with.
+    """
+    begun = home.prepared() if home.has_trained else None
+    if begun is not None and is_there(begun, config.data.cache):
+        prepared = as_prepared(begun.tokenizer, config.data, config.tokenizer) if config.data.live else begun
+    else:
+        prepared = find(config.data, config.tokenizer) or prepare(config.data, config.tokenizer)
+    if begun is not None and begun.fingerprint != prepared.fingerprint:
+        remedy = "bring back the corpus it was begun with, or choose another run.dir"
+        raise InputError(f"{home.path}: corpus fingerprint: got {prepared.fingerprint}, wants {begun.fingerprint}; {remedy}")
+    samples = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises where shards are not as written
+    if isinstance(samples, Samples):
+        check_reading(samples, config)
+    room = config.model.vocabulary
+    if room is not None and room < samples.tokenizer_vocabulary:
+        wants = f"at least the tokenizer's {samples.tokenizer_vocabulary}"
+        raise InputError(f"model.vocabulary: got {room}, wants {wants}; raise it or leave it out")
+    return prepared
+
+
+def check_reading(samples: Samples, config: RunConfig) -> None:
+    """Raises InputError where a source would be read more often than it may, or a step would read a sample twice."""
+    samples.draws.check_epochs(config.timeline().first_sample(config.train.steps))
+    each = sum(draw.windows.total for draw in samples.draws.all)
+    if (batch := max(config.train.batches)) > each:
+        wants = f"at most the {each} samples of an epoch, that none stands twice in a step"
+        raise InputError(f"train.global_batch: got {batch}, wants {wants}; lower it, or give more text")
+
+
+def manifest(config: RunConfig) -> dict[str, Any]:
+    """What the run was begun with: versions, machine, seed. The corpus is added, with where it lies now."""
+    return {
+        "manta": __version__,
+        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in STACK},
+        "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus()},
+        "seed": config.run.seed,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,150 @@
+"""From any corpus to any step: mixtures, blocks, packing and skips all give each sample once, to any number of ranks, at once."""
+
+import time
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import SMALL, documents, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sample_cases import WAYS, T, config_of, open_way
+
+from manta.data.config import TokenizerConfig
+from manta.data.errors import InputError
+from manta.data.objectives.causal import IGNORED, Examples
+from manta.data.prepare import prepare
+from manta.data.sampling.samples import Samples
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two sources, of eight shards and of one."""
+    folder = tmp_path_factory.mktemp("any-step")
+    (folder / "web").mkdir()
+    for part in range(8):
+        write_lines(folder / "web" / f"{part}.jsonl", documents(12, seed=part))
+    write_lines(folder / "code.jsonl", documents(40, seed=9))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(folder):
+    """Samples of each way, each opened once."""
+    return cache(lambda way: open_way(folder, **WAYS[way]))
+
+
+def same(a: Examples, b: Examples) -> bool:
+    pairs = ((getattr(a, field.name), getattr(b, field.name)) for field in fields(Examples))
+    return all((x is None and y is None) or np.array_equal(x, y) for x, y in pairs)
+
+
+def places(samples: Samples, count: np.ndarray) -> list[tuple[int, int, int]]:
+    """What each is drawn from, its epoch and window."""
+    at, own = samples.draws.located(samples.draws.numbered(count))
+    return [(int(a), *(int(x[0]) for x in samples.draws.all[a].order(np.array([b])))) for a, b in zip(at, own, strict=True)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_sample_is_read_once_an_epoch(opened, way):
+    samples = opened(way)
+    read = places(samples, np.arange(3 * sum(draw.windows.total for draw in samples.draws.all)))
+    assert len(set(read)) == len(read)
+    for index, draw in enumerate(samples.draws.all):
+        own = [(epoch, window) for source, epoch, window in read if source == index]
+        whole = [(epoch, window) for epoch in range(own[-1][0] - 1) for window in range(draw.windows.total)]
+        skipped = sum(end - first for first, end in WAYS[way].get("skip", ()))
+        assert len(set(whole) - set(own)) <= skipped
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=5, deadline=None)
+@given(step=st.integers(0, 10**5), global_batch=st.integers(1, 48))
+def test_a_global_batch_is_the_same_on_1_to_24_ranks(opened, way, step, global_batch):
+    """So a run may change from any number of ranks to any other at any step."""
+    samples = opened(way)
+    count = step * global_batch + np.arange(global_batch)
+    alone = samples.train(count)
+    for ranks in range(1, 25):
+        for rank in range(min(ranks, global_batch)):
+            part = samples.train(count[rank::ranks])
+            assert np.array_equal(part.tokens, alone.tokens[rank::ranks])
+            assert np.array_equal(part.targets, alone.targets[rank::ranks])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_opened_anew_goes_on_with_the_same_samples_at_once(opened, folder, way):
+    count = 10**12 + np.arange(16)
+    expected = opened(way).train(count)
+    anew = open_way(folder, **WAYS[way])
+    anew.train(np.arange(200))  # shards are mapped when they are first read
+    took = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        got = anew.train(count)
+        took.append(time.perf_counter() - begun)
+        count += 10**9
+    assert same(anew.train(10**12 + np.arange(16)), expected)
+    assert not same(got, expected)
+    assert min(took) < 0.005
+
+
+def test_no_sample_is_read_that_config_skips(opened, folder):
+    skipping, whole = opened("skipping"), open_way(folder, mixture=WAYS["skipping"]["mixture"])
+    numbers = [number for number in range(1000) if not (10 <= number < 20 or 500 <= number < 900)]
+    got = skipping.train(np.arange(len(numbers)))
+    assert got.samples.tolist() == numbers
+    assert same(got, whole.train(np.array(numbers)))
+    assert sum(skipping.draws.taken(300)) == 300
+
+
+def test_a_mixture_has_its_shares_and_says_so(opened):
+    samples = opened("mixed")
+    at, _ = samples.draws.located(np.arange(1700))
+    assert [int((at[:700] == source).sum()) for source in (0, 1)] == [490, 210]
+    assert [int((at[700:] == source).sum()) for source in (0, 1)] == [100, 900]
+    assert samples.draws.taken(1700) == [590, 1110]
+
+
+def test_other_sources_may_come_and_go(opened, folder):
+    """A source's own order is keyed by its name: what is mixed beside it changes when it is read, not in which order."""
+    both = opened("mixed")
+    tokens = TokenizerConfig(file=prepare.find(config_of(folder, **WAYS["mixed"]), SMALL).tokenizer)
+    alone = open_way(folder, tokens, sources={"code": str(folder / "code.jsonl")}, mixture={"code": 1.0})
+    numbers = np.arange(50)
+    assert np.array_equal(both.draws.all[1].order(numbers)[1], alone.draws.all[0].order(numbers)[1])
+    one = open_way(folder, tokens, sources={"kode": str(folder / "code.jsonl")}, mixture={"kode": 1.0})
+    assert not np.array_equal(one.draws.all[0].order(numbers)[1], alone.draws.all[0].order(numbers)[1])
+
+
+def test_a_source_is_not_read_more_often_than_it_may_be(folder):
+    sources = {"web": str(folder / "web"), "code": {"path": str(folder / "code.jsonl"), "epochs": 1.5}}
+    samples = open_way(folder, sources=sources, mixture={"web": 0.5, "code": 0.5})
+    most = 2 * int(1.5 * samples.draws.all[1].windows.total)
+    samples.draws.check_epochs(most - 2)
+    with pytest.raises(InputError, match=r"data\.sources: code: got 1\.\d\d epochs .* wants at most 1\.5; shorten the run"):
+        samples.draws.check_epochs(most + 4)
+
+
+def test_packed_samples_hold_whole_documents(opened):
+    """Each document that fits stands in one sample alone, and no place is trained on twice."""
+    samples = opened("packed in blocks")
+    read = samples.train(np.arange(samples.draws.all[0].windows.total))
+    for numbers in read.documents:
+        real = numbers[numbers >= 0]
+        assert real[0] == 0
+        assert set(np.diff(real).tolist()) <= {0, 1}
+    assert (read.documents < 0).mean() < 0.05
+    assert (read.targets[read.documents < 0] == IGNORED).all()
+
+
+def test_shorter_sequences_hold_the_same_tokens(folder):
+    samples = open_way(folder, curriculum=({"sequence_length": 4}, {"from_tokens": 100, "sequence_length": T}))
+    long, short = samples.train(np.arange(10)), samples.train(np.arange(10), sequence_length=4)
+    assert short.tokens.shape == (40, 4)
+    assert np.array_equal(short.tokens.reshape(10, T), long.tokens)
+    assert np.array_equal(short.targets.reshape(10, T), long.targets)
+    assert short.cut.tolist() == [0, 1, 2, 3] * 10
+    assert short.samples.tolist() == np.repeat(np.arange(10), 4).tolist()

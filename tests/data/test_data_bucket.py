@@ -1,0 +1,173 @@
+"""A corpus prepared into a bucket, and read from there by several processes of a node, through faults and with too small a cache."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from corpora import SMALL, config, documents, write_lines
+from object_store import BUCKET, ObjectStore, Proxy
+
+from manta.data.config import CacheConfig, DataConfig
+from manta.data.errors import InputError
+from manta.data.objectives.objective import shape_of
+from manta.data.prepare import prepare
+from manta.data.sampling.samples import Samples
+from manta.data.shards import manifest
+from manta.data.shards.corpus_directory import Home
+from manta.data.shards.verify import verify
+from manta.data.storage import remote
+
+READ = """
+import json, sys
+import numpy as np
+import xxhash
+from manta.data.config import DataConfig, TokenizerConfig
+from manta.data.prepare.prepare import find
+from manta.data.sampling.samples import Samples
+data, tokens = (kind.model_validate_json(text) for kind, text in zip((DataConfig, TokenizerConfig), sys.argv[1:3]))
+rank, ranks, batch = map(int, sys.argv[3:])
+samples = Samples(find(data, tokens), data, tokens, seed=3)
+total = samples.draws.all[0].windows.total
+told = [xxhash.xxh3_64_hexdigest(samples.train(np.arange(at + rank, min(at + batch, 2 * total), ranks)).tokens.tobytes())
+        for at in range(0, 2 * total, batch)]
+print(json.dumps(told))
+"""
+URL = f"s3://{BUCKET}/prepared"
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    for part in range(8):
+        write_lines(folder / f"{part}.jsonl", documents(60, seed=part))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store():
+    with ObjectStore() as store, Proxy(store.port) as proxy:
+        yield store, proxy
+
+
+@pytest.fixture
+def bucket(store, lines, tmp_path, monkeypatch):
+    """The proxy before a bucket that holds the prepared corpus, and its config, with a fresh cache."""
+    _, proxy = store
+    for name, value in proxy.environment.items():
+        monkeypatch.setenv(name, value)
+    data = config(URL, lines, cache=CacheConfig(directory=tmp_path / "cache"))
+    prepare.prepare(data, SMALL)
+    proxy.reset()
+    return proxy, data.model_copy(update={"cache": CacheConfig(directory=tmp_path / "ranks")})
+
+
+def read(data: DataConfig, *, ranks: int = 1, batch: int = 64) -> list[list[str]]:
+    """Two epochs by so many processes at once: the digest of each batch, by rank."""
+    command = [sys.executable, "-c", READ, data.model_dump_json(), SMALL.model_dump_json()]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(ranks), str(batch)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
+    told = [process.communicate() for process in processes]
+    assert all(process.returncode == 0 for process in processes), told
+    return [json.loads(out) for out, _ in told]
+
+
+def downloads(proxy: Proxy) -> dict[str, int]:
+    return {key.rpartition("/")[2]: count for key, count in proxy.gets.items() if key.endswith(".bin")}
+
+
+def test_a_corpus_in_a_bucket_holds_the_bytes_of_one_on_disk(bucket, lines, tmp_path):
+    _, data = bucket
+    there = prepare.find(data, SMALL)
+    here = prepare.prepare(config(tmp_path / "here", lines), SMALL)
+    assert there.fingerprint == here.fingerprint
+    assert there.tokenizer.read_bytes() == here.tokenizer.read_bytes()
+    assert all(root.startswith(f"{URL}/") for root in there.corpora)
+    assert prepare.prepare(data, SMALL) == there  # nothing is made twice
+
+
+@pytest.mark.slow
+def test_two_ranks_download_each_shard_once_and_later_ones_none(bucket, lines, tmp_path):
+    proxy, data = bucket
+    cold = read(data, ranks=2)
+    assert len(downloads(proxy)) == 8
+    assert set(downloads(proxy).values()) == {1}
+    proxy.reset()
+    assert read(data, ranks=2) == cold
+    assert not downloads(proxy)
+    local = config(tmp_path / "here", lines)
+    prepare.prepare(local, SMALL)
+    assert read(local, ranks=2) == cold
+
+
+@pytest.mark.slow
+def test_a_cache_smaller_than_the_corpus_reads_it_all_by_blocks(bucket, lines, tmp_path):
+    proxy, data = bucket
+    sizes = [shard.stat().st_size for shard in _shards(lines, tmp_path)]
+    room = CacheConfig(directory=tmp_path / "small", bytes=sum(sorted(sizes)[-4:]) + sum(sizes) // 3)
+    with pytest.raises(InputError, match=r"data\.cache\.bytes: got [\d,]+, wants at least [\d,]+ .*set data\.shuffle_shards"):
+        Samples(prepare.find(data, SMALL), data.model_copy(update={"cache": room}), SMALL, seed=3)
+    small = data.model_copy(update={"cache": room, "shuffle_shards": 2})
+    wide = data.model_copy(update={"shuffle_shards": 2})
+    assert room.bytes < sum(sizes)
+    assert read(small, ranks=2, batch=16) == read(wide, ranks=2, batch=16)
+    kept = sum(path.stat().st_size for path in (tmp_path / "small").glob("*.bin"))
+    assert kept <= room.bytes
+    assert sum(downloads(proxy).values()) > len(downloads(proxy))
+
+
+@pytest.mark.slow
+def test_a_cut_connection_and_a_flipped_bit_cost_a_download_and_no_token(bucket):
+    proxy, data = bucket
+    (key, *_) = [key for key in _keys(data) if key.endswith("piece-00003.train.bin")]
+    whole = read(data)
+    data.cache.directory.rename(f"{data.cache.directory}-warm")
+    proxy.cut(key, at=1000)
+    proxy.flip(key, at=77)
+    assert read(data) == whole
+
+
+@pytest.mark.slow
+def test_a_corrupted_object_is_told_and_never_read(bucket, store):
+    _, data = bucket
+    (key, *_) = [key for key in _keys(data) if key.endswith("piece-00003.train.bin")]
+    whole = remote.read_bytes(f"s3://{BUCKET}/{key}")
+    store[0].put(key, bytes([whole[0] ^ 1]) + whole[1:])
+    try:
+        with pytest.raises(AssertionError, match=r"piece-00003\.train\.bin: got .* wants"):
+            read(data)
+        (root,) = prepare.find(data, SMALL).corpora
+        damage = verify([(home := Home(root, data.cache), manifest.load(home))], shape_of(data), tell=lambda _: None)
+        assert [one.path for one in damage] == [f"{root}/piece-00003.train.bin"]
+    finally:
+        store[0].put(key, whole)
+    (right,) = read(data)
+    assert len(right) > 10
+
+
+def test_a_preparation_into_a_bucket_that_is_broken_off_goes_on(bucket):
+    """What was uploaded before stays; the manifest, which makes it a corpus, comes last."""
+    proxy, data = bucket
+    other = data.model_copy(update={"directory": f"s3://{BUCKET}/other"})
+    made = prepare.find(data, SMALL)
+    name = Path(made.corpora[0]).name
+    proxy.refuse(f"other/{name}/piece-00005.json", status=403, times=1000)
+    with pytest.raises(InputError, match=r"piece-00005\.json: no access"):
+        prepare.prepare(other, SMALL)
+    assert prepare.find(other, SMALL) is None
+    proxy.reset()
+    assert prepare.prepare(other, SMALL).fingerprint == made.fingerprint
+
+
+def _keys(data: DataConfig) -> list[str]:
+    (root,) = prepare.find(data, SMALL).corpora
+    made = manifest.load(Home(root, data.cache))
+    return [f"{root.removeprefix(f's3://{BUCKET}/')}/{shard.file}" for shard in (*made.train.shards, *made.validation.shards)]
+
+
+def _shards(lines: Path, tmp_path: Path) -> list[Path]:
+    prepare.prepare(config(tmp_path / "sizes", lines), SMALL)
+    return list((tmp_path / "sizes").glob("*/piece-*.bin"))

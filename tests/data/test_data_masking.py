@@ -1,0 +1,308 @@
+"""Masked examples: pairs and texts, some of whose tokens are hidden, exactly as the papers say."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data_objectives import ONLY, bins, digest, near, rows
+
+from manta.data.hashing import fold, hashed
+from manta.data.objectives.causal import IGNORED, Examples, as_one, keyed, number_documents
+from manta.data.objectives.masked import Framed, alone, masked, next_sentence, pairs, sentence_order
+from manta.data.tokenizer.tokenizer import SpecialTokens
+
+V, END, CLS, SEP, MASK, PAD = 50, 0, 1, 2, 3, 4
+BEGINS = np.arange(V) % 3 == 0  # of the ids of text, those that begin a word
+SPECIAL = SpecialTokens(end_of_text=END, cls=CLS, sep=SEP, mask=MASK, pad=PAD, is_text=np.arange(V) > PAD, begins_word=BEGINS)
+
+
+def make(seed: int | None, numbers: np.ndarray, text_NW: np.ndarray, share: float = 0.15) -> Examples:
+    """Masked examples of windows [N] of text, sample g being of window g % N."""
+    windows = numbers % len(text_NW)
+    drawn = pairs(numbers, windows, count=len(text_NW), seed=seed)
+    framed = next_sentence(text_NW[windows], text_NW[drawn.following], drawn, SPECIAL)
+    return masked(framed, numbers, share=share, special=SPECIAL)
+
+
+def unmasked(examples: Examples) -> np.ndarray:
+    return np.where(examples.targets == IGNORED, examples.tokens, examples.targets)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**63 - 1), first=st.integers(0, 2**50), width=st.integers(2, 40), count=st.integers(1, 4))
+def test_a_pair_is_one_windows_beginning_and_the_same_or_anothers_end(seed, first, width, count):
+    numbers = np.arange(first, first + 12)
+    text_NW = np.random.default_rng(width).permuted(np.tile(np.arange(PAD + 1, PAD + 1 + width), (count, 1)), axis=1)
+    text_NW += 50 * np.arange(count)[:, None]  # no token stands in two windows
+    windows = numbers % count
+    drawn = pairs(numbers, windows, count=count, seed=seed)
+    special = SpecialTokens(end_of_text=END, cls=CLS, sep=SEP, mask=MASK, pad=PAD, is_text=np.arange(300) > PAD)
+    examples = masked(next_sentence(text_NW[windows], text_NW[drawn.following], drawn, special), numbers, share=0.3, special=special)
+    assert examples.tokens.shape == (12, width + 3)
+    assert examples.positions.tolist() == [list(range(width + 3))] * 12
+    for window, row, segments, label in zip(windows, unmasked(examples), examples.segments, examples.next_sentence, strict=True):
+        (between, last) = np.flatnonzero(row == SEP)
+        a, b = row[1:between], row[between + 1 : last]
+        assert (row[0], last, len(a) + len(b)) == (CLS, width + 2, width)
+        assert min(len(a), len(b)) >= max(1, width // 4)
+        assert segments.tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+        assert a.tolist() == text_NW[window, : len(a)].tolist()
+        (other,) = [n for n in range(count) if b.tolist() == text_NW[n, len(a) :].tolist()]
+        assert label == (other != window)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**63 - 1), share=st.floats(0.01, 0.99), ends=st.floats(0, 1), width=st.integers(2, 60))
+def test_at_least_one_token_is_predicted_and_never_a_special_one(seed, share, ends, width):
+    rng = np.random.default_rng(0)
+    text_NW = np.where(rng.random((8, width)) < ends, END, rng.integers(PAD + 1, V, (8, width)))
+    examples = make(seed, np.arange(8), text_NW, share)
+    ordinary = unmasked(examples) > PAD
+    predicted = examples.targets != IGNORED
+    assert not (predicted & ~ordinary).any()
+    there = ordinary.sum(axis=1)
+    assert (abs(predicted.sum(axis=1) - share * there)[there * share >= 0.5] <= 0.5 + 1e-9).all()
+    assert (predicted.sum(axis=1)[(there > 0) & (there * share < 0.5)] == 1).all()
+    assert not predicted[there == 0].any()
+    assert not np.isin(examples.tokens, [CLS, SEP, END, PAD])[predicted].any()
+
+
+@pytest.fixture(scope="module")
+def many() -> Examples:
+    text_NW = np.random.default_rng(1).integers(PAD + 1, V, (64, 197))
+    return make(11, np.arange(10_000), text_NW)
+
+
+def test_of_the_tokens_15_percent_are_predicted_and_of_these_80_hidden_10_replaced_10_left(many):
+    predicted = many.targets != IGNORED
+    assert predicted.sum(axis=1).tolist() == [30] * 10_000  # of 197
+    shown, wanted = many.tokens[predicted], many.targets[predicted]
+    assert near(shown == MASK, 0.8)
+    lucky = 0.1 / (V - PAD - 1)  # a replacement may be the token itself
+    assert near(shown == wanted, 0.1 + lucky)
+    assert near((shown != MASK) & (shown != wanted), 0.1 - lucky)
+    replaced = np.bincount(shown[(shown != MASK) & (shown != wanted)], minlength=V)
+    assert not replaced[: PAD + 1].any()
+    expected = replaced.sum() / (V - PAD - 1)
+    assert (abs(replaced[PAD + 1 :] - expected) < 5 * np.sqrt(expected)).all()
+
+
+def test_what_is_predicted_is_chosen_evenly_over_places_and_apart_from_its_fate(many):
+    predicted = many.targets != IGNORED
+    middle = predicted[:, 1:-1]
+    share = middle.mean(axis=0)[:40]  # before the first place that a [SEP] can take
+    assert (abs(share - 30 / 197) < 5 * np.sqrt(0.15 * 0.85 / len(predicted))).all()
+    both = predicted[:, 1:-2] & predicted[:, 2:-1]
+    hidden = many.tokens == MASK
+    assert near(hidden[:, 2:-1][both & hidden[:, 1:-2]], 0.8)
+    assert near(hidden[:, 2:-1][both & ~hidden[:, 1:-2]], 0.8)
+
+
+def test_in_half_of_the_pairs_b_follows_a_and_else_is_of_any_other_window():
+    numbers = np.arange(70_000)
+    windows = numbers % 8
+    drawn = pairs(numbers, windows, count=8, seed=3)
+    assert near(drawn.next_sentence == 0, 0.5)
+    assert np.array_equal(drawn.next_sentence == 0, drawn.following == windows)
+    distance = (drawn.following - windows)[drawn.next_sentence == 1] % 8
+    assert all(near(distance == d, 1 / 7) for d in range(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("seed", "share", "width", "count", "golden"),
+    [
+        (11, 0.15, 125, 40, "8cca3c8e784fff20"),
+        (2**63 + 5, 0.4, 2, 3, "4cda920b67375673"),
+        (None, 0.15, 61, 1, "eede24dab0c6ded3"),
+        (None, 0.8, 30, 7, "50cb24a582b7be69"),
+    ],
+)
+def test_pairs_never_change(seed, share, width, count, golden):
+    text_NW = np.random.RandomState(width).randint(0, V, (count, width))
+    text_NW[:, ::9] = END
+    assert digest(make(seed, np.arange(10**12, 10**12 + 60), text_NW, share)) == golden
+
+
+def frame(kind: str, text_KW: np.ndarray, documents_KW: np.ndarray | None = None, *, seed: int | None = 5, special=SPECIAL) -> Framed:
+    """Of the first windows; B of a next sentence is of the same or of the next one, as is drawn."""
+    numbers = np.arange(len(text_KW))
+    if kind == "next_sentence":
+        drawn = pairs(numbers, numbers, count=len(numbers), seed=seed)
+        documents = None if documents_KW is None else (documents_KW, documents_KW[drawn.following])
+        return next_sentence(text_KW, text_KW[drawn.following], drawn, special, documents)
+    return (sentence_order if kind == "sentence_order" else alone)(text_KW, keyed(numbers, seed), special, documents_KW)
+
+
+def parts(row: np.ndarray) -> tuple[list[int], list[int]]:
+    """A and B of a pair's tokens, where no text spells [SEP]."""
+    (between, last) = np.flatnonzero(row == SEP)
+    assert (row[0], last) == (CLS, len(row) - 1)
+    return row[1:between].tolist(), row[between + 1 : last].tolist()
+
+
+@settings(deadline=None)
+@given(seed=st.none() | st.integers(0, 2**63), width=st.integers(2, 40))
+def test_the_parts_of_a_window_are_in_order_or_swapped(seed, width):
+    text_KW = np.tile(np.arange(10, 10 + width), (20, 1))
+    framed = frame("sentence_order", text_KW, seed=seed)
+    assert framed.documents is None
+    for row, segments, label in zip(framed.tokens, framed.segments, framed.next_sentence, strict=True):
+        a, b = parts(row)
+        assert min(len(a), len(b)) >= max(1, width // 4)
+        assert (b + a if label else a + b) == text_KW[0].tolist()
+        assert segments.tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+
+
+def test_half_of_the_parts_are_swapped_and_as_long_either_way():
+    framed = frame("sentence_order", np.tile(np.arange(10, 50), (20_000, 1)))
+    assert near(framed.next_sentence == 1, 0.5)
+    lengths = (framed.segments == 0).sum(axis=1) - 2
+    for swapped in (0, 1):
+        counts = np.bincount(lengths[framed.next_sentence == swapped], minlength=31)[10:]
+        expected = counts.sum() / 21
+        assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
+
+
+@settings(deadline=None)
+@given(
+    ends=st.floats(0, 0.6), width=st.integers(2, 30), kind=st.sampled_from(["next_sentence", "sentence_order"]), seed=st.integers(0, 2**60)
+)
+def test_the_documents_that_a_pair_asks_of_are_one_and_all_others_alone(ends, width, kind, seed):
+    rng = np.random.default_rng(seed)
+    text_KW = 1000 * np.arange(1, 9)[:, None] + np.arange(width)  # each token tells window and place
+    ends_KW = rng.random(text_KW.shape) < ends
+    numbers_KW = number_documents(np.where(ends_KW, END, text_KW), END)
+    special = SpecialTokens(end_of_text=END, cls=CLS, sep=SEP, mask=MASK, pad=PAD, is_text=np.arange(10_000) > PAD)
+    framed = frame(kind, text_KW, numbers_KW, seed=seed, special=special)
+    for row, documents, label in zip(framed.tokens, framed.documents, framed.next_sentence, strict=True):
+        a, b = parts(row)
+        before, after = (b, a) if kind == "sentence_order" and label else (a, b)
+        document_of = {token: (token // 1000, numbers_KW[token // 1000 - 1, token % 1000]) for token in a + b}
+        asked = {document_of[before[-1]], document_of[after[0]]}
+        owners = [
+            "pair" if token in {CLS, SEP} or document_of[token] in asked else (token in a, *document_of[token]) for token in row.tolist()
+        ]
+        for i, owner in enumerate(owners):
+            assert [other == owner for other in owners] == (documents == documents[i]).tolist()
+    whole = frame(kind, text_KW, seed=seed, special=special)
+    assert whole.documents is None
+    assert np.array_equal(whole.tokens, framed.tokens)
+
+
+def test_lengths_of_a_document_in_several_pieces_are_refused():
+    text_KW = np.array([[10, 11, END, 12, 13, 14, END, 15]])
+    framed = frame("next_sentence", text_KW, number_documents(text_KW, END))
+    with pytest.raises(ValueError, match="sample 0 has a document in several pieces"):
+        masked(framed, ONLY, share=0.15, special=SPECIAL).cumulative_lengths()
+
+
+def test_a_text_alone_by_hand():
+    text_KW, documents_KW = bins([[10, 11, END], [12, END]], [[10, 11, 12, 13, 14, 15, END]], width=7)
+    first, second = rows(masked(frame("none", text_KW, documents_KW), np.arange(2), share=0.01, special=SPECIAL))
+    shown = unmasked(masked(frame("none", text_KW, documents_KW), np.arange(2), share=0.01, special=SPECIAL)).tolist()
+    assert shown == [[CLS, 10, 11, END, 12, END, SEP, PAD, PAD], [CLS, 10, 11, 12, 13, 14, 15, END, SEP]]
+    assert first["documents"] == [0, 0, 0, 0, 1, 1, 1, -1, -1]
+    assert second["documents"] == [0] * 9
+    assert first["positions"] == list(range(9))
+    assert first["segments"] is first["next_sentence"] is None
+    assert frame("none", text_KW, as_one(documents_KW)).documents.tolist() == [[0] * 7 + [-1] * 2, [0] * 9]
+    cut = frame("none", text_KW)
+    assert cut.documents is None
+    assert cut.tokens.tolist() == [[CLS, *text, SEP] for text in text_KW.tolist()]
+    examples = masked(frame("none", text_KW, documents_KW), np.arange(2), share=0.01, special=SPECIAL)
+    assert examples.cumulative_lengths().tolist() == [0, 4, 7, 9, 18]
+
+
+def words(framed: Framed, row: int) -> list[list[int]]:
+    """The columns of each word of a row, by the definition."""
+    found: list[list[int]] = []
+    documents = np.zeros_like(framed.tokens) if framed.documents is None else framed.documents
+    for column, token in enumerate(framed.tokens[row].tolist()):
+        if token <= PAD:
+            continue
+        goes_on = framed.tokens[row, column - 1] > PAD and documents[row, column - 1] == documents[row, column]
+        if goes_on and not BEGINS[token]:
+            found[-1].append(column)
+        else:
+            found.append([column])
+    return found
+
+
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from(["next_sentence", "sentence_order", "none", "padded"]),
+    seed=st.integers(0, 2**60),
+    share=st.floats(0.01, 0.99),
+    width=st.integers(2, 40),
+    ids=st.sampled_from([(0, V), (5, V), (7, 9)]),  # with ends of texts; none; and one word that never ends
+)
+def test_words_are_hidden_whole_in_the_order_of_their_hashes(kind, seed, share, width, ids):
+    rng = np.random.default_rng(seed)
+    text_KW = rng.integers(*ids, (6, width))
+    text_KW[np.isin(text_KW, [CLS, SEP, MASK, PAD])] = END
+    documents_KW = np.cumsum(rng.random((6, width)) < 0.1, axis=1)  # some follow upon a part of one, with no token between
+    if kind == "padded":
+        documents_KW[:, width // 2 :] = -1
+    framed = frame(kind if kind != "padded" else "none", text_KW, documents_KW, seed=seed)
+    examples = masked(framed, np.arange(6), share=share, special=SPECIAL, whole_words=True)
+    assert np.array_equal(unmasked(examples), framed.tokens)
+    for row, targets in enumerate(examples.targets):
+        there = words(framed, row)
+        wanted = max(1, round(share * sum(map(len, there))))
+        fit = [word for word in there if len(word) <= wanted] or [word[:wanted] for word in there]
+        expected: list[int] = []
+        for word in sorted(fit, key=lambda word: int(fold(fold(framed.keys[row : row + 1], 3), word[0])[0])):
+            if len(expected) + len(word) > wanted:
+                break
+            expected += word
+        assert np.flatnonzero(targets != IGNORED).tolist() == sorted(expected)
+        assert bool(expected) == bool(there)
+
+
+def test_of_the_tokens_of_words_80_percent_are_hidden_10_replaced_10_left():
+    text_NW = np.random.default_rng(1).integers(PAD + 1, V, (4000, 126))
+    framed = frame("none", text_NW)
+    examples = masked(framed, np.arange(4000), share=0.15, special=SPECIAL, whole_words=True)
+    predicted = examples.targets != IGNORED
+    assert predicted.sum(axis=1).max() == 19, "15 percent of 126"
+    assert predicted.sum(axis=1).mean() > 19 - 3, "the word that does not fit any more has three tokens, on the whole"
+    shown, wanted = examples.tokens[predicted], examples.targets[predicted]
+    lucky = 0.1 / (V - PAD - 1)
+    assert near(shown == MASK, 0.8)
+    assert near(shown == wanted, 0.1 + lucky)
+    inside = predicted & ~BEGINS[framed.tokens]
+    hidden = examples.tokens == MASK
+    assert near(hidden[:, 1:][inside[:, 1:] & predicted[:, :-1] & hidden[:, :-1]], 0.8)
+    again = masked(
+        replace(framed, keys=keyed(np.arange(4000) + 4000, 5)), np.arange(4000) + 4000, share=0.15, special=SPECIAL, whole_words=True
+    )
+    assert ((again.targets != examples.targets).any(axis=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole_words", "golden"),
+    [
+        ("sentence_order", False, "991e192329987ce6"),
+        ("none", False, "0fe58c9801166363"),
+        ("none", True, "7ad60f00b30ab5be"),
+        ("next_sentence", True, "1c6d68e0d484d543"),
+    ],
+)
+def test_the_other_kinds_never_change(kind, whole_words, golden):
+    text_KW = np.random.RandomState(3).randint(PAD + 1, V, (40, 61))
+    text_KW[:, ::9] = END
+    framed = frame(kind, text_KW, number_documents(text_KW, END), seed=11)
+    assert digest(masked(framed, np.arange(40), share=0.15, special=SPECIAL, whole_words=whole_words)) == golden
+
+
+def test_hashes_and_examples_never_change():
+    """Golden values: whoever changes these changes every masked run that is under way."""
+    assert hashed(1, 2, np.array([3, 4])).tolist() == [8566811186491711777, 10240744290557228159]
+    assert np.array_equal(fold(hashed(1, 2), np.array([3, 4])), hashed(1, 2, np.array([3, 4])))
+    (row,) = rows(make(5, np.array([29]), np.arange(10, 43).reshape(3, 11), share=0.5))
+    _ = IGNORED
+    assert row["tokens"] == [CLS, 32, 33, 36, 35, MASK, SEP, 15, 16, 37, 18, MASK, MASK, SEP]
+    assert row["targets"] == [_, _, _, 34, _, 36, _, _, 16, 17, _, 19, 20, _]
+    assert row["next_sentence"] == 1

@@ -1,0 +1,263 @@
+"""Examples of an objective: a function of text, seed and number, and exactly what the papers say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from corpora import SMALL, config, documents, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manta.data.config import DataConfig, TokenizerConfig
+from manta.data.errors import InputError
+from manta.data.objectives.causal import IGNORED, Examples, as_one, causal, number_documents
+from manta.data.prepare import prepare
+from manta.data.sampling.order import Order
+from manta.data.sampling.samples import Samples
+from manta.data.shards.manifest import Prepared
+from manta.data.tokenizer.tokenizer import Tokenizer
+
+END = 0
+FIELDS = [name for name in Examples.__slots__ if name != "cut"]  # which came later, and is None for a whole sample
+ONLY = np.zeros(1, dtype=np.int64)
+
+
+def rows(examples: Examples) -> list[dict[str, list[int] | int | None]]:
+    """Each example by itself."""
+    found = {name: getattr(examples, name) for name in FIELDS}
+    return [{name: None if value is None else value[k].tolist() for name, value in found.items()} for k in range(len(examples.samples))]
+
+
+def digest(examples: Examples) -> str:
+    found = xxhash.xxh3_64()
+    for name in FIELDS:
+        value = getattr(examples, name)
+        found.update((name if value is None else f"{name}{value.dtype}{value.shape}").encode())
+        found.update(b"" if value is None else np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
+
+
+def near(counted: np.ndarray, share: float) -> bool:
+    """Whether a share of truths is as it should be, within five standard deviations."""
+    return abs(counted.mean() - share) < 5 * np.sqrt(share * (1 - share) / counted.size)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_lines(
+        tmp_path_factory.mktemp("source") / "lines.jsonl", ["[MASK] [SEP] <|endoftext|>", *documents(300)]
+    )  # the last tokens fill no window
+
+
+@pytest.fixture(scope="module")
+def settings_of(source, tmp_path_factory) -> dict[str, DataConfig]:
+    directory = tmp_path_factory.mktemp("corpora")
+    kinds = {"causal": {}, "separate": {"separate_documents": True}, "masked": {"objective": "masked"}}
+    return {name: config(directory, source, sequence_length=64, **kind) for name, kind in kinds.items()}
+
+
+@pytest.fixture(scope="module")
+def prepared(settings_of) -> dict[str, Prepared]:
+    return {name: prepare.prepare(data, SMALL) for name, data in settings_of.items()}
+
+
+@pytest.fixture(scope="module")
+def opened(settings_of, prepared) -> dict[str, Samples]:
+    return {name: Samples(prepared[name], data, SMALL, seed=7) for name, data in settings_of.items()}
+
+
+@pytest.mark.parametrize("kind", ["causal", "separate", "masked"])
+@settings(deadline=None, max_examples=50)
+@given(numbers=st.lists(st.integers(0, 2**40), min_size=1, max_size=9), data=st.data())
+def test_an_example_is_the_same_whatever_it_is_asked_with(opened, kind, numbers, data):
+    samples = opened[kind]
+    together = rows(samples.train(np.array(numbers)))
+    assert together == [rows(samples.train(np.array([number])))[0] for number in numbers]
+    indices = data.draw(st.lists(st.integers(0, samples.validation_windows - 1), min_size=1, max_size=9))
+    assert rows(samples.validation(np.array(indices))) == [rows(samples.validation(np.array([index])))[0] for index in indices]
+
+
+@pytest.mark.parametrize("kind", ["causal", "separate", "masked"])
+def test_every_array_is_whole_and_of_its_type(opened, kind):
+    for examples in (opened[kind].train(np.arange(5)), opened[kind].validation(np.arange(3))):
+        count = len(examples.samples)
+        there = {name for name in FIELDS if getattr(examples, name) is not None}
+        more = {"causal": set(), "separate": {"documents"}, "masked": {"segments", "next_sentence"}}[kind]
+        assert there == {"tokens", "targets", "positions", "samples"} | more
+        for name in there:
+            array = getattr(examples, name)
+            assert array.dtype == np.int64
+            assert array.flags.writeable  # torch warns of memory that it may not write
+            assert array.shape == ((count,) if name in {"samples", "next_sentence"} else (count, 64))
+
+
+def test_a_causal_example_by_hand():
+    (row,) = rows(causal(np.array([[7, END, 8, 9, END]]), ONLY + 3))
+    assert (row["tokens"], row["targets"], row["positions"]) == ([7, END, 8, 9], [END, 8, 9, END], [0, 1, 2, 3])
+    assert row["samples"] == 3
+
+
+def separate(text_KW: np.ndarray) -> Examples:
+    return causal(text_KW, np.arange(len(text_KW)), number_documents(text_KW, END))
+
+
+def test_separate_documents_by_hand():
+    _ = IGNORED
+    (row,) = rows(separate(np.array([[7, 8, END, 9, END, END, 5, 6, 7]])))
+    assert row["tokens"] == [7, 8, END, 9, END, END, 5, 6]
+    assert row["targets"] == [8, END, _, END, _, _, 6, 7]
+    assert row["documents"] == [0, 0, 0, 1, 1, 2, 3, 3]
+    assert row["positions"] == [0, 1, 2, 0, 1, 0, 0, 1]
+
+
+@given(window=st.lists(st.sampled_from([END, 7, 8]), min_size=2, max_size=40))
+def test_separate_documents_by_the_definition(window):
+    (row,) = rows(separate(np.array([window])))
+    document = position = 0
+    for at, token in enumerate(window[:-1]):
+        assert (row["documents"][at], row["positions"][at]) == (document, position)
+        assert row["targets"][at] == (IGNORED if token == END else window[at + 1])
+        document, position = (document + 1, 0) if token == END else (document, position + 1)
+
+
+def bins(*rows_of_documents: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole documents side by side, padded: text [K, W], documents [K, W]."""
+    text_KW, documents_KW = np.full((len(rows_of_documents), width), END), np.full((len(rows_of_documents), width), -1)
+    for text, numbers, row in zip(text_KW, documents_KW, rows_of_documents, strict=True):
+        tokens = [token for document in row for token in document]
+        text[: len(tokens)] = tokens
+        numbers[: len(tokens)] = [number for number, document in enumerate(row) for _ in document]
+    return text_KW, documents_KW
+
+
+def test_padding_predicts_nothing_and_nothing_predicts_it():
+    _ = IGNORED
+    text_KW, documents_KW = bins([[7, 8, END], [9, 5, END]], [[7, 8, 9, 6, 5, 7, 8, END]], width=9)
+    first, second = rows(causal(text_KW, np.arange(2), documents_KW))
+    assert first["tokens"] == [7, 8, END, 9, 5, END, END, END]
+    assert first["targets"] == [8, END, _, 5, END, _, _, _]
+    assert first["positions"] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert first["documents"] == [0, 0, 0, 1, 1, 1, -1, -1]
+    assert second["targets"] == [8, 9, 6, 5, 7, 8, END, _]
+    first, _second = rows(causal(text_KW, np.arange(2), as_one(documents_KW)))
+    assert first["targets"] == [8, END, 9, 5, END, _, _, _]
+    assert first["positions"] == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert first["documents"] == [0, 0, 0, 0, 0, 0, -1, -1]
+
+
+DOCUMENTS = st.lists(st.lists(st.integers(10, 99), max_size=12).map(lambda text: [*text, END]), min_size=1, max_size=6)
+
+
+@given(found=st.lists(DOCUMENTS, min_size=1, max_size=4), width=st.integers(2, 60))
+def test_cumulative_lengths_by_the_definition(found, width):
+    text_KW, documents_KW = (whole[:, :width] for whole in bins(*found, width=100))
+    examples = causal(text_KW, np.arange(len(found)), documents_KW)
+    lengths = examples.cumulative_lengths()
+    flat = [(row, document) for row, documents in enumerate(examples.documents.tolist()) for document in documents]
+    assert lengths.dtype == np.int32
+    assert lengths.tolist() == [0, *(at for at in range(1, len(flat)) if flat[at] != flat[at - 1]), len(flat)]
+    rows_alone = causal(text_KW, np.arange(len(found))).cumulative_lengths()
+    assert rows_alone.tolist() == [row * (width - 1) for row in range(len(found) + 1)]
+
+
+def test_masks_differ_by_epoch_and_seed_and_come_back_with_them(opened, prepared, settings_of):
+    samples = opened["masked"]
+    total = samples.draws.all[0].windows.total
+    epoch = np.arange(total)
+    _, windows = Order(total, seed=7)(np.concatenate([epoch, epoch + total]))
+    examples = samples.train(np.concatenate([epoch, epoch + total]))
+    twice = [np.flatnonzero(windows == window) for window in range(30)]
+    assert all(len(pair) == 2 for pair in twice)
+    assert all((examples.targets[a] != examples.targets[b]).any() for a, b in twice)
+    again = Samples(prepared["masked"], settings_of["masked"], SMALL, seed=7)
+    assert rows(again.train(epoch[:20])) == rows(samples.train(epoch[:20]))
+    other = Samples(prepared["masked"], settings_of["masked"], SMALL, seed=8)
+    assert rows(other.train(epoch[:20])) != rows(samples.train(epoch[:20]))
+    assert rows(other.validation(np.arange(5))) == rows(samples.validation(np.arange(5)))
+
+
+def test_every_token_of_the_text_is_the_first_windows_once(opened, prepared):
+    """Windows of W = T - 3 tokens lie end to end: what frames the text takes none of it away."""
+    samples = opened["masked"]
+    text = samples.validation_text(np.arange(samples.validation_windows)).tokens
+    assert text.shape[1] == 61
+    end = Tokenizer(prepared["masked"].tokenizer).end_of_text
+    tokens = np.fromfile(next(Path(prepared["masked"].corpora[0]).glob("*.validation.bin")), dtype=np.uint16)
+    assert sorted(text.tolist()) == sorted(tokens[: text.size].reshape(text.shape).tolist())
+    assert end in text
+    assert samples.validation_unigram_entropy(np.arange(2)) == pytest.approx(entropy_of(text[:2]))
+
+
+def entropy_of(tokens: np.ndarray) -> float:
+    shares = np.unique(tokens, return_counts=True)[1] / tokens.size
+    return float(-(shares * np.log(shares)).sum())
+
+
+def test_causal_examples_never_change():
+    text_KW, numbers = np.random.RandomState(3).randint(0, 9, (20, 65)), np.arange(20)
+    assert digest(causal(text_KW, numbers)) == "f02e7eb70e3145a2"
+    assert digest(separate(text_KW)) == "e288a5882dbd1c68"
+
+
+def test_a_masked_corpus_is_another_one_and_a_causal_one_is_left_as_it_was(prepared, settings_of):
+    assert prepared["causal"] == prepared["separate"]
+    assert prepared["masked"].tokenizer != prepared["causal"].tokenizer
+    assert not set(prepared["masked"].corpora) & set(prepared["causal"].corpora)
+    assert {name: prepare.find(data, SMALL) for name, data in settings_of.items()} == prepared
+
+
+def test_masked_and_causal_share_a_corpus_where_the_tokenizers_file_has_all(prepared, source, tmp_path):
+    given = TokenizerConfig(file=prepared["masked"].tokenizer)
+    made = prepare.prepare(config(tmp_path, source, objective="masked"), given)
+    assert prepare.find(config(tmp_path, source), given) == made
+    assert made.fingerprint == prepared["masked"].fingerprint
+
+
+def test_a_tokenizer_of_no_use_for_masking_is_told_before_anything_is_written(prepared, source, tmp_path):
+    data = config(tmp_path / "corpora", source, objective="masked")
+    given = prepared["causal"].tokenizer
+    with pytest.raises(InputError) as caught:
+        prepare.prepare(data, TokenizerConfig(file=given))
+    assert str(caught.value).startswith(f"{given}: got no token [CLS] or <s>, wants [CLS] [SEP] [MASK] [PAD]")
+    with pytest.raises(InputError) as caught:
+        prepare.prepare(data, TokenizerConfig(vocabulary=260))
+    wants = "wants at least 261: 256 bytes and <|endoftext|> [CLS] [MASK] [PAD] [SEP]"
+    assert str(caught.value) == f"tokenizer.vocabulary: got 260, {wants}; raise it"
+    assert not (tmp_path / "corpora").exists()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A tokenizer.json as BERT's is: word pieces, lower case, no end-of-text token, and a post-processor."""
+    from tokenizers import Tokenizer as Reference
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    reference = Reference(models.WordPiece(unk_token="[UNK]"))
+    reference.normalizer = normalizers.BertNormalizer()
+    reference.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    reference.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    reference.train_from_iterator(documents(100), trainer)
+    reference.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    path = tmp_path_factory.mktemp("bert") / "tokenizer.json"
+    reference.save(str(path))
+    return path
+
+
+def test_a_bert_tokenizer_ends_documents_with_its_sep(bert, source, tmp_path):
+    tokens = TokenizerConfig(file=bert, end_of_text="[SEP]")
+    data = config(tmp_path, source, objective="masked", sequence_length=32)
+    prepared = prepare.prepare(data, tokens)
+    samples = Samples(prepared, data, tokens, seed=1)
+    windows = samples.draws.all[0].windows
+    text = np.concatenate([windows.read(np.arange(windows.total)).tokens, samples.validation_text(np.arange(3)).tokens])
+    assert set(text[text < 5]) == {1, 3}  # unknown words, and the ends of documents: no text became a [MASK]
+    examples = samples.train(np.arange(200))
+    assert (examples.tokens[:, 0] == 2).all()
+    assert (examples.tokens[:, -1] == 3).all()
+    assert (examples.targets[examples.targets != IGNORED] >= 5).all()
+    assert (examples.tokens == 4).any()
+    (ids,) = Tokenizer(bert, end_of_text="[SEP]").encode(["etaoin [MASK] [SEP] [CLS]"])
+    assert not set(ids.tolist()) & {2, 3, 4}

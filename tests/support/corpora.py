@@ -1,0 +1,48 @@
+"""Helpers for tests of corpora: small documents, configs, and what a prepared corpus holds."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+
+from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
+from manta.data.shards import manifest
+from manta.data.shards.corpus_directory import Home
+from manta.data.shards.manifest import Prepared
+from manta.data.tokenizer.tokenizer import Tokenizer
+
+SMALL = TokenizerConfig(vocabulary=400, train_bytes=100_000)
+
+
+def config(directory: Path, *sources: object, **more) -> DataConfig:
+    settings = {"sequence_length": 16, "validation": 0.1, "workers": 1} | more
+    return DataConfig(sources=tuple(map(str, sources)), directory=directory, **settings)
+
+
+def documents(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(500)]
+    return [" ".join(rng.choices(words, k=rng.randint(5, 120))) for _ in range(count)]
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def content(prepared: Prepared) -> dict[str, bytes]:
+    """Every file of a prepared corpus, byte for byte."""
+    return {path.name: path.read_bytes() for path in sorted(Path(prepared.corpora[0]).iterdir())}
+
+
+def texts_of(prepared: Prepared, split: str) -> list[str]:
+    tokenizer = Tokenizer(prepared.tokenizer)
+    found = []
+    for root in prepared.corpora:
+        home = Home(root, CacheConfig())
+        for shard in getattr(manifest.load(home), split).shards:
+            for document in np.split(home.tokens(shard), np.cumsum(home.index(shard).lengths)[:-1]):
+                assert document[-1] == tokenizer.end_of_text
+                found.append(tokenizer.decode(document[:-1]))
+    return found

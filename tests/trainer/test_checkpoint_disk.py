@@ -1,0 +1,216 @@
+"""Disks that are full or read-only, for real: small file systems in memory, mounted by the test. Root writes through permissions."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from manta.cluster.supervise.event_log import read_events
+from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.errors import FencedError, SaveError
+from manta.trainer.checkpoint.folder import Folder
+from manta.trainer.checkpoint.manifest import Progress
+from manta.trainer.checkpoint.shards import Pieces
+from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.metrics import read_metrics
+
+MIB, PAGE = 1 << 20, 4096
+
+
+def mount(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """Of 2 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path))
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def tensors(step: int) -> dict[str, Pieces]:
+    return {"master/x": Pieces.all_of(torch.full((300, 1000), float(step)))}  # 1.2 MB
+
+
+def progress(step: int) -> Progress:
+    return Progress(step=step, samples_consumed=step, optimizer_steps=step)
+
+
+def fill(file: Path, *, leave: int) -> None:
+    """The disk, but for so many bytes."""
+    file.write_bytes(bytes(shutil.disk_usage(file.parent).free - leave))
+    assert shutil.disk_usage(file.parent).free == leave
+
+
+FULL = r"rank 0: \S+/step-00000002: No space left on device: wants 1,200,\d+ bytes, and 880,640 were free; make room, or lower"
+
+
+def saved(saver: Saver, step: int, *, wait: bool) -> None:
+    saver.save(tensors(step), progress(step), wait=wait)
+    saver.finish()
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["blocking", "asynchronous"])
+def test_a_full_disk_is_told_and_costs_no_checkpoint(disk, wait):
+    saver = Saver(Folder(disk), identity={}, attempt=0, asynchronous=True)
+    saver.fence()
+    saver.save(tensors(1), progress(1))
+    free = shutil.disk_usage(disk).free
+    with pytest.raises(SaveError, match=FULL):
+        saved(saver, 2, wait=wait)
+    assert shutil.disk_usage(disk).free == free, "what was half written is taken away"
+    assert catalog.newest(Folder(disk)).progress.step == 1
+    assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
+    saved(saver, 2, wait=wait)
+    assert catalog.newest(Folder(disk)).progress.step == 2
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["blocking", "asynchronous"])
+def test_a_read_only_disk_is_told_and_costs_no_checkpoint(disk, wait):
+    saver = Saver(Folder(disk), identity={}, attempt=0, asynchronous=True)
+    saver.fence()
+    saver.save(tensors(1), progress(1))
+    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    with pytest.raises(SaveError, match=r"rank 0: \S+/\.step-00000002\S+: Read-only file system: wants 1,200,\d+ bytes, and"):
+        saved(saver, 2, wait=wait)
+    assert catalog.newest(Folder(disk)).progress.step == 1
+    assert mount("-o", "remount,rw", str(disk)).returncode == 0
+    shutil.rmtree(disk / "step-00000001")
+    saved(saver, 3, wait=wait)
+    assert catalog.newest(Folder(disk)).progress.step == 3
+
+
+def test_room_that_a_dead_attempt_s_half_of_a_checkpoint_takes_is_given_back_first(disk):
+    """Else the next attempt could not even say that it has begun."""
+    dead = Saver(Folder(disk), identity={}, attempt=1)
+    dead.fence()
+    dead.save(tensors(1), progress(1))
+    half = disk / ".step-00000002.a0001-00000000.partial"
+    half.mkdir()
+    fill(half / "rank-0000.safetensors", leave=0)
+    live = Saver(Folder(disk), identity={}, attempt=2)
+    live.fence()
+    assert not list(disk.glob(".*"))
+    assert Folder(disk).holds(live._token)
+    assert not Folder(disk).holds(dead._token)
+    assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
+    with pytest.raises(FencedError):
+        dead.save(tensors(2), progress(2))
+    assert catalog.newest(Folder(disk)).progress.step == 1
+
+
+def test_an_attempt_that_can_not_say_that_it_has_begun_says_what_to_do(disk):
+    saver = Saver(Folder(disk), identity={}, attempt=1)
+    saver.save(tensors(1), progress(1))
+    (disk / "fence.json").unlink(missing_ok=True)
+    fill(disk / "filler", leave=0)
+    with pytest.raises(SaveError, match=rf"{disk}: No space left on device; make room"):
+        saver.fence()
+    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    with pytest.raises(SaveError, match=rf"{disk}/\.fence\.json\.\d+\.tmp: Read-only file system"):
+        saver.fence()
+    assert catalog.newest(Folder(disk)).progress.step == 1
+
+
+@pytest.mark.parametrize("short", [0, 1, 2], ids=["no room for latest", "nor for the manifest", "nor for the tensors"])
+def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(disk, short, caplog):
+    saver = Saver(Folder(disk), identity={}, attempt=1)
+    saver.fence()
+    assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
+    before = shutil.disk_usage(disk).free
+    saver.save(tensors(1), progress(1))
+    takes = before - shutil.disk_usage(disk).free - PAGE  # `latest` was made beside it
+    fill(disk / "filler", leave=takes - short * PAGE)
+    if short == 0:
+        saver.save(tensors(2), progress(2))
+        assert re.search(r"latest\S*: No space left on device; step-00000002 is saved all the same", caplog.text)
+    else:
+        with pytest.raises(SaveError, match=r"No space left on device: wants [\d,]+ bytes, and [\d,]+ were free; make room"):
+            saver.save(tensors(2), progress(2))
+        assert shutil.disk_usage(disk).free == takes - short * PAGE
+    where = Folder(disk)
+    for name in where.names():
+        catalog.verify(where, name)
+    assert catalog.newest(where).progress.step == (1 if short else 2)
+    assert not list(disk.glob(".step*"))
+    (disk / "filler").unlink()
+    saver.save(tensors(3), progress(3))
+    assert catalog.newest(where).progress.step == 3
+    assert (disk / "latest").read_text() == "step-00000003\n"
+    assert not list(disk.glob(".*"))
+
+
+# Whole runs: a checkpoint is 1.3 MB
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stops(case, disk):
+    run = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.tolerate=1", "evaluate.every_steps=100")
+    failed = case.train("full", *run, code=1)
+    full = r"rank \d failed at step \d+: SaveError: rank \d: .*/step-00000012: No space left on device: wants [\d,]+ bytes, and [\d,]+ were"
+    assert re.search(full, failed.stderr)
+    assert "COULD NOT SAVE, 1 in a row" in failed.stderr
+    lines = read_metrics(case.home / "full/metrics.jsonl")
+    told = [line["step"] for line in lines if line.get("checkpoint/failures") == 1]
+    assert told[0] in range(9, 12), "the second save, of step 8, is the first that finds no room"
+    assert lines[-1]["step"] in range(12, 16), "the third, of step 12, is one more than are tolerated"
+    log = (case.home / "full/logs/attempt-0001/rank-0000.log").read_text()
+    assert "could not save, and train on (1 of 1 such failures in a row are tolerated): rank" in log
+    assert not (case.home / "full/logs/attempt-0002/rank-0000.log").exists(), "another try would meet the same"
+    where = Folder(disk)
+    assert catalog.newest(where).progress.step == 4
+    assert where.names() == ["step-00000004"]
+    assert not list(disk.glob(".*partial"))
+    assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
+    assert case.manta("resume", "full", "train.steps=40").returncode == 0
+    assert where.names() == ["step-00000040", "step-00000036"]
+    again = read_metrics(case.home / "full/metrics.jsonl")
+    assert [line["step"] for line in again] == list(range(1, 41))
+    assert [line["attempt"] for line in again] == [1] * 4 + [2] * 36
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told_is", ["manta", "rank 1"])
+def test_a_run_told_to_leave_that_can_not_save_says_so(case, disk, told_is):
+    run = f"left by {told_is}"
+    more = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.tolerate=1000", "train.steps=4000")
+    with case.start("train", str(case.file), f"run.dir={run}", *more) as running:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not any(line["step"] == 12 for line in read_metrics(case.home / run / "metrics.jsonl")):
+            time.sleep(0.05)
+        ranks = next(e for e in read_events(case.home / run / "events.jsonl") if e["event"] == "attempt-started")["ranks"]
+        os.kill(running.pid if told_is == "manta" else ranks[1]["pid"], signal.SIGTERM)
+        _, told = running.communicate(timeout=60)
+        assert running.returncode == 143, told
+    assert re.search(r"LeftUnsavedError: told to leave: rank \d: .*: No space left on device: wants [\d,]+ bytes, and [\d,]+ were", told)
+    assert "left; step 4 is saved; go on with: manta resume" in told
+    assert json.loads(case.manta("status", run, "--json").stdout)["state"] == "stopped, not saved"
+    assert catalog.newest(Folder(disk)).progress.step == 4
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_nowhere_where_checkpoints_can_not_be_written(case, disk):
+    here = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "train.steps=4")
+    case.train("nowhere", *here)
+    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    refused = case.train("nowhere", *here[:-1], "train.steps=8", code=2)
+    assert f"checkpoint.directory: got {disk}, and {disk} can not be written" in refused.stderr
+    alone, on_cpu = [sys.executable, "-P", "-m", "manta.trainer", "nowhere"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    failed = subprocess.run(alone, cwd=case.home, env=on_cpu, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert re.search(rf"SaveError: an attempt has to be noted .*{disk}/\S+: Read-only file system", failed.stderr)
+    assert catalog.newest(Folder(disk)).progress.step == 4

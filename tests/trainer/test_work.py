@@ -1,0 +1,92 @@
+"""What a rank computes by itself tells a slow one from those that wait for it, under every layout."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from live_run import LiveRun, exactly
+from parity import GLOBAL_BATCH, MODELS, batch, model, optimizer_config, rows
+from spmd import spmd
+
+from manta.trainer.config.training import ParallelConfig, TrainConfig
+from manta.trainer.dist.layout import fits
+from manta.trainer.dist.world import World
+from manta.trainer.engine.deepspeed import Engine
+
+LAYOUTS = [
+    ("gpt2", ParallelConfig(zero=1)),
+    ("gpt2", ParallelConfig(zero=3)),
+    ("gpt2", ParallelConfig(tensor=2)),
+    ("gpt2", ParallelConfig(sequence=2, zero=3)),
+    ("moe", ParallelConfig(expert=2)),
+]
+PAUSE, STEPS = 0.02, 3
+
+
+def worked(layouts):
+    """Of each layout: this rank's seconds by itself, and all in all, of a step in which rank 1's layers are slow; the least of several."""
+    world, told = World.from_environment(), []
+    torch.nn.functional.linear = torch._C._nn.linear  # ZeRO-3 leaves its own in this place
+    for name, parallel in layouts:
+        data = world.size // (parallel.tensor * parallel.sequence)
+        layout = fits(TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH // (2 * data)), world.size, parallel)
+        mesh = world.mesh(layout)
+        engine = Engine(model(name), mesh=mesh, optimizer=optimizer_config("adamw"), precision="fp32")
+        if world.rank == 1:
+            for block in engine.module.blocks:
+                block.attention.q_proj.forward = slowed(block.attention.q_proj.forward)
+        seconds = []
+        for step in range(STEPS):
+            start = time.perf_counter()
+            taken = [rows(batch(name, step), layout.samples(first=0, turn=turn, rank=mesh.data_rank)) for turn in range(2)]
+            engine.step(taken, learning_rate=1e-3)
+            seconds.append((engine.work.take(), time.perf_counter() - start))
+        told.append([min(each) for each in zip(*seconds, strict=True)])
+    return told
+
+
+def slowed(forward):
+    def slow(*given):
+        time.sleep(PAUSE)
+        return forward(*given)
+
+    return slow
+
+
+@pytest.mark.slow
+def test_only_a_slow_rank_s_own_time_is_longer_though_steps_take_all_as_long():
+    lost = PAUSE * 2 * MODELS["gpt2"].layers
+    for (name, parallel), (waiting, whole), (slow, _) in zip(LAYOUTS, *spmd(worked, 2, LAYOUTS), strict=True):
+        assert whole >= lost <= slow, (name, parallel)
+        assert 0 < waiting < lost, (name, parallel)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_slowed_in_a_real_run_is_named_and_the_run_goes_on_with_the_same_losses(case):
+    """Stopped most of the time, in bursts too short to be seen as a hang."""
+    larger = ["model.width=128", "train.global_batch=32", "train.steps=10000"]
+    with LiveRun(case, "slowed", *larger) as run:
+        run.event("first-step")
+        victim = run.pids(1)[1]
+        until = time.monotonic() + 120
+        while not run.events("rank-slow") and time.monotonic() < until:
+            os.kill(victim, signal.SIGSTOP)
+            time.sleep(0.1)
+            os.kill(victim, signal.SIGCONT)
+            time.sleep(0.01)
+        run.process.send_signal(signal.SIGTERM)
+        code, told = run.end()
+        assert code == 75, told
+        (slow,) = run.events("rank-slow")
+        assert slow["rank"] == 1
+        assert slow["times"] > 1.5
+        assert f"rank 1 on {slow['node']} is {slow['times']:.1f}x slower than the median" in told
+        assert not run.events("rank-failed")
+    slowed = exactly(run.lines())
+    with LiveRun(case, "at its own pace", *larger) as other:
+        other.steps(1, len(slowed))
+        other.process.send_signal(signal.SIGTERM)
+        assert other.end()[0] == 75
+    assert exactly(other.lines())[: len(slowed)] == slowed

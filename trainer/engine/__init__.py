@@ -1,0 +1,1 @@
+"""DeepSpeed, the device and what watches both."""
