@@ -34,7 +34,7 @@ def scene(tmp_path_factory):
 def secrets(scene):
     """The token, looked at while the run is under way, and where it was seen that it should not be."""
     scene.event("first-step")
-    scratch = Path(scene.rank_environment()["MANTA_HEARTBEAT"]).parents[2]
+    scratch = Path(scene.rank_environment()["MANTA_HEARTBEAT"]).parents[1]
     token = (scratch / "token").read_text()
     seen = [pid for pid in scene.processes() for name in ("cmdline", "environ") if token in Path(f"/proc/{pid}/{name}").read_text()]
     return scratch, stat.S_IMODE((scratch / "token").stat().st_mode), stat.S_IMODE(scratch.stat().st_mode), token, seen
