@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.config.training import OptimizerConfig, Precision, TrainConfig
+from manta.trainer.config.training import OptimizerConfig, ParallelConfig, Precision, TrainConfig
 from manta.trainer.dataloader.batch import Batch
-from manta.trainer.dist.layout import fits
+from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.model.build import build
@@ -48,7 +48,7 @@ def rank(number: int, rounds: int) -> None:
     for sizes, precision in MODELS:
         model = build(ModelConfig(**sizes), vocabulary=VOCABULARY, sequence_length=LENGTH)
         model.initialize(1)
-        layout = fits(TrainConfig(steps=1, global_batch=32, micro_batch=16), RANKS)
+        layout = layout_for(TrainConfig(steps=1, global_batch=32, micro_batch=16), ParallelConfig(), RANKS)
         engine = Engine(model, mesh=world.mesh(layout), optimizer=OptimizerConfig(), precision=precision)
         text, places = torch.randint(0, VOCABULARY, (16, LENGTH + 1)), torch.arange(LENGTH).expand(16, LENGTH)
         told = {"positions": places, "documents": torch.zeros_like(places), "keys": torch.arange(16)}

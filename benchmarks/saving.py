@@ -29,9 +29,9 @@ from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, name_of, to_byt
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.config.training import OptimizerConfig, TrainConfig
+from manta.trainer.config.training import OptimizerConfig, ParallelConfig, TrainConfig
 from manta.trainer.dataloader.batch import Batch
-from manta.trainer.dist.layout import fits
+from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.model.build import build
@@ -63,7 +63,7 @@ class Comparison:
         world.join()
         model = build(ModelConfig(layers=layers, width=width, heads=width // 64), vocabulary=VOCABULARY, sequence_length=LENGTH)
         model.initialize(1)
-        layout = fits(TrainConfig(steps=1, global_batch=1, micro_batch=1), 1)
+        layout = layout_for(TrainConfig(steps=1, global_batch=1, micro_batch=1), ParallelConfig(), 1)
         self.engine = Engine(model, mesh=world.mesh(layout), optimizer=OptimizerConfig(), precision="bf16")
         text, places = torch.randint(0, VOCABULARY, (1, LENGTH + 1)), torch.arange(LENGTH)[None]
         keys = torch.arange(1)

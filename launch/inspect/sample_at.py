@@ -22,7 +22,7 @@ from manta.launch.inspect.charts import console, visible
 from manta.launch.inspect.resolve import Opened, opened
 from manta.trainer.config.supported import divisors
 from manta.trainer.config.training import TrainConfig
-from manta.trainer.dist.layout import Layout, fits, shared_turns
+from manta.trainer.dist.layout import Layout, layout_for, max_data_ranks
 from manta.trainer.metrics import Line, read_metrics
 
 Told = dict[str, Any]
@@ -103,7 +103,7 @@ def _layout(run: Path, whose: Opened, lines: list[Line], ranks: int | None) -> L
         return Layout(data=1, micro_batch=train.micro_batch)
     world, layout = lines[-1]["world_size"], None
     with suppress(InputError):
-        layout = fits(train, world, parallel, shrinks=True)
+        layout = layout_for(train, parallel, world, may_shrink=True)
     if layout is None or str(layout) != lines[-1]["layout"]:
         got = f"config.yaml that was changed since its newest step was done on {world} ranks ({lines[-1]['layout']})"
         raise InputError(f"{run}: got a {got}, wants the data ranks to deal a step out over; give --ranks")
@@ -111,7 +111,7 @@ def _layout(run: Path, whose: Opened, lines: list[Line], ranks: int | None) -> L
 
 
 def _check_ranks(train: TrainConfig, ranks: int) -> None:
-    turns = shared_turns(train)
+    turns = max_data_ranks(train)
     if turns % ranks:
         raise InputError(f"--ranks: got {ranks}, wants a divisor of train.global_batch / train.micro_batch {turns}; use {divisors(turns)}")
 

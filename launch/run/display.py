@@ -12,7 +12,7 @@ from manta.cluster.supervise.controller import INTERRUPTED, LEFT_SAVED, LEFT_UNS
 from manta.cluster.supervise.event_log import POLL, Event
 from manta.data.sampling.timeline import Timeline
 from manta.launch.control.tail import Tail
-from manta.trainer.dist.layout import smaller
+from manta.trainer.dist.layout import shrunk_layouts
 from manta.trainer.metrics import Line, describe, duration, end_of_lines, parse
 from manta.trainer.run_directory import RunDirectory
 
@@ -141,7 +141,7 @@ class Display:
     def _gathered(self, ranks: int, addresses: list[str]) -> str | None:
         """Who trains; and what the config says otherwise, where ranks are too few for it."""
         config = self._home.config()
-        instead = smaller(config.train, config.parallel).get(ranks)
+        instead = shrunk_layouts(config.train, config.parallel).get(ranks)
         told = [] if len(addresses) == 1 and not instead else [f"{ranks} rank{'s' if ranks > 1 else ''} on {', '.join(addresses)}"]
         if instead:
             sizes = [(name, getattr(config.parallel, name), getattr(instead, name)) for name in ("tensor", "sequence", "expert")]

@@ -31,7 +31,7 @@ from manta.launch.run.detach import detach
 from manta.launch.run.display import Display, say
 from manta.launch.run.initial_weights import refuse_other_weights, start_of, tell_of_another_tokenizer
 from manta.launch.run.resume_check import is_done, refuse_another_run, refuse_other_ranks
-from manta.trainer.dist.layout import Layout, plan, sizes, smaller, turns_in_words
+from manta.trainer.dist.layout import Layout, largest_layout, layouts, micro_batches_text, shrunk_layouts
 from manta.trainer.run_directory import RunDirectory
 
 STACK = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
@@ -77,7 +77,7 @@ class Ready:
                 environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
                 directory=home.path,
                 sizes=(layout.ranks,) if config.data.live else self.sizes,
-                fewer=() if config.data.live else tuple(smaller(config.train, config.parallel)),
+                fewer=() if config.data.live else tuple(shrunk_layouts(config.train, config.parallel)),
                 ranks_per_node=self.each,
                 packages=(("manta", __version__), *((name, found) for name in STACK if (found := _version(name)) is not None)),
             )
@@ -86,7 +86,7 @@ class Ready:
     def _say(self) -> None:
         config, layout, where = self.config, self.layout, self.home.path
         if self.each and (ranks := config.cluster.most * self.each) > layout.ranks:
-            say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {turns_in_words(config.train)} deals out evenly over {layout.data}")
+            say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {micro_batches_text(config.train)} deals out evenly over {layout.data}")
         if self.each:
             say(f"{where}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
         if config.data.live:
@@ -100,9 +100,9 @@ def ready_to_train(config: RunConfig, ray: Ray) -> Ready | None:
     home = RunDirectory(config.run.dir.absolute())
     check_places(home, config)
     each = ranks_per_node(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
-    fitting = sizes(config.train, config.parallel)
+    fitting = tuple(layouts(config.train, config.parallel))
     ranks = max(fitting, default=1) if each is None else config.cluster.most * each  # None: nobody knows yet what GPUs there are
-    layout = plan(config.train, ranks, config.parallel)
+    layout = largest_layout(config.train, config.parallel, ranks)
     refuse_another_run(home, config)
     start = start_of(home, config)
     if is_done(home, config):

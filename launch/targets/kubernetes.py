@@ -23,7 +23,7 @@ from manta.data.errors import InputError
 from manta.data.storage.remote import is_remote
 from manta.launch.config import RunConfig
 from manta.launch.targets.paths import password_in, places
-from manta.trainer.dist.layout import plan
+from manta.trainer.dist.layout import largest_layout
 
 FAILED = 1
 CONFIG = f"{CONFIG_MOUNT}/run.yaml"
@@ -72,7 +72,7 @@ def render(config: RunConfig, *, nodes: int) -> str:
     target = config.cluster.kubernetes
     ranks = config.cluster.ranks_per_node or target.gpus
     if ranks:
-        plan(config.train, nodes * ranks, config.parallel)  # raises where they could not share a batch
+        largest_layout(config.train, config.parallel, nodes * ranks)  # raises where they could not share a batch
     placed = config.model_copy(update={"cluster": config.cluster.model_copy(update={"ranks_per_node": ranks or None})})
     metadata: Tree = {"name": name(config), **_given(namespace=target.namespace)}
     labels = {"app.kubernetes.io/managed-by": "manta"}

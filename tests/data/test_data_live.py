@@ -36,9 +36,9 @@ from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
-from manta.trainer.config.training import TrainConfig
+from manta.trainer.config.training import ParallelConfig, TrainConfig
 from manta.trainer.dataloader.loader import Reader
-from manta.trainer.dist.layout import plan
+from manta.trainer.dist.layout import largest_layout
 
 SHAPES = {
     "causal": {"sequence_length": 16},
@@ -394,7 +394,10 @@ def test_what_wants_a_prepared_corpus_is_refused(more, told):
 
 def test_a_reader_that_is_ahead_tells_where_each_step_began(folder, tokens):
     data = config(folder, folder / "web", sequence_length=16)
-    timeline, layout = Timeline(sequence_length=16, global_batch=12), plan(TrainConfig(steps=6, global_batch=12, micro_batch=2), 2)
+    timeline, layout = (
+        Timeline(sequence_length=16, global_batch=12),
+        largest_layout(TrainConfig(steps=6, global_batch=12, micro_batch=2), ParallelConfig(), 2),
+    )
     expected = [cursor for cursor, _ in read(opened(data, tokens, 1, 2), 0, 37)][::6]
     assert len(set(expected)) == 7
     reader = Reader(opened(data, tokens, 1, 2), timeline, layout, rank=1, seed=7, steps=6, device=torch.device("cpu"))

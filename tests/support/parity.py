@@ -21,7 +21,7 @@ from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.config.supported import refusal
 from manta.trainer.config.training import OptimizerConfig, ParallelConfig, Precision, TrainConfig
 from manta.trainer.dataloader.batch import IGNORED, Batch
-from manta.trainer.dist.layout import fits
+from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine import deepspeed as engines
 from manta.trainer.engine.deepspeed import Engine
@@ -276,7 +276,7 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
     world = World.from_environment()
     data = world.size // (cell.parallel.tensor * cell.parallel.sequence)
     train = TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH // (TURNS * data))
-    layout = fits(train, world.size, cell.parallel)
+    layout = layout_for(train, cell.parallel, world.size)
     mesh = world.mesh(layout)
     with patch.object(engines, "_settings", in_pieces):
         engine = Engine(

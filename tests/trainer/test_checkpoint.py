@@ -26,7 +26,7 @@ from manta.trainer.checkpoint.retention import Keep
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.config.training import ParallelConfig, TrainConfig
-from manta.trainer.dist.layout import fits
+from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine import deepspeed as engines
 from manta.trainer.engine.deepspeed import Engine
@@ -74,7 +74,7 @@ class Trail:
 
 def build(cell: Cell, optimizer: str = "adamw", *, pieces: bool = False) -> Engine:
     """pieces: as a large model lies on its ranks."""
-    layout = fits(TRAIN, World.from_environment().size, cell.parallel)
+    layout = layout_for(TRAIN, cell.parallel, World.from_environment().size)
     torch.nn.functional.linear = LINEAR
     with patch.object(engines, "_settings", in_pieces) if pieces else nullcontext():
         return Engine(

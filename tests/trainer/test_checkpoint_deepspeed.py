@@ -32,7 +32,7 @@ from manta.trainer.config.training import OptimizerConfig, ParallelConfig, Train
 from manta.trainer.convert import deepspeed
 from manta.trainer.convert.deepspeed_names import differences, logical_state, progress
 from manta.trainer.dataloader.batch import IGNORED, Batch
-from manta.trainer.dist.layout import fits
+from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.metrics import read_metrics
@@ -216,7 +216,7 @@ def convert(directory: Path, way: Plain, output: Path, **changes: Any) -> Progre
 def go_on(directory: Path, way: Plain, cell: Cell) -> Trail:
     """Manta, from a converted checkpoint, under the layout of a cell."""
     torch.nn.functional.linear = LINEAR
-    layout = fits(TrainConfig(steps=LAST, global_batch=GLOBAL_BATCH, micro_batch=1), World.from_environment().size, cell.parallel)
+    layout = layout_for(TrainConfig(steps=LAST, global_batch=GLOBAL_BATCH, micro_batch=1), cell.parallel, World.from_environment().size)
     mesh = World.from_environment().mesh(layout)
     engine = Engine(ours(way.model), mesh=mesh, optimizer=optimizer_config(way.optimizer), precision=cell.precision)
     where = Folder(directory)

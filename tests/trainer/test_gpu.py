@@ -21,7 +21,7 @@ from parity import OPTIMIZERS, Cell, Difference, Trace, plain, under
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.config.training import OptimizerConfig, ParallelConfig, TrainConfig
 from manta.trainer.dataloader.batch import Batch
-from manta.trainer.dist.layout import fits
+from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.engine.replica_check import sum_of_bits
@@ -138,7 +138,7 @@ def test_compiled_blocks_train_as_others_do(cell):
 
 def overflowing() -> tuple[list[bool], list[float | None]]:
     """Two steps: before the second the loss scale is set beyond what fp16 holds."""
-    world, layout = World.from_environment(), fits(TrainConfig(steps=2, global_batch=16, micro_batch=4), 1)
+    world, layout = World.from_environment(), layout_for(TrainConfig(steps=2, global_batch=16, micro_batch=4), ParallelConfig(), 1)
     config = parity.optimizer_config("adamw")
     engine = Engine(parity.model("llama"), mesh=world.mesh(layout), optimizer=config, precision="fp16")
     skipped, scales = [], []
@@ -160,7 +160,7 @@ def test_a_step_that_overflows_in_fp16_is_left_out():
 
 def looked_at() -> tuple[list[float], int, int]:
     """What a rank spends by itself, over three steps; and the sum of a weight's bits, there and on the CPU."""
-    world, layout = World.from_environment(), fits(TrainConfig(steps=3, global_batch=16, micro_batch=4), 1)
+    world, layout = World.from_environment(), layout_for(TrainConfig(steps=3, global_batch=16, micro_batch=4), ParallelConfig(), 1)
     engine = Engine(parity.model("llama"), mesh=world.mesh(layout), optimizer=parity.optimizer_config("adamw"), precision="bf16")
     work = []
     for step in range(3):
@@ -283,7 +283,7 @@ def two_steps(preset, changes, compiled) -> tuple[list[float], list[float]]:
     config = ModelConfig(**yaml.safe_load(text) | changes)
     vocabulary, length = (50257, 512) if torch.cuda.is_available() else (500, 64)
     world, train = World.from_environment(), TrainConfig(steps=2, global_batch=4, micro_batch=2)
-    layout = fits(train, 1)
+    layout = layout_for(train, ParallelConfig(), 1)
     made = build(config, vocabulary=vocabulary, sequence_length=length)
     made.initialize(1)
     optimizer = OptimizerConfig(learning_rate=1e-4)

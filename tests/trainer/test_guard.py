@@ -16,7 +16,7 @@ from spmd import spmd
 from manta.cluster.supervise.event_log import read_events
 from manta.cluster.supervise.failure import Cause, Failure, GiveUp, Policy, Restart, decide
 from manta.trainer.config.training import ParallelConfig, TrainConfig
-from manta.trainer.dist.layout import fits
+from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine import replica_check
 from manta.trainer.engine.deepspeed import Engine
@@ -33,7 +33,7 @@ def built(name, precision, parallel):
     world = World.from_environment()
     data = world.size // (parallel.tensor * parallel.sequence)
     train = TrainConfig(steps=9, global_batch=4 * data, micro_batch=2)
-    mesh = world.mesh(fits(train, world.size, parallel))
+    mesh = world.mesh(layout_for(train, parallel, world.size))
     return Engine(model(name), mesh=mesh, optimizer=optimizer_config("adamw", precision), precision=precision)
 
 

@@ -1,5 +1,6 @@
-"""The plan of a batch over ranks, and the learning rate: pure functions."""
+"""How samples and weights are laid out over ranks, and the learning rate of a step: pure functions."""
 
+from dataclasses import replace
 from itertools import chain, product
 
 import numpy as np
@@ -9,72 +10,110 @@ from hypothesis import strategies as st
 
 from manta.data.errors import InputError
 from manta.trainer.config.training import BatchConfig, ParallelConfig, ScheduleConfig, TrainConfig
-from manta.trainer.dist.layout import fits, plan, sizes, smaller
+from manta.trainer.dist.layout import Layout, largest_layout, layout_for, layout_from_environment, layouts, shrunk_layouts
 from manta.trainer.optim.schedules import learning_rate
 
 counts = st.integers(1, 24)
+batch_counts = st.lists(counts, min_size=1, max_size=4)  # micro batches per step, a number for each stage of a batch ramp
 
 
-def ramp(micro: int, turns: list[int]) -> TrainConfig:
-    """A stage for each number of micro batches a step."""
-    stages = tuple(BatchConfig(from_tokens=1000 * stage, global_batch=micro * count) for stage, count in enumerate(turns))
-    return TrainConfig(steps=1, global_batch=micro * turns[-1], micro_batch=micro, batch_ramp=stages if len(turns) > 1 else ())
+def ramp(micro_batch: int, stages: list[int]) -> TrainConfig:
+    """Return a config with one stage for each number of micro batches per step."""
+    batches = [micro_batch * count for count in stages]
+    batch_ramp = tuple(BatchConfig(from_tokens=1000 * stage, global_batch=batch) for stage, batch in enumerate(batches))
+    return TrainConfig(steps=1, global_batch=batches[-1], micro_batch=micro_batch, batch_ramp=batch_ramp if len(stages) > 1 else ())
 
 
-@given(micro=counts, turns=st.lists(counts, min_size=1, max_size=4), ranks=counts, first=st.integers(0, 10**12))
-def test_every_layout_reads_the_same_samples_each_step(micro, turns, ranks, first):
-    layout = plan(ramp(micro, turns), ranks)
-    for global_batch in (micro * count for count in turns):
+@given(micro=counts, stages=batch_counts, ranks=counts, first=st.integers(0, 10**12))
+def test_every_layout_reads_the_same_samples_each_step(micro, stages, ranks, first):
+    layout = largest_layout(ramp(micro, stages), ParallelConfig(), ranks)
+    for global_batch in (micro * count for count in stages):
         accumulation = layout.accumulation(global_batch)
         assert layout.data * micro * accumulation == global_batch
-        taken = [layout.samples(first=first, turn=t, rank=r) for t in range(accumulation) for r in range(layout.data)]
-        assert np.array_equal(np.sort(np.concatenate(taken)), first + np.arange(global_batch))
+        samples = [layout.samples(first=first, turn=turn, rank=rank) for turn in range(accumulation) for rank in range(layout.data)]
+        assert np.array_equal(np.sort(np.concatenate(samples)), first + np.arange(global_batch))
 
 
-@given(micro=counts, turns=st.lists(counts, min_size=1, max_size=4), ranks=counts)
-def test_as_many_ranks_work_as_every_batch_of_the_run_can_be_dealt_to(micro, turns, ranks):
-    train = ramp(micro, turns)
-    layout = plan(train, ranks)
+@given(micro=counts, stages=batch_counts, ranks=counts)
+def test_the_most_ranks_that_divide_every_batch_are_used(micro, stages, ranks):
+    train = ramp(micro, stages)
+    layout = largest_layout(train, ParallelConfig(), ranks)
     assert layout.data <= ranks
-    assert not any(all(count % more == 0 for count in turns) for more in range(layout.data + 1, ranks + 1))
-    assert fits(train, layout.data) == layout
+    assert not any(all(count % more == 0 for count in stages) for more in range(layout.data + 1, ranks + 1))
+    assert layout_for(train, ParallelConfig(), layout.data) == layout
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(InputError, match=r"got 3 ranks, wants a divisor of train.global_batch 8 / train.micro_batch 1; start 2 ranks"):
-        fits(TrainConfig(steps=1, global_batch=8, micro_batch=1), 3)
     with pytest.raises(
-        InputError, match=r"got 4 ranks, wants a divisor of each of train.batch_ramp's 4, 12, 8 / train.micro_batch 2; start 2 ra"
+        InputError, match=r"WORLD_SIZE: expected a divisor of train.global_batch 8 / train.micro_batch 1, got 3 ranks. Start 2 ranks"
     ):
-        fits(ramp(2, [2, 6, 4]), 4)
+        layout_for(TrainConfig(steps=1, global_batch=8, micro_batch=1), ParallelConfig(), 3)
+    with pytest.raises(
+        InputError, match=r"expected a divisor of each of train.batch_ramp's 4, 12, 8 / train.micro_batch 2, got 4 ranks. Start 2 ranks"
+    ):
+        layout_for(ramp(2, [2, 6, 4]), ParallelConfig(), 4)
 
 
-@given(micro=counts, turns=st.lists(counts, min_size=1, max_size=4), shares=st.tuples(*3 * [st.sampled_from([1, 2, 3, 4, 6, 8])]))
-def test_too_few_ranks_have_sizes_that_divide_those_of_the_config_and_as_large_as_can_be(micro, turns, shares):
-    train = ramp(micro, turns)
-    parallel = ParallelConfig(tensor=shares[0], sequence=shares[1], expert=shares[2])
-    assume(sizes(train, parallel))
-    instead = smaller(train, parallel)
-    assert instead.keys() == set(range(1, min(sizes(train, parallel)))) & set(chain.from_iterable(_sizes_of_divisors(train, shares)))
-    for ranks, found in instead.items():
-        layout = fits(train, ranks, parallel, shrinks=True)
-        assert (layout.tensor, layout.sequence, layout.expert) == (found.tensor, found.sequence, found.expert)
-        assert parallel.tensor % found.tensor == parallel.sequence % found.sequence == parallel.expert % found.expert == 0
+@given(micro=counts, stages=batch_counts, sizes=st.tuples(*3 * [st.sampled_from([1, 2, 3, 4, 6, 8])]))
+def test_too_few_ranks_get_the_largest_sizes_that_divide_the_configured_ones(micro, stages, sizes):
+    train = ramp(micro, stages)
+    parallel = parallel_of(*sizes)
+    assume(layouts(train, parallel))
+    shrunk = shrunk_layouts(train, parallel)
+    possible = chain.from_iterable(layouts(train, parallel_of(*smaller)) for smaller in product(*map(divisors, sizes)))
+    assert shrunk.keys() == set(range(1, min(layouts(train, parallel)))) & set(possible)
+    for ranks, layout in shrunk.items():
+        assert layout_for(train, parallel, ranks, may_shrink=True) == layout
+        assert parallel.tensor % layout.tensor == parallel.sequence % layout.sequence == parallel.expert % layout.expert == 0
         assert not any(
-            ranks in sizes(train, ParallelConfig(tensor=larger, sequence=sequence, expert=expert))
-            for larger, sequence, expert in product(*map(divisors, shares))
-            if larger > found.tensor
+            ranks in layouts(train, parallel_of(tensor, sequence, expert))
+            for tensor, sequence, expert in product(*map(divisors, sizes))
+            if tensor > layout.tensor
         )
         with pytest.raises(InputError):
-            fits(train, ranks, parallel)
+            layout_for(train, parallel, ranks)
 
 
-def _sizes_of_divisors(train, shares):
-    return [sizes(train, ParallelConfig(tensor=t, sequence=s, expert=e)) for t, s, e in product(*map(divisors, shares))]
+def parallel_of(tensor: int, sequence: int, expert: int) -> ParallelConfig:
+    return ParallelConfig(tensor=tensor, sequence=sequence, expert=expert)
 
 
-def divisors(number):
+def divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+@given(micro=counts, stages=batch_counts, sizes=st.tuples(*3 * [st.sampled_from([1, 2, 4])]))
+def test_ranks_receive_the_layout_that_the_launcher_computed(micro, stages, sizes):
+    train, parallel = ramp(micro, stages), parallel_of(*sizes)
+    for ranks, layout in (layouts(train, parallel) | shrunk_layouts(train, parallel)).items():
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in layout.to_environment().items():
+                environment.setenv(name, value)
+            assert layout_from_environment(train, parallel, ranks) == layout
+
+
+def test_ranks_without_a_launcher_compute_their_layout(monkeypatch):
+    monkeypatch.delenv("MANTA_LAYOUT", raising=False)
+    train = TrainConfig(steps=1, global_batch=8, micro_batch=2)
+    assert layout_from_environment(train, ParallelConfig(tensor=2), 4) == Layout(data=2, micro_batch=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    "change", [{"data": 3}, {"micro_batch": 4}, {"tensor": 4}, {"expert": 8}, {"zero": 2}, {"offload": True}, {"data": 4}], ids=str
+)
+def test_ranks_refuse_a_layout_that_does_not_suit_the_config(change, monkeypatch):
+    train, parallel = TrainConfig(steps=1, global_batch=8, micro_batch=2), ParallelConfig(tensor=2)
+    layout = layout_for(train, parallel, 4)
+    for name, value in replace(layout, **change).to_environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"MANTA_LAYOUT: expected a layout of 4 ranks that suits config\.yaml, got .*\. Start the ranks"):
+        layout_from_environment(train, parallel, 4)
+
+
+def test_ranks_refuse_a_layout_that_they_cannot_read(monkeypatch):
+    monkeypatch.setenv("MANTA_LAYOUT", "data 2")
+    with pytest.raises(InputError, match=r"MANTA_LAYOUT: expected a layout in JSON, got 'data 2'"):
+        layout_from_environment(TrainConfig(steps=1, global_batch=8, micro_batch=2), ParallelConfig(), 2)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_minimum():

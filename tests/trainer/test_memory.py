@@ -13,7 +13,7 @@ from torch import Tensor
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.config.training import OptimizerConfig, ParallelConfig, Precision, TrainConfig
 from manta.trainer.dataloader.batch import Batch
-from manta.trainer.dist.layout import Layout, fits
+from manta.trainer.dist.layout import Layout, layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.engine.memory import MOMENTS, Memory, estimate, shapes
@@ -41,7 +41,7 @@ def measure(config: ModelConfig, precision: Precision, parallel: ParallelConfig,
     """The most that this rank holds in two optimizer steps, each of two micro batches."""
     warnings.simplefilter("ignore")  # of torch's, on what is asked of objects while they are counted
     world = World.from_environment()
-    layout = fits(TrainConfig(steps=2, global_batch=2 * world.size, micro_batch=1), world.size, parallel)
+    layout = layout_for(TrainConfig(steps=2, global_batch=2 * world.size, micro_batch=1), parallel, world.size)
     mesh = world.mesh(layout)
     before = _storages()
     model = build(config, vocabulary=VOCABULARY, sequence_length=LENGTH)

@@ -11,7 +11,7 @@ from parity_table import CONTROLS, MORE, PRECISIONS, SHARES, STAGES, cells, each
 from spmd import spmd
 
 from manta.trainer.config.training import ParallelConfig, TrainConfig
-from manta.trainer.dist.layout import fits
+from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
 
@@ -127,7 +127,7 @@ def test_the_comparison_notices_selective_recomputation_under_zero_3():
 
 def kept_by(precision: str) -> tuple[torch.dtype, torch.dtype]:
     """Of a linear layer's product in training and in evaluation, where DeepSpeed asks as on a GPU whether autocast is on around it."""
-    world, layout = World.from_environment(), fits(TrainConfig(steps=1, global_batch=16, micro_batch=16), 1)
+    world, layout = World.from_environment(), layout_for(TrainConfig(steps=1, global_batch=16, micro_batch=16), ParallelConfig(), 1)
     engine = Engine(model("llama"), mesh=world.mesh(layout), optimizer=optimizer_config("sgd"), precision=precision)
     seen = []
     engine.module.get_submodule("blocks.0.mlp.up_proj").register_forward_hook(lambda _, __, product: seen.append(product.dtype))

@@ -52,7 +52,7 @@ from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.config.training import BatchConfig, ParallelConfig, TrainConfig
 from manta.trainer.dataloader.batch import _NOISE, Batch
 from manta.trainer.dataloader.loader import Reader
-from manta.trainer.dist.layout import Layout, fits
+from manta.trainer.dist.layout import Layout, layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine import deepspeed as engines
 from manta.trainer.engine.deepspeed import Engine
@@ -138,7 +138,7 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
     data = world.size // (cell.parallel.tensor * cell.parallel.sequence)
     stages = tuple(BatchConfig(from_tokens=at, global_batch=global_batch) for at, global_batch in enumerate(BATCHES))
     train = TrainConfig(steps=len(SHAPES), global_batch=BATCHES[-1], batch_ramp=stages, micro_batch=TURN // data)
-    layout = fits(train, world.size, cell.parallel)
+    layout = layout_for(train, cell.parallel, world.size)
     mesh = world.mesh(layout)
     with patch.object(engines, "_settings", in_pieces):
         engine = Engine(
@@ -281,7 +281,7 @@ def test_each_part_of_a_sample_drops_other_channels(case):
 def reader_of(case, *overrides: str) -> tuple[Reader, Samples, Timeline, Layout]:
     """That of the second of two ranks."""
     config, samples = opened(case, *RAMP, *overrides)
-    timeline, layout = config.timeline(), fits(config.train, 2)
+    timeline, layout = config.timeline(), layout_for(config.train, ParallelConfig(), 2)
     reader = Reader(samples, timeline, layout, rank=1, seed=5, steps=config.train.steps, device=torch.device("cpu"))
     return reader, samples, timeline, layout
 
@@ -353,7 +353,7 @@ def test_status_tells_of_the_phase(case, ramped):
 
 def test_the_start_tells_of_the_phases(case):
     config = configs.load(case.file, RAMP)
-    assert steps_in_words(config, fits(config.train, 2)) == (
+    assert steps_in_words(config, layout_for(config.train, ParallelConfig(), 2)) == (
         "2 ranks x micro batch 1 x accumulation 1 = 8 sequences of 8 tokens a step, from step 11 accumulation 3 = 24 sequences of 8 tokens"
         " a step, from step 13 accumulation 3 = 12 sequences of 16 tokens a step, from step 21 accumulation 4 = 16 sequences of 16 tokens"
         " a step, from step 27 accumulation 4 = 8 sequences of 32 tokens a step"

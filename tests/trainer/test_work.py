@@ -11,7 +11,7 @@ from parity import GLOBAL_BATCH, MODELS, batch, model, optimizer_config, rows
 from spmd import spmd
 
 from manta.trainer.config.training import ParallelConfig, TrainConfig
-from manta.trainer.dist.layout import fits
+from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
 
@@ -31,7 +31,9 @@ def worked(layouts):
     torch.nn.functional.linear = torch._C._nn.linear  # ZeRO-3 leaves its own in this place
     for name, parallel in layouts:
         data = world.size // (parallel.tensor * parallel.sequence)
-        layout = fits(TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH // (2 * data)), world.size, parallel)
+        layout = layout_for(
+            TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH // (2 * data)), parallel, world.size
+        )
         mesh = world.mesh(layout)
         engine = Engine(model(name), mesh=mesh, optimizer=optimizer_config("adamw"), precision="fp32")
         if world.rank == 1:

@@ -1,34 +1,38 @@
-"""How a run lies on ranks: who takes which samples, who shares which weights. Pure functions of counts and config."""
+"""Which rank trains on which samples, and which ranks share weights: pure functions of the config and the number of ranks."""
 
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from manta.data.errors import InputError
 from manta.trainer.config.training import ParallelConfig, TrainConfig
 
+VARIABLE = "MANTA_LAYOUT"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """data x micro_batch x accumulation = global batch, exactly; data x sequence x tensor = ranks.
+    """data x micro_batch x accumulation = global batch; data x sequence x tensor = ranks.
 
-    It is one for the whole run: where the global batch changes, accumulation does, and nothing else.
+    One layout serves every step: if the global batch changes during a run, only accumulation changes.
     """
 
-    data: int  # ranks, or groups of them, that share the samples
-    micro_batch: int  # samples taken at once
+    data: int  # data-parallel groups: each reads its own samples
+    micro_batch: int  # samples in one forward pass
     tensor: int = 1  # ranks that share each matrix
-    sequence: int = 1  # ranks that share each sequence
-    expert: int = 1  # ranks that share the experts, out of data x sequence
+    sequence: int = 1  # ranks that share each sequence (Ulysses)
+    expert: int = 1  # ranks that share the experts, taken from data x sequence
     zero: int = 1  # ZeRO stage
-    offload: bool = False  # whether masters and optimizer state lie in CPU memory
+    offload: bool = False  # keep masters and optimizer state in CPU memory
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same weights, experts apart: ZeRO cuts over them."""
+        """Number of ranks that hold the same weights, experts excepted. ZeRO partitions over them."""
         return self.data * self.sequence
 
     @property
@@ -36,19 +40,33 @@ class Layout:
         return self.replicas * self.tensor
 
     def accumulation(self, global_batch: int) -> int:
-        """Turns of an optimizer step of so many samples."""
-        turns, left = divmod(global_batch, self.data * self.micro_batch)
-        assert not left, f"a global batch of {global_batch} that was not planned for"
-        return turns
+        """Return the number of micro batches that each rank accumulates in an optimizer step."""
+        count, remainder = divmod(global_batch, self.data * self.micro_batch)
+        assert not remainder, f"a global batch of {global_batch} does not divide over {self}"
+        return count
 
     def samples(self, *, first: int, turn: int, rank: int) -> NDArray[np.int64]:
-        """The global sample numbers [micro_batch] that data rank `rank` takes in this turn of a step that begins with sample `first`.
+        """Return the sample numbers [micro_batch] of data rank `rank` in micro batch `turn` of the step that starts at sample `first`.
 
-        Over all data ranks and turns they are range(first, first + global batch), each once: the layout decides who reads a sample,
-        never which samples a step reads.
+        Over all data ranks and turns they are range(first, first + global batch), each once: the layout decides which rank reads a
+        sample, never which samples a step reads.
         """
-        here = first + (turn * self.data + rank) * self.micro_batch
-        return np.arange(here, here + self.micro_batch, dtype=np.int64)
+        start = first + (turn * self.data + rank) * self.micro_batch
+        return np.arange(start, start + self.micro_batch, dtype=np.int64)
+
+    def to_environment(self) -> dict[str, str]:
+        """Return the variable that hands this layout to the ranks."""
+        return {VARIABLE: _ADAPTER.dump_json(self).decode()}
+
+    def suits(self, train: TrainConfig, parallel: ParallelConfig, ranks: int) -> bool:
+        """Whether these ranks can train this config under this layout, possibly with smaller tensor, sequence and expert sizes."""
+        return (
+            self.ranks == ranks
+            and (self.micro_batch, self.zero, self.offload) == (train.micro_batch, parallel.zero, parallel.offload)
+            and max_data_ranks(train) % self.data == 0
+            and parallel.tensor % self.tensor == parallel.sequence % self.sequence == parallel.expert % self.expert == 0
+            and self.replicas % self.expert == 0
+        )
 
     def __str__(self) -> str:
         sizes = ((self.data, "data"), (self.tensor, "tensor"), (self.sequence, "sequence"), (self.expert, "expert"))
@@ -56,27 +74,65 @@ class Layout:
         return ", ".join([*named, f"ZeRO-{self.zero}" + (" offloaded" if self.offload else "")])
 
 
-def plan(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None) -> Layout:
-    """The layout for at most `ranks` ranks: the largest data size that deals each global batch out evenly. The rest stand by."""
-    parallel = parallel or ParallelConfig()
-    if ranks < 1:
-        raise InputError(f"cluster: got {ranks} ranks, wants at least 1; raise cluster.ranks_per_node")
-    each = parallel.tensor * parallel.sequence
-    if ranks < each:
-        wants = f"at least parallel.tensor {parallel.tensor} x parallel.sequence {parallel.sequence} = {each}"
-        raise InputError(f"cluster: got {ranks} ranks, wants {wants}; raise cluster.ranks_per_node or lower them")
-    turns = shared_turns(train)
-    fitting = (
-        size for size in range(min(ranks // each, turns), 0, -1) if turns % size == 0 and size * parallel.sequence % parallel.expert == 0
-    )
-    data = next(fitting, None)
-    if data is None:
+_ADAPTER = TypeAdapter(Layout)
+
+
+def layout_from_environment(train: TrainConfig, parallel: ParallelConfig, ranks: int) -> Layout:
+    """Return the layout that the launcher handed over; without a launcher, compute it.
+
+    Raises InputError if it does not suit the config or the number of ranks.
+    """
+    text = os.environ.get(VARIABLE)
+    if text is None:
+        return layout_for(train, parallel, ranks)
+    try:
+        layout = _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        raise InputError(f"{VARIABLE}: expected a layout in JSON, got {text!r}. Start the ranks with `manta train`.") from error
+    if not layout.suits(train, parallel, ranks):
         raise InputError(
-            f"parallel.expert: got {parallel.expert}, wants a divisor of the data ranks, and {ranks} ranks can not be dealt out so;"
-            " lower it, or raise cluster.ranks_per_node or train.global_batch"
+            f"{VARIABLE}: expected a layout of {ranks} ranks that suits config.yaml, got {layout}. Start the ranks with `manta train`."
         )
-    return Layout(
-        data=data,
+    return layout
+
+
+def layout_for(train: TrainConfig, parallel: ParallelConfig, ranks: int, *, may_shrink: bool = False) -> Layout:
+    """Return the layout for exactly `ranks` ranks. Raises InputError if a global batch does not divide evenly over them.
+
+    may_shrink: if there are too few ranks, reduce tensor, sequence and expert sizes.
+    """
+    if may_shrink and (shrunk := shrunk_layouts(train, parallel).get(ranks)):
+        return shrunk
+    layout = largest_layout(train, parallel, ranks)
+    if layout.ranks != ranks:
+        raise InputError(
+            f"WORLD_SIZE: expected a divisor of {micro_batches_text(train)}, got {ranks} ranks."
+            f" Start {layout.ranks} ranks or lower train.micro_batch."
+        )
+    return layout
+
+
+def largest_layout(train: TrainConfig, parallel: ParallelConfig, ranks: int) -> Layout:
+    """Return the layout with the most data ranks for at most `ranks` ranks; the others stay idle. Raises InputError if there is none."""
+    least = parallel.tensor * parallel.sequence
+    if ranks < least:
+        raise InputError(
+            f"cluster: expected at least parallel.tensor {parallel.tensor} x parallel.sequence {parallel.sequence} = {least} ranks,"
+            f" got {ranks}. Raise cluster.ranks_per_node or lower these sizes."
+        )
+    fitting = [layout for size, layout in layouts(train, parallel).items() if size <= ranks]
+    if not fitting:
+        raise InputError(
+            f"parallel.expert: expected a divisor of the data ranks, got {parallel.expert} for {ranks} ranks."
+            " Lower it, or raise cluster.ranks_per_node or train.global_batch."
+        )
+    return fitting[-1]
+
+
+def layouts(train: TrainConfig, parallel: ParallelConfig) -> dict[int, Layout]:
+    """Return a layout for each number of ranks that a run can use, in ascending order."""
+    one = Layout(
+        data=1,
         micro_batch=train.micro_batch,
         tensor=parallel.tensor,
         sequence=parallel.sequence,
@@ -84,53 +140,37 @@ def plan(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None)
         zero=parallel.zero,
         offload=parallel.offload,
     )
+    candidates = (replace(one, data=data) for data in _divisors(max_data_ranks(train)))
+    return {layout.ranks: layout for layout in candidates if layout.replicas % layout.expert == 0}
 
 
-def sizes(train: TrainConfig, parallel: ParallelConfig) -> tuple[int, ...]:
-    """The numbers of ranks that a run can have, ascending."""
-    each, turns = parallel.tensor * parallel.sequence, shared_turns(train)
-    return tuple(data * each for data in range(1, turns + 1) if turns % data == 0 and data * parallel.sequence % parallel.expert == 0)
+def shrunk_layouts(train: TrainConfig, parallel: ParallelConfig) -> dict[int, Layout]:
+    """Return layouts for numbers of ranks below the smallest of `layouts`, so that a run can continue on what is left of a cluster.
 
-
-def smaller(train: TrainConfig, parallel: ParallelConfig) -> dict[int, ParallelConfig]:
-    """Numbers of ranks too small for these sizes, and which sizes each can have instead: divisors of them, tensor as large as can be, then
-    sequence, then expert, so that a rank has to hold as little more as can be.
+    Their tensor, sequence and expert sizes divide the configured ones: tensor as large as possible, then sequence, then expert, so that
+    each rank holds as little more as possible.
     """
-    least, found = min(sizes(train, parallel)), dict[int, ParallelConfig]()
-    for tensor, sequence, expert in product(*(_divisors(size) for size in (parallel.tensor, parallel.sequence, parallel.expert))):
-        instead = parallel.model_copy(update={"tensor": tensor, "sequence": sequence, "expert": expert})
-        for ranks in sizes(train, instead):
+    least, found = min(layouts(train, parallel), default=1), dict[int, Layout]()
+    for tensor, sequence, expert in product(*(_divisors(size)[::-1] for size in (parallel.tensor, parallel.sequence, parallel.expert))):
+        smaller = parallel.model_copy(update={"tensor": tensor, "sequence": sequence, "expert": expert})
+        for ranks, layout in layouts(train, smaller).items():
             if ranks < least:
-                found.setdefault(ranks, instead)
+                found.setdefault(ranks, layout)
     return found
 
 
-def _divisors(number: int) -> list[int]:
-    """From the largest on."""
-    return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]
-
-
-def shared_turns(train: TrainConfig) -> int:
-    """How many ways the micro batches of a step can be dealt out, of whichever stage it is."""
+def max_data_ranks(train: TrainConfig) -> int:
+    """Return how many data ranks can share the micro batches of every step; numbers of data ranks divide it."""
     return math.gcd(*train.batches) // train.micro_batch
 
 
-def turns_in_words(train: TrainConfig) -> str:
-    """What the ranks have to divide."""
+def micro_batches_text(train: TrainConfig) -> str:
+    """Describe the number that the data ranks must divide."""
     batches = ", ".join(map(str, dict.fromkeys(train.batches)))
-    of = f"each of train.batch_ramp's {batches}" if train.batch_ramp else f"train.global_batch {batches}"
-    return f"{of} / train.micro_batch {train.micro_batch}"
+    dividend = f"each of train.batch_ramp's {batches}" if train.batch_ramp else f"train.global_batch {batches}"
+    return f"{dividend} / train.micro_batch {train.micro_batch}"
 
 
-def fits(train: TrainConfig, ranks: int, parallel: ParallelConfig | None = None, *, shrinks: bool = False) -> Layout:
-    """The layout for exactly `ranks` ranks. Raises InputError where the global batch can not be dealt out evenly over them.
-
-    `shrinks`: whether fewer ranks than tensor, sequence and expert want may have smaller ones.
-    """
-    if shrinks and parallel:
-        parallel = smaller(train, parallel).get(ranks, parallel)
-    layout = plan(train, ranks, parallel)
-    if layout.ranks != ranks:
-        wants = f"a divisor of {turns_in_words(train)}"
-        raise InputError(f"WORLD_SIZE: got {ranks} ranks, wants {wants}; start {layout.ranks} ranks or lower train.micro_batch")
-    return layout
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
