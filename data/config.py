@@ -252,7 +252,7 @@ class TokenizerConfig(Section):
     """Whether WordPiece lowers letters and drops accents, as BERT's uncased models do."""
 
     file: Path | None = None
-    """A tokenizer.json to load instead of training one; for a masked objective it has [CLS] [SEP] [MASK] [PAD] or <s> </s> <mask> <pad>."""
+    """A tokenizer.json to load instead of training one. Masked objectives need `[CLS] [SEP] [MASK] [PAD]` or `<s> </s> <mask> <pad>`."""
 
     train_bytes: int = Field(default=30_000_000, ge=1)
     """Bytes of text the tokenizer is trained on: a sample spread over all sources, the same each time."""
