@@ -207,7 +207,7 @@ def main(count: int, each: int) -> None:
     for module in (attempt, controller, node_group, capacity):
         module.time = CLOCK  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
-        config = ClusterConfig(nodes=count, keep_warm=False)
+        config = ClusterConfig(nodes=count, hot_standby=False)
         job = Job(program=("-c", ""), environment={}, directory=Path(folder), sizes=(count * each,), ranks_per_node=each)
         started = failed = None
         spent = 0.0

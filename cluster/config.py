@@ -41,14 +41,14 @@ class ClusterConfig(BaseModel):
     """Seconds a rank may go without a sign of life once it steps; then the attempt counts as hung. Unset: learned (docs/recovery.md)."""
     node_timeout: float = Field(default=30.0, gt=0)
     """Seconds a node may leave its controller without an answer; then it counts as lost, and the run goes on without it."""
-    grace: float = Field(default=60.0, ge=0)
-    """Seconds the ranks have to save and leave when the run is told to stop."""
+    grace_period: float = Field(default=60.0, ge=0)
+    """Seconds the ranks have to save and exit after a stop request."""
     stop_after: Annotated[str, AfterValidator(_is_duration)] | None = Field(default=None, examples=["3:50:00"])
     """Save and leave, with 75, once this manta has run for so long: where a job's time is limited and nobody says when it is up."""
-    restarts_without_progress: int = Field(default=3, ge=0)
-    """Restarts in a row that get no further than an attempt before them until the run gives up."""
-    keep_warm: bool = True
-    """Keep spare processes ready (everything imported), so that a restart takes tenths of a second. Costs their memory."""
+    max_restarts_without_progress: int = Field(default=3, ge=0)
+    """Consecutive restarts that get no further than an earlier attempt before the run gives up."""
+    hot_standby: bool = True
+    """Keep standby processes with everything imported, so that a restart takes tenths of a second. Costs their memory."""
     keep_logs: int = Field(default=20, ge=1)
     """Attempts whose logs are kept, the newest; older ones are deleted as an attempt starts. Nothing else bounds a rank's log, which
     gets a line a logged step; it is only added to, so that logrotate (copytruncate) may cut it."""

@@ -176,7 +176,7 @@ class Slurm(BaseModel):
     time: Annotated[str, AfterValidator(_duration), BeforeValidator(_text)] | None = Field(default=None, examples=["24:00:00"])
     """The job's wall-clock limit; the partition's where left out."""
     warning: int = Field(default=180, ge=1)
-    """Seconds before that limit when the run is told to save and leave; cluster.grace has to fit into them."""
+    """Seconds before that limit when the run is told to save and leave; cluster.grace_period has to fit into them."""
     requeue: bool = True
     """Queue the job again where its time was up, or it was preempted: it goes on where it stood."""
     exclusive: bool = True

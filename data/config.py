@@ -123,8 +123,8 @@ class DataConfig(Section):
     workers: int | None = Field(default=None, ge=1)
     """Processes that prepare a corpus; none given: one per core. The result does not depend on it."""
 
-    ray: str | None = Field(default=None, min_length=1)
-    """Address of a Ray cluster whose cores prepare the corpus (auto, or ray://…), in a directory that all its nodes see."""
+    ray_address: str | None = Field(default=None, min_length=1)
+    """Address of a Ray cluster whose cores prepare the corpus (auto, or ray://…); all its nodes must see the directory."""
 
     live: bool = False
     """Whether text is tokenized while it is read, with no preparation: in the files' own order, on the same ranks only."""
@@ -212,13 +212,13 @@ class DataConfig(Section):
     def _live_is_simple(self) -> Self:
         if not self.live:
             return self
-        for key in ("mixture", "curriculum", "packing", "skip", "shuffle_shards", "ray"):
+        for key in ("mixture", "curriculum", "packing", "skip", "shuffle_shards", "ray_address"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: got {_short(getattr(self, key))} beside live, which reads its files as they come; leave one out")
         for source in self.sources:
             told = f"sources: got {{}} for {source.called!r} beside live, which {{}}; leave one out"
-            if source.filter.unique:
-                raise ValueError(told.format("filter unique", "reads each document once and remembers none"))
+            if source.filter.dedup:
+                raise ValueError(told.format("filter dedup", "reads each document once and remembers none"))
             if source.epochs is not None:
                 raise ValueError(told.format(f"epochs {source.epochs:g}", "does not know beforehand how much there is"))
         if self.objective == "masked" and self.pairs == "next_sentence":

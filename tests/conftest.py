@@ -59,7 +59,7 @@ def case(tmp_path_factory) -> Case:
         "checkpoint": {"every_steps": 6},
         "evaluate": {"every_steps": 20, "samples": 16},
         "precision": "fp32",
-        "cluster": {"ranks_per_node": 2, "keep_warm": False},  # most runs end before spares are warm
+        "cluster": {"ranks_per_node": 2, "hot_standby": False},  # most runs end before spares are warm
     }
     file = home / "run file.yaml"
     file.write_text(yaml.safe_dump(config))

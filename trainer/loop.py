@@ -97,7 +97,7 @@ class Loop:
         rate = learning_rate(self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps)
         self._digest, self._waited = 0, 0.0
         terms_K = self.engine.accumulate(self._microbatches(step))
-        every = self.config.guard.replicas_every_steps
+        every = self.config.guard.replica_check_every_steps
         if every and (step + 1) % every == 0:
             self.engine.replicas.look(step + 1)
         outcome = self.engine.update(terms_K, learning_rate=rate)

@@ -68,7 +68,7 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat, notice: Notice
         mesh=mesh,
         optimizer=config.optimizer,
         precision=config.precision,
-        recompute=config.train.recompute,
+        recompute=config.train.activation_checkpointing,
         compile_blocks=_compiles(config, world.device),
     )
     log.info("built %s parameters in %s: %s", f"{parameters:,}", config.precision, layout)

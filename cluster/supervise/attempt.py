@@ -78,7 +78,7 @@ class Attempt:
                 return Done()
             if not stepped and statuses and all(status.has_stepped for status in statuses):
                 stepped = True
-                if self.config.keep_warm:
+                if self.config.hot_standby:
                     self.nodes.stand_by()
                 yield self._event("first-step", step=min(status.step for status in statuses))
             if (why := self._elsewhere(stepped=stepped)) is not None:
@@ -129,8 +129,8 @@ class Attempt:
 
     def _leave(self) -> Generator[Event, None, Done | Left]:
         self.nodes.terminate()
-        yield self._event("leaving", signal=self.orders.leave.name if self.orders.leave else None, grace=self.config.grace)
-        deadline = time.monotonic() + self.config.grace
+        yield self._event("leaving", signal=self.orders.leave.name if self.orders.leave else None, grace=self.config.grace_period)
+        deadline = time.monotonic() + self.config.grace_period
         statuses = self.nodes.poll(0)
         while any(s.code is None for s in statuses) and time.monotonic() < deadline and not self.orders.at_once:
             statuses = self.nodes.poll(self._tick_length)

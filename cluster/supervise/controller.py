@@ -40,7 +40,7 @@ class Controller:
         said = {name: os.environ[name] for name in USERS_CHOICE if name in os.environ}
         self._job = replace(job, directory=job.directory.absolute(), environment={**said, **job.environment})
         self._config, self._ray = config, ray
-        self._policy = Policy(restarts_without_progress=config.restarts_without_progress)
+        self._policy = Policy(max_restarts_without_progress=config.max_restarts_without_progress)
         self._orders = Orders(self._job.directory / "stop-now", seconds=config.seconds)
 
     def run(self) -> Generator[Event, None, None]:

@@ -94,7 +94,7 @@ class Failure:
 class Policy:
     """How much the run may cost before a person is asked."""
 
-    restarts_without_progress: int = 3
+    max_restarts_without_progress: int = 3
     backoff: float = 1.0  # seconds before the second restart in a row; doubles
     longest_backoff: float = 60.0
 
@@ -125,7 +125,7 @@ def decide(history: Sequence[Failure], policy: Policy) -> Restart | GiveUp:
     if last.cause is Cause.EXCEPTION and len(failures) > 1 and _alike(failures[-2], last):
         return GiveUp(reason=f"rank {last.rank} failed twice at step {last.step} with the same error: {last.message}")
     tries = len(without_progress(failures))
-    if tries > policy.restarts_without_progress:
+    if tries > policy.max_restarts_without_progress:
         return GiveUp(reason=f"{tries} attempts and no step beyond {max(f.step for f in failures)}; the last: {last.message}")
     return Restart(after=0.0 if tries == 1 else min(policy.longest_backoff, policy.backoff * 2 ** (tries - 2)))
 

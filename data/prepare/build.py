@@ -126,7 +126,7 @@ def _encode_all(source: SourceConfig, home: Home, tasks: list[Task], data: DataC
     missing = [task for task in tasks if task.index not in records]
     if records and missing:
         say(f"prepare {source.called} has {len(records)} of {len(tasks)} pieces from before")
-    if source.filter.unique and missing:
+    if source.filter.dedup and missing:
         marked = {task.index: task for task in _without_duplicates(source, tasks, data)}
         missing = [marked[task.index] for task in missing]
     work = take_over if splits.is_tokens(source) else encode
@@ -156,10 +156,10 @@ def _without_duplicates(source: SourceConfig, tasks: list[Task], data: DataConfi
 
 
 def _run(work: Work[T], tasks: Sequence[Task], data: DataConfig) -> Iterator[tuple[Task, T]]:
-    if data.ray is not None:
+    if data.ray_address is not None:
         from manta.data.prepare.ray_pool import run_on_ray  # Ray: seconds to import
 
-        return run_on_ray(work, tasks, data.ray)
+        return run_on_ray(work, tasks, data.ray_address)
     return run_all(work, tasks, data.workers or _cores())
 
 

@@ -87,13 +87,13 @@ def _connected(address: str) -> Any:
         if host:  # Ray itself would ask for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise InputError(f"data.ray: got {address!r} ({_first_line(error)}), wants {wants}") from None
+        raise InputError(f"data.ray_address: got {address!r} ({_first_line(error)}), wants {wants}") from None
     home = Path.cwd()
     os.chdir("/")  # Ray puts the driver's folder first on its workers' path, and a data.py there would be taken for another's
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"data.ray: got {address!r} ({_first_line(error)}), wants {wants}") from None
+        raise InputError(f"data.ray_address: got {address!r} ({_first_line(error)}), wants {wants}") from None
     finally:
         os.chdir(home)
     return ray

@@ -20,12 +20,12 @@ class FilterConfig(Section):
     """Longer documents are left out."""
     matching: str | None = None
     """A regular expression (Python's); only documents in which it is found are taken."""
-    without: str | None = None
-    """A regular expression (Python's); documents in which it is found are left out."""
-    unique: bool = False
-    """Whether of documents with the very same text only the first is taken; files are read twice for it."""
+    not_matching: str | None = None
+    """A regular expression (Python's); documents that contain a match are removed."""
+    dedup: bool = False
+    """Keep only the first of documents with identical text; reads the files twice."""
 
-    @field_validator("matching", "without")
+    @field_validator("matching", "not_matching")
     @classmethod
     def _is_an_expression(cls, value: str | None) -> str | None:
         try:

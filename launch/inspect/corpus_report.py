@@ -107,7 +107,7 @@ def _epochs(told: Told) -> str:
 def _show_repeated(out: Console, told: Told) -> None:
     found, shared = told["duplicates"], told["overlap"]
     of = f"{found['documents_compared']:,} documents" + ("" if found["all_compared"] else " compared")
-    remedy = "; to leave them out, of each source by itself: filter: {unique: true}" if found["documents"] else ""
+    remedy = "; to leave them out, of each source by itself: filter: {dedup: true}" if found["documents"] else ""
     out.print(
         f"duplicates: {found['documents']:,} of {of} ({percent(found['share_of_documents'])}) repeat an earlier one word for word,"
         f" {percent(found['share_of_tokens'])} of tokens{remedy}",

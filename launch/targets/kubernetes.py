@@ -28,7 +28,7 @@ from manta.trainer.dist.layout import largest_layout
 FAILED = 1
 CONFIG = f"{CONFIG_MOUNT}/run.yaml"
 RAY = "2.54.0"  # the oldest that manta runs on: KubeRay wants one named before it turns on tokens, and looks no further
-SLACK = 15  # seconds beyond cluster.grace: the controller has its own last words
+SLACK = 15  # seconds beyond cluster.grace_period: the controller has its own last words
 SHUTDOWN = 45  # seconds that Ray itself may take to leave a pod
 KEPT = 60  # seconds that an ended job keeps its pods: its last lines are fetched from the head
 OF_RAY = {
@@ -162,7 +162,7 @@ def _pod(config: RunConfig, container: str, resources: Tree, environment: Mappin
 
 def _patience(config: RunConfig) -> int:
     """Seconds from the word to leave until a pod stops waiting for the run."""
-    return math.ceil(config.cluster.grace) + SLACK
+    return math.ceil(config.cluster.grace_period) + SLACK
 
 
 def _gpus(config: RunConfig) -> int | None:

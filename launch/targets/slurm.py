@@ -51,11 +51,9 @@ def launch(config: RunConfig, *, dry_run: bool) -> int:
 def check(config: RunConfig) -> None:
     """Raises InputError where what is asked of SLURM can not be kept."""
     slurm = config.cluster.slurm
-    if slurm.warning <= config.cluster.grace:
-        remedy = "lower cluster.grace, or raise it"
-        raise InputError(
-            f"cluster.slurm.warning: got {slurm.warning} s, wants more than cluster.grace {config.cluster.grace:g} s; {remedy}"
-        )
+    if slurm.warning <= config.cluster.grace_period:
+        wants = f"more than cluster.grace_period {config.cluster.grace_period:g} s"
+        raise InputError(f"cluster.slurm.warning: got {slurm.warning} s, wants {wants}; lower cluster.grace_period, or raise it")
     if slurm.mounts and slurm.container is None:
         raise InputError("cluster.slurm.mounts: got some, and no container to mount them in; name cluster.slurm.container")
 
@@ -122,7 +120,7 @@ def ray_of_allocation(cluster: ClusterConfig) -> HostsRay:
     if slurm.container is not None:
         reach += [f"--container-image={slurm.container}", *([f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else [])]
     host = Host(name=f"job {os.environ['SLURM_JOB_ID']}", reach=tuple(reach), python=slurm.python or sys.executable)
-    return HostsRay((host,), address=_own_address(), grace=cluster.grace)
+    return HostsRay((host,), address=_own_address(), grace=cluster.grace_period)
 
 
 def _own_address() -> str:

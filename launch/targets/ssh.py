@@ -24,7 +24,7 @@ def ray_of(file: str, cluster: ClusterConfig) -> HostsRay:
     hosts = [_host(file, number, line, cluster.ssh.options) for number, line in _lines(Path(file))]
     if len(hosts) < cluster.least:
         raise InputError(f"{file}: got {len(hosts)} hosts, wants the {cluster.least} of cluster.nodes; add some, or lower it")
-    return HostsRay(tuple(hosts), address=_towards(file, hosts[0]), grace=cluster.grace)
+    return HostsRay(tuple(hosts), address=_towards(file, hosts[0]), grace=cluster.grace_period)
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:

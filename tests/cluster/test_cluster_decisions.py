@@ -41,7 +41,7 @@ failures = st.builds(failure, cause=MENDABLE, step=st.integers(0, 5), message=st
 
 @given(st.lists(failures, min_size=1), st.integers(0, 5))
 def test_a_run_that_gets_nowhere_ends(history, allowed):
-    policy = Policy(restarts_without_progress=allowed)
+    policy = Policy(max_restarts_without_progress=allowed)
     stuck = [*history, *[failure(step=0)] * (allowed + 1)]
     assert isinstance(decide(stuck, policy), GiveUp)
 
@@ -54,7 +54,7 @@ def test_progress_is_forgiven_and_restarts_at_once(history):
 
 @given(st.integers(1, 30))
 def test_the_wait_doubles_up_to_a_bound(count):
-    decision = decide([failure()] * count, Policy(restarts_without_progress=100))
+    decision = decide([failure()] * count, Policy(max_restarts_without_progress=100))
     assert decision == Restart(after=0.0 if count == 1 else min(60.0, 2.0 ** (count - 2)))
 
 

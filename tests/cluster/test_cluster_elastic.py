@@ -34,7 +34,7 @@ def of_node(scene, address):
 def lost(tmp_path_factory):
     """Three nodes of one rank; one's raylet is killed, and is started anew by the host."""
     plan = {"steps": 2000, "step_time": 0.05, "every": 1}
-    cluster = {"nodes": 3, "ranks_per_node": 1, "restarts_without_progress": 5}
+    cluster = {"nodes": 3, "ranks_per_node": 1, "max_restarts_without_progress": 5}
     scene = Scene(tmp_path_factory.mktemp("lost") / "run", plan, cluster=cluster, sizes=(1, 2, 3))
     scene.event("first-step", within=60)
     scene.killed = time.time()
@@ -70,7 +70,7 @@ def test_nothing_is_left_of_it(lost):
 @pytest.mark.slow
 def test_a_node_that_is_frozen_is_done_without_does_no_harm_when_it_thaws_and_is_trusted_again_in_time(tmp_path):
     limit = 3.0
-    cluster = {"nodes": 3, "ranks_per_node": 1, "node_timeout": limit, "restarts_without_progress": 5}
+    cluster = {"nodes": 3, "ranks_per_node": 1, "node_timeout": limit, "max_restarts_without_progress": 5}
     scene = Scene(tmp_path / "run", {"steps": 4000, "step_time": 0.05, "every": 1}, cluster=cluster, sizes=(1, 2, 3))
     try:
         scene.event("first-step", within=60)
@@ -139,7 +139,7 @@ def pids(home):
 @pytest.mark.slow
 def test_a_run_whose_node_is_lost_reads_the_same_and_learns_the_same(case):
     """Two nodes, one, two: the losses stay within what adding in another order does."""
-    settings = ("train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.keep_warm=true")
+    settings = ("train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.hot_standby=true")
     case.train("whole", *settings)
     process = case.start("train", str(case.file), "run.dir=lost", *settings)
     home = case.home / "lost"
@@ -158,7 +158,7 @@ def test_a_run_goes_on_with_smaller_tensors_where_too_few_ranks_are_left(case):
     """Each matrix shared by two nodes, then whole on one, then shared again."""
     settings = ("train.steps=300", "cluster.nodes=2", "cluster.ranks_per_node=1", "parallel.tensor=2", "parallel.zero=0")
     case.train("shared", *settings)
-    process = case.start("train", str(case.file), "run.dir=halved", *settings, "cluster.keep_warm=true")
+    process = case.start("train", str(case.file), "run.dir=halved", *settings, "cluster.hot_standby=true")
     home = case.home / "halved"
     until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
     os.kill(local_raylet("127.0.0.4"), signal.SIGKILL)

@@ -22,7 +22,7 @@ def scenes(tmp_path_factory):
 def more_scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("more-giving-up")
     scenes = {
-        "absent": Scene(root / "absent", {"warm_time": 99}, cluster={"start_timeout": 1, "restarts_without_progress": 0}),
+        "absent": Scene(root / "absent", {"warm_time": 99}, cluster={"start_timeout": 1, "max_restarts_without_progress": 0}),
         "missing": Scene(root / "missing", {}, program=["/no/such/program.py"]),
     }
     yield scenes

@@ -12,7 +12,7 @@ STEPS = {"steps": 100_000}
 
 @contextmanager
 def together(root, plans):
-    scenes = {name: Scene(root / name, plan, cluster={"grace": 0.5 if name == "slow" else 60}) for name, plan in plans.items()}
+    scenes = {name: Scene(root / name, plan, cluster={"grace_period": 0.5 if name == "slow" else 60}) for name, plan in plans.items()}
     try:
         for scene in scenes.values():
             scene.event("first-step")

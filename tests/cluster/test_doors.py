@@ -127,7 +127,7 @@ def listening(process: psutil.Process, name: str = "") -> list[Door]:
 def cluster(case, request):
     """Of a run with two ranks, on one node or on two, and with its spares."""
     run, nodes = f"doors {request.param}", request.param
-    overrides = [f"run.dir={run}", "train.steps=100000", "cluster.keep_warm=true"]
+    overrides = [f"run.dir={run}", "train.steps=100000", "cluster.hot_standby=true"]
     overrides += [f"cluster.nodes={nodes}", f"cluster.ranks_per_node={2 // nodes}"]
     with patch.dict(os.environ, DOORS=run), case.start("train", str(case.file), *overrides) as running:
         try:

@@ -11,7 +11,7 @@ from manta.trainer.metrics import parse
 
 pytestmark = pytest.mark.slow
 LINGER = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's own helpers, for up to a minute
-SETTINGS = ("train.steps=240", "checkpoint.every_steps=20", "evaluate.every_steps=120", "evaluate.samples=8", "cluster.keep_warm=true")
+SETTINGS = ("train.steps=240", "checkpoint.every_steps=20", "evaluate.every_steps=120", "evaluate.samples=8", "cluster.hot_standby=true")
 
 
 @pytest.fixture(scope="module")

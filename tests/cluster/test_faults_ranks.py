@@ -50,7 +50,7 @@ FAULTS = [stop, fault, abort, kill_both, kill_the_agent]
 
 
 def test_a_run_that_loses_ranks_by_every_means_loses_no_bit(case, undisturbed):
-    with LiveRun(case, "hurt", *SETTINGS, "cluster.step_timeout=5", "cluster.keep_warm=true") as run:
+    with LiveRun(case, "hurt", *SETTINGS, "cluster.step_timeout=5", "cluster.hot_standby=true") as run:
         for attempt, hurt in enumerate(FAULTS, start=1):
             run.steps(attempt, 12)
             hurt(run, attempt)
@@ -100,7 +100,7 @@ def test_a_run_told_to_leave_in_any_phase_saves_and_goes_on(case, undisturbed, p
 
 
 def test_a_run_that_has_no_time_to_leave_as_its_ranks_start_says_that_nothing_is_saved_and_begins_anew(case, undisturbed):
-    with LiveRun(case, "told at once", *SETTINGS, "cluster.grace=0.5") as run:
+    with LiveRun(case, "told at once", *SETTINGS, "cluster.grace_period=0.5") as run:
         run.event("attempt-started")
         run.process.send_signal(signal.SIGTERM)
         code, told = run.end(within=60)

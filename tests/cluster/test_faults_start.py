@@ -8,7 +8,7 @@ import pytest
 from live_run import LiveRun, exactly
 
 pytestmark = pytest.mark.slow
-SETTINGS = ("train.steps=20", "cluster.keep_warm=true")
+SETTINGS = ("train.steps=20", "cluster.hot_standby=true")
 THIEF = '''
 import os
 import socket

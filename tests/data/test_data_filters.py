@@ -18,10 +18,10 @@ from manta.data.sources.filters import Filter
         ({"maximum_characters": 3}, "abc", None),
         ({"matching": r"\bsnow\b"}, "no snowman", "matching not found"),
         ({"matching": r"\bsnow\b"}, "much\nsnow", None),
-        ({"without": "(?i)lorem"}, "Lorem ipsum", "without found"),
-        ({"without": "(?i)lorem"}, "ipsum", None),
-        ({"minimum_characters": 2, "matching": "a", "without": "b"}, "ab", "without found"),
-        ({"unique": True}, "again", None),
+        ({"not_matching": "(?i)lorem"}, "Lorem ipsum", "not_matching found"),
+        ({"not_matching": "(?i)lorem"}, "ipsum", None),
+        ({"minimum_characters": 2, "matching": "a", "not_matching": "b"}, "ab", "not_matching found"),
+        ({"dedup": True}, "again", None),
     ],
 )
 def test_a_document_is_taken_or_left_out_for_a_reason(config, text, reason):
@@ -40,6 +40,6 @@ def test_a_filter_is_a_value():
 
 
 def test_only_a_filter_that_asks_nothing_of_text_takes_all():
-    assert Filter(FilterConfig(unique=True)).takes_all
+    assert Filter(FilterConfig(dedup=True)).takes_all
     assert Filter(FilterConfig(matching="")).takes_all is False
     assert not Filter(FilterConfig(minimum_characters=1)).takes_all

@@ -81,7 +81,7 @@ def test_many_machines_write_the_same_bytes_as_one(cluster, lines, tmp_path):
 
 
 def test_an_address_without_a_cluster_is_told():
-    with pytest.raises(InputError, match=r"data\.ray: got '127\.0\.0\.1:1' .*, wants the address of a running Ray cluster"):
+    with pytest.raises(InputError, match=r"data\.ray_address: got '127\.0\.0\.1:1' .*, wants the address of a running Ray cluster"):
         list(run_on_ray(encode, [None], "127.0.0.1:1"))
 
 

@@ -275,7 +275,7 @@ def test_filters_and_templates_are_minded(tmp_path, tokens):
     texts = documents(80)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"title": str(number), "body": text}) + "\n" for number, text in enumerate(texts)))
-    source = {"path": str(path), "template": "{title}: {body}", "filter": {"minimum_characters": 200, "without": "^7"}}
+    source = {"path": str(path), "template": "{title}: {body}", "filter": {"minimum_characters": 200, "not_matching": "^7"}}
     data = config(tmp_path, source)
     found = [text for rank in range(2) for text in texts_by_epoch(opened(data, tokens, rank, 2), tokens, 1)[0]]
     assert sorted(found) == sorted(texts_of(prepare.prepare(data.model_copy(update={"live": False}), tokens), "train"))
@@ -379,7 +379,7 @@ def test_token_ids_are_refused(tmp_path, tokens):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"sources": ({"path": "a", "filter": {"unique": True}},)}, "sources: got filter unique for 'a' beside live"),
+        ({"sources": ({"path": "a", "filter": {"dedup": True}},)}, "sources: got filter dedup for 'a' beside live"),
         ({"sources": ({"path": "a", "epochs": 2},)}, "sources: got epochs 2 for 'a' beside live"),
         ({"packing": "best_fit"}, "packing: got best_fit beside live"),
         ({"mixture": {"a": 1}}, "mixture: got some beside live"),
@@ -451,7 +451,7 @@ def undisturbed(case) -> str:
 @pytest.mark.slow
 def test_a_live_run_is_killed_and_stopped_and_comes_back_to_the_same_samples_on_as_many_ranks(case, undisturbed, tmp_path):
     run, on_cpu = "live again", os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    with case.start("train", str(case.file), f"run.dir={run}", *LIVE, "cluster.keep_warm=true") as running:
+    with case.start("train", str(case.file), f"run.dir={run}", *LIVE, "cluster.hot_standby=true") as running:
         wait_for_step(case, run, 8, running)
         victim = next(event for event in events(case, run) if event["event"] == "attempt-started")["ranks"][1]["pid"]
         os.kill(victim, signal.SIGKILL)

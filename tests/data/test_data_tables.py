@@ -231,7 +231,7 @@ def test_text_and_ids_in_one_source_are_an_error_that_is_never_skipped(tmp_path,
 def test_a_filter_of_text_has_no_use_for_token_ids(tmp_path):
     path = put(tmp_path / "x.jsonl", b'{"ids": [1, 2]}\n')
     assert "got a filter, which asks of text" in told(path, text_field="ids", filter={"minimum_characters": 3})
-    assert read(path, text_field="ids", filter={"unique": True}) == [[1, 2]]
+    assert read(path, text_field="ids", filter={"dedup": True}) == [[1, 2]]
 
 
 def test_a_table_in_one_batch_is_not_made_python_objects_at_once(tmp_path):

@@ -80,8 +80,8 @@ BAD = {
         "set it to false",
     ),
     "a speed that nothing has": (
-        "model:\n  experts: {experts: 4, width: 32, bias_speed: 0.1}\n",
-        "model.experts.bias_speed",
+        "model:\n  experts: {experts: 4, width: 32, bias_update_speed: 0.1}\n",
+        "model.experts.bias_update_speed",
         "got 0.1, and balance loss has none",
         "leave it out",
     ),
@@ -320,7 +320,13 @@ def test_the_reference_is_that_of_the_code():
 
 def test_the_reference_has_the_keys_of_sections_in_sections():
     told = config.reference()
-    for key in ("model.experts", "model.experts.experts", "model.experts.top_k", "model.experts.router_z", "model.experts.bias_speed"):
+    for key in (
+        "model.experts",
+        "model.experts.experts",
+        "model.experts.top_k",
+        "model.experts.router_z_loss",
+        "model.experts.bias_update_speed",
+    ):
         assert f"| `{key}` |" in told
     assert "Undefined" not in told
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-DRILL = ("run.dir=drilled", "cluster.step_timeout=5", "cluster.keep_warm=true", "precision=fp32")
+DRILL = ("run.dir=drilled", "cluster.step_timeout=5", "cluster.hot_standby=true", "precision=fp32")
 
 DRIFTING = """
 import os

@@ -44,7 +44,7 @@ def test_a_run_leaves_what_its_directory_promises(case, undisturbed):
 
 
 def test_a_rank_killed_in_mid_run_changes_no_loss(case, undisturbed):
-    with case.start("train", str(case.file), "run.dir=killed", "checkpoint.every_steps=8", "cluster.keep_warm=true") as running:
+    with case.start("train", str(case.file), "run.dir=killed", "checkpoint.every_steps=8", "cluster.hot_standby=true") as running:
         wait_for_step(case, "killed", 10, running)
         victim = next(e for e in events(case, "killed") if e["event"] == "attempt-started")["ranks"][1]["pid"]
         os.kill(victim, signal.SIGKILL)
@@ -108,7 +108,7 @@ def test_a_run_goes_on_under_tensor_parallelism(case, undisturbed):
 
 @pytest.mark.slow
 def test_a_mixture_whose_experts_lay_on_two_ranks_goes_on_on_one(case):
-    experts = "model.experts={experts: 4, top_k: 2, width: 32, balance: bias, bias_speed: 0.01}"
+    experts = "model.experts={experts: 4, top_k: 2, width: 32, balance: bias, bias_update_speed: 0.01}"
     uneven = "evaluate.samples=9"  # by fours over two ranks: at last one of them has one, the other none
     case.train("mixture", experts, uneven, "parallel.expert=2", "parallel.zero=3", "train.steps=12", "evaluate.every_steps=6")
     before = lines(case, "mixture")

@@ -35,7 +35,7 @@ cluster:
   kubernetes: {image: "registry.example.com/manta:1.0", claim: training-data, gpus: 8}
 """
 EVERYTHING = [
-    "cluster.grace=90.5",
+    "cluster.grace_period=90.5",
     "cluster.kubernetes.name=mine",
     "cluster.kubernetes.namespace=training",
     "cluster.kubernetes.queue=research",
@@ -167,7 +167,7 @@ def test_ranks_a_node_are_its_gpus_either_way_round(file, tmp_path):
 
 
 def test_a_pod_waits_longer_than_the_run_may_take_to_leave(file):
-    head, node = pods(rendered(file, "cluster.grace=90.5")[1])
+    head, node = pods(rendered(file, "cluster.grace_period=90.5")[1])
     assert environment(head)["RAY_JOB_STOP_WAIT_TIME_S"] == "106"  # Ray's own would be 3
     for pod in (head, node):
         command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]

@@ -53,7 +53,7 @@ def test_shellcheck_has_nothing_to_say():
 
 def test_what_slurm_would_stumble_over_is_told(case):
     for told, key in (
-        (("cluster.slurm.warning=30",), "cluster.slurm.warning: got 30 s, wants more than cluster.grace 60 s"),
+        (("cluster.slurm.warning=30",), "cluster.slurm.warning: got 30 s, wants more than cluster.grace_period 60 s"),
         (('cluster.slurm.mounts=["/data"]',), "cluster.slurm.mounts: got some, and no container"),
         (("cluster.slurm.partition=a;b",), "cluster.slurm.partition"),
         (("cluster.slurm.time=soon",), "cluster.slurm.time"),
@@ -92,7 +92,7 @@ def cluster(tmp_path_factory):
 
 
 def submit(case, cluster, run: str, *overrides: str) -> str:
-    settings = ("cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.grace=20", "cluster.slurm.time=10:00", *overrides)
+    settings = ("cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.grace_period=20", "cluster.slurm.time=10:00", *overrides)
     done = case.manta("train", str(case.file), f"run.dir={run}", "--on", "slurm", *settings, **cluster.environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

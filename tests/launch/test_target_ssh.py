@@ -19,7 +19,7 @@ def test_a_file_names_hosts(tmp_path):
     file.write_text(
         "# ours\n\nme@127.0.0.1:2201 address=127.0.0.3 python=/opt/py thon\n".replace("py thon", "python") + "localhost # near\n"
     )
-    ray = ray_of(str(file), ClusterConfig(nodes=2, grace=7, ssh={"options": ["-F", "mine"]}))
+    ray = ray_of(str(file), ClusterConfig(nodes=2, grace_period=7, ssh={"options": ["-F", "mine"]}))
     one, two = ray.hosts
     assert (one.name, one.address, one.python) == ("127.0.0.1", "127.0.0.3", "/opt/python")
     assert one.reach[-5:] == ("-F", "mine", "-p", "2201", "me@127.0.0.1")

@@ -61,7 +61,7 @@ MODELS = {
     "moe": ModelConfig(kv_heads=4, experts=MIXTURE, **SIZES),
     "gpt2-moe": ModelConfig(
         family="gpt2",
-        experts=MIXTURE.model_copy(update={"shared": 0, "score": "sigmoid", "balance": "bias", "bias_speed": 0.01}),
+        experts=MIXTURE.model_copy(update={"shared": 0, "score": "sigmoid", "balance": "bias", "bias_update_speed": 0.01}),
         **SIZES,
     ),
 }

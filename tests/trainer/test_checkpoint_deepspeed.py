@@ -45,8 +45,8 @@ SAVED, LAST, GLOBAL_BATCH = 2, 7, 4
 BOUNDS = {"fp32": 1e-6, "bf16": 3e-4, "fp16": 3e-5}
 LINEAR = torch.nn.functional.linear  # ZeRO-3 puts another in its place, for good
 SHAPE: dict[str, Any] = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 128, "norm_epsilon": 1e-5}
-EXPERTS = ExpertsConfig(experts=4, top_k=2, width=32, balance="none", router_z=0.0)
-BALANCED = ExpertsConfig(experts=4, top_k=2, width=32, router_z=0.0, shared=1, score="sigmoid", balance="bias", bias_speed=1e-9)
+EXPERTS = ExpertsConfig(experts=4, top_k=2, width=32, balance="none", router_z_loss=0.0)
+BALANCED = ExpertsConfig(experts=4, top_k=2, width=32, router_z_loss=0.0, shared=1, score="sigmoid", balance="bias", bias_update_speed=1e-9)
 THEIRS = {  # classes of transformers, and what they are to us
     "GPT2LMHeadModel": ModelConfig(family="gpt2", **SHAPE),
     "LlamaForCausalLM": ModelConfig(kv_heads=2, tied_head=False, **SHAPE),

@@ -159,7 +159,7 @@ def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(dis
 
 @pytest.mark.slow
 def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stops(case, disk):
-    run = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.tolerate=1", "evaluate.every_steps=100")
+    run = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.max_failed_saves=1", "evaluate.every_steps=100")
     failed = case.train("full", *run, code=1)
     full = r"rank \d failed at step \d+: SaveError: rank \d: .*/step-00000012: No space left on device: wants [\d,]+ bytes, and [\d,]+ were"
     assert re.search(full, failed.stderr)
@@ -187,7 +187,7 @@ def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stop
 @pytest.mark.parametrize("told_is", ["manta", "rank 1"])
 def test_a_run_told_to_leave_that_can_not_save_says_so(case, disk, told_is):
     run = f"left by {told_is}"
-    more = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.tolerate=1000", "train.steps=4000")
+    more = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.max_failed_saves=1000", "train.steps=4000")
     with case.start("train", str(case.file), f"run.dir={run}", *more) as running:
         until = time.monotonic() + 60
         while time.monotonic() < until and not any(line["step"] == 12 for line in read_metrics(case.home / run / "metrics.jsonl")):

@@ -178,7 +178,7 @@ def test_what_has_no_counterpart_is_refused_by_its_key(changes, told):
 
 def test_every_key_of_a_model_is_mapped_or_fixed_or_of_training_alone():
     training = {"preset", "family", "dropout", "attention_dropout", "label_smoothing", "z_loss", "options", "rope_theta", "positions"}
-    training |= {"experts.balance_weight", "experts.bias_speed", "experts.router_z", "vocabulary", "mlp_width"}
+    training |= {"experts.balance_weight", "experts.bias_update_speed", "experts.router_z_loss", "vocabulary", "mlp_width"}
     of_mixtures = {f"experts.{name}" for name in ExpertsConfig.model_fields}
     for architecture in ARCHITECTURES.values():
         told = {key.ours for key in architecture.keys} | architecture.needs.keys() | training

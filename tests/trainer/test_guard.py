@@ -256,7 +256,7 @@ class Flipped:
     ids=["looked at in each step", "looked at when it is saved", "looked at in every third step"],
 )
 def test_a_run_that_is_corrupted_once_ends_as_if_it_had_not_been(case, precision, zero, every, noticed):
-    settings = [f"parallel.zero={zero}", f"precision={precision}", f"guard.replicas_every_steps={every}"]
+    settings = [f"parallel.zero={zero}", f"precision={precision}", f"guard.replica_check_every_steps={every}"]
     undisturbed = Flipped.run(case, f"undisturbed {every}", *settings, spared=True)
     assert (undisturbed.failures, undisturbed.resumed) == ([], [])
     corrupted = Flipped.run(case, f"corrupted {every}", *settings)
@@ -271,7 +271,7 @@ def test_a_run_that_is_corrupted_once_ends_as_if_it_had_not_been(case, precision
 
 @pytest.mark.slow
 def test_where_nobody_looks_it_is_learned_from_and_saved(case):
-    settings = ["parallel.zero=0", "precision=fp32", "guard.replicas_every_steps=0"]
+    settings = ["parallel.zero=0", "precision=fp32", "guard.replica_check_every_steps=0"]
     undisturbed, corrupted = (Flipped.run(case, f"unseen {spared}", *settings, spared=spared) for spared in (True, False))
     assert undisturbed.failures == corrupted.failures == []
     assert corrupted.losses[:8] == undisturbed.losses[:8]

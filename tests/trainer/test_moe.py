@@ -207,7 +207,7 @@ def test_even_load_has_a_balance_of_one_a_sequence_and_a_single_expert_the_most(
 
 def test_the_bias_moves_load_towards_balance():
     torch.manual_seed(0)
-    config = ExpertsConfig(experts=4, top_k=1, width=4, score="sigmoid", normalize=False, balance="bias", bias_speed=0.01)
+    config = ExpertsConfig(experts=4, top_k=1, width=4, score="sigmoid", normalize=False, balance="bias", bias_update_speed=0.01)
     router = Router(WIDTH, config)
     with torch.no_grad():
         router.weight.copy_(torch.randn(4, WIDTH) * 0.3)
@@ -222,7 +222,7 @@ def test_the_bias_moves_load_towards_balance():
 
 
 def test_settling_goes_by_the_sign_alone_and_begins_a_new_count():
-    router = Router(WIDTH, CONFIG.model_copy(update={"balance": "bias", "bias_speed": 0.25}))
+    router = Router(WIDTH, CONFIG.model_copy(update={"balance": "bias", "bias_update_speed": 0.25}))
     router.load += 7
     router.settle(torch.tensor([10.0, 2.0, 6.0, 6.0]))
     assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]

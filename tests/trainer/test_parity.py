@@ -149,7 +149,7 @@ def test_each_refused_cell_gives_its_reason():
         "parallel.zero: got 0, which goes wrong in bf16",
         "parallel.zero: got 0, which goes wrong in fp16",
         "parallel.zero: got 3, and fp8",
-        "train.recompute: got selective, which goes wrong under ZeRO-3",
+        "train.activation_checkpointing: got selective, which goes wrong under ZeRO-3",
         "parallel.tensor: got 2, not proven in fp8",
         "parallel.expert: got 2, and the model has no experts",
         "parallel.expert: got 2, not proven beside parallel.tensor 2",

@@ -362,7 +362,7 @@ def test_the_start_tells_of_the_phases(case):
 
 @pytest.mark.slow
 def test_a_rank_killed_in_mid_ramp_changes_no_loss(case, ramped):
-    with case.start("train", str(case.file), "run.dir=ramp killed", *RAMP, "cluster.keep_warm=true") as running:
+    with case.start("train", str(case.file), "run.dir=ramp killed", *RAMP, "cluster.hot_standby=true") as running:
         wait_for_step(case, "ramp killed", 15, running)
         os.kill(next(e for e in events(case, "ramp killed") if e["event"] == "attempt-started")["ranks"][1]["pid"], signal.SIGKILL)
         assert running.wait(90) == 0, running.stderr.read()

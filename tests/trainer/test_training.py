@@ -68,7 +68,7 @@ def test_a_bias_keeps_experts_as_even_and_without_either_they_are_not(home, bala
         "moe-tiny",
         balance,
         f"model.experts.balance={balance}",
-        *(["model.experts.bias_speed=0.01"] if balance == "bias" else []),
+        *(["model.experts.bias_update_speed=0.01"] if balance == "bias" else []),
         "train.steps=100",
         "evaluate.samples=1",
     )

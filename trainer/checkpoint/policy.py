@@ -57,7 +57,7 @@ class Saves:
         Raises ReplicaError where weights have changed by themselves: they are not saved.
         """
         self.finish()
-        if self._config.guard.replicas_every_steps:
+        if self._config.guard.replica_check_every_steps:
             self._engine.replicas.look(step)
         told: dict[str, Any] = {
             "layout": str(self._engine.layout),
@@ -96,7 +96,7 @@ class Saves:
     def _tolerate(self, error: SaveError, *, wait: bool) -> None:
         self.failures, self.saved = self.failures + 1, None
         self._answer()
-        tolerated = self._config.checkpoint.tolerate
+        tolerated = self._config.checkpoint.max_failed_saves
         if wait or self.failures > tolerated:
             log.error("could not save: %s", error)
             raise error

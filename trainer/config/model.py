@@ -29,10 +29,10 @@ class ExpertsConfig(Section):
     """How experts are kept evenly loaded: an auxiliary loss for each sequence, or a bias on the choice alone."""
     balance_weight: float = Field(default=0.01, ge=0)
     """Weight of the auxiliary loss."""
-    bias_speed: float = Field(default=0.001, gt=0)
-    """How far the bias moves each step."""
-    router_z: float = Field(default=0.001, ge=0)
-    """Weight of the router's z-loss, which keeps its logits small."""
+    bias_update_speed: float = Field(default=0.001, gt=0)
+    """How far the bias moves in each step."""
+    router_z_loss: float = Field(default=0.001, ge=0)
+    """Weight of the router z-loss, which keeps the router's logits small."""
 
     @model_validator(mode="after")
     def _enough(self) -> "ExpertsConfig":
@@ -40,7 +40,7 @@ class ExpertsConfig(Section):
             raise ValueError(f"top_k: got {self.top_k}, wants at most experts {self.experts}; lower it")
         if self.top_k == 1 and self.normalize:  # a score divided by itself is 1, and has no gradient
             raise ValueError("normalize: got true, and with top_k 1 a router then never learns; set it to false")
-        for key, balance in (("balance_weight", "loss"), ("bias_speed", "bias")):
+        for key, balance in (("balance_weight", "loss"), ("bias_update_speed", "bias")):
             if self.balance != balance and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: got {getattr(self, key)}, and balance {self.balance} has none; leave it out")
         return self

@@ -50,7 +50,7 @@ def _recompiled(parallel: "ParallelConfig", *, compiled: bool) -> Iterator[str]:
 def _recomputed(parallel: "ParallelConfig", recompute: str) -> Iterator[str]:
     """Under ZeRO-3 linear layers add their bias to the kept product in place, twice then, and gathers are not as many the second time."""
     if parallel.zero == 3 and recompute == "selective":
-        yield "train.recompute: got selective, which goes wrong under ZeRO-3; use full or none, or zero 1 or 2"
+        yield "train.activation_checkpointing: got selective, which goes wrong under ZeRO-3; use full or none, or zero 1 or 2"
 
 
 def _indivisible(model: "ModelConfig", parallel: "ParallelConfig", sequence_length: int, curriculum: Sequence[int]) -> Iterator[str]:

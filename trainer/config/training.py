@@ -23,12 +23,12 @@ FREE = (
         "data.directory",
         "data.workers",
         "data.cache",
-        "data.ray",
+        "data.ray_address",
         "data.skip",
         "model.preset",
         "train.steps",
         "train.micro_batch",
-        "train.recompute",
+        "train.activation_checkpointing",
         "train.compile",
     ),
     *("parallel.", "checkpoint.", "guard.", "evaluate.", "track.", "cluster."),
@@ -110,8 +110,8 @@ class TrainConfig(Section):
     """Other global batches to begin with, in stages; ranks stay as many, accumulation changes. The learning rate goes on by steps."""
     micro_batch: int = Field(ge=1, examples=[8])
     """Samples a rank takes at once; lower it where memory is short."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation checkpointing, what is computed again on the way back. selective: all but matrix products; full: each block."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes instead of keeping it. selective: all but matrix products; full: every block."""
     compile: bool | None = None
     """Whether each block is compiled by torch.compile; where left out, on GPUs yes if the layout allows it, on CPUs no."""
 
@@ -172,8 +172,8 @@ class CheckpointConfig(Section):
     """Checkpoints of steps that are multiples of this are kept for ever."""
     asynchronous: bool = True
     """Whether training goes on while a checkpoint is written, from a copy in CPU memory of what the rank writes."""
-    tolerate: int = Field(default=2, ge=0)
-    """Saves in a row that may fail, for want of room say, while training goes on; one more stops the run."""
+    max_failed_saves: int = Field(default=2, ge=0)
+    """Consecutive saves that may fail, for lack of space for example, while training continues; one more stops the run."""
     verify: Literal["full", "sizes"] = "full"
     """What is checked before a checkpoint is gone on from: every byte by its hash, or the sizes of files alone."""
 
@@ -184,8 +184,8 @@ class CheckpointConfig(Section):
 
 
 class GuardConfig(Section):
-    replicas_every_steps: int = Field(default=100, ge=0)
-    """Steps between looks at whether ranks that should hold the same weights do; there is one before each checkpoint, too. 0: never."""
+    replica_check_every_steps: int = Field(default=100, ge=0)
+    """Steps between checks that replicas of a weight are bitwise the same; also checked before each checkpoint. 0: never."""
 
 
 class EvaluateConfig(Section):
@@ -258,7 +258,7 @@ class TrainingConfig(Section):
             sequence_length=self.data.sequence_length,
             curriculum=[stage.sequence_length for stage in self.data.curriculum],
             compiled=self.train.compile is True,
-            recompute=self.train.recompute,
+            recompute=self.train.activation_checkpointing,
         )
         if reason is not None:
             raise ValueError(reason)

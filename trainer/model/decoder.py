@@ -74,7 +74,7 @@ class Decoder(Transformer):
             assert config.experts is not None, "a mixture was built by it"
             balance, router_z = mixture
             sums += [config.experts.balance_weight * balance if config.experts.balance == "loss" else balance.detach() * 0]
-            sums += [config.experts.router_z * router_z]
+            sums += [config.experts.router_z_loss * router_z]
         assert len(sums) == len(self.terms), "each term has its divisor"
         return torch.stack(sums) / divisors_K
 

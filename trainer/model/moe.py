@@ -97,7 +97,7 @@ class Router(nn.Module):
         if self.bias is not None and learned:
             load_E = load_E.to(torch.int64)
             below_mean = load_E.sum() - self.experts * load_E
-            self.bias += self.config.bias_speed * below_mean.sign().to(self.bias)
+            self.bias += self.config.bias_update_speed * below_mean.sign().to(self.bias)
         self.load.zero_()
 
     def _choose(self, scores_BTE: Tensor) -> Tensor:
