@@ -1,61 +1,151 @@
-"""How far is a rank? It overwrites one small file; its agent reads it. No lock: a torn read is told by its JSON and passed over."""
+"""What a supervisor and a rank agree on: exit codes, environment variables, the heartbeat file and the error file.
 
+The leaf of `manta.cluster`: it imports no other module of manta, so that a rank can import it without the rest of the package.
+"""
+
+import json
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import IntEnum, StrEnum
 from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from manta.cluster.supervise.failure import BEFORE_THE_FIRST_STEP
+HEARTBEAT_SIZE = 256  # bytes: one write, padded with spaces, so that a shorter heartbeat leaves no rest of a longer one
 
-SIZE = 256  # bytes: one pwrite, padded with spaces, so that a shorter beat leaves no rest of a longer one
+Phase = Literal["start", "load", "read", "compile", "step", "evaluate", "save", "done"]
+Category = Literal["exception", "out_of_memory", "input", "hopeless"]
+
+
+class ExitCode(IntEnum):
+    """The exit codes of a rank and of `manta train`."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    """A wrong command, config or input."""
+    SAVED = 75
+    """Stop requested, checkpoint saved: run it again to resume."""
+    INTERRUPTED = 130
+    """Stop requested by Ctrl-C."""
+    UNSAVED = 143
+    """Stop requested, checkpoint not saved."""
+
+
+class Env(StrEnum):
+    """The environment variables that a supervisor sets for a rank, beside those that torchrun sets."""
+
+    ATTEMPT = "MANTA_ATTEMPT"
+    """How many times the run has been started, this one included."""
+    ERROR_FILE = "MANTA_ERROR"
+    HEARTBEAT_FILE = "MANTA_HEARTBEAT"
+    LOG_FILE = "MANTA_LOG"
+    STANDBY = "MANTA_STANDBY"
+    """Set: import everything, then read the other variables from standard input, as one line of JSON."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankError:
+    """Why a rank failed. `step` and `phase`: its last heartbeat."""
+
+    type: str
+    message: str
+    traceback: str = ""
+    step: int = 0
+    phase: str = ""
+    category: Category = "exception"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
-    """`step` counts finished optimizer steps; `time` is the rank's monotonic clock; `phase` is "" before the first beat.
+    """`step` counts finished optimizer steps; `time` is the rank's monotonic clock; `phase` is "" before the first heartbeat.
 
-    `work`: seconds of the last step that the rank spent by itself; 0 where that is not known.
+    `work`: seconds of the last step that the rank spent on its own, not waiting for other ranks; 0 if unknown.
     """
 
     step: int
-    phase: str
+    phase: Phase | Literal[""]
     time: float
     work: float = 0.0
 
 
-_ADAPTER = TypeAdapter(Heartbeat)
+_HEARTBEAT, _ERROR = TypeAdapter(Heartbeat), TypeAdapter(RankError)
+
+
+def write_error(path: Path, error: RankError) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(asdict(error)))
+    new.replace(path)
+
+
+def read_error(path: Path) -> RankError | None:
+    """Return the error that a rank wrote; None if it wrote none, or died while writing."""
+    try:
+        return _ERROR.validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+class HeartbeatWriter:
+    """Reports this rank's progress to its supervisor; without a supervisor (`path` is None), writes nothing."""
+
+    def __init__(self, path: str | None) -> None:
+        self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        self.step = 0
+        self.phase: Phase = "start"
+        self.work = 0.0  # see Heartbeat.work
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        return cls(os.environ.get(Env.HEARTBEAT_FILE))
+
+    @property
+    def is_supervised(self) -> bool:
+        return self._file is not None
+
+    def __call__(self, phase: Phase, step: int) -> None:
+        """Report the phase, and the number of finished optimizer steps."""
+        self.step, self.phase = step, phase
+        if self._file is not None:
+            heartbeat = json.dumps({"step": step, "phase": phase, "time": time.monotonic(), "work": round(self.work, 6)})
+            os.pwrite(self._file, heartbeat.ljust(HEARTBEAT_SIZE).encode(), 0)
 
 
 class HeartbeatReader:
-    """Follows one rank: its last good beat, and when that last changed by the reader's own clock."""
+    """Follows one rank: its last valid heartbeat, and when that changed by the reader's own clock.
+
+    The file has no lock. A torn read is not valid JSON and is ignored.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._changed = time.monotonic()
-        self._first_step: int | None = None  # a resumed rank does not begin at 0
+        self._first_step: int | None = None  # a resumed rank does not start at 0
         self.last = Heartbeat(step=0, phase="", time=0.0)
-        self.intervals, self.longest = 0, 0.0  # between two beats in phase "step", the first step's left out: how many, and seconds
+        # Intervals between two heartbeats in phase "step", without the first step's: how many, and the longest, in seconds.
+        self.intervals, self.longest = 0, 0.0
 
     def read(self) -> Heartbeat:
         try:
-            beat = _ADAPTER.validate_json(self._path.read_bytes()[:SIZE])
+            heartbeat = _HEARTBEAT.validate_json(self._path.read_bytes()[:HEARTBEAT_SIZE])
         except (FileNotFoundError, ValidationError):  # not written yet, or torn
             return self.last
-        if beat != self.last:
-            if self.has_stepped and self.last.phase == beat.phase == "step":
+        if heartbeat != self.last:
+            if self.has_stepped and self.last.phase == heartbeat.phase == "step":
                 self.intervals, self.longest = self.intervals + 1, max(self.longest, self.quiet)
-            self.last, self._changed = beat, time.monotonic()
-        if self._first_step is None and beat.phase not in BEFORE_THE_FIRST_STEP:
-            self._first_step = beat.step
+            self.last, self._changed = heartbeat, time.monotonic()
+        if self._first_step is None and heartbeat.phase not in {"", "start", "load"}:
+            self._first_step = heartbeat.step
         return self.last
 
     @property
     def quiet(self) -> float:
-        """Seconds since the beat last changed."""
+        """Seconds since the heartbeat last changed."""
         return time.monotonic() - self._changed
 
     @property
     def has_stepped(self) -> bool:
-        """Whether this process has finished a step of its own (or had none to do)."""
+        """Whether this process has finished a step, or had none to do."""
         return self.last.phase == "done" or (self._first_step is not None and self.last.step > self._first_step)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
@@ -16,7 +17,6 @@ from manta.launch.inspect.commands import app as data_app
 if TYPE_CHECKING:
     from manta.trainer.run_directory import RunDirectory
 
-FAILED, USAGE = 1, 2
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -136,7 +136,7 @@ def stop(
         typer.echo(end(run, at_once=at_once, timeout=timeout))
     except TimeoutError as error:
         typer.echo(f"manta: {error}", err=True)
-        raise typer.Exit(FAILED) from None
+        raise typer.Exit(ExitCode.FAILED) from None
 
 
 @app.command()
@@ -275,17 +275,17 @@ def main() -> None:
     """The console script. Bad input ends with a line each and exit code 2."""
     if sys.platform != "linux":
         sys.stderr.write(f"manta: got {sys.platform}, wants Linux: it supervises processes by means that others lack\n")
-        sys.exit(USAGE)
+        sys.exit(ExitCode.USAGE)
     try:
         app(prog_name="manta")
     except InputError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"manta: {line}\n")
-        sys.exit(USAGE)
+        sys.exit(ExitCode.USAGE)
     except Exception as error:
         from manta.trainer.checkpoint.errors import CheckpointError, SaveError
 
         if not isinstance(error, CheckpointError | SaveError):
             raise
         sys.stderr.write(f"manta: {error}\n")
-        sys.exit(FAILED)
+        sys.exit(ExitCode.FAILED)

@@ -13,27 +13,26 @@ import sys
 import traceback
 from pathlib import Path
 
+from manta.cluster.protocol import Category, Env, ExitCode, HeartbeatWriter, RankError, write_error
 from manta.data.errors import InputError
 from manta.trainer import stack_traces
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
-from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.stop_request import Notice
 
-FAILED, USAGE, UNSAVED = 1, 2, 143
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # what RuntimeErrors of torch's then say
 
 
 def main() -> int:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m manta.trainer RUN_DIRECTORY\n")
-        return USAGE
+        return ExitCode.USAGE
     notice = Notice()
-    if "MANTA_STANDBY" in os.environ:
+    if Env.STANDBY in os.environ:
         stand_by()
     stack_traces.answer(signal.SIGUSR2)
-    place = f"attempt {os.environ.get('MANTA_ATTEMPT', '0')} rank {os.environ.get('RANK', '0')}"
+    place = f"attempt {os.environ.get(Env.ATTEMPT, '0')} rank {os.environ.get('RANK', '0')}"
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {place} %(name)s: %(message)s", force=True)
-    heartbeat = Heartbeat.from_environment()
+    heartbeat = HeartbeatWriter.from_environment()
     heartbeat("start", 0)
     try:
         from manta.trainer.rank import run
@@ -42,11 +41,11 @@ def main() -> int:
     except InputError as error:
         logging.getLogger("manta").error("%s", error)  # noqa: TRY400  the user's to mend: a trace would only hide it
         report(error, heartbeat, "input")
-        return USAGE
+        return ExitCode.USAGE
     except BaseException as error:  # noqa: BLE001  whatever it was, the supervisor wants to know
         traceback.print_exc()
         report(error, heartbeat, _category(error))
-        return UNSAVED if isinstance(error, LeftUnsavedError) else FAILED
+        return ExitCode.UNSAVED if isinstance(error, LeftUnsavedError) else ExitCode.FAILED
 
 
 def stand_by() -> None:
@@ -57,33 +56,29 @@ def stand_by() -> None:
     if not line:
         sys.exit(0)
     os.environ.update(json.loads(line))
-    if path := os.environ.get("MANTA_LOG"):
+    if path := os.environ.get(Env.LOG_FILE):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, sys.stdout.fileno())
         os.dup2(descriptor, sys.stderr.fileno())
         os.close(descriptor)
 
 
-def report(error: BaseException, heartbeat: Heartbeat, category: str) -> None:
-    """Leaves the error where the supervisor looks for it."""
-    path = os.environ.get("MANTA_ERROR")
-    if path is None:
-        return
-    told = {
-        "type": type(error).__name__,
-        "message": str(error),
-        "traceback": "".join(traceback.format_exception(error)),
-        "step": heartbeat.step,
-        "phase": heartbeat.phase,
-        "category": category,
-    }
-    beside = Path(f"{path}.new")
-    beside.write_text(json.dumps(told))
-    beside.replace(path)
+def report(error: BaseException, heartbeat: HeartbeatWriter, category: Category) -> None:
+    """Write the error to the file that the supervisor reads, if there is a supervisor."""
+    if path := os.environ.get(Env.ERROR_FILE):
+        described = RankError(
+            type=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+            step=heartbeat.step,
+            phase=heartbeat.phase,
+            category=category,
+        )
+        write_error(Path(path), described)
 
 
-def _category(error: BaseException) -> str:
-    """What a supervisor should make of it."""
+def _category(error: BaseException) -> Category:
+    """Return how the supervisor should treat the error."""
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)):
         return "out_of_memory"
     if isinstance(error, UnreachableError):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from manta.cluster.protocol import HeartbeatWriter
 from manta.data.live.samples import LiveSamples
 from manta.data.objectives.causal import DIGEST_BITS
 from manta.data.sampling.samples import Samples
@@ -20,7 +21,6 @@ from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dataloader.loader import Reader
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine, Outcome
-from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.metrics import Line, MetricsLog, describe
 from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.run_directory import RunDirectory
@@ -40,7 +40,7 @@ class Loop:
         samples: Samples | LiveSamples,
         engine: Engine,
         home: RunDirectory,
-        heartbeat: Heartbeat,
+        heartbeat: HeartbeatWriter,
         notice: Notice,
         peak: float | None,
         flops_per_token: Mapping[int, float],

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from manta.cluster.protocol import ExitCode, HeartbeatWriter
 from manta.data.errors import InputError
 from manta.data.live.samples import Cursor, LiveSamples, check_ranks, open_samples
 from manta.data.tokenizer.tokenizer import ids
@@ -25,7 +26,6 @@ from manta.trainer.dist.world import Mesh, World
 from manta.trainer.engine.compiler import ask_for_compiler
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.engine.peak_flops import peak_flops
-from manta.trainer.heartbeat import Heartbeat
 from manta.trainer.loop import Loop
 from manta.trainer.model.build import build
 from manta.trainer.parallel.fp8 import ask_for_gpu
@@ -33,18 +33,17 @@ from manta.trainer.run_directory import RunDirectory, origin_of, tokenizer_of
 from manta.trainer.stop_request import Notice
 
 log = logging.getLogger(__name__)
-DONE, LEFT, INTERRUPTED = 0, 75, 130
 
 
-def run(directory: Path, heartbeat: Heartbeat, notice: Notice) -> int:
+def run(directory: Path, heartbeat: HeartbeatWriter, notice: Notice) -> int:
     """Trains until the last step, or until told to leave. Gives the exit code; what goes wrong is raised."""
     home, world = RunDirectory(directory.absolute()), World.from_environment()
     # A supervisor has claimed the run. Without one its first rank does.
-    with nullcontext() if heartbeat.is_heard or world.rank > 0 else home.claim():
+    with nullcontext() if heartbeat.is_supervised or world.rank > 0 else home.claim():
         return train(home, world, heartbeat, notice)
 
 
-def train(home: RunDirectory, world: World, heartbeat: Heartbeat, notice: Notice) -> int:
+def train(home: RunDirectory, world: World, heartbeat: HeartbeatWriter, notice: Notice) -> int:
     heartbeat("load", 0)
     config = home.config()
     layout = layout_for(config.train, config.parallel, world.size, may_shrink=world.attempt > 0)  # a supervisor has no more ranks
@@ -108,8 +107,8 @@ def train(home: RunDirectory, world: World, heartbeat: Heartbeat, notice: Notice
         raise LeftUnsavedError(f"told to leave: {error}") from error
     dist.destroy_process_group()
     if step == config.train.steps:
-        return DONE
-    return INTERRUPTED if notice.signal is signal.SIGINT else LEFT
+        return ExitCode.DONE
+    return ExitCode.INTERRUPTED if notice.signal is signal.SIGINT else ExitCode.SAVED
 
 
 def _any(world: World, claim: bool) -> bool:

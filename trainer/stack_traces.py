@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from manta.cluster.protocol import Env
+
 RECORDED = "2000"  # collectives that are kept, the newest
 SETTINGS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # the newer name, and the older
 
@@ -26,7 +28,7 @@ def answer(number: signal.Signals) -> None:
     if not any(name in os.environ for name in SETTINGS):
         os.environ.update(dict.fromkeys(SETTINGS, RECORDED))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    if log := os.environ.get("MANTA_LOG"):
+    if log := os.environ.get(Env.LOG_FILE):
         for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
             os.environ.setdefault(name, str(Path(log).parent / "nccl-timeout-rank-"))  # torch adds the rank
     asked, asks = os.pipe()

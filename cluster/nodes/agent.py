@@ -17,20 +17,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
-from pydantic import TypeAdapter, ValidationError
 
 from manta.cluster.nodes.machine import cores
 from manta.cluster.nodes.oom_kills import kills
 from manta.cluster.nodes.process import Process
-from manta.cluster.protocol import HeartbeatReader
-from manta.cluster.supervise.failure import SAVED, RankError, RankStatus
+from manta.cluster.protocol import Env, ExitCode, HeartbeatReader, RankError, read_error
+from manta.cluster.supervise.failure import RankStatus
 
 LOOK = 0.05  # seconds between two readings of the heartbeats; an exit is seen at once
 TAIL = 4096  # bytes of a log that stand for an error
 STACKS = 1.0  # seconds that ranks have to write down where they stand
 WAITS = re.compile(r"^collectives of group .* is waited for$", re.MULTILINE)  # as `trainer/stack_traces.py` says it
 NOT_FOR_RANKS = ("RAY_", "PYTHONPATH", "PYTHONBREAKPOINT", "OMP_NUM_THREADS", "SPT_NOENV")  # what Ray sets for its workers
-_ERROR = TypeAdapter(RankError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +71,7 @@ class NodeAgent:
             **{key: value for key, value in os.environ.items() if not key.startswith(NOT_FOR_RANKS)},
             "OMP_NUM_THREADS": str(max(1, cores() // sharing)),
             **environment,
-            "MANTA_STANDBY": "1",
+            Env.STANDBY: "1",
         }
         self._ended = asyncio.Event()  # some process has
         self._attempt = 0  # the newest whose ranks it was given
@@ -173,7 +171,7 @@ class NodeAgent:
         heartbeat = self._scratch / f"heartbeat-{attempt:04d}-{number:04d}"
         log = logs / f"rank-{number:04d}.log"
         rank = _Rank(process, number, log, log.with_suffix(".error.json"), HeartbeatReader(heartbeat), kills())
-        files = {"MANTA_HEARTBEAT": str(heartbeat), "MANTA_ERROR": str(rank.error), "MANTA_LOG": str(rank.log)}
+        files = {Env.HEARTBEAT_FILE: str(heartbeat), Env.ERROR_FILE: str(rank.error), Env.LOG_FILE: str(rank.log)}
         rank.error.unlink(missing_ok=True)  # a controller killed before it could note this attempt's number leaves the number to us
         process.go({**place, **files})
         return rank
@@ -186,7 +184,7 @@ class NodeAgent:
 
 def _status(rank: _Rank) -> RankStatus:
     beat = rank.heartbeat.read()
-    failed = rank.process.code not in {None, 0, SAVED}
+    failed = rank.process.code not in {None, ExitCode.DONE, ExitCode.SAVED}
     if failed and not rank.log.exists():  # it fell before it could take its log
         shutil.copyfile(rank.process.log, rank.log)
     return RankStatus(
@@ -211,10 +209,7 @@ def _error(rank: _Rank) -> RankError | None:
     """What it wrote down; or what it could not, for the kernel killed it when memory ran out."""
     if rank.process.code == -signal.SIGKILL and kills() > rank.kills:
         return RankError(type="SIGKILL", message="the kernel killed it, for memory ran out", category="out_of_memory")
-    try:
-        return _ERROR.validate_json(rank.error.read_bytes())
-    except (FileNotFoundError, ValidationError):  # none, or the rank fell while it wrote: the end of its log must do
-        return None
+    return read_error(rank.error)  # if it wrote none, the end of its log must do
 
 
 def _tail(path: Path) -> str:

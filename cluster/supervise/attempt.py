@@ -12,8 +12,9 @@ from manta.cluster.job import Job
 from manta.cluster.nodes.agent import NodeFacts
 from manta.cluster.nodes.capacity import Room
 from manta.cluster.nodes.placement import Place
+from manta.cluster.protocol import Env, ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
-from manta.cluster.supervise.failure import LEFT, SAVED, Cause, Failure, Limits, RankStatus, blames_a_peer, explain, guilty, stalled
+from manta.cluster.supervise.failure import STOPPED, Cause, Failure, Limits, RankStatus, blames_a_peer, explain, guilty, stalled
 from manta.cluster.supervise.requests import Orders
 from manta.cluster.supervise.stragglers import Pace, limits, slow
 
@@ -70,9 +71,9 @@ class Attempt:
         while True:
             statuses = self.nodes.poll(self._tick_length)
             exited = [status for status in statuses if status.code is not None]
-            if any(status.code not in LEFT | {0} for status in exited):
+            if any(status.code not in STOPPED | {0} for status in exited):
                 return (yield from self._crash())
-            if self.orders.leave or any(status.code in LEFT for status in exited):
+            if self.orders.leave or any(status.code in STOPPED for status in exited):
                 return (yield from self._leave())
             if statuses and len(exited) == len(statuses):
                 return Done()
@@ -141,7 +142,7 @@ class Attempt:
         if failed := [s for s in statuses if s in self._failed(statuses) or s.error]:  # what kept it from saving
             yield self._fell(guilty(failed), time.time())
         codes = {status.code for status in statuses}
-        return Done() if codes == {0} else Left(saved=codes <= {0, SAVED})
+        return Done() if codes == {ExitCode.DONE} else Left(saved=codes <= {ExitCode.DONE, ExitCode.SAVED})
 
     def _elsewhere(self, *, stepped: bool) -> Event | None:
         """Why the ranks should leave and go on elsewhere, if they should."""
@@ -162,7 +163,7 @@ class Attempt:
 
     @staticmethod
     def _failed(statuses: Sequence[RankStatus]) -> list[RankStatus]:
-        return [status for status in statuses if status.code not in LEFT | {None, 0}]
+        return [status for status in statuses if status.code not in STOPPED | {None, 0}]
 
     def _fell(self, status: RankStatus, noticed: float) -> Event:
         failure = explain(status)
@@ -235,7 +236,7 @@ def places(job: Job, attempt: int, nodes: Sequence[Place], facts: Sequence[NodeF
                 "LOCAL_WORLD_SIZE": str(node.ranks),
                 "MASTER_ADDR": facts[0].address,
                 "MASTER_PORT": str(port),
-                "MANTA_ATTEMPT": str(attempt),
+                Env.ATTEMPT: str(attempt),
                 **{name: job.environment.get(name, about.interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
             }
             for local in range(node.ranks)

@@ -17,6 +17,7 @@ from manta.cluster.config import ClusterConfig
 from manta.cluster.job import Job
 from manta.cluster.nodes.capacity import Room
 from manta.cluster.nodes.placement import PlacementError
+from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import Ray
 from manta.cluster.supervise.attempt import Attempt, Done, Left, Outcome, Regrouped
 from manta.cluster.supervise.event_log import POLL, Event, Journal, read_events
@@ -28,7 +29,6 @@ from manta.cluster.supervise.run_state import advance, replay
 if TYPE_CHECKING:
     from manta.cluster.nodes.node_group import Nodes
 
-LEFT_SAVED, LEFT_UNSAVED, INTERRUPTED, USAGE = 75, 143, 130, 2
 USERS_CHOICE = ("OMP_NUM_THREADS",)  # Ray sets it for its workers, so what the user said must be handed over
 LOOK = 0.25  # seconds between two looks for nodes
 
@@ -80,7 +80,7 @@ class Controller:
                     break
                 outcome = yield from self._try(nodes, room)
                 if isinstance(outcome, Done):
-                    return 0
+                    return ExitCode.DONE
                 if isinstance(outcome, Left):
                     return self._left(saved=outcome.saved)
                 if isinstance(outcome, Regrouped):
@@ -98,7 +98,7 @@ class Controller:
                     self._pause(decision.after)
                 if self._is_gone(room, outcome):
                     return None
-        return INTERRUPTED if self._orders.leave is signal.SIGINT else LEFT_UNSAVED
+        return ExitCode.INTERRUPTED if self._orders.leave is signal.SIGINT else ExitCode.UNSAVED
 
     def _is_gone(self, room: Room, outcome: Failure | Regrouped) -> bool:
         """Whether it is Ray that has to be started anew: its head is gone, or its only node."""
@@ -115,10 +115,10 @@ class Controller:
                 placement = room.enough(time.monotonic() - begun, suspects=self._state.suspects, has_begun=self._state.has_begun)
             except PlacementError as error:
                 yield self._event("decided", decision="give up", reason=str(error))
-                return USAGE
+                return ExitCode.USAGE
             if room.must_leave:
                 yield self._event("decided", decision="leave", reason="the node that manta runs on is to be taken away")
-                return LEFT_SAVED
+                return ExitCode.SAVED
             if placement is not None:
                 machines = [{"id": p.machine.id, "host": p.machine.host, "address": p.machine.address} for p in placement.places]
                 yield self._event("nodes-gathered", ranks=placement.ranks, nodes=machines)
@@ -126,7 +126,7 @@ class Controller:
                 return None
             if time.monotonic() - begun > self._config.start_timeout:
                 yield self._event("decided", decision="give up", reason=f"{room.missing()} within {self._config.start_timeout:g} s")
-                return LEFT_SAVED if room.going else 1
+                return ExitCode.SAVED if room.going else ExitCode.FAILED
             if room.missing() != told:
                 told = room.missing()
                 yield self._event("waiting", message=told)
@@ -166,8 +166,8 @@ class Controller:
 
     def _left(self, *, saved: bool) -> int:
         if self._orders.at_once or (saved and self._orders.leave is signal.SIGINT):
-            return INTERRUPTED
-        return LEFT_SAVED if saved else LEFT_UNSAVED
+            return ExitCode.INTERRUPTED
+        return ExitCode.SAVED if saved else ExitCode.UNSAVED
 
     def _event(self, kind: str, attempt: int | None = None, **details: Any) -> Event:
         return Event(kind=kind, attempt=self._state.attempt if attempt is None else attempt, time=time.time(), details=details)

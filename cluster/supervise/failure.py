@@ -4,13 +4,12 @@ import signal
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
 
-BEFORE_THE_FIRST_STEP = frozenset({"", "start", "load"})  # phases of a heartbeat; "" is none yet
+from manta.cluster.protocol import ExitCode, RankError
+
 HELD_UP = frozenset({"read", "compile"})  # phases of a step in which a rank may be long, while the others wait for it in phase "step"
 PEER_IS_GONE = ("reset by peer", "closed by peer", "Broken pipe", "remote process exited")  # as gloo and NCCL say it
-SAVED, UNSAVED = 75, 143  # exit codes of a rank that was told to leave
-LEFT = frozenset({SAVED, UNSAVED})
+STOPPED = frozenset({ExitCode.SAVED, ExitCode.UNSAVED})  # of a rank that was asked to stop
 
 
 class Cause(Enum):
@@ -24,21 +23,6 @@ class Cause(Enum):
     HANG = "no step in time"
     NODE_LOST = "a node is gone"
     PREEMPTED = "the cluster asked us to leave"
-
-
-CATEGORIES = {"exception": Cause.EXCEPTION, "input": Cause.INPUT, "hopeless": Cause.HOPELESS, "out_of_memory": Cause.OUT_OF_MEMORY}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankError:
-    """What a rank wrote down before it fell."""
-
-    type: str
-    message: str
-    traceback: str = ""
-    step: int = 0
-    phase: str = ""
-    category: Literal["exception", "out_of_memory", "input", "hopeless"] = "exception"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +91,7 @@ class Restart:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GiveUp:
     reason: str
-    exit_code: int = 1
+    exit_code: int = ExitCode.FAILED
 
 
 def decide(history: Sequence[Failure], policy: Policy) -> Restart | GiveUp:
@@ -134,7 +118,7 @@ def _beyond_help(failure: Failure) -> GiveUp | None:
     """What no restart mends: bad input, too little memory, and what the rank itself calls hopeless."""
     match failure.cause:
         case Cause.INPUT:
-            return GiveUp(reason=failure.message, exit_code=2)
+            return GiveUp(reason=failure.message, exit_code=ExitCode.USAGE)
         case Cause.HOPELESS:
             return GiveUp(reason=failure.message)
         case Cause.OUT_OF_MEMORY:
@@ -191,7 +175,7 @@ def explain(status: RankStatus) -> Failure:
         last_line = (status.tail.strip().splitlines() or ["it said nothing"])[-1]
         cause, message = Cause.EXCEPTION, f"exit code {status.code}: {last_line}"
     else:
-        cause, message = CATEGORIES[status.error.category], f"{status.error.type}: {status.error.message}"
+        cause, message = Cause[status.error.category.upper()], f"{status.error.type}: {status.error.message}"
     return Failure(cause=cause, rank=status.rank, step=status.step, message=message)
 
 

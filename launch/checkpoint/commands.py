@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from manta.cluster.protocol import ExitCode
+
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="A run's checkpoints: which there are, whether they are whole, what is in them."
 )
@@ -40,7 +42,7 @@ def verify(where: Where, *, as_json: AsJson = False) -> None:
     else:
         verify.show(told)
     if any(one["error"] for one in told):
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 @app.command(epilog="For example: manta checkpoint inspect runs/mine --match 'blocks.0.*'")

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
 from manta.data.sampling.timeline import Timeline
@@ -13,7 +14,12 @@ from manta.launch.run.train import ranks_in_words
 from manta.trainer.metrics import Line, duration, loss_in_words, read_metrics, terms
 from manta.trainer.run_directory import RunDirectory
 
-ENDS = {0: "done", 75: "stopped, saved", 130: "interrupted", 143: "stopped, not saved"}
+ENDS = {
+    ExitCode.DONE: "done",
+    ExitCode.SAVED: "stopped, saved",
+    ExitCode.INTERRUPTED: "interrupted",
+    ExitCode.UNSAVED: "stopped, not saved",
+}
 
 
 def status(directory: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from manta.cluster.supervise.controller import INTERRUPTED, LEFT_SAVED, LEFT_UNSAVED
+from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import read_events
 from manta.cluster.supervise.requests import AT_ONCE
 from manta.data.errors import InputError
@@ -51,7 +51,7 @@ def _codes(home: RunDirectory, before: int) -> list[int]:
 
 
 def _told(home: RunDirectory, codes: list[int]) -> str:
-    if codes[:1] == [0]:
+    if codes[:1] == [ExitCode.DONE]:
         return "done: it had come to its last step"
-    how = {LEFT_SAVED: "", INTERRUPTED: "", LEFT_UNSAVED: "could not save as it left; "}
+    how: dict[int, str] = {ExitCode.SAVED: "", ExitCode.INTERRUPTED: "", ExitCode.UNSAVED: "could not save as it left; "}
     return (how.get(codes[0], f"failed, as manta attach {home.typed} shows; ") if codes else "broken off; ") + stands(home)

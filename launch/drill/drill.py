@@ -9,8 +9,8 @@ from pathlib import Path
 
 import typer
 
+from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import Ray
-from manta.cluster.supervise.controller import INTERRUPTED, LEFT_SAVED, LEFT_UNSAVED
 from manta.data.storage.remote import is_remote, join
 from manta.launch.config import RunConfig
 from manta.launch.drill.faults import Faults, Row
@@ -20,11 +20,10 @@ from manta.launch.run.train import Ready, ready_to_train
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
 
-FAILED = 1
 LAID_UNDER = ("train.steps=100000", "checkpoint.every_steps=10", "checkpoint.keep=2", "track.every_steps=1")
 """Over the file, and under what the command line says: a run that does not end before all faults were done, and saves often."""
 ALIKE, ROUNDED = 1e-5, 5e-3  # how far losses may lie apart after other ranks have added up in another order: in fp32, and else
-LEFT = frozenset({INTERRUPTED, LEFT_SAVED, LEFT_UNSAVED})
+STOPPED = frozenset({ExitCode.INTERRUPTED, ExitCode.SAVED, ExitCode.UNSAVED})
 COLUMNS = ("fault", "noticed", "went on", "done again", "losses", "")
 
 
@@ -36,13 +35,13 @@ def drill(config: RunConfig, ray: Ray) -> int:
     faults = Faults(config, ray, watch, tell)
     try:
         ended = _follow(disturbed, watch, faults.script())
-        if ended not in LEFT:
+        if ended not in STOPPED:
             say(f"the same without a fault, to step {watch.furthest}: what is learned must be the same")
             ended = _follow(undisturbed, reference, _until(reference, watch.furthest)) or ended
     except TimeoutError:
-        ended = FAILED
+        ended = ExitCode.FAILED
         say(f"{disturbed.home.path}: stands still; {disturbed.home.logs} may say why")
-    if ended in LEFT:
+    if ended in STOPPED:
         say(f"broken off; what was done lies in {place}")
         return ended
     verdicts = [compare(lines, reference.lines, config.precision) for lines in _by_fault(faults.rows, watch.lines)]
@@ -51,7 +50,7 @@ def drill(config: RunConfig, ray: Ray) -> int:
     failed = [row.fault for row, is_same in done if not (row.is_come_through and is_same)]
     if ended or failed:
         typer.echo(f"failed: {', '.join(failed) or f'the run ended with exit code {ended}'}; both runs lie in {place}")
-        return FAILED
+        return ExitCode.FAILED
     _remove(place, disturbed.home, undisturbed.home)
     typer.echo(f"passed: {len(done)} faults in {watch.furthest} steps")
     return 0
@@ -120,7 +119,7 @@ def _follow(ready: Ready, watch: Watch, script: Wait[None]) -> int:
         for event in events:
             watch.take(event)
             if event.kind == "run-ended":
-                return int(event.details["exit_code"]) or FAILED
+                return int(event.details["exit_code"]) or ExitCode.FAILED
             next(script)
     return 0
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
 
 app = typer.Typer(
@@ -110,4 +111,4 @@ def sample_at(
     else:
         of_step.show(told, full=full)
     if told["digest"]["matches"] is False:
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)

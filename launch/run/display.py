@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from manta.cluster.supervise.controller import INTERRUPTED, LEFT_SAVED, LEFT_UNSAVED
+from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
 from manta.data.sampling.timeline import Timeline
 from manta.launch.control.tail import Tail
@@ -16,7 +16,6 @@ from manta.trainer.dist.layout import shrunk_layouts
 from manta.trainer.metrics import Line, describe, duration, end_of_lines, parse
 from manta.trainer.run_directory import RunDirectory
 
-FAILED = 1
 INTERVAL = 10.0  # seconds between lines where there is no terminal
 SMOOTHING = 0.1  # share of the newest step in the average time a sample
 EXCERPT = 12  # last lines of a traceback that are shown: the error, and where it was raised
@@ -159,13 +158,13 @@ class Display:
     def _ending(self, event: Event) -> str | None:
         """How it ended, where that leaves the run, and what comes next."""
         home, code = self._home, event.details["exit_code"]
-        if code == 0:
+        if code == ExitCode.DONE:
             took = duration(event.time - self._begun)
             writes = home.config().model.family in {"llama", "gpt2"}
             return f"done: {self._steps} steps, {took} since this start; try: manta {'generate' if writes else 'status'} {home.typed}"
-        if code in {LEFT_SAVED, LEFT_UNSAVED, INTERRUPTED}:
+        if code in {ExitCode.SAVED, ExitCode.UNSAVED, ExitCode.INTERRUPTED}:
             return f"left; {stands(home)}"
-        return self._last_words(self._failed) if self._failed and code == FAILED else None
+        return self._last_words(self._failed) if self._failed and code == ExitCode.FAILED else None
 
     def _last_words(self, failed: Event) -> str:
         """The error that the run gave up over, as the rank that raised it, or was killed, left it."""

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
 from manta.data.live.samples import check_ranks
@@ -60,4 +61,4 @@ def is_done(home: RunDirectory, config: RunConfig) -> bool:
     events = read_events(home.events_file)
     if home.saved_step != config.train.steps or not events:
         return False
-    return events[-1]["event"] == "run-ended" and events[-1]["exit_code"] == 0
+    return events[-1]["event"] == "run-ended" and events[-1]["exit_code"] == ExitCode.DONE

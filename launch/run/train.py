@@ -14,6 +14,7 @@ from typing import Any
 
 from manta.cluster.job import Job
 from manta.cluster.nodes.machine import default_ranks, gpus
+from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import LocalRay, Ray
 from manta.cluster.supervise.controller import Controller
 from manta.cluster.supervise.event_log import Event
@@ -127,7 +128,7 @@ def lay_out(home: RunDirectory, config: RunConfig, prepared: Prepared, told: dic
 
 def follow(events: Iterator[Event], display: Display) -> int:
     """Shows them all. Gives the exit code that the last one has."""
-    code = 1
+    code = ExitCode.FAILED
     with display:
         for event in events:
             display.show(event)

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.hosts import OBJECT_STORE_BYTES
 from manta.cluster.ray.runtime import HEALTH
 from manta.cluster.target_config import CONFIG_MOUNT, Kubernetes
@@ -25,7 +26,6 @@ from manta.launch.config import RunConfig
 from manta.launch.targets.paths import password_in, places
 from manta.trainer.dist.layout import largest_layout
 
-FAILED = 1
 CONFIG = f"{CONFIG_MOUNT}/run.yaml"
 RAY = "2.54.0"  # the oldest that manta runs on: KubeRay wants one named before it turns on tokens, and looks no further
 SLACK = 15  # seconds beyond cluster.grace_period: the controller has its own last words
@@ -56,7 +56,7 @@ def launch(config: RunConfig, *, nodes: int, dry_run: bool) -> int:
     done = subprocess.run([kubectl, "apply", "-f", "-"], input=manifest, stdout=subprocess.PIPE, text=True, check=False)
     sys.stdout.write(done.stdout)
     if done.returncode:
-        return FAILED
+        return ExitCode.FAILED
     if not re.search(r"^rayjob\S* created", done.stdout, re.MULTILINE):
         namespace = config.cluster.kubernetes.namespace
         there = "" if namespace is None else f" --namespace {namespace}"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.nodes.machine import address_towards
+from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.hosts import Host
 from manta.cluster.ray.runtime import LOOPBACK, HostsRay
 from manta.data.errors import InputError
@@ -22,7 +23,6 @@ from manta.data.storage.atomic import write_atomically
 from manta.launch.config import RunConfig
 from manta.launch.run.display import say
 
-FAILED = 1
 FOLDER = "slurm"  # of the run directory: what was handed over
 
 
@@ -41,7 +41,7 @@ def launch(config: RunConfig, *, dry_run: bool) -> int:
     write_atomically(folder / "job.sh", script.encode())
     done = subprocess.run(["sbatch", "--parsable", str(folder / "job.sh")], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        return FAILED
+        return ExitCode.FAILED
     job = done.stdout.strip().partition(";")[0]
     say(f"{config.run.dir}: submitted as job {job}; see: manta status {shlex.quote(str(config.run.dir))}, {folder}/job-{job}.log")
     sys.stdout.write(f"{job}\n")
@@ -84,7 +84,7 @@ while kill -0 "$run" 2>/dev/null; do
     code=$?
 done
 
-if [ "$code" = 75 ] && [ "$time_is_up" = yes ]; then
+if [ "$code" = {ExitCode.SAVED} ] && [ "$time_is_up" = yes ]; then
     {again}
 fi
 exit "$code"

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manta.cluster.protocol import RankError
 from manta.cluster.supervise.failure import (
     Cause,
     Failure,
     GiveUp,
     Limits,
     Policy,
-    RankError,
     RankStatus,
     Restart,
     decide,

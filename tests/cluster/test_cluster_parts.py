@@ -22,20 +22,19 @@ from manta.cluster.nodes import oom_kills
 from manta.cluster.nodes.agent import NodeFacts
 from manta.cluster.nodes.machine import default_ranks, gpus, island_in
 from manta.cluster.nodes.placement import Machine, Place, PlacementError, place
-from manta.cluster.protocol import SIZE, HeartbeatReader
+from manta.cluster.protocol import HEARTBEAT_SIZE, HeartbeatReader, HeartbeatWriter
 from manta.cluster.supervise.attempt import differences, places, unfit
 from manta.cluster.supervise.event_log import Event, Journal, read_events
 from manta.cluster.supervise.log_retention import outlived
 from manta.cluster.supervise.requests import Orders
 from manta.cluster.supervise.run_state import advance, replay
-from manta.trainer.heartbeat import Heartbeat
 
 
 def beat(step, phase="step", **told):
-    return json.dumps({"step": step, "phase": phase, "time": 1.5, **told}).encode().ljust(SIZE)
+    return json.dumps({"step": step, "phase": phase, "time": 1.5, **told}).encode().ljust(HEARTBEAT_SIZE)
 
 
-@given(st.integers(0, SIZE))
+@given(st.integers(0, HEARTBEAT_SIZE))
 def test_a_torn_beat_leaves_the_last_good_one(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("beats") / "beat"
     reader = HeartbeatReader(path)
@@ -76,10 +75,10 @@ def test_a_beat_may_tell_of_work_and_an_older_one_does_not(tmp_path):
     assert reader.read().work == 0
     path.write_bytes(beat(2, work=0.25))
     assert reader.read().work == 0.25
-    rank = Heartbeat(str(path))
+    rank = HeartbeatWriter(str(path))
     rank.work = 123456.123456789
     rank("evaluate", 10**12)
-    assert path.stat().st_size == SIZE
+    assert path.stat().st_size == HEARTBEAT_SIZE
     assert (reader.read().work, reader.read().step) == (123456.123457, 10**12)
 
 

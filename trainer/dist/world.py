@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]  torch documents them
 
+from manta.cluster.protocol import Env
 from manta.data.errors import InputError
 from manta.trainer.engine.device import check_gpus, device_type
 from manta.trainer.dist.layout import Layout
@@ -36,10 +37,10 @@ class World:
         try:
             rank, size, local, attempt = (
                 int(os.environ.get(name, default))
-                for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MANTA_ATTEMPT", "0"))
+                for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), (Env.ATTEMPT, "0"))
             )
         except ValueError as error:
-            raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK, MANTA_ATTEMPT: {error}; unset them or let a launcher set them") from None
+            raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK, {Env.ATTEMPT}: {error}; unset them or let a launcher set them") from None
         if not 0 <= rank < size:
             raise InputError(f"RANK: got {rank} of WORLD_SIZE {size}, wants 0 <= RANK < WORLD_SIZE; let a launcher set them")
         return cls(rank=rank, size=size, local_rank=local, attempt=attempt)
