@@ -194,7 +194,7 @@ def generate(
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"--top-p: got {top_p}, wants a probability above 0, at most 1; try 0.95")
     home = _trained(run)
-    from manta.trainer.generate import Sampling, write
+    from manta.trainer.serve.generate import Sampling, write
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     for text in write(home, prompt, count=tokens, sampling=sampling):
@@ -217,16 +217,16 @@ def export(
         raise InputError(f"--dtype: got {dtype}, wants float32, bfloat16 or float16")
     limit = _bytes(shard_size)
     home = _trained(run)
-    from manta.trainer.convert.directories import refuse_to_overwrite
+    from manta.trainer.convert.huggingface.directory import refuse_to_overwrite
 
     directory = home.path / "export" / "hf" if output is None else output.absolute()
     refuse_to_overwrite(directory, home)
     import torch
 
-    from manta.trainer.convert import huggingface
-    from manta.trainer.pretrained import load_pretrained
+    from manta.trainer.convert.huggingface.export import export as export_model
+    from manta.trainer.pretrained.load import load_pretrained
 
-    huggingface.export(load_pretrained(home), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=limit)
+    export_model(load_pretrained(home), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=limit)
     typer.echo(str(directory))
 
 
@@ -239,11 +239,11 @@ def import_(
     ] = None,
 ) -> None:
     """Take in a model of Hugging Face transformers: GPT-2, Llama, Mistral, Qwen3, BERT, and mixtures of experts."""
-    from manta.trainer.convert.directories import check_import, import_name
+    from manta.trainer.convert.huggingface.directory import check_import, import_name
 
     place = Path("imported") / import_name(directory) if output is None else output
     check_import(directory, place)
-    from manta.trainer.convert.import_model import import_model
+    from manta.trainer.convert.huggingface.import_model import import_model
 
     import_model(directory, place)
     typer.echo(str(place))

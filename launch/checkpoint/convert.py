@@ -11,8 +11,8 @@ from manta.launch.run.train import check_own_model, check_places, corpus, lay_ou
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import name_of
 from manta.trainer.checkpoint.writer import Saver
-from manta.trainer.convert import deepspeed
-from manta.trainer.convert.deepspeed_names import Names, differences, logical_state, progress
+from manta.trainer.convert.deepspeed.load import load_deepspeed
+from manta.trainer.convert.deepspeed.rename import Names, differences, logical_state, progress
 from manta.trainer.run_directory import RunDirectory
 
 NAMES: dict[str, Names] = {"manta": "manta", "huggingface": "huggingface"}
@@ -32,7 +32,7 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     if home.has_trained or where.names():
         raise InputError(f"{home.path}: holds a run that has trained already, wants a new directory; choose another run.dir")
     _refuse(config)
-    saved = deepspeed.load(source)
+    saved = load_deepspeed(source)
     if saved.step > config.train.steps:
         raise InputError(f"train.steps: got {config.train.steps}, and {saved.at} is of step {saved.step}; raise it")
     code = check_own_model(home, config)

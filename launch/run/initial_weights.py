@@ -38,7 +38,7 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
 
 def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prepared: Prepared) -> None:
     """Raises InputError where the weights are not of this model's shapes: ranks would say so too, once they all stand."""
-    from manta.trainer.pretrained import other_weights  # torch: a second and a half, for those alone who begin with other weights
+    from manta.trainer.pretrained.load import other_weights  # torch: a second and a half, for those alone who begin with other weights
 
     tokens = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
     length, by_token = config.data.sequence_length, config.run.match_tokens

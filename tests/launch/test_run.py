@@ -13,11 +13,11 @@ import torch
 from runs import assert_same, copy_of, events, lines, losses, of_run, resume, taken_back, wait_for_step
 
 from manta.data.errors import InputError
-from manta.trainer.convert.huggingface import export
-from manta.trainer.generate import Sampling, write
+from manta.trainer.convert.huggingface.export import export
 from manta.trainer.metrics import describe, parse
-from manta.trainer.pretrained import load_pretrained
+from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
+from manta.trainer.serve.generate import Sampling, write
 
 STEPS = 40
 
@@ -273,8 +273,7 @@ def test_an_export_has_equal_logits_in_transformers(case, undisturbed):
 import torch, warnings
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from manta.trainer.pretrained import load_pretrained
-from manta.trainer.pretrained import load_pretrained
+from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
 ours = load_pretrained(RunDirectory(Path({str(case.home / undisturbed)!r})))
 theirs = AutoModelForCausalLM.from_pretrained({done.stdout.strip()!r}, dtype=torch.float32)

@@ -29,8 +29,8 @@ from manta.trainer.checkpoint.manifest import LOSS_SCALER, Progress
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.config.training import OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
-from manta.trainer.convert import deepspeed
-from manta.trainer.convert.deepspeed_names import differences, logical_state, progress
+from manta.trainer.convert.deepspeed.load import load_deepspeed
+from manta.trainer.convert.deepspeed.rename import differences, logical_state, progress
 from manta.trainer.dataloader.batch import IGNORED, Batch
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
@@ -206,7 +206,7 @@ def config_of(way: Plain, **changes: Any) -> TrainingConfig:
 
 
 def convert(directory: Path, way: Plain, output: Path, **changes: Any) -> Progress:
-    config, saved = config_of(way, **changes), deepspeed.load(directory)
+    config, saved = config_of(way, **changes), load_deepspeed(directory)
     state = logical_state(saved, config, vocabulary=VOCABULARY, code=EXAMPLE, names=None)
     come = progress(saved, config)
     Saver(Folder(output), identity={}, attempt=0).save(state, come)
@@ -458,7 +458,7 @@ def test_another_model_or_optimizer_is_refused_with_the_first_difference(few, si
 def test_without_zero_weights_are_never_guessed(few, tmp_path):
     directory = next(directory for directory, way in few if way == Plain("llama", 0))
     at = Path(shutil.copytree(directory / f"global_step{SAVED}", tmp_path / "whole"))
-    wanted = {name: states["exp_avg"].clone() for name, states in deepspeed.load(at).parameters.items()}
+    wanted = {name: states["exp_avg"].clone() for name, states in load_deepspeed(at).parameters.items()}
     held = torch.load(at / "mp_rank_00_model_states.pt", weights_only=False)
     matrices, others = held["optimizer"]["param_groups"]
     numbers, names = matrices["params"], [name for name, weight in held["module"].items() if weight.ndim > 1]
@@ -469,7 +469,7 @@ def test_without_zero_weights_are_never_guessed(few, tmp_path):
     for group, of_group in ((odd, names[::2]), (even, names[1::2]), (others, [name for name in wanted if name not in names])):
         group["param_names"] = of_group
     torch.save(held, at / "mp_rank_00_model_states.pt")
-    found = deepspeed.load(at).parameters
+    found = load_deepspeed(at).parameters
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name]["exp_avg"], wanted[name]) for name in wanted)
     held["module"]["norm.weight"] = torch.ones(65)
@@ -480,7 +480,7 @@ def test_without_zero_weights_are_never_guessed(few, tmp_path):
 
 
 def test_what_deepspeed_was_told_otherwise_is_said(simple):
-    saved = deepspeed.load(simple)
+    saved = load_deepspeed(simple)
     assert differences(saved, config_of(SIMPLE)) == []
     told = optimizer_config("adamw").model_copy(update={"beta2": 0.9, "epsilon": 1e-8, "weight_decay": 0.0, "gradient_clipping": 1.0})
     train = {"steps": 100, "global_batch": 8, "micro_batch": 1}

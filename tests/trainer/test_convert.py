@@ -19,6 +19,9 @@ from manta.data.errors import InputError
 from manta.data.tokenizer import tokenizer
 from manta.launch import config as launch_config
 from manta.launch.cli import app
+from manta.trainer.architectures.config_json import from_theirs
+from manta.trainer.architectures.families import ARCHITECTURES, GPT2, architecture_for
+from manta.trainer.architectures.tensor_map import bind, tensors
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.folder import Folder
@@ -26,17 +29,14 @@ from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
-from manta.trainer.convert.architectures import ARCHITECTURES, GPT2, architecture_for
-from manta.trainer.convert.config_json import from_theirs
-from manta.trainer.convert.huggingface import export
-from manta.trainer.convert.import_model import STEP_ZERO, import_model
-from manta.trainer.convert.tensor_map import bind, tensors
+from manta.trainer.convert.huggingface.export import export
+from manta.trainer.convert.huggingface.import_model import STEP_ZERO, import_model
 from manta.trainer.dataloader.batch import IGNORED, Batch
-from manta.trainer.generate import Sampling, generate, write
 from manta.trainer.model.build import build
 from manta.trainer.model.decoder import Decoder
-from manta.trainer.pretrained import load_pretrained
+from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
+from manta.trainer.serve.generate import Sampling, generate, write
 
 SHAPE = {"layers": 2, "width": 32, "heads": 4, "mlp_width": 48}
 EXPERTS = {"experts": 4, "top_k": 2, "width": 24}
@@ -263,7 +263,7 @@ def test_an_export_that_fails_leaves_what_was_there(run, monkeypatch):
     home = run()
     place = exported(home)
     before = (place / "model.safetensors").read_bytes()
-    monkeypatch.setattr("manta.trainer.convert.huggingface.card", lambda *_: 1 / 0)
+    monkeypatch.setattr("manta.trainer.convert.huggingface.export.card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         exported(home)
     assert (place / "model.safetensors").read_bytes() == before

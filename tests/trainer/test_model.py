@@ -9,11 +9,11 @@ from parity import LENGTH, MODELS, VOCABULARY, batch, model, rows
 from manta.data.errors import InputError
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.dataloader.batch import IGNORED, Batch
-from manta.trainer.generate import Sampling, draw, generate
 from manta.trainer.model.bert import Bert
 from manta.trainer.model.build import build
 from manta.trainer.model.decoder import Decoder
 from manta.trainer.model.transformer import Transformer
+from manta.trainer.serve.generate import Sampling, draw, generate
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp_width=64)
 DECODERS = ["llama", "gpt2", "moe", "gpt2-moe"]

@@ -22,7 +22,7 @@ from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import ParallelConfig
 from manta.trainer.metrics import read_metrics
 from manta.trainer.model.build import build, own
-from manta.trainer.pretrained import load_pretrained
+from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from manta.data.errors import InputError
+from manta.trainer.architectures.tensor_map import EACH_EXPERT, JOINED_TRANSPOSED, TRANSPOSED, UNTIED_HEAD, Row, affine
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.convert.tensor_map import EACH_EXPERT, JOINED_TRANSPOSED, TRANSPOSED, UNTIED_HEAD, Row, affine
 
 
 @dataclass(frozen=True, slots=True)

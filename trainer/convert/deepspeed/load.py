@@ -16,7 +16,7 @@ from torch import Size, Tensor
 
 from manta.data.errors import InputError
 from manta.trainer.checkpoint.manifest import LOSS_SCALER
-from manta.trainer.convert.deepspeed_files import folder, model_file, read, share_files
+from manta.trainer.convert.deepspeed.files import folder, model_file, read, share_files
 
 MASTER = "master"
 States = dict[str, Tensor]  # of one parameter: MASTER, and what the optimizer keeps for it
@@ -39,7 +39,7 @@ class Saved:
     clipping: float
 
 
-def load(directory: Path) -> Saved:
+def load_deepspeed(directory: Path) -> Saved:
     """Raises InputError with the first thing that is missing, damaged, not DeepSpeed's, or cut over more than ZeRO."""
     at = folder(directory)
     file = model_file(at)

@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from manta.data.errors import InputError
-from manta.trainer.convert.provenance import KEPT
+from manta.trainer.pretrained.source import KEPT
 from manta.trainer.run_directory import RunDirectory
 
 CONFIG, TOKENIZER, CARD = "config.json", "tokenizer.json", "README.md"

@@ -4,9 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from manta.trainer.convert.directories import mark
+from manta.trainer.convert.huggingface.directory import mark
 from manta.trainer.metrics import read_metrics
-from manta.trainer.pretrained import Pretrained
+from manta.trainer.pretrained.load import Pretrained
 
 
 def card(trained: Pretrained, architecture: str, dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from manta.data.errors import InputError
 from manta.trainer.model.attention import Cache
 from manta.trainer.model.decoder import Decoder
 from manta.trainer.model.gpt2 import GPT2
-from manta.trainer.pretrained import load_pretrained
+from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
 
 COLDEST = 1e-6  # below it logits that are divided by it are infinite

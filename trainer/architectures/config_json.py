@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from manta.data.errors import InputError
+from manta.trainer.architectures.families import ARCHITECTURES, QWEN3, Architecture, flatten
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.convert.architectures import ARCHITECTURES, QWEN3, Architecture, flatten
 
 Config = dict[str, Any]
 _WINDOWED = {"qwen3", "qwen3_moe"}  # these have a switch beside the window's size

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.data.tokenizer.tokenizer import Tokenizer
+from manta.trainer.architectures.config_json import Config, from_theirs, number
+from manta.trainer.architectures.families import Architecture
+from manta.trainer.architectures.tensor_map import Link, bind, tensors
 from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.convert import weight_files
-from manta.trainer.convert.architectures import Architecture
-from manta.trainer.convert.config_json import Config, from_theirs, number
-from manta.trainer.convert.directories import CONFIG, TOKENIZER, check_import, make_directory, read_json
-from manta.trainer.convert.provenance import KEPT, NAME, Source
-from manta.trainer.convert.tensor_map import Link, bind, tensors
+from manta.trainer.convert.huggingface import weight_files
+from manta.trainer.convert.huggingface.directory import CONFIG, TOKENIZER, check_import, make_directory, read_json
 from manta.trainer.model.build import build
+from manta.trainer.pretrained.source import KEPT, NAME, Source
 
 STEP_ZERO = Progress(step=0, samples_consumed=0, optimizer_steps=0)
 TIED = {"head.weight": "embedding.weight", "head.bias": "head.bias"}  # what a file may hold a second time, and of what

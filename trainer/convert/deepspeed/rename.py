@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from manta.data.errors import InputError
+from manta.trainer.architectures.families import MIXTRAL, Architecture, architecture_for
+from manta.trainer.architectures.tensor_map import SAME, Link, bind, tensors
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import OptimizerConfig, TrainingConfig
-from manta.trainer.convert.architectures import MIXTRAL, Architecture, architecture_for
-from manta.trainer.convert.deepspeed import MASTER, Saved, States
-from manta.trainer.convert.tensor_map import SAME, Link, bind, tensors
+from manta.trainer.convert.deepspeed.load import MASTER, Saved, States
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim.optimizers import STATES

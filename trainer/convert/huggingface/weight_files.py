@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from manta.data.errors import InputError
-from manta.trainer.convert.directories import INDEX, SINGLE, weight_files
+from manta.trainer.convert.huggingface.directory import INDEX, SINGLE, weight_files
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in the order in which a file holds them
 NAMES = {dtype: name for name, dtype in TYPES.items()}

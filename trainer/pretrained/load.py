@@ -12,15 +12,15 @@ from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.data.tokenizer.tokenizer import Tokenizer
+from manta.trainer.architectures.tensor_map import tensors
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint, difference
 from manta.trainer.checkpoint.vocabulary import ROWS
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.convert import provenance
-from manta.trainer.convert.tensor_map import tensors
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
+from manta.trainer.pretrained import source as provenance
 from manta.trainer.run_directory import RunDirectory, origin_of
 
 

@@ -6,9 +6,9 @@ from tokenizers import Tokenizer as Reference
 from tokenizers import processors
 
 from manta.data.tokenizer.tokenizer import read
-from manta.trainer.convert.provenance import KEPT
 from manta.trainer.model.bert import Bert
-from manta.trainer.pretrained import Pretrained
+from manta.trainer.pretrained.load import Pretrained
+from manta.trainer.pretrained.source import KEPT
 
 
 def tokenizer_files(trained: Pretrained) -> dict[str, bytes]:

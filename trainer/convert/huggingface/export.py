@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manta.trainer.convert import weight_files
-from manta.trainer.convert.architectures import ARCHITECTURES, Architecture, architecture_for
-from manta.trainer.convert.config_json import Config, to_theirs
-from manta.trainer.convert.directories import CARD, CONFIG, make_directory, refuse_to_overwrite
-from manta.trainer.convert.model_card import card
-from manta.trainer.convert.provenance import Source
-from manta.trainer.convert.tensor_map import Link, bind, tensors
-from manta.trainer.convert.tokenizer_files import tokenizer_files
-from manta.trainer.pretrained import Pretrained
+from manta.trainer.architectures.config_json import Config, to_theirs
+from manta.trainer.architectures.families import ARCHITECTURES, Architecture, architecture_for
+from manta.trainer.architectures.tensor_map import Link, bind, tensors
+from manta.trainer.convert.huggingface import weight_files
+from manta.trainer.convert.huggingface.directory import CARD, CONFIG, make_directory, refuse_to_overwrite
+from manta.trainer.convert.huggingface.model_card import card
+from manta.trainer.convert.huggingface.tokenizer_files import tokenizer_files
+from manta.trainer.pretrained.load import Pretrained
+from manta.trainer.pretrained.source import Source
 
 SHARD_SIZE = 5_000_000_000
 ALWAYS_WIDE = ("e_score_correction_bias",)  # transformers keeps it in fp32, whatever the rest is in

@@ -1,0 +1,1 @@
+"""Model families of transformers that ours equal: config keys and tensor names."""

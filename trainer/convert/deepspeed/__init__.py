@@ -1,0 +1,1 @@
+"""Read checkpoints that plain DeepSpeed saved."""

@@ -1,0 +1,1 @@
+"""Load a trained or imported model in one process."""
