@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from manta.data.errors import InputError
 from manta.data.tokenizer import tokenizer
+from manta.data.tokenizer.train import train as train_tokenizer
 from manta.launch import config as launch_config
 from manta.launch.cli import app
 from manta.trainer.architectures.config_json import from_theirs
@@ -93,7 +94,7 @@ def model_config(**changes) -> ModelConfig:
 def words(tmp_path_factory) -> Path:
     """A tokenizer that has BERT's marks, too."""
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    file.write_text(tokenizer.train(["one two three"] * 9, vocabulary=270, end_of_text="<|endoftext|>", marks=tokenizer.MARKS))
+    file.write_text(train_tokenizer(["one two three"] * 9, vocabulary=270, end_of_text="<|endoftext|>", marks=tokenizer.MARKS))
     return file
 
 
