@@ -23,9 +23,9 @@ from manta.trainer.config.supported import compiles
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import Mesh, World
-from manta.trainer.engine.compiler import ask_for_compiler
 from manta.trainer.engine.deepspeed import Engine
-from manta.trainer.engine.peak_flops import peak_flops
+from manta.trainer.hardware.compiler import ask_for_compiler
+from manta.trainer.hardware.peak_flops import peak_flops
 from manta.trainer.loop import Loop
 from manta.trainer.model.build import build
 from manta.trainer.parallel.fp8 import ask_for_gpu

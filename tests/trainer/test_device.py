@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manta.data.errors import InputError
-from manta.trainer.engine.device import check_gpus, device_type
+from manta.trainer.hardware.device import check_gpus, device_type
 
 
 def test_deepspeed_s_word_for_the_cpu_holds_for_all_of_us(monkeypatch):

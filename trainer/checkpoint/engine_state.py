@@ -20,9 +20,9 @@ from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.manifest import LOSS_SCALER, Checkpoint, Progress
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.storage import Storage
+from manta.trainer.dist import sharding
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.optim.optimizers import STATES
-from manta.trainer.parallel import sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

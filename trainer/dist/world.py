@@ -15,9 +15,9 @@ from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore  # pyri
 
 from manta.cluster.protocol import Env
 from manta.data.errors import InputError
-from manta.trainer.engine.device import check_gpus, device_type
+from manta.trainer.hardware.device import check_gpus, device_type
 from manta.trainer.dist.layout import Layout
-from manta.trainer.parallel.sharding import Part
+from manta.trainer.dist.sharding import Part
 
 SOON = 5.0  # seconds in which rank 0 is asked for often
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from manta.trainer.engine.device import device_type
+from manta.trainer.hardware.device import device_type
 
 os.environ["DS_ACCELERATOR"] = device_type()  # else its import tries every vendor's
 
@@ -33,6 +33,7 @@ from deepspeed.utils import groups
 
 from manta.trainer.config.training import OptimizerConfig, Precision
 from manta.trainer.dataloader.batch import Batch
+from manta.trainer.dist import sharding
 from manta.trainer.dist.layout import Layout
 from manta.trainer.dist.world import Mesh
 from manta.trainer.engine.compute_time import Work
@@ -40,7 +41,6 @@ from manta.trainer.engine.memory import Memory, estimate
 from manta.trainer.engine.replica_check import Replicas
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim.optimizers import build_optimizer
-from manta.trainer.parallel import sharding
 from manta.trainer.parallel.parallelize import Recompute, parallelize
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is done here on purpose: another's optimizer under ZeRO

@@ -19,8 +19,8 @@ from typing import Literal
 
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import Precision
+from manta.trainer.dist import sharding
 from manta.trainer.dist.layout import Layout
-from manta.trainer.parallel import sharding
 
 MOMENTS = {"adamw": 2, "sgd": 1}
 

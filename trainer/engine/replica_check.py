@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from manta.trainer.dist import sharding
 from manta.trainer.dist.world import Mesh
 from manta.trainer.model.transformer import Transformer
-from manta.trainer.parallel import sharding
 
 WORD = 8  # bytes that are summed as one number
 AT_ONCE = 1 << 18  # elements that are copied at a time, where they do not begin at a word's bounds

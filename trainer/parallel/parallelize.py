@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from manta.trainer.dist import sharding
 from manta.trainer.dist.world import Mesh
-from manta.trainer.engine.compiler import ask_for_compiler
-from manta.trainer.engine.device import device_type
+from manta.trainer.hardware.compiler import ask_for_compiler
+from manta.trainer.hardware.device import device_type
 from manta.trainer.model.moe import MixtureOfExperts
 from manta.trainer.model.transformer import Transformer
-from manta.trainer.parallel import expert, sharding, tensor, ulysses
+from manta.trainer.parallel import expert, tensor, ulysses
 from manta.trainer.parallel.fp8 import multiply_in_fp8
 
 PRODUCTS = {

@@ -1,0 +1,1 @@
+"""What this machine offers: its device, its compiler and its peak speed."""
