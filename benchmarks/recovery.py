@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from manta.trainer.metrics import parse
+from manta.trainer.metrics import parse_lines
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs/recovery.md"
@@ -170,7 +170,7 @@ def until(look: Callable[[], list[dict[str, Any]]], training: subprocess.Popen[b
 def lines(run: Path) -> list[dict[str, Any]]:
     """The steps as they were written, one that was done again twice."""
     text = file.read_text() if (file := run / "metrics.jsonl").exists() else ""
-    return parse(text[: text.rfind("\n") + 1])
+    return parse_lines(text[: text.rfind("\n") + 1])
 
 
 def of_kinds(run: Path, *kinds: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from manta.data.sampling.samples import Samples
 from manta.trainer.loop import validation_samples
-from manta.trainer.metrics import Line, parse, read_metrics
+from manta.trainer.metrics import Line, parse_lines, read_metrics
 from manta.trainer.run_directory import RunDirectory
 
 CONFIG = "examples/gpt-tiny.yaml"
@@ -91,7 +91,7 @@ def kill_a_rank(training: subprocess.Popen[bytes]) -> tuple[int, float]:
 def tell_recovery(home: RunDirectory, killed_at: int, when: float) -> None:
     events = [json.loads(line) for line in home.events_file.read_text().splitlines()]
     failed = next(event for event in events if event["event"] == "rank-failed")
-    every_line = parse(home.metrics_file.read_text())
+    every_line = parse_lines(home.metrics_file.read_text())
     first, second = ([line for line in every_line if line["attempt"] == attempt] for attempt in (1, 2))
     out.print(f"recovery: noticed after {failed['time'] - when:.2f} s, the next optimizer step done after {second[0]['time'] - when:.2f} s")
     again = {line["step"]: line for line in second}

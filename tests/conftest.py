@@ -1,4 +1,4 @@
-"""What several test files share: a small corpus, a small config, and the `manta` command as a user would type it."""
+"""Fixtures that several test files share: a small corpus, a small config, and the `manta` command as a user types it."""
 
 import os
 import signal
@@ -10,42 +10,43 @@ from pathlib import Path
 import pytest
 import yaml
 
-# What a program was started to ignore, all that it starts ignores too: under nohup, or in the background, tests would wait for ever.
+# Child processes inherit ignored signals. Under nohup, or in the background, tests would otherwise wait for ever.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 MANTA = Path(sys.executable).with_name("manta")
 
 
 @dataclass(frozen=True)
-class Case:
-    """A config of a small run over a small corpus, prepared already."""
+class Workspace:
+    """A user's working directory, with the config of a small run over a small corpus that is already prepared."""
 
-    file: Path
-    home: Path  # a working directory with a space in its path, and the user's own data.py, trainer/ and cluster.py in it
+    config_file: Path
+    directory: Path  # its path contains a space; it also holds the user's own data.py, trainer/ and cluster.py
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:
-        on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-        piped = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        return subprocess.Popen([MANTA, *arguments], cwd=self.home, env=on_cpu, **piped, **options)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen([MANTA, *arguments], cwd=self.directory, env=environment, **pipes, **options)
 
     def manta(self, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
-        there = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment  # two ranks, on any machine
-        return subprocess.run([MANTA, *arguments], cwd=self.home, env=there, capture_output=True, text=True, timeout=timeout, check=False)
+        variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment  # without GPUs there are two ranks on any machine
+        options = {"capture_output": True, "text": True, "timeout": timeout}
+        return subprocess.run([MANTA, *arguments], cwd=self.directory, env=variables, check=False, **options)
 
     def train(self, run: str, *overrides: str, code: int = 0) -> subprocess.CompletedProcess:
-        done = self.manta("train", str(self.file), f"run.dir={run}", *overrides)
-        assert done.returncode == code, done.stderr
-        return done
+        result = self.manta("train", str(self.config_file), f"run.dir={run}", *overrides)
+        assert result.returncode == code, result.stderr
+        return result
 
 
 @pytest.fixture(scope="session")
-def case(tmp_path_factory) -> Case:
-    home = tmp_path_factory.mktemp("a user's") / "own work"
-    (home / "trainer").mkdir(parents=True)
+def workspace(tmp_path_factory) -> Workspace:
+    directory = tmp_path_factory.mktemp("a user's") / "own work"
+    (directory / "trainer").mkdir(parents=True)
     for name in ("data.py", "trainer/__init__.py", "cluster.py", "launch.py", "manta.py"):
-        (home / name).write_text("raise SystemExit('the user\\'s own file was imported')\n")
+        (directory / name).write_text("raise SystemExit('the user\\'s own file was imported')\n")
     library = Path(os.__file__).parent
-    documents = home / "documents"
+    documents = directory / "documents"
     documents.mkdir()
     for name in sorted(library.glob("[a-h]*.py")):
         (documents / name.with_suffix(".txt").name).write_text(name.read_text(), newline="\n")
@@ -59,18 +60,18 @@ def case(tmp_path_factory) -> Case:
         "checkpoint": {"every_steps": 6},
         "evaluate": {"every_steps": 20, "samples": 16},
         "precision": "fp32",
-        "cluster": {"ranks_per_node": 2, "hot_standby": False},  # most runs end before spares are warm
+        "cluster": {"ranks_per_node": 2, "hot_standby": False},  # most runs end before a standby process is ready
     }
-    file = home / "run file.yaml"
+    file = directory / "run file.yaml"
     file.write_text(yaml.safe_dump(config))
-    case = Case(file=file, home=home)
-    done = case.manta("prepare", str(file))
-    assert done.returncode == 0, done.stderr
-    return case
+    workspace = Workspace(config_file=file, directory=directory)
+    result = workspace.manta("prepare", str(file))
+    assert result.returncode == 0, result.stderr
+    return workspace
 
 
 @pytest.fixture(scope="session")
-def undisturbed(case) -> str:
-    """A run of the case's config as it is, done; to be looked at, and copied."""
-    case.train("undisturbed")
-    return "undisturbed"
+def finished_run(workspace) -> str:
+    """The name of a finished run of the workspace's config. Tests read and copy it, and never change it."""
+    workspace.train("finished")
+    return "finished"

@@ -21,7 +21,7 @@ from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dataloader.loader import Reader
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine, Outcome
-from manta.trainer.metrics import Line, MetricsLog, describe
+from manta.trainer.metrics import Line, MetricsLog, format_line
 from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.run_directory import RunDirectory
 from manta.trainer.stop_request import Notice
@@ -77,7 +77,7 @@ class Loop:
             due = step % self.config.track.every_steps == 0 or "eval/loss" in line
             if metrics and due:
                 metrics.write(line)
-                log.info("step %d/%d  %s", step, last, describe(line))
+                log.info("step %d/%d  %s", step, last, format_line(line))
             if failed:
                 self.heartbeat("save", step)
                 saves.finish()

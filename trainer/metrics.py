@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a logged step. After a restart a step may stand again: the later attempt's line is the true one."""
+"""metrics.jsonl: one JSON object per logged step. A restart may log a step again; the last line of a step is the valid one."""
 
 import json
 import os
@@ -8,15 +8,15 @@ from typing import Any
 
 Line = dict[str, Any]
 LONGEST_LINE = 1 << 16  # bytes
-AUXILIARY = frozenset({"z_loss", "balance", "router_z"})  # terms that are minimised too, and are no part of what is told as the loss
+AUXILIARY = frozenset({"z_loss", "balance", "router_z"})  # terms that are minimised as well, but excluded from the logged loss
 
 
 class MetricsLog:
-    """Appends lines; one process writes at a time."""
+    """Appends lines. One process writes at a time."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)  # by lines: a reader, and whoever kills us, finds whole ones
-        self._file.truncate(end_of_lines(path))
+        self._file = path.open("a", buffering=1)  # line buffered: readers see whole lines, also after this process is killed
+        self._file.truncate(end_of_last_line(path))
 
     def write(self, line: Line) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -25,58 +25,61 @@ class MetricsLog:
         self._file.close()
 
 
-def parse(text: str) -> list[Line]:
-    """The lines of a part of the file that begins and ends with whole ones."""
+def parse_lines(text: str) -> list[Line]:
+    """Parse a part of the file that starts and ends at line boundaries."""
     return [json.loads(line) for line in text.splitlines()]
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """One line a step, in order: a run that went back to a step takes back what it wrote from there on. A torn last line is left out."""
+    """Return the valid line of each step, in order. An incomplete last line is ignored.
+
+    A run that resumed at an earlier step replaces all lines from that step on.
+    """
     text = path.read_text() if path.exists() else ""
     lines: list[Line] = []
-    for line in parse(text[: text.rfind("\n") + 1]):
+    for line in parse_lines(text[: text.rfind("\n") + 1]):
         while lines and lines[-1]["step"] >= line["step"]:
             lines.pop()
         lines.append(line)
     return lines
 
 
-def describe(line: Line) -> str:
-    """What people want to know of a step."""
-    parts = [f"loss {loss_in_words(line['train/loss'], terms(line, 'train'))}", f"{line['tokens_per_second']:,.0f} tokens/s"]
+def format_line(line: Line) -> str:
+    """Return a step's loss, speed and problems as one line of text."""
+    parts = [f"loss {format_loss(line['train/loss'], loss_terms(line, 'train'))}", f"{line['tokens_per_second']:,.0f} tokens/s"]
     if line.get("mfu") is not None:
         parts.append(f"MFU {line['mfu']:.1%}")
     if line.get("skipped"):
-        parts.append(f"gradients overflowed, nothing learned, loss scale now {line['loss_scale']:g}")
+        parts.append(f"gradient overflow, step skipped, loss scale now {line['loss_scale']:g}")
     if line.get("checkpoint/failures"):
-        parts.append(f"COULD NOT SAVE, {line['checkpoint/failures']} in a row: logs/ says why")
+        parts.append(f"CHECKPOINT FAILED, {line['checkpoint/failures']} in a row: see logs/")
     if "eval/loss" in line:
-        parts.append(f"validation loss {loss_in_words(line['eval/loss'], terms(line, 'eval'))}")
+        parts.append(f"validation loss {format_loss(line['eval/loss'], loss_terms(line, 'eval'))}")
     return "  ".join(parts)
 
 
-def terms(line: Line, split: str) -> dict[str, float]:
-    """What the loss of `train` or `eval` is the sum of, where it is of several."""
+def loss_terms(line: Line, split: str) -> dict[str, float]:
+    """Return the terms that sum to the loss of `train` or `eval`. Empty if there is a single term."""
     named = {key.removeprefix(f"{split}/"): value for key, value in line.items() if key.startswith(f"{split}/")}
     return {name: value for name, value in named.items() if name not in {"loss"} | AUXILIARY}
 
 
-def loss_in_words(loss: float, terms: Mapping[str, float]) -> str:
-    told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in terms.items())
-    return f"{loss:.4f}" + (f" ({told})" if told else "")
+def format_loss(loss: float, terms: Mapping[str, float]) -> str:
+    details = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in terms.items())
+    return f"{loss:.4f}" + (f" ({details})" if details else "")
 
 
-def duration(seconds: float) -> str:
-    """As people say it: 9s, 4m10s, 3h05m, 2d04h."""
+def format_duration(seconds: float) -> str:
+    """Return two units at most: 9s, 4m10s, 3h05m, 2d04h."""
     whole = round(seconds)
-    for size, unit, below, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+    for size, unit, smaller_size, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:
-            return f"{whole // size}{unit}{whole % size // below:02d}{part}"
+            return f"{whole // size}{unit}{whole % size // smaller_size:02d}{smaller_unit}"
     return f"{whole}s"
 
 
-def end_of_lines(path: Path) -> int:
-    """Where the last whole line ends: a rank killed in mid-write leaves half of one. Reads the end of the file alone."""
+def end_of_last_line(path: Path) -> int:
+    """Return the offset after the last complete line. A rank killed while writing leaves an incomplete one. Reads only the file's end."""
     if not path.exists():
         return 0
     with path.open("rb") as file:

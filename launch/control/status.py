@@ -11,7 +11,7 @@ from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
 from manta.data.sampling.timeline import Timeline
 from manta.launch.run.train import ranks_in_words
-from manta.trainer.metrics import Line, duration, loss_in_words, read_metrics, terms
+from manta.trainer.metrics import Line, format_duration, format_loss, loss_terms, read_metrics
 from manta.trainer.run_directory import RunDirectory
 
 ENDS = {
@@ -45,8 +45,8 @@ def status(directory: Path) -> dict[str, Any]:
         "train_loss": newest.get("train/loss"),
         "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
         "eval_step": evaluated[-1]["step"] if evaluated else None,
-        "train_terms": terms(newest, "train"),
-        "eval_terms": terms(evaluated[-1], "eval") if evaluated else {},
+        "train_terms": loss_terms(newest, "train"),
+        "eval_terms": loss_terms(evaluated[-1], "eval") if evaluated else {},
         "skipped": sum(line.get("skipped", False) for line in lines),
         "loss_scale": newest.get("loss_scale"),
         "tokens": newest.get("tokens", 0),
@@ -68,8 +68,8 @@ def show(told: dict[str, Any]) -> None:
     rows = {
         "run": told["run"],
         "state": told["state"],
-        "step": f"{told['step']} of {told['steps']}" + (f", {duration(left)} left" if left and told["state"] == "running" else ""),
-        "loss": "none yet" if told["train_loss"] is None else loss_in_words(told["train_loss"], told["train_terms"]),
+        "step": f"{told['step']} of {told['steps']}" + (f", {format_duration(left)} left" if left and told["state"] == "running" else ""),
+        "loss": "none yet" if told["train_loss"] is None else format_loss(told["train_loss"], told["train_terms"]),
         "validation": _validation(told),
         "speed": f"{told['tokens_per_second']:,.0f} tokens/s on {ranks_in_words(told['world_size'])}" if told["step"] else "none yet",
         "batch": f"{told['global_batch']} samples, in sequences of {told['sequence_length']} tokens"
@@ -104,4 +104,4 @@ def _seconds_left(newest: Line, timeline: Timeline, steps: int) -> float:
 def _validation(told: dict[str, Any]) -> str:
     if told["eval_loss"] is None:
         return "none yet"
-    return f"{loss_in_words(told['eval_loss'], told['eval_terms'])} at step {told['eval_step']}"
+    return f"{format_loss(told['eval_loss'], told['eval_terms'])} at step {told['eval_step']}"

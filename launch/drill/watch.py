@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from manta.cluster.supervise.event_log import POLL, Event
 from manta.launch.control.tail import Tail
-from manta.trainer.metrics import Line, parse
+from manta.trainer.metrics import Line, parse_lines
 from manta.trainer.run_directory import RunDirectory
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ class Watch:
     def take(self, event: Event) -> None:
         if event.kind != POLL:
             self.events.append(event)
-        self.lines += parse(self._metrics.lines().decode())
+        self.lines += parse_lines(self._metrics.lines().decode())
 
     @property
     def step(self) -> int:

@@ -13,7 +13,7 @@ from manta.cluster.supervise.event_log import POLL, Event
 from manta.data.sampling.timeline import Timeline
 from manta.launch.control.tail import Tail
 from manta.trainer.dist.layout import shrunk_layouts
-from manta.trainer.metrics import Line, describe, duration, end_of_lines, parse
+from manta.trainer.metrics import Line, end_of_last_line, format_duration, format_line, parse_lines
 from manta.trainer.run_directory import RunDirectory
 
 INTERVAL = 10.0  # seconds between lines where there is no terminal
@@ -53,7 +53,7 @@ class Display:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=steps, completed=home.saved_step, told="starting")
-        self._metrics = Tail(home.metrics_file, end_of_lines(home.metrics_file))
+        self._metrics = Tail(home.metrics_file, end_of_last_line(home.metrics_file))
         self._pace: float | None = None
         self._spoke = 0.0
         self._begun = time.time()
@@ -76,7 +76,7 @@ class Display:
             self._console.quiet = True
 
     def _show(self, event: Event) -> None:
-        for line in parse(self._metrics.lines().decode()):
+        for line in parse_lines(self._metrics.lines().decode()):
             self._show_line(line)
         if event.kind != POLL and (told := self._tell(event)):
             self._console.print(told)
@@ -85,7 +85,7 @@ class Display:
         left = self._timeline.first_sample(self._steps) - self._timeline.first_sample(line["step"])
         newest = float(line["step_time"] / line["global_batch"])
         self._pace = newest if self._pace is None else (1 - SMOOTHING) * self._pace + SMOOTHING * newest
-        told = f"{describe(line)}  ETA {duration(self._pace * left)}"
+        told = f"{format_line(line)}  ETA {format_duration(self._pace * left)}"
         if self._bar:
             self._bar.update(self._task, completed=line["step"], told=told)
         due = time.monotonic() - self._spoke >= INTERVAL and not self._bar
@@ -159,7 +159,7 @@ class Display:
         """How it ended, where that leaves the run, and what comes next."""
         home, code = self._home, event.details["exit_code"]
         if code == ExitCode.DONE:
-            took = duration(event.time - self._begun)
+            took = format_duration(event.time - self._begun)
             writes = home.config().model.family in {"llama", "gpt2"}
             return f"done: {self._steps} steps, {took} since this start; try: manta {'generate' if writes else 'status'} {home.typed}"
         if code in {ExitCode.SAVED, ExitCode.UNSAVED, ExitCode.INTERRUPTED}:

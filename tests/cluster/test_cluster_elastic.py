@@ -103,19 +103,19 @@ def test_a_node_that_is_frozen_is_done_without_does_no_harm_when_it_thaws_and_is
 
 
 @pytest.mark.slow
-def test_a_killed_controller_is_followed_by_another_and_frozen_ranks_that_thaw_save_nothing(case):
+def test_a_killed_controller_is_followed_by_another_and_frozen_ranks_that_thaw_save_nothing(workspace):
     """The second one's losses are those of a run that nobody disturbed, though the first one's ranks come back to life meanwhile."""
     steps = "train.steps=400"
-    case.train("alone", steps)
-    first = case.start("train", str(case.file), "run.dir=twice", steps)
-    home = case.home / "twice"
+    workspace.train("alone", steps)
+    first = workspace.start("train", str(workspace.config_file), "run.dir=twice", steps)
+    home = workspace.directory / "twice"
     until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
     old = pids(home)
     for pid in old:
         os.kill(pid, signal.SIGSTOP)
     first.kill()
     first.communicate()
-    second = case.start("train", str(case.file), "run.dir=twice", steps)
+    second = workspace.start("train", str(workspace.config_file), "run.dir=twice", steps)
     until(lambda: [event for event in read_events(home / "events.jsonl") if event["event"] == "first-step" and event["attempt"] == 2])
     for pid in old:
         with contextlib.suppress(ProcessLookupError):
@@ -125,10 +125,10 @@ def test_a_killed_controller_is_followed_by_another_and_frozen_ranks_that_thaw_s
     started = [event for event in read_events(home / "events.jsonl") if event["event"] == "run-started"]
     assert [event["took_over"] for event in started] == [False, True]
     assert not [pid for pid in old if Path(f"/proc/{pid}").exists()]
-    alone, twice = (exactly(read_metrics(case.home / run / "metrics.jsonl")) for run in ("alone", "twice"))
+    alone, twice = (exactly(read_metrics(workspace.directory / run / "metrics.jsonl")) for run in ("alone", "twice"))
     assert twice == alone
     assert json.loads((home / "checkpoints/fence.json").read_text())["attempt"] == 2
-    assert case.manta("checkpoint", "verify", "twice").returncode == 0
+    assert workspace.manta("checkpoint", "verify", "twice").returncode == 0
 
 
 def pids(home):
@@ -137,35 +137,35 @@ def pids(home):
 
 
 @pytest.mark.slow
-def test_a_run_whose_node_is_lost_reads_the_same_and_learns_the_same(case):
+def test_a_run_whose_node_is_lost_reads_the_same_and_learns_the_same(workspace):
     """Two nodes, one, two: the losses stay within what adding in another order does."""
     settings = ("train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.hot_standby=true")
-    case.train("whole", *settings)
-    process = case.start("train", str(case.file), "run.dir=lost", *settings)
-    home = case.home / "lost"
+    workspace.train("whole", *settings)
+    process = workspace.start("train", str(workspace.config_file), "run.dir=lost", *settings)
+    home = workspace.directory / "lost"
     until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
     os.kill(local_raylet("127.0.0.4"), signal.SIGKILL)
     _, told = process.communicate(timeout=250)
     assert process.returncode == 0, told
     assert "node 1 lost" in told
-    whole, lost = (read_metrics(case.home / run / "metrics.jsonl") for run in ("whole", "lost"))
+    whole, lost = (read_metrics(workspace.directory / run / "metrics.jsonl") for run in ("whole", "lost"))
     assert {line["world_size"] for line in lost} == {1, 2}
     nearly(lost, whole)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_smaller_tensors_where_too_few_ranks_are_left(case):
+def test_a_run_goes_on_with_smaller_tensors_where_too_few_ranks_are_left(workspace):
     """Each matrix shared by two nodes, then whole on one, then shared again."""
     settings = ("train.steps=300", "cluster.nodes=2", "cluster.ranks_per_node=1", "parallel.tensor=2", "parallel.zero=0")
-    case.train("shared", *settings)
-    process = case.start("train", str(case.file), "run.dir=halved", *settings, "cluster.hot_standby=true")
-    home = case.home / "halved"
+    workspace.train("shared", *settings)
+    process = workspace.start("train", str(workspace.config_file), "run.dir=halved", *settings, "cluster.hot_standby=true")
+    home = workspace.directory / "halved"
     until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
     os.kill(local_raylet("127.0.0.4"), signal.SIGKILL)
     _, told = process.communicate(timeout=250)
     assert process.returncode == 0, told
     assert "1 rank on 127.0.0.3, parallel.tensor 2 -> 1, until there are more" in told
-    shared, halved = (read_metrics(case.home / run / "metrics.jsonl") for run in ("shared", "halved"))
+    shared, halved = (read_metrics(workspace.directory / run / "metrics.jsonl") for run in ("shared", "halved"))
     assert {line["layout"] for line in halved} == {"tensor 2, ZeRO-0", "ZeRO-0"}
     nearly(halved, shared)
 

@@ -124,15 +124,15 @@ def listening(process: psutil.Process, name: str = "") -> list[Door]:
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
-def cluster(case, request):
+def cluster(workspace, request):
     """Of a run with two ranks, on one node or on two, and with its spares."""
     run, nodes = f"doors {request.param}", request.param
     overrides = [f"run.dir={run}", "train.steps=100000", "cluster.hot_standby=true"]
     overrides += [f"cluster.nodes={nodes}", f"cluster.ranks_per_node={2 // nodes}"]
-    with patch.dict(os.environ, DOORS=run), case.start("train", str(case.file), *overrides) as running:
+    with patch.dict(os.environ, DOORS=run), workspace.start("train", str(workspace.config_file), *overrides) as running:
         try:
-            wait_for_step(case, run, 3, running, seconds=150)
-            (started,) = [event for event in events(case, run) if event["event"] == "attempt-started"]
+            wait_for_step(workspace, run, 3, running, seconds=150)
+            (started,) = [event for event in events(workspace, run) if event["event"] == "attempt-started"]
             ranks = [rank["pid"] for rank in started["ranks"]]
             named = with_warm_spares(run, running.pid, ranks)
             doors = [door for process, name in named for door in listening(process, name)]

@@ -7,7 +7,7 @@ import time
 import pytest
 from live_run import LiveRun, exactly, until
 
-from manta.trainer.metrics import parse
+from manta.trainer.metrics import parse_lines
 
 pytestmark = pytest.mark.slow
 LINGER = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's own helpers, for up to a minute
@@ -15,15 +15,15 @@ SETTINGS = ("train.steps=240", "checkpoint.every_steps=20", "evaluate.every_step
 
 
 @pytest.fixture(scope="module")
-def undisturbed(case) -> list[list]:
-    with LiveRun(case, "undisturbed head", *SETTINGS) as run:
+def undisturbed(workspace) -> list[list]:
+    with LiveRun(workspace, "undisturbed head", *SETTINGS) as run:
         assert run.end()[0] == 0
         return exactly(run.lines())
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_a_run_whose_head_is_killed_saves_goes_on_under_another_and_does_no_step_twice(case, undisturbed, nodes):
-    with LiveRun(case, f"{nodes} beheaded", *SETTINGS, f"cluster.nodes={nodes}", f"cluster.ranks_per_node={2 // nodes}") as run:
+def test_a_run_whose_head_is_killed_saves_goes_on_under_another_and_does_no_step_twice(workspace, undisturbed, nodes):
+    with LiveRun(workspace, f"{nodes} beheaded", *SETTINGS, f"cluster.nodes={nodes}", f"cluster.ranks_per_node={2 // nodes}") as run:
         run.steps(1, 30)
         os.kill(run.pid_of("gcs_server"), signal.SIGKILL)
         killed = time.time()
@@ -31,20 +31,20 @@ def test_a_run_whose_head_is_killed_saves_goes_on_under_another_and_does_no_step
         code, told = run.end()
         assert code == 0, told
         assert not run.events("rank-failed") + run.events("node-lost"), "it costs no try"
-        written = parse((run.home / "metrics.jsonl").read_text())
+        written = parse_lines((run.home / "metrics.jsonl").read_text())
         assert [line["step"] for line in written] == [line[0] for line in undisturbed]
         assert {line["attempt"] for line in written} == {1, 2}
         assert exactly(run.lines()) == undisturbed
 
 
-def test_a_run_whose_head_and_controller_are_killed_leaves_nothing_and_the_same_command_goes_on(case, undisturbed):
-    with LiveRun(case, "all gone", *SETTINGS) as run:
+def test_a_run_whose_head_and_controller_are_killed_leaves_nothing_and_the_same_command_goes_on(workspace, undisturbed):
+    with LiveRun(workspace, "all gone", *SETTINGS) as run:
         run.steps(1, 30)
         os.kill(run.pid_of("gcs_server"), signal.SIGKILL)
         run.process.kill()
         run.process.wait()
         until(lambda: all(command.startswith(LINGER) for command in run.processes().values()), within=5)
-    with LiveRun(case, "all gone", *SETTINGS) as again:
+    with LiveRun(workspace, "all gone", *SETTINGS) as again:
         code, told = again.end()
         assert code == 0, told
         assert [event["took_over"] for event in again.events("run-started")] == [False, True]

@@ -11,7 +11,7 @@ import ssh_hosts
 from live_run import LiveRun, nearly, undisturbed, until
 from network import Network
 
-from manta.trainer.metrics import parse
+from manta.trainer.metrics import parse_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
 LIMIT = 5.0
@@ -38,11 +38,11 @@ def hosts(network, tmp_path):
     sshds.close()
 
 
-def test_a_run_whose_first_host_is_cut_off_goes_on_without_it_and_with_it_again(case, network, hosts):
+def test_a_run_whose_first_host_is_cut_off_goes_on_without_it_and_with_it_again(workspace, network, hosts):
     """The first host has rank 0, which saves. What goes on there in the dark harms nothing."""
     three = ("cluster.nodes=3", "cluster.ranks_per_node=1", f"cluster.node_timeout={LIMIT}")
     over_ssh = ("--on", f"ssh:{hosts.folder}/hosts", f'cluster.ssh.options=["-F", "{hosts.folder}/config"]')
-    with LiveRun(case, "cut off", "train.steps=100000", *SETTINGS, *three, *over_ssh, inside=network.at_hub()) as run:
+    with LiveRun(workspace, "cut off", "train.steps=100000", *SETTINGS, *three, *over_ssh, inside=network.at_hub()) as run:
         run.steps(1, 20)
         old = run.pids(1)[0]
         assert old in network.pids(network.hosts[0])
@@ -63,11 +63,11 @@ def test_a_run_whose_first_host_is_cut_off_goes_on_without_it_and_with_it_again(
         assert code == 75, told
         assert [event["attempt"] for event in run.events("attempt-started")] == [1, 2, 3]
         disturbed = run.lines()
-        attempts = [line["attempt"] for line in parse((run.home / "metrics.jsonl").read_text())]
+        attempts = [line["attempt"] for line in parse_lines((run.home / "metrics.jsonl").read_text())]
         assert attempts == sorted(attempts), "the host that was cut off went on writing"
         until(lambda: {name: pids for name in network.hosts if (pids := others(network, name, hosts))} == {}, within=20)
-    assert case.manta("checkpoint", "verify", "cut off").returncode == 0
-    nearly(disturbed, undisturbed(case, "never cut off", f"train.steps={len(disturbed)}", *SETTINGS))
+    assert workspace.manta("checkpoint", "verify", "cut off").returncode == 0
+    nearly(disturbed, undisturbed(workspace, "never cut off", f"train.steps={len(disturbed)}", *SETTINGS))
 
 
 def others(network, name, hosts) -> list[int]:

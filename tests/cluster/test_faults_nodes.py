@@ -12,7 +12,7 @@ import psutil
 import pytest
 from live_run import LiveRun, exactly, nearly, undisturbed, until
 
-from manta.trainer.metrics import parse
+from manta.trainer.metrics import parse_lines
 
 pytestmark = pytest.mark.slow
 SETTINGS = (
@@ -52,20 +52,20 @@ def signal_all(pids: list[int], number: signal.Signals) -> float:
     return time.time()
 
 
-def ended_as_if_undisturbed(case, run: LiveRun) -> None:
+def ended_as_if_undisturbed(workspace, run: LiveRun) -> None:
     """Told to leave, it has left nothing; its losses are those of a run of as many steps."""
     run.process.send_signal(signal.SIGTERM)
     code, told = run.end(within=60)
     assert code == 75, told
-    attempts = [line["attempt"] for line in parse((run.home / "metrics.jsonl").read_text())]
+    attempts = [line["attempt"] for line in parse_lines((run.home / "metrics.jsonl").read_text())]
     assert attempts == sorted(attempts), "an older attempt went on writing"
-    assert case.manta("checkpoint", "verify", run.home.name).returncode == 0
-    nearly(run.lines(), undisturbed(case, f"{run.home.name}, never", *SETTINGS, f"train.steps={len(run.lines())}"))
+    assert workspace.manta("checkpoint", "verify", run.home.name).returncode == 0
+    nearly(run.lines(), undisturbed(workspace, f"{run.home.name}, never", *SETTINGS, f"train.steps={len(run.lines())}"))
 
 
-def test_a_run_goes_on_without_a_node_that_freezes_and_one_that_dies_whole(case):
+def test_a_run_goes_on_without_a_node_that_freezes_and_one_that_dies_whole(workspace):
     limit = 4.0
-    with LiveRun(case, "two nodes less", ENDLESS, *SETTINGS, "cluster.nodes=3", f"cluster.node_timeout={limit}") as run:
+    with LiveRun(workspace, "two nodes less", ENDLESS, *SETTINGS, "cluster.nodes=3", f"cluster.node_timeout={limit}") as run:
         run.steps(1, 15)
         group, old = of_node(run, "127.0.0.5"), run.pids(1)[2]
         assert old in group
@@ -81,11 +81,11 @@ def test_a_run_goes_on_without_a_node_that_freezes_and_one_that_dies_whole(case)
         assert (lost["address"], lost["time"] - killed < 3) == ("127.0.0.4", True)
         run.steps(3, 10)
         until(lambda: not Path(f"/proc/{old}").exists(), within=60)
-        ended_as_if_undisturbed(case, run)
+        ended_as_if_undisturbed(workspace, run)
 
 
-def test_a_run_grows_onto_a_node_that_comes_late(case):
-    with LiveRun(case, "late", ENDLESS, *SETTINGS, "cluster.nodes=1..2") as run:
+def test_a_run_grows_onto_a_node_that_comes_late(workspace):
+    with LiveRun(workspace, "late", ENDLESS, *SETTINGS, "cluster.nodes=1..2") as run:
         hosts = run.until(lambda: sorted(pid for pid, command in run.whole_commands().items() if "manta.cluster.ray.host" in command)[1:2])
         late = [hosts[0], *(child.pid for child in psutil.Process(hosts[0]).children(recursive=True))]
         signal_all(late, signal.SIGSTOP)
@@ -94,7 +94,7 @@ def test_a_run_grows_onto_a_node_that_comes_late(case):
         signal_all(late, signal.SIGCONT)
         assert run.event("nodes-appeared", 1)["ranks"] == 2
         run.steps(2, 10)
-        ended_as_if_undisturbed(case, run)
+        ended_as_if_undisturbed(workspace, run)
 
 
 def drain(run: LiveRun, node: str) -> None:
@@ -105,8 +105,8 @@ def drain(run: LiveRun, node: str) -> None:
     subprocess.run([sys.executable, "-P", "-c", DRAIN, gcs, node], env=there, check=True)
 
 
-def test_a_run_saves_and_leaves_a_node_that_is_to_be_taken_away_and_does_no_step_twice(case):
-    with LiveRun(case, "given notice", ENDLESS, *SETTINGS, "cluster.nodes=3", "checkpoint.every_steps=100000") as run:
+def test_a_run_saves_and_leaves_a_node_that_is_to_be_taken_away_and_does_no_step_twice(workspace):
+    with LiveRun(workspace, "given notice", ENDLESS, *SETTINGS, "cluster.nodes=3", "checkpoint.every_steps=100000") as run:
         run.steps(1, 15)
         nodes = run.event("nodes-gathered", 0)["nodes"]
         told = time.time()
@@ -116,30 +116,30 @@ def test_a_run_saves_and_leaves_a_node_that_is_to_be_taken_away_and_does_no_step
         assert [node["address"] for node in run.event("nodes-gathered", 1)["nodes"]] == ["127.0.0.3", "127.0.0.5"]
         run.steps(2, 10)
         assert not run.events("node-lost") + run.events("rank-failed"), "it costs no try"
-        ended_as_if_undisturbed(case, run)
-        steps = [line["step"] for line in parse((run.home / "metrics.jsonl").read_text())]
+        ended_as_if_undisturbed(workspace, run)
+        steps = [line["step"] for line in parse_lines((run.home / "metrics.jsonl").read_text())]
         assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_run_whose_own_node_is_to_be_taken_away_saves_and_asks_to_be_run_again(case):
+def test_a_run_whose_own_node_is_to_be_taken_away_saves_and_asks_to_be_run_again(workspace):
     short = ("train.steps=200", "checkpoint.every_steps=100000")
-    whole = exactly(undisturbed(case, "taken away, never", *short))
-    with LiveRun(case, "taken away", *short) as run:
+    whole = exactly(undisturbed(workspace, "taken away, never", *short))
+    with LiveRun(workspace, "taken away", *short) as run:
         run.steps(1, 15)
         drain(run, run.event("nodes-gathered", 0)["nodes"][0]["id"])
         code, told = run.end(within=60)
         assert code == 75, told
         assert "to be taken away" in told
-    with LiveRun(case, "taken away", "resume", "taken away") as again:
+    with LiveRun(workspace, "taken away", "resume", "taken away") as again:
         assert again.end()[0] == 0
         assert exactly(again.lines()) == whole
 
 
-def test_a_run_that_may_run_for_so_long_saves_when_it_has_and_goes_on_when_run_again(case):
-    whole = exactly(undisturbed(case, "limited, never", "train.steps=300", *SETTINGS))
+def test_a_run_that_may_run_for_so_long_saves_when_it_has_and_goes_on_when_run_again(workspace):
+    whole = exactly(undisturbed(workspace, "limited, never", "train.steps=300", *SETTINGS))
     codes = []
     while {*codes} <= {75}:
-        with LiveRun(case, "limited", "train.steps=300", *SETTINGS, "cluster.stop_after=0:00:20") as run:
+        with LiveRun(workspace, "limited", "train.steps=300", *SETTINGS, "cluster.stop_after=0:00:20") as run:
             code, told = run.end(within=60)
             codes.append(code)
     assert codes[-1] == 0, told

@@ -19,8 +19,8 @@ SIZES = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 128}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(case) -> list[list]:
-    with LiveRun(case, "undisturbed by faults", *SETTINGS) as run:
+def undisturbed(workspace) -> list[list]:
+    with LiveRun(workspace, "undisturbed by faults", *SETTINGS) as run:
         assert run.end()[0] == 0
         return exactly(run.lines())
 
@@ -49,8 +49,8 @@ def kill_the_agent(run, attempt):
 FAULTS = [stop, fault, abort, kill_both, kill_the_agent]
 
 
-def test_a_run_that_loses_ranks_by_every_means_loses_no_bit(case, undisturbed):
-    with LiveRun(case, "hurt", *SETTINGS, "cluster.step_timeout=5", "cluster.hot_standby=true") as run:
+def test_a_run_that_loses_ranks_by_every_means_loses_no_bit(workspace, undisturbed):
+    with LiveRun(workspace, "hurt", *SETTINGS, "cluster.step_timeout=5", "cluster.hot_standby=true") as run:
         for attempt, hurt in enumerate(FAULTS, start=1):
             run.steps(attempt, 12)
             hurt(run, attempt)
@@ -69,7 +69,7 @@ def test_a_run_that_loses_ranks_by_every_means_loses_no_bit(case, undisturbed):
 
 
 @pytest.mark.parametrize("phase", ["", "load", "compile", "step", "evaluate", "save"])
-def test_a_run_told_to_leave_in_any_phase_saves_and_goes_on(case, undisturbed, phase):
+def test_a_run_told_to_leave_in_any_phase_saves_and_goes_on(workspace, undisturbed, phase):
     """Told before the first step, as its ranks import or load, it leaves after that step."""
     if phase == "compile" and (shutil.which("g++") is None or " " in torch.__file__):
         pytest.skip("no C++ compiler on this machine")
@@ -79,7 +79,7 @@ def test_a_run_told_to_leave_in_any_phase_saves_and_goes_on(case, undisturbed, p
         "save": ["checkpoint.every_steps=1", "checkpoint.asynchronous=false"],
     }.get(phase, [])
     name = f"told in {phase or 'import'}"
-    with LiveRun(case, name, *SETTINGS, *more) as run:
+    with LiveRun(workspace, name, *SETTINGS, *more) as run:
         first = run.pids(1)[0]
         run.until(lambda: run.phase(first) == phase)
         run.process.send_signal(signal.SIGTERM)
@@ -90,8 +90,8 @@ def test_a_run_told_to_leave_in_any_phase_saves_and_goes_on(case, undisturbed, p
         steps = [line["step"] for line in run.lines()]
         saved = [int(path.name[5:]) for path in (run.home / "checkpoints").glob("step-*")]
         assert max(saved) == steps[-1] < STEPS
-    assert case.manta("checkpoint", "verify", name).returncode == 0
-    with LiveRun(case, name, "resume", name) as again:
+    assert workspace.manta("checkpoint", "verify", name).returncode == 0
+    with LiveRun(workspace, name, "resume", name) as again:
         assert again.end()[0] == 0
         if phase == "evaluate":  # others are evaluated
             assert [line[:5] for line in exactly(again.lines())] == [line[:5] for line in undisturbed]
@@ -99,27 +99,27 @@ def test_a_run_told_to_leave_in_any_phase_saves_and_goes_on(case, undisturbed, p
             assert exactly(again.lines()) == undisturbed
 
 
-def test_a_run_that_has_no_time_to_leave_as_its_ranks_start_says_that_nothing_is_saved_and_begins_anew(case, undisturbed):
-    with LiveRun(case, "told at once", *SETTINGS, "cluster.grace_period=0.5") as run:
+def test_a_run_that_has_no_time_to_leave_as_its_ranks_start_says_that_nothing_is_saved_and_begins_anew(workspace, undisturbed):
+    with LiveRun(workspace, "told at once", *SETTINGS, "cluster.grace_period=0.5") as run:
         run.event("attempt-started")
         run.process.send_signal(signal.SIGTERM)
         code, told = run.end(within=60)
         assert code == 143, told
         assert "nothing is saved yet" in told
-    with LiveRun(case, "told at once", *SETTINGS) as again:
+    with LiveRun(workspace, "told at once", *SETTINGS) as again:
         assert again.end()[0] == 0
         assert exactly(again.lines()) == undisturbed
 
 
-def test_two_ctrl_c_end_all_at_once_and_what_was_saved_goes_on(case, undisturbed):
-    with LiveRun(case, "impatient", *SETTINGS) as run:
+def test_two_ctrl_c_end_all_at_once_and_what_was_saved_goes_on(workspace, undisturbed):
+    with LiveRun(workspace, "impatient", *SETTINGS) as run:
         run.steps(1, 15)
         for _ in range(2):
             os.killpg(run.process.pid, signal.SIGINT)
             run.until(lambda: run.events("leaving"))
         code, told = run.end(within=15)
         assert code == 130, told
-    with LiveRun(case, "impatient", "resume", "impatient") as again:
+    with LiveRun(workspace, "impatient", "resume", "impatient") as again:
         assert again.end()[0] == 0
         assert exactly(again.lines()) == undisturbed
 
@@ -182,25 +182,25 @@ class Hurt(Llama):
 '''
 
 
-def hurt(case, name: str, fault: str, *more: str, spared: bool = False, **how) -> LiveRun:
-    (case.home / "hurt_model.py").write_text(HURT)
-    marker = case.home / f"{name}.marker"
+def hurt(workspace, name: str, fault: str, *more: str, spared: bool = False, **how) -> LiveRun:
+    (workspace.directory / "hurt_model.py").write_text(HURT)
+    marker = workspace.directory / f"{name}.marker"
     if spared:
         marker.touch()
     model = json.dumps({"family": "hurt_model:Hurt", "options": {"fault": fault, "marker": str(marker)}, **SIZES})
-    return LiveRun(case, name, f"model={model}", "train.steps=30", "checkpoint.every_steps=6", *more, **how)
+    return LiveRun(workspace, name, f"model={model}", "train.steps=30", "checkpoint.every_steps=6", *more, **how)
 
 
 @pytest.fixture(scope="module")
-def spared(case) -> list[list]:
-    with hurt(case, "spared", "skip", spared=True) as run:
+def spared(workspace) -> list[list]:
+    with hurt(workspace, "spared", "skip", spared=True) as run:
         assert run.end()[0] == 0
         return exactly(run.lines())
 
 
 @pytest.mark.parametrize("fault", ["skip", "sleep"])
-def test_a_rank_that_skips_a_collective_or_sleeps_is_a_hang_with_step_and_phase_and_costs_no_bit(case, spared, fault):
-    with hurt(case, f"hung by {fault}", fault, "cluster.step_timeout=5") as run:
+def test_a_rank_that_skips_a_collective_or_sleeps_is_a_hang_with_step_and_phase_and_costs_no_bit(workspace, spared, fault):
+    with hurt(workspace, f"hung by {fault}", fault, "cluster.step_timeout=5") as run:
         code, told = run.end()
         assert code == 0, told
         (failed,) = run.events("rank-failed")
@@ -218,8 +218,8 @@ def test_a_rank_that_skips_a_collective_or_sleeps_is_a_hang_with_step_and_phase_
 
 
 @pytest.mark.parametrize("fault", ["allocate", "fill"])
-def test_a_rank_that_can_get_no_memory_ends_the_run_and_says_what_to_lower(case, fault):
-    with hurt(case, f"starved by {fault}", fault) as run:
+def test_a_rank_that_can_get_no_memory_ends_the_run_and_says_what_to_lower(workspace, fault):
+    with hurt(workspace, f"starved by {fault}", fault) as run:
         code, told = run.end()
         assert code == 1, told
         assert re.search(r"give up: rank 1: \w+: .*; lower train\.micro_batch", told, re.DOTALL)
@@ -241,8 +241,8 @@ def cgroup():
     group.rmdir()
 
 
-def test_a_rank_that_the_kernel_kills_for_want_of_memory_is_told_from_any_other_that_is_killed(case, cgroup):
-    with hurt(case, "killed by the kernel", "grow", inside=cgroup) as run:
+def test_a_rank_that_the_kernel_kills_for_want_of_memory_is_told_from_any_other_that_is_killed(workspace, cgroup):
+    with hurt(workspace, "killed by the kernel", "grow", inside=cgroup) as run:
         code, told = run.end()
         assert code == 1, told
         (failed,) = run.events("rank-failed")

@@ -33,16 +33,16 @@ if "manta.trainer" in sys.orig_argv:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(case) -> list[list]:
-    with LiveRun(case, "undisturbed at its start", *SETTINGS) as run:
+def undisturbed(workspace) -> list[list]:
+    with LiveRun(workspace, "undisturbed at its start", *SETTINGS) as run:
         assert run.end()[0] == 0
         return exactly(run.lines())
 
 
-def test_a_port_that_another_takes_first_is_told_and_the_next_attempt_asks_for_one_anew(case, undisturbed, tmp_path):
+def test_a_port_that_another_takes_first_is_told_and_the_next_attempt_asks_for_one_anew(workspace, undisturbed, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(THIEF)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with LiveRun(case, "robbed", *SETTINGS, PYTHONPATH=path) as run:
+    with LiveRun(workspace, "robbed", *SETTINGS, PYTHONPATH=path) as run:
         code, told = run.end()
         assert code == 0, told
         (failed,) = run.events("rank-failed")
@@ -52,8 +52,8 @@ def test_a_port_that_another_takes_first_is_told_and_the_next_attempt_asks_for_o
         assert exactly(run.lines()) == undisturbed
 
 
-def test_a_peer_that_never_comes_is_listed_when_its_time_is_up(case, undisturbed):
-    with LiveRun(case, "without a peer", *SETTINGS, "cluster.start_timeout=15") as run:
+def test_a_peer_that_never_comes_is_listed_when_its_time_is_up(workspace, undisturbed):
+    with LiveRun(workspace, "without a peer", *SETTINGS, "cluster.start_timeout=15") as run:
         missing = run.pids(1)[1]
         os.kill(missing, signal.SIGSTOP)
         code, told = run.end()

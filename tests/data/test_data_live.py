@@ -182,8 +182,8 @@ def test_a_rank_goes_on_from_any_cursor_with_the_very_samples(tmp_path_factory, 
     write_lines(folder / "held.jsonl.gz.txt", documents(9))
     data = config(folder, {"path": str(folder / "*.jsonl"), "validation": str(folder / "held.jsonl.gz.txt")}, **SHAPES[shape])
     for rank in range(ranks):
-        undisturbed = opened(data, tokens, rank, ranks, held_out=2)
-        whole = read(undisturbed, 0, taken + 25)
+        finished_run = opened(data, tokens, rank, ranks, held_out=2)
+        whole = read(finished_run, 0, taken + 25)
         for first in (taken, 0):
             anew = opened(data, tokens, rank, ranks, held_out=2)
             anew.go_on_from(Cursor(**json.loads(json.dumps(asdict(whole[first][0])))))
@@ -431,68 +431,68 @@ LIVE = (
 )  # not where it is stopped
 
 
-def digests(case, run: str) -> list[int]:
-    return [line["data/digest"] for line in lines(case, run)]
+def digests(workspace, run: str) -> list[int]:
+    return [line["data/digest"] for line in lines(workspace, run)]
 
 
-def evaluated(case, run: str) -> list[float]:
-    return [line["eval/loss"] for line in lines(case, run) if "eval/loss" in line]
+def evaluated(workspace, run: str) -> list[float]:
+    return [line["eval/loss"] for line in lines(workspace, run) if "eval/loss" in line]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(case) -> str:
-    done = case.train("live", *LIVE)
+def finished_run(workspace) -> str:
+    done = workspace.train("live", *LIVE)
     assert "text is tokenized while it is read; only as many data ranks, 2, can go on with it" in done.stderr
-    assert losses(case, "live")[-1] < losses(case, "live")[0] - 0.2
-    assert len(set(digests(case, "live"))) == STEPS
+    assert losses(workspace, "live")[-1] < losses(workspace, "live")[0] - 0.2
+    assert len(set(digests(workspace, "live"))) == STEPS
     return "live"
 
 
 @pytest.mark.slow
-def test_a_live_run_is_killed_and_stopped_and_comes_back_to_the_same_samples_on_as_many_ranks(case, undisturbed, tmp_path):
+def test_a_live_run_is_killed_and_stopped_and_comes_back_to_the_same_samples_on_as_many_ranks(workspace, finished_run, tmp_path):
     run, on_cpu = "live again", os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    with case.start("train", str(case.file), f"run.dir={run}", *LIVE, "cluster.hot_standby=true") as running:
-        wait_for_step(case, run, 8, running)
-        victim = next(event for event in events(case, run) if event["event"] == "attempt-started")["ranks"][1]["pid"]
+    with workspace.start("train", str(workspace.config_file), f"run.dir={run}", *LIVE, "cluster.hot_standby=true") as running:
+        wait_for_step(workspace, run, 8, running)
+        victim = next(event for event in events(workspace, run) if event["event"] == "attempt-started")["ranks"][1]["pid"]
         os.kill(victim, signal.SIGKILL)
-        wait_for_step(case, run, 16, running)
+        wait_for_step(workspace, run, 16, running)
         running.send_signal(signal.SIGTERM)
         assert running.wait(60) == 75, running.stderr.read()
         running.communicate()
-    assert [event["rank"] for event in events(case, run) if event["event"] == "rank-failed"] == [1]
-    assert {line["attempt"] for line in lines(case, run)} == {1, 2}
-    stopped = lines(case, run)[-1]["step"]
+    assert [event["rank"] for event in events(workspace, run) if event["event"] == "rank-failed"] == [1]
+    assert {line["attempt"] for line in lines(workspace, run)} == {1, 2}
+    stopped = lines(workspace, run)[-1]["step"]
     assert stopped < STEPS
 
-    saved = sorted((case.home / run).glob("checkpoints/*/*"))
+    saved = sorted((workspace.directory / run).glob("checkpoints/*/*"))
     told = "data.live: got 1 data rank, wants 2: so many have read its text, each a share of its own; start as many"
-    refused = case.manta("resume", run, "cluster.ranks_per_node=1")
+    refused = workspace.manta("resume", run, "cluster.ranks_per_node=1")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert told in refused.stderr
-    alone = [sys.executable, "-P", "-m", "manta.trainer", str(case.home / run)]  # as a supervisor with fewer ranks would
+    alone = [sys.executable, "-P", "-m", "manta.trainer", str(workspace.directory / run)]  # as a supervisor with fewer ranks would
     by_hand = subprocess.run(alone, env=on_cpu, capture_output=True, text=True, timeout=120, check=False)
     assert by_hand.returncode == 2
     assert told in by_hand.stderr
-    assert sorted((case.home / run).glob("checkpoints/*/*")) == saved
-    assert len(lines(case, run)) == stopped
+    assert sorted((workspace.directory / run).glob("checkpoints/*/*")) == saved
+    assert len(lines(workspace, run)) == stopped
 
-    command = [MANTA, "resume", str(case.home / run)]  # from elsewhere, where no source is
+    command = [MANTA, "resume", str(workspace.directory / run)]  # from elsewhere, where no source is
     done = subprocess.run(command, cwd=tmp_path, env=on_cpu, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert losses(case, run) == losses(case, undisturbed)  # bit by bit
-    assert digests(case, run) == digests(case, undisturbed)
-    assert evaluated(case, run) == evaluated(case, undisturbed)
+    assert losses(workspace, run) == losses(workspace, finished_run)  # bit by bit
+    assert digests(workspace, run) == digests(workspace, finished_run)
+    assert evaluated(workspace, run) == evaluated(workspace, finished_run)
 
 
 @pytest.mark.slow
-def test_a_live_run_over_another_corpus_is_refused(case, undisturbed):
-    changed = case.home / "documents" / "argparse.txt"
+def test_a_live_run_over_another_corpus_is_refused(workspace, finished_run):
+    changed = workspace.directory / "documents" / "argparse.txt"
     before = changed.stat()
     changed.write_text(changed.read_text() + "\n")
     try:
-        refused = case.train(undisturbed, *LIVE, f"train.steps={STEPS + 4}", code=2)
+        refused = workspace.train(finished_run, *LIVE, f"train.steps={STEPS + 4}", code=2)
     finally:
         changed.write_text(changed.read_text()[:-1])
         os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert "corpus fingerprint: got" in refused.stderr
-    assert len(lines(case, undisturbed)) == STEPS
+    assert len(lines(workspace, finished_run)) == STEPS

@@ -17,64 +17,64 @@ from manta.trainer.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
-def trained(case) -> Path:
+def trained(workspace) -> Path:
     keep = ("checkpoint.keep=2", "checkpoint.keep_best=1", "checkpoint.keep_every=18")
-    case.train("kept", *keep, "evaluate.every_steps=12", "train.steps=32", "optimizer.learning_rate=0.02")
-    return case.home / "kept"
+    workspace.train("kept", *keep, "evaluate.every_steps=12", "train.steps=32", "optimizer.learning_rate=0.02")
+    return workspace.directory / "kept"
 
 
 @pytest.fixture
-def run(case, trained, tmp_path) -> Path:
+def run(workspace, trained, tmp_path) -> Path:
     """A copy, to be damaged."""
-    return Path(shutil.copytree(trained, case.home / tmp_path.name))
+    return Path(shutil.copytree(trained, workspace.directory / tmp_path.name))
 
 
-def told(case, *arguments: str, code: int = 0):
-    done = case.manta("checkpoint", *arguments, "--json")
+def told(workspace, *arguments: str, code: int = 0):
+    done = workspace.manta("checkpoint", *arguments, "--json")
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-def test_a_run_keeps_the_newest_the_best_and_every_nth(case, trained):
+def test_a_run_keeps_the_newest_the_best_and_every_nth(workspace, trained):
     losses = {line["step"]: line["eval/loss"] for line in read_metrics(trained / "metrics.jsonl") if "eval/loss" in line}
     saved = {step: losses.get(step) for step in (6, 12, 18, 24, 30, 32)}
     best = min((step for step in saved if saved[step] is not None), key=saved.__getitem__)
-    listed = told(case, "list", "kept")["checkpoints"]
+    listed = told(workspace, "list", "kept")["checkpoints"]
     assert [one["step"] for one in listed] == sorted({18, 30, 32, best}, reverse=True)
     assert {one["step"]: one["validation_loss"] for one in listed} == {one["step"]: saved[one["step"]] for one in listed}
     assert {(one["layout"], one["ranks"], one["attempt"]) for one in listed} == {("data 2, ZeRO-1", 2, 1)}
-    shown = case.manta("checkpoint", "list", "kept").stdout
+    shown = workspace.manta("checkpoint", "list", "kept").stdout
     assert "step-00000032" in shown
     assert "2 x data 2, ZeRO-1" in shown
 
 
-def test_the_checkpoints_of_a_run_are_listed(case, undisturbed):
-    listed = told(case, "list", undisturbed)["checkpoints"]
-    assert [f"step-{one['step']:08d}" for one in listed] == Folder(case.home / undisturbed / "checkpoints").names()
+def test_the_checkpoints_of_a_run_are_listed(workspace, finished_run):
+    listed = told(workspace, "list", finished_run)["checkpoints"]
+    assert [f"step-{one['step']:08d}" for one in listed] == Folder(workspace.directory / finished_run / "checkpoints").names()
     assert [one["step"] for one in listed][:2] == [40, 36]
     assert {(one["layout"], one["ranks"], one["attempt"]) for one in listed} == {("data 2, ZeRO-1", 2, 1)}
 
 
 @pytest.mark.slow
-def test_what_is_damaged_is_found(case, run):
-    assert [one["error"] for one in told(case, "verify", run.name)] == [None] * len(Folder(run / "checkpoints").names())
+def test_what_is_damaged_is_found(workspace, run):
+    assert [one["error"] for one in told(workspace, "verify", run.name)] == [None] * len(Folder(run / "checkpoints").names())
     file = run / "checkpoints/step-00000030/rank-0001.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    verified = told(case, "verify", run.name, code=1)
+    verified = told(workspace, "verify", run.name, code=1)
     assert [one["error"] is None for one in verified] == [True, False] + [True] * (len(verified) - 2)
     assert "rank-0001.safetensors: xxh3 of bytes 0..." in verified[1]["error"]
-    shown = case.manta("checkpoint", "verify", f"{run.name}/checkpoints/step-00000032")
+    shown = workspace.manta("checkpoint", "verify", f"{run.name}/checkpoints/step-00000032")
     assert (shown.returncode, shown.stdout.count("\n")) == (0, 1)
     assert "whole: 1.3 MB" in shown.stdout
 
 
-def test_what_is_in_a_checkpoint_is_told(case, undisturbed):
-    inspected = told(case, "inspect", undisturbed, "--match", "blocks.0.*")
+def test_what_is_in_a_checkpoint_is_told(workspace, finished_run):
+    inspected = told(workspace, "inspect", finished_run, "--match", "blocks.0.*")
     assert inspected["step"] == 40
-    where = Folder(case.home / undisturbed / "checkpoints")
+    where = Folder(workspace.directory / finished_run / "checkpoints")
     _, weights = catalog.newest_weights(where)
     assert inspected["weights"].keys() == {name for name in weights if name.startswith("blocks.0.")}
     for name, weight in inspected["weights"].items():
@@ -87,30 +87,30 @@ def test_what_is_in_a_checkpoint_is_told(case, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("trained")
-def test_what_is_in_a_checkpoint_is_shown_to_people(case):
-    shown = case.manta("checkpoint", "inspect", "kept").stdout
+def test_what_is_in_a_checkpoint_is_shown_to_people(workspace):
+    shown = workspace.manta("checkpoint", "inspect", "kept").stdout
     assert "embedding.weight" in shown
     assert "exp_avg_sq norm" in shown
-    refused = case.manta("checkpoint", "inspect", "kept", "--match", "nothing")
+    refused = workspace.manta("checkpoint", "inspect", "kept", "--match", "nothing")
     assert refused.returncode == 2
     assert "--match: got 'nothing', which no weight of" in refused.stderr
 
 
 @pytest.mark.slow
-def test_pruning_never_takes_the_newest_valid_one(case, run):
+def test_pruning_never_takes_the_newest_valid_one(workspace, run):
     where = Folder(run / "checkpoints")
     before = where.names()
     (run / "checkpoints/step-00000032/rank-0000.safetensors").write_bytes(b"")
     where.set_aside("step-00000018")
-    spoken = case.manta("checkpoint", "prune", run.name, "--dry-run", "--bad").stdout.splitlines()
+    spoken = workspace.manta("checkpoint", "prune", run.name, "--dry-run", "--bad").stdout.splitlines()
     assert where.names() == [name for name in before if name != "step-00000018"]
-    gone = case.manta("checkpoint", "prune", run.name, "--bad").stdout.splitlines()
+    gone = workspace.manta("checkpoint", "prune", run.name, "--bad").stdout.splitlines()
     assert [line.removeprefix("would delete ") for line in spoken] == [line.removeprefix("deleted ") for line in gone]
     assert "deleted bad-step-00000018" in gone
     assert where.names() == ["step-00000032", "step-00000030"], "the newest is bad: the one before it is what the run stands on"
     assert where.bad() == []
     (run / "checkpoints/step-00000030/manifest.json").unlink()
-    failed = case.manta("checkpoint", "prune", run.name)
+    failed = workspace.manta("checkpoint", "prune", run.name)
     assert failed.returncode == 1
     assert "every checkpoint is bad" in failed.stderr
     assert len(where.names()) == 2
@@ -120,8 +120,8 @@ SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in ("verify", 
 
 
 @pytest.mark.parametrize("command", ["list", *SLOW])
-def test_where_there_is_none_it_is_said(case, command, tmp_path):
-    refused = case.manta("checkpoint", command, str(tmp_path))
+def test_where_there_is_none_it_is_said(workspace, command, tmp_path):
+    refused = workspace.manta("checkpoint", command, str(tmp_path))
     assert refused.returncode == 2
     assert (
         refused.stderr == f"manta: {tmp_path}: got no checkpoint there, wants a run's directory, an imported one, or checkpoints/step-...\n"
@@ -129,35 +129,35 @@ def test_where_there_is_none_it_is_said(case, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_trains_is_saved_on_request(case):
+def test_a_run_that_trains_is_saved_on_request(workspace):
     shape = ("train.steps=3000", "checkpoint.every_steps=3000", "evaluate.every_steps=3000", "evaluate.samples=1")
-    with case.start("train", str(case.file), "run.dir=asked", *shape) as running:
+    with workspace.start("train", str(workspace.config_file), "run.dir=asked", *shape) as running:
         try:
             until = time.monotonic() + 60
-            while not (case.home / "asked/metrics.jsonl").exists() and time.monotonic() < until:
+            while not (workspace.directory / "asked/metrics.jsonl").exists() and time.monotonic() < until:
                 time.sleep(0.05)
-            done = case.manta("checkpoint", "now", "asked", "--timeout", "30")
+            done = workspace.manta("checkpoint", "now", "asked", "--timeout", "30")
             assert done.returncode == 0, done.stderr
-            refused = case.manta("checkpoint", "prune", "asked")
+            refused = workspace.manta("checkpoint", "prune", "asked")
             assert refused.returncode == 2
             assert "another manta is running it" in refused.stderr
         finally:
             running.terminate()
             running.communicate(timeout=60)
     path = Path(done.stdout.strip())
-    assert path.parent == case.home / "asked/checkpoints"
+    assert path.parent == workspace.directory / "asked/checkpoints"
     steps = [int(name[5:]) for name in Folder(path.parent).names()]
     assert len(steps) == 2, "the one asked for, and the one at the end"
     assert steps[0] > steps[1] == int(path.name[5:])
-    assert not (case.home / "asked/save-now").exists()
-    refused = case.manta("checkpoint", "now", "asked")
+    assert not (workspace.directory / "asked/save-now").exists()
+    refused = workspace.manta("checkpoint", "now", "asked")
     assert refused.returncode == 2
     assert "got a run that is not running" in refused.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_a_run_is_saved_by_the_clock(case, asynchronous):
+def test_a_run_is_saved_by_the_clock(workspace, asynchronous):
     run = f"by the clock {asynchronous}"
     minutes = (
         "checkpoint.every_minutes=0.02",
@@ -165,38 +165,38 @@ def test_a_run_is_saved_by_the_clock(case, asynchronous):
         "checkpoint.keep=1000",
         f"checkpoint.asynchronous={asynchronous}",
     )
-    case.train(run, "train.steps=200", "evaluate.every_steps=1000", *minutes)
-    lines = read_metrics(case.home / run / "metrics.jsonl")
+    workspace.train(run, "train.steps=200", "evaluate.every_steps=1000", *minutes)
+    lines = read_metrics(workspace.directory / run / "metrics.jsonl")
     seconds = lines[-1]["time"] - lines[0]["time"]
-    saved = Folder(case.home / run / "checkpoints").names()
+    saved = Folder(workspace.directory / run / "checkpoints").names()
     assert seconds / 1.2 * 0.5 <= len(saved) <= seconds / 1.2 + 2
 
 
 @pytest.mark.slow
-def test_a_run_s_checkpoints_may_lie_elsewhere_and_are_not_lost_sight_of(case, tmp_path):
+def test_a_run_s_checkpoints_may_lie_elsewhere_and_are_not_lost_sight_of(workspace, tmp_path):
     elsewhere = f"checkpoint.directory={tmp_path / 'elsewhere'}"
-    case.train("apart", elsewhere, "train.steps=6")
+    workspace.train("apart", elsewhere, "train.steps=6")
     assert Folder(tmp_path / "elsewhere").names() == ["step-00000006"]
-    assert not (case.home / "apart/checkpoints").exists()
-    assert told(case, "list", "apart")["at"] == str(tmp_path / "elsewhere")
-    moved = case.manta("resume", "apart", "train.steps=12", f"checkpoint.directory={tmp_path / 'nowhere'}")
+    assert not (workspace.directory / "apart/checkpoints").exists()
+    assert told(workspace, "list", "apart")["at"] == str(tmp_path / "elsewhere")
+    moved = workspace.manta("resume", "apart", "train.steps=12", f"checkpoint.directory={tmp_path / 'nowhere'}")
     assert moved.returncode == 2
     assert f"checkpoint.directory: got {tmp_path / 'nowhere'}, where there is no checkpoint" in moved.stderr
-    assert case.manta("resume", "apart", "train.steps=12").returncode == 0
+    assert workspace.manta("resume", "apart", "train.steps=12").returncode == 0
     assert Folder(tmp_path / "elsewhere").names()[0] == "step-00000012"
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "there")
-    assert case.manta("resume", "apart", "train.steps=14", f"checkpoint.directory={tmp_path / 'there'}").returncode == 0
-    assert [line["step"] for line in read_metrics(case.home / "apart/metrics.jsonl")] == list(range(1, 15))
+    assert workspace.manta("resume", "apart", "train.steps=14", f"checkpoint.directory={tmp_path / 'there'}").returncode == 0
+    assert [line["step"] for line in read_metrics(workspace.directory / "apart/metrics.jsonl")] == list(range(1, 15))
 
 
 @pytest.mark.slow
-def test_a_run_begins_from_a_checkpoint_of_another_wherever_it_lies(case, trained):
+def test_a_run_begins_from_a_checkpoint_of_another_wherever_it_lies(workspace, trained):
     start = trained / "checkpoints/step-00000030"
-    case.train("begun", f"run.start_from={start}", "train.steps=2", "optimizer.learning_rate=1e-9", "schedule.warmup_steps=0")
-    _, begun = catalog.newest_weights(Folder(case.home / "begun/checkpoints"))
+    workspace.train("begun", f"run.start_from={start}", "train.steps=2", "optimizer.learning_rate=1e-9", "schedule.warmup_steps=0")
+    _, begun = catalog.newest_weights(Folder(workspace.directory / "begun/checkpoints"))
     then = torch.empty(begun["embedding.weight"].shape)
     where = Folder(start.parent)
 
     read(where, catalog.look(where, start.name), {"master/embedding.weight": Pieces.all_of(then)}, rest=None)
     assert torch.allclose(begun["embedding.weight"], then, atol=1e-7)
-    assert yaml.safe_load((case.home / "begun/config.yaml").read_text())["run"]["start_from"] == str(start)
+    assert yaml.safe_load((workspace.directory / "begun/config.yaml").read_text())["run"]["start_from"] == str(start)

@@ -163,15 +163,15 @@ BAD = {
 }
 
 
-def write(case, name: str, text: str):
+def write(workspace, name: str, text: str):
     """The small config, with `text` laid over it as it stands: so that duplicates stay duplicates."""
-    whole = yaml.safe_load(case.file.read_text())
+    whole = yaml.safe_load(workspace.config_file.read_text())
     for section, values in (yaml.safe_load(text) or {}).items():
         if isinstance(values, dict):
             whole[section] = {k: v for k, v in whole.get(section, {}).items() if k not in values}
         else:
             whole.pop(section, None)
-    file = case.home / f"{name}.yaml"
+    file = workspace.directory / f"{name}.yaml"
     sections = {line.rstrip(":") for line in text.splitlines() if not line.startswith(" ")}
     rest = {name: value for name, value in whole.items() if name not in sections}
     merged = "".join(
@@ -187,11 +187,11 @@ def write(case, name: str, text: str):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_config_is_told_in_one_line(case, name):
+def test_a_bad_config_is_told_in_one_line(workspace, name):
     text, key, got, remedy = BAD[name]
-    file = write(case, name, text)
+    file = write(workspace, name, text)
     start = time.perf_counter()
-    done = case.manta("train", file.name, "run.dir=never")
+    done = workspace.manta("train", file.name, "run.dir=never")
     took = time.perf_counter() - start
     assert done.returncode == 2, done.stderr
     told = done.stderr.strip()
@@ -200,39 +200,39 @@ def test_a_bad_config_is_told_in_one_line(case, name):
         assert file.name in told
     for part in (key, got, remedy):
         assert part in told
-    assert not (case.home / "never").exists()
+    assert not (workspace.directory / "never").exists()
     assert took < 2.0
 
 
-def test_a_list_for_a_key_and_a_path_that_is_none_are_told(case, tmp_path):
+def test_a_list_for_a_key_and_a_path_that_is_none_are_told(workspace, tmp_path):
     file = tmp_path / "odd.yaml"
     file.write_text("? [a, b]\n: 1\n")
     with pytest.raises(InputError, match=r"odd.yaml:1: got a list or section for a key, wants a name"):
         config.load(file)
     with pytest.raises(InputError, match=r"run.dir: got .*wants a path; leave out the NUL"):
-        config.load(case.file, [r'run.dir="a\0b"'])
+        config.load(workspace.config_file, [r'run.dir="a\0b"'])
 
 
-def test_a_missing_file_is_told_with_the_nearest(case):
-    done = case.manta("train", "run fil.yaml")
+def test_a_missing_file_is_told_with_the_nearest(workspace):
+    done = workspace.manta("train", "run fil.yaml")
     assert done.returncode == 2
     assert "did you mean run file.yaml?" in done.stderr
 
 
-def test_a_directory_that_can_not_be_written_is_told(case):
-    done = case.manta("train", case.file.name, "run.dir=/proc/manta")
+def test_a_directory_that_can_not_be_written_is_told(workspace):
+    done = workspace.manta("train", workspace.config_file.name, "run.dir=/proc/manta")
     assert done.returncode == 2
     assert "run.dir: got /proc/manta" in done.stderr
 
 
-def test_more_gpus_than_there_are_is_told(case):
-    done = case.manta("train", case.file.name, "run.dir=never", "cluster.ranks_per_node=4", CUDA_VISIBLE_DEVICES="0,1")
+def test_more_gpus_than_there_are_is_told(workspace):
+    done = workspace.manta("train", workspace.config_file.name, "run.dir=never", "cluster.ranks_per_node=4", CUDA_VISIBLE_DEVICES="0,1")
     assert done.returncode == 2
     assert "cluster.ranks_per_node: got 4, wants at most one a GPU, of which there are 2" in done.stderr
 
 
-def test_every_mistake_is_told_at_once_and_where_it_was_made(case):
-    done = case.manta("train", case.file.name, "train.stepz=1", "optimizer.beta1=2")
+def test_every_mistake_is_told_at_once_and_where_it_was_made(workspace):
+    done = workspace.manta("train", workspace.config_file.name, "train.stepz=1", "optimizer.beta1=2")
     assert done.returncode == 2
     assert sorted(line.split(": ")[1:3] for line in done.stderr.splitlines()) == [
         ["command line", "optimizer.beta1"],
@@ -240,22 +240,22 @@ def test_every_mistake_is_told_at_once_and_where_it_was_made(case):
     ]
 
 
-def test_numbers_are_read_as_people_write_them(case):
-    loaded = config.load(case.file, ["optimizer.learning_rate=1e-4", "optimizer.epsilon=1E-9", "train.steps=1_000"])
+def test_numbers_are_read_as_people_write_them(workspace):
+    loaded = config.load(workspace.config_file, ["optimizer.learning_rate=1e-4", "optimizer.epsilon=1E-9", "train.steps=1_000"])
     assert loaded.optimizer.learning_rate == 1e-4
     assert loaded.optimizer.epsilon == 1e-9
     assert loaded.train.steps == 1000
 
 
-def test_a_config_comes_back_from_its_own_yaml(case, tmp_path):
-    loaded = config.load(case.file)
+def test_a_config_comes_back_from_its_own_yaml(workspace, tmp_path):
+    loaded = config.load(workspace.config_file)
     again = tmp_path / "config.yaml"
     again.write_text(loaded.to_yaml())
     assert config.load(again) == loaded
 
 
-def test_what_is_written_in_a_config_outweighs_its_preset(case):
-    loaded = config.load(case.file, ["model.preset=gpt2-124m", "model.width=96"])
+def test_what_is_written_in_a_config_outweighs_its_preset(workspace):
+    loaded = config.load(workspace.config_file, ["model.preset=gpt2-124m", "model.width=96"])
     assert (loaded.model.layers, loaded.model.width, loaded.model.heads) == (2, 96, 12)
 
 
@@ -281,10 +281,10 @@ def test_each_preset_is_tried():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_each_preset_is_a_model_of_the_size_that_it_says(case, name):
-    tree = yaml.safe_load(case.file.read_text()) | {"model": config.preset(name, case.file)}
+def test_each_preset_is_a_model_of_the_size_that_it_says(workspace, name):
+    tree = yaml.safe_load(workspace.config_file.read_text()) | {"model": config.preset(name, workspace.config_file)}
     tree["data"]["objective"] = "masked" if name.startswith("bert") else "causal"
-    model = config.validate(tree, case.file, {}).model
+    model = config.validate(tree, workspace.config_file, {}).model
     own = {"gpt2": (50257, 1024), "bert": (30522, 512)}
     vocabulary, length = (128, 128) if "tiny" in name else own.get(model.family, (50257 if "moe" in name else 32000, 1024))
     with torch.device("meta"):
@@ -293,21 +293,21 @@ def test_each_preset_is_a_model_of_the_size_that_it_says(case, name):
     assert parameters == pytest.approx(PRESETS[name], rel=0.01)
 
 
-def test_sources_are_read_as_people_write_them(case):
+def test_sources_are_read_as_people_write_them(workspace):
     for written in ("stdlib:", "[stdlib:]", "['stdlib:']"):
-        assert config.load(case.file, [f"data.sources={written}"]).data.sources[0].path == "stdlib:"
+        assert config.load(workspace.config_file, [f"data.sources={written}"]).data.sources[0].path == "stdlib:"
     with pytest.raises(InputError, match=r"data.sources: got \[\], wants at least one .*; try data.sources=\["):
-        config.load(case.file, ["data.sources=[]"])
+        config.load(workspace.config_file, ["data.sources=[]"])
 
 
-def test_two_keys_that_disagree_are_laid_to_the_one_set_last(case):
+def test_two_keys_that_disagree_are_laid_to_the_one_set_last(workspace):
     with pytest.raises(InputError, match=r"^command line: train.micro_batch: got 4, wants a divisor of global_batch 9"):
-        config.load(case.file, ["train.global_batch=9"])
+        config.load(workspace.config_file, ["train.global_batch=9"])
 
 
-def test_a_missing_section_is_told_with_what_it_needs(case, tmp_path):
+def test_a_missing_section_is_told_with_what_it_needs(workspace, tmp_path):
     file = tmp_path / "no-run.yaml"
-    file.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(case.file.read_text()).items() if k != "run"}))
+    file.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(workspace.config_file.read_text()).items() if k != "run"}))
     with pytest.raises(InputError, match=r"run: got nothing, wants .*; try run.dir=runs/mine"):
         config.load(file)
 
@@ -331,9 +331,9 @@ def test_the_reference_has_the_keys_of_sections_in_sections():
     assert "Undefined" not in told
 
 
-def test_a_section_on_the_command_line_is_where_its_keys_were_set(case, tmp_path):
+def test_a_section_on_the_command_line_is_where_its_keys_were_set(workspace, tmp_path):
     file = tmp_path / "mixture.yaml"
-    tree = yaml.safe_load(case.file.read_text())
+    tree = yaml.safe_load(workspace.config_file.read_text())
     file.write_text(yaml.safe_dump(tree | {"model": {**tree["model"], "experts": {"experts": 4, "width": 8, "top_kk": 2}}}))
     for override, told in (
         ("model.experts={experts: 4}", "model.experts.width: got nothing"),
@@ -350,12 +350,12 @@ def test_a_section_on_the_command_line_is_where_its_keys_were_set(case, tmp_path
     assert str(refused.value).startswith(f"{file}: model.experts.top_kk: got an unknown key")
 
 
-def test_an_override_must_name_a_key(case):
+def test_an_override_must_name_a_key(workspace):
     with pytest.raises(InputError, match=r"got 'steps', wants section.key=value"):
-        config.load(case.file, ["steps"])
+        config.load(workspace.config_file, ["steps"])
 
 
-def test_a_text_that_looks_like_a_number_is_still_a_text_when_a_config_was_written(case, tmp_path):
-    loaded = config.load(case.file, ["run.dir='1e3'", "data.sources=[{path: text, name: '1E-4'}]"])
+def test_a_text_that_looks_like_a_number_is_still_a_text_when_a_config_was_written(workspace, tmp_path):
+    loaded = config.load(workspace.config_file, ["run.dir='1e3'", "data.sources=[{path: text, name: '1E-4'}]"])
     (tmp_path / "again.yaml").write_text(loaded.to_yaml())
     assert config.load(tmp_path / "again.yaml") == loaded

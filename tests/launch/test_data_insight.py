@@ -275,43 +275,43 @@ STEPS = 9
 
 
 @pytest.fixture(scope="module")
-def run(case) -> str:
-    case.train("looked at", *CONFIG, f"train.steps={STEPS}")
+def run(workspace) -> str:
+    workspace.train("looked at", *CONFIG, f"train.steps={STEPS}")
     return "looked at"
 
 
 @pytest.fixture(scope="module")
-def masked(case) -> str:
+def masked(workspace) -> str:
     of_bert = ("model.preset=bert-tiny", "model.kv_heads=null", "data.objective=masked", "tokenizer.algorithm=wordpiece")
-    case.train("of bert", *of_bert, "train.steps=2", "cluster.ranks_per_node=1")
+    workspace.train("of bert", *of_bert, "train.steps=2", "cluster.ranks_per_node=1")
     return "of bert"
 
 
-def told(case, *arguments: str, code: int = 0) -> dict:
-    done = case.manta("data", *arguments, "--json")
+def told(workspace, *arguments: str, code: int = 0) -> dict:
+    done = workspace.manta("data", *arguments, "--json")
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout)
 
 
-def told_step(case, run: str, step: int, *more: str, code: int = 0) -> dict:
-    return told(case, "sample-at", run, str(step), *more, code=code)
+def told_step(workspace, run: str, step: int, *more: str, code: int = 0) -> dict:
+    return told(workspace, "sample-at", run, str(step), *more, code=code)
 
 
 @pytest.fixture(scope="module")
-def steps(case, run) -> list[dict]:
+def steps(workspace, run) -> list[dict]:
     """What `sample-at` tells of each step."""
     with ThreadPoolExecutor(2) as both:
-        return list(both.map(lambda step: told_step(case, run, step), range(1, STEPS + 1)))
+        return list(both.map(lambda step: told_step(workspace, run, step), range(1, STEPS + 1)))
 
 
-def corpora(case, run: str) -> list[tuple[Home, manifest.Manifest]]:
-    homes = [Home(root, CacheConfig()) for root in told(case, "verify", run)["corpora"]]
+def corpora(workspace, run: str) -> list[tuple[Home, manifest.Manifest]]:
+    homes = [Home(root, CacheConfig()) for root in told(workspace, "verify", run)["corpora"]]
     return [(home, manifest.load(home)) for home in homes]
 
 
-def test_inspect_tells_what_the_manifests_and_shards_hold(case, run, tmp_path):
-    found = told(case, "inspect", run, "--png", str(tmp_path / "pictures"))
-    for source, (_, corpus) in zip(found["sources"], corpora(case, run), strict=True):
+def test_inspect_tells_what_the_manifests_and_shards_hold(workspace, run, tmp_path):
+    found = told(workspace, "inspect", run, "--png", str(tmp_path / "pictures"))
+    for source, (_, corpus) in zip(found["sources"], corpora(workspace, run), strict=True):
         assert source["source"] == corpus.source
         assert [source[key] for key in ("documents", "tokens", "text_bytes")] == [
             corpus.train.documents,
@@ -327,35 +327,35 @@ def test_inspect_tells_what_the_manifests_and_shards_hold(case, run, tmp_path):
     for path in found["png"]:
         assert Path(path).read_bytes().startswith(b"\x89PNG")
         assert Path(path).stat().st_size > 10_000
-    printed = case.manta("data", "inspect", run)
+    printed = workspace.manta("data", "inspect", run)
     assert printed.returncode == 0
     assert "early" in printed.stdout
     assert f"{found['packing']['best_fit']['samples']:,}" in printed.stdout
     assert "duplicates:" in printed.stdout
-    quick = told(case, "inspect", str(case.file), "data.sequence_length=64", "--read", "0")
+    quick = told(workspace, "inspect", str(workspace.config_file), "data.sequence_length=64", "--read", "0")
     assert quick["packing"]["sequence_length"] == 64
     assert "duplicates" not in quick
 
 
-def test_verify_reads_all_of_it(case, run):
-    found = told(case, "verify", run)
+def test_verify_reads_all_of_it(workspace, run):
+    found = told(workspace, "verify", run)
     assert found["damaged"] == []
     shards = [path for root in found["corpora"] for suffix in ("bin", "idx") for path in Path(root).glob(f"*.{suffix}")]
     assert (found["files"], found["bytes"]) == (len(shards), sum(path.stat().st_size for path in shards))
-    assert "each id below 512" in case.manta("data", "verify", str(case.file), *CONFIG).stdout
+    assert "each id below 512" in workspace.manta("data", "verify", str(workspace.config_file), *CONFIG).stdout
 
 
 @pytest.mark.parametrize("of", [pytest.param("file", marks=pytest.mark.slow), "run"])
-def test_verify_tells_of_all_that_is_damaged(case, run, of):
-    shutil.copytree(case.home / "corpora", case.home / f"damaged {of}")
-    where = (str(case.file), f"data.directory=damaged {of}", *CONFIG)
+def test_verify_tells_of_all_that_is_damaged(workspace, run, of):
+    shutil.copytree(workspace.directory / "corpora", workspace.directory / f"damaged {of}")
+    where = (str(workspace.config_file), f"data.directory=damaged {of}", *CONFIG)
     if of == "run":
-        copy = case.home / "on what is damaged"
-        shutil.copytree(case.home / run, copy, ignore=shutil.ignore_patterns("checkpoints"))
+        copy = workspace.directory / "on what is damaged"
+        shutil.copytree(workspace.directory / run, copy, ignore=shutil.ignore_patterns("checkpoints"))
         begun = (copy / "manifest.json").read_text()
         (copy / "manifest.json").write_text(begun.replace("/corpora/", "/damaged run/"))
         where = (copy.name,)
-    early, late = map(Path, told(case, "verify", *where)["corpora"])
+    early, late = map(Path, told(workspace, "verify", *where)["corpora"])
     flipped, short, gone = early / "piece-00000.train.bin", early / "piece-00000.train.idx", late / "piece-00000.validation.bin"
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 4
@@ -366,7 +366,7 @@ def test_verify_tells_of_all_that_is_damaged(case, run, of):
     if of == "run":
         (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
         expected.insert(0, str(copy / "tokenizer.json"))
-    done = case.manta("data", "verify", *where)
+    done = workspace.manta("data", "verify", *where)
     lines = [line for line in done.stderr.splitlines() if line.startswith("manta: ")]
     assert done.returncode == 2
     assert done.stdout == ""
@@ -374,36 +374,37 @@ def test_verify_tells_of_all_that_is_damaged(case, run, of):
     assert "got xxh3 " in lines[0]
     assert f"got {short.stat().st_size:,} bytes, wants {short.stat().st_size + 8:,}; make it again: manta prepare " in lines[-2]
     assert "got no such file" in lines[-1]
-    assert [f"manta: {line}" for line in told(case, "verify", *where, code=2)["damaged"]] == lines
+    assert [f"manta: {line}" for line in told(workspace, "verify", *where, code=2)["damaged"]] == lines
     if of == "file":
-        assert case.manta("prepare", *where).returncode == 0
-        assert told(case, "verify", *where)["damaged"] == []
+        assert workspace.manta("prepare", *where).returncode == 0
+        assert told(workspace, "verify", *where)["damaged"] == []
 
 
 @pytest.mark.slow
-def test_a_corpus_in_an_object_store_is_looked_at_where_it_lies(case, tmp_path):
-    prepared, cache = (str(case.file), "data.directory=s3://corpus/corpora"), tmp_path / "cache"
+def test_a_corpus_in_an_object_store_is_looked_at_where_it_lies(workspace, tmp_path):
+    prepared, cache = (str(workspace.config_file), "data.directory=s3://corpus/corpora"), tmp_path / "cache"
     where = (*prepared, f"data.cache.directory={cache}")
     with ObjectStore() as store:
         assert (
-            case.manta("prepare", *prepared, f"data.cache.directory={tmp_path / 'of the preparation'}", **store.environment).returncode == 0
+            workspace.manta("prepare", *prepared, f"data.cache.directory={tmp_path / 'of the preparation'}", **store.environment).returncode
+            == 0
         )
-        quick = case.manta("data", "inspect", *where, "--read", "0", "--json", **store.environment)
+        quick = workspace.manta("data", "inspect", *where, "--read", "0", "--json", **store.environment)
         assert json.loads(quick.stdout)["all"]["documents"] > 50
         assert not list(cache.rglob("*.bin")), "tokens were fetched, and nobody asked for them"
-        whole = json.loads(case.manta("data", "inspect", *where, "--json", **store.environment).stdout)
+        whole = json.loads(workspace.manta("data", "inspect", *where, "--json", **store.environment).stdout)
         assert whole["overlap"]["train_tokens_searched"] == whole["all"]["tokens"]
-        verified = json.loads(case.manta("data", "verify", *where, "--json", **store.environment).stdout)
+        verified = json.loads(workspace.manta("data", "verify", *where, "--json", **store.environment).stdout)
         assert verified["damaged"] == []
         shard = f"{verified['corpora'][0]}/piece-00000.validation.bin"
         store.put(shard.removeprefix("s3://corpus/"), b"\0" * 2 * whole["all"]["validation"]["tokens"])
-        damaged = case.manta("data", "verify", *where, **store.environment)
+        damaged = workspace.manta("data", "verify", *where, **store.environment)
         assert damaged.returncode == 2
         assert f"manta: {shard}: got xxh3 " in damaged.stderr
 
 
-def test_mixture_tells_what_each_source_gives_by_when(case, run, steps):
-    found = told(case, "mixture", run)
+def test_mixture_tells_what_each_source_gives_by_when(workspace, run, steps):
+    found = told(workspace, "mixture", run)
     begins = {row["step"]: row["begins"] for row in found["rows"] if row["begins"]}
     assert begins == {2: ["length 32"], 4: ["batch 8"], 5: ["stage 2"]}
     whole = Timeline(sequence_length=32, global_batch=8, ramp=[(0, 4), (512, 8)])
@@ -415,33 +416,33 @@ def test_mixture_tells_what_each_source_gives_by_when(case, run, steps):
         assert {name: of["tokens"] for name, of in row["sources"].items()} == {name: 32 * by_source[name] for name in row["sources"]}
     assert [row["sources"]["late"]["share"] for row in found["rows"]] == [0.25 if row["step"] < 5 else 1 for row in found["rows"]]
     assert found["warnings"] == []
-    printed = case.manta("data", "mixture", run).stdout
+    printed = workspace.manta("data", "mixture", run).stdout
     assert "stage 2" in printed
     assert "100 %" in printed
 
 
 @pytest.mark.slow
-def test_mixture_warns_of_the_step_at_which_a_source_is_read_too_often(case, run, tmp_path):
-    far = told(case, "mixture", run, "--steps", "20000", "--png", str(tmp_path))
+def test_mixture_warns_of_the_step_at_which_a_source_is_read_too_often(workspace, run, tmp_path):
+    far = told(workspace, "mixture", run, "--steps", "20000", "--png", str(tmp_path))
     (warning,) = far["warnings"]
     assert (warning["source"], warning["kind"], warning["in_run"]) == ("late", "cap", False)
     steps = [
-        told(case, "mixture", run, "--steps", str(warning["step"] + more))["rows"][-1]["sources"]["late"]["epochs"] for more in (-1, 0)
+        told(workspace, "mixture", run, "--steps", str(warning["step"] + more))["rows"][-1]["sources"]["late"]["epochs"] for more in (-1, 0)
     ]
     assert steps[0] <= 1 < steps[1]
     assert (
         f"late: read more than its epochs 1 from step {warning['step']:,} on"
-        in case.manta("data", "mixture", run, "--steps", "20000").stdout
+        in workspace.manta("data", "mixture", run, "--steps", "20000").stdout
     )
     assert (tmp_path / "mixture.png").read_bytes().startswith(b"\x89PNG")
-    pooled = told(case, "mixture", str(case.file), SOURCES, "--steps", "20000")
+    pooled = told(workspace, "mixture", str(workspace.config_file), SOURCES, "--steps", "20000")
     assert {warning["kind"] for warning in pooled["warnings"]} == {"cap", "again"}
     sizes = [source["samples"] for source in pooled["sources"]]
     assert [of["share"] for of in pooled["rows"][0]["sources"].values()] == [size / sum(sizes) for size in sizes]
 
 
-def test_sample_at_shows_what_the_run_was_trained_on(case, run, steps):
-    lines = read_metrics(case.home / run / "metrics.jsonl")
+def test_sample_at_shows_what_the_run_was_trained_on(workspace, run, steps):
+    lines = read_metrics(workspace.directory / run / "metrics.jsonl")
     numbers: list[int] = []
     assert [line["step"] for line in lines] == [found["step"] for found in steps]
     for line, found in zip(lines, steps, strict=True):
@@ -454,7 +455,10 @@ def test_sample_at_shows_what_the_run_was_trained_on(case, run, steps):
         numbers += [sample["sample"] for sample in found["samples"]]
     left = [number for number in range(numbers[-1] + 1) if number not in {5, 6, 7, 8, 30, 31}]
     assert numbers == left, "those that are skipped are not read, and no other is missing"
-    texts = {name: "".join(path.read_text() for path in (case.home / "documents").glob(f"{names}*.txt")) for name, names in NAMES.items()}
+    texts = {
+        name: "".join(path.read_text() for path in (workspace.directory / "documents").glob(f"{names}*.txt"))
+        for name, names in NAMES.items()
+    }
     for sample in steps[-1]["samples"]:
         for document in sample["sequences"][0]["documents"]:
             assert document["text"].removesuffix("<|endoftext|>").strip("�") in texts[sample["source"]]
@@ -464,40 +468,40 @@ NAMES = {"early": "[a-d]", "late": "[e-h]"}
 
 
 @pytest.mark.slow
-def test_sample_at_deals_a_step_out_over_any_ranks(case, run, steps):
+def test_sample_at_deals_a_step_out_over_any_ranks(workspace, run, steps):
     whole = steps[7]
     for ranks in (1, 2):
-        dealt = [told_step(case, run, 8, "--ranks", str(ranks), "--rank", str(rank))["samples"] for rank in range(ranks)]
+        dealt = [told_step(workspace, run, 8, "--ranks", str(ranks), "--rank", str(rank))["samples"] for rank in range(ranks)]
         assert sorted((sample["slot"], sample["sample"]) for of_rank in dealt for sample in of_rank) == [
             (sample["slot"], sample["sample"]) for sample in whole["samples"]
         ]
-    (only,) = told_step(case, run, 8, "--slot", "3")["samples"]
+    (only,) = told_step(workspace, run, 8, "--slot", "3")["samples"]
     assert only == whole["samples"][3]
-    printed = case.manta("data", "sample-at", run, "8", "--slot", "3", "--full").stdout
+    printed = workspace.manta("data", "sample-at", run, "8", "--slot", "3", "--full").stdout
     assert "as the run logged it: this is what was trained on" in printed
     assert f"sample {only['sample']:,} · {only['source']} · epoch 1" in printed
     shown = "".join(line[6:] for line in printed.splitlines() if "┃" in line)
     assert "".join(only["sequences"][0]["documents"][0]["text"].split("\n")) in shown
 
 
-def test_another_digest_than_the_logged_one_is_told_loudly(case, run):
-    copy = case.home / "another digest"
-    shutil.copytree(case.home / run, copy, ignore=shutil.ignore_patterns("checkpoints"))
+def test_another_digest_than_the_logged_one_is_told_loudly(workspace, run):
+    copy = workspace.directory / "another digest"
+    shutil.copytree(workspace.directory / run, copy, ignore=shutil.ignore_patterns("checkpoints"))
     metrics = copy / "metrics.jsonl"
     lines = read_metrics(metrics)
     lines[2]["data/digest"] ^= 1
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines[:5]))
-    done = case.manta("data", "sample-at", copy.name, "3")
+    done = workspace.manta("data", "sample-at", copy.name, "3")
     assert done.returncode == 1
     assert "THIS IS NOT WHAT WAS TRAINED ON" in done.stdout
-    assert told_step(case, copy.name, 3, code=1)["digest"]["matches"] is False
-    assert case.manta("data", "sample-at", copy.name, "2").returncode == 0
-    assert told_step(case, copy.name, 7)["digest"]["logged"] is None
+    assert told_step(workspace, copy.name, 3, code=1)["digest"]["matches"] is False
+    assert workspace.manta("data", "sample-at", copy.name, "2").returncode == 0
+    assert told_step(workspace, copy.name, 7)["digest"]["logged"] is None
 
 
 @pytest.mark.slow
-def test_sample_at_shows_what_was_hidden(case, masked):
-    found = told_step(case, masked, 2)
+def test_sample_at_shows_what_was_hidden(workspace, masked):
+    found = told_step(workspace, masked, 2)
     assert found["digest"]["matches"] is True
     for sample in found["samples"]:
         (sequence,) = sample["sequences"]
@@ -505,7 +509,7 @@ def test_sample_at_shows_what_was_hidden(case, masked):
         pieces = [piece for document in sequence["documents"] for piece in document["pieces"]]
         assert [piece["text"] for piece in pieces if piece["kind"] == "special" and "[" in piece["text"]] == ["[CLS]", "[SEP]", "[SEP]"]
         assert sum("wanted" in piece for piece in pieces) == round(0.15 * 29)
-    assert "⟦[MASK]→" in case.manta("data", "sample-at", masked, "2").stdout
+    assert "⟦[MASK]→" in workspace.manta("data", "sample-at", masked, "2").stdout
 
 
 @pytest.mark.parametrize(
@@ -529,9 +533,9 @@ def test_sample_at_shows_what_was_hidden(case, masked):
         ),
     ],
 )
-def test_bad_input_is_told_in_a_line(case, run, arguments, told):
-    named = {"FILE": case.file.name, "RUN": run}
-    done = case.manta("data", *(named.get(argument, argument) for argument in arguments))
+def test_bad_input_is_told_in_a_line(workspace, run, arguments, told):
+    named = {"FILE": workspace.config_file.name, "RUN": run}
+    done = workspace.manta("data", *(named.get(argument, argument) for argument in arguments))
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -540,7 +544,7 @@ def test_bad_input_is_told_in_a_line(case, run, arguments, told):
 
 
 @pytest.mark.parametrize("command", [["inspect", "RUN"], ["verify", "RUN"], ["mixture", "RUN"], ["sample-at", "RUN", "2"]])
-def test_no_command_waits_for_torch(case, run, command):
+def test_no_command_waits_for_torch(workspace, run, command):
     heavy = "{'torch', 'ray', 'deepspeed', 'datasets', 'matplotlib', 'pyarrow'}"
     script = f"""
 import sys
@@ -552,7 +556,7 @@ except SystemExit as left:
     assert not left.code, left.code
 sys.stderr.write('imported: ' + ' '.join({heavy} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-P", "-c", script], cwd=case.home, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", script], cwd=workspace.directory, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "imported: "
-    assert f"For example: manta data {command[0]} " in case.manta("data", command[0], "--help").stdout
+    assert f"For example: manta data {command[0]} " in workspace.manta("data", command[0], "--help").stdout

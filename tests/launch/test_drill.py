@@ -20,9 +20,9 @@ class Drifting(Llama):
 
 
 @pytest.mark.slow
-def test_every_fault_is_noticed_come_through_and_changes_no_loss(case):
+def test_every_fault_is_noticed_come_through_and_changes_no_loss(workspace):
     begun = time.monotonic()
-    done = case.manta("drill", str(case.file), *DRILL, timeout=400)
+    done = workspace.manta("drill", str(workspace.config_file), *DRILL, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - begun < 180
     told = done.stdout.splitlines()
@@ -38,25 +38,25 @@ def test_every_fault_is_noticed_come_through_and_changes_no_loss(case):
     ]
     assert all("the same, bit by bit" in row for row in rows.values())
     assert re.fullmatch(r"passed: 7 faults in \d+ steps", told[-1])
-    assert not list(case.home.glob("drilled*"))
+    assert not list(workspace.directory.glob("drilled*"))
 
 
 @pytest.mark.slow
-def test_a_run_that_learns_something_else_after_a_fault_has_failed(case):
+def test_a_run_that_learns_something_else_after_a_fault_has_failed(workspace):
     """Its norm is another one in each attempt."""
-    (case.home / "drifting.py").write_text(DRIFTING)
-    done = case.manta("drill", str(case.file), *DRILL, "model.family=drifting:Drifting", timeout=400)
+    (workspace.directory / "drifting.py").write_text(DRIFTING)
+    done = workspace.manta("drill", str(workspace.config_file), *DRILL, "model.family=drifting:Drifting", timeout=400)
     assert done.returncode == 1, done.stderr
     told = done.stdout.splitlines()
     assert "OTHER, BY" in next(line for line in told if line.startswith("rank killed"))
-    (kept,) = case.home.glob("drilled-drill-*")
+    (kept,) = workspace.directory.glob("drilled-drill-*")
     assert re.fullmatch(rf"failed: rank killed, .*; both runs lie in {re.escape(str(kept))}", told[-1])
     shutil.rmtree(kept)
 
 
 @pytest.mark.parametrize(("on", "there"), [("slurm", "in an allocation"), ("kubernetes", "in a pod")])
-def test_where_a_run_is_handed_over_a_drill_is_given_from_there(case, on, there):
-    refused = case.manta("drill", str(case.file), "--on", on)
+def test_where_a_run_is_handed_over_a_drill_is_given_from_there(workspace, on, there):
+    refused = workspace.manta("drill", str(workspace.config_file), "--on", on)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert f"--on: got {on}, to which only a whole run is handed over; give the command {there}" in refused.stderr
-    assert not list(case.home.glob("run-drill*"))
+    assert not list(workspace.directory.glob("run-drill*"))

@@ -45,14 +45,14 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_trains_in_a_clean_environment(wheel, case, tmp_path):
+def test_the_wheel_trains_in_a_clean_environment(wheel, workspace, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "manta/launch/presets/llama-tiny.yaml" in names
     assert all(name.startswith(("manta/", "manta-")) for name in names)
     venv.create(tmp_path / "clean", with_pip=True)
     binaries = tmp_path / "clean" / "bin"
     subprocess.run([binaries / "python", "-m", "pip", "install", "--quiet", str(wheel)], check=True)
-    command = [binaries / "manta", "train", case.file, "run.dir=from the wheel", "train.steps=6"]
-    done = subprocess.run(command, cwd=case.home, capture_output=True, text=True, check=False)
+    command = [binaries / "manta", "train", workspace.config_file, "run.dir=from the wheel", "train.steps=6"]
+    done = subprocess.run(command, cwd=workspace.directory, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (case.home / "from the wheel/checkpoints/step-00000006/manifest.json").exists()
+    assert (workspace.directory / "from the wheel/checkpoints/step-00000006/manifest.json").exists()

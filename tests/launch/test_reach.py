@@ -34,13 +34,13 @@ def ended(running: subprocess.Popen, within: float = 30.0) -> tuple[int, str, st
 
 
 @pytest.fixture
-def background(case):
+def background(workspace):
     """Starts runs in the background; what a test leaves of them is stopped."""
     homes: list[RunDirectory] = []
 
     def start(*arguments: str, run: str) -> RunDirectory:
-        homes.append(RunDirectory(case.home / run))
-        done = case.manta(*arguments, "--detach")
+        homes.append(RunDirectory(workspace.directory / run))
+        done = workspace.manta(*arguments, "--detach")
         assert done.returncode == 0, done.stderr
         assert f"manta attach {homes[-1].typed}\n" in done.stderr
         return homes[-1]
@@ -57,22 +57,22 @@ def steps(home: RunDirectory) -> int:
     return max((line["step"] for line in read_metrics(home.metrics_file)), default=0)
 
 
-def test_a_run_in_the_background_is_watched_read_and_stopped(case, background):
-    home = RunDirectory(case.home / "away")
+def test_a_run_in_the_background_is_watched_read_and_stopped(workspace, background):
+    home = RunDirectory(workspace.directory / "away")
     home.path.mkdir()
     home.stop_file.touch()  # of an earlier run that was killed
-    background("train", str(case.file), "run.dir=away", *ENDLESS, run="away")
+    background("train", str(workspace.config_file), "run.dir=away", *ENDLESS, run="away")
     with (
-        case.start("attach", "away") as watching,
-        case.start("attach", "away") as leaving,
-        case.start("logs", "away", "--rank", "1", "--follow") as reading,
+        workspace.start("attach", "away") as watching,
+        workspace.start("attach", "away") as leaving,
+        workspace.start("logs", "away", "--rank", "1", "--follow") as reading,
     ):
         wait_for(lambda: steps(home) > 3)
         leaving.send_signal(signal.SIGINT)
         code, _, told = ended(leaving)
         assert (code, "goes on" in told) == (0, True)
         assert home.is_claimed
-        stopped = case.manta("stop", "away")
+        stopped = workspace.manta("stop", "away")
         code, _, told = ended(watching)
         read = ended(reading)
     assert stopped.returncode == 0, stopped.stderr
@@ -88,19 +88,19 @@ def test_a_run_in_the_background_is_watched_read_and_stopped(case, background):
         stop(home.path, at_once=False, timeout=1)
 
 
-def test_bad_input_is_told_before_anything_goes_into_the_background(case):
-    refused = case.manta("train", str(case.file), "run.dir=nowhere", "train.stepz=3", "--detach")
+def test_bad_input_is_told_before_anything_goes_into_the_background(workspace):
+    refused = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "train.stepz=3", "--detach")
     assert refused.returncode == 2
     assert "train.stepz: got an unknown key" in refused.stderr
-    assert not (case.home / "nowhere").exists()
+    assert not (workspace.directory / "nowhere").exists()
 
 
 @pytest.fixture
-def past(case, tmp_path) -> RunDirectory:
+def past(workspace, tmp_path) -> RunDirectory:
     """What a run leaves behind that was started and broke off."""
     home = RunDirectory(tmp_path / "a past run")
     home.logs.mkdir(parents=True)
-    config = load(case.file, [f"run.dir={json.dumps(str(home.path))}"])
+    config = load(workspace.config_file, [f"run.dir={json.dumps(str(home.path))}"])
     home.config_file.write_text(config.to_yaml())
     add(home, "run-started", 0)
     return home
@@ -111,7 +111,7 @@ def add(home: RunDirectory, event: str, attempt: int, **details) -> None:
         file.write(json.dumps({"time": time.time(), "event": event, "attempt": attempt, **details}) + "\n")
 
 
-def test_the_logs_of_each_rank_and_attempt_are_found_and_others_named(case, past):
+def test_the_logs_of_each_rank_and_attempt_are_found_and_others_named(workspace, past):
     with pytest.raises(InputError, match="got no rank's log yet"):
         list(logs(past.path, rank=0, attempt=None, follow=False))
     for attempt, ranks in ((7, 2), (8, 2), (11, 1)):
@@ -119,7 +119,7 @@ def test_the_logs_of_each_rank_and_attempt_are_found_and_others_named(case, past
         for rank in range(ranks):
             (past.logs / f"attempt-{attempt:04d}/rank-{rank:04d}.log").write_text(f"rank {rank} of attempt {attempt}\n")
     assert list(logs(past.path, rank=0, attempt=None, follow=False)) == [b"rank 0 of attempt 11\n"]
-    assert case.manta("logs", str(past.path), "--attempt", "8", "--rank", "1").stdout == "rank 1 of attempt 8\n"
+    assert workspace.manta("logs", str(past.path), "--attempt", "8", "--rank", "1").stdout == "rank 1 of attempt 8\n"
     with pytest.raises(InputError, match=r"^--rank: got 1, wants one that attempt 11 had: 0$"):
         list(logs(past.path, rank=1, attempt=None, follow=True))
     with pytest.raises(InputError, match=r"^--attempt: got 9, wants one whose logs are kept: 7 to 8, 11$"):
@@ -139,13 +139,13 @@ def test_a_rank_that_is_yet_to_take_its_log_is_waited_for(past):
         later.join()
 
 
-def test_logs_are_followed_from_attempt_to_attempt_until_the_run_ends(case, past):
+def test_logs_are_followed_from_attempt_to_attempt_until_the_run_ends(workspace, past):
     def log(attempt: int):
         (past.logs / f"attempt-{attempt:04d}").mkdir(exist_ok=True)
         return (past.logs / f"attempt-{attempt:04d}/rank-0000.log").open("a", buffering=1)
 
     with past.claim():
-        reading = case.start("logs", str(past.path), "--follow", bufsize=1)
+        reading = workspace.start("logs", str(past.path), "--follow", bufsize=1)
         with log(1) as first:
             first.write("one\n")
             assert reading.stdout.readline() == "one\n"
@@ -166,7 +166,7 @@ def test_logs_are_followed_from_attempt_to_attempt_until_the_run_ends(case, past
 TRACE = "\n".join(["Traceback (most recent call last):", *(f'  File "model.py", line {n}, in forward' for n in range(40)), ""])
 
 
-def test_a_run_that_gave_up_ends_with_the_error_of_the_rank_that_is_to_blame(case, past):
+def test_a_run_that_gave_up_ends_with_the_error_of_the_rank_that_is_to_blame(workspace, past):
     for attempt in (1, 2):
         add(
             past,
@@ -179,7 +179,7 @@ def test_a_run_that_gave_up_ends_with_the_error_of_the_rank_that_is_to_blame(cas
         )
     add(past, "decided", 2, decision="give up", reason="rank 1 failed twice at step 5 with the same error")
     add(past, "run-ended", 2, exit_code=1)
-    shown = case.manta("attach", str(past.path))
+    shown = workspace.manta("attach", str(past.path))
     assert shown.returncode == 1
     told = shown.stderr.splitlines()
     assert told[0] == f"{past.path}: is not running; it ended with exit code 1"
@@ -188,8 +188,8 @@ def test_a_run_that_gave_up_ends_with_the_error_of_the_rank_that_is_to_blame(cas
     assert 'line 0, in forward"' not in shown.stderr, "its last lines alone"
 
 
-def test_what_broke_off_is_told_as_such(case, past):
-    shown = case.manta("attach", str(past.path))
+def test_what_broke_off_is_told_as_such(workspace, past):
+    shown = workspace.manta("attach", str(past.path))
     assert shown.returncode == 1
     assert shown.stderr.splitlines()[-1] == f"broken off; nothing is saved yet; go on with: manta resume {past.typed}"
     past.events_file.unlink()
@@ -208,41 +208,41 @@ class Failing(Llama):
 
 
 @pytest.mark.slow
-def test_a_run_whose_model_raises_ends_with_what_it_raised(case):
-    (case.home / "failing.py").write_text(FAILING)
-    failed = case.train("failing", "model.family=failing:Failing", code=1)
-    home = RunDirectory(case.home / "failing")
+def test_a_run_whose_model_raises_ends_with_what_it_raised(workspace):
+    (workspace.directory / "failing.py").write_text(FAILING)
+    failed = workspace.train("failing", "model.family=failing:Failing", code=1)
+    home = RunDirectory(workspace.directory / "failing")
     told = failed.stderr.splitlines()
     assert told[-2] == "RuntimeError: it never works"
     assert 'raise RuntimeError("it never works")' in told[-3]
     path = told[-1].rpartition(": ")[2]
     assert path.startswith(f"{home.logs}/attempt-0002/rank-000")
-    shown = case.manta("attach", "failing")
+    shown = workspace.manta("attach", "failing")
     assert (shown.returncode, shown.stderr.splitlines()[-3:]) == (1, told[-3:])
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_stopped_at_once_and_old_logs_are_gone(case, background):
-    case.train("long", "train.steps=3")
+def test_a_resumed_run_is_stopped_at_once_and_old_logs_are_gone(workspace, background):
+    workspace.train("long", "train.steps=3")
     home = background("resume", "long", *ENDLESS, "cluster.keep_logs=1", run="long")
     wait_for(lambda: steps(home) > 5)
-    done = case.manta("stop", "long", "--at-once", "--timeout", "20")
+    done = workspace.manta("stop", "long", "--at-once", "--timeout", "20")
     assert (done.returncode, done.stdout) == (0, f"step 3 is saved; go on with: manta resume {home.typed}\n")
     assert read_events(home.events_file)[-1]["exit_code"] == 130
     assert [path.name for path in sorted(home.logs.iterdir())] == ["attempt-0002", "controller.log"]
 
 
 @pytest.mark.slow
-def test_a_run_that_does_not_leave_in_time_is_told_of(case, background):
-    home = background("train", str(case.file), "run.dir=stubborn", *ENDLESS, run="stubborn")
+def test_a_run_that_does_not_leave_in_time_is_told_of(workspace, background):
+    home = background("train", str(workspace.config_file), "run.dir=stubborn", *ENDLESS, run="stubborn")
     wait_for(lambda: steps(home) > 3)
     (started,) = [event for event in read_events(home.events_file) if event["event"] == "attempt-started"]
     for rank in started["ranks"]:
         os.kill(rank["pid"], signal.SIGSTOP)
-    second = case.manta("resume", "stubborn", "--detach")
+    second = workspace.manta("resume", "stubborn", "--detach")
     assert (second.returncode, "another manta is running it" in second.stderr) == (2, True)
-    late = case.manta("stop", "stubborn", "--timeout", "2")
+    late = workspace.manta("stop", "stubborn", "--timeout", "2")
     assert (late.returncode, "has not left within 2 s" in late.stderr) == (1, True)
-    done = case.manta("stop", "stubborn", "--at-once")
+    done = workspace.manta("stop", "stubborn", "--at-once")
     assert done.returncode == 0, done.stderr
     assert not home.is_claimed

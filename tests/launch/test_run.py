@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
-from runs import assert_same, copy_of, events, lines, losses, of_run, resume, taken_back, wait_for_step
+from runs import assert_same_losses, copy_run, copy_without_newest_checkpoint, events, lines, losses, processes_of, resume, wait_for_step
 
 from manta.data.errors import InputError
 from manta.trainer.convert.huggingface.export import export
-from manta.trainer.metrics import describe, parse
+from manta.trainer.metrics import format_line, parse_lines
 from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
 from manta.trainer.serve.generate import Sampling, write
@@ -22,8 +22,8 @@ from manta.trainer.serve.generate import Sampling, write
 STEPS = 40
 
 
-def test_a_run_leaves_what_its_directory_promises(case, undisturbed):
-    home = case.home / undisturbed
+def test_a_run_leaves_what_its_directory_promises(workspace, finished_run):
+    home = workspace.directory / finished_run
     for name in (
         "config.yaml",
         "manifest.json",
@@ -35,26 +35,28 @@ def test_a_run_leaves_what_its_directory_promises(case, undisturbed):
     ):
         assert (home / name).exists(), name
     keys = "step tokens time train/loss learning_rate grad_norm tokens_per_second mfu data_wait step_time memory/peak world_size attempt"
-    assert set(keys.split()) <= set(lines(case, undisturbed)[0])
-    assert [line["step"] for line in lines(case, undisturbed) if "eval/loss" in line] == [20, STEPS]
-    assert losses(case, undisturbed)[-1] < losses(case, undisturbed)[0] - 0.3
-    assert [event["event"] for event in events(case, undisturbed)][-1] == "run-ended"
-    again = case.train(undisturbed)
+    assert set(keys.split()) <= set(lines(workspace, finished_run)[0])
+    assert [line["step"] for line in lines(workspace, finished_run) if "eval/loss" in line] == [20, STEPS]
+    assert losses(workspace, finished_run)[-1] < losses(workspace, finished_run)[0] - 0.3
+    assert [event["event"] for event in events(workspace, finished_run)][-1] == "run-ended"
+    again = workspace.train(finished_run)
     assert "already done: step 40 of 40; raise train.steps to go on" in again.stderr
 
 
-def test_a_rank_killed_in_mid_run_changes_no_loss(case, undisturbed):
-    with case.start("train", str(case.file), "run.dir=killed", "checkpoint.every_steps=8", "cluster.hot_standby=true") as running:
-        wait_for_step(case, "killed", 10, running)
-        victim = next(e for e in events(case, "killed") if e["event"] == "attempt-started")["ranks"][1]["pid"]
+def test_a_rank_killed_in_mid_run_changes_no_loss(workspace, finished_run):
+    with workspace.start(
+        "train", str(workspace.config_file), "run.dir=killed", "checkpoint.every_steps=8", "cluster.hot_standby=true"
+    ) as running:
+        wait_for_step(workspace, "killed", 10, running)
+        victim = next(e for e in events(workspace, "killed") if e["event"] == "attempt-started")["ranks"][1]["pid"]
         os.kill(victim, signal.SIGKILL)
         assert running.wait(90) == 0, running.stderr.read()
         running.communicate()
-    failed = [event for event in events(case, "killed") if event["event"] == "rank-failed"]
+    failed = [event for event in events(workspace, "killed") if event["event"] == "rank-failed"]
     assert [event["rank"] for event in failed] == [1]
-    assert losses(case, "killed") == losses(case, undisturbed)  # bit by bit
-    assert [line["data/digest"] for line in lines(case, "killed")] == [line["data/digest"] for line in lines(case, undisturbed)]
-    written = parse((case.home / "killed/metrics.jsonl").read_text())
+    assert losses(workspace, "killed") == losses(workspace, finished_run)  # bit by bit
+    assert [line["data/digest"] for line in lines(workspace, "killed")] == [line["data/digest"] for line in lines(workspace, finished_run)]
+    written = parse_lines((workspace.directory / "killed/metrics.jsonl").read_text())
     assert len(written) > STEPS, "no step was done twice: the kill came too late to prove anything"
 
 
@@ -62,28 +64,28 @@ FROM_ONE_TO_TWO = pytest.param(1, 2, signal.SIGINT, 130, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("before", "after", "told", "code"), [(2, 1, signal.SIGTERM, 75), FROM_ONE_TO_TWO])
-def test_a_stopped_run_goes_on_with_another_number_of_ranks(case, undisturbed, before, after, told, code):
+def test_a_stopped_run_goes_on_with_another_number_of_ranks(workspace, finished_run, before, after, told, code):
     run = f"from {before} to {after}"
-    with case.start("train", str(case.file), f"run.dir={run}", f"cluster.ranks_per_node={before}") as running:
-        wait_for_step(case, run, 3, running)
+    with workspace.start("train", str(workspace.config_file), f"run.dir={run}", f"cluster.ranks_per_node={before}") as running:
+        wait_for_step(workspace, run, 3, running)
         running.send_signal(told)
         assert running.wait(60) == code, running.stderr.read()
         assert "is saved; go on with: manta resume '" in running.communicate()[1]
-    assert not of_run(case, run)
-    stopped = lines(case, run)[-1]["step"]
+    assert not processes_of(workspace, run)
+    stopped = lines(workspace, run)[-1]["step"]
     assert stopped <= STEPS - 20
-    assert json.loads(case.manta("status", run, "--json").stdout)["checkpoint"] == f"step-{stopped:08d}"
-    done = case.manta("resume", run, f"cluster.ranks_per_node={after}")
+    assert json.loads(workspace.manta("status", run, "--json").stdout)["checkpoint"] == f"step-{stopped:08d}"
+    done = workspace.manta("resume", run, f"cluster.ranks_per_node={after}")
     assert done.returncode == 0, done.stderr
-    after_all = lines(case, run)
+    after_all = lines(workspace, run)
     assert [line["world_size"] for line in after_all] == [before] * stopped + [after] * (STEPS - stopped)
-    assert [line["data/digest"] for line in after_all] == [line["data/digest"] for line in lines(case, undisturbed)]
-    assert losses(case, run) == pytest.approx(losses(case, undisturbed), abs=1e-5)
+    assert [line["data/digest"] for line in after_all] == [line["data/digest"] for line in lines(workspace, finished_run)]
+    assert losses(workspace, run) == pytest.approx(losses(workspace, finished_run), abs=1e-5)
 
 
 @pytest.mark.slow
-def test_a_rank_alone_and_torchrun_go_on_with_the_same_run(case, undisturbed):
-    home = copy_of(case, undisturbed, "by hand")
+def test_a_rank_alone_and_torchrun_go_on_with_the_same_run(workspace, finished_run):
+    home = copy_run(workspace, finished_run, "by hand")
     shutil.rmtree(home / "checkpoints/step-00000040")
     config = home / "config.yaml"
     alone = [sys.executable, "-P", "-m", "manta.trainer", str(home)]
@@ -91,59 +93,61 @@ def test_a_rank_alone_and_torchrun_go_on_with_the_same_run(case, undisturbed):
     for steps, command in ((STEPS, alone), (STEPS + 4, torchrun)):
         config.write_text(config.read_text().replace(f"steps: {STEPS}\n", f"steps: {steps}\n", 1))
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=case.home, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, cwd=workspace.directory, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
-        assert lines(case, "by hand")[-1]["step"] == steps
-    told = lines(case, "by hand")
+        assert lines(workspace, "by hand")[-1]["step"] == steps
+    told = lines(workspace, "by hand")
     assert [line["world_size"] for line in told] == [2] * 36 + [1] * 4 + [2] * 4
-    assert [line["data/digest"] for line in told[:STEPS]] == [line["data/digest"] for line in lines(case, undisturbed)]
+    assert [line["data/digest"] for line in told[:STEPS]] == [line["data/digest"] for line in lines(workspace, finished_run)]
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_tensor_parallelism(case, undisturbed):
-    again = resume(case, taken_back(case, undisturbed, "cut"), "parallel.tensor=2")
+def test_a_run_goes_on_under_tensor_parallelism(workspace, finished_run):
+    again = resume(workspace, copy_without_newest_checkpoint(workspace, finished_run, "cut"), "parallel.tensor=2")
     assert [line["step"] for line in again] == [37, 38, 39, 40]
-    assert_same(again, lines(case, undisturbed))
+    assert_same_losses(again, lines(workspace, finished_run))
 
 
 @pytest.mark.slow
-def test_a_mixture_whose_experts_lay_on_two_ranks_goes_on_on_one(case):
+def test_a_mixture_whose_experts_lay_on_two_ranks_goes_on_on_one(workspace):
     experts = "model.experts={experts: 4, top_k: 2, width: 32, balance: bias, bias_update_speed: 0.01}"
     uneven = "evaluate.samples=9"  # by fours over two ranks: at last one of them has one, the other none
-    case.train("mixture", experts, uneven, "parallel.expert=2", "parallel.zero=3", "train.steps=12", "evaluate.every_steps=6")
-    before = lines(case, "mixture")
+    workspace.train("mixture", experts, uneven, "parallel.expert=2", "parallel.zero=3", "train.steps=12", "evaluate.every_steps=6")
+    before = lines(workspace, "mixture")
     assert [line["step"] for line in before if "eval/loss" in line] == [6, 12]
     assert all(sum(line["load/blocks.0.mlp.router"]) == pytest.approx(1, abs=1e-3) for line in before)
-    again = resume(case, taken_back(case, "mixture", "mixture on one"), "parallel.expert=1", "cluster.ranks_per_node=1")
+    again = resume(
+        workspace, copy_without_newest_checkpoint(workspace, "mixture", "mixture on one"), "parallel.expert=1", "cluster.ranks_per_node=1"
+    )
     assert [line["step"] for line in again] == list(range(7, 13))
-    assert_same(again, before)
+    assert_same_losses(again, before)
     assert [line["load/blocks.1.mlp.router"] for line in again] == [line["load/blocks.1.mlp.router"] for line in before[6:]]
 
 
 @pytest.mark.slow
-def test_a_run_stopped_twice_goes_on_under_another_layout_each_time(case, undisturbed):
+def test_a_run_stopped_twice_goes_on_under_another_layout_each_time(workspace, finished_run):
     legs = [["parallel.tensor=2"], ["parallel.tensor=1", "parallel.zero=3"], ["parallel.zero=1", "cluster.ranks_per_node=1"]]
     run = "wandering"
     stopped = 0
     for number, leg in enumerate(legs):
-        arguments = ["resume", run] if number else ["train", str(case.file), f"run.dir={run}"]
-        with case.start(*arguments, *leg) as running:
+        arguments = ["resume", run] if number else ["train", str(workspace.config_file), f"run.dir={run}"]
+        with workspace.start(*arguments, *leg) as running:
             if leg is not legs[-1]:
-                wait_for_step(case, run, stopped + 4, running)
+                wait_for_step(workspace, run, stopped + 4, running)
                 running.send_signal(signal.SIGTERM)
             assert running.wait(90) == (0 if leg is legs[-1] else 75), running.communicate()[1]
             running.communicate()
-        assert lines(case, run)[-1]["step"] > stopped
-        stopped = lines(case, run)[-1]["step"]
-    assert [line["attempt"] for line in lines(case, run)].count(3) > 1, "the last leg came too late to prove anything"
-    assert [line["step"] for line in lines(case, run)] == list(range(1, STEPS + 1))
-    assert_same(lines(case, run), lines(case, undisturbed))
+        assert lines(workspace, run)[-1]["step"] > stopped
+        stopped = lines(workspace, run)[-1]["step"]
+    assert [line["attempt"] for line in lines(workspace, run)].count(3) > 1, "the last leg came too late to prove anything"
+    assert [line["step"] for line in lines(workspace, run)] == list(range(1, STEPS + 1))
+    assert_same_losses(lines(workspace, run), lines(workspace, finished_run))
 
 
 @pytest.fixture(scope="module")
-def uneven(case, undisturbed) -> list[dict]:
+def uneven(workspace, finished_run) -> list[dict]:
     """The last steps on one rank, each evaluated on a number of samples that micro batches do not divide."""
-    return resume(case, taken_back(case, undisturbed, "uneven"), *UNEVEN, "cluster.ranks_per_node=1")
+    return resume(workspace, copy_without_newest_checkpoint(workspace, finished_run, "uneven"), *UNEVEN, "cluster.ranks_per_node=1")
 
 
 UNEVEN = ("evaluate.samples=9", "evaluate.every_steps=1")
@@ -151,18 +155,18 @@ UNEVEN = ("evaluate.samples=9", "evaluate.every_steps=1")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [["zero=3"], ["sequence=2", "zero=3"], ["zero=2", "offload=true"], ["tensor=2", "zero=0"]], ids=" ".join)
-def test_evaluation_is_the_same_however_few_samples_a_rank_has(case, undisturbed, uneven, layout):
-    run = taken_back(case, undisturbed, f"uneven {' '.join(layout)}")
-    again = resume(case, run, *UNEVEN, *(f"parallel.{part}" for part in layout))
+def test_evaluation_is_the_same_however_few_samples_a_rank_has(workspace, finished_run, uneven, layout):
+    run = copy_without_newest_checkpoint(workspace, finished_run, f"uneven {' '.join(layout)}")
+    again = resume(workspace, run, *UNEVEN, *(f"parallel.{part}" for part in layout))
     assert [line["step"] for line in again if "eval/loss" in line] == [37, 38, 39, 40]
-    assert_same(again, uneven)
+    assert_same_losses(again, uneven)
 
 
 @pytest.mark.slow
-def test_fp16_skips_steps_whose_gradients_overflow_and_goes_on_with_the_scale_it_found(case, undisturbed):
+def test_fp16_skips_steps_whose_gradients_overflow_and_goes_on_with_the_scale_it_found(workspace, finished_run):
     # A z-loss of hundreds, whose gradients times the first scale are more than fp16 can hold.
-    done = case.train("fp16", "precision=fp16", "model.z_loss=10", "train.steps=20", "schedule.shape=constant")
-    told = lines(case, "fp16")
+    done = workspace.train("fp16", "precision=fp16", "model.z_loss=10", "train.steps=20", "schedule.shape=constant")
+    told = lines(workspace, "fp16")
     skipped = [line["skipped"] for line in told]
     assert skipped[0]
     assert 1 < sum(skipped) < 10
@@ -170,89 +174,89 @@ def test_fp16_skips_steps_whose_gradients_overflow_and_goes_on_with_the_scale_it
     scales = [line["loss_scale"] for line in told]
     assert scales[0] == 2**16, "the first time it is kept"
     assert scales[1:] == [before / 2 if skip else before for before, skip in zip(scales, skipped[1:], strict=False)]
-    assert done.stderr.count("gradients overflowed, nothing learned") == sum(skipped)
-    assert losses(case, "fp16")[-1] < losses(case, "fp16")[0] - 0.1
-    assert [line["data/digest"] for line in told] == [line["data/digest"] for line in lines(case, undisturbed)][:20]
-    again = resume(case, "fp16", "train.steps=24", "parallel.zero=3")
+    assert done.stderr.count("gradient overflow, step skipped") == sum(skipped)
+    assert losses(workspace, "fp16")[-1] < losses(workspace, "fp16")[0] - 0.1
+    assert [line["data/digest"] for line in told] == [line["data/digest"] for line in lines(workspace, finished_run)][:20]
+    again = resume(workspace, "fp16", "train.steps=24", "parallel.zero=3")
     assert again[0]["loss_scale"] == scales[-1] / (1 + again[0]["skipped"])
 
 
-def test_another_config_is_refused_and_the_difference_shown(case, undisturbed):
-    before = (case.home / undisturbed / "config.yaml").read_bytes()
-    refused = case.train(undisturbed, "optimizer.learning_rate=2e-3", "train.steps=12", code=2)
+def test_another_config_is_refused_and_the_difference_shown(workspace, finished_run):
+    before = (workspace.directory / finished_run / "config.yaml").read_bytes()
+    refused = workspace.train(finished_run, "optimizer.learning_rate=2e-3", "train.steps=12", code=2)
     assert "optimizer.learning_rate 0.001 -> 0.002" in refused.stderr
     assert "train.steps 40 -> 12" in refused.stderr
-    assert (case.home / undisturbed / "config.yaml").read_bytes() == before
+    assert (workspace.directory / finished_run / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.slow
-def test_a_run_whose_checkpoints_are_all_bad_never_starts_afresh(case, undisturbed):
-    home = copy_of(case, undisturbed, "bad")
+def test_a_run_whose_checkpoints_are_all_bad_never_starts_afresh(workspace, finished_run):
+    home = copy_run(workspace, finished_run, "bad")
     for path in (home / "checkpoints").glob("step-*"):
         (path / "manifest.json").write_text("{")
-    failed = case.train("bad", "train.steps=44", code=1)
+    failed = workspace.train("bad", "train.steps=44", code=1)
     assert "every checkpoint is bad" in failed.stderr
     assert f"{home}/logs/attempt-0002/rank-000" in failed.stderr.splitlines()[-1]
-    assert [event["event"] for event in events(case, "bad")].count("attempt-started") == 2, "another try would meet the same"
-    assert lines(case, "bad")[-1]["step"] == STEPS
+    assert [event["event"] for event in events(workspace, "bad")].count("attempt-started") == 2, "another try would meet the same"
+    assert lines(workspace, "bad")[-1]["step"] == STEPS
 
 
-def test_a_run_survives_a_bad_checkpoint_a_moved_corpus_and_a_second_manta(case, undisturbed):
-    home = copy_of(case, undisturbed, "survivor")
+def test_a_run_survives_a_bad_checkpoint_a_moved_corpus_and_a_second_manta(workspace, finished_run):
+    home = copy_run(workspace, finished_run, "survivor")
     (home / "checkpoints/step-00000040/rank-0000.safetensors").write_bytes(b"")
     manifest = json.loads((home / "manifest.json").read_text())
     moved = json.loads(json.dumps(manifest["corpus"]).replace("/corpora/", "/elsewhere/"))
     (home / "manifest.json").write_text(json.dumps(manifest | {"corpus": moved}))
-    with case.start("train", str(case.file), "run.dir=survivor", "train.steps=2000") as running:
-        wait_for_step(case, "survivor", 50, running)
-        second = case.train("survivor", "train.steps=2000", code=2)
+    with workspace.start("train", str(workspace.config_file), "run.dir=survivor", "train.steps=2000") as running:
+        wait_for_step(workspace, "survivor", 50, running)
+        second = workspace.train("survivor", "train.steps=2000", code=2)
         assert "another manta is running it" in second.stderr
-        assert json.loads(case.manta("status", "survivor", "--json").stdout)["state"] == "running"
+        assert json.loads(workspace.manta("status", "survivor", "--json").stdout)["state"] == "running"
         running.stderr.close()  # as when `| tee log` dies of the same Ctrl-C
         running.send_signal(signal.SIGINT)
         assert running.wait(60) == 130
     assert (home / "checkpoints/bad-step-00000040").exists()
-    assert [line["attempt"] for line in lines(case, "survivor")][35:37] == [1, 2]
-    told = json.loads(case.manta("status", "survivor", "--json").stdout)
+    assert [line["attempt"] for line in lines(workspace, "survivor")][35:37] == [1, 2]
+    told = json.loads(workspace.manta("status", "survivor", "--json").stdout)
     assert told["state"] == "interrupted"
     assert told["checkpoint"] == f"step-{told['step']:08d}"
 
 
-def test_status_for_people(case, undisturbed):
-    told = case.manta("status", undisturbed).stdout
+def test_status_for_people(workspace, finished_run):
+    told = workspace.manta("status", finished_run).stdout
     assert "40 of 40" in told
     assert "done" in told
     assert "data 2, ZeRO-1" in told
     # A layout that no step was taken under yet is not told as that of the last one.
-    changed = copy_of(case, undisturbed, "changed") / "config.yaml"
+    changed = copy_run(workspace, finished_run, "changed") / "config.yaml"
     changed.write_text(changed.read_text().replace("tensor: 1", "tensor: 2"))
-    assert "data 2, ZeRO-1" in case.manta("status", "changed").stdout
-    home = case.home / "broken off"
+    assert "data 2, ZeRO-1" in workspace.manta("status", "changed").stdout
+    home = workspace.directory / "broken off"
     home.mkdir()
-    shutil.copyfile(case.home / undisturbed / "config.yaml", home / "config.yaml")
+    shutil.copyfile(workspace.directory / finished_run / "config.yaml", home / "config.yaml")
     (home / "events.jsonl").write_text(json.dumps({"event": "run-started", "attempt": 0, "time": 0.0}) + "\n")
-    told = case.manta("status", "broken off").stdout
+    told = workspace.manta("status", "broken off").stdout
     assert "0 of 40" in told
     assert "broken off; go on with: manta resume" in told
     assert "tokens/s" not in told
 
 
-def test_generate_writes_the_same_text_for_the_same_seed(case, undisturbed):
-    written = case.manta("generate", undisturbed, "import ", "--tokens", "20", "--seed", "3")
+def test_generate_writes_the_same_text_for_the_same_seed(workspace, finished_run):
+    written = workspace.manta("generate", finished_run, "import ", "--tokens", "20", "--seed", "3")
     assert written.returncode == 0, written.stderr
     assert written.stdout.startswith("import ")
-    here = write(RunDirectory(case.home / undisturbed), "import ", count=20, sampling=Sampling(seed=3))
+    here = write(RunDirectory(workspace.directory / finished_run), "import ", count=20, sampling=Sampling(seed=3))
     assert "".join(here) + "\n" == written.stdout
-    assert case.manta("generate", undisturbed, "--top-p", "2").returncode == 2
+    assert workspace.manta("generate", finished_run, "--top-p", "2").returncode == 2
 
 
-def test_an_export_overwrites_nothing_else(case, undisturbed):
-    thesis = case.home / "thesis"
+def test_an_export_overwrites_nothing_else(workspace, finished_run):
+    thesis = workspace.directory / "thesis"
     thesis.mkdir()
     for name in ("config.json", "thesis.tex"):
         (thesis / name).write_text("years of work")
-    trained = load_pretrained(RunDirectory(case.home / undisturbed))
-    theirs = case.home / "theirs"
+    trained = load_pretrained(RunDirectory(workspace.directory / finished_run))
+    theirs = workspace.directory / "theirs"
     theirs.mkdir()
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"):
         (theirs / name).write_text("what transformers writes")
@@ -261,13 +265,13 @@ def test_an_export_overwrites_nothing_else(case, undisturbed):
             export(trained, place, dtype=torch.float32)
     assert (thesis / "thesis.tex").read_text() == "years of work"
     assert (theirs / "model.safetensors").read_text() == "what transformers writes"
-    export(trained, case.home / "again", dtype=torch.float32)
-    export(trained, case.home / "again", dtype=torch.float32)
+    export(trained, workspace.directory / "again", dtype=torch.float32)
+    export(trained, workspace.directory / "again", dtype=torch.float32)
 
 
 @pytest.mark.slow
-def test_an_export_has_equal_logits_in_transformers(case, undisturbed):
-    done = case.manta("export", undisturbed)
+def test_an_export_has_equal_logits_in_transformers(workspace, finished_run):
+    done = workspace.manta("export", finished_run)
     assert done.returncode == 0, done.stderr
     script = f"""
 import torch, warnings
@@ -275,7 +279,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
-ours = load_pretrained(RunDirectory(Path({str(case.home / undisturbed)!r})))
+ours = load_pretrained(RunDirectory(Path({str(workspace.directory / finished_run)!r})))
 theirs = AutoModelForCausalLM.from_pretrained({done.stdout.strip()!r}, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained({done.stdout.strip()!r})
 text = "class Error(Exception):\\n    pass"
@@ -287,35 +291,37 @@ with torch.no_grad():
     a, b = ours.model.logits(tokens), theirs(tokens).logits
 print(float((a - b).abs().max()))
 """
-    told = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=case.home, timeout=120, check=False)
+    told = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=workspace.directory, timeout=120, check=False
+    )
     assert told.returncode == 0, told.stderr
     assert float(told.stdout) <= 1e-5
 
 
 def test_what_keeps_a_model_in_bounds_is_told_apart_from_its_loss():
     terms = {"train/masked_language": 5.0, "train/next_sentence": 0.5}
-    told = describe({"train/loss": 5.5, **terms, "train/z_loss": 3.0, "tokens_per_second": 9.0, "skipped": False})
+    told = format_line({"train/loss": 5.5, **terms, "train/z_loss": 3.0, "tokens_per_second": 9.0, "skipped": False})
     assert told == "loss 5.5000 (masked language 5.0000, next sentence 0.5000)  9 tokens/s"
 
 
 @pytest.mark.slow
-def test_samples_may_be_skipped_from_where_a_run_has_come_to(case, undisturbed):
-    shutil.copytree(case.home / undisturbed, case.home / "skipping")
+def test_samples_may_be_skipped_from_where_a_run_has_come_to(workspace, finished_run):
+    shutil.copytree(workspace.directory / finished_run, workspace.directory / "skipping")
     more = ("run.dir=skipping", f"train.steps={STEPS + 2}")
-    refused = case.manta("train", str(case.file), *more, "data.skip=[[10, 20]]")
+    refused = workspace.manta("train", str(workspace.config_file), *more, "data.skip=[[10, 20]]")
     assert refused.returncode == 2
     assert re.search(r"data\.skip \[\] -> \[\[10, 20\]\] \(may change from sample \d+ on\)", refused.stderr)
     reached = int(re.search(r"from sample (\d+) on", refused.stderr)[1])
-    assert case.manta("train", str(case.file), *more, f"data.skip=[[{reached + 1}, {reached + 100}]]").returncode == 0
-    assert [line["step"] for line in lines(case, "skipping")][-1] == STEPS + 2
+    assert workspace.manta("train", str(workspace.config_file), *more, f"data.skip=[[{reached + 1}, {reached + 100}]]").returncode == 0
+    assert [line["step"] for line in lines(workspace, "skipping")][-1] == STEPS + 2
 
 
 @pytest.mark.slow
-def test_a_run_that_never_trained_begins_anew_with_another_corpus(case, undisturbed):
-    home = case.home / "begun"
+def test_a_run_that_never_trained_begins_anew_with_another_corpus(workspace, finished_run):
+    home = workspace.directory / "begun"
     home.mkdir()
     for name in ("config.yaml", "manifest.json", "tokenizer.json"):
-        shutil.copy(case.home / undisturbed / name, home)
+        shutil.copy(workspace.directory / finished_run / name, home)
     before = json.loads((home / "manifest.json").read_text())["corpus"]
-    assert case.manta("train", str(case.file), "run.dir=begun", "data.validation=0.2", "train.steps=1").returncode == 0
+    assert workspace.manta("train", str(workspace.config_file), "run.dir=begun", "data.validation=0.2", "train.steps=1").returncode == 0
     assert json.loads((home / "manifest.json").read_text())["corpus"]["corpora"] != before["corpora"]

@@ -80,67 +80,73 @@ def until(what, *, within=120.0):
 
 
 @pytest.mark.slow
-def test_a_run_is_submitted_and_learns_what_it_would_have_here(case, python, tmp_path):
+def test_a_run_is_submitted_and_learns_what_it_would_have_here(workspace, python, tmp_path):
     """With a model of the user's own, whose file travels along; without the token it is turned away."""
     token = tmp_path / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    (case.home / "mine.py").write_text("from manta.trainer.model.llama import Llama\n\n\nclass Mine(Llama):\n    pass\n")
-    whole = yaml.safe_load(case.file.read_text())
-    whole["data"] |= {"sources": [str(case.home / "documents/*.txt")], "directory": str(case.home / "corpora")}
+    (workspace.directory / "mine.py").write_text("from manta.trainer.model.llama import Llama\n\n\nclass Mine(Llama):\n    pass\n")
+    whole = yaml.safe_load(workspace.config_file.read_text())
+    whole["data"] |= {"sources": [str(workspace.directory / "documents/*.txt")], "directory": str(workspace.directory / "corpora")}
     whole["model"]["family"] = "mine:Mine"
-    whole["run"]["dir"] = str(case.home / "here")
-    file = case.home / "absolute.yaml"
+    whole["run"]["dir"] = str(workspace.directory / "here")
+    file = workspace.directory / "absolute.yaml"
     file.write_text(yaml.safe_dump(whole))
-    here = case.manta("train", str(file))
+    here = workspace.manta("train", str(file))
     assert here.returncode == 0, here.stderr
 
-    arguments = ("train", str(file), f"run.dir={case.home / 'there'}", "--on", HTTP)
+    arguments = ("train", str(file), f"run.dir={workspace.directory / 'there'}", "--on", HTTP)
     with started(python, **environment):
-        refused = case.manta(*arguments, RAY_AUTH_MODE="disabled")
+        refused = workspace.manta(*arguments, RAY_AUTH_MODE="disabled")
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
         assert f"--on: got {HTTP}, wants the address of a Ray's dashboard" in refused.stderr
-        submitted = case.manta(*arguments, **environment)
+        submitted = workspace.manta(*arguments, **environment)
         assert submitted.returncode == 0, submitted.stderr
-        home = RunDirectory(case.home / "there")
+        home = RunDirectory(workspace.directory / "there")
         until(lambda: home.events_file.exists() and '"run-ended"' in home.events_file.read_text(), within=200)
-        told = case.manta("at", HTTP, "status", str(home.path), "--json", **environment)
-        assert (told.returncode, json.loads(told.stdout)) == (0, json.loads(case.manta("status", str(home.path), "--json").stdout))
+        told = workspace.manta("at", HTTP, "status", str(home.path), "--json", **environment)
+        assert (told.returncode, json.loads(told.stdout)) == (0, json.loads(workspace.manta("status", str(home.path), "--json").stdout))
         for command in (("logs", str(home.path), "--rank", "1"), ("stop", str(home.path))):
-            near = case.manta(*command)
-            told = case.manta("at", HTTP, *command, **environment)
+            near = workspace.manta(*command)
+            told = workspace.manta("at", HTTP, *command, **environment)
             assert (told.returncode, told.stdout) == (near.returncode, near.stdout + near.stderr)
-        lost = case.manta("at", HTTP, "status", "/no/such run", **environment)
-        assert (lost.returncode, lost.stdout) == (2, case.manta("status", "/no/such run").stderr)
+        lost = workspace.manta("at", HTTP, "status", "/no/such run", **environment)
+        assert (lost.returncode, lost.stdout) == (2, workspace.manta("status", "/no/such run").stderr)
     assert json.loads(home.events_file.read_text().splitlines()[-1])["exit_code"] == 0
-    lines = [read_metrics(case.home / run / "metrics.jsonl") for run in ("here", "there")]
+    lines = [read_metrics(workspace.directory / run / "metrics.jsonl") for run in ("here", "there")]
     assert [line["train/loss"] for line in lines[1]] == [line["train/loss"] for line in lines[0]]
 
 
 @pytest.mark.slow
-def test_a_ray_that_asks_for_no_token_is_handed_nothing(case, python):
+def test_a_ray_that_asks_for_no_token_is_handed_nothing(workspace, python):
     with started(python, RAY_AUTH_MODE="disabled"):
-        refused = case.manta(
-            "train", str(case.file), "run.dir=/nowhere/run", "data.directory=/nowhere", "data.sources=[/nowhere/a.txt]", "--on", HTTP
+        refused = workspace.manta(
+            "train",
+            str(workspace.config_file),
+            "run.dir=/nowhere/run",
+            "data.directory=/nowhere",
+            "data.sources=[/nowhere/a.txt]",
+            "--on",
+            HTTP,
         )
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert f"--on: got {HTTP}, wants one that asks for a token" in refused.stderr
 
 
-def test_a_command_that_nobody_can_be_asked_to_run_is_told(case):
-    done = case.manta("at", f"http://{ADDRESS}:1", "status", "/shared/run")
+def test_a_command_that_nobody_can_be_asked_to_run_is_told(workspace):
+    done = workspace.manta("at", f"http://{ADDRESS}:1", "status", "/shared/run")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"manta: at: got http://{ADDRESS}:1, wants the address of a Ray's dashboard" in done.stderr
 
 
-def test_what_travels_is_the_config_this_manta_and_the_user_s_own_model(case, tmp_path, monkeypatch):
+def test_what_travels_is_the_config_this_manta_and_the_user_s_own_model(workspace, tmp_path, monkeypatch):
     package = tmp_path / "desk/models"
     package.mkdir(parents=True)
     (package / "mine.py").write_text("")
     monkeypatch.chdir(package.parent)
     luggage(tmp_path)
-    take_along(tmp_path, config.load(case.file, ["model.family=models.mine:Mine", f"run.dir={tmp_path / 'run'}"]))
+    take_along(tmp_path, config.load(workspace.config_file, ["model.family=models.mine:Mine", f"run.dir={tmp_path / 'run'}"]))
     assert config.load(tmp_path / "run.yaml").run.dir == tmp_path / "run"
     assert (tmp_path / "models/mine.py").exists()
     ask = "import manta.trainer.config.training as c, importlib.metadata as m; print(c.__file__, m.version('manta'))"
@@ -162,7 +168,13 @@ def test_what_travels_is_the_config_this_manta_and_the_user_s_own_model(case, tm
         (f"ray://{ADDRESS}:10001", (), "by which a run would end with this terminal; submit it: --on http://HOST:8265"),
     ],
 )
-def test_what_can_not_be_submitted_is_told(case, on, overrides, told):
-    done = subprocess.run([MANTA, "train", case.file, *overrides, "--on", on], cwd=case.home, capture_output=True, text=True, check=False)
+def test_what_can_not_be_submitted_is_told(workspace, on, overrides, told):
+    done = subprocess.run(
+        [MANTA, "train", workspace.config_file, *overrides, "--on", on],
+        cwd=workspace.directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert told in done.stderr

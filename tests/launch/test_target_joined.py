@@ -46,31 +46,31 @@ def there(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_ray_is_joined_that_asks_for_a_token_and_no_other(case, there):
+def test_a_ray_is_joined_that_asks_for_a_token_and_no_other(workspace, there):
     kind, ray = there
-    arguments = ("train", str(case.file), f"run.dir=joined {kind}", "--on", ray.address)
+    arguments = ("train", str(workspace.config_file), f"run.dir=joined {kind}", "--on", ray.address)
     if kind == "open":
-        refused = case.manta(*arguments, **ray.environment)
+        refused = workspace.manta(*arguments, **ray.environment)
         assert refused.returncode == 2
         assert f"got {ray.address}, wants one that asks for a token" in refused.stderr
-        done = case.manta(*arguments, "--insecure", **ray.environment)
+        done = workspace.manta(*arguments, "--insecure", **ray.environment)
     else:
-        refused = case.manta(*arguments, RAY_AUTH_MODE="disabled")
+        refused = workspace.manta(*arguments, RAY_AUTH_MODE="disabled")
         assert refused.returncode == 2
         assert f"got {ray.address}, wants a Ray that this machine is a node of" in refused.stderr
-        done = case.manta(*arguments, **ray.environment)
+        done = workspace.manta(*arguments, **ray.environment)
     assert done.returncode == 0, done.stderr
-    assert len(read_metrics(case.home / f"joined {kind}/metrics.jsonl")) == 40
+    assert len(read_metrics(workspace.directory / f"joined {kind}/metrics.jsonl")) == 40
     assert ray.process.poll() is None, "it stays"
 
 
-def test_a_ray_that_is_not_there_is_told(case):
-    done = case.manta("train", str(case.file), "run.dir=nowhere", "--on", "127.0.0.1:1")
+def test_a_ray_that_is_not_there_is_told(workspace):
+    done = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "--on", "127.0.0.1:1")
     assert done.returncode == 2
     assert "--on: got 127.0.0.1:1, wants a Ray" in done.stderr
 
 
-def test_a_target_that_is_none_is_told(case):
-    done = case.manta("train", str(case.file), "run.dir=nowhere", "--on", "the moon")
+def test_a_target_that_is_none_is_told(workspace):
+    done = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "--on", "the moon")
     assert done.returncode == 2
     assert "--on: got 'the moon', wants one of local, ssh:FILE" in done.stderr

@@ -236,9 +236,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_before_anything_is_rendered(file, case):
-    override, told, remedy = BAD[case]
+@pytest.mark.parametrize("mistake", BAD)
+def test_bad_input_is_told_before_anything_is_rendered(file, mistake):
+    override, told, remedy = BAD[mistake]
     with pytest.raises(InputError) as error:
         rendered(file, override)
     lines = [line for line in str(error.value).splitlines() if told in line]
@@ -259,9 +259,11 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(file):
     assert "hunter2" not in str(error.value)
 
 
-def test_a_dry_run_prints_the_manifest_and_does_nothing(case, file, tmp_path):
+def test_a_dry_run_prints_the_manifest_and_does_nothing(workspace, file, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    done = case.manta("train", str(file), *EVERYTHING, "--on", "kubernetes", "--dry-run", AWS_SECRET_ACCESS_KEY="hunter2", PATH="/nowhere")
+    done = workspace.manta(
+        "train", str(file), *EVERYTHING, "--on", "kubernetes", "--dry-run", AWS_SECRET_ACCESS_KEY="hunter2", PATH="/nowhere"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == kubernetes.render(config.load(file, EVERYTHING), nodes=1)
     assert "hunter2" not in done.stdout
@@ -277,8 +279,8 @@ def kubectl(folder: Path, *, code: int = 0, told: str = "created") -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_the_manifest_is_applied_by_kubectl(case, file, tmp_path):
-    done = case.manta("train", str(file), *EVERYTHING, "--on", "kubernetes", PATH=kubectl(tmp_path / "bin"))
+def test_the_manifest_is_applied_by_kubectl(workspace, file, tmp_path):
+    done = workspace.manta("train", str(file), *EVERYTHING, "--on", "kubernetes", PATH=kubectl(tmp_path / "bin"))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "configmap/x created\nrayjob.ray.io/x created\n"
     assert (tmp_path / "bin" / "arguments").read_text() == "apply -f -\n"
@@ -296,8 +298,8 @@ def test_what_kubectl_refuses_has_failed(file, tmp_path, monkeypatch):
     assert launch(config.load(file), "kubernetes", dry_run=False) == 1
 
 
-def test_without_kubectl_the_command_says_what_to_do(case, file):
-    done = case.manta("train", str(file), "--on", "kubernetes", PATH="/nowhere")
+def test_without_kubectl_the_command_says_what_to_do(workspace, file):
+    done = workspace.manta("train", str(file), "--on", "kubernetes", PATH="/nowhere")
     assert (done.returncode, done.stdout) == (2, "")
     assert "got no kubectl on PATH, wants it to hand the job over; install it, or add --dry-run" in done.stderr
 

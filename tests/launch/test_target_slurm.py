@@ -51,7 +51,7 @@ def test_shellcheck_has_nothing_to_say():
     assert "SC2086" in subprocess.run(["shellcheck", "-"], input=spoilt, capture_output=True, text=True, check=False).stdout
 
 
-def test_what_slurm_would_stumble_over_is_told(case):
+def test_what_slurm_would_stumble_over_is_told(workspace):
     for told, key in (
         (("cluster.slurm.warning=30",), "cluster.slurm.warning: got 30 s, wants more than cluster.grace_period 60 s"),
         (('cluster.slurm.mounts=["/data"]',), "cluster.slurm.mounts: got some, and no container"),
@@ -59,14 +59,16 @@ def test_what_slurm_would_stumble_over_is_told(case):
         (("cluster.slurm.time=soon",), "cluster.slurm.time"),
         (('cluster.slurm.options=["mem=0"]',), "wants options of sbatch"),
     ):
-        done = case.manta("train", str(case.file), "run.dir=never", "--on", "slurm", "--dry-run", *told)
+        done = workspace.manta("train", str(workspace.config_file), "run.dir=never", "--on", "slurm", "--dry-run", *told)
         assert done.returncode == 2
         assert key in done.stderr
-        assert not (case.home / "never").exists()
+        assert not (workspace.directory / "never").exists()
 
 
-def test_a_time_is_a_time_and_no_number_to_the_base_of_sixty(case):
-    printed = case.manta("train", str(case.file), "run.dir=never", "--on", "slurm", "--dry-run", "cluster.slurm.time=24:00:00")
+def test_a_time_is_a_time_and_no_number_to_the_base_of_sixty(workspace):
+    printed = workspace.manta(
+        "train", str(workspace.config_file), "run.dir=never", "--on", "slurm", "--dry-run", "cluster.slurm.time=24:00:00"
+    )
     assert "#SBATCH --time=24:00:00\n" in printed.stdout
     assert printed.returncode == 0
 
@@ -91,9 +93,9 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
-def submit(case, cluster, run: str, *overrides: str) -> str:
+def submit(workspace, cluster, run: str, *overrides: str) -> str:
     settings = ("cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.grace_period=20", "cluster.slurm.time=10:00", *overrides)
-    done = case.manta("train", str(case.file), f"run.dir={run}", "--on", "slurm", *settings, **cluster.environment)
+    done = workspace.manta("train", str(workspace.config_file), f"run.dir={run}", "--on", "slurm", *settings, **cluster.environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -106,28 +108,28 @@ def until(what, *, within: float = 120.0):
     return found
 
 
-def steps(case, run: str) -> list[int]:
-    file = case.home / run / "metrics.jsonl"
+def steps(workspace, run: str) -> list[int]:
+    file = workspace.directory / run / "metrics.jsonl"
     return [line["step"] for line in read_metrics(file)] if file.exists() else []
 
 
-def left_of(case, run: str) -> list[str]:
+def left_of(workspace, run: str) -> list[str]:
     """Processes of a run that still live: those with its directory in their arguments, and what hosts have started."""
     listed = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in listed if str(case.home / run) in line or "manta.cluster.ray.host" in line]
+    return [line for line in listed if str(workspace.directory / run) in line or "manta.cluster.ray.host" in line]
 
 
 @pytest.mark.slow
-def test_a_job_that_is_warned_saves_is_queued_again_and_is_done(case, cluster):
+def test_a_job_that_is_warned_saves_is_queued_again_and_is_done(workspace, cluster):
     """Its losses are those of a run that nobody interrupted."""
-    case.train("undisturbed", "train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1")
-    job = submit(case, cluster, "warned", "train.steps=400")
-    until(lambda: len(steps(case, "warned")) > 5)
+    workspace.train("undisturbed", "train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1")
+    job = submit(workspace, cluster, "warned", "train.steps=400")
+    until(lambda: len(steps(workspace, "warned")) > 5)
     cluster.ask("scancel", "--signal=USR1", "--batch", job)
     until(lambda: cluster.state(job) == "PENDING")
-    events = [json.loads(line) for line in (case.home / "warned/events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (workspace.directory / "warned/events.jsonl").read_text().splitlines()]
     assert (events[-1]["event"], events[-1]["exit_code"]) == ("run-ended", 75)
-    until(lambda: not left_of(case, "warned"), within=20)
+    until(lambda: not left_of(workspace, "warned"), within=20)
 
     def is_begun() -> bool:  # it may not be told so while it is being queued
         cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
@@ -135,23 +137,23 @@ def test_a_job_that_is_warned_saves_is_queued_again_and_is_done(case, cluster):
 
     until(is_begun)
     until(lambda: cluster.state(job) == "COMPLETED", within=240)
-    both = [read_metrics(case.home / run / "metrics.jsonl") for run in ("undisturbed", "warned")]
+    both = [read_metrics(workspace.directory / run / "metrics.jsonl") for run in ("undisturbed", "warned")]
     assert [(line["step"], line["train/loss"], line["data/digest"]) for line in both[1]] == [
         (line["step"], line["train/loss"], line["data/digest"]) for line in both[0]
     ]
     assert {line["world_size"] for line in both[1]} == {2}
-    assert not left_of(case, "warned")
+    assert not left_of(workspace, "warned")
 
 
 @pytest.mark.slow
-def test_a_job_that_is_told_to_end_saves_and_stays_away(case, cluster):
-    job = submit(case, cluster, "cancelled", "train.steps=100000")
-    until(lambda: len(steps(case, "cancelled")) > 5)
+def test_a_job_that_is_told_to_end_saves_and_stays_away(workspace, cluster):
+    job = submit(workspace, cluster, "cancelled", "train.steps=100000")
+    until(lambda: len(steps(workspace, "cancelled")) > 5)
     cluster.ask("scancel", "--signal=TERM", "--batch", job)
-    until(lambda: cluster.state(job) == "FAILED" and not left_of(case, "cancelled"), within=60)
-    events = [json.loads(line) for line in (case.home / "cancelled/events.jsonl").read_text().splitlines()]
+    until(lambda: cluster.state(job) == "FAILED" and not left_of(workspace, "cancelled"), within=60)
+    events = [json.loads(line) for line in (workspace.directory / "cancelled/events.jsonl").read_text().splitlines()]
     assert (events[-1]["event"], events[-1]["exit_code"]) == ("run-ended", 75)
-    assert list((case.home / "cancelled/checkpoints").glob("step-*"))
+    assert list((workspace.directory / "cancelled/checkpoints").glob("step-*"))
 
 
 if __name__ == "__main__":

@@ -55,13 +55,13 @@ def sshds(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_over_ssh_outlives_a_session_that_is_killed_and_leaves_nothing(case, sshds):
+def test_a_run_over_ssh_outlives_a_session_that_is_killed_and_leaves_nothing(workspace, sshds):
     """The host is reached for anew, and the run grows back; its losses are those of a run that nobody disturbed."""
-    case.train("beside ssh", "train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1")
+    workspace.train("beside ssh", "train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1")
     options = f'cluster.ssh.options=["-F", "{sshds.folder}/config"]'
     settings = ("train.steps=400", "cluster.nodes=2", "cluster.ranks_per_node=1", options)
-    process = case.start("train", str(case.file), "run.dir=over ssh", "--on", f"ssh:{sshds.folder}/hosts", *settings)
-    file = case.home / "over ssh/metrics.jsonl"
+    process = workspace.start("train", str(workspace.config_file), "run.dir=over ssh", "--on", f"ssh:{sshds.folder}/hosts", *settings)
+    file = workspace.directory / "over ssh/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not file.exists() or len(read_metrics(file)) < 30:
         assert process.poll() is None, process.communicate()[1]
@@ -72,7 +72,9 @@ def test_a_run_over_ssh_outlives_a_session_that_is_killed_and_leaves_nothing(cas
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     assert "lost" in told or "to be taken away" in told, "its raylet is told to end, and may be seen to before it does"
-    both = [{line["step"]: line for line in read_metrics(case.home / run / "metrics.jsonl")} for run in ("beside ssh", "over ssh")]
+    both = [
+        {line["step"]: line for line in read_metrics(workspace.directory / run / "metrics.jsonl")} for run in ("beside ssh", "over ssh")
+    ]
     assert both[0].keys() == both[1].keys()
     assert {line["world_size"] for line in both[1].values()} >= {2}
     assert [line["data/digest"] for line in both[1].values()] == [line["data/digest"] for line in both[0].values()]
@@ -81,4 +83,4 @@ def test_a_run_over_ssh_outlives_a_session_that_is_killed_and_leaves_nothing(cas
     time.sleep(1)
     listed = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
     assert "manta.cluster.ray.host" not in listed
-    assert str(case.home / "over ssh") not in listed
+    assert str(workspace.directory / "over ssh") not in listed

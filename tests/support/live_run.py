@@ -11,10 +11,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Self
 
-from conftest import MANTA, Case
+from conftest import MANTA, Workspace
 
 from manta.cluster.supervise.event_log import read_events
-from manta.trainer.metrics import parse, read_metrics
+from manta.trainer.metrics import parse_lines, read_metrics
 
 EXACT = ("step", "train/loss", "grad_norm", "learning_rate", "data/digest", "eval/loss")
 MARK = "MANTA_TEST_RUN"  # in the environment of all that a run starts, whoever starts it
@@ -31,15 +31,15 @@ def until(what: Callable[[], Any], *, within: float = 120.0, or_say: Callable[[]
 class LiveRun:
     """`manta`, in a session of its own: a signal to its group is what a terminal would send. As a context it leaves nothing behind."""
 
-    def __init__(self, case: Case, name: str, *arguments: str, inside: Sequence[str] = (), **environment: str) -> None:
-        """inside: what the command is to be run by. arguments: overrides of the case's config, or a command of its own."""
-        self.home, self.mark = case.home / name, token_hex(8)
-        self.said = case.home / f"{name}.stderr"
-        command = arguments if arguments[:1] == ("resume",) else ("train", str(case.file), f"run.dir={name}", *arguments)
+    def __init__(self, workspace: Workspace, name: str, *arguments: str, inside: Sequence[str] = (), **environment: str) -> None:
+        """inside: what the command is to be run by. arguments: overrides of the workspace's config, or a command of its own."""
+        self.home, self.mark = workspace.directory / name, token_hex(8)
+        self.said = workspace.directory / f"{name}.stderr"
+        command = arguments if arguments[:1] == ("resume",) else ("train", str(workspace.config_file), f"run.dir={name}", *arguments)
         there = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", MARK: self.mark} | environment
         with self.said.open("a") as said:
             self.process = subprocess.Popen(
-                [*inside, str(MANTA), *command], cwd=case.home, env=there, stdout=said, stderr=said, start_new_session=True
+                [*inside, str(MANTA), *command], cwd=workspace.directory, env=there, stdout=said, stderr=said, start_new_session=True
             )
 
     def __enter__(self) -> Self:
@@ -76,7 +76,7 @@ class LiveRun:
     def steps(self, attempt: int, count: int) -> None:
         """Waits for so many of an attempt."""
         file = self.home / "metrics.jsonl"
-        self.until(lambda: file.exists() and sum(line["attempt"] == attempt for line in parse(file.read_text())) >= count)
+        self.until(lambda: file.exists() and sum(line["attempt"] == attempt for line in parse_lines(file.read_text())) >= count)
 
     def pids(self, attempt: int) -> list[int]:
         """Of the ranks, in order."""
@@ -125,9 +125,9 @@ class LiveRun:
         return read_metrics(self.home / "metrics.jsonl")
 
 
-def undisturbed(case: Case, name: str, *overrides: str) -> list[dict]:
+def undisturbed(workspace: Workspace, name: str, *overrides: str) -> list[dict]:
     """What a run writes that nobody hurts."""
-    with LiveRun(case, name, *overrides) as run:
+    with LiveRun(workspace, name, *overrides) as run:
         code, told = run.end()
         assert code == 0, told
         return run.lines()

@@ -9,64 +9,64 @@ import psutil
 import pytest
 
 from manta.cluster.supervise.event_log import read_events
-from manta.trainer.metrics import parse, read_metrics
+from manta.trainer.metrics import parse_lines, read_metrics
 
 
-def lines(case, run: str) -> list[dict]:
-    return read_metrics(case.home / run / "metrics.jsonl")
+def lines(workspace, run: str) -> list[dict]:
+    return read_metrics(workspace.directory / run / "metrics.jsonl")
 
 
-def events(case, run: str) -> list[dict]:
-    return read_events(case.home / run / "events.jsonl")
+def events(workspace, run: str) -> list[dict]:
+    return read_events(workspace.directory / run / "events.jsonl")
 
 
-def wait_for_step(case, run: str, step: int, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for_step(workspace, run: str, step: int, process: subprocess.Popen, seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
-        if any(line["step"] >= step for line in lines(case, run)):
+        if any(line["step"] >= step for line in lines(workspace, run)):
             return
         time.sleep(0.02)
     process.kill()
-    raise AssertionError(f"step {step} never came: {process.communicate()[1]}")
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[1]}")
 
 
-def losses(case, run: str) -> list[float]:
-    return [line["train/loss"] for line in lines(case, run)]
+def losses(workspace, run: str) -> list[float]:
+    return [line["train/loss"] for line in lines(workspace, run)]
 
 
-def of_run(case, run: str) -> list[psutil.Process]:
-    """Ranks and spares of a run."""
-    return [p for p in psutil.process_iter(["cmdline"]) if str(case.home / run) in (p.info["cmdline"] or [])]
+def processes_of(workspace, run: str) -> list[psutil.Process]:
+    """Return a run's ranks and standby processes."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(workspace.directory / run) in (p.info["cmdline"] or [])]
 
 
-def copy_of(case, run: str, name: str) -> Path:
-    """A run of its own, as far as `run` has come."""
-    copy = case.home / name
-    shutil.copytree(case.home / run, copy)
+def copy_run(workspace, run: str, name: str) -> Path:
+    copy = workspace.directory / name
+    shutil.copytree(workspace.directory / run, copy)
     return copy
 
 
-def taken_back(case, run: str, name: str) -> str:
-    """A copy of a run without its newest checkpoint: what it did from there on is to be done again."""
-    copy = copy_of(case, run, name)
+def copy_without_newest_checkpoint(workspace, run: str, name: str) -> str:
+    """Copy a run without its newest checkpoint: `resume` then repeats the steps after the one before."""
+    copy = copy_run(workspace, run, name)
     shutil.rmtree(max((copy / "checkpoints").glob("step-*")))
     return name
 
 
-def resume(case, run: str, *overrides: str) -> list[dict]:
-    """What the run has done from here on."""
-    begun = parse((case.home / run / "metrics.jsonl").read_text())
-    done = case.manta("resume", run, *overrides)
-    assert done.returncode == 0, done.stderr
-    return parse((case.home / run / "metrics.jsonl").read_text())[len(begun) :]
+def resume(workspace, run: str, *overrides: str) -> list[dict]:
+    """Resume a run to its end and return the metrics lines that this added."""
+    metrics = workspace.directory / run / "metrics.jsonl"
+    before = len(parse_lines(metrics.read_text()))
+    result = workspace.manta("resume", run, *overrides)
+    assert result.returncode == 0, result.stderr
+    return parse_lines(metrics.read_text())[before:]
 
 
-def assert_same(again: list[dict], before: list[dict]) -> None:
-    """The same samples at each step, and the same losses, of training and of validation, as well as fp32 can tell."""
-    then = {line["step"]: line for line in before}
-    for line in again:
-        other = then[line["step"]]
+def assert_same_losses(repeated: list[dict], original: list[dict]) -> None:
+    """Assert that each step read the same samples and has the same training and validation losses, up to fp32 rounding."""
+    original_by_step = {line["step"]: line for line in original}
+    for line in repeated:
+        other = original_by_step[line["step"]]
         assert line["data/digest"] == other["data/digest"]
-        told = [key for key in line if key.startswith(("train/", "eval/"))]
-        assert told == [key for key in other if key.startswith(("train/", "eval/"))]
-        assert [line[key] for key in told] == pytest.approx([other[key] for key in told], abs=1e-5)
+        keys = [key for key in line if key.startswith(("train/", "eval/"))]
+        assert keys == [key for key in other if key.startswith(("train/", "eval/"))]
+        assert [line[key] for key in keys] == pytest.approx([other[key] for key in keys], abs=1e-5)

@@ -207,33 +207,35 @@ def test_a_store_that_is_down_from_end_to_end_of_a_save_fails_it_and_no_more(whe
     assert where.names() == ["step-00000003", "step-00000001"]
 
 
-def test_a_place_that_can_not_be_written_is_told_before_a_run_begins(case, server):
-    for there, wants in ((f"s3://{BUCKET}x/run", "no such bucket"), (str(case.file), "wants a directory")):
-        told = case.manta("train", str(case.file), "run.dir=never", f"checkpoint.directory={there}", **server.environment)
+def test_a_place_that_can_not_be_written_is_told_before_a_run_begins(workspace, server):
+    for there, wants in ((f"s3://{BUCKET}x/run", "no such bucket"), (str(workspace.config_file), "wants a directory")):
+        told = workspace.manta("train", str(workspace.config_file), "run.dir=never", f"checkpoint.directory={there}", **server.environment)
         assert told.returncode == 2
         (line,) = told.stderr.splitlines()
         assert "checkpoint.directory: got " in line
         assert wants in line
-        assert not (case.home / "never").exists()
+        assert not (workspace.directory / "never").exists()
 
 
 @pytest.mark.slow
-def test_a_run_saves_into_a_bucket_and_goes_on_from_there(case, server):
+def test_a_run_saves_into_a_bucket_and_goes_on_from_there(workspace, server):
     there = f"checkpoint.directory=s3://{BUCKET}/run"
     for steps, more in ((18, ("checkpoint.keep=2",)), (24, ("parallel.zero=3",))):
-        done = case.manta("train", str(case.file), "run.dir=in a bucket", there, f"train.steps={steps}", *more, **server.environment)
+        done = workspace.manta(
+            "train", str(workspace.config_file), "run.dir=in a bucket", there, f"train.steps={steps}", *more, **server.environment
+        )
         assert done.returncode == 0, done.stderr
-    lines = read_metrics(case.home / "in a bucket/metrics.jsonl")
+    lines = read_metrics(workspace.directory / "in a bucket/metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert [line["layout"] for line in lines] == ["data 2, ZeRO-1"] * 18 + ["data 2, ZeRO-3"] * 6
-    listed = case.manta("checkpoint", "list", "in a bucket", **server.environment).stdout
+    listed = workspace.manta("checkpoint", "list", "in a bucket", **server.environment).stdout
     assert "step-00000024" in listed
     assert "step-00000018" in listed
     assert "step-00000012" not in listed
-    verified = case.manta("checkpoint", "verify", f"s3://{BUCKET}/run", **server.environment)
+    verified = workspace.manta("checkpoint", "verify", f"s3://{BUCKET}/run", **server.environment)
     assert verified.returncode == 0
     assert verified.stdout.count("whole") == 2
-    assert not (case.home / "in a bucket/checkpoints").exists()
+    assert not (workspace.directory / "in a bucket/checkpoints").exists()
     start = ("run.dir=from a bucket", "train.steps=2", "--weights-only", f"s3://{BUCKET}/run")
-    begun = case.manta("train", str(case.file), *start, **server.environment)
+    begun = workspace.manta("train", str(workspace.config_file), *start, **server.environment)
     assert begun.returncode == 0, begun.stderr

@@ -522,38 +522,38 @@ def typed(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_what_was_converted_by_the_command_is_a_run_that_goes_on(case, tmp_path, monkeypatch, capsys):
+def test_what_was_converted_by_the_command_is_a_run_that_goes_on(workspace, tmp_path, monkeypatch, capsys):
     given = ["run.dir=from deepspeed", "train.steps=8", "schedule.shape=constant", "evaluate.every_steps=100", "optimizer.epsilon=1e-5"]
-    config = load(case.file, given)
+    config = load(workspace.config_file, given)
     with monkeypatch.context() as there:  # and not where ranks are forked: the user's own files lie there
-        there.chdir(case.home)
+        there.chdir(workspace.directory)
         samples = open_samples(find(config.data, config.tokenizer), config.data, config.tokenizer, seed=config.run.seed)
     numbers = (np.arange(step * 8, step * 8 + 8) for step in range(8))
     batches = [Batch.of(samples.train(taken, sequence_length=32), seed=config.run.seed) for taken in numbers]
     wanted = spmd(plain_run, 2, tmp_path / "theirs", config, samples.tokenizer_vocabulary, batches, 5)[0]
-    command = ("checkpoint", "convert", str(tmp_path / "theirs"), str(case.file), *given)
-    done = case.manta(*command)
+    command = ("checkpoint", "convert", str(tmp_path / "theirs"), str(workspace.config_file), *given)
+    done = workspace.manta(*command)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     path, told = done.stdout.splitlines()
-    assert path == str(case.home / "from deepspeed/checkpoints/step-00000005")
-    assert told == f"go on with it: {shlex.join(['manta', 'train', str(case.file), *given])}"
-    assert RunDirectory(case.home / "from deepspeed").manifest()["manta"]
+    assert path == str(workspace.directory / "from deepspeed/checkpoints/step-00000005")
+    assert told == f"go on with it: {shlex.join(['manta', 'train', str(workspace.config_file), *given])}"
+    assert RunDirectory(workspace.directory / "from deepspeed").manifest()["manta"]
     with monkeypatch.context() as there:
-        there.chdir(case.home)
+        there.chdir(workspace.directory)
         code, said = typed(there, capsys, *command)
     assert code == 2
     assert "holds a run that has trained already" in said
-    done = case.manta(*shlex.split(told.removeprefix("go on with it: manta ")))
+    done = workspace.manta(*shlex.split(told.removeprefix("go on with it: manta ")))
     assert done.returncode == 0, done.stderr
-    lines = read_metrics(case.home / "from deepspeed/metrics.jsonl")
+    lines = read_metrics(workspace.directory / "from deepspeed/metrics.jsonl")
     assert [line["step"] for line in lines] == [6, 7, 8]
     assert [line["train/loss"] for line in lines] == pytest.approx(wanted[5:], rel=1e-6)
 
 
-def test_what_can_not_go_on_is_told_in_a_line_and_nothing_is_written(case, simple, monkeypatch, capsys):
-    monkeypatch.chdir(case.home)
-    file, theirs = str(case.file), str(simple)
+def test_what_can_not_go_on_is_told_in_a_line_and_nothing_is_written(workspace, simple, monkeypatch, capsys):
+    monkeypatch.chdir(workspace.directory)
+    file, theirs = str(workspace.config_file), str(simple)
     for arguments, told in (
         ([str(simple.parent), file], "got no latest, wants what engine.save_checkpoint wrote"),
         ([theirs, file], "embedding.weight: got [256, 64], wants [512, 64] (and"),
@@ -566,4 +566,4 @@ def test_what_can_not_go_on_is_told_in_a_line_and_nothing_is_written(case, simpl
         code, said = typed(monkeypatch, capsys, "checkpoint", "convert", *arguments, "run.dir=never converted")
         assert (code, len(said.splitlines())) == (2, 1), said
         assert told in said
-        assert not (case.home / "never converted").exists()
+        assert not (workspace.directory / "never converted").exists()

@@ -158,59 +158,61 @@ def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(dis
 
 
 @pytest.mark.slow
-def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stops(case, disk):
+def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stops(workspace, disk):
     run = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.max_failed_saves=1", "evaluate.every_steps=100")
-    failed = case.train("full", *run, code=1)
+    failed = workspace.train("full", *run, code=1)
     full = r"rank \d failed at step \d+: SaveError: rank \d: .*/step-00000012: No space left on device: wants [\d,]+ bytes, and [\d,]+ were"
     assert re.search(full, failed.stderr)
-    assert "COULD NOT SAVE, 1 in a row" in failed.stderr
-    lines = read_metrics(case.home / "full/metrics.jsonl")
+    assert "CHECKPOINT FAILED, 1 in a row" in failed.stderr
+    lines = read_metrics(workspace.directory / "full/metrics.jsonl")
     told = [line["step"] for line in lines if line.get("checkpoint/failures") == 1]
     assert told[0] in range(9, 12), "the second save, of step 8, is the first that finds no room"
     assert lines[-1]["step"] in range(12, 16), "the third, of step 12, is one more than are tolerated"
-    log = (case.home / "full/logs/attempt-0001/rank-0000.log").read_text()
+    log = (workspace.directory / "full/logs/attempt-0001/rank-0000.log").read_text()
     assert "could not save, and train on (1 of 1 such failures in a row are tolerated): rank" in log
-    assert not (case.home / "full/logs/attempt-0002/rank-0000.log").exists(), "another try would meet the same"
+    assert not (workspace.directory / "full/logs/attempt-0002/rank-0000.log").exists(), "another try would meet the same"
     where = Folder(disk)
     assert catalog.newest(where).progress.step == 4
     assert where.names() == ["step-00000004"]
     assert not list(disk.glob(".*partial"))
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
-    assert case.manta("resume", "full", "train.steps=40").returncode == 0
+    assert workspace.manta("resume", "full", "train.steps=40").returncode == 0
     assert where.names() == ["step-00000040", "step-00000036"]
-    again = read_metrics(case.home / "full/metrics.jsonl")
+    again = read_metrics(workspace.directory / "full/metrics.jsonl")
     assert [line["step"] for line in again] == list(range(1, 41))
     assert [line["attempt"] for line in again] == [1] * 4 + [2] * 36
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told_is", ["manta", "rank 1"])
-def test_a_run_told_to_leave_that_can_not_save_says_so(case, disk, told_is):
+def test_a_run_told_to_leave_that_can_not_save_says_so(workspace, disk, told_is):
     run = f"left by {told_is}"
     more = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.max_failed_saves=1000", "train.steps=4000")
-    with case.start("train", str(case.file), f"run.dir={run}", *more) as running:
+    with workspace.start("train", str(workspace.config_file), f"run.dir={run}", *more) as running:
         until = time.monotonic() + 60
-        while time.monotonic() < until and not any(line["step"] == 12 for line in read_metrics(case.home / run / "metrics.jsonl")):
+        while time.monotonic() < until and not any(
+            line["step"] == 12 for line in read_metrics(workspace.directory / run / "metrics.jsonl")
+        ):
             time.sleep(0.05)
-        ranks = next(e for e in read_events(case.home / run / "events.jsonl") if e["event"] == "attempt-started")["ranks"]
+        ranks = next(e for e in read_events(workspace.directory / run / "events.jsonl") if e["event"] == "attempt-started")["ranks"]
         os.kill(running.pid if told_is == "manta" else ranks[1]["pid"], signal.SIGTERM)
         _, told = running.communicate(timeout=60)
         assert running.returncode == 143, told
     assert re.search(r"LeftUnsavedError: told to leave: rank \d: .*: No space left on device: wants [\d,]+ bytes, and [\d,]+ were", told)
     assert "left; step 4 is saved; go on with: manta resume" in told
-    assert json.loads(case.manta("status", run, "--json").stdout)["state"] == "stopped, not saved"
+    assert json.loads(workspace.manta("status", run, "--json").stdout)["state"] == "stopped, not saved"
     assert catalog.newest(Folder(disk)).progress.step == 4
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_nowhere_where_checkpoints_can_not_be_written(case, disk):
+def test_a_run_goes_on_nowhere_where_checkpoints_can_not_be_written(workspace, disk):
     here = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "train.steps=4")
-    case.train("nowhere", *here)
+    workspace.train("nowhere", *here)
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
-    refused = case.train("nowhere", *here[:-1], "train.steps=8", code=2)
+    refused = workspace.train("nowhere", *here[:-1], "train.steps=8", code=2)
     assert f"checkpoint.directory: got {disk}, and {disk} can not be written" in refused.stderr
     alone, on_cpu = [sys.executable, "-P", "-m", "manta.trainer", "nowhere"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    failed = subprocess.run(alone, cwd=case.home, env=on_cpu, capture_output=True, text=True, check=False)
+    failed = subprocess.run(alone, cwd=workspace.directory, env=on_cpu, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert re.search(rf"SaveError: an attempt has to be noted .*{disk}/\S+: Read-only file system", failed.stderr)
     assert catalog.newest(Folder(disk)).progress.step == 4

@@ -31,21 +31,21 @@ EXACT = ("train/loss", "grad_norm", "learning_rate", "data/digest", "eval/loss",
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_gone_back_to_any_step_is_the_uninterrupted_run(case, family, asynchronous):
+def test_a_run_gone_back_to_any_step_is_the_uninterrupted_run(workspace, family, asynchronous):
     run = f"{family} undisturbed {asynchronous}"
-    case.train(run, *COMMON, *FAMILIES[family], f"checkpoint.asynchronous={asynchronous}")
-    undisturbed = read_metrics(case.home / run / "metrics.jsonl")
-    skipped = [line["step"] for line in undisturbed if line["skipped"]]
+    workspace.train(run, *COMMON, *FAMILIES[family], f"checkpoint.asynchronous={asynchronous}")
+    finished_run = read_metrics(workspace.directory / run / "metrics.jsonl")
+    skipped = [line["step"] for line in finished_run if line["skipped"]]
     assert skipped, "no gradient overflowed"
     assert len(skipped) < STEPS / 2
     for step in (skipped[0], skipped[-1], WARMUP - 1):
-        home = Path(shutil.copytree(case.home / run, case.home / f"{run} {step}"))
+        home = Path(shutil.copytree(workspace.directory / run, workspace.directory / f"{run} {step}"))
         for name in Folder(home / "checkpoints").names():
             if int(name[5:]) > step:
                 shutil.rmtree(home / "checkpoints" / name)
-        done = case.manta("resume", home.name)
+        done = workspace.manta("resume", home.name)
         assert done.returncode == 0, done.stderr
         again = read_metrics(home / "metrics.jsonl")
         assert [line["attempt"] for line in again] == [1] * step + [2] * (STEPS - step)
-        for then, now in zip(undisturbed, again, strict=True):
+        for then, now in zip(finished_run, again, strict=True):
             assert {key: now.get(key) for key in EXACT} == {key: then.get(key) for key in EXACT}, f"from step {step}"

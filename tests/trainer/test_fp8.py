@@ -58,10 +58,10 @@ def test_what_is_not_run_in_fp8_gives_its_reason(model, parallel, told):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU on this machine")
-def test_a_run_without_a_gpu_is_refused_before_anything_is_made(case):
-    done = case.manta("train", case.file.name, "run.dir=never", "precision=fp8")
+def test_a_run_without_a_gpu_is_refused_before_anything_is_made(workspace):
+    done = workspace.manta("train", workspace.config_file.name, "run.dir=never", "precision=fp8")
     assert (done.returncode, done.stderr) == (2, "manta: precision: got fp8, which wants GPUs, and this machine has none; use bf16\n")
-    assert not (case.home / "never").exists()
+    assert not (workspace.directory / "never").exists()
 
 
 def test_without_a_gpu_that_has_them_they_are_refused(monkeypatch):

@@ -325,20 +325,28 @@ def test_a_preset_learns_on_one_gpu(preset, changes, compiled):
     assert all(norm > 0 for norm in norms)
 
 
-def test_one_gpu_trains_the_124m_preset_with_the_same_command(case):
+def test_one_gpu_trains_the_124m_preset_with_the_same_command(workspace):
     overrides = ["model={preset: gpt2-124m}", "precision=bf16", "train.steps=6", "schedule.warmup_steps=2", "cluster={}"]
-    done = case.manta("train", str(case.file), "run.dir=on a gpu", *overrides, timeout=280, DS_ACCELERATOR=DEVICE)
+    done = workspace.manta("train", str(workspace.config_file), "run.dir=on a gpu", *overrides, timeout=280, DS_ACCELERATOR=DEVICE)
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(text) for text in (case.home / "on a gpu/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(text) for text in (workspace.directory / "on a gpu/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["train/loss"] < lines[0]["train/loss"]
     assert lines[-1]["memory/peak"] > 124e6 * 2
 
 
-def test_a_gpu_run_comes_back_from_its_checkpoint(case):
+def test_a_gpu_run_comes_back_from_its_checkpoint(workspace):
     for command in (
-        ["train", str(case.file), "run.dir=gpu again", "precision=bf16", "train.steps=12", "cluster={}", "schedule.shape=constant"],
+        [
+            "train",
+            str(workspace.config_file),
+            "run.dir=gpu again",
+            "precision=bf16",
+            "train.steps=12",
+            "cluster={}",
+            "schedule.shape=constant",
+        ],
         ["resume", "gpu again", "train.steps=18"],
     ):
-        done = case.manta(*command, timeout=280, DS_ACCELERATOR=DEVICE)
+        done = workspace.manta(*command, timeout=280, DS_ACCELERATOR=DEVICE)
         assert done.returncode == 0, done.stderr
-    assert json.loads((case.home / "gpu again/metrics.jsonl").read_text().splitlines()[-1])["step"] == 18
+    assert json.loads((workspace.directory / "gpu again/metrics.jsonl").read_text().splitlines()[-1])["step"] == 18

@@ -233,13 +233,13 @@ class Flipped:
     resumed: list[str]  # from which checkpoints
 
     @classmethod
-    def run(cls, case, name, *settings, spared=False):
-        (case.home / "flipping.py").write_text(FLIPPING)
-        marker, home = case.home / f"{name}.marker", case.home / name
+    def run(cls, workspace, name, *settings, spared=False):
+        (workspace.directory / "flipping.py").write_text(FLIPPING)
+        marker, home = workspace.directory / f"{name}.marker", workspace.directory / name
         if spared:
             marker.touch()
         model = json.dumps({"family": "flipping:Flipping", "options": {"marker": str(marker)}, **SIZES})
-        case.train(name, f"model={model}", "train.steps=15", "train.global_batch=12", "cluster.ranks_per_node=3", *settings)
+        workspace.train(name, f"model={model}", "train.steps=15", "train.global_batch=12", "cluster.ranks_per_node=3", *settings)
         assert marker.exists(), "no bit was flipped"
         logs = "".join(log.read_text() for log in sorted(home.glob("logs/*/rank-0000.log")))
         return cls(
@@ -255,11 +255,11 @@ class Flipped:
     [("bf16", 1, 1, 9), ("fp32", 0, 1000, 12), ("bf16", 2, 3, 9)],
     ids=["looked at in each step", "looked at when it is saved", "looked at in every third step"],
 )
-def test_a_run_that_is_corrupted_once_ends_as_if_it_had_not_been(case, precision, zero, every, noticed):
+def test_a_run_that_is_corrupted_once_ends_as_if_it_had_not_been(workspace, precision, zero, every, noticed):
     settings = [f"parallel.zero={zero}", f"precision={precision}", f"guard.replica_check_every_steps={every}"]
-    undisturbed = Flipped.run(case, f"undisturbed {every}", *settings, spared=True)
+    undisturbed = Flipped.run(workspace, f"undisturbed {every}", *settings, spared=True)
     assert (undisturbed.failures, undisturbed.resumed) == ([], [])
-    corrupted = Flipped.run(case, f"corrupted {every}", *settings)
+    corrupted = Flipped.run(workspace, f"corrupted {every}", *settings)
     (fell,) = corrupted.failures
     told = f"ReplicaError: step {noticed}: rank 1 on {HOST} holds a changed blocks.1.mlp.up_proj.weight: its bits sum to "
     assert fell["message"].startswith(told)
@@ -270,9 +270,9 @@ def test_a_run_that_is_corrupted_once_ends_as_if_it_had_not_been(case, precision
 
 
 @pytest.mark.slow
-def test_where_nobody_looks_it_is_learned_from_and_saved(case):
+def test_where_nobody_looks_it_is_learned_from_and_saved(workspace):
     settings = ["parallel.zero=0", "precision=fp32", "guard.replica_check_every_steps=0"]
-    undisturbed, corrupted = (Flipped.run(case, f"unseen {spared}", *settings, spared=spared) for spared in (True, False))
+    undisturbed, corrupted = (Flipped.run(workspace, f"unseen {spared}", *settings, spared=spared) for spared in (True, False))
     assert undisturbed.failures == corrupted.failures == []
     assert corrupted.losses[:8] == undisturbed.losses[:8]
     assert corrupted.losses[8:] != undisturbed.losses[8:]

@@ -33,22 +33,22 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def desk(case) -> Path:
+def desk(workspace) -> Path:
     """Where the document's commands are given: the example lies below, among files with the names of our rooms."""
-    there = case.home / "examples/own_model"
+    there = workspace.directory / "examples/own_model"
     shutil.copytree(EXAMPLE, there, ignore=shutil.ignore_patterns("runs", "corpora", "__pycache__"))
     for name in ("data.py", "cluster.py", "launch.py", "manta.py", "typing.py", "torch.py"):
         (there / name).write_text("raise SystemExit('the user\\'s own file was imported')\n")
-    shutil.copytree(case.home / "trainer", there / "trainer")
-    return case.home
+    shutil.copytree(workspace.directory / "trainer", there / "trainer")
+    return workspace.directory
 
 
 @pytest.fixture(scope="module")
-def trained(case, desk) -> RunDirectory:
+def trained(workspace, desk) -> RunDirectory:
     """The document's commands, on a smaller corpus and for fewer steps."""
-    smaller = yaml.safe_load(case.file.read_text())
-    smaller["data"]["directory"] = str(case.home / "corpora")  # where it has been prepared
-    (desk / "examples/own_model/documents").symlink_to(case.home / "documents")
+    smaller = yaml.safe_load(workspace.config_file.read_text())
+    smaller["data"]["directory"] = str(workspace.directory / "corpora")  # where it has been prepared
+    (desk / "examples/own_model/documents").symlink_to(workspace.directory / "documents")
     overrides = [f"{section}={json.dumps(smaller[section])}" for section in ("data", "tokenizer", "train", "cluster", "checkpoint")]
     overrides += ["train.steps=8", "schedule.warmup_steps=2", "model.width=64", "model.mlp_width=128"]
     (commands,) = [block for block in BLOCKS if block.startswith("cd examples/own_model\n")]
@@ -109,13 +109,14 @@ def test_where_the_code_lay_is_gone_it_is_looked_for_here(trained, tmp_path, mon
     assert RunDirectory(tmp_path).code == EXAMPLE
 
 
-def test_a_class_that_is_not_there_is_told_before_anything_starts(case):
+def test_a_class_that_is_not_there_is_told_before_anything_starts(workspace):
     model = {"family": "nowhere.at_all:Model", **SIZES}
-    done = case.manta("train", str(case.file), "run.dir=own never", f"model={json.dumps(model)}")
+    done = workspace.manta("train", str(workspace.config_file), "run.dir=own never", f"model={json.dumps(model)}")
     assert done.returncode == 2
-    told = f"and there is no module nowhere, installed or in {case.home}; install the package, or start manta from where the module lies"
+    remedy = "install the package, or start manta from where the module lies"
+    told = f"and there is no module nowhere, installed or in {workspace.directory}; {remedy}"
     assert done.stderr == f"manta: model.family: got 'nowhere.at_all:Model', {told}\n"
-    assert not (case.home / "own never").exists()
+    assert not (workspace.directory / "own never").exists()
 
 
 MODULES = {
@@ -174,10 +175,10 @@ def test_an_option_that_the_example_can_not_use_is_told():
         build(mine(options={"power": "two"}), vocabulary=9, sequence_length=8, code=EXAMPLE)
 
 
-def test_what_is_proven_for_our_layers_alone_is_refused(case):
+def test_what_is_proven_for_our_layers_alone_is_refused(workspace):
     for share in ("tensor", "sequence"):
         with pytest.raises(InputError, match="a model of your own is proven under ZeRO alone; leave out tensor, sequence and expert"):
-            config.load(case.file, [f"model={json.dumps({'family': FAMILY, **SIZES})}", f"parallel.{share}=2"])
+            config.load(workspace.config_file, [f"model={json.dumps({'family': FAMILY, **SIZES})}", f"parallel.{share}=2"])
 
 
 def mine(**changes) -> ModelConfig:

@@ -37,7 +37,7 @@ from parity import (
     optimizer_config,
     rows,
 )
-from runs import assert_same, events, lines, losses, resume, wait_for_step
+from runs import assert_same_losses, events, lines, losses, resume, wait_for_step
 from spmd import spmd
 from test_compile import needs_compiler
 
@@ -229,23 +229,23 @@ PHASES = [(0, 0, 2, 8), (10, 20, 6, 8), (12, 32, 6, 16), (20, 80, 8, 16), (26, 1
 """First step, its first sample, global batch, sequence length; of forty steps."""
 
 
-def opened(case, *overrides: str) -> tuple[configs.RunConfig, Samples]:
-    config = configs.load(case.file, overrides)
-    with chdir(case.home):
+def opened(workspace, *overrides: str) -> tuple[configs.RunConfig, Samples]:
+    config = configs.load(workspace.config_file, overrides)
+    with chdir(workspace.directory):
         data = config.data.model_copy(update={"directory": str(Path(config.data.directory).absolute())})
         prepared = find(data, config.tokenizer)
         assert prepared is not None
         return config, Samples(prepared, data, config.tokenizer, seed=config.run.seed)
 
 
-def test_a_config_says_which_samples_a_step_reads_and_how_long_they_are(case):
-    timeline = configs.load(case.file, RAMP).timeline()
+def test_a_config_says_which_samples_a_step_reads_and_how_long_they_are(workspace):
+    timeline = configs.load(workspace.config_file, RAMP).timeline()
     assert list(map(attrgetter("step", "sample", "global_batch", "sequence_length"), timeline.phases)) == PHASES
-    assert [phase.global_batch for phase in configs.load(case.file).timeline().phases] == [8]
+    assert [phase.global_batch for phase in configs.load(workspace.config_file).timeline().phases] == [8]
 
 
-def test_a_shorter_sequence_is_a_part_of_its_sample(case):
-    _, samples = opened(case)
+def test_a_shorter_sequence_is_a_part_of_its_sample(workspace):
+    _, samples = opened(workspace)
     numbers = np.array([5, 900, 7])
     whole, cut = samples.train(numbers), samples.train(numbers, sequence_length=8)
     assert cut.tokens.shape == cut.targets.shape == (12, 8)
@@ -258,8 +258,8 @@ def test_a_shorter_sequence_is_a_part_of_its_sample(case):
     assert np.array_equal(again.tokens, whole.tokens)
 
 
-def test_documents_of_a_shorter_sequence_are_told_apart_in_it(case):
-    _, samples = opened(case, "data.separate_documents=true")
+def test_documents_of_a_shorter_sequence_are_told_apart_in_it(workspace):
+    _, samples = opened(workspace, "data.separate_documents=true")
     whole, cut = samples.train(np.arange(400)), samples.train(np.arange(400), sequence_length=8)
     assert cut.documents.max() > 0
     assert np.array_equal(cut.targets.reshape(400, 32), whole.targets)
@@ -270,24 +270,24 @@ def test_documents_of_a_shorter_sequence_are_told_apart_in_it(case):
     assert np.array_equal(np.diff(cut.documents, axis=1) == 1, cut.positions[:, 1:] == 0)
 
 
-def test_each_part_of_a_sample_drops_other_channels(case):
-    _, samples = opened(case)
+def test_each_part_of_a_sample_drops_other_channels(workspace):
+    _, samples = opened(workspace)
     numbers = np.arange(200)
     parts, wholes = (Batch.of(samples.train(numbers, sequence_length=length), seed=5).keys for length in (8, 32))
     assert len(torch.cat([parts, wholes]).unique()) == 200 * (4 + 1)
     assert torch.equal(wholes, torch.from_numpy(hashed(5, _NOISE, numbers).view(np.int64))), "those of whole samples are what they were"
 
 
-def reader_of(case, *overrides: str) -> tuple[Reader, Samples, Timeline, Layout]:
+def reader_of(workspace, *overrides: str) -> tuple[Reader, Samples, Timeline, Layout]:
     """That of the second of two ranks."""
-    config, samples = opened(case, *RAMP, *overrides)
+    config, samples = opened(workspace, *RAMP, *overrides)
     timeline, layout = config.timeline(), layout_for(config.train, ParallelConfig(), 2)
     reader = Reader(samples, timeline, layout, rank=1, seed=5, steps=config.train.steps, device=torch.device("cpu"))
     return reader, samples, timeline, layout
 
 
-def test_a_step_is_read_while_the_one_before_it_is_computed(case):
-    reader, samples, timeline, layout = reader_of(case)
+def test_a_step_is_read_while_the_one_before_it_is_computed(workspace):
+    reader, samples, timeline, layout = reader_of(workspace)
     with closing(reader):
         for step in range(3, 40):
             microbatches, phase = list(reader.step(step)), timeline.phase(step)
@@ -304,9 +304,9 @@ def test_a_step_is_read_while_the_one_before_it_is_computed(case):
                 assert not reader._ahead, "nothing is read beyond the last step"
 
 
-def test_what_goes_wrong_in_reading_is_raised_as_it_is_and_the_thread_ends(case, tmp_path):
-    shutil.copytree(case.home / "corpora", tmp_path / "corpora")
-    reader, *_ = reader_of(case, f"data.directory={tmp_path / 'corpora'}")
+def test_what_goes_wrong_in_reading_is_raised_as_it_is_and_the_thread_ends(workspace, tmp_path):
+    shutil.copytree(workspace.directory / "corpora", tmp_path / "corpora")
+    reader, *_ = reader_of(workspace, f"data.directory={tmp_path / 'corpora'}")
     for shard in tmp_path.glob("corpora/**/*.bin"):
         shard.unlink()
     before = set(threading.enumerate())
@@ -318,8 +318,8 @@ def test_what_goes_wrong_in_reading_is_raised_as_it_is_and_the_thread_ends(case,
 
 
 @pytest.fixture(scope="module")
-def ramped(case) -> str:
-    case.train("ramped", *RAMP)
+def ramped(workspace) -> str:
+    workspace.train("ramped", *RAMP)
     return "ramped"
 
 
@@ -330,29 +330,29 @@ def digest(samples: Samples, numbers: np.ndarray, length: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_run_reads_what_its_timeline_says(case, ramped):
-    config, samples = opened(case, *RAMP)
+def test_a_run_reads_what_its_timeline_says(workspace, ramped):
+    config, samples = opened(workspace, *RAMP)
     timeline = config.timeline()
-    told = lines(case, ramped)
+    told = lines(workspace, ramped)
     assert [line["step"] for line in told] == list(range(1, 41))
     for line in told:
         phase, first = timeline.phase(line["step"] - 1), timeline.first_sample(line["step"] - 1)
         assert (line["global_batch"], line["sequence_length"]) == (phase.global_batch, phase.sequence_length)
         assert line["tokens"] == 32 * (first + phase.global_batch)
         assert line["data/digest"] == digest(samples, np.arange(first, first + phase.global_batch), phase.sequence_length)
-    saved = catalog.newest(Folder(case.home / ramped / "checkpoints"))
+    saved = catalog.newest(Folder(workspace.directory / ramped / "checkpoints"))
     assert (saved.progress.step, saved.progress.samples_consumed) == (40, 128 + 14 * 8)
 
 
 @pytest.mark.slow
-def test_status_tells_of_the_phase(case, ramped):
-    told = json.loads(case.manta("status", ramped, "--json").stdout)
+def test_status_tells_of_the_phase(workspace, ramped):
+    told = json.loads(workspace.manta("status", ramped, "--json").stdout)
     assert (told["global_batch"], told["sequence_length"], told["tokens"], told["seconds_left"]) == (8, 32, 240 * 32, 0)
-    assert "8 samples, in sequences of 32 tokens" in case.manta("status", ramped).stdout
+    assert "8 samples, in sequences of 32 tokens" in workspace.manta("status", ramped).stdout
 
 
-def test_the_start_tells_of_the_phases(case):
-    config = configs.load(case.file, RAMP)
+def test_the_start_tells_of_the_phases(workspace):
+    config = configs.load(workspace.config_file, RAMP)
     assert steps_in_words(config, layout_for(config.train, ParallelConfig(), 2)) == (
         "2 ranks x micro batch 1 x accumulation 1 = 8 sequences of 8 tokens a step, from step 11 accumulation 3 = 24 sequences of 8 tokens"
         " a step, from step 13 accumulation 3 = 12 sequences of 16 tokens a step, from step 21 accumulation 4 = 16 sequences of 16 tokens"
@@ -361,40 +361,40 @@ def test_the_start_tells_of_the_phases(case):
 
 
 @pytest.mark.slow
-def test_a_rank_killed_in_mid_ramp_changes_no_loss(case, ramped):
-    with case.start("train", str(case.file), "run.dir=ramp killed", *RAMP, "cluster.hot_standby=true") as running:
-        wait_for_step(case, "ramp killed", 15, running)
-        os.kill(next(e for e in events(case, "ramp killed") if e["event"] == "attempt-started")["ranks"][1]["pid"], signal.SIGKILL)
+def test_a_rank_killed_in_mid_ramp_changes_no_loss(workspace, ramped):
+    with workspace.start("train", str(workspace.config_file), "run.dir=ramp killed", *RAMP, "cluster.hot_standby=true") as running:
+        wait_for_step(workspace, "ramp killed", 15, running)
+        os.kill(next(e for e in events(workspace, "ramp killed") if e["event"] == "attempt-started")["ranks"][1]["pid"], signal.SIGKILL)
         assert running.wait(90) == 0, running.stderr.read()
         running.communicate()
-    assert [line["attempt"] for line in lines(case, "ramp killed")][-1] == 2
-    assert losses(case, "ramp killed") == losses(case, ramped)  # bit by bit
-    assert [line["data/digest"] for line in lines(case, "ramp killed")] == [line["data/digest"] for line in lines(case, ramped)]
+    assert [line["attempt"] for line in lines(workspace, "ramp killed")][-1] == 2
+    assert losses(workspace, "ramp killed") == losses(workspace, ramped)  # bit by bit
+    assert [line["data/digest"] for line in lines(workspace, "ramp killed")] == [line["data/digest"] for line in lines(workspace, ramped)]
 
 
 @pytest.mark.slow
-def test_a_run_stopped_in_mid_ramp_goes_on_with_one_rank(case, ramped):
-    with case.start("train", str(case.file), "run.dir=ramp stopped", *RAMP) as running:
-        wait_for_step(case, "ramp stopped", 11, running)
+def test_a_run_stopped_in_mid_ramp_goes_on_with_one_rank(workspace, ramped):
+    with workspace.start("train", str(workspace.config_file), "run.dir=ramp stopped", *RAMP) as running:
+        wait_for_step(workspace, "ramp stopped", 11, running)
         running.send_signal(signal.SIGTERM)
         assert running.wait(60) == 75, running.stderr.read()
         running.communicate()
-    stopped = lines(case, "ramp stopped")[-1]["step"]
+    stopped = lines(workspace, "ramp stopped")[-1]["step"]
     assert 10 < stopped < 26, "neither the first phase nor the last"
-    again = resume(case, "ramp stopped", "cluster.ranks_per_node=1")
+    again = resume(workspace, "ramp stopped", "cluster.ranks_per_node=1")
     assert [line["step"] for line in again] == list(range(stopped + 1, 41))
     assert {line["world_size"] for line in again} == {1}
-    assert_same(again, lines(case, ramped))
+    assert_same_losses(again, lines(workspace, ramped))
 
 
 @pytest.mark.slow
-def test_another_ramp_is_another_run(case, ramped):
-    refused = case.train(ramped, *RAMP[:1], RAMP[2], code=2)
+def test_another_ramp_is_another_run(workspace, ramped):
+    refused = workspace.train(ramped, *RAMP[:1], RAMP[2], code=2)
     assert "train.batch_ramp" in refused.stderr
 
 
 @pytest.mark.slow
-def test_a_run_hardly_waits_for_its_samples(case, ramped):
+def test_a_run_hardly_waits_for_its_samples(workspace, ramped):
     """A step here takes a hundredth of a second, and many ranks may be on few cores: the median says what is waited for without."""
-    told = lines(case, ramped)[1:]  # before the first step nothing was computed meanwhile
+    told = lines(workspace, ramped)[1:]  # before the first step nothing was computed meanwhile
     assert statistics.median(line["data_wait"] / line["step_time"] for line in told) <= 0.01

@@ -15,26 +15,26 @@ from manta.trainer.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
-def gpt2(case, tmp_path_factory):
+def gpt2(workspace, tmp_path_factory):
     """GPT-2 as transformers saves it, with the small corpus's own tokenizer, imported by the command; and transformers' own model."""
     from tokenizers import Tokenizer
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer.from_file(str(next((case.home / "corpora").glob("**/tokenizer.json"))))
+    tokenizer = Tokenizer.from_file(str(next((workspace.directory / "corpora").glob("**/tokenizer.json"))))
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=tokenizer.get_vocab_size(), n_positions=48, n_embd=64, n_layer=2, n_head=4)
     model = GPT2LMHeadModel(config).eval()
     directory = tmp_path_factory.mktemp("theirs") / "gpt2"
     model.save_pretrained(directory)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(directory)
-    done = case.manta("import", str(directory), "--output", "imported/gpt2")
+    done = workspace.manta("import", str(directory), "--output", "imported/gpt2")
     assert done.returncode == 0, done.stderr
     return model
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["parallel.zero=3", "parallel.tensor=2", "parallel={zero: 3, tensor: 2}"])
-def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(case, gpt2, layout):
+def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(workspace, gpt2, layout):
     overrides = [
         "run.start_from=imported/gpt2",
         "model={preset: imported/gpt2/model.yaml, dropout: 0, attention_dropout: 0}",
@@ -43,8 +43,8 @@ def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(case, gp
         layout,
     ]
     run = f"from gpt2 {layout}"
-    case.train(run, *overrides)
-    home = RunDirectory(case.home / run)
+    workspace.train(run, *overrides)
+    home = RunDirectory(workspace.directory / run)
     first, *_, last = [json.loads(line) for line in home.metrics_file.read_text().splitlines()]
     config = home.config()
     samples = Samples(home.prepared(), config.data, config.tokenizer, seed=config.run.seed)
@@ -55,25 +55,31 @@ def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(case, gp
     theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(examples.targets).flatten())
     assert first["train/loss"] == pytest.approx(float(theirs), rel=2e-6)
     assert last["train/loss"] < first["train/loss"]
-    assert "began from the weights of" in (case.home / run / "logs/attempt-0001/rank-0000.log").read_text()
+    assert "began from the weights of" in (workspace.directory / run / "logs/attempt-0001/rank-0000.log").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpt2")
-def test_weights_of_another_tokenizer_are_told(case):
+def test_weights_of_another_tokenizer_are_told(workspace):
     preset = "model={preset: imported/gpt2/model.yaml}"
-    done = case.manta(
-        "train", str(case.file), "run.dir=never said", "run.start_from=imported/gpt2", "tokenizer.vocabulary=300", "train.steps=2", preset
+    done = workspace.manta(
+        "train",
+        str(workspace.config_file),
+        "run.dir=never said",
+        "run.start_from=imported/gpt2",
+        "tokenizer.vocabulary=300",
+        "train.steps=2",
+        preset,
     )
-    file = case.home / "imported/gpt2/tokenizer.json"
+    file = workspace.directory / "imported/gpt2/tokenizer.json"
     assert f"run.start_from: the weights were trained with another tokenizer; to read as they did: tokenizer.file={file}" in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpt2")
-def test_a_vocabulary_that_has_grown_keeps_the_rows_of_its_tokens(case):
+def test_a_vocabulary_that_has_grown_keeps_the_rows_of_its_tokens(workspace):
     """The tokenizer gets new tokens, and its numbers another order: each old token has its own row all the same."""
-    import_of = case.home / "imported/gpt2"
+    import_of = workspace.directory / "imported/gpt2"
     spec = json.loads((import_of / "tokenizer.json").read_text())
     there = ids(import_of / "tokenizer.json")
     names = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
@@ -83,64 +89,66 @@ def test_a_vocabulary_that_has_grown_keeps_the_rows_of_its_tokens(case):
     spec["model"]["vocab"] = {name: number for number, name in enumerate(order)}
     for added in spec["added_tokens"]:
         added["id"] = order.index(added["content"])
-    grown = case.home / "grown.json"
+    grown = workspace.directory / "grown.json"
     grown.write_text(json.dumps(spec))
     model = "model={preset: imported/gpt2/model.yaml, vocabulary: null, dropout: 0, attention_dropout: 0}"
     frozen = ("optimizer.learning_rate=1e-12", "train.steps=1", f"tokenizer={{file: {json.dumps(str(grown))}}}", model)
-    refused = case.train("not grown", *frozen, "--weights-only", "imported/gpt2", code=2)
+    refused = workspace.train("not grown", *frozen, "--weights-only", "imported/gpt2", code=2)
     assert "embedding.weight: got" in refused.stderr
-    done = case.train("grown", *frozen, "--weights-only", "imported/gpt2", "run.match_tokens=true", "parallel.zero=3")
+    done = workspace.train("grown", *frozen, "--weights-only", "imported/gpt2", "run.match_tokens=true", "parallel.zero=3")
     assert f"run.match_tokens: {len(there):,} of {len(order):,} tokens have a row in the weights, 70 begin anew" in done.stderr
-    (_, ours), (_, theirs) = (catalog.newest_weights(RunDirectory(case.home / run).checkpoints) for run in ("grown", "imported/gpt2"))
+    (_, ours), (_, theirs) = (
+        catalog.newest_weights(RunDirectory(workspace.directory / run).checkpoints) for run in ("grown", "imported/gpt2")
+    )
     rows = torch.tensor([there[name] for name in order[:-70]])
     assert torch.allclose(ours["embedding.weight"][: len(rows)], theirs["embedding.weight"][rows], atol=1e-6)
     begun = ours["embedding.weight"][len(rows) : len(order)]
     assert 0.01 < float(begun.std()) < 0.03, "as in a new run"
     same = [name for name in theirs if not name.startswith("embedding.")]
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in same)
-    lost = case.home / "imported/lost"
+    lost = workspace.directory / "imported/lost"
     shutil.copytree(import_of, lost)
     (lost / "tokenizer.json").unlink()
-    refused = case.train("lost", *frozen, "--weights-only", "imported/lost", "run.match_tokens=true", code=2)
+    refused = workspace.train("lost", *frozen, "--weights-only", "imported/lost", "run.match_tokens=true", code=2)
     assert "run.match_tokens: got weights in" in refused.stderr
 
 
-def test_weights_that_are_not_there_are_told_before_anything_starts(case):
-    done = case.manta("train", str(case.file), "run.dir=never", "run.start_from=nowhere")
+def test_weights_that_are_not_there_are_told_before_anything_starts(workspace):
+    done = workspace.manta("train", str(workspace.config_file), "run.dir=never", "run.start_from=nowhere")
     assert done.returncode == 2
     assert "run.start_from: got" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not (case.home / "never").exists()
+    assert not (workspace.directory / "never").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpt2")
-def test_another_models_weights_are_refused_with_the_first_difference_before_anything_starts(case):
-    done = case.manta("train", str(case.file), "run.dir=from another", "run.start_from=imported/gpt2")
+def test_another_models_weights_are_refused_with_the_first_difference_before_anything_starts(workspace):
+    done = workspace.manta("train", str(workspace.config_file), "run.dir=from another", "run.start_from=imported/gpt2")
     assert done.returncode == 2
     assert "run.start_from:" in done.stderr
     assert "blocks.0.attention_norm.weight: got nothing" not in done.stderr, "both have that one"
     assert "was it another model?" in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 2  # that it was trained as another one, too
-    assert not (case.home / "from another").exists()
+    assert not (workspace.directory / "from another").exists()
 
 
 @pytest.mark.slow
-def test_a_part_of_another_model_s_weights_is_not_taken_for_the_whole(case):
-    case.train("deeper", "model.layers=3", "train.steps=1")
-    done = case.manta("train", str(case.file), "run.dir=shallower", "run.start_from=deeper")
+def test_a_part_of_another_model_s_weights_is_not_taken_for_the_whole(workspace):
+    workspace.train("deeper", "model.layers=3", "train.steps=1")
+    done = workspace.manta("train", str(workspace.config_file), "run.dir=shallower", "run.start_from=deeper")
     assert done.returncode == 2
     assert "blocks.2.attention.k_proj.weight: got (32, 64), wants nothing" in done.stderr
-    assert not (case.home / "shallower").exists()
+    assert not (workspace.directory / "shallower").exists()
     # A checkpoint alone, copied out of its run, is as good; who trained it on what can then not be told.
-    alone = case.home / "kept aside/step-00000001"
-    shutil.copytree(case.home / "deeper/checkpoints/step-00000001", alone)
-    done = case.train("as deep", "model.layers=3", "train.steps=2", f"run.start_from={alone}")
+    alone = workspace.directory / "kept aside/step-00000001"
+    shutil.copytree(workspace.directory / "deeper/checkpoints/step-00000001", alone)
+    done = workspace.train("as deep", "model.layers=3", "train.steps=2", f"run.start_from={alone}")
     assert "whether the weights were trained with this tokenizer is not known" in done.stderr
 
 
-def test_a_directory_of_transformers_is_to_be_imported_first(case, tmp_path):
+def test_a_directory_of_transformers_is_to_be_imported_first(workspace, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    done = case.manta("train", str(case.file), "run.dir=never", f"run.start_from={tmp_path}")
+    done = workspace.manta("train", str(workspace.config_file), "run.dir=never", f"run.start_from={tmp_path}")
     assert done.returncode == 2
     assert f"take it in first: manta import {tmp_path}" in done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Case
+from conftest import Workspace
 
 from manta.trainer.metrics import read_metrics
 
@@ -23,8 +23,8 @@ def home(tmp_path_factory) -> Path:
 
 
 def trained(home: Path, name: str, run: str, *overrides: str) -> list[dict]:
-    case = Case(file=EXAMPLES / f"{name}.yaml", home=home)
-    done = case.manta("train", str(case.file), f"run.dir={run}", *overrides, timeout=1500)
+    workspace = Workspace(config_file=EXAMPLES / f"{name}.yaml", directory=home)
+    done = workspace.manta("train", str(workspace.config_file), f"run.dir={run}", *overrides, timeout=1500)
     assert done.returncode == 0, done.stderr
     return read_metrics(home / run / "metrics.jsonl")
 

@@ -66,10 +66,10 @@ def test_only_a_slow_rank_s_own_time_is_longer_though_steps_take_all_as_long():
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_slowed_in_a_real_run_is_named_and_the_run_goes_on_with_the_same_losses(case):
+def test_a_rank_that_is_slowed_in_a_real_run_is_named_and_the_run_goes_on_with_the_same_losses(workspace):
     """Stopped most of the time, in bursts too short to be seen as a hang."""
     larger = ["model.width=128", "train.global_batch=32", "train.steps=10000"]
-    with LiveRun(case, "slowed", *larger) as run:
+    with LiveRun(workspace, "slowed", *larger) as run:
         run.event("first-step")
         victim = run.pids(1)[1]
         until = time.monotonic() + 120
@@ -87,7 +87,7 @@ def test_a_rank_that_is_slowed_in_a_real_run_is_named_and_the_run_goes_on_with_t
         assert f"rank 1 on {slow['node']} is {slow['times']:.1f}x slower than the median" in told
         assert not run.events("rank-failed")
     slowed = exactly(run.lines())
-    with LiveRun(case, "at its own pace", *larger) as other:
+    with LiveRun(workspace, "at its own pace", *larger) as other:
         other.steps(1, len(slowed))
         other.process.send_signal(signal.SIGTERM)
         assert other.end()[0] == 75
