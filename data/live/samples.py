@@ -27,7 +27,7 @@ from manta.data.sampling.samples import Samples, entropy
 from manta.data.sampling.windows import Text
 from manta.data.shards.manifest import Prepared
 from manta.data.sources.config import FilterConfig
-from manta.data.sources.formats import Refused
+from manta.data.sources.input_split import BadRow
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -160,16 +160,16 @@ class LiveSamples:
             # Which rank the first document falls to depends on the place: pieces may be of a single one.
             if number < first or not (self._takes_pieces or (number + place) % self._ranks == self._rank):
                 continue
-            if isinstance(found, Refused):
+            if isinstance(found, BadRow):
                 self._tell(found)
             if (text := part.text(found)) is not None and not part.holds_out(text):
                 yield number, text
 
-    def _tell(self, refused: Refused) -> None:
+    def _tell(self, refused: BadRow) -> None:
         """The first malformed row, and again each time there are twice as many."""
         self._malformed += 1
         if self._malformed & (self._malformed - 1) == 0:
-            log.warning("malformed rows are left out, %d so far, the last: %s", self._malformed, refused.problem)
+            log.warning("malformed rows are left out, %d so far, the last: %s", self._malformed, refused.message)
 
     def _first_held_out(self, by_source: Sequence[Sequence[Part]], wanted: int, *, share: float) -> Numbers:
         """The first validation windows, of the first documents that each source holds out, in turn: [<= wanted, W]."""

@@ -11,10 +11,11 @@ from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.prepare.encode import held_out_below
 from manta.data.shards.manifest import Prepared, digest
-from manta.data.sources import splits
 from manta.data.sources.config import SourceConfig
 from manta.data.sources.filters import Filter
-from manta.data.sources.formats import Document, Piece, Refused
+from manta.data.sources.input_split import BadRow, Document, InputSplit
+from manta.data.sources.source import holds_token_files, identity, validation_source
+from manta.data.sources.splits import input_splits
 from manta.data.storage.remote import is_remote
 from manta.data.tokenizer import tokenizer
 
@@ -25,13 +26,13 @@ VERSION = 1  # of the order in which ranks read; another one is another corpus
 class Part:
     """A piece, and which of its documents are taken and held out."""
 
-    piece: Piece
+    piece: InputSplit
     filter: Filter
     held_out_below: int
 
-    def text(self, found: Document | Refused) -> str | None:
+    def text(self, found: Document | BadRow) -> str | None:
         """None where it is left out. Raises InputError for token ids."""
-        if isinstance(found, Refused):
+        if isinstance(found, BadRow):
             return None
         if not isinstance(found.content, str):
             raise InputError(_told_of_ids(self.piece.name))
@@ -49,10 +50,10 @@ class Part:
 
 def parts_of(source: SourceConfig, data: DataConfig) -> tuple[list[Part], list[Part]]:
     """A source's pieces to train on, and those among which its validation documents are."""
-    taken, apart = Filter(source.filter), splits.held_out(source)
+    taken, apart = Filter(source.filter), validation_source(source)
 
     def parts(of: SourceConfig, share: float) -> list[Part]:
-        return [Part(piece=piece, filter=taken, held_out_below=held_out_below(share)) for piece in splits.pieces(of, data)]
+        return [Part(piece=piece, filter=taken, held_out_below=held_out_below(share)) for piece in input_splits(of, data)]
 
     if apart is not None:
         return parts(source, 0.0), parts(apart, 1.0)
@@ -67,7 +68,7 @@ def as_prepared(tokenizer_file: Path, data: DataConfig, tokens: TokenizerConfig)
     """
     data = placed(data)
     _refuse_token_files(data)
-    sources = [splits.identity(source) for source in data.sources]
+    sources = [identity(source) for source in data.sources]
     read = [data.text_field, data.bad_rows, data.validation, tokens.end_of_text, tokenizer.fingerprint(tokenizer.read(tokenizer_file))]
     return Prepared(tokenizer=tokenizer_file, corpora=(), fingerprint=digest(["live", VERSION, sources, *read]))
 
@@ -94,7 +95,7 @@ def placed(data: DataConfig) -> DataConfig:
 
 def _refuse_token_files(data: DataConfig) -> None:
     for source in data.sources:
-        if splits.is_tokens(source):
+        if holds_token_files(source):
             raise InputError(_told_of_ids(source.called))
 
 

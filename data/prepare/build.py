@@ -20,9 +20,10 @@ from manta.data.sampling.samples import entropy
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Manifest, PieceRecord, Split
-from manta.data.sources import splits
 from manta.data.sources.config import SourceConfig
-from manta.data.sources.formats import Piece
+from manta.data.sources.input_split import InputSplit
+from manta.data.sources.source import holds_token_files, validation_source
+from manta.data.sources.splits import input_splits
 from manta.data.storage.atomic import TEMPORARY
 from manta.data.storage.remote import is_remote
 from manta.data.tokenizer.tokenizer import Tokenizer
@@ -39,10 +40,10 @@ def make_shards(
         Path(home.root).mkdir(exist_ok=True)
         for leftover in Path(home.root).glob(f".*{TEMPORARY}"):
             leftover.unlink(missing_ok=True)
-    held_out = splits.held_out(source)
+    held_out = validation_source(source)
     shares = [(piece, 0.0 if held_out else data.validation) for piece in _pieces(source, data)]
     shares += [(piece, 1.0) for piece in (_pieces(held_out, data) if held_out else ())]
-    if splits.is_tokens(source):
+    if holds_token_files(source):
         choice = "none: token ids, read where they lie"
     else:
         choice = tokenizer.choose_encoder(list(sample([(piece, source.filter) for piece, _ in shares], _PROOF_BYTES)))
@@ -99,8 +100,8 @@ def make_whole(
     return made
 
 
-def _pieces(source: SourceConfig, data: DataConfig) -> Sequence[Piece]:
-    return token_files.token_files(source) if splits.is_tokens(source) else splits.pieces(source, data)
+def _pieces(source: SourceConfig, data: DataConfig) -> Sequence[InputSplit]:
+    return token_files.token_files(source) if holds_token_files(source) else input_splits(source, data)
 
 
 def intact(home: Home, *, contents: bool) -> Manifest | None:
@@ -129,7 +130,7 @@ def _encode_all(source: SourceConfig, home: Home, tasks: list[Task], data: DataC
     if source.filter.dedup and missing:
         marked = {task.index: task for task in _without_duplicates(source, tasks, data)}
         missing = [marked[task.index] for task in missing]
-    work = take_over if splits.is_tokens(source) else encode
+    work = take_over if holds_token_files(source) else encode
     with progress(f"prepare {source.called}", sum(_weight(task.piece) for task in missing)) as advance:
         for task, record in _run(work, missing, data):
             records[task.index] = record
@@ -186,5 +187,5 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _weight(piece: Piece) -> int:
+def _weight(piece: InputSplit) -> int:
     return piece.size or 1

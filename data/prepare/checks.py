@@ -5,8 +5,9 @@ from pathlib import Path
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.prepare.progress import say
-from manta.data.sources import splits
 from manta.data.sources.config import FilterConfig, SourceConfig
+from manta.data.sources.source import ignored_files, source_files, validation_source
+from manta.data.sources.splits import content_kind
 from manta.data.storage.remote import is_remote
 
 _SPELLED = {"text": "text", "ids": "token ids in a field", "shards": "token shards"}
@@ -15,18 +16,18 @@ _SPELLED = {"text": "text", "ids": "token ids in a field", "shards": "token shar
 def check_sources(data: DataConfig, tokens: TokenizerConfig) -> None:
     """Raises InputError where a file is missing, or held out and trained on, where kinds do not fit, or ids want their tokenizer."""
     for source in data.sources:
-        held_out = splits.held_out(source)
+        held_out = validation_source(source)
         for one in (source, held_out):
             if one is not None:
-                splits.files(one)
-        kind = splits.kind(source, data)
+                source_files(one)
+        kind = content_kind(source, data)
         if kind != "text" and tokens.file is None:
             raise InputError(f"data.sources: {source.called!r}: holds token ids; wants the tokenizer that wrote them: set tokenizer.file")
         if kind == "shards":
             _asks_nothing_of_text(source)
         if held_out is not None:
-            _fits(source, held_out, kind, splits.kind(held_out, data))
-        if passed := splits.passed_over(source):
+            _fits(source, held_out, kind, content_kind(held_out, data))
+        if passed := ignored_files(source):
             say(f"prepare: {source.called}: {len(passed)} files are not part of it, by their kind; the first is {passed[0]}")
 
 
@@ -42,7 +43,7 @@ def _asks_nothing_of_text(source: SourceConfig) -> None:
 
 
 def _places(source: SourceConfig) -> set[str]:
-    paths = (file.path for file in splits.files(source))
+    paths = (file.path for file in source_files(source))
     return {path if is_remote(path) else str(Path(path).resolve()) for path in paths}
 
 

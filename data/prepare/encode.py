@@ -23,7 +23,7 @@ from manta.data.shards.manifest import PieceRecord
 from manta.data.shards.shard import Shard, ShardWriter, dtype_for
 from manta.data.sources.config import FilterConfig
 from manta.data.sources.filters import Filter
-from manta.data.sources.formats import Document, Piece, Refused
+from manta.data.sources.input_split import BadRow, Document, InputSplit
 from manta.data.storage import remote
 from manta.data.tokenizer.tokenizer import Encoder, Tokenizer
 
@@ -39,7 +39,7 @@ Tell = Callable[[int], None]
 class Task:
     """One piece and all that decides what becomes of it."""
 
-    piece: Piece
+    piece: InputSplit
     index: int
     root: str
     cache: CacheConfig
@@ -103,7 +103,7 @@ def hashes(task: Task, tell: Tell) -> NDArray[np.uint64]:
     return np.array(found, dtype=np.uint64)
 
 
-def sample(pieces: list[tuple[Piece, FilterConfig]], wanted: int) -> Iterator[str]:
+def sample(pieces: list[tuple[InputSplit, FilterConfig]], wanted: int) -> Iterator[str]:
     """About `wanted` bytes of text from all over: pieces in shuffled order, each giving its share of what is still wanted."""
     order = Permutation(len(pieces), key=0)(np.arange(len(pieces)))
     for left, index in zip(range(len(pieces), 0, -1), order, strict=True):
@@ -112,7 +112,7 @@ def sample(pieces: list[tuple[Piece, FilterConfig]], wanted: int) -> Iterator[st
         for document in piece.documents():
             if share <= 0:
                 break
-            if isinstance(document, Refused) or not isinstance(document.content, str) or chosen.reason_against(document.content):
+            if isinstance(document, BadRow) or not isinstance(document.content, str) or chosen.reason_against(document.content):
                 continue
             part = document.content[:share]
             yield part
@@ -146,8 +146,8 @@ class _Taken:
     def documents(self) -> Iterator[Document]:
         number = 0
         for document in self._piece.documents():
-            if isinstance(document, Refused):
-                self.refused = self.refused or document.problem
+            if isinstance(document, BadRow):
+                self.refused = self.refused or document.message
                 self.left_out[MALFORMED] += 1
                 continue
             reason = None
@@ -197,7 +197,7 @@ class _Shuffled:
         self._held, self._tokens, self._text_bytes, self._blocks = [], 0, 0, self._blocks + 1
 
 
-def _encoded(batch: list[Document], tokenizer: Tokenizer, piece: Piece) -> Iterator[tuple[NDArray[np.uint32], "bytes | memoryview"]]:
+def _encoded(batch: list[Document], tokenizer: Tokenizer, piece: InputSplit) -> Iterator[tuple[NDArray[np.uint32], "bytes | memoryview"]]:
     """Of each document its ids, which end with the end of text, and its bytes, which are its identity."""
     end = np.array([tokenizer.end_of_text], dtype=np.uint32)
     texts = [document.content for document in batch if isinstance(document.content, str)]
@@ -210,7 +210,7 @@ def _encoded(batch: list[Document], tokenizer: Tokenizer, piece: Piece) -> Itera
         ids = document.content
         if len(ids) and ids.max() >= tokenizer.vocabulary:
             wants = f"ids below the tokenizer's {tokenizer.vocabulary}: they were written with another one; set tokenizer.file to it"
-            raise InputError(f"{piece.where(document.place)}: got token id {ids.max()}, wants {wants}")
+            raise InputError(f"{piece.location(document.position)}: got token id {ids.max()}, wants {wants}")
         yield (ids if len(ids) and ids[-1] == tokenizer.end_of_text else np.concatenate([ids, end])), raw
 
 
@@ -222,7 +222,7 @@ def _batches(documents: Iterable[Document], tell: Tell) -> Iterator[list[Documen
     batch: list[Document] = []
     size = 0
     for document in documents:
-        tell(document.place)
+        tell(document.position)
         batch.append(document)
         size += len(document.content)
         if size >= _BATCH:

@@ -29,8 +29,9 @@ from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Manifest, Prepared, digest
-from manta.data.sources import splits
 from manta.data.sources.config import SourceConfig
+from manta.data.sources.source import identity
+from manta.data.sources.splits import input_splits
 from manta.data.storage.remote import is_remote, join
 from manta.data.tokenizer import tokenizer
 from manta.data.tokenizer.train import train
@@ -144,7 +145,7 @@ def _make_tokenizer(home: Home, data: DataConfig, tokens: TokenizerConfig) -> st
         content = tokenizer.read(tokens.file)
     else:
         say(f"tokenizer: training {tokens.vocabulary} tokens on up to {tokens.train_bytes / 1e6:.1f} MB of text")
-        pieces = [(piece, source.filter) for source in data.sources for piece in splits.pieces(source, data)]
+        pieces = [(piece, source.filter) for source in data.sources for piece in input_splits(source, data)]
         content = train(
             sample(pieces, tokens.train_bytes),
             algorithm=tokens.algorithm,
@@ -176,14 +177,14 @@ def _tokenizer_home(data: DataConfig, tokens: TokenizerConfig) -> Home:
     if tokens.file:
         decides: list[object] = [tokenizer.fingerprint(tokenizer.read(tokens.file))]
     else:
-        trained_on = [splits.identity(source) for source in data.sources]
+        trained_on = [identity(source) for source in data.sources]
         decides = [trained_on, data.text_field, tokens.model_dump(mode="json", exclude={"file"}), *_marks(data)]
     return Home(_below(data, f"tokenizer-{_key(decides)}"), data.cache)
 
 
 def _corpus_home(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig, fingerprint: str) -> Home:
     how = source.model_dump(mode="json", exclude={"name", "epochs"})
-    decides: list[object] = [splits.identity(source), how, fingerprint, tokens.end_of_text, data.validation, data.text_field, data.bad_rows]
+    decides: list[object] = [identity(source), how, fingerprint, tokens.end_of_text, data.validation, data.text_field, data.bad_rows]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", source.called).strip("-")[-40:].strip("-") or "corpus"
     return Home(_below(data, f"{slug}-{_key(decides)}"), data.cache)
 

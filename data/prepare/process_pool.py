@@ -43,7 +43,7 @@ class Worker:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join()
             place = int(self._place.value)
-            near = task.piece.name if place == _NOWHERE else f"near {task.piece.where(place)}"
+            near = task.piece.name if place == _NOWHERE else f"near {task.piece.location(place)}"
             raise RuntimeError(f"{near}: a process died of it ({_cause(self._process.exitcode)}); mend it there, or run again") from None
         if error is not None:
             raise error

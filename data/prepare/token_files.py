@@ -24,7 +24,8 @@ from manta.data.prepare.encode import Task, Tell, open_tokenizer
 from manta.data.shards.manifest import PieceRecord
 from manta.data.shards.shard import LONGEST, Shard, index_bytes, parse_index
 from manta.data.sources.config import SourceConfig
-from manta.data.sources.splits import File, files
+from manta.data.sources.files import SourceFile
+from manta.data.sources.source import source_files
 from manta.data.storage import remote
 
 Format = Literal["megatron", "nanogpt", "llm.c"]
@@ -51,13 +52,13 @@ class TokenFile:
         """None to be encoded: `take_over` reads it."""
         return iter(())
 
-    def where(self, place: int) -> str:
-        return f"{self.path}: token {place}"
+    def location(self, position: int) -> str:
+        return f"{self.path}: token {position}"
 
 
 def token_files(source: SourceConfig) -> list[TokenFile]:
     """The .bin files of a source of token ids, in order. Raises InputError where one's format can not be told."""
-    listed = files(source)
+    listed = source_files(source)
     names = {file.path for file in listed}
     for name in sorted(names):
         if name.endswith(".idx") and f"{name.removesuffix('.idx')}.bin" not in names:
@@ -65,7 +66,7 @@ def token_files(source: SourceConfig) -> list[TokenFile]:
     return [_told(file, source) for file in listed if file.path.endswith(".bin")]
 
 
-def _told(file: File, source: SourceConfig) -> TokenFile:
+def _told(file: SourceFile, source: SourceConfig) -> TokenFile:
     if source.format is not None:
         return TokenFile(path=file.path, size=file.size, format=source.format)  # type: ignore[arg-type]  one of the three, else not here
     if _exists(_index_of(file.path)):
@@ -93,7 +94,7 @@ def take_over(task: Task, tell: Tell) -> PieceRecord:
         if len(ids) and (ids.max() >= tokenizer.vocabulary or ids.min() < 0):
             wrong = int(np.flatnonzero((ids >= tokenizer.vocabulary) | (ids < 0))[0])
             wants = f"ids below the tokenizer's {tokenizer.vocabulary}: it was written with another one; set tokenizer.file to it"
-            raise InputError(f"{piece.where(first + wrong)}: got id {ids[wrong]}, wants {wants}")
+            raise InputError(f"{piece.location(first + wrong)}: got id {ids[wrong]}, wants {wants}")
         ends.append(first + np.flatnonzero(ids == tokenizer.end_of_text) + 1)
         at += len(block)
     marked = np.concatenate(ends)

@@ -1,4 +1,4 @@
-"""A row, of a table or of a JSON line, gives a document's content: text of one field, of several, or token ids."""
+"""Turn a table row or a JSON object into a document: the text of one field, a template of several fields, or token ids."""
 
 import difflib
 import json
@@ -13,111 +13,105 @@ from pydantic_core import from_json
 
 Content = str | NDArray[np.uint32]
 Kind = Literal["text", "ids"]
+KIND_NAMES: dict[Kind, str] = {"text": "text", "ids": "a list of token ids"}
 
-_IDS_WANTED = f"wants token ids: whole numbers from 0 to {2**32 - 1}"
+_FIX_ROW = "Fix or remove the row."
 
 
 class RowError(ValueError):
-    """A row that gives no document, and why; whoever reads the file adds where it stands."""
+    """A row without a usable document. The message says why; the caller adds the file and the line or row."""
 
 
 class MixedKindsError(RowError):
-    """Ids among text, or text among ids: wrong with the source and not with the row, so no row is skipped for it."""
+    """Text among token ids, or ids among text: an error of the source, not of the row, so it is never skipped."""
 
 
 @dataclass(frozen=True, slots=True)
-class Undecodable:
-    """Stands in a row for a value that is not UTF-8."""
+class UndecodableValue:
+    """A value in a row that is not UTF-8."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Field:
-    """One field, which holds text or a list of token ids."""
+class FieldReader:
+    """Reads one field, which holds text or a list of token ids."""
 
     name: str
     key: str
-    """The config's key that names the field, as an error spells it."""
+    """The config key that names the field, for errors."""
     kind: Kind | None = None
-    """What the source's other rows hold, where that is known."""
+    """What the source's other rows hold, if known."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name,)
 
-    def of(self, row: Mapping[str, Any]) -> Content:
+    def read(self, row: Mapping[str, Any]) -> Content:
         """Raises RowError."""
         if self.name not in row:
-            raise RowError(self.missing(list(row)))
+            raise RowError(missing_field(self.name, list(row), self.key))
         value = row[self.name]
+        kind: Kind
         if isinstance(value, str):
-            _check(value, self.name)
-            found: Kind = "text"
+            kind, content = "text", _check_text(value, self.name)
         elif isinstance(value, list) and (self.kind != "text" or set(map(type, value)) == {int}):
-            value = _ids(cast("list[object]", value), self.name)
-            found = "ids"
+            kind, content = "ids", _to_ids(cast("list[object]", value), self.name)
         else:
-            raise RowError(_not_text(value, self.name, "text or a list of token ids" if self.kind is None else _SPELLED[self.kind]))
-        if self.kind not in {found, None}:
-            raise MixedKindsError(self.mixed(found))
-        return value
-
-    def mixed(self, found: Kind) -> str:
-        other = "text" if found == "ids" else "ids"
-        return f"field {self.name!r} holds {_SPELLED[found]}, other rows {_SPELLED[other]}; wants one kind a source: make it two"
-
-    def missing(self, names: list[str]) -> str | None:
-        """What to tell of a row or a table that has these fields, if anything."""
-        return None if self.name in names else _no_field(self.name, names, self.key)
+            raise _wrong_type(value, self.name, "text or a list of token ids" if self.kind is None else KIND_NAMES[self.kind])
+        if self.kind not in {kind, None}:
+            problem = f"expected {KIND_NAMES['text' if kind == 'ids' else 'ids']} as in other rows, got {KIND_NAMES[kind]}"
+            raise MixedKindsError(f"field {self.name!r}: {problem}. Make two sources of it.")
+        return content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
-    """Several fields in one text."""
+class TemplateReader:
+    """Joins several fields into one text."""
 
-    template: str
     parts: tuple[tuple[str, str | None], ...]
     """Literal text and the field that follows it, if any."""
     key: str
+    """The config key that holds the template, for errors."""
+    kind: Kind = "text"
 
     @classmethod
     def parse(cls, template: str, key: str) -> Self:
-        """Of a template that config has checked. Its fields are looked up by their name alone: str.format would look into them."""
-        return cls(template=template, parts=tuple((text, name) for text, name, _, _ in Formatter().parse(template)), key=key)
+        """Parse a template that the config has validated. Fields are looked up by name alone: str.format would follow attributes."""
+        return cls(parts=tuple((literal, name) for literal, name, _, _ in Formatter().parse(template)), key=key)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for _, name in self.parts if name is not None))
 
-    def of(self, row: Mapping[str, Any]) -> str:
-        """Empty where all its fields are. Raises RowError."""
-        spelled: list[str] = []
-        filled = False
-        for text, name in self.parts:
-            spelled.append(text)
+    def read(self, row: Mapping[str, Any]) -> str:
+        """Return the text; empty if all of its fields are. Raises RowError."""
+        texts: list[str] = []
+        has_content = False
+        for literal, name in self.parts:
+            texts.append(literal)
             if name is not None:
                 if name not in row:
-                    raise RowError(self.missing(list(row)))
-                value = _spell(row[name], name)
-                spelled.append(value)
-                filled = filled or bool(value)
-        return "".join(spelled) if filled else ""
-
-    def missing(self, names: list[str]) -> str | None:
-        return next((_no_field(name, names, self.key) for name in self.names if name not in names), None)
+                    raise RowError(missing_field(name, list(row), self.key))
+                texts.append(_format_value(row[name], name))
+                has_content |= bool(texts[-1])
+        return "".join(texts) if has_content else ""
 
 
-Reader = Field | Template
+RowReader = FieldReader | TemplateReader
 
-_SPELLED: dict[Kind, str] = {"text": "text", "ids": "a list of token ids"}
+
+def missing_field(name: str, names: list[str], key: str) -> str:
+    """Return the error for a row or a table that has only the fields `names`."""
+    similar = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:8]
+    return f"expected a field {name!r}, got {', '.join(map(repr, similar)) or 'no fields'}. Set {key}."
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
-    """One JSON object. Raises RowError.
+    """Parse one JSON object. Raises RowError.
 
-    pydantic's parser is twice as fast as json's. What it refuses goes to json, which has the last word: on a byte order mark, on half
-    a surrogate pair in a field that nobody asked for, and on how to tell what is wrong.
+    pydantic's parser is twice as fast as json's. What it rejects goes to json, which decides on byte order marks and on half a
+    surrogate pair in an unused field, and which has the better error messages.
     """
     record: object
     try:
@@ -126,49 +120,48 @@ def parse_json(line: bytes) -> dict[str, Any]:
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise RowError(f"not UTF-8 ({error.reason}); convert the file") from None
+            raise RowError(f"expected UTF-8, got an {error.reason}. Convert the file.") from None
         except (ValueError, RecursionError) as error:
-            raise RowError(f"malformed JSON ({error}); wants one JSON object a line") from None
+            raise RowError(f"expected one JSON object per line, got malformed JSON ({error}). {_FIX_ROW}") from None
     if not isinstance(record, dict):
-        raise RowError(f"got a JSON {type(record).__name__}; wants one JSON object a line")
+        raise RowError(f"expected one JSON object per line, got a {type(record).__name__}. {_FIX_ROW}")
     return cast("dict[str, Any]", record)
 
 
-def _ids(values: list[object], name: str) -> NDArray[np.uint32]:
+def _to_ids(values: list[object], name: str) -> NDArray[np.uint32]:
     if set(map(type, values)) <= {int}:  # numpy would take true for 1
         numbers = cast("list[int]", values)
         if not numbers or (min(numbers) >= 0 and max(numbers) < 2**32):
             return np.array(numbers, dtype=np.uint32)
-    at, value = next((at, value) for at, value in enumerate(values) if type(value) is not int or not 0 <= value < 2**32)
-    spelled = f"{value!r:.40}" if isinstance(value, (int, float)) else "null" if value is None else type(value).__name__
-    raise RowError(f"field {name!r} holds {spelled} at [{at}]; {_IDS_WANTED}")
+    index, value = next((i, value) for i, value in enumerate(values) if type(value) is not int or not 0 <= value < 2**32)
+    shown = f"{value!r:.40}" if isinstance(value, (int, float)) else _type_name(value)
+    raise RowError(f"field {name!r}: expected token ids (integers from 0 to {2**32 - 1}), got {shown} at [{index}]. {_FIX_ROW}")
 
 
-def _spell(value: object, name: str) -> str:
+def _format_value(value: object, name: str) -> str:
     if isinstance(value, str):
-        _check(value, name)
-        return value
+        return _check_text(value, name)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
         return str(value)
-    raise RowError(_not_text(value, name, "text, a number or a boolean"))
+    raise _wrong_type(value, name, "text, a number or a boolean")
 
 
-def _check(text: str, name: str) -> None:
+def _check_text(text: str, name: str) -> str:
     if not text.isascii():
         try:
             text.encode()
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; UTF-8, and so a tokenizer, can not
-            raise RowError(f"field {name!r} holds a lone surrogate, which is no text; mend or drop the line") from None
+        except UnicodeEncodeError:  # JSON can write half a surrogate pair; UTF-8, and so a tokenizer, cannot
+            raise RowError(f"field {name!r}: expected text, got a lone surrogate. {_FIX_ROW}") from None
+    return text
 
 
-def _not_text(value: object, name: str, wanted: str) -> str:
-    if isinstance(value, Undecodable):
-        return f"field {name!r} is not UTF-8 ({value.reason}); convert it"
-    return f"field {name!r} is {'null' if value is None else type(value).__name__}; wants {wanted}"
+def _wrong_type(value: object, name: str, expected: str) -> RowError:
+    if isinstance(value, UndecodableValue):
+        return RowError(f"field {name!r}: expected UTF-8, got an {value.reason}. Convert it.")
+    return RowError(f"field {name!r}: expected {expected}, got {_type_name(value)}. {_FIX_ROW}")
 
 
-def _no_field(name: str, names: list[str], key: str) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:8]
-    return f"no field {name!r}; it has {', '.join(map(repr, near)) or 'none'}; set {key}"
+def _type_name(value: object) -> str:
+    return "null" if value is None else type(value).__name__

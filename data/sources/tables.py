@@ -1,176 +1,176 @@
-"""Tables become documents: parquet, Arrow IPC, and Hugging Face datasets. A place is a row's number in its table, from 0."""
+"""Parquet, Arrow IPC and Hugging Face datasets as input splits. A position is a row's number in its table, from 0."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from manta.data.errors import InputError
-from manta.data.sources.formats import BadRows, Document, Refused, one_line, refused, unreadable
-from manta.data.sources.rows import Content, Field, Reader, RowError, Undecodable
+from manta.data.sources.files import SourceFile
+from manta.data.sources.input_split import BadRow, Document, ReadOptions
+from manta.data.sources.rows import Content, FieldReader, RowError, RowReader, UndecodableValue, missing_field
+from manta.data.sources.streams import one_line, read_error
 from manta.data.storage.remote import is_remote, open_read
 
-_BATCH = 1024  # rows held as Python objects at once
-
-
-class _Table(Protocol):
-    @property
-    def reader(self) -> Reader: ...
-    @property
-    def first_row(self) -> int: ...
-    @property
-    def bad_rows(self) -> BadRows: ...
-    def where(self, place: int) -> str: ...
+_BATCH = 1024  # rows held as Python objects at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parquet:
-    """A parquet file, or some row groups of a large one."""
-
+class _TableFileSplit:
     path: str
-    reader: Reader
     size: int
+    options: ReadOptions
+    first_row: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.path} from row {self.first_row + 1}" if self.first_row else self.path
+
+    def documents(self) -> Iterator[Document | BadRow]:
+        contents = (content for columns in self._batches() for content in _contents(columns, self.options.reader))
+        yield from _documents(contents, self, self.first_row)
+
+    def location(self, position: int) -> str:
+        return f"{self.path}: row {position + 1}"
+
+    def _batches(self) -> Iterator[list[Any]]:
+        """Yield the columns that the reader needs, some rows at a time."""
+        raise NotImplementedError
+
+    def _check_columns(self, names: list[str]) -> None:
+        """Raise InputError for a missing column. It is missing in each row, so it is never skipped as a bad row."""
+        for name in self.options.reader.names:
+            if name not in names:
+                raise InputError(f"{self.path}: {missing_field(name, names, self.options.reader.key)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParquetSplit(_TableFileSplit):
+    """A Parquet file, or row groups [first, end) of a large one."""
+
     groups: tuple[int, int] | None = None
-    """First and end; all where left out."""
-    first_row: int = 0
-    bad_rows: BadRows = "fail"
 
-    @property
-    def name(self) -> str:
-        return self.path if self.groups is None else f"{self.path} from row {self.first_row + 1}"
+    @classmethod
+    def from_files(cls, files: Sequence[SourceFile], options: ReadOptions, split_bytes: int) -> Iterator[Self]:
+        """Yield splits of about `split_bytes` on disk; a row group is never cut."""
+        for file in files:
+            if file.size <= split_bytes:
+                yield cls(path=file.path, size=file.size, options=options)
+                continue
+            with _open_parquet(file.path) as table:
+                groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
+            compression = file.size / max(sum(group.total_byte_size for group in groups), 1)
+            first, first_row, rows, size = 0, 0, 0, 0
+            for end, group in enumerate(groups, start=1):
+                rows, size = rows + group.num_rows, size + group.total_byte_size
+                if size * compression >= split_bytes or end == len(groups):
+                    on_disk = round(size * compression)
+                    yield cls(path=file.path, size=on_disk, options=options, groups=(first, end), first_row=first_row)
+                    first, first_row, rows, size = end, first_row + rows, 0, 0
 
-    def documents(self) -> Iterator[Document | Refused]:
-        with _opened_parquet(self.path) as table:
-            _check_columns(self.path, table.schema_arrow.names, self.reader)
+    def _batches(self) -> Iterator[list[Any]]:
+        names = self.options.reader.names
+        with _open_parquet(self.path) as table:
+            self._check_columns(table.schema_arrow.names)
             groups = range(*self.groups) if self.groups else range(table.num_row_groups)
-            batches = table.iter_batches(batch_size=_BATCH, row_groups=list(groups), columns=list(self.reader.names))
-            columns = (_columns(batch, self.reader) for batch in batches)
-            yield from _documents(self, (content for row in columns for content in _contents(row, self.reader)))
-
-    def where(self, place: int) -> str:
-        return f"{self.path}: row {place + 1}"
-
-    def shared(self, piece_bytes: int) -> "Iterator[Parquet]":
-        """The same rows in pieces of about so many bytes on disk, so that cores share a large file; a row group is never cut."""
-        if self.size <= piece_bytes:
-            yield self
-            return
-        with _opened_parquet(self.path) as table:
-            groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
-        on_disk = self.size / max(sum(group.total_byte_size for group in groups), 1)
-        first, first_row, rows, unpacked = 0, 0, 0, 0
-        for end, group in enumerate(groups, start=1):
-            rows, unpacked = rows + group.num_rows, unpacked + group.total_byte_size
-            if unpacked * on_disk >= piece_bytes or end == len(groups):
-                yield replace(self, groups=(first, end), first_row=first_row, size=round(unpacked * on_disk))
-                first, first_row, rows, unpacked = end, first_row + rows, 0, 0
+            for batch in table.iter_batches(batch_size=_BATCH, row_groups=list(groups), columns=list(names)):
+                yield _columns(batch, names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arrow:
-    """An Arrow IPC file, of its file or its stream format (what `datasets` saves), or some rows of a large one."""
+class ArrowSplit(_TableFileSplit):
+    """An Arrow IPC file, in the file or the stream format (which `datasets` saves), or rows [first_row, end_row) of a large one."""
 
-    path: str
-    reader: Reader
-    size: int
-    first_row: int = 0
     end_row: int | None = None
-    bad_rows: BadRows = "fail"
 
-    @property
-    def name(self) -> str:
-        return self.path if self.first_row == 0 else f"{self.path} from row {self.first_row + 1}"
+    @classmethod
+    def from_files(cls, files: Sequence[SourceFile], options: ReadOptions, split_bytes: int) -> Iterator[Self]:
+        """Yield splits of about `split_bytes`, by rows. A remote file is not split: skipping its batches would download them."""
+        for file in files:
+            count = ceil(file.size / split_bytes)
+            if count <= 1 or is_remote(file.path):
+                yield cls(path=file.path, size=file.size, options=options)
+                continue
+            with _open_arrow(file.path) as (_, batches):
+                rows = sum(batch.num_rows for batch in batches)
+            for index in range(count):
+                first, end = rows * index // count, rows * (index + 1) // count
+                if first < end:
+                    yield cls(path=file.path, size=file.size * (end - first) // rows, options=options, first_row=first, end_row=end)
 
-    def documents(self) -> Iterator[Document | Refused]:
-        with _opened_arrow(self.path) as (names, batches):
-            _check_columns(self.path, names, self.reader)
-            slices = _slices(batches, self.first_row, self.end_row)
-            columns = ([_sound(column) for column in _columns(batch, self.reader)] for batch in slices)
-            yield from _documents(self, (content for row in columns for content in _contents(row, self.reader)))
-
-    def where(self, place: int) -> str:
-        return f"{self.path}: row {place + 1}"
-
-    def shared(self, piece_bytes: int) -> "Iterator[Arrow]":
-        """The same rows in pieces of about so many bytes. Batches of a local file are passed over unread, a remote one's are not."""
-        count = ceil(self.size / piece_bytes)
-        if count <= 1 or is_remote(self.path):
-            yield self
-            return
-        with _opened_arrow(self.path) as (_, batches):
-            rows = sum(batch.num_rows for batch in batches)
-        for part in range(count):
-            first, end = rows * part // count, rows * (part + 1) // count
-            if first < end:
-                yield replace(self, first_row=first, end_row=end, size=self.size * (end - first) // rows)
+    def _batches(self) -> Iterator[list[Any]]:
+        with _open_arrow(self.path) as (names, batches):
+            self._check_columns(names)
+            for batch in _slices(batches, self.first_row, self.end_row):
+                yield [_validated(column) for column in _columns(batch, self.options.reader.names)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HuggingFace:
-    """One shard of a Hugging Face dataset's train split, streamed."""
+class HuggingFaceSplit:
+    """One shard of the train split of a Hugging Face dataset, streamed."""
 
     dataset: str
     config: str | None
-    reader: Reader
     index: int
     count: int
+    options: ReadOptions
     size: int = 0
-    bad_rows: BadRows = "fail"
 
-    @property
-    def first_row(self) -> int:
-        return 0
+    @classmethod
+    def from_dataset(cls, dataset: str, config: str | None, options: ReadOptions) -> Iterator[Self]:
+        count = _open_dataset(dataset, config).num_shards
+        for index in range(count):
+            yield cls(dataset=dataset, config=config, index=index, count=count, options=options)
 
     @property
     def name(self) -> str:
         return f"hf:{self.dataset} shard {self.index}"
 
-    def documents(self) -> Iterator[Document | Refused]:
+    def documents(self) -> Iterator[Document | BadRow]:
         from datasets.exceptions import DatasetsError
 
-        stream: Iterable[dict[str, Any]] = open_dataset(self.dataset, self.config).shard(self.count, self.index)
+        stream: Iterable[dict[str, Any]] = _open_dataset(self.dataset, self.config).shard(self.count, self.index)
         try:
-            yield from _documents(self, (_content(row, self.reader) for row in stream))
+            yield from _documents((_content(row, self.options.reader) for row in stream), self, first_row=0)
         except InputError:
             raise
         except (OSError, ValueError, DatasetsError) as error:
-            raise InputError(unreadable(self.name, error)) from None
+            raise read_error(self.name, error) from None
 
-    def where(self, place: int) -> str:
-        return f"{self.name}, row {place + 1}"
+    def location(self, position: int) -> str:
+        return f"{self.name}, row {position + 1}"
 
 
-def open_dataset(dataset: str, config: str | None) -> Any:
-    """The train split as a stream; nothing is downloaded whole, no code of the dataset's is run."""
+def _open_dataset(dataset: str, config: str | None) -> Any:
+    """Open the train split as a stream: it is not downloaded as a whole, and none of the dataset's code runs."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
         return datasets.load_dataset(dataset, config, split="train", streaming=True)
     except (ValueError, OSError, DatasetsError) as error:
-        raise InputError(
-            f"data.sources: hf:{dataset}: cannot be opened ({one_line(error)}); check its name, config and your login"
-        ) from None
+        problem = f"expected a dataset that can be opened, got {one_line(error)}. Check its name, its config and your login."
+        raise InputError(f"data.sources: hf:{dataset}: {problem}") from None
 
 
 @contextmanager
-def _opened_parquet(path: str) -> Generator[Any]:
+def _open_parquet(path: str) -> Generator[Any]:
     from pyarrow import ArrowException, parquet
 
     try:
         with open_read(path) if is_remote(path) else nullcontext(path) as source, parquet.ParquetFile(source) as table:
             yield table
     except (OSError, ArrowException, UnicodeDecodeError) as error:  # the last of a column's name
-        raise InputError(unreadable(path, error)) from None
+        raise read_error(path, error) from None
 
 
 @contextmanager
-def _opened_arrow(path: str) -> Generator[tuple[list[str], Iterator[Any]]]:
-    """Its columns' names and its batches. Only a file's format, and a stream's last eight bytes, tell that it was written to its end."""
+def _open_arrow(path: str) -> Generator[tuple[list[str], Iterator[Any]]]:
+    """Open an Arrow file as its column names and its batches. Raises InputError unless it was written to its end."""
     import pyarrow as pa
 
     try:
@@ -180,79 +180,75 @@ def _opened_arrow(path: str) -> Generator[tuple[list[str], Iterator[Any]]]:
                 yield reader.schema.names, (reader.get_batch(index) for index in range(reader.num_record_batches))
                 return
             file.seek(max(0, file.size() - 8))
-            if file.read(8) != b"\xff\xff\xff\xff\0\0\0\0":
-                raise InputError(f"{path}: no Arrow file, or one that was not written to its end; fetch it again")
+            if file.read(8) != b"\xff\xff\xff\xff\0\0\0\0":  # only these bytes show that a stream is complete
+                raise InputError(f"{path}: expected an Arrow file that was written to its end, got none. Download it again.")
             file.seek(0)
             reader = pa.ipc.open_stream(file)
             yield reader.schema.names, iter(reader)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last of a column's name
-        raise InputError(unreadable(path, error)) from None
-
-
-def _check_columns(path: str, names: list[str], reader: Reader) -> None:
-    """A column that is missing is missing in each row, so none is skipped for it."""
-    if problem := reader.missing(names):
-        raise InputError(f"{path}: {problem}")
+        raise read_error(path, error) from None
 
 
 def _slices(batches: Iterable[Any], first: int, end: int | None) -> Iterator[Any]:
-    """Rows [first, end) in batches of no more than _BATCH rows: whoever wrote them may have put all into one."""
-    at = 0
+    """Yield rows [first, end) in batches of at most _BATCH rows: a file may hold all of its rows in one."""
+    start_row = 0
     for batch in batches:
-        last = batch.num_rows if end is None else min(batch.num_rows, end - at)
-        for start in range(max(first - at, 0), last, _BATCH):
+        last = batch.num_rows if end is None else min(batch.num_rows, end - start_row)
+        for start in range(max(first - start_row, 0), last, _BATCH):
             yield batch.slice(start, min(_BATCH, last - start))
-        at += batch.num_rows
-        if end is not None and at >= end:
+        start_row += batch.num_rows
+        if end is not None and start_row >= end:
             return
 
 
-def _documents(table: _Table, contents: Iterable[Content | RowError]) -> Iterator[Document | Refused]:
-    for row, content in enumerate(contents, start=table.first_row):
+def _documents(
+    contents: Iterable[Content | RowError], split: _TableFileSplit | HuggingFaceSplit, first_row: int
+) -> Iterator[Document | BadRow]:
+    for row, content in enumerate(contents, start=first_row):
         if isinstance(content, RowError):
-            yield refused(table.where(row), content, table.bad_rows)
+            yield split.options.bad_row(split.location(row), content)
         elif len(content):
             yield Document(content, row)
 
 
-def _columns(batch: Any, reader: Reader) -> list[Any]:
-    return [batch.column(batch.schema.names.index(name)) for name in reader.names]
+def _columns(batch: Any, names: Sequence[str]) -> list[Any]:
+    return [batch.column(batch.schema.names.index(name)) for name in names]  # by name, pyarrow refuses a name that occurs twice
 
 
-def _sound(column: Any) -> Any:
-    """Raises where its numbers point outside of its bytes: they are a file's as they are, and to follow a wrong one ends the process.
+def _validated(column: Any) -> Any:
+    """Check that a column's offsets stay within its bytes: following a wrong one would crash the process.
 
-    Whether its text is UTF-8 is not asked here: a row that is none may be skipped, a damaged file may not.
+    Whether its text is UTF-8 is not checked here: such a row may be skipped, a damaged file may not.
     """
     import pyarrow as pa
 
-    bare = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}.get(column.type)
-    (column if bare is None else column.view(bare)).validate(full=True)
+    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}.get(column.type)
+    (column if as_bytes is None else column.view(as_bytes)).validate(full=True)
     return column
 
 
-def _contents(columns: list[Any], reader: Reader) -> Iterator[Content | RowError]:
-    """Of each row, in order."""
-    if isinstance(reader, Field) and reader.kind != "text" and (ids := _all_ids(columns[0])) is not None:
+def _contents(columns: list[Any], reader: RowReader) -> Iterator[Content | RowError]:
+    """Yield the content or the error of each row."""
+    if isinstance(reader, FieldReader) and reader.kind != "text" and (ids := _id_lists(columns[0])) is not None:
         yield from ids
         return
     for values in zip(*map(_values, columns), strict=True):
         yield _content(dict(zip(reader.names, values, strict=True)), reader)
 
 
-def _content(row: Mapping[str, Any], reader: Reader) -> Content | RowError:
+def _content(row: Mapping[str, Any], reader: RowReader) -> Content | RowError:
     try:
-        return reader.of(row)
-    except RowError as problem:
-        return problem
+        return reader.read(row)
+    except RowError as error:
+        return error
 
 
-def _all_ids(column: Any) -> list[NDArray[np.uint32]] | None:
-    """The rows of a column of lists, where all of them hold nothing but ids: with no Python number made of any."""
+def _id_lists(column: Any) -> list[NDArray[np.uint32]] | None:
+    """Return the rows of a column of lists without making Python numbers, or None unless each of them holds only token ids."""
     import pyarrow as pa
 
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_one(column.type) for is_one in lists) or not pa.types.is_integer(column.type.value_type) or column.null_count:
+    is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(check(column.type) for check in is_list) or not pa.types.is_integer(column.type.value_type) or column.null_count:
         return None
     flat = column.flatten()
     ids = flat.to_numpy(zero_copy_only=False)
@@ -274,4 +270,4 @@ def _value(cell: Any) -> Any:
     try:
         return cell.as_py()
     except UnicodeDecodeError as error:
-        return Undecodable(error.reason)
+        return UndecodableValue(error.reason)

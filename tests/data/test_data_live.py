@@ -19,8 +19,8 @@ from corpora import SMALL, documents, texts_of, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from reading import arrow, put, table
 from runs import events, lines, losses, wait_for_step
+from source_reading import write_arrow, write_file, write_parquet
 
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
@@ -286,10 +286,10 @@ def test_malformed_rows_end_the_run_or_are_left_out_and_told(tmp_path, tokens, c
     rows = [json.dumps({"text": text}) for text in documents(60)]
     for number in range(10, 60, 7):
         rows.insert(number, '{"text": 5}')
-    path = put(tmp_path / "a.jsonl", "\n".join(rows).encode())
+    path = write_file(tmp_path / "a.jsonl", "\n".join(rows).encode())
     held_out = write_lines(tmp_path / "held.jsonl", documents(9, seed=1))
     source = {"path": path, "validation": str(held_out)}
-    with pytest.raises(InputError, match=r"a\.jsonl: line 11: field 'text' is int; wants text"):
+    with pytest.raises(InputError, match=r"a\.jsonl: line 11: field 'text': expected text, got int"):
         read(opened(config(tmp_path, source), tokens), 0, 5000)
     data = config(tmp_path, source, bad_rows="skip")
     found = [text for rank in range(2) for text in texts_by_epoch(opened(data, tokens, rank, 2), tokens, 1)[0]]
@@ -301,11 +301,11 @@ def test_malformed_rows_end_the_run_or_are_left_out_and_told(tmp_path, tokens, c
 
 def test_tables_and_datasets_are_read_live(tmp_path, tokens):
     texts = documents(60)
-    table(tmp_path / "a.parquet", group=7, text=texts[:20])
-    arrow(tmp_path / "b.arrow", batch=6, text=texts[20:40])
+    write_parquet(tmp_path / "a.parquet", group=7, text=texts[:20])
+    write_arrow(tmp_path / "b.arrow", batch=6, text=texts[20:40])
     (tmp_path / "hub").mkdir()
     for part in range(2):
-        table(tmp_path / "hub" / f"{part}.parquet", text=texts[40 + 10 * part : 50 + 10 * part])
+        write_parquet(tmp_path / "hub" / f"{part}.parquet", text=texts[40 + 10 * part : 50 + 10 * part])
     held_out = write_lines(tmp_path / "held.jsonl", documents(9, seed=1))
     paths = [tmp_path / "a.parquet", tmp_path / "b.arrow", f"hf:{tmp_path / 'hub'}"]
     data = config(tmp_path, *({"path": str(path), "validation": str(held_out)} for path in paths))
@@ -366,8 +366,8 @@ def test_relative_paths_are_those_of_where_the_run_was_begun(tmp_path, tokens, m
 
 
 def test_token_ids_are_refused(tmp_path, tokens):
-    put(tmp_path / "x.bin", b"\0\0" * 100)
-    ids = put(tmp_path / "x.jsonl", b'{"text": [1, 2]}\n' * 9)
+    write_file(tmp_path / "x.bin", b"\0\0" * 100)
+    ids = write_file(tmp_path / "x.jsonl", b'{"text": [1, 2]}\n' * 9)
     for source in ({"path": str(tmp_path / "x.bin"), "format": "nanogpt"}, ids):
         for tokenizer in (tokens, SMALL):
             with pytest.raises(InputError) as caught:

@@ -27,7 +27,8 @@ from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Prepared
 from manta.data.sources.config import SourceConfig
-from manta.data.sources.formats import Piece
+from manta.data.sources.input_split import InputSplit
+from manta.data.sources.splits import input_splits
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 
@@ -151,7 +152,7 @@ def test_a_damaged_packing_or_tokenizer_is_mended_by_preparing_again(lines, tmp_
 class Stalling:
     """A piece that keeps its worker busy for ever."""
 
-    piece: Piece
+    piece: InputSplit
     size: int = 1
 
     def documents(self):
@@ -175,8 +176,7 @@ def prepare_and_die(directory: str, lines: str, rename: str) -> None:
 
 
 def prepare_and_stall(directory: str, lines: str) -> None:
-    pieces = prepare.corpus.pieces
-    prepare.corpus.pieces = lambda *args: [*pieces(*args)[:-1], Stalling(pieces(*args)[-1])]
+    build.input_splits = lambda *args: [*input_splits(*args)[:-1], Stalling(input_splits(*args)[-1])]
     prepare.prepare(config(Path(directory), lines, workers=2), SMALL)
 
 
@@ -255,7 +255,7 @@ def test_two_preparations_at_once_agree(lines, undisturbed, tmp_path):
 class Deadly:
     """A piece whose reader dies at its 38th document, of a signal or by leaving."""
 
-    piece: Piece
+    piece: InputSplit
     how: int | None
     size: int = 1
 
@@ -263,8 +263,8 @@ class Deadly:
     def name(self):
         return self.piece.name
 
-    def where(self, place):
-        return self.piece.where(place)
+    def location(self, position):
+        return self.piece.location(position)
 
     def documents(self):
         for number, document in enumerate(self.piece.documents(), start=1):
@@ -273,7 +273,7 @@ class Deadly:
                 os._exit(3) if self.how is None else os.kill(os.getpid(), self.how)
 
 
-def task(piece: Piece, prepared: Prepared, directory: Path, index: int = 0) -> Task:
+def task(piece: InputSplit, prepared: Prepared, directory: Path, index: int = 0) -> Task:
     return Task(
         piece=piece,
         index=index,
@@ -286,8 +286,8 @@ def task(piece: Piece, prepared: Prepared, directory: Path, index: int = 0) -> T
     )
 
 
-def piece_of(path: Path, **more) -> Piece:
-    return prepare.corpus.pieces(SourceConfig(path=str(path)), config(path.parent, path, **more))[0]
+def piece_of(path: Path, **more) -> InputSplit:
+    return input_splits(SourceConfig(path=str(path)), config(path.parent, path, **more))[0]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, None])
@@ -325,7 +325,7 @@ def test_an_error_does_not_wait_for_the_others(undisturbed, tmp_path):
     with lines.open("a") as stream:
         stream.write("{}")
     bad = piece_of(lines)
-    with pytest.raises(InputError, match=r"line 2: no field 'text'"):
+    with pytest.raises(InputError, match=r"line 2: expected a field 'text'"):
         list(run_all(encode, [task(piece, undisturbed, tmp_path) for piece in (Stalling(bad), bad)], workers=2))
 
 
@@ -341,7 +341,7 @@ def test_one_bad_line_fails_the_whole_and_leaves_no_manifest(tmp_path, monkeypat
     monkeypatch.setattr(build, "_PROOF_BYTES", 10_000)  # the bad line is met by a worker, not by the sample
     with pytest.raises(InputError) as caught:
         prepare.prepare(data, tokens)
-    assert str(caught.value).startswith(f"{folder}/2.jsonl: line 101: malformed JSON")
+    assert str(caught.value).startswith(f"{folder}/2.jsonl: line 101: expected one JSON object per line, got malformed JSON")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("corpora/*/manifest.json"))
 

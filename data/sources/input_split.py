@@ -1,0 +1,59 @@
+"""The interface of all formats: an input split yields documents and bad rows, and one worker encodes it into one shard."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from manta.data.errors import InputError
+from manta.data.sources.rows import Content, MixedKindsError, RowError, RowReader
+
+
+class Document(NamedTuple):
+    content: Content
+    """Text, or token ids if the row holds those; never empty."""
+    position: int
+    """Its position in the split, for `InputSplit.location`; rises from document to document."""
+
+
+class BadRow(NamedTuple):
+    message: str
+    """One line: file, line or row, and what is wrong."""
+
+
+class InputSplit(Protocol):
+    """A part of a source. It pickles, and yields its documents in one fixed order."""
+
+    @property
+    def name(self) -> str:
+        """Its name in errors."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, for the progress bar; 0 if unknown."""
+        ...
+
+    def documents(self) -> Iterator[Document | BadRow]:
+        """Raises InputError for a file that cannot be read to its end, and for the first bad row unless bad rows are skipped."""
+        ...
+
+    def location(self, position: int) -> str:
+        """Return the file and line, or row, of a document. May read the file."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """How to read the files of a source."""
+
+    reader: RowReader
+    bad_rows: Literal["fail", "skip"] = "fail"
+    ignore_undecodable: bool = False
+    """Ignore text that is not UTF-8: the standard library's tests contain such files on purpose."""
+
+    def bad_row(self, location: str, error: RowError) -> BadRow:
+        """Return what to yield for a bad row. Raises InputError unless bad rows are skipped."""
+        message = f"{location}: {error}"
+        if self.bad_rows == "fail" or isinstance(error, MixedKindsError):
+            raise InputError(message) from None
+        return BadRow(message)

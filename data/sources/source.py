@@ -1,0 +1,140 @@
+"""A source's files and its identity.
+
+| source | files |
+|---|---|
+| `stdlib:` | the source code and documentation of the running Python: about 30 MB on every machine, no download |
+| `notes.txt`, `corpus/`, `shards/*.jsonl.zst` | files, directories (recursively) and globs, in sorted order |
+| `s3://…`, `https://…`, any URL that fsspec knows | the same: a file, a directory or a glob |
+| `hf:name`, `hf:name:config`, `hf:/local/dir` | the train split of a Hugging Face dataset, streamed |
+"""
+
+import glob
+import os
+import platform
+import sysconfig
+from pathlib import Path
+
+from manta.data.errors import InputError
+from manta.data.sources.config import SourceConfig
+from manta.data.sources.files import SourceFile, find_files, stat, walk, without_dataset_metadata
+from manta.data.sources.formats import SUFFIXES, TEXT, configured_format, format_of
+from manta.data.sources.streams import COMPRESSION, format_suffix, read_error
+from manta.data.storage import remote
+
+
+def identity(source: SourceConfig) -> list[object]:
+    """Return what identifies a source's documents: the names, sizes and versions of its files, and the config that selects documents.
+
+    Nothing is read, and the hub is not asked: a dataset of the Hugging Face hub is identified by its name alone.
+    """
+    files = source_files(source)
+    if source.path == "stdlib:":
+        root = _stdlib()
+        found: list[object] = [source.path, platform.python_version(), [(os.path.relpath(file.path, root), file.size) for file in files]]
+    else:
+        found = [source.path, [(file.path, file.size, file.version) for file in [*files, *_token_indexes(files)]]]
+    selection = source.model_dump(mode="json", exclude_defaults=True, include={"format", "text_field", "template", "filter"})
+    if selection:
+        found.append(selection)
+    if (validation := validation_source(source)) is not None:
+        found.append(identity(validation))
+    return found
+
+
+def validation_source(source: SourceConfig) -> SourceConfig | None:
+    """Return the source of the documents that are all held out, if the config names one."""
+    return source.model_copy(update={"path": source.validation, "validation": None}) if source.validation else None
+
+
+def holds_token_files(source: SourceConfig) -> bool:
+    """Return whether its files are token shards, which are used in place of encoding documents."""
+    if source.format is not None or source.path == "stdlib:" or is_hub_dataset(source):
+        return configured_format(source) == "tokens"
+    return all(format_of(file.path, source) == "tokens" for file in source_files(source))
+
+
+def source_files(source: SourceConfig) -> list[SourceFile]:
+    """Return the files of a source, sorted. Raises InputError if there are none, or if one is empty or of an unknown format."""
+    if source.path == "stdlib:":
+        return [stat(path) for path in walk(_stdlib()) if format_suffix(path) in TEXT]
+    if is_hub_dataset(source):
+        dataset, _ = dataset_name(source)
+        return [stat(path) for path in walk(dataset)] if Path(dataset).is_dir() else []
+    location = _location(source)
+    try:
+        listing = find_files(location)
+        is_directory = listing.is_directory
+        if not listing.files and configured_format(source) == "tokens":  # a pair of shards is often named without its suffixes
+            listing, is_directory = find_files(f"{glob.escape(location)}.*"), True
+        paths = without_dataset_metadata(location, list(listing.files))
+        files = [listing.files[path] or stat(path) for path in (_known(paths, source) if is_directory else paths)]
+        for file in files:
+            _check_file(file, source)
+    except OSError as error:
+        raise read_error(location, error) from None
+    if not files:
+        problem = (
+            f"expected text, JSONL, Parquet or Arrow files, or token shards, got {'none of them' if is_directory else 'no such files'}"
+        )
+        raise InputError(f"data.sources: {source.path!r}: {problem}. Name a file, directory or glob that exists, stdlib: or hf:name.")
+    return files
+
+
+def ignored_files(source: SourceConfig) -> list[str]:
+    """Return the files of its directory that are not read: those of unknown formats, and token shards beside documents."""
+    if source.path == "stdlib:" or is_hub_dataset(source):
+        return []
+    location = _location(source)
+    listing = find_files(location)
+    paths = without_dataset_metadata(location, list(listing.files))
+    return sorted({*paths} - {*_known(paths, source)}) if listing.is_directory else []
+
+
+def is_hub_dataset(source: SourceConfig) -> bool:
+    """Return whether `datasets` loads the source. A dataset saved to disk is a directory of Arrow files instead."""
+    return source.path.startswith("hf:") and not remote.is_remote(source.path) and _saved_dataset(source) is None
+
+
+def dataset_name(source: SourceConfig) -> tuple[str, str | None]:
+    """Return the name and the config of a Hugging Face dataset."""
+    dataset, _, config = source.path.removeprefix("hf:").partition(":")
+    if not dataset:
+        raise InputError(f"data.sources: {source.path!r}: expected hf:name, hf:name:config or hf:/local/dir, got no dataset. Name one.")
+    return dataset, config or None
+
+
+def _known(paths: list[str], source: SourceConfig) -> list[str]:
+    """Return the files of known formats; token shards only if there are no documents."""
+    documents = [path for path in paths if format_of(path, source) not in {None, "tokens"}]
+    return documents or [path for path in paths if format_of(path, source)]
+
+
+def _check_file(file: SourceFile, source: SourceConfig) -> None:
+    if not format_of(file.path, source):
+        known = f"{' '.join(sorted(SUFFIXES))}; text and JSON may end in {' '.join(COMPRESSION)}"
+        raise InputError(f"{file.path}: expected a known format ({known}), got another one. Convert it, or set the source's format.")
+    if not file.size and not (remote.is_remote(file.path) and remote.size_of(file.path)):  # which raises if a store does not know sizes
+        raise InputError(f"{file.path}: expected data, got an empty file. Download it again, or remove it from data.sources.")
+
+
+def _token_indexes(files: list[SourceFile]) -> list[SourceFile]:
+    """Return the .idx files of .bin files that are named without them: they decide where documents end."""
+    names = {file.path for file in files}
+    indexes = [f"{file.path.removesuffix('.bin')}.idx" for file in files if file.path.endswith(".bin")]
+    return [file for path in indexes if path not in names for file in find_files(path).files.values() if file is not None]
+
+
+def _stdlib() -> str:
+    return sysconfig.get_path("stdlib")
+
+
+def _location(source: SourceConfig) -> str:
+    return _saved_dataset(source) or source.path.removeprefix("file://")
+
+
+def _saved_dataset(source: SourceConfig) -> str | None:
+    """Return the folder of the train split of hf:/local/dir, if `save_to_disk` wrote it."""
+    if not source.path.startswith("hf:/"):
+        return None
+    root = Path(source.path.removeprefix("hf:"))
+    return next((str(folder) for folder in (root, root / "train") if (folder / "state.json").is_file()), None)

@@ -1,0 +1,71 @@
+"""Open files and URLs as streams, decompressed according to their suffix."""
+
+import io
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+from urllib.parse import urlsplit
+
+from manta.data.errors import InputError
+from manta.data.storage.remote import is_remote, open_read
+
+COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+
+_BUFFER = 1 << 20
+
+
+def format_suffix(path: str) -> str:
+    """Return the suffix that names a file's format, without that of its compression."""
+    stem, suffix = _split_suffix(path)
+    return _split_suffix(stem)[1] if suffix in COMPRESSION else suffix
+
+
+def compression_of(path: str) -> str | None:
+    return COMPRESSION.get(_split_suffix(path)[1])
+
+
+def _split_suffix(path: str) -> tuple[str, str]:
+    """Split the last name of a path, or of a URL without its query. A corpus may have a million files: pathlib is too slow."""
+    name = (urlsplit(path).path if path.startswith(("http://", "https://")) else path).rpartition("/")[2]
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, dot + suffix) if stem else (name, "")
+
+
+def read_error(path: str, error: Exception) -> InputError:
+    """Return the InputError for a file that cannot be read."""
+    if isinstance(error, PermissionError):
+        return InputError(f"{path}: expected read access, got {one_line(error)}. Change its permissions.")
+    return InputError(f"{path}: expected a readable file, got {one_line(error)}; it may be truncated or damaged. Download it again.")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@contextmanager
+def open_bytes(path: str) -> Generator[BinaryIO]:
+    """Open a file or URL. Raises InputError if it cannot be read, now or later.
+
+    pyarrow's decompressors, unlike zstandard's, reject a truncated file, whatever its compression.
+    """
+    compression = compression_of(path)
+    try:
+        with open_read(path) if is_remote(path) else Path(path).open("rb", _BUFFER) as raw:
+            if compression is None:
+                yield raw
+                return
+            import pyarrow as pa
+
+            decompressed = cast("io.RawIOBase", pa.input_stream(raw, compression=compression))
+            with io.BufferedReader(decompressed, _BUFFER) as stream:
+                yield stream
+    except OSError as error:
+        raise read_error(path, error) from None
+
+
+@contextmanager
+def open_text(path: str) -> Generator[io.TextIOWrapper]:
+    """Open a text file with its line ends unchanged. Bytes that are not UTF-8 become lone surrogates, so their position is known."""
+    with open_bytes(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        yield text

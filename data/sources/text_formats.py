@@ -1,0 +1,153 @@
+"""Plain text and JSON lines as input splits."""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from manta.data.sources.files import SourceFile
+from manta.data.sources.input_split import BadRow, Document, ReadOptions
+from manta.data.sources.rows import RowError, parse_json
+from manta.data.sources.streams import compression_of, open_bytes, open_text
+from manta.data.storage.remote import is_remote
+
+MAX_DOCUMENT = 64 * 1024  # characters; a longer text file is cut, so that even a single input.txt has documents to hold out
+CUT_DOCUMENT = 16 * 1024
+
+_FILE = 1 << 40  # a position in one of several text files is file * _FILE + character
+_MAX_COUNTED = 1 << 30  # bytes: beyond, a bad line that is skipped is named by its byte instead of by counting all lines before it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSplit:
+    """Plain text: a file is one document; a file of more than 64 Ki characters is several of about 16 Ki."""
+
+    paths: tuple[str, ...]
+    size: int
+    options: ReadOptions
+
+    @classmethod
+    def from_files(cls, files: Sequence[SourceFile], options: ReadOptions, _split_bytes: int) -> Iterator[Self]:
+        """Yield one split for all of these files."""
+        yield cls(paths=tuple(file.path for file in files), size=sum(file.size for file in files), options=options)
+
+    @property
+    def name(self) -> str:
+        return self.paths[0] if len(self.paths) == 1 else f"{self.paths[0]} … {self.paths[-1]}"
+
+    def documents(self) -> Iterator[Document | BadRow]:
+        for index, path in enumerate(self.paths):
+            position, line = index * _FILE, 1
+            with open_text(path) as text:
+                for part in _cut(text):
+                    if (bad := _undecodable(part)) is None:
+                        yield Document(part, position)
+                    elif not self.options.ignore_undecodable:
+                        error = RowError(f"expected UTF-8, got byte 0x{ord(part[bad]) - 0xDC00:02x}. Convert the file.")
+                        bad_line = line + part.count("\n", 0, bad)
+                        yield self.options.bad_row(f"{path}: line {bad_line}", error)
+                    position, line = position + len(part), line + part.count("\n")
+
+    def location(self, position: int) -> str:
+        index, remaining = divmod(position, _FILE)
+        line = 1
+        with open_text(self.paths[index]) as text:
+            while remaining > 0 and (block := text.read(min(remaining, 1 << 20))):
+                remaining, line = remaining - len(block), line + block.count("\n")
+        return f"{self.paths[index]}: from line {line}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonLinesSplit:
+    """One JSON object per line: the lines that start in bytes [start, stop). A position is the first byte of a line."""
+
+    path: str
+    start: int
+    stop: int | None
+    size: int
+    options: ReadOptions
+
+    @classmethod
+    def from_files(cls, files: Sequence[SourceFile], options: ReadOptions, split_bytes: int) -> Iterator[Self]:
+        """Yield byte ranges of plain files, and compressed files whole: those can only be read from their start."""
+        for file in files:
+            if compression_of(file.path) is not None:
+                yield cls(path=file.path, start=0, stop=None, size=file.size, options=options)
+                continue
+            for start in range(0, file.size, split_bytes):
+                stop = min(start + split_bytes, file.size)
+                yield cls(path=file.path, start=start, stop=stop, size=stop - start, options=options)
+
+    @property
+    def name(self) -> str:
+        return self.path if self.start == 0 else f"{self.path} from byte {self.start}"
+
+    def documents(self) -> Iterator[Document | BadRow]:
+        offset = self.start
+        with open_bytes(self.path) as stream:
+            if self.start:  # a line belongs to the range that holds its first byte
+                stream.seek(self.start - 1)
+                offset += len(stream.readline()) - 1
+            first, lines_before = offset, -1
+            for number, line in enumerate(stream, start=1):
+                if self.stop is not None and offset >= self.stop:
+                    return
+                try:
+                    content = "" if line.isspace() else self.options.reader.read(parse_json(line))
+                except RowError as error:
+                    countable = not first or not (is_remote(self.path) or (self.options.bad_rows == "skip" and first > _MAX_COUNTED))
+                    if countable and lines_before < 0:
+                        lines_before = _count_lines(self.path, first)
+                    at = f"line {lines_before + number}" if countable else f"byte {offset}"
+                    yield self.options.bad_row(f"{self.path}: {at}", error)
+                else:
+                    if len(content):
+                        yield Document(content, offset)
+                offset += len(line)
+
+    def location(self, position: int) -> str:
+        return f"{self.path}: line {1 + _count_lines(self.path, position)}"
+
+
+def _cut(text: io.TextIOWrapper) -> Iterator[str]:
+    """Yield a short file whole, and a long one in parts that end at a blank line, else at a line, else at a word."""
+    rest = text.read(MAX_DOCUMENT + 1)
+    if len(rest) > MAX_DOCUMENT:
+        while True:
+            while len(rest) > CUT_DOCUMENT:
+                end = _last_break(rest)
+                yield rest[:end]
+                rest = rest[end:]
+            block = text.read(CUT_DOCUMENT)
+            if not block:
+                break
+            rest += block
+    if rest:
+        yield rest
+
+
+def _last_break(text: str) -> int:
+    for separator in ("\n\n", "\n", " "):
+        index = text.rfind(separator, CUT_DOCUMENT // 2, CUT_DOCUMENT)
+        if index >= 0:
+            return index + len(separator)
+    return CUT_DOCUMENT
+
+
+def _undecodable(part: str) -> int | None:
+    """Return the index of the first character that stands for a byte that is not UTF-8, if any."""
+    if not part.isascii():
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            return error.start
+    return None
+
+
+def _count_lines(path: str, stop: int) -> int:
+    """Count the line ends in the first `stop` bytes."""
+    lines = 0
+    with open_bytes(path) as stream:
+        while stop > 0 and (block := stream.read(min(stop, 1 << 20))):
+            stop, lines = stop - len(block), lines + block.count(b"\n")
+    return lines
