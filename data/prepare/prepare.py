@@ -30,7 +30,7 @@ from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Manifest, Prepared, digest
 from manta.data.sources.config import SourceConfig
-from manta.data.sources.source import identity
+from manta.data.sources.source import hashed_config, identity
 from manta.data.sources.splits import input_splits
 from manta.data.storage.remote import is_remote, join
 from manta.data.tokenizer import tokenizer
@@ -183,7 +183,7 @@ def _tokenizer_home(data: DataConfig, tokens: TokenizerConfig) -> Home:
 
 
 def _corpus_home(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig, fingerprint: str) -> Home:
-    how = source.model_dump(mode="json", exclude={"name", "epochs"})
+    how = hashed_config(source, exclude={"name", "epochs"})
     decides: list[object] = [identity(source), how, fingerprint, tokens.end_of_text, data.validation, data.text_field, data.bad_rows]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", source.called).strip("-")[-40:].strip("-") or "corpus"
     return Home(_below(data, f"{slug}-{_key(decides)}"), data.cache)

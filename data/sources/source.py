@@ -13,6 +13,7 @@ import os
 import platform
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from manta.data.errors import InputError
 from manta.data.sources.config import SourceConfig
@@ -20,6 +21,8 @@ from manta.data.sources.files import SourceFile, find_files, stat, walk, without
 from manta.data.sources.formats import SUFFIXES, TEXT, configured_format, format_of
 from manta.data.sources.streams import COMPRESSION, format_suffix, read_error
 from manta.data.storage import remote
+
+_HASHED_NAMES = {"dedup": "unique", "not_matching": "without"}
 
 
 def identity(source: SourceConfig) -> list[object]:
@@ -33,12 +36,20 @@ def identity(source: SourceConfig) -> list[object]:
         found: list[object] = [source.path, platform.python_version(), [(os.path.relpath(file.path, root), file.size) for file in files]]
     else:
         found = [source.path, [(file.path, file.size, file.version) for file in [*files, *_token_indexes(files)]]]
-    selection = source.model_dump(mode="json", exclude_defaults=True, include={"format", "text_field", "template", "filter"})
+    selection = hashed_config(source, exclude_defaults=True, include={"format", "text_field", "template", "filter"})
     if selection:
         found.append(selection)
     if (validation := validation_source(source)) is not None:
         found.append(identity(validation))
     return found
+
+
+def hashed_config(source: SourceConfig, **options: Any) -> dict[str, Any]:
+    """Return the keys of a source that are hashed, under the names they had when corpora were first prepared: those stay found."""
+    config = source.model_dump(mode="json", **options)
+    if "filter" in config:
+        config["filter"] = {_HASHED_NAMES.get(key, key): value for key, value in config["filter"].items()}
+    return config
 
 
 def validation_source(source: SourceConfig) -> SourceConfig | None:

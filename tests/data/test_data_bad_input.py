@@ -156,7 +156,7 @@ def test_what_is_held_out_has_to_fit_what_is_trained_on(home, monkeypatch, capsy
     for source, words in (
         ("path: all, validation: all/y.jsonl", r"validation: got .*/all/y\.jsonl, which is trained on as well; wants other files"),
         (f"path: all, validation: {home}/all/x.jsonl", r"validation: got .*/all/x\.jsonl, which is trained on as well"),
-        (f"{shards}, validation: all", r"validation: got text, wants token shards|no such files"),
+        (f"{shards}, validation: all", r"validation: got text, wants token shards|got none of them"),
         ("path: all, validation: blank.jsonl", r"validation: 'blank\.jsonl' holds no documents"),
         (f"{shards}, filter: {{minimum_characters: 5}}", r"got a filter, wants none: token shards have no text for it; leave it out"),
         (f"{shards}, text_field: body", r"got a text_field, wants none"),

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from corpora import SMALL, config, content, documents, texts_of, write_lines
 
-from manta.data.config import CacheConfig, TokenizerConfig
+from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.prepare import build, prepare
 from manta.data.prepare.encode import Task, encode
@@ -100,6 +100,24 @@ def test_other_settings_or_files_are_another_corpus(lines, undisturbed, tmp_path
     assert prepare.find(config(directory, lines, validation=0.2), SMALL) is None
     assert prepare.find(config(directory, lines), SMALL.model_copy(update={"vocabulary": 401})) is None
     assert prepare.find(config(directory, write_lines(tmp_path / "other.jsonl", ["x"])), SMALL) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "tokenizer", "corpus"),
+    [
+        ({}, "tokenizer-066dfdfbc07e", "x-jsonl-2b7912a74023"),
+        ({"dedup": True, "not_matching": "number 7"}, "tokenizer-5ebd7f3d395f", "x-jsonl-0981ab6cb003"),
+    ],
+)
+def test_directory_names_are_those_of_earlier_versions(tmp_path, monkeypatch, keys, tokenizer, corpus):
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("x.jsonl"), [f"some words number {i}" for i in range(50)])
+    os.utime("x.jsonl", ns=(0, 10**18))
+    source = {"path": "x.jsonl", "filter": keys}
+    data = DataConfig(sources=(source,), sequence_length=8, validation=0.2, workers=1)
+    prepared = prepare.prepare(data, TokenizerConfig(vocabulary=300))
+    assert prepared.tokenizer.parent.name == tokenizer
+    assert Path(prepared.corpora[0]).name == corpus
 
 
 def test_a_tokenizer_file_is_taken_as_it_is(lines, undisturbed, tmp_path):
