@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -103,7 +103,7 @@ def hashes(task: Task, tell: Tell) -> NDArray[np.uint64]:
     return np.array(found, dtype=np.uint64)
 
 
-def sample(pieces: list[tuple[InputSplit, FilterConfig]], wanted: int) -> Iterator[str]:
+def sample(pieces: Sequence[tuple[InputSplit, FilterConfig]], wanted: int) -> Iterator[str]:
     """About `wanted` bytes of text from all over: pieces in shuffled order, each giving its share of what is still wanted."""
     order = Permutation(len(pieces), key=0)(np.arange(len(pieces)))
     for left, index in zip(range(len(pieces), 0, -1), order, strict=True):
