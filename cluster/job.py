@@ -1,6 +1,7 @@
 """What is to be run: any Python program, as so many ranks."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -17,6 +18,8 @@ class Job:
     """Numbers of ranks it can run as."""
     fewer: tuple[int, ...] = ()
     """Numbers of ranks it can go on as where too many are lost for any of those."""
+    environment_by_ranks: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    """Variables that each rank gets in addition, for a number of ranks: what a run computes once per layout."""
     ranks_per_node: int | None = None
     """None: as many as a node has GPUs."""
     packages: tuple[tuple[str, str], ...] = ()

@@ -21,7 +21,7 @@ from manta.trainer.checkpoint.retention import Keep
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.config.supported import compiles
 from manta.trainer.config.training import TrainingConfig
-from manta.trainer.dist.layout import layout_for
+from manta.trainer.dist.layout import layout_from_environment
 from manta.trainer.dist.world import Mesh, World
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.hardware.compiler import ask_for_compiler
@@ -46,7 +46,7 @@ def run(directory: Path, heartbeat: HeartbeatWriter, notice: Notice) -> int:
 def train(home: RunDirectory, world: World, heartbeat: HeartbeatWriter, notice: Notice) -> int:
     heartbeat("load", 0)
     config = home.config()
-    layout = layout_for(config.train, config.parallel, world.size, may_shrink=world.attempt > 0)  # a supervisor has no more ranks
+    layout = layout_from_environment(config.train, config.parallel, world.size)
     prepared = home.prepared()
     if config.precision == "fp8":
         ask_for_gpu(world.device)

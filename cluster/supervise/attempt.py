@@ -237,6 +237,7 @@ def places(job: Job, attempt: int, nodes: Sequence[Place], facts: Sequence[NodeF
                 "MASTER_ADDR": facts[0].address,
                 "MASTER_PORT": str(port),
                 Env.ATTEMPT: str(attempt),
+                **job.environment_by_ranks.get(count, {}),
                 **{name: job.environment.get(name, about.interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
             }
             for local in range(node.ranks)

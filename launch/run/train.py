@@ -62,7 +62,7 @@ class Ready:
     ray: Ray
     prepared: Prepared
     layout: Layout
-    sizes: tuple[int, ...]
+    layouts: dict[int, Layout]
     each: int | None
     told: dict[str, str]
 
@@ -73,12 +73,14 @@ class Ready:
         with home.claim():
             lay_out(home, config, self.prepared, self.told)
             self._say()
+            shrunk = {} if config.data.live else shrunk_layouts(config.train, config.parallel)
             job = Job(
                 program=("-P", "-m", "manta.trainer", str(home.path)),
                 environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
                 directory=home.path,
-                sizes=(layout.ranks,) if config.data.live else self.sizes,
-                fewer=() if config.data.live else tuple(shrunk_layouts(config.train, config.parallel)),
+                sizes=(layout.ranks,) if config.data.live else tuple(self.layouts),
+                fewer=tuple(shrunk),
+                environment_by_ranks={ranks: one.to_environment() for ranks, one in (self.layouts | shrunk).items()},
                 ranks_per_node=self.each,
                 packages=(("manta", __version__), *((name, found) for name in STACK if (found := _version(name)) is not None)),
             )
@@ -101,7 +103,7 @@ def ready_to_train(config: RunConfig, ray: Ray) -> Ready | None:
     home = RunDirectory(config.run.dir.absolute())
     check_places(home, config)
     each = ranks_per_node(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
-    fitting = tuple(layouts(config.train, config.parallel))
+    fitting = layouts(config.train, config.parallel)
     ranks = max(fitting, default=1) if each is None else config.cluster.most * each  # None: nobody knows yet what GPUs there are
     layout = largest_layout(config.train, config.parallel, ranks)
     refuse_another_run(home, config)
@@ -115,7 +117,7 @@ def ready_to_train(config: RunConfig, ray: Ray) -> Ready | None:
     for found in start.values():
         refuse_other_weights(found, home, config, prepared)
         tell_of_another_tokenizer(found, config, prepared)
-    return Ready(home=home, config=config, ray=ray, prepared=prepared, layout=layout, sizes=fitting, each=each, told=code | start)
+    return Ready(home=home, config=config, ray=ray, prepared=prepared, layout=layout, layouts=fitting, each=each, told=code | start)
 
 
 def lay_out(home: RunDirectory, config: RunConfig, prepared: Prepared, told: dict[str, str]) -> None:

@@ -178,13 +178,20 @@ def test_every_setting_is_explained_and_bad_ones_are_refused():
 
 
 def test_ranks_are_numbered_along_the_nodes(tmp_path):
-    job = Job(program=("x",), environment={"NCCL_SOCKET_IFNAME": "mine"}, directory=tmp_path, sizes=(5,))
+    job = Job(
+        program=("x",),
+        environment={"NCCL_SOCKET_IFNAME": "mine"},
+        directory=tmp_path,
+        sizes=(4, 5),
+        environment_by_ranks={4: {"SIZE": "four"}, 5: {"SIZE": "five"}},
+    )
     facts = [NodeFacts(host=f"h{n}", address=f"10.0.0.{n}", interface=f"eth{n}") for n in range(3)]
     on = [Place(Machine(id=f"{n}", host=f"h{n}", address=f"10.0.0.{n}", port=1, cpus=2), ranks) for n, ranks in enumerate((2, 2, 1))]
     by_node = places(job, 7, on, facts, 1234)
     assert [[place["RANK"] for place in node] for node in by_node] == [["0", "1"], ["2", "3"], ["4"]]
     assert [[place["LOCAL_RANK"] for place in node] for node in by_node] == [["0", "1"], ["0", "1"], ["0"]]
     assert {place["MASTER_ADDR"] for node in by_node for place in node} == {"10.0.0.0"}
+    assert {place["SIZE"] for node in by_node for place in node} == {"five"}
     assert by_node[2][0]["LOCAL_WORLD_SIZE"] == "1"
     assert by_node[1][0]["GLOO_SOCKET_IFNAME"] == "eth1"
     assert by_node[1][0]["NCCL_SOCKET_IFNAME"] == "mine"
