@@ -8,6 +8,7 @@ from tokenizer_files import END, TEXTS, altered, told, trained
 
 from manta.data.tokenizer import tokenizer
 from manta.data.tokenizer.tokenizer import Tokenizer
+from manta.data.tokenizer.train import train as train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def any_file(request, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("marked") / "tokenizer.json"
-    path.write_text(tokenizer.train(TEXTS, vocabulary=600, end_of_text=END, marks=tokenizer.MARKS), encoding="utf-8")
+    path.write_text(train_tokenizer(TEXTS, vocabulary=600, end_of_text=END, marks=tokenizer.MARKS), encoding="utf-8")
     return path
 
 
@@ -34,7 +35,7 @@ def test_a_tokenizer_trained_for_masking_has_the_special_tokens(marked):
     assert opened.vocabulary == 600
     assert (special.end_of_text, special.cls, special.sep, special.mask, special.pad) == (0, 1, 2, 3, 4)
     assert np.flatnonzero(~special.is_text).tolist() == [0, 1, 2, 3, 4]
-    assert tokenizer.train(TEXTS, vocabulary=600, end_of_text="[SEP]", marks=tokenizer.MARKS).count('"special": true') == 4
+    assert train_tokenizer(TEXTS, vocabulary=600, end_of_text="[SEP]", marks=tokenizer.MARKS).count('"special": true') == 4
 
 
 def test_the_names_of_special_tokens_stay_text_in_a_document(marked):
@@ -65,7 +66,7 @@ def test_a_tokenizer_that_can_not_mask_is_told(any_file, marked, tmp_path):
     assert told(Tokenizer(any_file).special_tokens) == f"{any_file}: got no token [CLS] or <s>, {wanted}; {remedy}"
     for index, name in enumerate(tokenizer.MARKS):
         others = tuple(other for other in tokenizer.MARKS if other != name)
-        (tmp_path / "lacking.json").write_text(tokenizer.train(TEXTS[:2], vocabulary=300, end_of_text=END, marks=others))
+        (tmp_path / "lacking.json").write_text(train_tokenizer(TEXTS[:2], vocabulary=300, end_of_text=END, marks=others))
         said = told(Tokenizer(tmp_path / "lacking.json").special_tokens)
         assert f"got no token {name} or {('<s>', '</s>', '<mask>', '<pad>')[index]}, {wanted}" in said
     spelled = altered(marked, tmp_path, lambda spec: spec["added_tokens"][3].update(special=False))
@@ -99,7 +100,7 @@ def test_marks_for_fill_in_the_middle_may_be_spelled_as_others_do(any_file, tmp_
 
 def test_a_tokenizer_trained_to_fill_in_the_middle_keeps_text_that_spells_its_marks(tmp_path):
     path = tmp_path / "fim.json"
-    path.write_text(tokenizer.train(TEXTS, vocabulary=600, end_of_text=END, marks=tokenizer.FIM_MARKS))
+    path.write_text(train_tokenizer(TEXTS, vocabulary=600, end_of_text=END, marks=tokenizer.FIM_MARKS))
     fast, reference = Tokenizer(path), Tokenizer(path)
     text = "".join(f"a{name} " for name in (*tokenizer.FIM_MARKS, END))
     assert fast.choose_encoder([*TEXTS, text]).startswith("tiktoken: ")
@@ -146,7 +147,7 @@ def words_of(opened: Tokenizer, text: str) -> list[str]:
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
 def test_a_byte_level_word_begins_after_a_blank_and_ends_before_punctuation(tmp_path, algorithm):
     path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer.train(["xyz"], vocabulary=262, end_of_text=END, marks=tokenizer.MARKS, algorithm=algorithm))
+    path.write_text(train_tokenizer(["xyz"], vocabulary=262, end_of_text=END, marks=tokenizer.MARKS, algorithm=algorithm))
     opened = Tokenizer(path)
     special = opened.special_tokens()
     assert special.begins_word[~special.is_text].all()
@@ -156,7 +157,7 @@ def test_a_byte_level_word_begins_after_a_blank_and_ends_before_punctuation(tmp_
 
 def test_a_word_of_word_pieces_begins_without_their_prefix(tmp_path):
     path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer.train(["abc cab bac"], vocabulary=20, end_of_text=END, marks=tokenizer.MARKS, algorithm="wordpiece"))
+    path.write_text(train_tokenizer(["abc cab bac"], vocabulary=20, end_of_text=END, marks=tokenizer.MARKS, algorithm="wordpiece"))
     opened = Tokenizer(path)
     special = opened.special_tokens()
     assert special.begins_word[~special.is_text].all()

@@ -12,6 +12,7 @@ from tokenizer_files import END, TEXTS, altered, opened_fast, told, trained
 
 from manta.data.tokenizer import tokenizer
 from manta.data.tokenizer.tokenizer import Tokenizer
+from manta.data.tokenizer.train import train as train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def reference(file) -> Tokenizer:
 
 
 def test_training_twice_gives_the_same_file(file):
-    assert tokenizer.train(TEXTS, vocabulary=600, end_of_text=END) == file.read_text(encoding="utf-8")
+    assert train_tokenizer(TEXTS, vocabulary=600, end_of_text=END) == file.read_text(encoding="utf-8")
     assert Tokenizer(file).vocabulary == 600
     assert Tokenizer(file).fingerprint == tokenizer.fingerprint(file.read_text(encoding="utf-8"))
 

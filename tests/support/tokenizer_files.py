@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from manta.data.errors import InputError
-from manta.data.tokenizer import tokenizer
 from manta.data.tokenizer.tokenizer import Tokenizer
+from manta.data.tokenizer.train import train as train_tokenizer
 
 TEXTS = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]]
 END = "<|endoftext|>"
@@ -29,7 +29,7 @@ TRICKY = [
 
 def trained(folder: Path, texts: list[str] = TEXTS, vocabulary: int = 600, **more) -> Path:
     path = folder / "tokenizer.json"
-    path.write_text(tokenizer.train(texts, vocabulary=vocabulary, end_of_text=END, **more), encoding="utf-8")
+    path.write_text(train_tokenizer(texts, vocabulary=vocabulary, end_of_text=END, **more), encoding="utf-8")
     return path
 
 
