@@ -82,7 +82,7 @@ def files_in(directory):
 def python(script, *arguments, **options):
     """Another process, with the same environment."""
     script = (
-        "import sys; from pathlib import Path; from manta.data.storage.cache import ShardCache, CachedFile; from manta.data import remote\n"
+        "import sys; from pathlib import Path; from manta.data.storage.cache import ShardCache, CachedFile; from manta.data.storage import remote\n"
         + script
     )
     command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
