@@ -82,8 +82,8 @@ def files_in(directory):
 def python(script, *arguments, **options):
     """Another process, with the same environment."""
     script = (
-        "import sys; from pathlib import Path; from manta.data.storage.cache import ShardCache, CachedFile; from manta.data.storage import remote\n"
-        + script
+        "import sys; from pathlib import Path; from manta.data.storage import remote\n"
+        "from manta.data.storage.cache import ShardCache, CachedFile\n" + script
     )
     command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)

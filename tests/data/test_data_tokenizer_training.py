@@ -37,7 +37,8 @@ def test_the_same_texts_give_the_same_file_on_any_number_of_cores():
     script = f"""
 import sysconfig
 from pathlib import Path
-from manta.data.tokenizer.tokenizer import fingerprint, train
+from manta.data.tokenizer.tokenizer import fingerprint
+from manta.data.tokenizer.train import train
 texts = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:5]]
 texts.append(" ".join(chr(letter) + chr(letter + 1) for letter in range(0x1200, 0x1400, 2)))
 for algorithm in {ALGORITHMS}:
