@@ -164,7 +164,7 @@ def _tell(error: ErrorDetails, file: Path, sources: Mapping[str, str]) -> str:
             section = f"{key}." if key else ""
             named = {source for name, source in sources.items() if name.removeprefix(section) in re.findall(r"[a-z_.]+", told)}
             where = "command line" if "command line" in named else where
-            return f"{where}: {key}{': ' if told.startswith('got') else section[-1:]}{told}"
+            return f"{where}: {key}{': ' if told.startswith(('got', 'expected')) else section[-1:]}{told}"
         case "too_short":
             return f"{where}: {key}: got {got}, wants at least one ({_described(error['loc'])}); {_remedy(error['loc'])}"
         case _:

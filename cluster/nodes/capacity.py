@@ -30,9 +30,9 @@ class Room:
         """What to run on now; None where it is better to wait. Raises PlacementError."""
         self._there = self.left(suspects)
         placement = self._place(self._there, fewer=has_begun)
-        if placement is None or len(self._there) < (self._config.least_left if has_begun else self._config.least):
+        if placement is None or len(self._there) < (self._config.min_nodes_to_continue if has_begun else self._config.min_nodes):
             return None
-        if not self._is_settled and len(self._there) < self._config.most and waited < SETTLE:
+        if not self._is_settled and len(self._there) < self._config.max_nodes and waited < SETTLE:
             return None
         self._is_settled = True
         return placement
@@ -45,7 +45,7 @@ class Room:
     def for_more(self, places: Sequence[Place]) -> Placement | None:
         """A placement of more ranks than these, where nodes have come for it that stayed a while."""
         now = time.monotonic()
-        if len(places) >= self._config.most or now - self._looked < LOOK:
+        if len(places) >= self._config.max_nodes or now - self._looked < LOOK:
             return None
         self._looked = now
         placement = self._place(self._look())
@@ -86,7 +86,7 @@ class Room:
         struck = Counter(failure.machine for failure in without_progress(history) if failure.machine)
         out = {machine for machine, strikes in struck.items() if strikes >= STRIKES} - self._distrusted
         left = [machine for machine in self._there if machine.id not in out]
-        return out if len(left) >= self._config.least_left and self._place(left) is not None else set()
+        return out if len(left) >= self._config.min_nodes_to_continue and self._place(left) is not None else set()
 
     def _look(self) -> list[Machine]:
         from manta.cluster.ray.view import machines  # it imports Ray, which must wait until its environment stands
@@ -107,4 +107,4 @@ class Room:
 
     def _place(self, there: Collection[Machine], *, fewer: bool = False) -> Placement | None:
         sizes = self._job.sizes + (self._job.fewer if fewer else ())
-        return place(there, most=self._config.most, sizes=sizes, ranks_per_node=self._job.ranks_per_node)
+        return place(there, most=self._config.max_nodes, sizes=sizes, ranks_per_node=self._job.ranks_per_node)

@@ -41,7 +41,7 @@ class Controller:
         self._job = replace(job, directory=job.directory.absolute(), environment={**said, **job.environment})
         self._config, self._ray = config, ray
         self._policy = Policy(max_restarts_without_progress=config.max_restarts_without_progress)
-        self._orders = Orders(self._job.directory / "stop-now", seconds=config.seconds)
+        self._orders = Orders(self._job.directory / "stop-now", seconds=config.stop_after_seconds)
 
     def run(self) -> Generator[Event, None, None]:
         """Close it early and everything is ended at once."""
@@ -152,7 +152,7 @@ class Controller:
                 message=f"{machine}: {lost.reason}",
                 **where,
                 suspect=suspect,
-                trusted_again=None if machine.id in self._state.suspects else time.time() + self._config.distrust,
+                trusted_again=None if machine.id in self._state.suspects else time.time() + self._config.quarantine,
                 announced=machine.id in room.going,
             )
             outcome = self._state.history[-1]

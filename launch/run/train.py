@@ -88,7 +88,7 @@ class Ready:
 
     def _say(self) -> None:
         config, layout, where = self.config, self.layout, self.home.path
-        if self.each and (ranks := config.cluster.most * self.each) > layout.ranks:
+        if self.each and (ranks := config.cluster.max_nodes * self.each) > layout.ranks:
             say(f"{ranks - layout.ranks} of {ranks} ranks stand by: {micro_batches_text(config.train)} deals out evenly over {layout.data}")
         if self.each:
             say(f"{where}: {steps_in_words(config, layout)}; {config.precision}, {layout}")
@@ -104,7 +104,7 @@ def ready_to_train(config: RunConfig, ray: Ray) -> Ready | None:
     check_places(home, config)
     each = ranks_per_node(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
     fitting = layouts(config.train, config.parallel)
-    ranks = max(fitting, default=1) if each is None else config.cluster.most * each  # None: nobody knows yet what GPUs there are
+    ranks = max(fitting, default=1) if each is None else config.cluster.max_nodes * each  # None: nobody knows yet what GPUs there are
     layout = largest_layout(config.train, config.parallel, ranks)
     refuse_another_run(home, config)
     start = start_of(home, config)

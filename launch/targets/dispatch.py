@@ -27,7 +27,7 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
     if on == "kubernetes":
         from manta.launch.targets import kubernetes
 
-        return kubernetes.launch(config, nodes=config.cluster.most, dry_run=dry_run)
+        return kubernetes.launch(config, nodes=config.cluster.max_nodes, dry_run=dry_run)
     if is_handed_over(on):
         from manta.launch.targets import ray_job
 
@@ -50,7 +50,7 @@ def ray_of(config: RunConfig, on: str, *, insecure: bool = False) -> Ray:
         raise InputError(f"--on: got {on}, to which only a whole run is handed over; give the command {where}")
     kind, _, rest = on.partition(":")
     if on == "local":
-        return LocalRay(config.cluster.most)
+        return LocalRay(config.cluster.max_nodes)
     if kind == "ssh" and rest:
         from manta.launch.targets import ssh
 

@@ -94,7 +94,7 @@ exit "$code"
 def _directives(config: RunConfig, folder: Path) -> Iterator[str]:
     cluster, slurm = config.cluster, config.cluster.slurm
     yield f"--job-name={re.sub(r'[^A-Za-z0-9_.-]+', '-', config.run.dir.absolute().name)}"
-    yield f"--nodes={cluster.least}" + (f"-{cluster.most}" if cluster.most > cluster.least else "")
+    yield f"--nodes={cluster.min_nodes}" + (f"-{cluster.max_nodes}" if cluster.max_nodes > cluster.min_nodes else "")
     yield "--ntasks-per-node=1"
     if slurm.exclusive:
         yield "--exclusive"

@@ -22,8 +22,8 @@ OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "Server
 def ray_of(file: str, cluster: ClusterConfig) -> HostsRay:
     """The Ray of the hosts in a file. Raises InputError where they are too few, or a line is none."""
     hosts = [_host(file, number, line, cluster.ssh.options) for number, line in _lines(Path(file))]
-    if len(hosts) < cluster.least:
-        raise InputError(f"{file}: got {len(hosts)} hosts, wants the {cluster.least} of cluster.nodes; add some, or lower it")
+    if len(hosts) < cluster.min_nodes:
+        raise InputError(f"{file}: got {len(hosts)} hosts, wants the {cluster.min_nodes} of cluster.nodes; add some, or lower it")
     return HostsRay(tuple(hosts), address=_towards(file, hosts[0]), grace=cluster.grace_period)
 
 

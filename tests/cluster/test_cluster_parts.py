@@ -152,7 +152,7 @@ def test_the_clock_asks_as_usr1_does_once_this_process_is_so_old():
 
 @pytest.mark.parametrize(("text", "seconds"), [("3:50:00", 13_800), ("0:00:15", 15), ("2-01:00:00", 176_400), (None, math.inf)])
 def test_a_time_to_stop_after_is_hours_minutes_and_seconds(text, seconds):
-    assert ClusterConfig(stop_after=text).seconds == seconds
+    assert ClusterConfig(stop_after=text).stop_after_seconds == seconds
     for bad in ("90", "1:75:00", "10:00", "soon"):
         with pytest.raises(pydantic.ValidationError, match="hours:minutes:seconds"):
             ClusterConfig(stop_after=bad)

@@ -57,7 +57,7 @@ def test_what_slurm_would_stumble_over_is_told(workspace):
         (('cluster.slurm.mounts=["/data"]',), "cluster.slurm.mounts: got some, and no container"),
         (("cluster.slurm.partition=a;b",), "cluster.slurm.partition"),
         (("cluster.slurm.time=soon",), "cluster.slurm.time"),
-        (('cluster.slurm.options=["mem=0"]',), "wants options of sbatch"),
+        (('cluster.slurm.options=["mem=0"]',), "expected options of sbatch"),
     ):
         done = workspace.manta("train", str(workspace.config_file), "run.dir=never", "--on", "slurm", "--dry-run", *told)
         assert done.returncode == 2

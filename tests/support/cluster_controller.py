@@ -22,7 +22,7 @@ def main():
         ranks_per_node=config.ranks_per_node or 2,
     )
     code = 1
-    for event in Controller(job, config, LocalRay(config.most)).run():
+    for event in Controller(job, config, LocalRay(config.max_nodes)).run():
         if event.kind == "run-ended":
             code = event.details["exit_code"]
     sys.exit(code)
