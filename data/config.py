@@ -23,7 +23,7 @@ class StageConfig(Section):
     @field_validator("from_tokens", mode="before")
     @classmethod
     def _whole(cls, value: object) -> object:
-        return whole(value)
+        return whole_number(value)
 
     @field_validator("weights")
     @classmethod
@@ -45,7 +45,7 @@ class LengthConfig(Section):
     @field_validator("from_tokens", mode="before")
     @classmethod
     def _whole(cls, value: object) -> object:
-        return whole(value)
+        return whole_number(value)
 
 
 class CacheConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -59,7 +59,7 @@ class CacheConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
     @field_validator("bytes", mode="before")
     @classmethod
     def _whole(cls, value: object) -> object:
-        return whole(value)
+        return whole_number(value)
 
 
 class DataConfig(Section):
@@ -236,7 +236,7 @@ def stage_problem(begins: Sequence[int]) -> str | None:
     return None
 
 
-def whole(value: object) -> object:
+def whole_number(value: object) -> object:
     """1e9 is a whole number, whatever YAML calls it."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 
 from manta.cluster.protocol import HeartbeatWriter
-from manta.data.live.samples import LiveSamples
-from manta.data.objectives.causal import DIGEST_BITS
+from manta.data.live.live_samples import LiveSamples
+from manta.data.objectives.examples import DIGEST_BITS
 from manta.data.sampling.samples import Samples
 from manta.trainer.checkpoint.policy import Saves
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dataloader.batch import Batch
-from manta.trainer.dataloader.loader import Reader
+from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine, Outcome
 from manta.trainer.metrics import Line, MetricsLog, format_line
@@ -51,7 +51,7 @@ class Loop:
         self.heartbeat, self.notice, self.peak, self.flops_per_token, self.saver = heartbeat, notice, peak, flops_per_token, saver
         self.timeline = config.timeline()
         reading = {"rank": engine.mesh.data_rank, "seed": config.run.seed, "steps": config.train.steps}
-        self.reader = Reader(samples, self.timeline, engine.layout, **reading, device=world.device)
+        self.reader = DataLoader(samples, self.timeline, engine.layout, **reading, device=world.device)
         self._digest = 0
         self._waited = 0.0
         self._lengths = set[int]()  # of sequences, that were trained on here
@@ -109,7 +109,7 @@ class Loop:
             raise FloatingPointError(
                 f"step {step + 1}: loss {loss}, gradient norm {outcome.norm}; lower optimizer.learning_rate or lengthen the warmup"
             )
-        phase = self.timeline.phase(step)
+        phase = self.timeline.stage(step)
         speed = phase.global_batch * self.config.data.sequence_length / seconds
         peak = self.peak and self.peak * self.world.size
         line: Line = {
@@ -158,14 +158,12 @@ class Loop:
 
     def _microbatches(self, step: int) -> Iterator[Batch]:
         self.heartbeat("read", step)
-        start = time.perf_counter()
         for read in self.reader.step(step):
-            self._waited += time.perf_counter() - start
+            self._waited += read.wait_seconds
             self._digest += read.digest
             self.heartbeat("read", step)
             yield read.batch
-            start = time.perf_counter()
-        length = self.timeline.phase(step).sequence_length
+        length = self.timeline.stage(step).sequence_length
         self.heartbeat("step" if length in self._lengths else "compile", step)  # blocks are compiled once for each length
         self._lengths.add(length)
 

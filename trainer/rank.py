@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from manta.cluster.protocol import ExitCode, HeartbeatWriter
 from manta.data.errors import InputError
-from manta.data.live.samples import Cursor, LiveSamples, check_ranks, open_samples
+from manta.data.live.live_samples import Cursor, LiveSamples, check_data_ranks, open_samples
 from manta.data.tokenizer.tokenizer import ids
 from manta.trainer.checkpoint import catalog, vocabulary
 from manta.trainer.checkpoint.engine_state import load_masters, logical_shapes, refresh, restore, settle
@@ -59,7 +59,7 @@ def train(home: RunDirectory, world: World, heartbeat: HeartbeatWriter, notice: 
     tokens, sequence_length = samples.tokenizer_vocabulary, config.data.sequence_length
     model = build(config.model, vocabulary=tokens, sequence_length=sequence_length, code=home.code)
     model.initialize(config.run.seed)
-    costs = {length: model.flops_per_token(length) for length in {phase.sequence_length for phase in config.timeline().phases}}
+    costs = {length: model.flops_per_token(length) for length in {phase.sequence_length for phase in config.timeline().stages}}
     parameters = sum(p.numel() for p in model.parameters())
     peak = peak_flops(world.device, torch.float32 if config.precision == "fp32" else torch.bfloat16)
     engine = Engine(
@@ -159,8 +159,8 @@ def go_on(samples: LiveSamples, come: Progress | None, mesh: Mesh) -> None:
     log.info("data.live: what is read depends on the number of data ranks, %d; no other can go on", mesh.layout.data)
     if come is not None:
         cursors = come.cursors or []
-        check_ranks(cursors, mesh.layout.data)
-        samples.go_on_from(Cursor(**cursors[mesh.data_rank]))
+        check_data_ranks(cursors, mesh.layout.data)
+        samples.seek(Cursor(**cursors[mesh.data_rank]))
 
 
 def begin_from(engine: Engine, start: str, tokenizer: Path | None = None) -> None:

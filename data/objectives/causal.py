@@ -1,120 +1,50 @@
-"""Samples become examples: what a model is shown and what it has to predict, each a function of (text, seed, sample number) alone.
+"""Examples that predict the next token, and fill-in-the-middle.
 
-Here are those that predict the next token; `masking` has those that predict hidden ones. Text comes in windows, with a number for each
-token's document: they rise from 0 along a window; padding, which stands at its end, has -1.
-Legend: K examples, T sequence length, W tokens of text that an example reads, S documents over all windows, D segments of a batch.
+Legend: K examples, T sequence length, W tokens of text that an example is made of, S documents in all windows, N tokens in all.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
-import xxhash
-from numpy.typing import ArrayLike, NDArray
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 
-from manta.data.hashing import Hashes, fold, hashed
+from manta.data.hashing import Hashes, fold
+from manta.data.objectives.examples import IGNORED, PADDING, Examples, Tokens, bernoulli, document_starts, integers_below
 from manta.data.tokenizer.tokenizer import FimTokens
 
-IGNORED = -100  # the target where nothing is to be predicted
-PADDING = -1  # the document of what stands for nothing
-DIGEST_BITS = 32  # sums of so many bits over 2**20 samples are still exact in a float64
-
-# Training and validation, and each kind of draw, have hashes of their own; masking's kinds count from 0.
-_TRAIN, _VALIDATION = 0, 1
-_FILLED, _CUT, _OTHER_CUT, _SUFFIX_FIRST = range(16, 20)
-_LEAST_FILLED = 3  # tokens that a document has for a prefix, a middle and a suffix
-
-Tokens = NDArray[np.int64]
+_FILLED, _CUT, _OTHER_CUT, _SUFFIX_FIRST = range(16, 20)  # hash domains; those of `masked` count from 0
+_LEAST_FILLED = 3  # tokens that a document needs for a prefix, a middle and a suffix
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Examples:
-    tokens: Tokens  # [K, T]
-    targets: Tokens  # [K, T], IGNORED where nothing is to be predicted
-    positions: Tokens  # [K, T]
-    samples: Tokens  # [K], global sample numbers
-    cut: Tokens | None = None  # [K]: which part of its sample a shorter sequence is; None: each is a whole sample
-    documents: Tokens | None = None  # [K, T]: a token sees its own document; padding has -1; None: all of them
-    segments: Tokens | None = None  # [K, T]: 0 for [CLS] A [SEP], 1 for B [SEP]
-    next_sentence: Tokens | None = None  # [K]: 0 where B follows A, 1 where it does not, or where the two were swapped
+def causal_examples(tokens_KW: Tokens, samples: Tokens, documents_KW: Tokens | None = None) -> Examples:
+    """Make windows [K, T + 1] into examples whose target at each token is the next token.
 
-    def digest(self) -> int:
-        """Summed over rows, and so over batches and ranks, in any order: runs that read the same samples show the same, on any machines."""
-        rows = zip(self.tokens, self.targets, strict=True)
-        return sum(xxhash.xxh3_64_intdigest(np.stack(row).tobytes()) % 2**DIGEST_BITS for row in rows)
-
-    def cumulative_lengths(self) -> NDArray[np.int32]:
-        """Where documents begin and end in the batch laid out flat, [K * T]: int32 [D + 1], the first 0 and the last K * T.
-
-        It is what kernels for sequences of varying length call cu_seqlens. No segment reaches over the end of a row; a row's padding is
-        a segment of its own, as is a whole row where documents are not kept apart.
-        Raises ValueError where a document is in several pieces, as that of a pair among others is ([CLS] and what is around the [SEP]).
-        """
-        K, T = self.tokens.shape
-        if self.documents is None:
-            return np.arange(0, K * T + 1, T, dtype=np.int32)
-        begins_KT = _begins(self.documents)
-        sorted_KT = np.sort(self.documents, axis=1)
-        torn_K = begins_KT.sum(axis=1) > _begins(sorted_KT).sum(axis=1)
-        if torn_K.any():
-            raise ValueError(f"sample {self.samples[torn_K][0]} has a document in several pieces: no lengths tell them")
-        return np.append(np.flatnonzero(begins_KT), K * T).astype(np.int32)
-
-
-def keyed(samples: Tokens, seed: int | None, cut: Tokens | None = None) -> Hashes:
-    """The keys [K] that all draws of these samples are hashes of. Without a seed they are validation's, the same for every run.
-
-    cut: of which of their parts, where samples are cut into shorter sequences.
+    documents_KW: if given, documents are separated. Positions restart in each, and neither the last token of a document nor padding
+    predicts anything.
     """
-    keys = hashed(0, _VALIDATION, samples) if seed is None else hashed(seed, _TRAIN, samples)
-    return keys if cut is None else fold(keys, cut)
-
-
-def shorter(windows_KW: Tokens, sequence_length: int) -> Tokens:
-    """Windows [K, T + 1] -> [K * T / s, s + 1]: each cut into windows of s targets, which share one token as windows do."""
-    starts = np.arange(0, windows_KW.shape[1] - 1, sequence_length)
-    return windows_KW[:, starts[:, None] + np.arange(sequence_length + 1)].reshape(-1, sequence_length + 1)
-
-
-def draw(hashes: Hashes, below: ArrayLike) -> NDArray[np.int64]:
-    """A number in range(below) of each hash; the remainder's bias is below / 2**64."""
-    return (hashes % np.asarray(below, dtype=np.uint64)).astype(np.int64)
-
-
-def number_documents(text_KW: Tokens, end_of_text: int) -> Tokens:
-    """Documents [K, W] of running text. An end-of-text id belongs to the document that it ends."""
-    documents_KW = np.zeros_like(text_KW)
-    np.cumsum(text_KW[:, :-1] == end_of_text, axis=1, out=documents_KW[:, 1:])
-    return documents_KW
-
-
-def as_one(documents_KW: Tokens) -> Tokens:
-    """All documents of a window as one, and its padding still apart."""
-    return np.minimum(documents_KW, 0)
-
-
-def causal(text_KW: Tokens, samples: Tokens, documents_KW: Tokens | None = None) -> Examples:
-    """Windows [K, T + 1] -> each token with the one after it for target.
-
-    With documents, these are kept apart: positions begin anew in each, and a document's last token predicts nothing. Nor does padding.
-    """
-    tokens_KT, targets_KT = text_KW[:, :-1], text_KW[:, 1:]
+    tokens_KT, targets_KT = tokens_KW[:, :-1], tokens_KW[:, 1:]
     positions_KT = np.empty(tokens_KT.shape, dtype=np.int64)
     positions_KT[:] = np.arange(tokens_KT.shape[1])
     if documents_KW is None:
         return Examples(tokens=tokens_KT, targets=targets_KT, positions=positions_KT, samples=samples)
     documents_KT = np.ascontiguousarray(documents_KW[:, :-1])
-    goes_on_KT = (documents_KT == documents_KW[:, 1:]) & (documents_KT != PADDING)
+    continues_KT = (documents_KT == documents_KW[:, 1:]) & (documents_KT != PADDING)
     return Examples(
         tokens=tokens_KT,
-        targets=np.where(goes_on_KT, targets_KT, IGNORED),
-        positions=positions_KT - np.maximum.accumulate(np.where(_begins(documents_KT), positions_KT, 0), axis=1),
+        targets=np.where(continues_KT, targets_KT, IGNORED),
+        positions=positions_KT - np.maximum.accumulate(np.where(document_starts(documents_KT), positions_KT, 0), axis=1),
         samples=samples,
         documents=documents_KT,
     )
 
 
+def split_windows(tokens_KW: Tokens, sequence_length: int) -> Tokens:
+    """Cut windows [K, T + 1] into windows [K * T / s, s + 1] of s targets. Neighbours share one token, as whole windows do."""
+    starts = np.arange(0, tokens_KW.shape[1] - 1, sequence_length)
+    return tokens_KW[:, starts[:, None] + np.arange(sequence_length + 1)].reshape(-1, sequence_length + 1)
+
+
 def fill_in_the_middle(
-    text_KW: Tokens,
+    tokens_KW: Tokens,
     documents_KW: Tokens,
     keys: Hashes,
     *,
@@ -123,61 +53,46 @@ def fill_in_the_middle(
     marks: FimTokens,
     end_of_text: int,
 ) -> tuple[Tokens, Tokens]:
-    """Moves the middle of some documents to their end (Bavarian et al. 2022, section 3) -> text [K, W], documents [K, W].
+    """Move the middle of some documents to their end (Bavarian et al. 2022, section 3). Return tokens [K, W] and documents [K, W].
 
-    A document, or what a window holds of it, is chosen with probability `rate` and cut at two places, drawn evenly: any part may be empty.
-    It becomes <pre> prefix <suf> suffix <mid> middle or, with probability `suffix_first`, <pre> <suf> suffix <mid> prefix middle (their
-    variant 2). Its end-of-text id stays last. What the marks push over the end of the window is lost, padding before anything else. A
-    document of fewer than three tokens is left as it is.
+    A document, or the part of it in a window, is transformed with probability `rate`. Two uniform cuts divide it into prefix, middle and
+    suffix, any of which may be empty. It becomes <pre> prefix <suf> suffix <mid> middle or, with probability `suffix_first`,
+    <pre> <suf> suffix <mid> prefix middle (the paper's variant 2). Its end-of-text token stays last. Tokens that the marks push beyond
+    the end of the window are lost, padding first. A document of fewer than three tokens is not transformed.
     """
-    if rate == 0:
-        return text_KW, documents_KW
-    K, W = text_KW.shape
-    # A segment is what a window holds of a document, or its padding.
-    begins_S = np.flatnonzero(_begins(documents_KW))
-    row_S = begins_S // W
-    document_S = documents_KW.ravel()[begins_S]
-    length_S = np.diff(begins_S, append=K * W)
-    content_S = length_S - (text_KW.ravel()[begins_S + length_S - 1] == end_of_text)
+    K, W = tokens_KW.shape
+    if rate == 0 or K == 0:
+        return tokens_KW, documents_KW
+    text_N = tokens_KW.ravel()
+    # A segment is the part of a document in a window, or the padding of a window.
+    start_S = np.flatnonzero(document_starts(documents_KW))
+    row_S, document_S, length_S = start_S // W, documents_KW.ravel()[start_S], np.diff(start_S, append=K * W)
+    content_S = length_S - (text_N[start_S + length_S - 1] == end_of_text)
     keys_S = fold(keys[row_S], document_S)
-    filled_S = (document_S != PADDING) & (content_S >= _LEAST_FILLED) & _happens(fold(keys_S, _FILLED), rate)
-    suffix_first_S = _happens(fold(keys_S, _SUFFIX_FIRST), suffix_first)
-    cuts_2S = np.sort([draw(fold(keys_S, kind), content_S + 1) for kind in (_CUT, _OTHER_CUT)], axis=0)
-    a_S, b_S = np.where(filled_S, cuts_2S, 0)
-    # Each part moves as a whole. Rows are laid out so wide that none reaches into the next.
-    added_S = 3 * filled_S
-    before_S = np.cumsum(added_S) - added_S
-    before_S -= before_S[np.searchsorted(row_S, row_S)]
-    wide = W + int((before_S + added_S).max(initial=0))
-    first_S = begins_S + row_S * (wide - W) + before_S
-    suffix_S = content_S - b_S
-    parts_S4 = np.stack([a_S, b_S - a_S, suffix_S, length_S - content_S], axis=1)
-    shifts_S4 = np.stack(
-        [
-            np.where(suffix_first_S, 3 + suffix_S, 1),
-            3 + suffix_S,
-            np.where(suffix_first_S, 2 - b_S, 2 - b_S + a_S),
-            np.full_like(a_S, 3),
-        ],
-        axis=1,
+    filled_S = (document_S != PADDING) & (content_S >= _LEAST_FILLED) & bernoulli(fold(keys_S, _FILLED), rate)
+    cuts_2S = np.sort([integers_below(fold(keys_S, kind), content_S + 1) for kind in (_CUT, _OTHER_CUT)], axis=0)
+    a_S, b_S = np.where(filled_S, cuts_2S, 0)  # without cuts, everything is suffix
+
+    # Pieces are (start, length) in the text, to whose end the three marks are appended.
+    mark_S = filled_S.astype(np.int64)
+    pre, suf, mid = ((np.full_like(start_S, K * W + index), mark_S) for index in range(3))
+    prefix, middle, suffix = (start_S, a_S), (start_S + a_S, b_S - a_S), (start_S + b_S, content_S - b_S)
+    end = (start_S + content_S, length_S - content_S)
+    pieces_7_2S = np.where(
+        bernoulli(fold(keys_S, _SUFFIX_FIRST), suffix_first),
+        np.array([pre, suf, suffix, mid, prefix, middle, end]),
+        np.array([pre, prefix, suf, suffix, mid, middle, end]),
     )
-    shifts_S4 = np.where(filled_S[:, None], shifts_S4, 0) + (first_S - begins_S)[:, None]
-    to_N = np.arange(K * W) + np.repeat(shifts_S4.ravel(), parts_S4.ravel())
-    text, documents = np.empty(K * wide, dtype=np.int64), np.empty(K * wide, dtype=np.int64)
-    text[to_N], documents[to_N] = text_KW.ravel(), documents_KW.ravel()
-    after_prefix_S = np.where(suffix_first_S, 1, 1 + a_S)
-    for mark, place_S in ((marks.prefix, 0), (marks.suffix, after_prefix_S), (marks.middle, after_prefix_S + 1 + suffix_S)):
-        at = (first_S + place_S)[filled_S]
-        text[at], documents[at] = mark, document_S[filled_S]
-    return text.reshape(K, wide)[:, :W], documents.reshape(K, wide)[:, :W]
+    starts, lengths = (pieces.ravel() for pieces in pieces_7_2S.transpose(1, 2, 0))  # [S * 7], in output order
+    moved_N = np.append(text_N, [marks.prefix, marks.suffix, marks.middle]).take(_ranges(starts, lengths))
+    documents_N = np.repeat(document_S, length_S + 3 * filled_S)
+    row_starts_K = (np.cumsum(lengths) - lengths)[7 * np.searchsorted(row_S, np.arange(K))]
+    moved_KW, documents_KW = (sliding_window_view(flat_N, W)[row_starts_K] for flat_N in (moved_N, documents_N))
+    return moved_KW, documents_KW
 
 
-def _begins(documents_KW: Tokens) -> NDArray[np.bool_]:
-    """Where another document begins, or a window."""
-    begins_KW = np.ones(documents_KW.shape, dtype=np.bool_)
-    np.not_equal(documents_KW[:, 1:], documents_KW[:, :-1], out=begins_KW[:, 1:])
-    return begins_KW
-
-
-def _happens(hashes: Hashes, probability: float) -> NDArray[np.bool_]:
-    return (hashes >> np.uint64(11)) * 2.0**-53 < probability
+def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return range(start, start + length) of each piece, one after another."""
+    ranges = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    ranges += np.arange(len(ranges))
+    return ranges

@@ -1,164 +1,142 @@
-"""Examples of masked language models: text between special tokens, of which some tokens are hidden and have to be predicted.
+"""Masked language modeling: text among special tokens, of which some tokens must be predicted.
 
-`next_sentence`, `sentence_order` and `alone` frame text; `masked` hides some of it. Both are functions of (text, seed, sample number):
-as the number counts on from epoch to epoch, a text is hidden in other places each time it is read (RoBERTa's dynamic masking).
-Legend: K examples, T sequence length, W tokens of text that an example reads, V ids of the tokenizer, N tokens of text in all, U words.
+`frame_next_sentence`, `frame_sentence_order` and `frame_text` put special tokens around text; `mask_tokens` then masks some of it. Both
+depend on (text, seed, sample number) alone. Sample numbers keep rising from epoch to epoch, so a text is masked differently each time it
+is read (RoBERTa's dynamic masking).
+Legend: K examples, T sequence length, W tokens of text that an example is made of, N tokens of text in all, U words in all.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from manta.data.hashing import Hashes, fold
-from manta.data.objectives.causal import IGNORED, PADDING, Examples, Tokens, draw, keyed
+from manta.data.objectives.examples import IGNORED, PADDING, Examples, Tokens, integers_below
+from manta.data.sampling.windows import Windows
 from manta.data.tokenizer.tokenizer import SpecialTokens
 
 FRAME = {"next_sentence": 3, "sentence_order": 3, "none": 2}
-"""Tokens around an example's text, by data.pairs: T - W."""
+"""Special tokens around an example's text, by data.pairs: T - W."""
 
-_SPLIT, _NEXT, _OTHER, _CHOSEN, _FATE, _REPLACEMENT, _SWAPPED = range(7)  # kinds of draws; `objectives` has others
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Pairs:
-    """What decides K pairs before their text is read."""
-
-    keys: Hashes  # [K]: all further draws of an example are hashes of its key
-    following: NDArray[np.int64]  # [K]: the window that B is cut from
-    next_sentence: Tokens  # [K]
-
-    @classmethod
-    def joined(cls, parts: "Sequence[Self]", order: NDArray[np.intp]) -> "Self":
-        """The pairs of all parts, picked by `order`."""
-        keys, following, apart = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("keys", "following", "next_sentence")
-        )
-        return cls(keys=keys[order], following=following[order], next_sentence=apart[order])
+_SPLIT, _NEXT, _OTHER, _CHOSEN, _FATE, _REPLACEMENT, _SWAPPED = range(7)  # hash domains; `causal` has others
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Framed:
-    """Text among special tokens, of which nothing is hidden yet; each field as in Examples."""
+def draw_pairs(keys: Hashes, windows: NDArray[np.int64], count: ArrayLike) -> tuple[NDArray[np.int64], Tokens]:
+    """Choose the window that part B of each pair is cut from: the window of part A, or any other, with even odds.
 
-    keys: Hashes  # [K]
-    tokens: Tokens  # [K, T]
-    documents: Tokens | None = None
-    segments: Tokens | None = None
-    next_sentence: Tokens | None = None
-
-
-def pairs(samples: Tokens, windows: NDArray[np.int64], *, count: ArrayLike, seed: int | None) -> Pairs:
-    """Where B of each sample comes from, A being of its window [K] in range(count): by even odds from the same one, or any other.
-
-    Without a seed these are validation's, the same for every run. Of a single window, B always follows A.
+    windows [K]: those of part A, in range(count). Returns the windows of part B [K], and next_sentence [K]: 1 if it is another window. If
+    there is only one window, B always follows A.
     """
-    keys, count = keyed(samples, seed), np.asarray(count, dtype=np.int64)
-    apart = np.where(count == 1, 0, draw(fold(keys, _NEXT), 2))
-    others = (windows + 1 + draw(fold(keys, _OTHER), np.maximum(count - 1, 1))) % count
-    return Pairs(keys=keys, following=np.where(apart == 1, others, windows), next_sentence=apart)
+    count = np.asarray(count, dtype=np.int64)
+    next_sentence = np.where(count == 1, 0, integers_below(fold(keys, _NEXT), 2))
+    others = (windows + 1 + integers_below(fold(keys, _OTHER), np.maximum(count - 1, 1))) % count
+    return np.where(next_sentence == 1, others, windows), next_sentence
 
 
-def next_sentence(
-    first_KW: Tokens, second_KW: Tokens, drawn: Pairs, special: SpecialTokens, documents: tuple[Tokens, Tokens] | None = None
-) -> Framed:
-    """BERT's pairs (Devlin et al. 2019, sections 3.1 and A.2): [CLS] A [SEP] B [SEP], T = W + 3.
+def frame_next_sentence(
+    windows: Windows, samples: Tokens, keys: Hashes, special: SpecialTokens, documents: tuple[Tokens, Tokens] | None = None
+) -> Examples:
+    """Make BERT's pairs (Devlin et al. 2019, sections 3.1 and A.2): [CLS] A [SEP] B [SEP], T = W + 3.
 
-    A is the beginning of the first window, B of the second what stands after a part as long as A. Neither is under a quarter of the text.
-    With documents [K, W] of both, A's last and B's first, between which the question is, are one, together with [CLS] and both [SEP].
+    A is the start of a window. B is the rest of the window's `second` after a part of A's length. Each is at least a quarter of the
+    text. With documents [K, W] of both, the last document of A and the first of B, which the question is about, count as one document
+    together with [CLS] and both [SEP].
     """
-    lengths_K = _lengths(drawn.keys, first_KW.shape[1])
-    framed = _framed(first_KW, second_KW, lengths_K, drawn.keys, special)
-    if documents is not None:
-        joined_KW, meeting_K = _joined(*documents, lengths_K)
-        framed = replace(framed, documents=_around(joined_KW, joined_KW, lengths_K, meeting_K))
-    return replace(framed, next_sentence=drawn.next_sentence)
+    assert windows.second is not None
+    lengths_K = _first_lengths(keys, windows.tokens.shape[1])
+    framed = _frame_pair(windows.tokens, windows.second, lengths_K, samples, special)
+    framed = replace(framed, next_sentence=windows.next_sentence)
+    if documents is None:
+        return framed
+    joined_KW, meeting_K = _join_documents(*documents, lengths_K)
+    return replace(framed, documents=_surround(joined_KW, joined_KW, lengths_K, meeting_K))
 
 
-def sentence_order(text_KW: Tokens, keys: Hashes, special: SpecialTokens, documents_KW: Tokens | None = None) -> Framed:
-    """ALBERT's pairs (Lan et al. 2020, section 3.1): a window cut in two, [CLS] A [SEP] B [SEP], T = W + 3; by even odds A follows B.
+def frame_sentence_order(
+    tokens_KW: Tokens, samples: Tokens, keys: Hashes, special: SpecialTokens, documents_KW: Tokens | None = None
+) -> Examples:
+    """Make ALBERT's pairs (Lan et al. 2020, section 3.1): a window cut in two, [CLS] A [SEP] B [SEP], T = W + 3, swapped with even odds.
 
-    Then next_sentence is 1. Neither part is under a quarter of the text. With documents [K, W], those on either side of the cut are one,
-    together with [CLS] and both [SEP]: what is asked is how these two stood, wherever they stand now.
+    next_sentence is 1 if they are swapped. Each part is at least a quarter of the text. With documents [K, W], those on both sides of the
+    cut, whose order is in question, count as one document together with [CLS] and both [SEP].
     """
-    rows_K1, width = np.arange(len(text_KW))[:, None], text_KW.shape[1]
-    lengths_K, swapped_K = _lengths(keys, width), draw(fold(keys, _SWAPPED), 2)
+    rows_K1, width = np.arange(len(tokens_KW))[:, None], tokens_KW.shape[1]
+    lengths_K, swapped_K = _first_lengths(keys, width), integers_below(fold(keys, _SWAPPED), 2)
     cuts_K = np.where(swapped_K == 1, width - lengths_K, lengths_K)
-    turned_KW = (np.arange(width) + (swapped_K * cuts_K)[:, None]) % width
-    text_KW = text_KW[rows_K1, turned_KW]
-    framed = _framed(text_KW, text_KW, lengths_K, keys, special)
-    if documents_KW is not None:
-        joined_KW, meeting_K = _joined(documents_KW, documents_KW, cuts_K)
-        joined_KW = joined_KW[rows_K1, turned_KW]
-        framed = replace(framed, documents=_around(joined_KW, joined_KW, lengths_K, meeting_K))
-    return replace(framed, next_sentence=swapped_K)
-
-
-def alone(text_KW: Tokens, keys: Hashes, special: SpecialTokens, documents_KW: Tokens | None = None) -> Framed:
-    """RoBERTa's (Liu et al. 2019, section 4.2, full sentences): [CLS] text [SEP], T = W + 2.
-
-    With documents [K, W], [CLS] is of the first and [SEP], which follows the last token that is no padding, of the last. Padding is [PAD].
-    """
-    count, width = text_KW.shape
-    tokens_KT = np.full((count, width + 2), special.pad, dtype=np.int64)
-    tokens_KT[:, 0] = special.cls
+    columns_KW = (np.arange(width) + (swapped_K * cuts_K)[:, None]) % width
+    tokens_KW = tokens_KW[rows_K1, columns_KW]
+    framed = replace(_frame_pair(tokens_KW, tokens_KW, lengths_K, samples, special), next_sentence=swapped_K)
     if documents_KW is None:
-        tokens_KT[:, 1:-1], tokens_KT[:, -1] = text_KW, special.sep
-        return Framed(keys=keys, tokens=tokens_KT)
+        return framed
+    joined_KW, meeting_K = _join_documents(documents_KW, documents_KW, cuts_K)
+    joined_KW = joined_KW[rows_K1, columns_KW]
+    return replace(framed, documents=_surround(joined_KW, joined_KW, lengths_K, meeting_K))
+
+
+def frame_text(tokens_KW: Tokens, samples: Tokens, special: SpecialTokens, documents_KW: Tokens | None = None) -> Examples:
+    """Make RoBERTa's full sentences (Liu et al. 2019, section 4.2): [CLS] text [SEP], T = W + 2.
+
+    With documents [K, W], [CLS] belongs to the first, and [SEP], which follows the last token before padding, to the last. Padding
+    becomes [PAD].
+    """
+    count, width = tokens_KW.shape
+    framed_KT = np.full((count, width + 2), special.pad, dtype=np.int64)
+    framed_KT[:, 0] = special.cls
+    if documents_KW is None:
+        framed_KT[:, 1:-1], framed_KT[:, -1] = tokens_KW, special.sep
+        return _unmasked(framed_KT, samples)
     real_KW, rows = documents_KW != PADDING, np.arange(count)
-    np.copyto(tokens_KT[:, 1:-1], text_KW, where=real_KW)
-    documents_KT = np.full_like(tokens_KT, PADDING)
+    np.copyto(framed_KT[:, 1:-1], tokens_KW, where=real_KW)
+    documents_KT = np.full_like(framed_KT, PADDING)
     documents_KT[:, 0], documents_KT[:, 1:-1] = documents_KW[:, 0], documents_KW
     ends_K = real_KW.sum(axis=1) + 1
-    tokens_KT[rows, ends_K], documents_KT[rows, ends_K] = special.sep, documents_KT[rows, ends_K - 1]
-    return Framed(keys=keys, tokens=tokens_KT, documents=documents_KT)
+    framed_KT[rows, ends_K], documents_KT[rows, ends_K] = special.sep, documents_KT[rows, ends_K - 1]
+    return replace(_unmasked(framed_KT, samples), documents=documents_KT)
 
 
-def masked(framed: Framed, samples: Tokens, *, share: float, special: SpecialTokens, whole_words: bool = False) -> Examples:
-    """Hides some tokens of the text, and leaves others to be predicted all the same (Devlin et al. 2019, section 3.1).
+def mask_tokens(framed: Examples, keys: Hashes, *, share: float, special: SpecialTokens, whole_words: bool = False) -> Examples:
+    """Choose tokens to predict: mask 80 % of them, replace 10 % by random tokens, keep 10 % (Devlin et al. 2019, section 3.1).
 
-    Special tokens and padding are never predicted; else at least one token is, and as near to `share` of them as whole numbers allow.
-    Whole words: as near as they allow from below; `_chosen_words` says how.
+    Special tokens and padding are never chosen. Of the others, the number closest to `share` is chosen, and at least one. For whole words:
+    the largest number that `_choose_words` finds below that.
     """
-    keys, text_KT = framed.keys, framed.tokens
-    chosen_KT = _chosen_words(framed, share, special) if whole_words else _chosen(text_KT, keys, share, special)
-    rows, columns = np.nonzero(chosen_KT)
-    tokens_KT, targets_KT = text_KT.copy(), np.full_like(text_KT, IGNORED)
-    targets_KT[rows, columns] = text_KT[rows, columns]
-    fates = draw(fold(fold(keys, _FATE)[rows], columns), 10)
-    tokens_KT[rows[fates < 8], columns[fates < 8]] = special.mask
+    tokens_KT = framed.tokens
+    choose = _choose_words if whole_words else _choose_tokens
+    rows, columns = np.nonzero(choose(framed, keys, share, special))
+    masked_KT, targets_KT = tokens_KT.copy(), np.full_like(tokens_KT, IGNORED)
+    targets_KT[rows, columns] = tokens_KT[rows, columns]
+    fates = integers_below(fold(fold(keys, _FATE)[rows], columns), 10)
+    masked_KT[rows[fates < 8], columns[fates < 8]] = special.mask
     rows, columns = rows[fates == 8], columns[fates == 8]
     text = np.flatnonzero(special.is_text)
-    tokens_KT[rows, columns] = text[draw(fold(fold(keys, _REPLACEMENT)[rows], columns), len(text))]
-    return Examples(
-        tokens=tokens_KT,
-        targets=targets_KT,
-        positions=np.tile(np.arange(text_KT.shape[1]), (len(text_KT), 1)),
-        samples=samples,
-        documents=framed.documents,
-        segments=framed.segments,
-        next_sentence=framed.next_sentence,
-    )
+    masked_KT[rows, columns] = text[integers_below(fold(fold(keys, _REPLACEMENT)[rows], columns), len(text))]
+    return replace(framed, tokens=masked_KT, targets=targets_KT)
 
 
-def _lengths(keys: Hashes, width: int) -> NDArray[np.int64]:
-    """Of A: [K]."""
+def _unmasked(tokens_KT: Tokens, samples: Tokens) -> Examples:
+    """Examples that predict nothing yet."""
+    nothing_KT = np.broadcast_to(np.int64(IGNORED), tokens_KT.shape)
+    positions_KT = np.tile(np.arange(tokens_KT.shape[1]), (len(tokens_KT), 1))
+    return Examples(tokens=tokens_KT, targets=nothing_KT, positions=positions_KT, samples=samples)
+
+
+def _first_lengths(keys: Hashes, width: int) -> NDArray[np.int64]:
+    """Return the length of part A of each pair [K]."""
     least = max(1, width // 4)
-    return least + draw(fold(keys, _SPLIT), width - 2 * least + 1)
+    return least + integers_below(fold(keys, _SPLIT), width - 2 * least + 1)
 
 
-def _framed(first_KW: Tokens, second_KW: Tokens, lengths_K: NDArray[np.int64], keys: Hashes, special: SpecialTokens) -> Framed:
-    """[CLS] so many tokens of the first [SEP] the second's others [SEP]."""
-    tokens_KT = _around(first_KW, second_KW, lengths_K, special.sep)
+def _frame_pair(first_KW: Tokens, second_KW: Tokens, lengths_K: NDArray[np.int64], samples: Tokens, special: SpecialTokens) -> Examples:
+    """[CLS] the first `lengths_K` tokens of the first window [SEP] the rest of the second [SEP]."""
+    tokens_KT = _surround(first_KW, second_KW, lengths_K, special.sep)
     tokens_KT[:, 0] = special.cls
     segments_KT = (np.arange(tokens_KT.shape[1]) > lengths_K[:, None] + 1).astype(np.int64)
-    return Framed(keys=keys, tokens=tokens_KT, segments=segments_KT)
+    return replace(_unmasked(tokens_KT, samples), segments=segments_KT)
 
 
-def _around(first_KW: Tokens, second_KW: Tokens, lengths_K: NDArray[np.int64], frame: int | Tokens) -> Tokens:
-    """Before, between and after the parts of a pair its frame, one or [K]: [K, T]."""
+def _surround(first_KW: Tokens, second_KW: Tokens, lengths_K: NDArray[np.int64], frame: int | Tokens) -> Tokens:
+    """Put `frame`, one value or one per row [K], before, between and after the parts of a pair: [K, T]."""
     count, width = first_KW.shape
     framed_KT = np.empty((count, width + FRAME["next_sentence"]), dtype=np.int64)
     framed_KT[:] = np.reshape(frame, (-1, 1))
@@ -168,58 +146,61 @@ def _around(first_KW: Tokens, second_KW: Tokens, lengths_K: NDArray[np.int64], f
     return framed_KT
 
 
-def _joined(first_KW: Tokens, second_KW: Tokens, cuts_K: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
-    """The first's documents up to the cut, from there the second's, numbered so that those that meet there are one; and its number [K]."""
+def _join_documents(first_KW: Tokens, second_KW: Tokens, cuts_K: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
+    """Return the first's documents up to the cut and the second's after it, [K, W], and the document that meets at the cut, [K].
+
+    The second's documents are renumbered so that the two that meet are one.
+    """
     rows = np.arange(len(cuts_K))
     meeting_K = first_KW[rows, cuts_K - 1]
     second_KW = second_KW + (meeting_K - second_KW[rows, cuts_K])[:, None]
     return np.where(np.arange(first_KW.shape[1]) < cuts_K[:, None], first_KW, second_KW), meeting_K
 
 
-def _wanted(ordinary_KT: NDArray[np.bool_], share: float) -> NDArray[np.int64]:
-    """How many of each row's ordinary tokens are to be predicted: [K]."""
-    return np.maximum(np.rint(share * ordinary_KT.sum(axis=1)), 1).astype(np.int64)
+def _targets_per_row(text_KT: NDArray[np.bool_], share: float) -> NDArray[np.int64]:
+    """Return how many text tokens of each row are to be predicted [K]."""
+    return np.maximum(np.rint(share * text_KT.sum(axis=1)), 1).astype(np.int64)
 
 
-def _chosen(text_KT: Tokens, keys: Hashes, share: float, special: SpecialTokens) -> NDArray[np.bool_]:
-    """The tokens to be predicted: of each row's ordinary ones those with the lowest hashes."""
-    ordinary_KT = special.is_text[text_KT]
-    wanted_K = _wanted(ordinary_KT, share)
+def _choose_tokens(framed: Examples, keys: Hashes, share: float, special: SpecialTokens) -> NDArray[np.bool_]:
+    """Choose the tokens with the lowest hashes in each row [K, T]."""
+    text_KT = special.is_text[framed.tokens]
+    count_K = _targets_per_row(text_KT, share)
     hashes_KT = fold(fold(keys, _CHOSEN)[:, None], np.arange(text_KT.shape[1]))
-    hashes_KT[~ordinary_KT] = np.iinfo(np.uint64).max
-    highest_K = np.sort(hashes_KT, axis=1)[np.arange(len(keys)), wanted_K - 1]
-    return ordinary_KT & (hashes_KT <= highest_K[:, None])
+    hashes_KT[~text_KT] = np.iinfo(np.uint64).max
+    highest_K = np.sort(hashes_KT, axis=1)[np.arange(len(keys)), count_K - 1]
+    return text_KT & (hashes_KT <= highest_K[:, None])
 
 
-def _chosen_words(framed: Framed, share: float, special: SpecialTokens) -> NDArray[np.bool_]:
-    """The tokens of the words to be predicted: of each row's words those with the lowest hashes, until the next would be too much.
+def _choose_words(framed: Examples, keys: Hashes, share: float, special: SpecialTokens) -> NDArray[np.bool_]:
+    """Choose the words with the lowest hashes in each row, until the next one would exceed the row's target count: [K, T].
 
-    A word reaches to the next that begins, and never over a special token or into another document. Words of more tokens than are wanted
-    are passed over; where a row has no others, of one of them as many tokens as are wanted are predicted, from its first on.
+    A word ends at the start of the next one, at a special token, or at the end of its document. Words longer than the target count are
+    excluded. If a row has no others, the first tokens of one of them are chosen, up to the target count.
     """
     assert special.begins_word is not None, "every tokenizer says where words begin"
-    ordinary_KT = special.is_text[framed.tokens]
-    begins_KT = special.begins_word[framed.tokens]
-    begins_KT[:, 1:] |= ~ordinary_KT[:, :-1]
+    text_KT = special.is_text[framed.tokens]
+    starts_KT = special.begins_word[framed.tokens]
+    starts_KT[:, 1:] |= ~text_KT[:, :-1]
     if framed.documents is not None:
-        begins_KT[:, 1:] |= framed.documents[:, 1:] != framed.documents[:, :-1]
-    begins_KT &= ordinary_KT
-    rows_U, columns_U = np.nonzero(begins_KT)
-    words_N = np.cumsum(begins_KT[ordinary_KT]) - 1
-    lengths_U = np.bincount(words_N, minlength=len(rows_U))
-    wanted_U = _wanted(ordinary_KT, share)[rows_U]
-    fit_U = lengths_U <= wanted_U
-    some_fit_K = np.bincount(rows_U[fit_U], minlength=len(begins_KT)) > 0
-    taken_U = np.minimum(lengths_U, wanted_U)
-    hashes_U = fold(fold(framed.keys, _CHOSEN)[rows_U], columns_U)
+        starts_KT[:, 1:] |= framed.documents[:, 1:] != framed.documents[:, :-1]
+    starts_KT &= text_KT
+    rows_U, columns_U = np.nonzero(starts_KT)
+    word_N = np.cumsum(starts_KT[text_KT]) - 1  # the word of each text token
+    lengths_U = np.bincount(word_N, minlength=len(rows_U))
+    count_U = _targets_per_row(text_KT, share)[rows_U]
+    fits_U = lengths_U <= count_U
+    some_fit_K = np.bincount(rows_U[fits_U], minlength=len(starts_KT)) > 0
+    used_U = np.minimum(lengths_U, count_U)
+    hashes_U = fold(fold(keys, _CHOSEN)[rows_U], columns_U)
     order = np.lexsort((hashes_U, rows_U))
-    order = order[(fit_U | ~some_fit_K[rows_U])[order]]
-    sums = np.cumsum(taken_U[order])
-    before = sums - taken_U[order]
-    sums -= before[np.searchsorted(rows_U[order], rows_U[order])]  # those of the row alone
+    order = order[(fits_U | ~some_fit_K[rows_U])[order]]
+    sums = np.cumsum(used_U[order])
+    before = sums - used_U[order]
+    sums -= before[np.searchsorted(rows_U[order], rows_U[order])]  # per row
     chosen_U = np.zeros(len(rows_U), dtype=np.bool_)
-    chosen_U[order] = sums <= wanted_U[order]
-    places_N = np.arange(len(words_N)) - (np.cumsum(lengths_U) - lengths_U)[words_N]
-    chosen_KT = np.zeros_like(ordinary_KT)
-    chosen_KT[ordinary_KT] = chosen_U[words_N] & (places_N < taken_U[words_N])
+    chosen_U[order] = sums <= count_U[order]
+    index_N = np.arange(len(word_N)) - (np.cumsum(lengths_U) - lengths_U)[word_N]  # of each token in its word
+    chosen_KT = np.zeros_like(text_KT)
+    chosen_KT[text_KT] = chosen_U[word_N] & (index_N < used_U[word_N])
     return chosen_KT

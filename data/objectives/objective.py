@@ -1,57 +1,49 @@
-"""From windows of text to examples, as a config's objective wants them: which of `objectives` and `masking` is called with what."""
+"""Windows of text to examples, as the config's objective requires."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from manta.data.config import DataConfig
+from manta.data.hashing import Hashes
 from manta.data.objectives import causal, masked
-from manta.data.objectives.causal import Examples
-from manta.data.sampling.windows import Shape, Text
+from manta.data.objectives.examples import Examples, merge_documents, number_documents, sample_keys
+from manta.data.sampling.windows import Windows, WindowShape
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 Numbers = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Read:
-    """The windows of K samples, and where pairs are drawn, the windows that B is cut from."""
-
-    text: Text
-    following: Text | None = None
-    pairs: masked.Pairs | None = None
-
-
 class Objective:
     def __init__(self, data: DataConfig, tokenizer: Tokenizer) -> None:
-        """Raises InputError where the tokenizer lacks what the objective needs."""
+        """Raises InputError if the tokenizer lacks tokens that the objective needs."""
         self._data = data
         self._end_of_text = tokenizer.end_of_text
         self._special = tokenizer.special_tokens(whole_words=data.whole_words) if data.objective == "masked" else None
         self._marks = tokenizer.fim_tokens() if data.fill_in_the_middle else None
-        self.shape = shape_of(data)
+        self.shape = window_shape(data)
 
     @property
-    def draws_pairs(self) -> bool:
-        """Whether each sample wants a second window."""
+    def needs_pairs(self) -> bool:
+        """Whether each sample needs a second window."""
         return self._special is not None and self._data.pairs == "next_sentence"
 
-    def __call__(self, read: Read, samples: Numbers, *, seed: int | None, length: int | None = None) -> Examples:
-        """The examples of samples [K]; with a shorter length than the config's, so many more rows. seed: None for validation."""
+    def __call__(self, windows: Windows, samples: Numbers, *, seed: int | None, sequence_length: int | None = None) -> Examples:
+        """Return the examples of samples [K]: T / sequence_length for each if sequences are shorter. seed: None for validation."""
         if self._special is not None:
-            return self._masked(read, samples, seed)
-        parts = self._data.sequence_length // (length or self._data.sequence_length)
+            return self._masked(windows, samples, sample_keys(samples, seed))
+        parts = self._data.sequence_length // (sequence_length or self._data.sequence_length)
         if parts == 1:
-            return self._causal(read.text, samples, causal.keyed(samples, seed))
-        text = Text(tokens=causal.shorter(read.text.tokens, self._data.sequence_length // parts))
-        cut, samples = np.tile(np.arange(parts), len(samples)), np.repeat(samples, parts)
-        return replace(self._causal(text, samples, causal.keyed(samples, seed, cut)), cut=cut)
+            return self._causal(windows, samples, sample_keys(samples, seed))
+        windows = Windows(tokens=causal.split_windows(windows.tokens, self._data.sequence_length // parts))
+        part, samples = np.tile(np.arange(parts), len(samples)), np.repeat(samples, parts)
+        return replace(self._causal(windows, samples, sample_keys(samples, seed, part)), part=part)
 
-    def _causal(self, text: Text, samples: Numbers, keys: NDArray[np.uint64]) -> Examples:
-        tokens_KW, documents_KW = text.tokens, text.documents
+    def _causal(self, windows: Windows, samples: Numbers, keys: Hashes) -> Examples:
+        tokens_KW, documents_KW = windows.tokens, windows.documents
         if documents_KW is None and (self._data.separate_documents or self._marks):
-            documents_KW = causal.number_documents(tokens_KW, self._end_of_text)
+            documents_KW = number_documents(tokens_KW, self._end_of_text)
         if self._marks is not None:
             assert documents_KW is not None
             tokens_KW, documents_KW = causal.fill_in_the_middle(
@@ -63,35 +55,38 @@ class Objective:
                 marks=self._marks,
                 end_of_text=self._end_of_text,
             )
-        return causal.causal(tokens_KW, samples, self._kept_apart(text, documents_KW))
+        return causal.causal_examples(tokens_KW, samples, self._visible_documents(windows, documents_KW))
 
-    def _masked(self, read: Read, samples: Numbers, seed: int | None) -> Examples:
-        special, data, text = self._special, self._data, read.text
+    def _masked(self, windows: Windows, samples: Numbers, keys: Hashes) -> Examples:
+        special, data, tokens_KW = self._special, self._data, windows.tokens
         assert special is not None
-        documents_KW = text.documents
+        documents_KW = windows.documents
         if documents_KW is None and data.separate_documents:
-            documents_KW = causal.number_documents(text.tokens, self._end_of_text)
-        documents_KW = self._kept_apart(text, documents_KW)
-        if read.following is not None and read.pairs is not None:
-            second_KW = read.following.tokens
-            both = None if documents_KW is None else (documents_KW, causal.number_documents(second_KW, self._end_of_text))
-            framed = masked.next_sentence(text.tokens, second_KW, read.pairs, special, both)
+            documents_KW = number_documents(tokens_KW, self._end_of_text)
+        documents_KW = self._visible_documents(windows, documents_KW)
+        if windows.second is not None:
+            both = None if documents_KW is None else (documents_KW, number_documents(windows.second, self._end_of_text))
+            framed = masked.frame_next_sentence(windows, samples, keys, special, both)
         elif data.pairs == "sentence_order":
-            framed = masked.sentence_order(text.tokens, causal.keyed(samples, seed), special, documents_KW)
+            framed = masked.frame_sentence_order(tokens_KW, samples, keys, special, documents_KW)
         else:
-            framed = masked.alone(text.tokens, causal.keyed(samples, seed), special, documents_KW)
-        return masked.masked(framed, samples, share=data.mask_share, special=special, whole_words=data.whole_words)
+            framed = masked.frame_text(tokens_KW, samples, special, documents_KW)
+        return masked.mask_tokens(framed, keys, share=data.mask_share, special=special, whole_words=data.whole_words)
 
-    def _kept_apart(self, text: Text, documents_KW: Numbers | None) -> Numbers | None:
-        """Documents as attention is told of them: where they may see each other, only padding is none of them."""
+    def _visible_documents(self, windows: Windows, documents_KW: Numbers | None) -> Numbers | None:
+        """Return the documents that limit attention. If documents may see each other, only padding is kept out."""
         if documents_KW is None or self._data.separate_documents:
             return documents_KW
-        return None if text.documents is None else causal.as_one(documents_KW)
+        return None if windows.documents is None else merge_documents(documents_KW)
 
 
-def shape_of(data: DataConfig) -> Shape:
-    """How the objective takes its text."""
+def window_shape(data: DataConfig) -> WindowShape:
+    """Return the shape of the windows that the objective reads.
+
+    A causal window has T + 1 tokens, T inputs and their T targets, and shares one token with the next window, so that every token is
+    predicted once per epoch. Masked windows do not overlap and leave room for [CLS] and [SEP].
+    """
     if data.objective == "masked":
         width = data.sequence_length - masked.FRAME[data.pairs]
-        return Shape(width=width, stride=width)
-    return Shape(width=data.sequence_length + 1, stride=data.sequence_length)
+        return WindowShape(width=width, stride=width)
+    return WindowShape(width=data.sequence_length + 1, stride=data.sequence_length)

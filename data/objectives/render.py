@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from manta.data.objectives.causal import IGNORED, PADDING, Examples, number_documents
+from manta.data.objectives.examples import IGNORED, PADDING, Examples, number_documents
 from manta.data.tokenizer import tokenizer
 from manta.data.tokenizer.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data.hashing import Hashes, hashed, mix
-from manta.data.sampling.windows import Stream
+from manta.data.sampling.windows import TokenStream
 from manta.data.shards.statistics import document_lengths
 
 SPAN = 50  # tokens
@@ -93,7 +93,7 @@ class _Run:
         return cls(len(run), rolled[::_EVERY], _spans(values, rolled, np.arange(len(run) - SPAN + 1)))
 
 
-def duplicates(train: Sequence[Stream], held_out: Sequence[Stream], *, read: int, tell: Tell) -> Duplicates:
+def duplicates(train: Sequence[TokenStream], held_out: Sequence[TokenStream], *, read: int, tell: Tell) -> Duplicates:
     """Compares the documents of all sources. read: tokens at most, nearly. tell: is told of the tokens that were read."""
     total = sum(int(stream.starts[-1]) for stream in (*train, *held_out))
     documents = sum(shard.documents for stream in (*train, *held_out) for shard in stream.shards)
@@ -118,7 +118,7 @@ def duplicates(train: Sequence[Stream], held_out: Sequence[Stream], *, read: int
     )
 
 
-def overlap(train: Sequence[Stream], held_out: Sequence[Stream], *, read: int, tell: Tell) -> Overlap:
+def overlap(train: Sequence[TokenStream], held_out: Sequence[TokenStream], *, read: int, tell: Tell) -> Overlap:
     """Searches training text, of which `read` tokens at most, for spans of validation text."""
     total = sum(int(stream.starts[-1]) for stream in held_out)
     one_in = -(-total // _MOST_SEARCHED_FOR)
@@ -151,7 +151,7 @@ def overlap(train: Sequence[Stream], held_out: Sequence[Stream], *, read: int, t
     )
 
 
-def _documents(stream: Stream, share: float, tell: Tell) -> _Read:
+def _documents(stream: TokenStream, share: float, tell: Tell) -> _Read:
     hashes: list[Hashes] = [np.zeros(0, np.uint64)]
     taken: list[Numbers] = [np.zeros(0, np.int64)]
     for index, shard in enumerate(stream.shards):
@@ -189,7 +189,7 @@ def _hashed(tokens: NDArray[np.integer], starts_D: Numbers, ends_D: Numbers, dra
     return found
 
 
-def _document(streams: Sequence[Stream], parts: Sequence[_Read], share: float, number: int) -> NDArray[np.integer]:
+def _document(streams: Sequence[TokenStream], parts: Sequence[_Read], share: float, number: int) -> NDArray[np.integer]:
     """The tokens of a document by its number among all that were drawn."""
     for stream, part in zip(streams, parts, strict=True):
         for index, count in enumerate(part.shards):
@@ -215,7 +215,7 @@ def _within(some: Hashes, known_H: Hashes) -> NDArray[np.bool_]:
     return known_H[np.minimum(np.searchsorted(known_H, some), len(known_H) - 1)] == some
 
 
-def _pieces(stream: Stream, size: int, one_in: int, lookahead: int = 0) -> Iterator[NDArray[np.integer]]:
+def _pieces(stream: TokenStream, size: int, one_in: int, lookahead: int = 0) -> Iterator[NDArray[np.integer]]:
     """Of a stream every so manieth piece of `size` tokens, and some beyond its end; pieces end with their shard."""
     number = 0
     for index, shard in enumerate(stream.shards):

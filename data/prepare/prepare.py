@@ -17,14 +17,14 @@ from filelock import FileLock, Timeout
 
 from manta.data.config import BYTES, DataConfig, TokenizerConfig
 from manta.data.errors import InputError
-from manta.data.live import sources
-from manta.data.live.samples import LiveSamples
-from manta.data.objectives.objective import shape_of
+from manta.data.live import live_sources
+from manta.data.live.live_samples import LiveSamples
+from manta.data.objectives.objective import window_shape
 from manta.data.prepare.build import intact, make_shards, make_whole
 from manta.data.prepare.checks import check_sources
 from manta.data.prepare.encode import record_file, sample
 from manta.data.prepare.progress import say
-from manta.data.sampling.packed_windows import find_packings, pack
+from manta.data.sampling.packed_windows import find_packing, pack_corpus
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
@@ -45,18 +45,18 @@ def find(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
     Raises InputError where a source or the tokenizer's file does not exist.
     """
     if data.live:
-        data = sources.placed(data)
+        data = live_sources.with_absolute_paths(data)
     there = places(data, tokens)
     if there is None:
         return None
     home, homes = there
     if data.live:
-        return sources.as_prepared(home.copy(_TOKENIZER), data, tokens)
+        return live_sources.prepare_live(home.copy(_TOKENIZER), data, tokens)
     manifests = [found for corpus_home in homes if (found := intact(corpus_home, contents=False))]
     if len(manifests) < len(homes):
         return None
     pairs = zip(homes, manifests, strict=True)
-    if data.packing == "best_fit" and not all(find_packings(*pair, shape_of(data)) for pair in pairs):
+    if data.packing == "best_fit" and not all(find_packing(*pair, window_shape(data)) for pair in pairs):
         return None
     return _prepared(home, homes, manifests)
 
@@ -77,8 +77,8 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
     Raises InputError for whatever is wrong with a source, with the tokenizer's file, or with so little text that no sample results.
     """
     if data.live:
-        data = sources.placed(data)
-        sources.refuse_ids(data)
+        data = live_sources.with_absolute_paths(data)
+        live_sources.refuse_token_ids(data)
     home = _tokenizer_home(data, tokens)
     _check_tokenizer(data, tokens)
     check_sources(data, tokens)
@@ -90,7 +90,7 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
         manifests = [_make_corpus(*pair, data, tokens, home) for pair in zip(data.sources, homes, strict=True)]
         if data.packing == "best_fit":
             for corpus_home, made in zip(homes, manifests, strict=True):
-                pack(corpus_home, made, shape_of(data))
+                pack_corpus(corpus_home, made, window_shape(data))
     prepared = _prepared(home, homes, manifests)
     Samples(prepared, data, tokens, seed=0)  # raises where no sample results
     return prepared
@@ -98,7 +98,7 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
 
 def _live(home: Home, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
     """Of a corpus that is tokenized while it is read, only the tokenizer is made."""
-    prepared = sources.as_prepared(home.copy(_TOKENIZER), data, tokens)
+    prepared = live_sources.prepare_live(home.copy(_TOKENIZER), data, tokens)
     LiveSamples(prepared, data, tokens, seed=0, held_out=1)  # raises where no sample results
     say(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {home.root}")
     return prepared

@@ -1,10 +1,10 @@
-"""Which source gives sample g, and which of that source's samples it is: by weights that change in stages, each answer in closed form.
+"""Which source each sample is from, and which of the source's own samples it is, by weights that change in stages.
 
-A stage repeats a period of 65,536 places, in which each source stands as often as its weight asks, as evenly as can be: its k-th place
-of c is as near as it gets to (k + 1/2) / c of the way. So any batch holds nearly its share of every source, and how many samples of a
-source came before g is a multiplication and a look-up. A source's own samples are counted through all stages: none is lost between them.
+A stage repeats a period of 65,536 slots. The number of a source's slots is proportional to its weight, and they are spread evenly: slot k
+of c is as close as possible to (k + 1/2) / c of the period. So every batch has close to each source's share, and the number of a source's
+samples before sample g takes one multiplication and one lookup. A source's own samples are counted across stages: none is lost in between.
 
-The table is part of every run's identity. It may never change under one `VERSION`; golden vectors in the tests hold it.
+The table is part of a run's identity. It must never change within one `VERSION`; golden vectors in the tests check it.
 """
 
 from bisect import bisect_right
@@ -21,68 +21,68 @@ Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Stage:
-    first: int  # its first sample number
-    before: Numbers  # [S]: samples of each source in the stages before it
-    counts: Numbers  # [S]: in a period
-    sources: Numbers  # [PERIOD]
-    ranks: Numbers  # [PERIOD]: which of its source's places in the period this is
+class _MixtureStage:
+    first: int  # first sample number
+    before: Numbers  # [S]: samples of each source in previous stages
+    counts: Numbers  # [S]: slots of each source in a period
+    sources: Numbers  # [PERIOD]: source of each slot
+    occurrences: Numbers  # [PERIOD]: how many slots of the same source precede it in the period
 
-    def taken(self, number: int) -> Numbers:
-        """[S]: of each source before this sample number, which lies in the stage or ends it."""
-        periods, rest = divmod(number - self.first, PERIOD)
-        return self.before + periods * self.counts + np.bincount(self.sources[:rest], minlength=len(self.counts))
+    def samples_before(self, number: int) -> Numbers:
+        """Return the samples of each source [S] before a sample number that is in this stage or ends it."""
+        periods, slots = divmod(number - self.first, PERIOD)
+        return self.before + periods * self.counts + np.bincount(self.sources[:slots], minlength=len(self.counts))
 
 
 class Mixture:
     """S sources by weight."""
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[float]]]) -> None:
-        """stages: (first sample number, a weight >= 0 of each source); the first begins at 0, each has some weight."""
-        self._stages: list[_Stage] = []
+        """stages: (first sample number, nonnegative weight of each source). The first starts at 0; each has a positive weight."""
+        self._stages: list[_MixtureStage] = []
         for first, weights in stages:
-            before = self._stages[-1].taken(first) if self._stages else np.zeros(len(weights), dtype=np.int64)
+            before = self._stages[-1].samples_before(first) if self._stages else np.zeros(len(weights), dtype=np.int64)
             counts = quotas(weights)
             sources = spread(counts)
-            ranks = np.empty(PERIOD, dtype=np.int64)
+            occurrences = np.empty(PERIOD, dtype=np.int64)
             for source, count in enumerate(counts.tolist()):
-                ranks[sources == source] = np.arange(count)
-            self._stages.append(_Stage(first, before, counts, sources, ranks))
+                occurrences[sources == source] = np.arange(count)
+            self._stages.append(_MixtureStage(first, before, counts, sources, occurrences))
         self._firsts = np.array([first for first, _ in stages], dtype=np.int64)
 
     def __call__(self, numbers: NDArray[np.integer]) -> tuple[Numbers, Numbers]:
-        """Sample numbers [K] -> their sources [K], and which sample of its source each is [K]."""
+        """Map sample numbers [K] to their sources [K] and to the sources' own sample numbers [K]."""
         numbers = np.asarray(numbers, dtype=np.int64)
         sources, own = np.empty_like(numbers), np.empty_like(numbers)
         stages = np.searchsorted(self._firsts, numbers, side="right") - 1
         for index in np.unique(stages):
-            stage, here = self._stages[index], stages == index
-            periods, places = np.divmod(numbers[here] - stage.first, PERIOD)
-            sources[here] = taken = stage.sources[places]
-            own[here] = stage.before[taken] + periods * stage.counts[taken] + stage.ranks[places]
+            stage, rows = self._stages[index], stages == index
+            periods, slots = np.divmod(numbers[rows] - stage.first, PERIOD)
+            sources[rows] = chosen = stage.sources[slots]
+            own[rows] = stage.before[chosen] + periods * stage.counts[chosen] + stage.occurrences[slots]
         return sources, own
 
-    def taken(self, number: int) -> Numbers:
-        """[S]: samples of each source among the first `number`."""
-        return self._stages[bisect_right(self._firsts.tolist(), number) - 1].taken(number)
+    def samples_before(self, number: int) -> Numbers:
+        """Return the samples of each source [S] among the first `number`."""
+        return self._stages[bisect_right(self._firsts.tolist(), number) - 1].samples_before(number)
 
 
 def quotas(weights: Sequence[float]) -> Numbers:
-    """Of a period's places how many each source has, nearest to its weight; none that has a weight goes without."""
+    """Return the slots of each source in a period: closest to its weight, and at least one if the weight is positive."""
     shares = np.asarray(weights, dtype=np.float64) / np.sum(weights) * PERIOD
     counts = np.where(shares > 0, np.maximum(np.floor(shares), 1), 0).astype(np.int64)
-    lacking = np.argsort(counts - shares, kind="stable")  # who is furthest below its share comes first
+    by_deficit = np.argsort(counts - shares, kind="stable")  # the source furthest below its share first
     while missing := PERIOD - int(counts.sum()):
         if missing > 0:
-            counts[lacking[:missing]] += 1
+            counts[by_deficit[:missing]] += 1
         else:
             counts[np.argmax(counts)] -= 1
     return counts
 
 
 def spread(counts: Numbers) -> Numbers:
-    """[PERIOD] sources, each `counts` times and evenly: places sorted by where they would best stand, in whole numbers."""
+    """Return the sources [PERIOD], each `counts` times and evenly spread: slots sorted by their ideal positions, in integers."""
     sources = np.repeat(np.arange(len(counts)), counts)
-    turns = np.concatenate([np.arange(count) for count in counts.tolist()])
-    ideal = ((2 * turns + 1) << 44) // counts[sources]
+    occurrences = np.concatenate([np.arange(count) for count in counts.tolist()])
+    ideal = ((2 * occurrences + 1) << 44) // counts[sources]
     return sources[np.lexsort((sources, ideal))]

@@ -1,7 +1,7 @@
-"""Bins of whole documents, as windows by number. What a bin holds is worked out once, kept beside the shard, and mapped.
+"""Windows of whole documents, packed into bins. The packing of a shard is computed once, stored beside the shard, and memory-mapped.
 
 piece-00000.train.packing-<version>-<width>-<stride>.bin    edges int64 [bins + 1], starts int64 [pieces], lengths int32 [pieces]
-packing-<version>-<width>-<stride>.json                     how many of each, and their hashes; written last
+packing-<version>-<width>-<stride>.json                     the counts and hashes of all these files; written last
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from pydantic import BaseModel, ValidationError
 from manta.data.errors import InputError
 from manta.data.sampling import packing
 from manta.data.sampling.packing import Bins, best_fit
-from manta.data.sampling.windows import Numbers, Shape, Stream, Text, located
+from manta.data.sampling.windows import TokenStream, WindowDataset, Windows, WindowShape
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.shard import Shard
 from manta.data.storage.remote import is_remote
 
-_OPEN = 256  # packings mapped at a time
+_OPEN_PACKINGS = 256  # mapped at a time
 
 
-class Packing(BaseModel, frozen=True, extra="forbid"):
-    """How one shard is packed."""
+class ShardPacking(BaseModel, frozen=True, extra="forbid"):
+    """The packing of one shard."""
 
     file: str
     bins: int
@@ -37,96 +37,93 @@ class Packing(BaseModel, frozen=True, extra="forbid"):
         return 8 * (self.bins + 1) + 12 * self.pieces
 
 
-class Packings(BaseModel, frozen=True, extra="forbid"):
-    """How a corpus is packed for one width: each shard of its train and of its validation split."""
+class CorpusPacking(BaseModel, frozen=True, extra="forbid"):
+    """The packing of a corpus for one window shape: that of each train and validation shard."""
 
     fingerprint: str
     """The corpus's."""
-    train: tuple[Packing, ...]
-    validation: tuple[Packing, ...]
+    train: tuple[ShardPacking, ...]
+    validation: tuple[ShardPacking, ...]
 
 
-class Packed:
-    """Bins, numbered through all shards of all streams."""
+class PackedDataset(WindowDataset):
+    """Bins of documents, numbered through all shards of all streams."""
 
-    def __init__(self, streams: Sequence[Stream], packings: Sequence[Packing], shape: Shape, *, filler: int) -> None:
-        """packings: of each shard of each stream, in order. filler: the id of what stands for nothing."""
-        self.counts = np.array([packing.bins for packing in packings], dtype=np.int64)
-        self.total = int(self.counts.sum())
-        self._firsts = np.cumsum(self.counts) - self.counts
-        self._places = [(stream, shard) for stream in streams for shard in range(len(stream.shards))]
-        self._packings, self._width, self._filler = packings, shape.width, filler
-        self._bins = lru_cache(_OPEN)(self._map)
+    def __init__(self, streams: Sequence[TokenStream], packings: Sequence[ShardPacking], shape: WindowShape, *, padding: int) -> None:
+        """packings: of each shard of each stream, in order. padding: the token id that fills up bins."""
+        super().__init__([packing.bins for packing in packings])
+        self._shards = [(stream, shard) for stream in streams for shard in range(len(stream.shards))]
+        self._packings, self._width, self._padding = packings, shape.width, padding
+        self._bins = lru_cache(_OPEN_PACKINGS)(self._map)
 
-    def part(self, windows: Numbers) -> tuple[Numbers, Numbers]:
-        """Of bins [K], the first bin of the shard that each is of, and how many that has."""
-        parts, own = located(windows, self._firsts, self.counts)
-        return windows - own, self.counts[parts]
-
-    def read(self, windows: NDArray[np.integer]) -> Text:
-        """Bins [K] in range(total) -> their text, filled up."""
-        shards, own = located(windows, self._firsts, self.counts)
-        tokens_KW = np.full((len(own), self._width), self._filler, dtype=np.int64)
+    def read(self, windows: NDArray[np.integer]) -> Windows:
+        shards, own = self._locate(windows)
+        tokens_KW = np.full((len(own), self._width), self._padding, dtype=np.int64)
         documents_KW = np.full_like(tokens_KW, -1)
-        for row, (shard, at) in enumerate(zip(shards.tolist(), own.tolist(), strict=True)):
-            bins, (stream, index) = self._bins(shard), self._places[shard]
+        for row, (shard, bin_number) in enumerate(zip(shards.tolist(), own.tolist(), strict=True)):
+            bins, (stream, index) = self._bins(shard), self._shards[shard]
             tokens, filled = stream.map(index), 0
-            first, end = bins.edges[at : at + 2].tolist()
-            held = zip(bins.starts[first:end].tolist(), bins.lengths[first:end].tolist(), strict=True)
-            for number, (start, length) in enumerate(held):
+            first, end = bins.edges[bin_number : bin_number + 2].tolist()
+            pieces = zip(bins.starts[first:end].tolist(), bins.lengths[first:end].tolist(), strict=True)
+            for number, (start, length) in enumerate(pieces):
                 tokens_KW[row, filled : filled + length] = tokens[start : start + length]
                 documents_KW[row, filled : filled + length] = number
                 filled += length
-        return Text(tokens=tokens_KW, documents=documents_KW)
+        return Windows(tokens=tokens_KW, documents=documents_KW)
 
     def _map(self, shard: int) -> Bins:
         packed = self._packings[shard]
-        raw = self._places[shard][0].home.mapped(packed.file, size=packed.bytes, xxh3=packed.xxh3)
+        raw = self._shards[shard][0].home.mapped(packed.file, size=packed.bytes, xxh3=packed.xxh3)
         edges, starts, lengths = np.split(raw, np.cumsum([8 * (packed.bins + 1), 8 * packed.pieces]))
         return Bins(edges=edges.view(np.int64), starts=starts.view(np.int64), lengths=lengths.view(np.int32))
 
 
-def find_packings(home: Home, corpus: Manifest, shape: Shape, *, contents: bool = False) -> Packings | None:
-    """What `pack` has written, or None where it is not there, damaged, or of another corpus; sizes only, or where asked, every byte."""
-    found = recorded_packings(home, shape)
+def find_packing(home: Home, corpus: Manifest, shape: WindowShape, *, contents: bool = False) -> CorpusPacking | None:
+    """Return a corpus's packing, or None if it is missing, damaged, or another corpus's. contents: verify hashes, not only sizes."""
+    found = recorded_packing(home, shape)
     if found is None or found.fingerprint != corpus.fingerprint:
         return None
     files = (*found.train, *found.validation)
     return None if any(home.file_problem(one.file, one.bytes, one.xxh3, contents=contents) for one in files) else found
 
 
-def recorded_packings(home: Home, shape: Shape) -> Packings | None:
-    """What the record says, whatever became of the files that it names."""
+def recorded_packing(home: Home, shape: WindowShape) -> CorpusPacking | None:
+    """Return the packing's record, whether or not its files are intact."""
     try:
-        return Packings.model_validate_json(home.read(_record(shape)))
+        return CorpusPacking.model_validate_json(home.read(_record(shape)))
     except (FileNotFoundError, ValidationError):
         return None
 
 
-def packings(home: Home, corpus: Manifest, shape: Shape) -> Packings:
-    """Raises InputError where the corpus was not packed for this width."""
-    found = find_packings(home, corpus, shape)
+def load_packing(home: Home, corpus: Manifest, shape: WindowShape) -> CorpusPacking:
+    """Return a corpus's packing. Raises InputError if the corpus is not packed for this shape."""
+    found = find_packing(home, corpus, shape)
     if found is None:
-        wants = "the corpus packed for this sequence length"
-        raise InputError(f"{home.at(_record(shape))}: missing, or what it names is damaged; wants {wants}: run `manta prepare`")
+        raise InputError(
+            f"{home.at(_record(shape))}: expected the corpus packed for this sequence length, got nothing or damaged files."
+            " Run `manta prepare`."
+        )
     return found
 
 
-def pack(home: Home, corpus: Manifest, shape: Shape) -> None:
-    """Pack each shard for this width, where that is not done."""
-    if find_packings(home, corpus, shape, contents=not is_remote(home.root)) is None:
-        train, validation = (tuple(_pack(home, shard, shape) for shard in split.shards) for split in (corpus.train, corpus.validation))
-        found = Packings(fingerprint=corpus.fingerprint, train=train, validation=validation)
-        home.write(_record(shape), found.model_dump_json(indent=1).encode())
+def pack_corpus(home: Home, corpus: Manifest, shape: WindowShape) -> None:
+    """Pack each shard for this shape, unless already done."""
+    if find_packing(home, corpus, shape, contents=not is_remote(home.root)) is None:
+        train, validation = (
+            tuple(_pack_shard(home, shard, shape) for shard in split.shards) for split in (corpus.train, corpus.validation)
+        )
+        record = CorpusPacking(fingerprint=corpus.fingerprint, train=train, validation=validation)
+        home.write(_record(shape), record.model_dump_json(indent=1).encode())
 
 
-def _pack(home: Home, shard: Shard, shape: Shape) -> Packing:
-    bins = best_fit(home.index(shard).document_lengths(), shape.width, shared=shape.width - shape.stride)
+def _pack_shard(home: Home, shard: Shard, shape: WindowShape) -> ShardPacking:
+    bins = best_fit(home.index(shard).document_lengths(), shape.width, overlap=shape.width - shape.stride)
     content = bins.edges.tobytes() + bins.starts.tobytes() + bins.lengths.astype(np.int32).tobytes()
     name = f"{shard.index.removesuffix('.idx')}.{_record(shape).removesuffix('.json')}.bin"
     home.write(name, content)
-    return Packing(file=name, bins=len(bins), pieces=len(bins.starts), xxh3=xxhash.xxh3_64_hexdigest(content))
+    return ShardPacking(file=name, bins=len(bins), pieces=len(bins.starts), xxh3=xxhash.xxh3_64_hexdigest(content))
 
 
-def _record(shape: Shape) -> str:
+def _record(shape: WindowShape) -> str:
+    """Return the name of the file that records a packing."""
     return f"packing-{packing.VERSION}-{shape.width}-{shape.stride}.json"

@@ -1,11 +1,11 @@
-"""Whole documents packed into samples: best-fit decreasing, by a histogram of lengths (Ding et al., "Fewer Truncations Improve Language
+"""Whole documents packed into bins: best-fit decreasing on a histogram of lengths (Ding et al., "Fewer Truncations Improve Language
 Modeling", ICML 2024, section 2.2), so that a shard of 100,000 documents takes milliseconds.
 
-A bin holds W tokens. A document longer than that is cut into pieces of W, which share one token with the next where each token is
-predicted from those before it; its rest is packed like any other. Nothing else is ever cut. Each shard is packed by itself, and its
-bins stand in a keyed order.
+A bin holds up to W tokens. A longer document is cut into pieces of W tokens; each piece repeats the last token of the previous one if
+tokens are predicted from those before them. The remainder is packed like any document, and nothing else is cut. Each shard is packed
+on its own, and its bins are in a pseudo-random order.
 
-The packing is part of every run's identity. It may never change under one `VERSION`; golden vectors in the tests hold it.
+The packing is part of a run's identity. It must never change within one `VERSION`; golden vectors in the tests check it.
 """
 
 from bisect import bisect_left, insort
@@ -24,10 +24,10 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Bins:
-    """The pieces of bin b are starts[edges[b] : edges[b + 1]], first tokens in the shard, and lengths likewise."""
+    """Pieces of documents by bin: bin b has pieces edges[b] to edges[b + 1]."""
 
     edges: Numbers  # [bins + 1]
-    starts: Numbers  # [pieces]
+    starts: Numbers  # [pieces]: first token in the shard
     lengths: NDArray[np.integer]  # [pieces]
 
     def __len__(self) -> int:
@@ -35,86 +35,86 @@ class Bins:
 
 
 @dataclass(frozen=True, slots=True)
-class _Filling:
-    """What a bin holds: `copies` pieces of a length beside what it held before."""
+class _BinContents:
+    """A linked list of what a bin holds: `copies` pieces of one length, added to the contents `previous`."""
 
     length: int
     copies: int
-    before: "_Filling | None"
+    previous: "_BinContents | None"
 
 
-def best_fit(documents: NDArray[np.integer], width: int, *, shared: int = 1) -> Bins:
-    """Lengths [D] in tokens of a shard's documents, end to end -> its bins of at most `width` tokens, every token in one.
+def best_fit(documents: NDArray[np.integer], width: int, *, overlap: int = 1) -> Bins:
+    """Pack a shard's documents, given their lengths [D] in tokens, into bins of at most `width` tokens.
 
-    shared: tokens that the pieces of a long document have in common, 0 or 1, less than width.
+    overlap: tokens, 0 or 1, that consecutive pieces of a long document share; less than width.
     """
-    starts, lengths = _pieces(np.asarray(documents, dtype=np.int64), width, shared)
+    starts, lengths = _cut_long_documents(np.asarray(documents, dtype=np.int64), width, overlap)
     by_length = np.argsort(lengths, kind="stable")
     counts = np.bincount(lengths, minlength=width + 1)
-    given = np.cumsum(counts) - counts  # of each length, where in by_length the next one not yet placed stands
-    held: list[Numbers] = []  # of bins that are filled alike: their pieces, [bins, pieces of each]
-    for filling, bins in _fill(counts, width):
-        parts: list[Numbers] = []
-        link: _Filling | None = filling
+    next_piece = np.cumsum(counts) - counts  # for each length, the index in by_length of its first unassigned piece
+    groups: list[Numbers] = []  # [bins, pieces per bin] of bins with the same contents
+    for contents, bins in _fill(counts, width):
+        columns: list[Numbers] = []
+        link: _BinContents | None = contents
         while link is not None:
-            first, taken = given[link.length], bins * link.copies
-            parts.append(by_length[first : first + taken].reshape(bins, link.copies))
-            given[link.length] += taken
-            link = link.before
-        held.append(np.concatenate(parts[::-1], axis=1))
-    sizes = np.concatenate([np.full(len(alike), alike.shape[1]) for alike in held]) if held else np.zeros(0, np.int64)
-    pieces = np.concatenate([alike.ravel() for alike in held]) if held else np.zeros(0, np.int64)
-    return _shuffled(sizes, starts[pieces], lengths[pieces])
+            first, count = next_piece[link.length], bins * link.copies
+            columns.append(by_length[first : first + count].reshape(bins, link.copies))
+            next_piece[link.length] += count
+            link = link.previous
+        groups.append(np.concatenate(columns[::-1], axis=1))
+    if not groups:
+        return Bins(edges=np.zeros(1, np.int64), starts=starts, lengths=lengths)
+    sizes = np.concatenate([np.full(len(group), group.shape[1]) for group in groups])
+    pieces = np.concatenate([group.ravel() for group in groups])
+    return _shuffle(sizes, starts[pieces], lengths[pieces])
 
 
-def _pieces(documents: Numbers, width: int, shared: int) -> tuple[Numbers, Numbers]:
-    """First token and length of each piece, in order; most documents are one."""
-    counts = np.maximum(1, -(-(documents - shared) // (width - shared)))
+def _cut_long_documents(documents: Numbers, width: int, overlap: int) -> tuple[Numbers, Numbers]:
+    """Return the first token and the length of each piece, in order. Most documents are a single piece."""
+    counts = np.maximum(1, -(-(documents - overlap) // (width - overlap)))
     owners = np.repeat(np.arange(len(documents)), counts)
-    turns = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begins = turns * (width - shared)
-    starts = (np.cumsum(documents) - documents)[owners] + begins
-    return starts, np.minimum(width, documents[owners] - begins)
+    numbers = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+    offsets = numbers * (width - overlap)
+    starts = (np.cumsum(documents) - documents)[owners] + offsets
+    return starts, np.minimum(width, documents[owners] - offsets)
 
 
-def _fill(counts: Numbers, width: int) -> list[tuple[_Filling, int]]:
-    """Bins that are filled alike, and how many: longest pieces first, each into the bin that it leaves the least room in."""
-    groups: defaultdict[int, list[tuple[_Filling | None, int]]] = defaultdict(list)  # by the room that is left
-    rooms: list[int] = []  # those there are, rising
-    full: list[tuple[_Filling, int]] = []
+def _fill(counts: Numbers, width: int) -> list[tuple[_BinContents, int]]:
+    """Return (contents, number of bins): longest pieces first, each into the bin with the least space that fits it."""
+    groups: defaultdict[int, list[tuple[_BinContents | None, int]]] = defaultdict(list)  # by remaining space
+    spaces: list[int] = []  # the keys of nonempty groups, ascending
+    full: list[tuple[_BinContents, int]] = []
 
-    def put(room: int, filling: _Filling, bins: int) -> None:
-        if room == 0:
-            full.append((filling, bins))
+    def put(space: int, contents: _BinContents, bins: int) -> None:
+        if space == 0:
+            full.append((contents, bins))
             return
-        if not groups[room]:
-            insort(rooms, room)
-        groups[room].append((filling, bins))
+        if not groups[space]:
+            insort(spaces, space)
+        groups[space].append((contents, bins))
 
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
         while left:
-            at = bisect_left(rooms, length)
-            if at == len(rooms):
-                room, filling, bins = width, None, left
+            index = bisect_left(spaces, length)
+            if index == len(spaces):
+                space, contents, bins = width, None, left
             else:
-                room = rooms[at]
-                filling, bins = groups[room].pop()
-                if not groups[room]:
-                    del rooms[at]
-            each = min(room // length, left)  # once begun, a bin is the tightest until it takes no more
-            used = min(bins, left // each)
-            put(room - each * length, _Filling(length, each, filling), used)
-            if filling is not None and used < bins:
-                put(room, filling, bins - used)
-            left -= used * each
-    return [*full, *((filling, bins) for room in rooms for filling, bins in groups[room] if filling is not None)]
+                space = spaces[index]
+                contents, bins = groups[space].pop()
+                if not groups[space]:
+                    del spaces[index]
+            copies = min(space // length, left)  # a bin that gets one piece stays the best fit until it is full for this length
+            used = min(bins, left // copies)
+            put(space - copies * length, _BinContents(length, copies, contents), used)
+            if contents is not None and used < bins:
+                put(space, contents, bins - used)
+            left -= used * copies
+    return [*full, *((contents, bins) for space in spaces for contents, bins in groups[space] if contents is not None)]
 
 
-def _shuffled(sizes: Numbers, starts: Numbers, lengths: Numbers) -> Bins:
-    """Else bins would stand by the length of what they hold."""
-    if not len(sizes):
-        return Bins(edges=np.zeros(1, np.int64), starts=starts, lengths=lengths)
+def _shuffle(sizes: Numbers, starts: Numbers, lengths: Numbers) -> Bins:
+    """Permute the bins, which are sorted by the lengths of their pieces. sizes: pieces per bin."""
     order = Permutation(len(sizes), key=0)(np.arange(len(sizes))).astype(np.int64)
     before = np.cumsum(sizes) - sizes
     edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[order])])

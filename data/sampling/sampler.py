@@ -1,6 +1,7 @@
-"""Which window of which source a sample is: the mixture, each source's order, what is skipped, and how often a source may be read.
+"""Which window of which source a sample is: mixture weights, the order of each source, skipped samples and epoch limits.
 
-Legend: K samples asked for, S sources.
+A run counts the samples that it reads from 0: a read index. Sample numbers also count the samples that `data.skip` excludes.
+Legend: K samples, S sources.
 """
 
 from collections.abc import Sequence
@@ -14,107 +15,104 @@ from manta.data.errors import InputError
 from manta.data.hashing import hashed
 from manta.data.sampling.mixture import Mixture
 from manta.data.sampling.order import BlockOrder, Order
-from manta.data.sampling.packed_windows import Packed
-from manta.data.sampling.windows import Cut, Stream
+from manta.data.sampling.windows import TokenStream, WindowDataset
 from manta.data.shards.manifest import digest
 
-_SOURCE = 3  # the stream of hashes that the orders of mixed sources are keyed by
+_SOURCE = 3  # the hash domain of the order keys of mixed sources
 
 Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Draw:
-    """What samples are drawn from: one source of a mixture, or all sources as one."""
+class SourceSampler:
+    """One source of a mixture, or all sources read as one."""
 
     name: str
-    streams: tuple[Stream, ...]
-    windows: Cut | Packed
+    streams: tuple[TokenStream, ...]
+    dataset: WindowDataset
     order: Order | BlockOrder
-    epochs: float | None  # how often it may be read
+    max_epochs: float | None
 
     @classmethod
-    def of(cls, name: str, streams: Sequence[Stream], windows: Cut | Packed, data: DataConfig, seed: int) -> "Draw":
-        """Of a mixture, the key of an order is of its source's name: other sources may come and go."""
+    def create(cls, name: str, streams: Sequence[TokenStream], dataset: WindowDataset, data: DataConfig, seed: int) -> "SourceSampler":
+        """In a mixture the order's key depends on the source's name alone, so other sources can be added and removed."""
         if data.mixture:
             seed = int(hashed(seed, _SOURCE, int(digest(name)[:16], 16))[0])
         blocks = data.shuffle_shards
-        order = Order(windows.total, seed) if blocks is None else BlockOrder(windows.counts, seed, at_a_time=blocks)
-        caps = [source.epochs for source in data.sources if source.epochs is not None and (source.called == name or not data.mixture)]
-        return cls(name=name, streams=tuple(streams), windows=windows, order=order, epochs=min(caps, default=None))
+        order = Order(len(dataset), seed) if blocks is None else BlockOrder(dataset.counts, seed, shards_per_block=blocks)
+        limits = [source.epochs for source in data.sources if source.epochs is not None and (source.called == name or not data.mixture)]
+        return cls(name=name, streams=tuple(streams), dataset=dataset, order=order, max_epochs=min(limits, default=None))
 
-    def ahead(self, number: int) -> None:
-        """Has what its sample `number` and those after it want fetched, where it is remote."""
-        places = [(stream, shard) for stream in self.streams for shard in stream.shards]
-        wanted = range(len(places)) if isinstance(self.order, Order) else self.order.ahead(number)
+    def prefetch(self, number: int) -> None:
+        """Start to download the remote shards of this source's sample `number` and of the samples after it."""
+        shards = [(stream, shard) for stream in self.streams for shard in stream.shards]
+        upcoming = range(len(shards)) if isinstance(self.order, Order) else self.order.upcoming_shards(number)
         for stream in self.streams:
-            stream.home.ahead(places[index][1] for index in wanted if places[index][0] is stream)
+            stream.home.ahead(shards[index][1] for index in upcoming if shards[index][0] is stream)
 
 
-class Draws:
-    """Where each sample of a run comes from. A run counts what it reads from 0; sample numbers leave out what config skips."""
+class Sampler:
+    """Maps the samples of a run to windows of sources."""
 
-    def __init__(self, draws: Sequence[Draw], data: DataConfig) -> None:
-        """draws: of each source, in order, where they are mixed; else one, of all."""
-        self.all = tuple(draws)
+    def __init__(self, sources: Sequence[SourceSampler], data: DataConfig) -> None:
+        """sources: one for each source in a mixture, in the config's order; otherwise a single one."""
+        self.sources = tuple(sources)
         self._skip = data.skip
-        self._mixture = mixture_of(data)
-        self._told: dict[int, object] = {}
+        self._mixture = build_mixture(data)
+        self._prefetched_blocks: dict[int, object] = {}
 
-    def numbered(self, count: NDArray[np.integer]) -> Numbers:
-        """What a run reads, counted from 0 [K] -> sample numbers [K]."""
-        return numbered(self._skip, count)
+    def sample_numbers(self, read_indices: NDArray[np.integer]) -> Numbers:
+        """Return the sample numbers [K] of read indices [K]."""
+        return sample_numbers(self._skip, read_indices)
 
-    def located(self, samples: Numbers) -> tuple[Numbers, Numbers]:
-        """Sample numbers [K] -> what they are drawn from [K], and which of its samples each is [K]."""
+    def locate(self, samples: Numbers) -> tuple[Numbers, Numbers]:
+        """Return the source of each sample [K], and which of the source's own samples it is [K]."""
         return (np.zeros_like(samples), samples) if self._mixture is None else self._mixture(samples)
 
-    def taken(self, count: int) -> list[int]:
-        """Of each draw, its samples among the first `count` that a run reads."""
+    def samples_by_source(self, count: int) -> list[int]:
+        """Return how many of the first `count` samples that a run reads are from each source."""
         if self._mixture is None:
             return [count]
-        last = self._reached(count)
-        skipped = (self._before(min(end, last)) - self._before(min(first, last)) for first, end in self._skip)
-        return (self._before(last) - sum(skipped)).tolist()
+        last = self._sample_number(count)
+        before = self._mixture.samples_before
+        skipped = (before(min(end, last)) - before(min(first, last)) for first, end in self._skip)
+        return (before(last) - sum(skipped)).tolist()
 
     def check_epochs(self, count: int) -> None:
-        """Raises InputError where a run of so many samples would read a source more often than it may."""
-        reached = self._reached(count)
-        own = [reached] if self._mixture is None else self._before(reached).tolist()
-        for draw, samples in zip(self.all, own, strict=True):
-            if draw.epochs is not None and samples > draw.epochs * draw.windows.total:
-                got = f"{samples / draw.windows.total:.2f} epochs ({samples:,} samples of {draw.windows.total:,})"
-                remedy = "shorten the run, lower its weight, or raise epochs"
-                raise InputError(f"data.sources: {draw.name}: got {got}, wants at most {draw.epochs:g}; {remedy}")
+        """Raise InputError if a run of `count` samples reads a source more often than its `epochs` allows."""
+        end = self._sample_number(count)
+        by_source = [end] if self._mixture is None else self._mixture.samples_before(end).tolist()
+        for source, samples in zip(self.sources, by_source, strict=True):
+            size = len(source.dataset)
+            if source.max_epochs is not None and samples > source.max_epochs * size:
+                epochs = f"{samples / size:.2f} epochs ({samples:,} samples of {size:,})"
+                remedy = "Shorten the run, lower its weight, or raise epochs."
+                raise InputError(f"data.sources: {source.name}: expected at most {source.max_epochs:g} epochs, got {epochs}. {remedy}")
 
-    def read_ahead(self, index: int, number: int) -> None:
-        """Once a block: what comes next has to be on its way before it is asked for."""
-        draw = self.all[index]
-        block = 0 if isinstance(draw.order, Order) else draw.order.block(number)
-        if self._told.get(index) != block:
-            self._told[index] = block
-            draw.ahead(number)
+    def prefetch(self, index: int, number: int) -> None:
+        """Once per block of source `index`, start the downloads for its sample `number` and those after it."""
+        source = self.sources[index]
+        block = 0 if isinstance(source.order, Order) else source.order.block(number)
+        if self._prefetched_blocks.get(index) != block:
+            self._prefetched_blocks[index] = block
+            source.prefetch(number)
 
-    def _reached(self, count: int) -> int:
-        return int(self.numbered(np.array([count]))[0])
-
-    def _before(self, number: int) -> Numbers:
-        assert self._mixture is not None
-        return self._mixture.taken(number)
+    def _sample_number(self, read_index: int) -> int:
+        return int(self.sample_numbers(np.array([read_index]))[0])
 
 
-def numbered(skip: Sequence[tuple[int, int]], count: NDArray[np.integer]) -> Numbers:
-    """What a run reads, counted from 0 [K] -> sample numbers [K]: those in the ranges [first, end) are left out."""
-    numbers = np.array(count, dtype=np.int64)
+def sample_numbers(skip: Sequence[tuple[int, int]], read_indices: NDArray[np.integer]) -> Numbers:
+    """Return the sample numbers [K] of read indices [K], without those in the ranges [first, end) of `skip`."""
+    numbers = np.array(read_indices, dtype=np.int64)
     for first, end in skip:
         numbers[numbers >= first] += end - first
     return numbers
 
 
-def mixture_of(data: DataConfig) -> Mixture | None:
-    """A stage begins at the first sample that starts at its tokens or later."""
+def build_mixture(data: DataConfig) -> Mixture | None:
+    """Return the mixture of a config, if it has one. A stage starts at the first sample that starts at or after its tokens."""
     if not data.mixture:
         return None
     names = [source.called for source in data.sources]
-    begins = [-(-stage.from_tokens // data.sequence_length) for stage in data.mixture]
-    return Mixture([(begin, [stage.weights.get(name, 0.0) for name in names]) for begin, stage in zip(begins, data.mixture, strict=True)])
+    stages = [(-(-stage.from_tokens // data.sequence_length), stage.weights) for stage in data.mixture]
+    return Mixture([(start, [weights.get(name, 0.0) for name in names]) for start, weights in stages])

@@ -1,7 +1,7 @@
-"""Which samples a step reads, how many, and how long their sequences are: all of a run's steps, known beforehand.
+"""The global batch and the sequence length of every step, known before the run starts.
 
-A sample always holds `data.sequence_length` tokens. A curriculum cuts it into shorter sequences, a ramp takes fewer of them a step, and
-neither changes which sample comes next. Stages begin at a number of tokens and take effect at the first step that starts there or later.
+A sample always holds `data.sequence_length` tokens. A curriculum cuts samples into shorter sequences and a batch ramp reads fewer samples
+per step; neither changes the order of samples. A stage takes effect at the first step that starts at or after its number of tokens.
 """
 
 from bisect import bisect_right
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """Steps that are alike, from `step` on, until the next phase begins."""
+class TimelineStage:
+    """Consecutive steps with the same global batch and sequence length."""
 
-    step: int
-    sample: int
-    """The first sample number of its first step."""
+    first_step: int
+    first_sample: int
+    """The first sample of `first_step`."""
     global_batch: int
-    """Samples a step."""
+    """Samples per step."""
     sequence_length: int
 
 
 class Timeline:
-    """The phases of a run. A stage is (tokens read when it begins, its value); the first begins at 0."""
+    """The stages of a run."""
 
     def __init__(
         self,
@@ -32,43 +32,43 @@ class Timeline:
         ramp: Sequence[tuple[int, int]] = (),
         curriculum: Sequence[tuple[int, int]] = (),
     ) -> None:
+        """ramp: (tokens, global batch) pairs; curriculum: (tokens, sequence length) pairs. The first pair of each is at 0 tokens."""
         batches, lengths = list(ramp) or [(0, global_batch)], list(curriculum) or [(0, sequence_length)]
-        phases: list[Phase] = []
-        for tokens in sorted({begin for begin, _ in (*batches, *lengths)}):
-            step, sample = _reached(phases[-1], tokens, sequence_length) if phases else (0, 0)
-            if phases and step == phases[-1].step:  # a stage shorter than a step has none
-                phases.pop()
-            batch, length = _in_force(batches, tokens), _in_force(lengths, tokens)
-            phases.append(Phase(step=step, sample=sample, global_batch=batch, sequence_length=length))
-        self.phases = tuple(phases)
+        stages: list[TimelineStage] = []
+        for tokens in sorted({start for start, _ in (*batches, *lengths)}):
+            step, sample = _first_step_from(tokens, stages[-1], sequence_length) if stages else (0, 0)
+            if stages and step == stages[-1].first_step:  # the previous stage is shorter than a step
+                stages.pop()
+            batch, length = _value_at(batches, tokens), _value_at(lengths, tokens)
+            stages.append(TimelineStage(first_step=step, first_sample=sample, global_batch=batch, sequence_length=length))
+        self.stages = tuple(stages)
         self.sequence_length = sequence_length
-        self._steps, self._samples = [phase.step for phase in phases], [phase.sample for phase in phases]
 
-    def phase(self, step: int) -> Phase:
-        """The one that this step, counted from 0, is of."""
-        return self.phases[bisect_right(self._steps, step) - 1]
+    def stage(self, step: int) -> TimelineStage:
+        """Return the stage of a step; steps count from 0."""
+        return self.stages[bisect_right(self.stages, step, key=lambda stage: stage.first_step) - 1]
 
     def first_sample(self, step: int) -> int:
-        """The first sample number of this step: as many samples were read in the steps before it."""
-        phase = self.phase(step)
-        return phase.sample + (step - phase.step) * phase.global_batch
+        """Return the first sample of a step, which is the number of samples read before it."""
+        stage = self.stage(step)
+        return stage.first_sample + (step - stage.first_step) * stage.global_batch
 
     def step_of(self, sample: int) -> int:
-        """The step that reads this sample number."""
-        phase = self.phases[bisect_right(self._samples, sample) - 1]
-        return phase.step + (sample - phase.sample) // phase.global_batch
+        """Return the step that reads a sample."""
+        stage = self.stages[bisect_right(self.stages, sample, key=lambda stage: stage.first_sample) - 1]
+        return stage.first_step + (sample - stage.first_sample) // stage.global_batch
 
     def tokens(self, steps: int) -> int:
-        """Read in the first `steps` steps."""
+        """Return the number of tokens that the first `steps` steps read."""
         return self.first_sample(steps) * self.sequence_length
 
 
-def _reached(phase: Phase, tokens: int, sequence_length: int) -> tuple[int, int]:
-    """The first step, and its first sample, that starts at so many tokens or later, while the phase goes on."""
-    missing = max(0, tokens - phase.sample * sequence_length)
-    steps = -(-missing // (phase.global_batch * sequence_length))
-    return phase.step + steps, phase.sample + steps * phase.global_batch
+def _first_step_from(tokens: int, stage: TimelineStage, sequence_length: int) -> tuple[int, int]:
+    """Return the first step, and its first sample, at or after a number of tokens, if `stage` lasts until then."""
+    missing = max(0, tokens - stage.first_sample * sequence_length)
+    steps = -(-missing // (stage.global_batch * sequence_length))
+    return stage.first_step + steps, stage.first_sample + steps * stage.global_batch
 
 
-def _in_force(stages: Sequence[tuple[int, int]], tokens: int) -> int:
-    return next(value for begin, value in reversed(stages) if begin <= tokens)
+def _value_at(stages: Sequence[tuple[int, int]], tokens: int) -> int:
+    return next(value for start, value in reversed(stages) if start <= tokens)

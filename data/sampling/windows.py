@@ -1,10 +1,11 @@
-"""Windows of token shards, by number: running text cut into windows of one width. `packed` has bins of whole documents.
+"""Windows of token shards, by number. `CutDataset` cuts running text into windows; `packed_windows` fills them with whole documents.
 
-Legend: K windows asked for, W width of a window, S shards.
+Legend: K windows, W tokens per window.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Self
@@ -15,36 +16,37 @@ from numpy.typing import NDArray
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.shard import Shard
 
-_OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor
+_OPEN_SHARDS = 256  # shards mapped at a time: each holds a file descriptor
 
 Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A window is so wide, and the next one begins so many tokens further on; or so a long document is cut."""
+class WindowShape:
+    """Tokens per window, and from the start of one window to the start of the next. Long documents are cut the same way."""
 
     width: int
     stride: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Text:
-    """What stands in K windows."""
+class Windows:
+    """The tokens of K windows."""
 
     tokens: Numbers  # [K, W]
-    documents: Numbers | None = None  # [K, W]: which of its window's documents a token is of, -1 for padding; None: nobody has said
+    documents: Numbers | None = None  # [K, W]: each token's document in its window, -1 for padding; None: not numbered yet
+    second: Numbers | None = None  # [K, W]: the windows that part B of next-sentence pairs is cut from
+    next_sentence: Numbers | None = None  # [K]: 1 if `second` is a random window, 0 if it is the same one
 
     @classmethod
-    def joined(cls, parts: "Sequence[Self]", order: NDArray[np.intp]) -> "Self":
-        """The windows of all parts, picked by `order`."""
-        documents = [part.documents for part in parts if part.documents is not None]
-        tokens = np.concatenate([part.tokens for part in parts])[order]
-        return cls(tokens=tokens, documents=np.concatenate(documents)[order] if documents else None)
+    def concatenate(cls, parts: Sequence[Self], order: NDArray[np.intp]) -> Self:
+        """Return the windows of all parts, indexed by `order`. All parts have the same fields."""
+        arrays = {name: [getattr(part, name) for part in parts] for name in (field.name for field in fields(cls))}
+        return cls(**{name: np.concatenate(found)[order] for name, found in arrays.items() if found[0] is not None})
 
 
-class Stream:
-    """The tokens of one split of one corpus, end to end over its shards."""
+class TokenStream:
+    """The tokens of one split of one corpus: its shards end to end."""
 
     def __init__(self, home: Home, shards: Sequence[Shard]) -> None:
         self.home = home
@@ -54,30 +56,30 @@ class Stream:
         self._views = lru_cache(_OPEN_SHARDS)(self._view)
 
     def gather(self, starts: Numbers, width: int) -> Numbers:
-        """Tokens [start, start + width) for each start [K] -> [K, width]."""
+        """Return tokens [start, start + width) for each start [K]: [K, width]."""
         out = np.empty((len(starts), width), dtype=np.int64)
         owners = np.searchsorted(self.starts, starts, side="right") - 1
         offsets = starts - self.starts[owners]
-        over = offsets + width > self.starts[owners + 1] - self.starts[owners]
-        for shard in np.unique(owners[~over]).tolist():
-            here = (owners == shard) & ~over
-            if here.all():
+        crosses = offsets + width > self.starts[owners + 1] - self.starts[owners]
+        for shard in np.unique(owners[~crosses]).tolist():
+            rows = (owners == shard) & ~crosses
+            if rows.all():
                 out[:] = self._views(shard, width)[offsets]
             else:
-                out[here] = self._views(shard, width)[offsets[here]]
-        for row in np.flatnonzero(over):
-            out[row] = self._across(int(owners[row]), int(offsets[row]), width)
+                out[rows] = self._views(shard, width)[offsets[rows]]
+        for row in np.flatnonzero(crosses):
+            out[row] = self._read_across(int(owners[row]), int(offsets[row]), width)
         return out
 
     def _map(self, shard: int) -> NDArray[Any]:
         return self.home.tokens(self.shards[shard])
 
     def _view(self, shard: int, width: int) -> NDArray[Any]:
-        """Row i is tokens [i, i + width): indexed by many starts, it copies their rows with no loop in Python."""
+        """Return a view whose row i is tokens [i, i + width): indexing it with many starts copies rows without a Python loop."""
         return np.lib.stride_tricks.sliding_window_view(self.map(shard), width)
 
-    def _across(self, shard: int, offset: int, width: int) -> Numbers:
-        """A window that begins in one shard and ends in another."""
+    def _read_across(self, shard: int, offset: int, width: int) -> Numbers:
+        """Return a window that starts in one shard and ends in a later one."""
         parts: list[NDArray[np.integer]] = []
         while width:
             part = self.map(shard)[offset : offset + width]
@@ -86,50 +88,61 @@ class Stream:
         return np.concatenate(parts).astype(np.int64)
 
 
-class Cut:
-    """Windows of running text, each `stride` tokens after the one before, numbered through all streams.
+class WindowDataset(ABC):
+    """Windows numbered through parts: shards or streams."""
 
-    They reach over the ends of shards; where shards are kept apart, as a corpus too large for the cache is read, they do not.
-    """
+    def __init__(self, counts: Sequence[int]) -> None:
+        """counts: windows of each part."""
+        self.counts = np.array(counts, dtype=np.int64)
+        self._ends = np.cumsum(self.counts)
+        self._firsts = self._ends - self.counts
+        self._len = int(self.counts.sum())
 
-    def __init__(self, streams: Sequence[Stream], shape: Shape, *, apart: bool) -> None:
-        width, stride = shape.width, shape.stride
-        parts = [
-            (index, int(begin), int(end - begin))
-            for index, stream in enumerate(streams)
-            for begin, end in (
-                zip(stream.starts[:-1], stream.starts[1:], strict=True) if apart else ((stream.starts[0], stream.starts[-1]),)
-            )
-        ]
-        self.counts = np.array([max(0, tokens - width + stride) // stride for _, _, tokens in parts], dtype=np.int64)
-        self.total = int(self.counts.sum())
-        self._firsts = np.cumsum(self.counts) - self.counts
-        self._streams, self._width, self._stride = streams, width, stride
-        self._owners = np.array([index for index, _, _ in parts], dtype=np.int64)
-        self._begins = np.array([begin for _, begin, _ in parts], dtype=np.int64)
+    def __len__(self) -> int:
+        return self._len
+
+    @abstractmethod
+    def read(self, windows: NDArray[np.integer]) -> Windows:
+        """Return windows [K] in range(len(self))."""
 
     def part(self, windows: Numbers) -> tuple[Numbers, Numbers]:
-        """Of windows [K], the first window of the shard or stream that each is of, and how many that has."""
-        parts, own = located(windows, self._firsts, self.counts)
+        """Return the first window [K] and the number of windows [K] of the part that each of these windows is in."""
+        parts, own = self._locate(windows)
         return windows - own, self.counts[parts]
 
-    def read(self, windows: NDArray[np.integer]) -> Text:
-        """Windows [K] in range(total) -> their text."""
-        parts, own = located(windows, self._firsts, self.counts)
-        owners, starts = self._owners[parts], self._begins[parts] + own * self._stride
+    def _locate(self, windows: NDArray[np.integer]) -> tuple[Numbers, Numbers]:
+        """Return the part of each window [K], and its number in the part [K]. Raises IndexError if one is out of range."""
+        windows = np.asarray(windows, dtype=np.int64)
+        if windows.size and (windows.min() < 0 or windows.max() >= self._len):
+            raise IndexError(f"windows: expected numbers below {self._len}, got {windows.min()} to {windows.max()}")
+        parts = np.searchsorted(self._ends, windows, side="right")
+        return parts, windows - self._firsts[parts]
+
+
+class CutDataset(WindowDataset):
+    """Running text cut into windows, each `stride` tokens after the previous one, through all streams.
+
+    Windows cross shard boundaries unless `by_shard` is set, as it is for a corpus that is larger than the cache.
+    """
+
+    def __init__(self, streams: Sequence[TokenStream], shape: WindowShape, *, by_shard: bool) -> None:
+        spans = [
+            (index, int(start), int(end))
+            for index, stream in enumerate(streams)
+            for start, end in (zip(stream.starts[:-1], stream.starts[1:], strict=True) if by_shard else (stream.starts[[0, -1]],))
+        ]
+        super().__init__([max(0, end - start - shape.width + shape.stride) // shape.stride for _, start, end in spans])
+        self._streams, self._shape = streams, shape
+        self._stream_of_part = np.array([index for index, _, _ in spans], dtype=np.int64)
+        self._starts = np.array([start for _, start, _ in spans], dtype=np.int64)
+
+    def read(self, windows: NDArray[np.integer]) -> Windows:
+        parts, own = self._locate(windows)
+        owners, starts, width = self._stream_of_part[parts], self._starts[parts] + own * self._shape.stride, self._shape.width
         if len(self._streams) == 1:
-            return Text(tokens=self._streams[0].gather(starts, self._width))
-        tokens_KW = np.empty((len(starts), self._width), dtype=np.int64)
+            return Windows(tokens=self._streams[0].gather(starts, width))
+        tokens_KW = np.empty((len(starts), width), dtype=np.int64)
         for index in np.unique(owners).tolist():
-            here = owners == index
-            tokens_KW[here] = self._streams[index].gather(starts[here], self._width)
-        return Text(tokens=tokens_KW)
-
-
-def located(windows: NDArray[np.integer], firsts: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
-    """Windows [K] -> which part each is of, and which of that part's it is. Parts without windows are passed over."""
-    windows, total = np.asarray(windows, dtype=np.int64), int(counts.sum())
-    if windows.size and (windows.min() < 0 or windows.max() >= total):
-        raise IndexError(f"windows {windows.min()} to {windows.max()}: there are {total}")
-    parts = np.searchsorted(firsts + counts, windows, side="right")
-    return parts, windows - firsts[parts]
+            rows = owners == index
+            tokens_KW[rows] = self._streams[index].gather(starts[rows], width)
+        return Windows(tokens=tokens_KW)

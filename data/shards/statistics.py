@@ -10,10 +10,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from manta.data.sampling.packed_windows import find_packings
+from manta.data.sampling.packed_windows import find_packing
 from manta.data.sampling.packing import best_fit
-from manta.data.sampling.sampler import Draw
-from manta.data.sampling.windows import Shape
+from manta.data.sampling.sampler import SourceSampler
+from manta.data.sampling.windows import WindowShape
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.shard import Shard
@@ -77,10 +77,10 @@ class Contents:
     best_fit: Packing
 
 
-def contents(home: Home, corpus: Manifest, shape: Shape, *, apart: bool) -> Contents:
+def contents(home: Home, corpus: Manifest, shape: WindowShape, *, apart: bool) -> Contents:
     """Reads the indexes, shard by shard, and packs what is not packed yet. apart: whether windows end with their shard."""
     lengths, counts = Lengths.of(np.zeros(0, dtype=np.int64)), np.zeros(2, dtype=np.int64)
-    packed = find_packings(home, corpus, shape)
+    packed = find_packing(home, corpus, shape)
     bins = 0 if packed is None else sum(packing.bins for packing in packed.train)
     cut = windows = filled = begin = 0
     for shard in corpus.train.shards:
@@ -89,7 +89,7 @@ def contents(home: Home, corpus: Manifest, shape: Shape, *, apart: bool) -> Cont
         cut += documents_cut(lengths_D, shape, begin=0 if apart else begin)
         begin += shard.tokens
         windows += windows_in(shard.tokens, shape) if apart else 0
-        bins += 0 if packed else len(best_fit(lengths_D, shape.width, shared=shape.width - shape.stride))
+        bins += 0 if packed else len(best_fit(lengths_D, shape.width, overlap=shape.width - shape.stride))
         pieces_D = pieces(lengths_D, shape)
         counts += len(lengths_D), int((pieces_D > 1).sum())
         filled += int(lengths_D.sum() + (pieces_D - 1).sum() * (shape.width - shape.stride))
@@ -106,35 +106,35 @@ def document_lengths(home: Home, shard: Shard) -> Numbers:
     return home.index(shard).document_lengths()
 
 
-def windows_in(tokens: int, shape: Shape) -> int:
+def windows_in(tokens: int, shape: WindowShape) -> int:
     """Of running text of so many tokens."""
     return max(0, tokens - shape.width + shape.stride) // shape.stride
 
 
-def documents_cut(lengths_D: Numbers, shape: Shape, *, begin: int) -> int:
+def documents_cut(lengths_D: Numbers, shape: WindowShape, *, begin: int) -> int:
     """How many of these documents, which stand end to end from token `begin` on, windows of running text cut."""
     ends_D = begin + np.cumsum(lengths_D)
     return int(((ends_D - lengths_D) // shape.stride != (ends_D - 1) // shape.stride).sum())
 
 
-def pieces(lengths_D: Numbers, shape: Shape) -> Numbers:
+def pieces(lengths_D: Numbers, shape: WindowShape) -> Numbers:
     """Into how many pieces best-fit packing cuts each document [D]; most are one."""
     shared = shape.width - shape.stride
     return np.maximum(1, -(-(lengths_D - shared) // shape.stride))
 
 
-def windows_by_stream(draw: Draw) -> Numbers:
+def windows_by_stream(draw: SourceSampler) -> Numbers:
     """How many of a draw's windows are of each of its streams [S]."""
-    return np.bincount(_owners(draw), weights=draw.windows.counts, minlength=len(draw.streams)).astype(np.int64)
+    return np.bincount(_owners(draw), weights=draw.dataset.counts, minlength=len(draw.streams)).astype(np.int64)
 
 
-def stream_of(draw: Draw, window: int) -> int:
+def stream_of(draw: SourceSampler, window: int) -> int:
     """Which of a draw's streams a window is of."""
-    return int(_owners(draw)[np.searchsorted(np.cumsum(draw.windows.counts), window, side="right")])
+    return int(_owners(draw)[np.searchsorted(np.cumsum(draw.dataset.counts), window, side="right")])
 
 
-def _owners(draw: Draw) -> Numbers:
+def _owners(draw: SourceSampler) -> Numbers:
     """Windows are counted by stream, or where they end with their shard, by shard: which stream each count is of."""
     shards: Sequence[int] = [len(stream.shards) for stream in draw.streams]
-    by_stream = len(draw.windows.counts) == len(shards)
+    by_stream = len(draw.dataset.counts) == len(shards)
     return np.arange(len(shards)) if by_stream else np.repeat(np.arange(len(shards)), shards)

@@ -15,8 +15,8 @@ import numpy as np
 import xxhash
 
 from manta.data.errors import InputError
-from manta.data.sampling.packed_windows import recorded_packings
-from manta.data.sampling.windows import Shape
+from manta.data.sampling.packed_windows import recorded_packing
+from manta.data.sampling.windows import WindowShape
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Manifest
@@ -90,7 +90,7 @@ class _File:
                 yield np.frombuffer(block[first - begin : end - begin], dtype)
 
 
-def verify(corpora: Sequence[tuple[Home, Manifest]], shape: Shape, *, tell: Tell) -> list[Damage]:
+def verify(corpora: Sequence[tuple[Home, Manifest]], shape: WindowShape, *, tell: Tell) -> list[Damage]:
     """All that is damaged, in the order of the files. shape: also how it is packed for these windows. tell: of the bytes that were read."""
     files, lock = [file for home, corpus in corpora for file in _files(home, corpus, shape)], Lock()
 
@@ -104,13 +104,13 @@ def verify(corpora: Sequence[tuple[Home, Manifest]], shape: Shape, *, tell: Tell
     return damaged
 
 
-def size(corpora: Iterable[tuple[Home, Manifest]], shape: Shape) -> tuple[int, int]:
+def size(corpora: Iterable[tuple[Home, Manifest]], shape: WindowShape) -> tuple[int, int]:
     """How many files, and bytes in them."""
     files = [file for home, corpus in corpora for file in _files(home, corpus, shape)]
     return len(files), sum(file.size for file in files)
 
 
-def _files(home: Home, corpus: Manifest, shape: Shape) -> list[_File]:
+def _files(home: Home, corpus: Manifest, shape: WindowShape) -> list[_File]:
     """Several shards may lie in one file, where a corpus is read as others wrote it."""
     shards = (*corpus.train.shards, *corpus.validation.shards)
     of_file: dict[str, list[Shard]] = {}
@@ -123,7 +123,7 @@ def _files(home: Home, corpus: Manifest, shape: Shape) -> list[_File]:
         found += [
             _File(path=home.at(shard.index), size=shard.idx_bytes, xxh3=shard.idx_xxh3, shards=(shard,), is_index=True) for shard in within
         ]
-    packed = recorded_packings(home, shape)
+    packed = recorded_packing(home, shape)
     for packing in (*packed.train, *packed.validation) if packed else ():
         found.append(_File(path=home.at(packing.file), size=packing.bytes, xxh3=packing.xxh3))
     return found

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from manta.data.errors import InputError
-from manta.data.live.samples import open_samples
+from manta.data.live.live_samples import open_samples
 from manta.launch.config import RunConfig, load
 from manta.launch.run.display import say
 from manta.launch.run.train import check_own_model, check_places, corpus, lay_out

@@ -98,7 +98,7 @@ def _state(home: RunDirectory, events: list[dict[str, Any]]) -> str:
 def _seconds_left(newest: Line, timeline: Timeline, steps: int) -> float:
     """At the pace of the newest step, however many samples the steps to come have."""
     done = newest["step"]
-    return newest["step_time"] / timeline.phase(done - 1).global_batch * (timeline.first_sample(steps) - timeline.first_sample(done))
+    return newest["step_time"] / timeline.stage(done - 1).global_batch * (timeline.first_sample(steps) - timeline.first_sample(done))
 
 
 def _validation(told: dict[str, Any]) -> str:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from manta.data.objectives.objective import shape_of
+from manta.data.objectives.objective import window_shape
 from manta.data.prepare import dedup
 from manta.data.prepare.dedup import SPAN, Duplicates, Overlap
 from manta.data.prepare.progress import progress
-from manta.data.sampling.windows import Stream
+from manta.data.sampling.windows import TokenStream
 from manta.data.shards import manifest
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.statistics import Contents, Lengths, Packing, contents
@@ -26,7 +26,7 @@ def inspect(opened: Opened, *, read: int, png: Path | None) -> Told:
     """All figures, as JSON has them. read: tokens that are read to find duplicates and overlaps, each; 0 finds none."""
     config, prepared = opened.config, opened.prepared()
     corpora = manifest.load_checked(prepared, config.data.cache)
-    shape, apart = shape_of(config.data), config.data.shuffle_shards is not None
+    shape, apart = window_shape(config.data), config.data.shuffle_shards is not None
     found = [contents(home, corpus, shape, apart=apart) for home, corpus in corpora]
     total = sum((one.lengths for one in found[1:]), start=found[0].lengths)
     tokens = sum(corpus.train.tokens for _, corpus in corpora)
@@ -52,8 +52,8 @@ def inspect(opened: Opened, *, read: int, png: Path | None) -> Told:
         told["steps_per_epoch"] = told["packing"][config.data.packing]["samples"] / config.train.global_batch
     told["train"] = {"steps": config.train.steps, "global_batch": config.train.global_batch, "batch_ramp": bool(config.train.batch_ramp)}
     if read:
-        train = [Stream(home, corpus.train.shards) for home, corpus in corpora]
-        held_out = [Stream(home, corpus.validation.shards) for home, corpus in corpora]
+        train = [TokenStream(home, corpus.train.shards) for home, corpus in corpora]
+        held_out = [TokenStream(home, corpus.validation.shards) for home, corpus in corpora]
         tokenizer = Tokenizer(prepared.tokenizer, end_of_text=config.tokenizer.end_of_text)
         told |= _repeated(train, held_out, tokenizer, read=read)
     if png is not None:
@@ -124,7 +124,7 @@ def _packing(packing: Packing, lengths: Lengths) -> Told:
     }
 
 
-def _repeated(train: list[Stream], held_out: list[Stream], tokenizer: Tokenizer, *, read: int) -> Told:
+def _repeated(train: list[TokenStream], held_out: list[TokenStream], tokenizer: Tokenizer, *, read: int) -> Told:
     tokens = sum(int(stream.starts[-1]) for stream in train)
     both = sum(int(stream.starts[-1]) for stream in held_out) + 2 * tokens
     width = max(np.dtype(shard.dtype).itemsize for stream in train for shard in stream.shards)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manta.data.config import DataConfig
-from manta.data.sampling.sampler import Draws
+from manta.data.sampling.sampler import Sampler
 from manta.data.sampling.timeline import Timeline
 from manta.data.shards.statistics import windows_by_stream
 from manta.launch.inspect.charts import console, percent, stacked, swatch
@@ -31,8 +31,8 @@ class _Mix:
     names: tuple[str, ...]
     windows: tuple[int, ...]  # of each source: an epoch
     caps: tuple[float | None, ...]
-    draws: Draws
-    unskipped: Draws  # as if nothing were skipped: what is passed over is gone all the same
+    draws: Sampler
+    unskipped: Sampler  # as if nothing were skipped: what is passed over is gone all the same
     timeline: Timeline
     data: DataConfig
 
@@ -44,22 +44,22 @@ class _Mix:
         return [weights.get(name, 0.0) / sum(weights.values()) for name in self.names]
 
     def stage(self, step: int) -> int:
-        """Of the mixture, which one a step begins in that so many were done before. As `draws.mixture_of` has them."""
+        """Of the mixture, which one a step begins in that so many were done before. As `draws.build_mixture` has them."""
         begins = [-(-stage.from_tokens // self.data.sequence_length) for stage in self.data.mixture]
         return bisect_right(begins, self._reached(step)) - 1
 
     def taken(self, step: int) -> list[float]:
         """Samples of each source that so many steps have read."""
-        return self._by_source(self.draws.taken(self.timeline.first_sample(step)))
+        return self._by_source(self.draws.samples_by_source(self.timeline.first_sample(step)))
 
     def epochs(self, step: int) -> list[float]:
         """How far so many steps have come in each source."""
-        passed = self._by_source(self.unskipped.taken(self._reached(step)))
+        passed = self._by_source(self.unskipped.samples_by_source(self._reached(step)))
         return [samples / windows for samples, windows in zip(passed, self.windows, strict=True)]
 
     def _reached(self, step: int) -> int:
         """The first sample number that so many steps have not come to."""
-        return int(self.draws.numbered(np.array([self.timeline.first_sample(step)]))[0])
+        return int(self.draws.sample_numbers(np.array([self.timeline.first_sample(step)]))[0])
 
     def _by_source(self, samples: Sequence[int]) -> list[float]:
         """Of one draw, each source has what is in proportion to its size."""
@@ -70,14 +70,14 @@ def mixture(opened: Opened, *, steps: int | None, png: Path | None) -> Told:
     """All figures, as JSON has them. steps: how far; as far as the run goes where not given."""
     config = opened.config
     data, timeline, last = config.data, config.timeline(), steps or config.train.steps
-    draws = opened.samples().draws
-    windows = [count for draw in draws.all for count in windows_by_stream(draw).tolist()]
+    draws = opened.samples().sampler
+    windows = [count for draw in draws.sources for count in windows_by_stream(draw).tolist()]
     mix = _Mix(
         names=tuple(source.called for source in data.sources),
         windows=tuple(windows),
         caps=tuple(source.epochs for source in data.sources),
         draws=draws,
-        unskipped=Draws(draws.all, data.model_copy(update={"skip": ()})),
+        unskipped=Sampler(draws.sources, data.model_copy(update={"skip": ()})),
         timeline=timeline,
         data=data,
     )
@@ -105,11 +105,11 @@ def mixture(opened: Opened, *, steps: int | None, png: Path | None) -> Told:
 def _changes(mix: _Mix, last: int) -> dict[int, list[str]]:
     """By steps done: what begins with the next one."""
     found: dict[int, list[str]] = {}
-    for before, phase in pairwise(mix.timeline.phases):
+    for before, phase in pairwise(mix.timeline.stages):
         if before.global_batch != phase.global_batch:
-            found.setdefault(phase.step, []).append(f"batch {phase.global_batch:,}")
+            found.setdefault(phase.first_step, []).append(f"batch {phase.global_batch:,}")
         if before.sequence_length != phase.sequence_length:
-            found.setdefault(phase.step, []).append(f"length {phase.sequence_length:,}")
+            found.setdefault(phase.first_step, []).append(f"length {phase.sequence_length:,}")
     for number in range(1, len(mix.data.mixture)):
         step = _first(last, lambda step, number=number: mix.stage(step) >= number)
         if step is not None:
@@ -134,7 +134,7 @@ def _steps(changes: dict[int, list[str]], last: int) -> list[int]:
 
 def _row(mix: _Mix, step: int, begins: list[str]) -> Told:
     """After so many steps; the share is of the next one."""
-    last = mix.timeline.phase(step)
+    last = mix.timeline.stage(step)
     columns = zip(mix.names, mix.shares(step), mix.taken(step), mix.epochs(step), strict=True)
     return {
         "step": step,

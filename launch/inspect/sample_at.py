@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from manta.data.errors import InputError
-from manta.data.objectives.causal import DIGEST_BITS, Examples
+from manta.data.objectives.examples import DIGEST_BITS, Examples
 from manta.data.objectives.render import Passage, Speller
-from manta.data.sampling.sampler import Draws
+from manta.data.sampling.sampler import Sampler
 from manta.data.sampling.samples import Samples
 from manta.data.shards.statistics import stream_of
 from manta.launch.inspect.charts import console, visible
@@ -43,7 +43,7 @@ def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks
     if not 1 <= step <= config.train.steps:
         raise InputError(f"STEP: got {step}, wants 1 to {config.train.steps}, the run's train.steps; metrics.jsonl counts so")
     lines = _lines(whose)
-    phase, first = timeline.phase(step - 1), timeline.first_sample(step - 1)
+    phase, first = timeline.stage(step - 1), timeline.first_sample(step - 1)
     layout = _layout(run, whose, lines, ranks)
     turns = layout.accumulation(phase.global_batch)
     slots = range(phase.global_batch)
@@ -66,7 +66,7 @@ def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks
             each = len(examples.tokens) // layout.micro_batch
             for at in here:
                 rows = slice((at - begin) * each, (at - begin + 1) * each)
-                place = _place(samples.draws, first + at, [source.called for source in config.data.sources])
+                place = _place(samples.sampler, first + at, [source.called for source in config.data.sources])
                 turn, of = divmod(at // layout.micro_batch, layout.data)
                 sequences = _sequences(_rows(examples, rows), _rows(other, rows), speller, config.data.pairs)
                 shown.append({"rank": of, "turn": turn, "slot": at, **place, "sequences": sequences})
@@ -123,19 +123,19 @@ def _kept_apart(whose: Opened) -> Samples:
     return Samples(whose.prepared(), data, config.tokenizer, seed=config.run.seed)
 
 
-def _place(draws: Draws, count: int, names: list[str]) -> Told:
+def _place(draws: Sampler, count: int, names: list[str]) -> Told:
     """Where in the corpus the sample stands that a run reads as its `count`th."""
-    number = draws.numbered(np.array([count]))
-    at, own = draws.located(number)
-    draw = draws.all[int(at[0])]
+    number = draws.sample_numbers(np.array([count]))
+    at, own = draws.locate(number)
+    draw = draws.sources[int(at[0])]
     epoch, window = (int(found[0]) for found in draw.order(own))
-    source = names[int(at[0])] if len(draws.all) > 1 else names[stream_of(draw, window)]
-    return {"sample": int(number[0]), "source": source, "epoch": epoch + 1, "window": window, "windows": draw.windows.total}
+    source = names[int(at[0])] if len(draws.sources) > 1 else names[stream_of(draw, window)]
+    return {"sample": int(number[0]), "source": source, "epoch": epoch + 1, "window": window, "windows": len(draw.dataset)}
 
 
 def _rows(examples: Examples, rows: slice) -> Examples:
     """Some of them."""
-    fields = ("tokens", "targets", "positions", "samples", "cut", "documents", "segments", "next_sentence")
+    fields = ("tokens", "targets", "positions", "samples", "part", "documents", "segments", "next_sentence")
     return Examples(**{name: array[rows] for name in fields if (array := getattr(examples, name)) is not None})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from manta.data.errors import InputError
-from manta.data.objectives.objective import shape_of
+from manta.data.objectives.objective import window_shape
 from manta.data.prepare.progress import progress
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
@@ -34,7 +34,7 @@ def check(opened: Opened) -> Told:
         if got != fingerprint:
             wants = f"{fingerprint}, what the run was begun with"
             damaged.append(f"{', '.join(home.root for home in homes)}: fingerprint: got {got}, wants {wants}; bring that corpus back")
-    shape = shape_of(opened.config.data)
+    shape = window_shape(opened.config.data)
     files, total = size(corpora, shape)
     begun = time.perf_counter()
     with progress("verify", total) as advance:

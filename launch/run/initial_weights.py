@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from manta.data.errors import InputError
-from manta.data.live.samples import open_samples
+from manta.data.live.live_samples import open_samples
 from manta.data.shards.manifest import Prepared
 from manta.data.tokenizer.tokenizer import fingerprint, ids, read
 from manta.launch.config import RunConfig

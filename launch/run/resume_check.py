@@ -8,8 +8,8 @@ import numpy as np
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
-from manta.data.live.samples import check_ranks
-from manta.data.sampling.sampler import numbered
+from manta.data.live.live_samples import check_data_ranks
+from manta.data.sampling.sampler import sample_numbers
 from manta.launch.config import RunConfig, load
 from manta.launch.run.display import say
 from manta.trainer.checkpoint.errors import CheckpointError
@@ -27,7 +27,7 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     differ = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in now if now[key] != before.get(key)]
     if config.train.steps < old.train.steps:
         differ.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
-    reached = numbered(old.data.skip, np.array([old.timeline().first_sample(home.saved_step or 0)]))[0]
+    reached = sample_numbers(old.data.skip, np.array([old.timeline().first_sample(home.saved_step or 0)]))[0]
     read = [[span for span in data.skip if span[0] < reached] for data in (old.data, config.data)]
     if read[0] != read[1]:
         differ.append(f"data.skip {json.dumps(old.data.skip)} -> {json.dumps(config.data.skip)} (may change from sample {reached} on)")
@@ -53,7 +53,7 @@ def refuse_other_ranks(home: RunDirectory, layout: Layout) -> None:
     where = home.checkpoints
     for name in where.names()[:1]:
         with suppress(OSError, CheckpointError):
-            check_ranks(from_bytes(where.manifest(name), where.at(name)).progress.cursors, layout.data)
+            check_data_ranks(from_bytes(where.manifest(name), where.at(name)).progress.cursors, layout.data)
 
 
 def is_done(home: RunDirectory, config: RunConfig) -> bool:

@@ -19,8 +19,8 @@ from manta.cluster.ray.runtime import LocalRay, Ray
 from manta.cluster.supervise.controller import Controller
 from manta.cluster.supervise.event_log import Event
 from manta.data.errors import InputError
-from manta.data.live.samples import open_samples
-from manta.data.live.sources import as_prepared, placed
+from manta.data.live.live_samples import open_samples
+from manta.data.live.live_sources import prepare_live, with_absolute_paths
 from manta.data.prepare.prepare import find, prepare
 from manta.data.sampling.samples import Samples
 from manta.data.shards.manifest import Prepared, is_there
@@ -99,7 +99,7 @@ class Ready:
 def ready_to_train(config: RunConfig, ray: Ray) -> Ready | None:
     """None where the run is done already. Raises InputError where it can not begin, or go on."""
     if config.data.live:
-        config = config.model_copy(update={"data": placed(config.data)})
+        config = config.model_copy(update={"data": with_absolute_paths(config.data)})
     home = RunDirectory(config.run.dir.absolute())
     check_places(home, config)
     each = ranks_per_node(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
@@ -183,10 +183,10 @@ def steps_in_words(config: RunConfig, layout: Layout) -> str:
     each = layout.ranks // layout.data
     groups = ranks_in_words(layout.data) if each == 1 else f"{layout.data} x {ranks_in_words(each)}"
     told: list[str] = []
-    for phase in config.timeline().phases:
+    for phase in config.timeline().stages:
         sequences = phase.global_batch * (config.data.sequence_length // phase.sequence_length)
         accumulation = layout.accumulation(phase.global_batch)
-        since = f"from step {phase.step + 1} " if phase.step else ""
+        since = f"from step {phase.first_step + 1} " if phase.first_step else ""
         told.append(f"{since}accumulation {accumulation} = {sequences} sequences of {phase.sequence_length} tokens a step")
     return f"{groups} x micro batch {layout.micro_batch} x {', '.join(told)}"
 
@@ -214,7 +214,7 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
     """
     begun = home.prepared() if home.has_trained else None
     if begun is not None and is_there(begun, config.data.cache):
-        prepared = as_prepared(begun.tokenizer, config.data, config.tokenizer) if config.data.live else begun
+        prepared = prepare_live(begun.tokenizer, config.data, config.tokenizer) if config.data.live else begun
     else:
         prepared = find(config.data, config.tokenizer) or prepare(config.data, config.tokenizer)
     if begun is not None and begun.fingerprint != prepared.fingerprint:
@@ -232,8 +232,8 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
 
 def check_reading(samples: Samples, config: RunConfig) -> None:
     """Raises InputError where a source would be read more often than it may, or a step would read a sample twice."""
-    samples.draws.check_epochs(config.timeline().first_sample(config.train.steps))
-    each = sum(draw.windows.total for draw in samples.draws.all)
+    samples.sampler.check_epochs(config.timeline().first_sample(config.train.steps))
+    each = sum(len(draw.dataset) for draw in samples.sampler.sources)
     if (batch := max(config.train.batches)) > each:
         wants = f"at most the {each} samples of an epoch, that none stands twice in a step"
         raise InputError(f"train.global_batch: got {batch}, wants {wants}; lower it, or give more text")

@@ -14,7 +14,7 @@ from sample_cases import WAYS, T, config_of, open_way
 
 from manta.data.config import TokenizerConfig
 from manta.data.errors import InputError
-from manta.data.objectives.causal import IGNORED, Examples
+from manta.data.objectives.examples import IGNORED, Examples
 from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
 
@@ -43,18 +43,18 @@ def same(a: Examples, b: Examples) -> bool:
 
 def places(samples: Samples, count: np.ndarray) -> list[tuple[int, int, int]]:
     """What each is drawn from, its epoch and window."""
-    at, own = samples.draws.located(samples.draws.numbered(count))
-    return [(int(a), *(int(x[0]) for x in samples.draws.all[a].order(np.array([b])))) for a, b in zip(at, own, strict=True)]
+    at, own = samples.sampler.locate(samples.sampler.sample_numbers(count))
+    return [(int(a), *(int(x[0]) for x in samples.sampler.sources[a].order(np.array([b])))) for a, b in zip(at, own, strict=True)]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_sample_is_read_once_an_epoch(opened, way):
     samples = opened(way)
-    read = places(samples, np.arange(3 * sum(draw.windows.total for draw in samples.draws.all)))
+    read = places(samples, np.arange(3 * sum(len(draw.dataset) for draw in samples.sampler.sources)))
     assert len(set(read)) == len(read)
-    for index, draw in enumerate(samples.draws.all):
+    for index, draw in enumerate(samples.sampler.sources):
         own = [(epoch, window) for source, epoch, window in read if source == index]
-        whole = [(epoch, window) for epoch in range(own[-1][0] - 1) for window in range(draw.windows.total)]
+        whole = [(epoch, window) for epoch in range(own[-1][0] - 1) for window in range(len(draw.dataset))]
         skipped = sum(end - first for first, end in WAYS[way].get("skip", ()))
         assert len(set(whole) - set(own)) <= skipped
 
@@ -97,15 +97,15 @@ def test_no_sample_is_read_that_config_skips(opened, folder):
     got = skipping.train(np.arange(len(numbers)))
     assert got.samples.tolist() == numbers
     assert same(got, whole.train(np.array(numbers)))
-    assert sum(skipping.draws.taken(300)) == 300
+    assert sum(skipping.sampler.samples_by_source(300)) == 300
 
 
 def test_a_mixture_has_its_shares_and_says_so(opened):
     samples = opened("mixed")
-    at, _ = samples.draws.located(np.arange(1700))
+    at, _ = samples.sampler.locate(np.arange(1700))
     assert [int((at[:700] == source).sum()) for source in (0, 1)] == [490, 210]
     assert [int((at[700:] == source).sum()) for source in (0, 1)] == [100, 900]
-    assert samples.draws.taken(1700) == [590, 1110]
+    assert samples.sampler.samples_by_source(1700) == [590, 1110]
 
 
 def test_other_sources_may_come_and_go(opened, folder):
@@ -114,24 +114,24 @@ def test_other_sources_may_come_and_go(opened, folder):
     tokens = TokenizerConfig(file=prepare.find(config_of(folder, **WAYS["mixed"]), SMALL).tokenizer)
     alone = open_way(folder, tokens, sources={"code": str(folder / "code.jsonl")}, mixture={"code": 1.0})
     numbers = np.arange(50)
-    assert np.array_equal(both.draws.all[1].order(numbers)[1], alone.draws.all[0].order(numbers)[1])
+    assert np.array_equal(both.sampler.sources[1].order(numbers)[1], alone.sampler.sources[0].order(numbers)[1])
     one = open_way(folder, tokens, sources={"kode": str(folder / "code.jsonl")}, mixture={"kode": 1.0})
-    assert not np.array_equal(one.draws.all[0].order(numbers)[1], alone.draws.all[0].order(numbers)[1])
+    assert not np.array_equal(one.sampler.sources[0].order(numbers)[1], alone.sampler.sources[0].order(numbers)[1])
 
 
 def test_a_source_is_not_read_more_often_than_it_may_be(folder):
     sources = {"web": str(folder / "web"), "code": {"path": str(folder / "code.jsonl"), "epochs": 1.5}}
     samples = open_way(folder, sources=sources, mixture={"web": 0.5, "code": 0.5})
-    most = 2 * int(1.5 * samples.draws.all[1].windows.total)
-    samples.draws.check_epochs(most - 2)
-    with pytest.raises(InputError, match=r"data\.sources: code: got 1\.\d\d epochs .* wants at most 1\.5; shorten the run"):
-        samples.draws.check_epochs(most + 4)
+    most = 2 * int(1.5 * len(samples.sampler.sources[1].dataset))
+    samples.sampler.check_epochs(most - 2)
+    with pytest.raises(InputError, match=r"data\.sources: code: expected at most 1\.5 epochs, got 1\.\d\d .* Shorten the run"):
+        samples.sampler.check_epochs(most + 4)
 
 
 def test_packed_samples_hold_whole_documents(opened):
     """Each document that fits stands in one sample alone, and no place is trained on twice."""
     samples = opened("packed in blocks")
-    read = samples.train(np.arange(samples.draws.all[0].windows.total))
+    read = samples.train(np.arange(len(samples.sampler.sources[0].dataset)))
     for numbers in read.documents:
         real = numbers[numbers >= 0]
         assert real[0] == 0
@@ -146,5 +146,5 @@ def test_shorter_sequences_hold_the_same_tokens(folder):
     assert short.tokens.shape == (40, 4)
     assert np.array_equal(short.tokens.reshape(10, T), long.tokens)
     assert np.array_equal(short.targets.reshape(10, T), long.targets)
-    assert short.cut.tolist() == [0, 1, 2, 3] * 10
+    assert short.part.tolist() == [0, 1, 2, 3] * 10
     assert short.samples.tolist() == np.repeat(np.arange(10), 4).tolist()

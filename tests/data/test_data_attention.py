@@ -11,8 +11,10 @@ from test_data_masking import SPECIAL, V
 from test_data_objectives import bins
 from torch import Tensor
 
-from manta.data.objectives.causal import Examples, Tokens, causal, fill_in_the_middle, keyed, number_documents
-from manta.data.objectives.masked import FRAME, alone, masked, next_sentence, pairs, sentence_order
+from manta.data.objectives.causal import causal_examples, fill_in_the_middle
+from manta.data.objectives.examples import Examples, Tokens, number_documents, sample_keys
+from manta.data.objectives.masked import FRAME, draw_pairs, frame_next_sentence, frame_sentence_order, frame_text, mask_tokens
+from manta.data.sampling.windows import Windows
 from manta.data.tokenizer.tokenizer import FimTokens
 from manta.trainer.dataloader.batch import IGNORED, Batch
 from manta.trainer.model import attention
@@ -21,6 +23,7 @@ from manta.trainer.model.decoder import Decoder
 from manta.trainer.model.transformer import Transformer
 
 T, SAMPLES, SEED = 32, np.arange(6), 3  # parity's models are of that length
+KEYS = sample_keys(SAMPLES, SEED)
 END = SPECIAL.end_of_text
 MARKS = FimTokens(prefix=V, suffix=V + 1, middle=V + 2)
 
@@ -41,29 +44,29 @@ def best_fit(width: int) -> tuple[Tokens, Tokens]:
 
 
 def next_tokens(text_KW: Tokens, documents_KW: Tokens) -> Examples:
-    return causal(text_KW, SAMPLES, documents_KW)
+    return causal_examples(text_KW, SAMPLES, documents_KW)
 
 
 def filled(text_KW: Tokens, documents_KW: Tokens) -> Examples:
-    keys = keyed(SAMPLES, SEED)
-    moved = fill_in_the_middle(text_KW, documents_KW, keys, rate=0.7, suffix_first=0.5, marks=MARKS, end_of_text=END)
-    return causal(moved[0], SAMPLES, moved[1])
+    moved = fill_in_the_middle(text_KW, documents_KW, KEYS, rate=0.7, suffix_first=0.5, marks=MARKS, end_of_text=END)
+    return causal_examples(moved[0], SAMPLES, moved[1])
 
 
 def hidden_alone(text_KW: Tokens, documents_KW: Tokens) -> Examples:
-    framed = alone(text_KW, keyed(SAMPLES, SEED), SPECIAL, documents_KW)
-    return masked(framed, SAMPLES, share=0.3, special=SPECIAL, whole_words=True)
+    framed = frame_text(text_KW, SAMPLES, SPECIAL, documents_KW)
+    return mask_tokens(framed, KEYS, share=0.3, special=SPECIAL, whole_words=True)
 
 
 def hidden_next_sentence(text_KW: Tokens, documents_KW: Tokens) -> Examples:
-    drawn = pairs(SAMPLES, SAMPLES, count=len(SAMPLES), seed=SEED)
-    second = text_KW[drawn.following], documents_KW[drawn.following]
-    framed = next_sentence(text_KW, second[0], drawn, SPECIAL, (documents_KW, second[1]))
-    return masked(framed, SAMPLES, share=0.3, special=SPECIAL)
+    following, label = draw_pairs(KEYS, SAMPLES, len(SAMPLES))
+    documents = documents_KW, documents_KW[following]
+    windows = Windows(tokens=text_KW, second=text_KW[following], next_sentence=label)
+    framed = frame_next_sentence(windows, SAMPLES, KEYS, SPECIAL, documents)
+    return mask_tokens(framed, KEYS, share=0.3, special=SPECIAL)
 
 
 def hidden_order(text_KW: Tokens, documents_KW: Tokens) -> Examples:
-    return masked(sentence_order(text_KW, keyed(SAMPLES, SEED), SPECIAL, documents_KW), SAMPLES, share=0.3, special=SPECIAL)
+    return mask_tokens(frame_sentence_order(text_KW, SAMPLES, KEYS, SPECIAL, documents_KW), KEYS, share=0.3, special=SPECIAL)
 
 
 Packing = Callable[[int], tuple[Tokens, Tokens]]
@@ -103,7 +106,7 @@ def logits(made: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
 )
 def test_no_token_attends_across_a_document(name, packing, objective, width, kernel, models, monkeypatch):
     monkeypatch.setattr(attention, "PLAIN_LIMIT", 0 if kernel == "sdpa" else 256)
-    batch = Batch.of(objective(*packing(width)), seed=SEED)
+    batch = Batch.from_examples(objective(*packing(width)), seed=SEED)
     assert batch.documents is not None
     (before, pairs_before), (together, pairs_together) = (logits(models[name], given) for given in (batch, replace(batch, documents=None)))
     numbers = batch.documents.unique().tolist()
@@ -131,7 +134,7 @@ def test_no_token_attends_across_a_document(name, packing, objective, width, ker
 
 @pytest.mark.parametrize(("name", "packing", "objective", "width"), PADDED, ids=[f"{n}-{o.__name__}" for n, _, o, _ in PADDED])
 def test_a_loss_does_not_depend_on_padding(name, packing, objective, width, models):
-    batch = Batch.of(objective(*packing(width)), seed=SEED)
+    batch = Batch.from_examples(objective(*packing(width)), seed=SEED)
     assert batch.real is not None
     assert not batch.real.all()
     assert (batch.targets[~batch.real] == IGNORED).all()

@@ -139,7 +139,7 @@ def test_weights_and_epochs_that_make_no_sense_are_told(home, monkeypatch, capsy
         assert re.search(words, err), err
     code, err = run(monkeypatch, capsys, "train", "run.yaml", "data.sources={web: {path: x.jsonl, epochs: 0.001}}")
     assert code == 2
-    assert re.search(r"manta: data\.sources: web: got [\d.]+ epochs .*, wants at most 0\.001; shorten the run", err)
+    assert re.search(r"manta: data\.sources: web: expected at most 0\.001 epochs, got [\d.]+ epochs .*\. Shorten the run", err)
     code, err = run(monkeypatch, capsys, "train", "run.yaml", "train.global_batch=4000")
     assert code == 2
     assert re.search(r"manta: train\.global_batch: got 4000, wants at most the \d+ samples of an epoch", err)

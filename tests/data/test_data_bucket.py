@@ -11,7 +11,7 @@ from object_store import BUCKET, ObjectStore, Proxy
 
 from manta.data.config import CacheConfig, DataConfig
 from manta.data.errors import InputError
-from manta.data.objectives.objective import shape_of
+from manta.data.objectives.objective import window_shape
 from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
@@ -29,7 +29,7 @@ from manta.data.sampling.samples import Samples
 data, tokens = (kind.model_validate_json(text) for kind, text in zip((DataConfig, TokenizerConfig), sys.argv[1:3]))
 rank, ranks, batch = map(int, sys.argv[3:])
 samples = Samples(find(data, tokens), data, tokens, seed=3)
-total = samples.draws.all[0].windows.total
+total = len(samples.sampler.sources[0].dataset)
 told = [xxhash.xxh3_64_hexdigest(samples.train(np.arange(at + rank, min(at + batch, 2 * total), ranks)).tokens.tobytes())
         for at in range(0, 2 * total, batch)]
 print(json.dumps(told))
@@ -140,7 +140,7 @@ def test_a_corrupted_object_is_told_and_never_read(bucket, store):
         with pytest.raises(AssertionError, match=r"piece-00003\.train\.bin: got .* wants"):
             read(data)
         (root,) = prepare.find(data, SMALL).corpora
-        damage = verify([(home := Home(root, data.cache), manifest.load(home))], shape_of(data), tell=lambda _: None)
+        damage = verify([(home := Home(root, data.cache), manifest.load(home))], window_shape(data), tell=lambda _: None)
         assert [one.path for one in damage] == [f"{root}/piece-00003.train.bin"]
     finally:
         store[0].put(key, whole)

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_objectives import DOCUMENTS, END, ONLY, bins, near, rows
 
-from manta.data.objectives.causal import IGNORED, causal, fill_in_the_middle, keyed
+from manta.data.objectives.causal import causal_examples, fill_in_the_middle
+from manta.data.objectives.examples import IGNORED, sample_keys
 from manta.data.tokenizer.tokenizer import FimTokens
 
 PREFIX, SUFFIX, MIDDLE = 1, 2, 3
@@ -13,7 +14,7 @@ MARKS = FimTokens(prefix=PREFIX, suffix=SUFFIX, middle=MIDDLE)
 
 
 def fill(text_KW: np.ndarray, documents_KW: np.ndarray, *, seed: int | None = 5, rate: float = 1.0, suffix_first: float = 0.5):
-    keys = keyed(np.arange(len(text_KW)), seed)
+    keys = sample_keys(np.arange(len(text_KW)), seed)
     return fill_in_the_middle(text_KW, documents_KW, keys, rate=rate, suffix_first=suffix_first, marks=MARKS, end_of_text=END)
 
 
@@ -82,7 +83,7 @@ def test_no_rate_changes_nothing():
 def test_of_no_samples_there_are_no_examples():
     text_KW, documents_KW = fill(np.empty((0, 9), dtype=np.int64), np.empty((0, 9), dtype=np.int64))
     assert text_KW.shape == documents_KW.shape == (0, 9)
-    assert causal(text_KW, np.arange(0), documents_KW).tokens.shape == (0, 8)
+    assert causal_examples(text_KW, np.arange(0), documents_KW).tokens.shape == (0, 8)
 
 
 def test_documents_are_filled_at_the_rate_given_at_places_drawn_evenly_and_half_of_them_suffix_first():
@@ -107,7 +108,7 @@ def test_filled_documents_are_kept_apart_as_others_are():
     _ = IGNORED
     text_KW, documents_KW = bins([[11, 12, 13, 14, 15, 16, END], [21, 22, END]], width=16)
     filled_KW, numbers_KW = fill(text_KW, documents_KW, suffix_first=0.0, seed=38)
-    (row,) = rows(causal(filled_KW, ONLY, numbers_KW))
+    (row,) = rows(causal_examples(filled_KW, ONLY, numbers_KW))
     assert row["tokens"] == [PREFIX, 11, 12, 13, SUFFIX, 15, 16, MIDDLE, 14, END, 21, 22, END, END, END]
     assert row["targets"] == [11, 12, 13, SUFFIX, 15, 16, MIDDLE, 14, END, _, 22, END, _, _, _]
     assert row["positions"] == [*range(10), 0, 1, 2, 0, 1]

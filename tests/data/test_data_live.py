@@ -24,9 +24,9 @@ from source_reading import write_arrow, write_file, write_parquet
 
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
-from manta.data.live import sources as live_sources
-from manta.data.live.samples import Cursor, LiveSamples, open_samples
-from manta.data.objectives.causal import IGNORED, Examples
+from manta.data.live import live_sources
+from manta.data.live.live_samples import Cursor, LiveSamples, open_samples
+from manta.data.objectives.examples import IGNORED, Examples
 from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
 from manta.data.sampling.timeline import Timeline
@@ -37,7 +37,7 @@ from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.config.training import ParallelConfig, TrainConfig
-from manta.trainer.dataloader.loader import Reader
+from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.layout import largest_layout
 
 SHAPES = {
@@ -186,7 +186,7 @@ def test_a_rank_goes_on_from_any_cursor_with_the_very_samples(tmp_path_factory, 
         whole = read(finished_run, 0, taken + 25)
         for first in (taken, 0):
             anew = opened(data, tokens, rank, ranks, held_out=2)
-            anew.go_on_from(Cursor(**json.loads(json.dumps(asdict(whole[first][0])))))
+            anew.seek(Cursor(**json.loads(json.dumps(asdict(whole[first][0])))))
             again = read(anew, first, 25)
             assert [cursor for cursor, _ in again] == [cursor for cursor, _ in whole[first : first + 25]]
             assert all(same(a, b) for (_, a), (_, b) in zip(again, whole[first : first + 25], strict=True))
@@ -252,7 +252,7 @@ def test_validation_is_what_a_prepared_corpus_holds_out_of_each_source_in_turn(f
     shares = np.bincount(samples.validation_text(indices[:4]).tokens[:, 1:].ravel()) / 64
     assert samples.validation_unigram_entropy(indices[:4]) == pytest.approx(-sum(p * np.log(p) for p in shares[shares > 0]))
     assert samples.tokenizer_vocabulary == Samples(prepared, data, tokens, seed=0).tokenizer_vocabulary
-    with pytest.raises(IndexError, match="there are 5"):
+    with pytest.raises(IndexError, match="expected indices below 5"):
         few.validation(np.array([5]))
 
 
@@ -356,12 +356,12 @@ def test_relative_paths_are_those_of_where_the_run_was_begun(tmp_path, tokens, m
     for path in ("text", "text/*.jsonl", "text/x[1].jsonl"):
         data = config(tmp_path, path)
         expected = [window(examples) for _, examples in read(opened(data, tokens), 0, 20)]
-        placed = live_sources.placed(data)
+        placed = live_sources.with_absolute_paths(data)
         monkeypatch.chdir(tmp_path)
         assert [window(examples) for _, examples in read(opened(placed, tokens), 0, 20)] == expected
         monkeypatch.chdir(home)
     kept = ["stdlib:", "s3://bucket/x", "hf:name:config", "hf://datasets/x"]
-    more = live_sources.placed(config(tmp_path, *kept, "hf:text:part", "file:///x/*.txt")).sources
+    more = live_sources.with_absolute_paths(config(tmp_path, *kept, "hf:text:part", "file:///x/*.txt")).sources
     assert [source.path for source in more] == [*kept, f"hf:{home / 'text'}:part", "/x/*.txt"]
 
 
@@ -400,7 +400,7 @@ def test_a_reader_that_is_ahead_tells_where_each_step_began(folder, tokens):
     )
     expected = [cursor for cursor, _ in read(opened(data, tokens, 1, 2), 0, 37)][::6]
     assert len(set(expected)) == 7
-    reader = Reader(opened(data, tokens, 1, 2), timeline, layout, rank=1, seed=7, steps=6, device=torch.device("cpu"))
+    reader = DataLoader(opened(data, tokens, 1, 2), timeline, layout, rank=1, seed=7, steps=6, device=torch.device("cpu"))
     try:
         told = [reader.cursor(0)]
         for step in range(6):

@@ -1,7 +1,5 @@
 """Masked examples: pairs and texts, some of whose tokens are hidden, exactly as the papers say."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,8 +7,9 @@ from hypothesis import strategies as st
 from test_data_objectives import ONLY, bins, digest, near, rows
 
 from manta.data.hashing import fold, hashed
-from manta.data.objectives.causal import IGNORED, Examples, as_one, keyed, number_documents
-from manta.data.objectives.masked import Framed, alone, masked, next_sentence, pairs, sentence_order
+from manta.data.objectives.examples import IGNORED, Examples, merge_documents, number_documents, sample_keys
+from manta.data.objectives.masked import draw_pairs, frame_next_sentence, frame_sentence_order, frame_text, mask_tokens
+from manta.data.sampling.windows import Windows
 from manta.data.tokenizer.tokenizer import SpecialTokens
 
 V, END, CLS, SEP, MASK, PAD = 50, 0, 1, 2, 3, 4
@@ -21,9 +20,11 @@ SPECIAL = SpecialTokens(end_of_text=END, cls=CLS, sep=SEP, mask=MASK, pad=PAD, i
 def make(seed: int | None, numbers: np.ndarray, text_NW: np.ndarray, share: float = 0.15) -> Examples:
     """Masked examples of windows [N] of text, sample g being of window g % N."""
     windows = numbers % len(text_NW)
-    drawn = pairs(numbers, windows, count=len(text_NW), seed=seed)
-    framed = next_sentence(text_NW[windows], text_NW[drawn.following], drawn, SPECIAL)
-    return masked(framed, numbers, share=share, special=SPECIAL)
+    keys = sample_keys(numbers, seed)
+    following, label = draw_pairs(keys, windows, len(text_NW))
+    text = Windows(tokens=text_NW[windows], second=text_NW[following], next_sentence=label)
+    framed = frame_next_sentence(text, numbers, keys, SPECIAL)
+    return mask_tokens(framed, keys, share=share, special=SPECIAL)
 
 
 def unmasked(examples: Examples) -> np.ndarray:
@@ -37,9 +38,12 @@ def test_a_pair_is_one_windows_beginning_and_the_same_or_anothers_end(seed, firs
     text_NW = np.random.default_rng(width).permuted(np.tile(np.arange(PAD + 1, PAD + 1 + width), (count, 1)), axis=1)
     text_NW += 50 * np.arange(count)[:, None]  # no token stands in two windows
     windows = numbers % count
-    drawn = pairs(numbers, windows, count=count, seed=seed)
+    keys = sample_keys(numbers, seed)
+    following, label = draw_pairs(keys, windows, count)
     special = SpecialTokens(end_of_text=END, cls=CLS, sep=SEP, mask=MASK, pad=PAD, is_text=np.arange(300) > PAD)
-    examples = masked(next_sentence(text_NW[windows], text_NW[drawn.following], drawn, special), numbers, share=0.3, special=special)
+    text = Windows(tokens=text_NW[windows], second=text_NW[following], next_sentence=label)
+    framed = frame_next_sentence(text, numbers, keys, special)
+    examples = mask_tokens(framed, keys, share=0.3, special=special)
     assert examples.tokens.shape == (12, width + 3)
     assert examples.positions.tolist() == [list(range(width + 3))] * 12
     for window, row, segments, label in zip(windows, unmasked(examples), examples.segments, examples.next_sentence, strict=True):
@@ -103,10 +107,10 @@ def test_what_is_predicted_is_chosen_evenly_over_places_and_apart_from_its_fate(
 def test_in_half_of_the_pairs_b_follows_a_and_else_is_of_any_other_window():
     numbers = np.arange(70_000)
     windows = numbers % 8
-    drawn = pairs(numbers, windows, count=8, seed=3)
-    assert near(drawn.next_sentence == 0, 0.5)
-    assert np.array_equal(drawn.next_sentence == 0, drawn.following == windows)
-    distance = (drawn.following - windows)[drawn.next_sentence == 1] % 8
+    following, label = draw_pairs(sample_keys(numbers, 3), windows, 8)
+    assert near(label == 0, 0.5)
+    assert np.array_equal(label == 0, following == windows)
+    distance = (following - windows)[label == 1] % 8
     assert all(near(distance == d, 1 / 7) for d in range(1, 8))
 
 
@@ -125,14 +129,18 @@ def test_pairs_never_change(seed, share, width, count, golden):
     assert digest(make(seed, np.arange(10**12, 10**12 + 60), text_NW, share)) == golden
 
 
-def frame(kind: str, text_KW: np.ndarray, documents_KW: np.ndarray | None = None, *, seed: int | None = 5, special=SPECIAL) -> Framed:
+def frame(kind: str, text_KW: np.ndarray, documents_KW: np.ndarray | None = None, *, seed: int | None = 5, special=SPECIAL) -> Examples:
     """Of the first windows; B of a next sentence is of the same or of the next one, as is drawn."""
     numbers = np.arange(len(text_KW))
+    keys = sample_keys(numbers, seed)
     if kind == "next_sentence":
-        drawn = pairs(numbers, numbers, count=len(numbers), seed=seed)
-        documents = None if documents_KW is None else (documents_KW, documents_KW[drawn.following])
-        return next_sentence(text_KW, text_KW[drawn.following], drawn, special, documents)
-    return (sentence_order if kind == "sentence_order" else alone)(text_KW, keyed(numbers, seed), special, documents_KW)
+        following, label = draw_pairs(keys, numbers, len(numbers))
+        documents = None if documents_KW is None else (documents_KW, documents_KW[following])
+        windows = Windows(tokens=text_KW, second=text_KW[following], next_sentence=label)
+        return frame_next_sentence(windows, numbers, keys, special, documents)
+    if kind == "sentence_order":
+        return frame_sentence_order(text_KW, numbers, keys, special, documents_KW)
+    return frame_text(text_KW, numbers, special, documents_KW)
 
 
 def parts(row: np.ndarray) -> tuple[list[int], list[int]]:
@@ -194,28 +202,28 @@ def test_the_documents_that_a_pair_asks_of_are_one_and_all_others_alone(ends, wi
 def test_lengths_of_a_document_in_several_pieces_are_refused():
     text_KW = np.array([[10, 11, END, 12, 13, 14, END, 15]])
     framed = frame("next_sentence", text_KW, number_documents(text_KW, END))
-    with pytest.raises(ValueError, match="sample 0 has a document in several pieces"):
-        masked(framed, ONLY, share=0.15, special=SPECIAL).cumulative_lengths()
+    with pytest.raises(ValueError, match="sample 0: expected contiguous documents"):
+        mask_tokens(framed, sample_keys(ONLY, 5), share=0.15, special=SPECIAL).cumulative_lengths()
 
 
 def test_a_text_alone_by_hand():
     text_KW, documents_KW = bins([[10, 11, END], [12, END]], [[10, 11, 12, 13, 14, 15, END]], width=7)
-    first, second = rows(masked(frame("none", text_KW, documents_KW), np.arange(2), share=0.01, special=SPECIAL))
-    shown = unmasked(masked(frame("none", text_KW, documents_KW), np.arange(2), share=0.01, special=SPECIAL)).tolist()
+    first, second = rows(mask_tokens(frame("none", text_KW, documents_KW), sample_keys(np.arange(2), 5), share=0.01, special=SPECIAL))
+    shown = unmasked(mask_tokens(frame("none", text_KW, documents_KW), sample_keys(np.arange(2), 5), share=0.01, special=SPECIAL)).tolist()
     assert shown == [[CLS, 10, 11, END, 12, END, SEP, PAD, PAD], [CLS, 10, 11, 12, 13, 14, 15, END, SEP]]
     assert first["documents"] == [0, 0, 0, 0, 1, 1, 1, -1, -1]
     assert second["documents"] == [0] * 9
     assert first["positions"] == list(range(9))
     assert first["segments"] is first["next_sentence"] is None
-    assert frame("none", text_KW, as_one(documents_KW)).documents.tolist() == [[0] * 7 + [-1] * 2, [0] * 9]
+    assert frame("none", text_KW, merge_documents(documents_KW)).documents.tolist() == [[0] * 7 + [-1] * 2, [0] * 9]
     cut = frame("none", text_KW)
     assert cut.documents is None
     assert cut.tokens.tolist() == [[CLS, *text, SEP] for text in text_KW.tolist()]
-    examples = masked(frame("none", text_KW, documents_KW), np.arange(2), share=0.01, special=SPECIAL)
+    examples = mask_tokens(frame("none", text_KW, documents_KW), sample_keys(np.arange(2), 5), share=0.01, special=SPECIAL)
     assert examples.cumulative_lengths().tolist() == [0, 4, 7, 9, 18]
 
 
-def words(framed: Framed, row: int) -> list[list[int]]:
+def words(framed: Examples, row: int) -> list[list[int]]:
     """The columns of each word of a row, by the definition."""
     found: list[list[int]] = []
     documents = np.zeros_like(framed.tokens) if framed.documents is None else framed.documents
@@ -246,14 +254,15 @@ def test_words_are_hidden_whole_in_the_order_of_their_hashes(kind, seed, share, 
     if kind == "padded":
         documents_KW[:, width // 2 :] = -1
     framed = frame(kind if kind != "padded" else "none", text_KW, documents_KW, seed=seed)
-    examples = masked(framed, np.arange(6), share=share, special=SPECIAL, whole_words=True)
+    keys = sample_keys(np.arange(6), seed)
+    examples = mask_tokens(framed, keys, share=share, special=SPECIAL, whole_words=True)
     assert np.array_equal(unmasked(examples), framed.tokens)
     for row, targets in enumerate(examples.targets):
         there = words(framed, row)
         wanted = max(1, round(share * sum(map(len, there))))
         fit = [word for word in there if len(word) <= wanted] or [word[:wanted] for word in there]
         expected: list[int] = []
-        for word in sorted(fit, key=lambda word: int(fold(fold(framed.keys[row : row + 1], 3), word[0])[0])):
+        for word in sorted(fit, key=lambda word: int(fold(fold(keys[row : row + 1], 3), word[0])[0])):
             if len(expected) + len(word) > wanted:
                 break
             expected += word
@@ -264,7 +273,7 @@ def test_words_are_hidden_whole_in_the_order_of_their_hashes(kind, seed, share, 
 def test_of_the_tokens_of_words_80_percent_are_hidden_10_replaced_10_left():
     text_NW = np.random.default_rng(1).integers(PAD + 1, V, (4000, 126))
     framed = frame("none", text_NW)
-    examples = masked(framed, np.arange(4000), share=0.15, special=SPECIAL, whole_words=True)
+    examples = mask_tokens(framed, sample_keys(np.arange(4000), 5), share=0.15, special=SPECIAL, whole_words=True)
     predicted = examples.targets != IGNORED
     assert predicted.sum(axis=1).max() == 19, "15 percent of 126"
     assert predicted.sum(axis=1).mean() > 19 - 3, "the word that does not fit any more has three tokens, on the whole"
@@ -275,9 +284,7 @@ def test_of_the_tokens_of_words_80_percent_are_hidden_10_replaced_10_left():
     inside = predicted & ~BEGINS[framed.tokens]
     hidden = examples.tokens == MASK
     assert near(hidden[:, 1:][inside[:, 1:] & predicted[:, :-1] & hidden[:, :-1]], 0.8)
-    again = masked(
-        replace(framed, keys=keyed(np.arange(4000) + 4000, 5)), np.arange(4000) + 4000, share=0.15, special=SPECIAL, whole_words=True
-    )
+    again = mask_tokens(framed, sample_keys(np.arange(4000) + 4000, 5), share=0.15, special=SPECIAL, whole_words=True)
     assert ((again.targets != examples.targets).any(axis=1)).all()
 
 
@@ -294,7 +301,7 @@ def test_the_other_kinds_never_change(kind, whole_words, golden):
     text_KW = np.random.RandomState(3).randint(PAD + 1, V, (40, 61))
     text_KW[:, ::9] = END
     framed = frame(kind, text_KW, number_documents(text_KW, END), seed=11)
-    assert digest(masked(framed, np.arange(40), share=0.15, special=SPECIAL, whole_words=whole_words)) == golden
+    assert digest(mask_tokens(framed, sample_keys(np.arange(40), 11), share=0.15, special=SPECIAL, whole_words=whole_words)) == golden
 
 
 def test_hashes_and_examples_never_change():

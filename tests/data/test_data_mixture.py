@@ -26,7 +26,7 @@ def test_a_source_gives_its_samples_one_after_another(stages, first, count):
     """Through periods and stages alike: between any two places none is lost and none comes twice."""
     mixture = Mixture(stages)
     sources, own = mixture(np.arange(first, first + count))
-    before, after = mixture.taken(first), mixture.taken(first + count)
+    before, after = mixture.samples_before(first), mixture.samples_before(first + count)
     for source in range(len(before)):
         assert own[sources == source].tolist() == list(range(before[source], after[source]))
     assert after.sum() == first + count
@@ -70,7 +70,7 @@ def test_a_stage_without_a_source_reads_none_of_it_and_it_goes_on_afterwards():
     sources, own = mixture(np.arange(300))
     assert set(sources[100:200]) == {0}
     assert own[sources == 1].tolist() == list(range(150))
-    assert mixture.taken(250).tolist() == [150, 100]
+    assert mixture.samples_before(250).tolist() == [150, 100]
 
 
 @pytest.mark.parametrize("number", [10**12, 10**12 + PERIOD - 3])

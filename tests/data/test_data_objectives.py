@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
-from manta.data.objectives.causal import IGNORED, Examples, as_one, causal, number_documents
+from manta.data.objectives.causal import causal_examples
+from manta.data.objectives.examples import IGNORED, Examples, merge_documents, number_documents
 from manta.data.prepare import prepare
 from manta.data.sampling.order import Order
 from manta.data.sampling.samples import Samples
@@ -19,7 +20,7 @@ from manta.data.shards.manifest import Prepared
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 END = 0
-FIELDS = [name for name in Examples.__slots__ if name != "cut"]  # which came later, and is None for a whole sample
+FIELDS = [name for name in Examples.__slots__ if name != "part"]  # which came later, and is None for a whole sample
 ONLY = np.zeros(1, dtype=np.int64)
 
 
@@ -93,13 +94,13 @@ def test_every_array_is_whole_and_of_its_type(opened, kind):
 
 
 def test_a_causal_example_by_hand():
-    (row,) = rows(causal(np.array([[7, END, 8, 9, END]]), ONLY + 3))
+    (row,) = rows(causal_examples(np.array([[7, END, 8, 9, END]]), ONLY + 3))
     assert (row["tokens"], row["targets"], row["positions"]) == ([7, END, 8, 9], [END, 8, 9, END], [0, 1, 2, 3])
     assert row["samples"] == 3
 
 
 def separate(text_KW: np.ndarray) -> Examples:
-    return causal(text_KW, np.arange(len(text_KW)), number_documents(text_KW, END))
+    return causal_examples(text_KW, np.arange(len(text_KW)), number_documents(text_KW, END))
 
 
 def test_separate_documents_by_hand():
@@ -134,13 +135,13 @@ def bins(*rows_of_documents: list[list[int]], width: int) -> tuple[np.ndarray, n
 def test_padding_predicts_nothing_and_nothing_predicts_it():
     _ = IGNORED
     text_KW, documents_KW = bins([[7, 8, END], [9, 5, END]], [[7, 8, 9, 6, 5, 7, 8, END]], width=9)
-    first, second = rows(causal(text_KW, np.arange(2), documents_KW))
+    first, second = rows(causal_examples(text_KW, np.arange(2), documents_KW))
     assert first["tokens"] == [7, 8, END, 9, 5, END, END, END]
     assert first["targets"] == [8, END, _, 5, END, _, _, _]
     assert first["positions"] == [0, 1, 2, 0, 1, 2, 0, 1]
     assert first["documents"] == [0, 0, 0, 1, 1, 1, -1, -1]
     assert second["targets"] == [8, 9, 6, 5, 7, 8, END, _]
-    first, _second = rows(causal(text_KW, np.arange(2), as_one(documents_KW)))
+    first, _second = rows(causal_examples(text_KW, np.arange(2), merge_documents(documents_KW)))
     assert first["targets"] == [8, END, 9, 5, END, _, _, _]
     assert first["positions"] == [0, 1, 2, 3, 4, 5, 0, 1]
     assert first["documents"] == [0, 0, 0, 0, 0, 0, -1, -1]
@@ -152,18 +153,18 @@ DOCUMENTS = st.lists(st.lists(st.integers(10, 99), max_size=12).map(lambda text:
 @given(found=st.lists(DOCUMENTS, min_size=1, max_size=4), width=st.integers(2, 60))
 def test_cumulative_lengths_by_the_definition(found, width):
     text_KW, documents_KW = (whole[:, :width] for whole in bins(*found, width=100))
-    examples = causal(text_KW, np.arange(len(found)), documents_KW)
+    examples = causal_examples(text_KW, np.arange(len(found)), documents_KW)
     lengths = examples.cumulative_lengths()
     flat = [(row, document) for row, documents in enumerate(examples.documents.tolist()) for document in documents]
     assert lengths.dtype == np.int32
     assert lengths.tolist() == [0, *(at for at in range(1, len(flat)) if flat[at] != flat[at - 1]), len(flat)]
-    rows_alone = causal(text_KW, np.arange(len(found))).cumulative_lengths()
+    rows_alone = causal_examples(text_KW, np.arange(len(found))).cumulative_lengths()
     assert rows_alone.tolist() == [row * (width - 1) for row in range(len(found) + 1)]
 
 
 def test_masks_differ_by_epoch_and_seed_and_come_back_with_them(opened, prepared, settings_of):
     samples = opened["masked"]
-    total = samples.draws.all[0].windows.total
+    total = len(samples.sampler.sources[0].dataset)
     epoch = np.arange(total)
     _, windows = Order(total, seed=7)(np.concatenate([epoch, epoch + total]))
     examples = samples.train(np.concatenate([epoch, epoch + total]))
@@ -196,7 +197,7 @@ def entropy_of(tokens: np.ndarray) -> float:
 
 def test_causal_examples_never_change():
     text_KW, numbers = np.random.RandomState(3).randint(0, 9, (20, 65)), np.arange(20)
-    assert digest(causal(text_KW, numbers)) == "f02e7eb70e3145a2"
+    assert digest(causal_examples(text_KW, numbers)) == "f02e7eb70e3145a2"
     assert digest(separate(text_KW)) == "e288a5882dbd1c68"
 
 
@@ -251,8 +252,8 @@ def test_a_bert_tokenizer_ends_documents_with_its_sep(bert, source, tmp_path):
     data = config(tmp_path, source, objective="masked", sequence_length=32)
     prepared = prepare.prepare(data, tokens)
     samples = Samples(prepared, data, tokens, seed=1)
-    windows = samples.draws.all[0].windows
-    text = np.concatenate([windows.read(np.arange(windows.total)).tokens, samples.validation_text(np.arange(3)).tokens])
+    windows = samples.sampler.sources[0].dataset
+    text = np.concatenate([windows.read(np.arange(len(windows))).tokens, samples.validation_text(np.arange(3)).tokens])
     assert set(text[text < 5]) == {1, 3}  # unknown words, and the ends of documents: no text became a [MASK]
     examples = samples.train(np.arange(200))
     assert (examples.tokens[:, 0] == 2).all()

@@ -86,33 +86,33 @@ counts = st.lists(st.integers(0, 30), min_size=1, max_size=20).filter(any)
 
 
 @settings(deadline=None)
-@given(counts=counts, at_a_time=st.integers(1, 25), seed=seeds, epoch=st.integers(0, 10**9))
-def test_by_blocks_too_every_window_is_read_once_an_epoch(counts, at_a_time, seed, epoch):
-    order = BlockOrder(np.array(counts), seed, at_a_time=at_a_time)
+@given(counts=counts, shards_per_block=st.integers(1, 25), seed=seeds, epoch=st.integers(0, 10**9))
+def test_by_blocks_too_every_window_is_read_once_an_epoch(counts, shards_per_block, seed, epoch):
+    order = BlockOrder(np.array(counts), seed, shards_per_block=shards_per_block)
     epochs, windows = order(np.arange(epoch * order.n, (epoch + 1) * order.n))
     assert set(epochs.tolist()) == {epoch}
     assert sorted(windows.tolist()) == list(range(sum(counts)))
 
 
 @settings(deadline=None, max_examples=30)
-@given(counts=counts, at_a_time=st.integers(1, 25), seed=seeds, number=st.integers(0, 10**6))
-def test_a_block_needs_only_its_own_shards_and_says_which_come_next(counts, at_a_time, seed, number):
-    order = BlockOrder(np.array(counts), seed, at_a_time=at_a_time)
+@given(counts=counts, shards_per_block=st.integers(1, 25), seed=seeds, number=st.integers(0, 10**6))
+def test_a_block_needs_only_its_own_shards_and_says_which_come_next(counts, shards_per_block, seed, number):
+    order = BlockOrder(np.array(counts), seed, shards_per_block=shards_per_block)
     owners = np.repeat(np.arange(len(counts)), counts)
     numbers = np.arange(number, number + order.n)
     blocks = [order.block(int(one)) for one in numbers]
     shards = owners[order(numbers)[1].astype(np.int64)]
     for block in set(blocks):
         of_it = {int(shard) for shard, its in zip(shards, blocks, strict=True) if its == block}
-        assert len(of_it) <= at_a_time
-        assert of_it <= set(order.ahead(int(numbers[blocks.index(block)])))
+        assert len(of_it) <= shards_per_block
+        assert of_it <= set(order.upcoming_shards(int(numbers[blocks.index(block)])))
     after = blocks.index(blocks[-1])
     if after:  # what follows a block is on its list, too
-        assert {int(shard) for shard in shards[after:]} <= set(order.ahead(int(numbers[after - 1])))
+        assert {int(shard) for shard in shards[after:]} <= set(order.upcoming_shards(int(numbers[after - 1])))
 
 
 def test_blocks_are_shuffled_anew_each_epoch():
-    order = BlockOrder(np.full(12, 5), seed=1, at_a_time=3)
+    order = BlockOrder(np.full(12, 5), seed=1, shards_per_block=3)
     epochs = [tuple(order(np.arange(60) + 60 * epoch)[1].tolist()) for epoch in range(4)]
     assert len(set(epochs)) == 4
     assert {block for number in range(120) for block in [order.block(number)]} == {(e, b) for e in range(2) for b in range(4)}

@@ -19,10 +19,10 @@ documents = st.lists(st.integers(1, 70), max_size=60)
 
 
 @settings(deadline=None)
-@given(lengths=documents, width=st.integers(2, 40), shared=st.integers(0, 1))
-def test_a_document_that_fits_stands_whole_in_one_bin(lengths, width, shared):
+@given(lengths=documents, width=st.integers(2, 40), overlap=st.integers(0, 1))
+def test_a_document_that_fits_stands_whole_in_one_bin(lengths, width, overlap):
     lengths = np.array(lengths, dtype=np.int64)
-    placed = [piece for held in pieces(best_fit(lengths, width, shared=shared)) for piece in held]
+    placed = [piece for held in pieces(best_fit(lengths, width, overlap=overlap)) for piece in held]
     begins = np.cumsum(lengths) - lengths
     for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
         if length <= width:
@@ -30,15 +30,15 @@ def test_a_document_that_fits_stands_whole_in_one_bin(lengths, width, shared):
 
 
 @settings(deadline=None)
-@given(lengths=documents, width=st.integers(2, 40), shared=st.integers(0, 1))
-def test_each_token_is_in_one_bin_and_none_holds_too_many(lengths, width, shared):
+@given(lengths=documents, width=st.integers(2, 40), overlap=st.integers(0, 1))
+def test_each_token_is_in_one_bin_and_none_holds_too_many(lengths, width, overlap):
     """But for those that pieces of a long document share, where each token is predicted once from those before it."""
-    bins = pieces(best_fit(np.array(lengths, dtype=np.int64), width, shared=shared))
+    bins = pieces(best_fit(np.array(lengths, dtype=np.int64), width, overlap=overlap))
     assert all(held and sum(length for _, length in held) <= width for held in bins)
     ends = set(np.cumsum(lengths).tolist())
-    predicted = [at for held in bins for start, length in held for at in range(start + shared, start + length)]
+    predicted = [at for held in bins for start, length in held for at in range(start + overlap, start + length)]
     first = {end - length for end, length in zip(sorted(ends), lengths, strict=True)}
-    everything = [at for at in range(sum(lengths)) if not (shared and at in first)]
+    everything = [at for at in range(sum(lengths)) if not (overlap and at in first)]
     assert sorted(predicted) == everything
 
 

@@ -389,9 +389,9 @@ def test_a_directory_that_can_not_be_written_is_told(tmp_path):
 
 def test_a_corpus_too_small_is_told_with_the_remedy(tmp_path):
     good = write_lines(tmp_path / "good.jsonl", documents(20))
-    with pytest.raises(InputError, match=r"data\.sequence_length: .* train tokens; a sample of 100000 wants 100001"):
+    with pytest.raises(InputError, match=r"data\.sequence_length: expected at least 100001 for a sample of 100000, got \d+ train tokens"):
         prepare.prepare(config(tmp_path / "corpora", good, sequence_length=100_000), SMALL)
-    with pytest.raises(InputError, match=r"data\.validation: 0 tokens are held out; .* raise data\.validation from 0\.0001 to 0\.\d"):
+    with pytest.raises(InputError, match=r"data\.validation: .* got 0 validation tokens\. Raise data\.validation from 0\.0001 to 0\.\d"):
         prepare.prepare(config(tmp_path / "corpora", good, sequence_length=300, validation=0.0001), SMALL)
 
 

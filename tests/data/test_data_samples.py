@@ -10,7 +10,7 @@ from corpora import SMALL, config, documents, write_lines
 
 from manta.data.config import CacheConfig
 from manta.data.errors import InputError
-from manta.data.objectives.causal import Examples
+from manta.data.objectives.examples import Examples
 from manta.data.prepare import prepare
 from manta.data.sampling import windows as data_stream
 from manta.data.sampling.order import Order
@@ -44,8 +44,8 @@ def text(examples: Examples) -> list[list[int]]:
 
 def total(opened: Samples) -> int:
     """Windows an epoch, where sources are read as one."""
-    (draw,) = opened.draws.all
-    return draw.windows.total
+    (draw,) = opened.sampler.sources
+    return len(draw.dataset)
 
 
 def stream(root: str, split: str) -> np.ndarray:

@@ -17,15 +17,15 @@ from object_store import ObjectStore
 from sample_cases import WAYS, config_of, open_way
 
 from manta.data.config import CacheConfig, TokenizerConfig
-from manta.data.objectives.causal import IGNORED
-from manta.data.objectives.objective import shape_of
+from manta.data.objectives.examples import IGNORED
+from manta.data.objectives.objective import window_shape
 from manta.data.objectives.render import Speller
 from manta.data.prepare import dedup as counted
 from manta.data.prepare import prepare
 from manta.data.prepare.dedup import SPAN, duplicates, overlap
 from manta.data.sampling.packing import best_fit
 from manta.data.sampling.timeline import Timeline
-from manta.data.sampling.windows import Shape, Stream
+from manta.data.sampling.windows import TokenStream, WindowShape
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.shard import ShardWriter
@@ -37,7 +37,7 @@ from manta.trainer.metrics import read_metrics
 lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 
 
-def put(folder: Path, *shards: list[list[int]], dtype: type = np.uint16) -> Stream:
+def put(folder: Path, *shards: list[list[int]], dtype: type = np.uint16) -> TokenStream:
     """A stream of these shards of documents."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
@@ -46,7 +46,7 @@ def put(folder: Path, *shards: list[list[int]], dtype: type = np.uint16) -> Stre
             for document in of_shard:
                 writer.append(np.array(document), 0)
             made.append(writer.commit())
-    return Stream(Home(str(folder), CacheConfig()), made)
+    return TokenStream(Home(str(folder), CacheConfig()), made)
 
 
 def listen(_: int) -> None:
@@ -71,21 +71,21 @@ def test_a_document_is_cut_where_it_lies_in_two_windows(some, length, shared, be
     inputs = np.repeat(np.arange(len(some)), some)
     windows = (begin + np.arange(len(inputs))) // length
     several = sum(len(set(windows[inputs == document].tolist())) > 1 for document in range(len(some)))
-    assert documents_cut(np.array(some), Shape(width=length + shared, stride=length), begin=begin) == several
+    assert documents_cut(np.array(some), WindowShape(width=length + shared, stride=length), begin=begin) == several
 
 
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("way", ["one", "masked, packed"])
 def test_what_packing_makes_of_documents_is_what_samples_hold(tmp_path, way, apart):
     samples = open_way(sources_in(tmp_path), **WAYS[way] | ({"shuffle_shards": 2} if apart else {}))
-    shape = Shape(width=17, stride=16) if way == "one" else Shape(width=14, stride=14)
-    (draw,) = samples.draws.all
+    shape = WindowShape(width=17, stride=16) if way == "one" else WindowShape(width=14, stride=14)
+    (draw,) = samples.sampler.sources
     found = [contents(stream.home, manifest.load(stream.home), shape, apart=apart) for stream in draw.streams]
     told = [one.cut if way == "one" else one.best_fit for one in found]
-    assert sum(one.samples for one in told) == draw.windows.total
+    assert sum(one.samples for one in told) == len(draw.dataset)
     if way != "one":
         documents_of = [stream.home.index(shard).document_lengths() for stream in draw.streams for shard in stream.shards]
-        bins = [best_fit(lengths, shape.width, shared=0) for lengths in documents_of]
+        bins = [best_fit(lengths, shape.width, overlap=0) for lengths in documents_of]
         assert sum(one.padding for one in told) == sum(len(one) * shape.width - int(one.lengths.sum()) for one in bins)
         assert sum(one.cut for one in told) == sum(int((lengths > shape.width).sum()) for lengths in documents_of)
 
@@ -101,13 +101,13 @@ def sources_in(folder: Path) -> Path:
 def test_the_source_of_a_window_is_the_one_whose_text_it_is(tmp_path):
     folder = sources_in(tmp_path)
     for way in ({}, {"packing": "best_fit"}, {"shuffle_shards": 2}):
-        (draw,) = open_way(folder, **way).draws.all
+        (draw,) = open_way(folder, **way).sampler.sources
         texts = [np.concatenate([stream.map(shard) for shard in range(len(stream.shards))]).tobytes() for stream in draw.streams]
-        read = draw.windows.read(np.arange(draw.windows.total))
-        for window in range(draw.windows.total):
+        read = draw.dataset.read(np.arange(len(draw.dataset)))
+        for window in range(len(draw.dataset)):
             first = read.tokens[window] if read.documents is None else read.tokens[window][read.documents[window] == 0]
             assert first.astype(np.uint16).tobytes() in texts[stream_of(draw, window)]
-        owners = [stream_of(draw, window) for window in range(draw.windows.total)]
+        owners = [stream_of(draw, window) for window in range(len(draw.dataset))]
         assert windows_by_stream(draw).tolist() == np.bincount(owners, minlength=2).tolist()
 
 
@@ -203,9 +203,9 @@ def test_each_token_of_a_sample_is_spelled_once(tmp_path, way):
 def look(prepared, data) -> list[Damage]:
     corpora = [(home := Home(root, CacheConfig()), manifest.load(home)) for root in prepared.corpora]
     read = []
-    found = verify(corpora, shape_of(data), tell=read.append)
+    found = verify(corpora, window_shape(data), tell=read.append)
     if not found:
-        assert sum(read) == size(corpora, shape_of(data))[1]
+        assert sum(read) == size(corpora, window_shape(data))[1]
     return found
 
 
@@ -251,11 +251,11 @@ def test_ids_and_counts_that_do_not_fit_are_found_though_hashes_do(tmp_path):
     home = Home(prepared.corpora[0], CacheConfig())
     corpus = manifest.load(home)
     (shard,) = corpus.train.shards
-    (small,) = verify([(home, corpus.model_copy(update={"vocabulary": 100}))], shape_of(data), tell=listen)[:1]
+    (small,) = verify([(home, corpus.model_copy(update={"vocabulary": 100}))], window_shape(data), tell=listen)[:1]
     assert (small.path, small.wanted) == (home.at(shard.file), "ids below 100")
     fewer = shard.model_copy(update={"documents": shard.documents - 1})
     other = corpus.model_copy(update={"train": corpus.train.model_copy(update={"shards": (fewer,)})})
-    counts, index = verify([(home, other)], shape_of(data), tell=listen)
+    counts, index = verify([(home, other)], window_shape(data), tell=listen)
     assert (counts.path, counts.wanted) == (home.at("manifest.json"), f"{shard.documents - 1:,}, the sum of its shards")
     assert (index.path, index.got) == (home.at(shard.index), f"{shard.documents:,} documents")
 

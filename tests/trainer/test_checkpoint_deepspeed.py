@@ -17,7 +17,7 @@ from parity import LENGTH, MODELS, RATES, VOCABULARY, Cell, batch, model, optimi
 from spmd import spmd
 
 from manta.data.errors import InputError
-from manta.data.live.samples import open_samples
+from manta.data.live.live_samples import open_samples
 from manta.data.prepare.prepare import find
 from manta.launch.cli import main
 from manta.launch.config import load
@@ -529,7 +529,7 @@ def test_what_was_converted_by_the_command_is_a_run_that_goes_on(workspace, tmp_
         there.chdir(workspace.directory)
         samples = open_samples(find(config.data, config.tokenizer), config.data, config.tokenizer, seed=config.run.seed)
     numbers = (np.arange(step * 8, step * 8 + 8) for step in range(8))
-    batches = [Batch.of(samples.train(taken, sequence_length=32), seed=config.run.seed) for taken in numbers]
+    batches = [Batch.from_examples(samples.train(taken, sequence_length=32), seed=config.run.seed) for taken in numbers]
     wanted = spmd(plain_run, 2, tmp_path / "theirs", config, samples.tokenizer_vocabulary, batches, 5)[0]
     command = ("checkpoint", "convert", str(tmp_path / "theirs"), str(workspace.config_file), *given)
     done = workspace.manta(*command)

@@ -51,7 +51,7 @@ from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.config.training import BatchConfig, ParallelConfig, TrainConfig
 from manta.trainer.dataloader.batch import _NOISE, Batch
-from manta.trainer.dataloader.loader import Reader
+from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.layout import Layout, layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine import deepspeed as engines
@@ -240,8 +240,8 @@ def opened(workspace, *overrides: str) -> tuple[configs.RunConfig, Samples]:
 
 def test_a_config_says_which_samples_a_step_reads_and_how_long_they_are(workspace):
     timeline = configs.load(workspace.config_file, RAMP).timeline()
-    assert list(map(attrgetter("step", "sample", "global_batch", "sequence_length"), timeline.phases)) == PHASES
-    assert [phase.global_batch for phase in configs.load(workspace.config_file).timeline().phases] == [8]
+    assert list(map(attrgetter("first_step", "first_sample", "global_batch", "sequence_length"), timeline.stages)) == PHASES
+    assert [phase.global_batch for phase in configs.load(workspace.config_file).timeline().stages] == [8]
 
 
 def test_a_shorter_sequence_is_a_part_of_its_sample(workspace):
@@ -254,7 +254,7 @@ def test_a_shorter_sequence_is_a_part_of_its_sample(workspace):
     assert np.array_equal(cut.positions, np.tile(np.arange(8), (12, 1)))
     assert cut.samples.tolist() == np.repeat(numbers, 4).tolist()
     again = samples.train(numbers, sequence_length=32)
-    assert again.cut is None
+    assert again.part is None
     assert np.array_equal(again.tokens, whole.tokens)
 
 
@@ -273,16 +273,16 @@ def test_documents_of_a_shorter_sequence_are_told_apart_in_it(workspace):
 def test_each_part_of_a_sample_drops_other_channels(workspace):
     _, samples = opened(workspace)
     numbers = np.arange(200)
-    parts, wholes = (Batch.of(samples.train(numbers, sequence_length=length), seed=5).keys for length in (8, 32))
+    parts, wholes = (Batch.from_examples(samples.train(numbers, sequence_length=length), seed=5).keys for length in (8, 32))
     assert len(torch.cat([parts, wholes]).unique()) == 200 * (4 + 1)
     assert torch.equal(wholes, torch.from_numpy(hashed(5, _NOISE, numbers).view(np.int64))), "those of whole samples are what they were"
 
 
-def reader_of(workspace, *overrides: str) -> tuple[Reader, Samples, Timeline, Layout]:
+def reader_of(workspace, *overrides: str) -> tuple[DataLoader, Samples, Timeline, Layout]:
     """That of the second of two ranks."""
     config, samples = opened(workspace, *RAMP, *overrides)
     timeline, layout = config.timeline(), layout_for(config.train, ParallelConfig(), 2)
-    reader = Reader(samples, timeline, layout, rank=1, seed=5, steps=config.train.steps, device=torch.device("cpu"))
+    reader = DataLoader(samples, timeline, layout, rank=1, seed=5, steps=config.train.steps, device=torch.device("cpu"))
     return reader, samples, timeline, layout
 
 
@@ -290,18 +290,18 @@ def test_a_step_is_read_while_the_one_before_it_is_computed(workspace):
     reader, samples, timeline, layout = reader_of(workspace)
     with closing(reader):
         for step in range(3, 40):
-            microbatches, phase = list(reader.step(step)), timeline.phase(step)
+            microbatches, phase = list(reader.step(step)), timeline.stage(step)
             assert len(microbatches) == layout.accumulation(phase.global_batch)
             for turn, microbatch in enumerate(microbatches):
                 numbers = layout.samples(first=timeline.first_sample(step), turn=turn, rank=1)
-                wanted = Batch.of(samples.train(numbers, sequence_length=phase.sequence_length), seed=5)
+                wanted = Batch.from_examples(samples.train(numbers, sequence_length=phase.sequence_length), seed=5)
                 assert torch.equal(microbatch.batch.tokens, wanted.tokens)
                 assert torch.equal(microbatch.batch.keys, wanted.keys)
             if step + 1 < 40:
-                begun = wait(reader._ahead[step + 1], timeout=10)
-                assert len(begun.done) == layout.accumulation(timeline.phase(step + 1).global_batch)
+                begun = wait(reader._prefetched[step + 1], timeout=10)
+                assert len(begun.done) == layout.accumulation(timeline.stage(step + 1).global_batch)
             else:
-                assert not reader._ahead, "nothing is read beyond the last step"
+                assert not reader._prefetched, "nothing is read beyond the last step"
 
 
 def test_what_goes_wrong_in_reading_is_raised_as_it_is_and_the_thread_ends(workspace, tmp_path):
@@ -336,7 +336,7 @@ def test_a_run_reads_what_its_timeline_says(workspace, ramped):
     told = lines(workspace, ramped)
     assert [line["step"] for line in told] == list(range(1, 41))
     for line in told:
-        phase, first = timeline.phase(line["step"] - 1), timeline.first_sample(line["step"] - 1)
+        phase, first = timeline.stage(line["step"] - 1), timeline.first_sample(line["step"] - 1)
         assert (line["global_batch"], line["sequence_length"]) == (phase.global_batch, phase.sequence_length)
         assert line["tokens"] == 32 * (first + phase.global_batch)
         assert line["data/digest"] == digest(samples, np.arange(first, first + phase.global_batch), phase.sequence_length)

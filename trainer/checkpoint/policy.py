@@ -13,7 +13,7 @@ from manta.trainer.checkpoint.errors import SaveError
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.config.training import TrainingConfig
-from manta.trainer.dataloader.loader import Reader
+from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
@@ -25,7 +25,7 @@ LOOK = 1.0  # seconds between two looks for a request
 class Saves:
     """All ranks call `save` and `finish` together; `look` each by itself."""
 
-    def __init__(self, saver: Saver, engine: Engine, reader: Reader, config: TrainingConfig, home: RunDirectory, *, step: int) -> None:
+    def __init__(self, saver: Saver, engine: Engine, reader: DataLoader, config: TrainingConfig, home: RunDirectory, *, step: int) -> None:
         """step: at which the run goes on."""
         self._saver, self._engine, self._reader, self._config, self._home = saver, engine, reader, config, home
         self._timeline = config.timeline()

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from manta.data.config import DataConfig, TokenizerConfig, stage_problem, whole
+from manta.data.config import DataConfig, TokenizerConfig, stage_problem, whole_number
 from manta.data.sampling.timeline import Timeline
 from manta.data.sources.config import Section
 from manta.data.storage.remote import is_remote
@@ -98,7 +98,7 @@ class BatchConfig(Section):
     @field_validator("from_tokens", mode="before")
     @classmethod
     def _whole(cls, value: object) -> object:
-        return whole(value)
+        return whole_number(value)
 
 
 class TrainConfig(Section):

@@ -1,5 +1,6 @@
-"""Micro batches, prepared by a thread of their own while those before them are computed."""
+"""The data loader: a thread prepares the next step's micro batches while the model computes the current one."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from manta.data.live.samples import Cursor, LiveSamples
-from manta.data.objectives.causal import IGNORED, Examples
+from manta.data.live.live_samples import Cursor, LiveSamples
+from manta.data.objectives.examples import IGNORED, Examples
 from manta.data.sampling.samples import Samples
 from manta.data.sampling.timeline import Timeline
 from manta.trainer.dataloader.batch import Batch
@@ -19,12 +20,17 @@ from manta.trainer.dist.layout import Layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
+    """One turn of a step, as read by this rank."""
+
     batch: Batch
     digest: int
+    """Of its samples; see `Examples.digest`."""
+    wait_seconds: float
+    """How long the caller waited for it."""
 
 
-class Reader:
-    """Reads one step ahead. A single thread does all the reading, in order; what goes wrong in it is raised to whoever asks, as it is."""
+class DataLoader:
+    """Prefetches one step. A single thread does all the reading, in order; its exceptions are raised unchanged to the caller."""
 
     def __init__(
         self,
@@ -37,66 +43,62 @@ class Reader:
         steps: int,
         device: torch.device,
     ) -> None:
-        """rank: which of the layout's data ranks. seed: the run's. steps: of the whole run."""
+        """rank: the data rank. seed: the run's. steps: of the whole run."""
         self._samples, self._timeline, self._layout, self._rank, self._seed, self._steps = samples, timeline, layout, rank, seed, steps
-        self._pins = device.type == "cuda"
-        # Each thread is at a GPU of its own choice, the first at first: pinned memory would be that one's.
-        self._thread = ThreadPoolExecutor(1, "reader", partial(torch.cuda.set_device, device) if self._pins else None)
-        self._ahead: dict[int, list[Future[Microbatch]]] = {}
-        self._begun: tuple[int, Cursor] | None = None  # the last step whose reading was begun, and where; of live samples
+        self._pin = device.type == "cuda"
+        # Each thread has its own current GPU, at first GPU 0, and pinned memory belongs to the current one.
+        self._thread = ThreadPoolExecutor(1, "data-loader", partial(torch.cuda.set_device, device) if self._pin else None)
+        self._prefetched: dict[int, list[Future[tuple[Batch, int]]]] = {}
+        self._started: tuple[int, Cursor] | None = None  # the last step that was started to be read, and its cursor; live samples only
 
     def step(self, step: int) -> Iterator[Microbatch]:
-        """This rank's micro batches of a step. Those of the next one are begun."""
-        for wanted in (step, step + 1):
-            if wanted not in self._ahead and wanted < self._steps:
-                turns = self._layout.accumulation(self._timeline.phase(wanted).global_batch)
-                self._ahead[wanted] = [self._thread.submit(self._train, wanted, turn) for turn in range(turns)]
-        for future in self._ahead.pop(step):
-            yield future.result()
+        """Yield this rank's micro batches of a step. Starts to read the next step."""
+        for number in (step, step + 1):
+            if number not in self._prefetched and number < self._steps:
+                turns = self._layout.accumulation(self._timeline.stage(number).global_batch)
+                self._prefetched[number] = [self._thread.submit(self._read, number, turn) for turn in range(turns)]
+        for future in self._prefetched.pop(step):
+            start = time.perf_counter()
+            batch, digest = future.result()
+            yield Microbatch(batch=batch, digest=digest, wait_seconds=time.perf_counter() - start)
 
     def validation(self, indices: NDArray[np.integer], count: int) -> Batch:
-        """Validation samples [K]; those from `count` on only make up the batch, and predict nothing."""
-        return self._thread.submit(self._validation, indices, count).result()
+        """Return validation samples [K]. Those from `count` on fill up the batch and predict nothing."""
+        return self._thread.submit(self._read_validation, indices, count).result()
 
     def cursor(self, step: int) -> Cursor | None:
-        """Where the reading of the next step to be taken begins, whatever of it is read already; None where samples are had by number."""
-        begun = self._begun
-        if begun is not None and begun[0] == step:
-            return begun[1]
-        return self._thread.submit(self._stands, step).result()
+        """Return where the reading of the run's next step starts, whatever was prefetched; None unless samples are live."""
+        if not isinstance(self._samples, LiveSamples):
+            return None
+        if self._started is None or self._started[0] != step:
+            self._thread.submit(int).result()  # wait for all reads submitted so far
+        if self._started is not None and self._started[0] == step:
+            return self._started[1]
+        return self._samples.cursor
 
     def close(self) -> None:
-        """The thread ends with what it is reading; nobody waits for that."""
+        """Stop the thread after its current micro batch, without waiting for it."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _train(self, step: int, turn: int) -> Microbatch:
+    def _read(self, step: int, turn: int) -> tuple[Batch, int]:
         if isinstance(self._samples, LiveSamples) and turn == 0:
-            self._begun = step, self._samples.cursor
-        first, length = self._timeline.first_sample(step), self._timeline.phase(step).sequence_length
+            self._started = step, self._samples.cursor
+        first, length = self._timeline.first_sample(step), self._timeline.stage(step).sequence_length
         numbers = self._layout.samples(first=first, turn=turn, rank=self._rank)
         examples = self._samples.train(numbers, sequence_length=length)
-        return Microbatch(batch=self._batch(examples), digest=examples.digest())
+        return self._batch(examples), examples.digest()
 
-    def _stands(self, step: int) -> Cursor | None:
-        """By now all that was asked for is read."""
-        if self._begun is not None and self._begun[0] == step:
-            return self._begun[1]
-        return self._samples.cursor if isinstance(self._samples, LiveSamples) else None
-
-    def _validation(self, indices: NDArray[np.integer], count: int) -> Batch:
-        examples = self._samples.validation(np.minimum(indices, count - 1))
-        return self._batch(_counted(examples, indices < count))
+    def _read_validation(self, indices: NDArray[np.integer], count: int) -> Batch:
+        examples, counted_K = self._samples.validation(np.minimum(indices, count - 1)), indices < count
+        pairs = examples.next_sentence
+        return self._batch(
+            replace(
+                examples,
+                targets=np.where(counted_K[:, None], examples.targets, IGNORED),
+                next_sentence=None if pairs is None else np.where(counted_K, pairs, IGNORED),
+            )
+        )
 
     def _batch(self, examples: Examples) -> Batch:
-        batch = Batch.of(examples, seed=self._seed)
-        return batch.pinned() if self._pins else batch
-
-
-def _counted(examples: Examples, counted_K: NDArray[np.bool_]) -> Examples:
-    """The same, predicting nothing where an example is there only to make up the batch."""
-    pairs = examples.next_sentence
-    return replace(
-        examples,
-        targets=np.where(counted_K[:, None], examples.targets, IGNORED),
-        next_sentence=None if pairs is None else np.where(counted_K, pairs, IGNORED),
-    )
+        batch = Batch.from_examples(examples, seed=self._seed)
+        return batch.pin_memory() if self._pin else batch

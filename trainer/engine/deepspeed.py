@@ -186,8 +186,8 @@ class Engine:
         return (counts_K.clamp(min=1) / self.layout.replicas).float()
 
     def _part(self, batch: Batch) -> Batch:
-        part = batch.part(self.mesh.sequence_rank, self.layout.sequence)
-        return (part.pinned() if self.device.type == "cuda" else part).to(self.device)
+        part = batch.shard(self.mesh.sequence_rank, self.layout.sequence)
+        return (part.pin_memory() if self.device.type == "cuda" else part).to(self.device)
 
     def _clip(self) -> float:
         """Without ZeRO, DeepSpeed tells no norm, and clips each rank's experts by their own: here all by the norm of all."""

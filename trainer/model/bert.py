@@ -80,7 +80,7 @@ class Bert(Transformer):
     def hidden(self, batch: Batch) -> Tensor:
         """x_BTD of each token, seen from both sides."""
         segments_BT = torch.zeros_like(batch.tokens) if batch.segments is None else batch.segments
-        noise = Noise(batch.keys, batch.places) if self.drops else None
+        noise = Noise(batch.keys, batch.token_indices) if self.drops else None
         told = Pass(visible=Visibility(causal=False, documents=batch.documents), noise=noise)
         dropped = noise is not None and self.config.attention_dropout > 0
         told.visible.draw(batch.length, batch.length, batch.tokens.device, dropped=dropped)

@@ -89,7 +89,7 @@ class Decoder(Transformer):
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """What the head reads, x_BTD, and a mixture's sums over all blocks."""
         visible = Visibility(window=self.config.sliding_window, documents=batch.documents)
-        noise = Noise(batch.keys, batch.places) if self.drops else None
+        noise = Noise(batch.keys, batch.token_indices) if self.drops else None
         dropped = noise is not None and self.config.attention_dropout > 0
         visible.draw(batch.length, batch.length, batch.tokens.device, dropped=dropped)
         return self.stack(batch.tokens, batch.positions, visible, noise=noise, real=batch.real)

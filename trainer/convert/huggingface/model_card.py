@@ -31,7 +31,7 @@ def card(trained: Pretrained, architecture: str, dtype: torch.dtype) -> str:
 def _figures(trained: Pretrained) -> dict[str, str]:
     """Of the step that is exported, which a run may have gone past."""
     run, step = trained.home.config(), trained.checkpoint.progress.step
-    last_phase = run.timeline().phase(max(0, step - 1))
+    last_phase = run.timeline().stage(max(0, step - 1))
     sequences = last_phase.global_batch * (run.data.sequence_length // last_phase.sequence_length)
     lines = [line for line in read_metrics(trained.home.metrics_file) if line["step"] <= step]
     last = {key: line[key] for line in lines for key in ("train/loss", "eval/loss") if key in line}

@@ -61,19 +61,19 @@ def parts_of(source: SourceConfig, data: DataConfig) -> tuple[list[Part], list[P
     return both, both
 
 
-def as_prepared(tokenizer_file: Path, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
+def prepare_live(tokenizer_file: Path, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
     """What stands for a prepared corpus: the tokenizer, and what tells whether the sources are still the same, and are read the same way.
 
     Raises InputError where a source does not exist, or holds token ids.
     """
-    data = placed(data)
+    data = with_absolute_paths(data)
     _refuse_token_files(data)
     sources = [identity(source) for source in data.sources]
     read = [data.text_field, data.bad_rows, data.validation, tokens.end_of_text, tokenizer.fingerprint(tokenizer.read(tokenizer_file))]
     return Prepared(tokenizer=tokenizer_file, corpora=(), fingerprint=digest(["live", VERSION, sources, *read]))
 
 
-def refuse_ids(data: DataConfig) -> None:
+def refuse_token_ids(data: DataConfig) -> None:
     """Raises InputError where a source holds token ids, in files of their own or in its first row."""
     _refuse_token_files(data)
     for source in data.sources:
@@ -83,7 +83,7 @@ def refuse_ids(data: DataConfig) -> None:
                 break
 
 
-def placed(data: DataConfig) -> DataConfig:
+def with_absolute_paths(data: DataConfig) -> DataConfig:
     """With local paths made absolute: ranks stand elsewhere, and so may whoever resumes a run."""
 
     def of(source: SourceConfig) -> SourceConfig:

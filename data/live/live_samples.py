@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.hashing import hashed
-from manta.data.live.sources import Part, as_prepared, parts_of, placed
-from manta.data.objectives.causal import Examples
-from manta.data.objectives.objective import Objective, Read
+from manta.data.live.live_sources import Part, parts_of, prepare_live, with_absolute_paths
+from manta.data.objectives.examples import Examples
+from manta.data.objectives.objective import Objective
 from manta.data.prepare.encode import sample
 from manta.data.sampling.order import Permutation
 from manta.data.sampling.samples import Samples, entropy
-from manta.data.sampling.windows import Text
+from manta.data.sampling.windows import Windows
 from manta.data.shards.manifest import Prepared
 from manta.data.sources.config import FilterConfig
 from manta.data.sources.input_split import BadRow
@@ -63,8 +63,8 @@ class LiveSamples:
         Raises InputError where there are none, where the sources or the tokenizer are not those that `prepared` tells, or where the
         tokenizer lacks what the objective needs.
         """
-        data = placed(data)
-        if (got := as_prepared(prepared.tokenizer, data, tokens).fingerprint) != prepared.fingerprint:
+        data = with_absolute_paths(data)
+        if (got := prepare_live(prepared.tokenizer, data, tokens).fingerprint) != prepared.fingerprint:
             raise InputError(
                 f"data.sources: fingerprint {got}; the run wants {prepared.fingerprint}: the corpus is another one than the run began with"
             )
@@ -77,7 +77,7 @@ class LiveSamples:
         self._tokenizer.choose_encoder(_some_text(self._parts))
         self._malformed = 0
         self._read = -1
-        self.go_on_from(Cursor())
+        self.seek(Cursor())
         self.sequence_length = data.sequence_length
         self.tokenizer_vocabulary = self._tokenizer.vocabulary
         self._validation = self._first_held_out([parts for _, parts in by_source], held_out, share=data.validation)
@@ -92,19 +92,19 @@ class LiveSamples:
             row, self._cursor = next(self._windows)
             rows.append(row)
             self._read = number
-        return self._objective(Read(text=Text(tokens=np.stack(rows))), samples, seed=self._seed, length=sequence_length)
+        return self._objective(Windows(tokens=np.stack(rows)), samples, seed=self._seed, sequence_length=sequence_length)
 
     def validation(self, indices: NDArray[np.integer]) -> Examples:
         """Those of the validation windows [K] in range(validation_windows), the same for every seed and on every rank."""
         samples = np.asarray(indices, dtype=np.int64)
-        return self._objective(Read(text=self.validation_text(samples)), samples, seed=None)
+        return self._objective(self.validation_text(samples), samples, seed=None)
 
-    def validation_text(self, indices: NDArray[np.integer]) -> Text:
+    def validation_text(self, indices: NDArray[np.integer]) -> Windows:
         """Validation windows [K] as they stand in the files."""
         indices = np.asarray(indices)
         if indices.size and (indices.min() < 0 or indices.max() >= self.validation_windows):
-            raise IndexError(f"validation windows {indices.min()} to {indices.max()}: there are {self.validation_windows}")
-        return Text(tokens=self._validation[indices])
+            raise IndexError(f"validation: expected indices below {self.validation_windows}, got {indices.min()} to {indices.max()}")
+        return Windows(tokens=self._validation[indices])
 
     def validation_unigram_entropy(self, indices: NDArray[np.integer]) -> float:
         """As `Samples.validation_unigram_entropy`."""
@@ -116,7 +116,7 @@ class LiveSamples:
         """Where this rank's next sample begins."""
         return self._cursor
 
-    def go_on_from(self, cursor: Cursor) -> None:
+    def seek(self, cursor: Cursor) -> None:
         """As if all before it had been read."""
         assert cursor.piece < max(1, len(self._parts)), f"{cursor} of {len(self._parts)} pieces"
         self._cursor = cursor
@@ -205,7 +205,7 @@ def open_samples(
     return Samples(prepared, data, tokens, seed=seed)
 
 
-def check_ranks(cursors: Sequence[object] | None, ranks: int) -> None:
+def check_data_ranks(cursors: Sequence[object] | None, ranks: int) -> None:
     """Raises InputError where a checkpoint of a live run is to go on with more or fewer data ranks than it has cursors."""
     saved = len(cursors or ())
     if saved != ranks:

@@ -1,6 +1,6 @@
 """What it costs to look whether replicas hold the same weights: seconds of a look and of a step, on two ranks of this machine.
 
-python benchmarks/looking.py [rounds]
+python benchmarks/replica_check.py [rounds]
 """
 
 import os
