@@ -210,7 +210,7 @@ def test_a_corpus_too_short_for_a_sample_is_told(home, monkeypatch, capsys):
     (home / "run.yaml").write_text(CONFIG.replace("SOURCES", "[x.txt]"))
     code, err = run(monkeypatch, capsys, "prepare", "run.yaml")
     assert code == 2
-    assert re.search(r"manta: data\..* a sample of 32 wants 33: give more", err.splitlines()[-1])
+    assert re.search(r"manta: data\..* expected at least 33 for a sample of 32, got .*\. Add ", err.splitlines()[-1])
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_told(home, monkeypatch, capsys):
