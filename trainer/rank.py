@@ -11,7 +11,7 @@ import torch.distributed as dist
 from manta.cluster.protocol import ExitCode, HeartbeatWriter
 from manta.data.errors import InputError
 from manta.data.live.live_samples import Cursor, LiveSamples, check_data_ranks, open_samples
-from manta.data.tokenizer.tokenizer import ids
+from manta.data.tokenizer.tokenizer import read_vocabulary
 from manta.trainer.checkpoint import catalog, vocabulary
 from manta.trainer.checkpoint.engine_state import load_masters, logical_shapes, refresh, restore, settle
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError
@@ -169,7 +169,7 @@ def begin_from(engine: Engine, start: str, tokenizer: Path | None = None) -> Non
     tokenizer: this run's, where rows go by what a token is.
     """
     where, name = origin_of(start)
-    alike = None if tokenizer is None else vocabulary.runs(ids(tokenizer_of(where)), ids(tokenizer))
+    alike = None if tokenizer is None else vocabulary.runs(read_vocabulary(tokenizer_of(where)), read_vocabulary(tokenizer))
 
     def take(checkpoint: Checkpoint) -> None:
         suited = checkpoint if alike is None else vocabulary.matched(checkpoint, alike, logical_shapes(engine))

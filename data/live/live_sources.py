@@ -69,7 +69,13 @@ def prepare_live(tokenizer_file: Path, data: DataConfig, tokens: TokenizerConfig
     data = with_absolute_paths(data)
     _refuse_token_files(data)
     sources = [identity(source) for source in data.sources]
-    read = [data.text_field, data.bad_rows, data.validation, tokens.end_of_text, tokenizer.fingerprint(tokenizer.read(tokenizer_file))]
+    read = [
+        data.text_field,
+        data.bad_rows,
+        data.validation,
+        tokens.end_of_text,
+        tokenizer.fingerprint(tokenizer.read_tokenizer(tokenizer_file)),
+    ]
     return Prepared(tokenizer=tokenizer_file, corpora=(), fingerprint=digest(["live", VERSION, sources, *read]))
 
 

@@ -66,7 +66,7 @@ class Speller:
     def __init__(self, file: Path, *, end_of_text: str, masked: bool) -> None:
         """masked: whether targets are of hidden tokens, not of next ones."""
         self._tokenizer = Tokenizer(file, end_of_text=end_of_text)
-        added = json.loads(tokenizer.read(file)).get("added_tokens", [])
+        added = json.loads(tokenizer.read_tokenizer(file)).get("added_tokens", [])
         self._special = {self._tokenizer.end_of_text, *(token["id"] for token in added if token["special"])}
         self._mask = None
         if masked:

@@ -122,8 +122,8 @@ def _check_tokenizer(data: DataConfig, tokens: TokenizerConfig) -> None:
 def _marks(data: DataConfig) -> tuple[str, ...]:
     """The special tokens that the objective asks of a tokenizer that is trained for it."""
     if data.objective == "masked":
-        return tokenizer.MARKS
-    return tokenizer.FIM_MARKS if data.fill_in_the_middle else ()
+        return tokenizer.MASKING_TOKENS
+    return tokenizer.FIM_TOKENS if data.fill_in_the_middle else ()
 
 
 def _whole_tokenizer(home: Home, tokens: TokenizerConfig) -> str | None:
@@ -142,7 +142,7 @@ def _whole_tokenizer(home: Home, tokens: TokenizerConfig) -> str | None:
 
 def _make_tokenizer(home: Home, data: DataConfig, tokens: TokenizerConfig) -> str:
     if tokens.file:
-        content = tokenizer.read(tokens.file)
+        content = tokenizer.read_tokenizer(tokens.file)
     else:
         say(f"tokenizer: training {tokens.vocabulary} tokens on up to {tokens.train_bytes / 1e6:.1f} MB of text")
         pieces = [(piece, source.filter) for source in data.sources for piece in input_splits(source, data)]
@@ -152,7 +152,7 @@ def _make_tokenizer(home: Home, data: DataConfig, tokens: TokenizerConfig) -> st
             vocabulary=tokens.vocabulary,
             lowercase=tokens.lowercase,
             end_of_text=tokens.end_of_text,
-            marks=_marks(data),
+            special_tokens=_marks(data),
         )
     if not is_remote(home.root):
         Path(home.root).mkdir(exist_ok=True)
@@ -175,7 +175,7 @@ def _make_corpus(source: SourceConfig, home: Home, data: DataConfig, tokens: Tok
 
 def _tokenizer_home(data: DataConfig, tokens: TokenizerConfig) -> Home:
     if tokens.file:
-        decides: list[object] = [tokenizer.fingerprint(tokenizer.read(tokens.file))]
+        decides: list[object] = [tokenizer.fingerprint(tokenizer.read_tokenizer(tokens.file))]
     else:
         trained_on = [identity(source) for source in data.sources]
         decides = [trained_on, data.text_field, tokens.model_dump(mode="json", exclude={"file"}), *_marks(data)]

@@ -134,7 +134,7 @@ def load_checked(prepared: Prepared, cache: CacheConfig) -> tuple[tuple[Home, Ma
             raise InputError(f"{problem}; {_REMEDY}")
     if not prepared.tokenizer.is_file():
         raise InputError(f"{prepared.tokenizer}: missing; {_REMEDY}")
-    written_by = tokenizer.fingerprint(tokenizer.read(prepared.tokenizer))
+    written_by = tokenizer.fingerprint(tokenizer.read_tokenizer(prepared.tokenizer))
     if any(manifest.tokenizer != written_by for manifest in manifests):
         raise InputError(f"{prepared.tokenizer}: not the tokenizer that the corpora were written with; {_REMEDY}")
     if (got := joint_fingerprint(manifests)) != prepared.fingerprint:

@@ -1,4 +1,4 @@
-"""Tokenizers are trained: the same texts give the same bytes, on any number of cores."""
+"""Train tokenizers. The same texts give the same bytes, on any number of cores."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ from manta.data.tokenizer.byte_level import byte_letters
 
 Algorithm = Literal["bpe", "wordpiece", "unigram"]
 
-UNKNOWN = "[UNK]"  # what WordPiece makes of a word that it has no letters for
-_ALPHABET = 1000  # letters of a WordPiece vocabulary at most, as BERT's
-_NEVER = -1e6  # the score of a special token among unigram pieces: whatever spells it is more probable
-_SEEDS = 4  # pieces that a unigram vocabulary is chosen from, for each one of it
+UNKNOWN = "[UNK]"  # WordPiece's token for a word with letters outside of its vocabulary
+_ALPHABET = 1000  # largest alphabet of a WordPiece vocabulary, as BERT's
+_NEVER = -1e6  # the score of a special token in a unigram model: any other spelling of it is more probable
+_SEEDS = 4  # candidate pieces for each piece of a unigram vocabulary
 
 
 def train(
@@ -21,16 +21,16 @@ def train(
     *,
     vocabulary: int,
     end_of_text: str,
-    marks: tuple[str, ...] = (),
+    special_tokens: tuple[str, ...] = (),
     algorithm: Algorithm = "bpe",
     lowercase: bool = False,
 ) -> str:
-    """The text of a tokenizer.json.
+    """Train a tokenizer and return the text of its tokenizer.json.
 
-    vocabulary: its size, special tokens included; a small corpus may fill less of it. marks: special tokens besides end_of_text.
-    lowercase: for WordPiece, whether letters lose case and accents. Raises InputError where a text could spell a special token.
+    vocabulary: its size, special tokens included; a small corpus may fill less of it. special_tokens: those besides end_of_text.
+    lowercase: let WordPiece remove case and accents. Raises InputError if a text could contain a special token.
     """
-    special = list(dict.fromkeys((end_of_text, *marks)))
+    special = list(dict.fromkeys((end_of_text, *special_tokens)))
     if algorithm == "bpe":
         reference = _bpe(texts, vocabulary, special)
     elif algorithm == "unigram":
@@ -41,11 +41,11 @@ def train(
     reference.encode_special_tokens = True
     for name in special:
         if name == UNKNOWN or reference.token_to_id(name) in reference.encode(name, add_special_tokens=False).ids:
-            raise InputError(f"tokenizer.end_of_text: got {name!r}, which text may spell; wants a token that is no word, as <|{name}|>")
+            raise InputError(f"tokenizer.end_of_text: expected a token that is not a word, got {name!r}. Use one such as <|{name}|>.")
     return content
 
 
-def _bpe(texts: Iterable[str], vocabulary: int, special: list[str], longest: int | None = None) -> Any:
+def _bpe(texts: Iterable[str], vocabulary: int, special: list[str], max_length: int | None = None) -> Any:
     from tokenizers import Tokenizer, models, trainers
 
     reference = _byte_level(Tokenizer(models.BPE()))
@@ -53,7 +53,7 @@ def _bpe(texts: Iterable[str], vocabulary: int, special: list[str], longest: int
         vocab_size=vocabulary,
         special_tokens=special,
         initial_alphabet=sorted(byte_letters().values()),
-        max_token_length=longest,
+        max_token_length=max_length,
         show_progress=False,
     )
     reference.train_from_iterator(texts, trainer)
@@ -61,10 +61,10 @@ def _bpe(texts: Iterable[str], vocabulary: int, special: list[str], longest: int
 
 
 def _unigram(texts: list[str], vocabulary: int, special: list[str]) -> Any:
-    """Pieces are chosen among those of a larger BPE."""
+    """Choose pieces among those of a larger BPE."""
     from tokenizers import Tokenizer, models
 
-    seeds = _bpe(texts, _SEEDS * vocabulary, [], longest=unigram.LONGEST)
+    seeds = _bpe(texts, _SEEDS * vocabulary, [], max_length=unigram.MAX_PIECE)
     words: Counter[str] = Counter()
     for text in texts:
         words.update(word for word, _ in seeds.pre_tokenizer.pre_tokenize_str(text))
@@ -73,27 +73,24 @@ def _unigram(texts: list[str], vocabulary: int, special: list[str]) -> Any:
     counts = {bytes(byte[letter] for letter in word): count for word, count in words.items()}
     candidates = (bytes(byte[letter] for letter in token) for token in seeds.get_vocab())
     pieces = unigram.fit(counts, candidates, size=vocabulary - len(special))
-    spelled = [("".join(letters[value] for value in piece), score) for piece, score in pieces]
-    reference = _byte_level(Tokenizer(models.Unigram([*((name, _NEVER) for name in special), *spelled])))
+    scores = [("".join(letters[value] for value in piece), score) for piece, score in pieces]
+    reference = _byte_level(Tokenizer(models.Unigram([*((name, _NEVER) for name in special), *scores])))
     reference.add_special_tokens(special)
     return reference
 
 
 def _wordpiece(texts: list[str], vocabulary: int, special: list[str], *, lowercase: bool) -> Any:
-    """The trainer numbers letters as a hash map has them, another way each time, and by numbers it decides between equally frequent pairs.
+    """Train WordPiece in two rounds, to be deterministic.
 
-    So they get their numbers beforehand, as if they were special: all letters, then those that a first round finds within words.
+    The trainer assigns ids to letters in hash map order, which differs each time, and ids break ties between equally frequent pairs.
+    So letters, and those that a first round finds within words, get fixed ids as if they were special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    def trained(size: int, numbered: list[str]) -> dict[str, int]:
+    def fit(size: int, fixed: list[str]) -> dict[str, int]:
         reference.model = models.WordPiece(unk_token=UNKNOWN)
         trainer = trainers.WordPieceTrainer(
-            vocab_size=size,
-            special_tokens=numbered,
-            initial_alphabet=letters,
-            limit_alphabet=len(letters),
-            show_progress=False,
+            vocab_size=size, special_tokens=fixed, initial_alphabet=letters, limit_alphabet=len(letters), show_progress=False
         )
         reference.train_from_iterator(texts, trainer)
         return reference.get_vocab(with_added_tokens=False)
@@ -101,18 +98,18 @@ def _wordpiece(texts: list[str], vocabulary: int, special: list[str], *, lowerca
     reference = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     reference.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)
     reference.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    frequent: Counter[str] = Counter()
+    frequency: Counter[str] = Counter()
     for text in texts:
-        frequent.update(reference.normalizer.normalize_str(text))
-    del frequent[" "]
-    limit = min(_ALPHABET, (vocabulary - len(special)) // 2)  # each may stand twice, as a word's first letter and as a later one
-    letters = sorted(sorted(frequent, key=lambda letter: (-frequent[letter], letter))[:limit])
-    within = sorted(trained(0, []).keys() - set(letters))
-    pieces = trained(vocabulary, [*special, *letters, *within])
-    made = Tokenizer(models.WordPiece(pieces, unk_token=UNKNOWN))
-    made.normalizer, made.pre_tokenizer, made.decoder = reference.normalizer, reference.pre_tokenizer, decoders.WordPiece()
-    made.add_special_tokens(special)
-    return made
+        frequency.update(reference.normalizer.normalize_str(text))
+    del frequency[" "]
+    limit = min(_ALPHABET, (vocabulary - len(special)) // 2)  # each may occur twice: first in a word, and later in one
+    letters = sorted(sorted(frequency, key=lambda letter: (-frequency[letter], letter))[:limit])
+    within_words = sorted(fit(0, []).keys() - set(letters))
+    pieces = fit(vocabulary, [*special, *letters, *within_words])
+    result = Tokenizer(models.WordPiece(pieces, unk_token=UNKNOWN))
+    result.normalizer, result.pre_tokenizer, result.decoder = reference.normalizer, reference.pre_tokenizer, decoders.WordPiece()
+    result.add_special_tokens(special)
+    return result
 
 
 def _byte_level(reference: Any) -> Any:

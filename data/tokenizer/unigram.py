@@ -1,9 +1,9 @@
-"""A unigram model of the pieces that words are made of (Kudo 2018, section 3.2): expectation-maximisation and pruning.
+"""A unigram language model of word pieces (Kudo 2018, section 3.2), trained by expectation-maximization and pruning.
 
-The trainer that `tokenizers` has sums in the order of a hash map, another one each time; here the same words give the same pieces.
+The trainer of `tokenizers` sums in hash map order, which differs each time; here the same words always give the same pieces.
 
-Legend: W words, B their bytes end to end, G gaps (a word of n bytes has n + 1), E edges, P pieces. An edge is a piece that spells what
-stands between two gaps of a word; a path of edges from its first gap to its last is one way to cut the word.
+Legend: W words, B their concatenated bytes, G gaps (a word of n bytes has n + 1), E edges, P pieces. An edge is a piece between two gaps
+of a word; a path of edges from its first gap to its last is one segmentation of the word.
 """
 
 from collections import Counter
@@ -15,14 +15,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-BYTES = 256  # pieces of one byte, always kept: they spell any word
-LONGEST = 16  # bytes of a piece
-_PART = 32  # bytes: longer words are cut, so that the product of a path's probabilities stays a double
-_LEARNT_FROM = 4_000_000  # bytes of distinct words, the most frequent ones; each costs a few hundred bytes of memory
-_KEPT = 0.75  # share of the pieces that a round of pruning leaves
+BYTES = 256  # pieces of one byte are always kept, so that any word can be segmented
+MAX_PIECE = 16  # bytes
+_MAX_WORD = 32  # bytes: longer words are cut, so that the product of a path's probabilities does not underflow a double
+_TRAINING_BYTES = 4_000_000  # of distinct words, the most frequent ones; each byte costs a few hundred bytes of memory
+_KEPT = 0.75  # share of the pieces that remain after a round of pruning
 _UPDATES = 2  # of the probabilities, before each round of pruning and after the last
-_LEAST = 1e-10  # the probability of a piece: 32 of them in a row are still a double
-_SEEN_LEAST = 0.5  # a longer piece that is expected less often goes; a single byte counts as seen so often
+_MIN_PROBABILITY = 1e-10  # of a piece: the product of 32 of them is still a double
+_MIN_COUNT = 0.5  # a longer piece with a smaller expected count is removed; a single byte has at least this count
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -30,28 +30,28 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Lattice:
-    """Every way to cut words into pieces. Depth is the bytes of a word that stand before a gap."""
+    """All segmentations of words into pieces. The depth of a gap is the number of bytes of its word before it."""
 
     first: Ints  # [W], the gap before each word
-    last: Ints  # [W], and the one after it
+    last: Ints  # [W], the gap after each word
     starts: Ints  # [E], gaps
     ends: Ints  # [E], gaps
     pieces: Ints  # [E]
-    forward: tuple[tuple[Ints, Ints, Ints], ...]  # by depth: edges sorted by their end, where each end's edges begin, the ends
-    backward: tuple[tuple[Ints, Ints, Ints], ...]  # by depth, the deepest first: the same by their start
+    forward: tuple[tuple[Ints, Ints, Ints], ...]  # by depth: edges sorted by end, the index of each end's first edge, the ends
+    backward: tuple[tuple[Ints, Ints, Ints], ...]  # by depth, the deepest first: the same by start
 
     @classmethod
     def of(cls, words: list[bytes], pieces: list[bytes], *, whole: bool = True) -> Self:
-        """whole: whether a word may be one piece."""
+        """whole: whether a piece may be a whole word."""
         text_B = np.frombuffer(b"".join(words), dtype=np.uint8)
         lengths_W = np.array([len(word) for word in words], dtype=np.int64)
         last_W = np.cumsum(lengths_W + 1) - 1
         first_W = last_W - lengths_W
-        gaps_B = np.arange(len(text_B)) + np.repeat(np.arange(len(words)), lengths_W)  # the one before each byte
-        found = list(_occurrences(text_B, np.repeat(last_W, lengths_W) - gaps_B, pieces))
-        starts_E = gaps_B[np.concatenate([at for at, _, _ in found])]
-        pieces_E = np.concatenate([piece for _, piece, _ in found])
-        ends_E = starts_E + np.concatenate([np.full(len(at), length) for at, _, length in found])
+        gaps_B = np.arange(len(text_B)) + np.repeat(np.arange(len(words)), lengths_W)  # the gap before each byte
+        occurrences = list(_occurrences(text_B, np.repeat(last_W, lengths_W) - gaps_B, pieces))
+        starts_E = gaps_B[np.concatenate([at for at, _, _ in occurrences])]
+        pieces_E = np.concatenate([piece for _, piece, _ in occurrences])
+        ends_E = starts_E + np.concatenate([np.full(len(at), length) for at, _, length in occurrences])
         depth_G = np.arange(len(text_B) + len(words)) - np.repeat(first_W, lengths_W + 1)
         if not whole:
             part = (depth_G[starts_E] > 0) | (np.repeat(last_W, lengths_W + 1)[starts_E] != ends_E)
@@ -67,8 +67,8 @@ class _Lattice:
         )
 
     def expected(self, probabilities_P: Floats, counts_W: Ints) -> Floats:
-        """How often each piece is expected among all ways to cut the words, by how probable they are: [P]."""
-        # Times 32 for each byte of a piece: of a whole word's it cancels out, and no product underflows.
+        """Return the expected count of each piece over all segmentations of the words, weighted by their probability: [P]."""
+        # A factor of 32 per byte avoids underflow; it cancels out, since all paths of a word have the same number of bytes.
         weights_E = np.ldexp(probabilities_P[self.pieces], 5 * (self.ends - self.starts))
         alpha_G = np.zeros(self.last[-1] + 1)
         beta_G = np.zeros_like(alpha_G)
@@ -82,7 +82,7 @@ class _Lattice:
         return np.bincount(self.pieces, paths_E, minlength=len(probabilities_P)).astype(np.float64)
 
     def best(self, scores_P: Floats) -> Floats:
-        """The logarithm of the probability of each word's most probable cut: [W]."""
+        """Return the log probability of the most probable segmentation of each word: [W]."""
         best_G = np.zeros(self.last[-1] + 1)
         for edges, bounds, gaps in self.forward:
             best_G[gaps] = np.maximum.reduceat(best_G[self.starts[edges]] + scores_P[self.pieces[edges]], bounds)
@@ -90,69 +90,69 @@ class _Lattice:
 
 
 def fit(words: Mapping[bytes, int], seeds: Iterable[bytes], *, size: int) -> list[tuple[bytes, float]]:
-    """At most `size` pieces, or the single bytes alone, and the logarithms of their probabilities, the most probable first.
+    """Return at most `size` pieces, or only the single bytes, with their log probabilities, the most probable first.
 
-    words: how often each stands in the text. seeds: pieces to choose from, among them many more than `size` good ones.
+    words: the count of each in the text. seeds: candidate pieces, many more than `size`.
     """
-    parts, counts_W = _learnt_from(words or {bytes([byte]): 1 for byte in range(BYTES)})
+    parts, counts_W = _training_words(words or {bytes([byte]): 1 for byte in range(BYTES)})
     pieces = [bytes([byte]) for byte in range(BYTES)]
-    pieces += sorted({seed for seed in seeds if 1 < len(seed) <= LONGEST})
-    seen_P = np.ones(len(pieces))
+    pieces += sorted({seed for seed in seeds if 1 < len(seed) <= MAX_PIECE})
+    count_P = np.ones(len(pieces))
     while True:
         lattice = _Lattice.of(parts, pieces)
         for _ in range(_UPDATES):
-            seen_P = lattice.expected(_probabilities(seen_P), counts_W)
-        scores_P = np.log(_probabilities(seen_P))
+            count_P = lattice.expected(_probabilities(count_P), counts_W)
+        scores_P = np.log(_probabilities(count_P))
         if len(pieces) <= max(size, BYTES):
-            found = ((piece, round(float(score), 6)) for piece, score in zip(pieces, scores_P, strict=True))
-            return sorted(found, key=lambda each: (-each[1], each[0]))
-        left = _pruned(pieces, seen_P, scores_P, to=max(size, BYTES, int(_KEPT * len(pieces))))
-        pieces, seen_P = [pieces[index] for index in left], seen_P[left]
+            scores = ((piece, round(float(score), 6)) for piece, score in zip(pieces, scores_P, strict=True))
+            return sorted(scores, key=lambda entry: (-entry[1], entry[0]))
+        kept = _prune(pieces, count_P, scores_P, to=max(size, BYTES, int(_KEPT * len(pieces))))
+        pieces, count_P = [pieces[index] for index in kept], count_P[kept]
 
 
-def _probabilities(seen_P: Floats) -> Floats:
-    counted_P = seen_P.copy()
-    counted_P[:BYTES] = np.maximum(counted_P[:BYTES], _SEEN_LEAST)
-    return np.maximum(counted_P / counted_P.sum(), _LEAST)
+def _probabilities(count_P: Floats) -> Floats:
+    count_P = count_P.copy()
+    count_P[:BYTES] = np.maximum(count_P[:BYTES], _MIN_COUNT)
+    return np.maximum(count_P / count_P.sum(), _MIN_PROBABILITY)
 
 
-def _pruned(pieces: list[bytes], seen_P: Floats, scores_P: Floats, *, to: int) -> Ints:
-    """The pieces that stay: those without which the text would lose the most probability."""
+def _prune(pieces: list[bytes], count_P: Floats, scores_P: Floats, *, to: int) -> Ints:
+    """Return the indexes of the pieces to keep: the text would lose the most probability without them."""
     losses_P = np.full(len(pieces), np.inf)
     others = _Lattice.of(pieces[BYTES:], pieces, whole=False)
-    losses_P[BYTES:] = seen_P[BYTES:] * (scores_P[BYTES:] - others.best(scores_P))
-    losses_P[BYTES:][seen_P[BYTES:] < _SEEN_LEAST] = -np.inf
+    losses_P[BYTES:] = count_P[BYTES:] * (scores_P[BYTES:] - others.best(scores_P))
+    losses_P[BYTES:][count_P[BYTES:] < _MIN_COUNT] = -np.inf
     kept = np.argsort(-losses_P, kind="stable")[:to]
     return np.sort(kept[losses_P[kept] > -np.inf])
 
 
-def _learnt_from(words: Mapping[bytes, int]) -> tuple[list[bytes], Ints]:
-    """Parts of words and their counts [W]. Of a text with too many, the most frequent; a hash decides between equally frequent ones."""
+def _training_words(words: Mapping[bytes, int]) -> tuple[list[bytes], Ints]:
+    """Return parts of words and their counts [W]: the most frequent ones if there are too many; a hash breaks ties."""
     counts: Counter[bytes] = Counter()
     for word, count in words.items():
-        for start in range(0, len(word), _PART):
-            counts[word[start : start + _PART]] += count
+        for start in range(0, len(word), _MAX_WORD):
+            counts[word[start : start + _MAX_WORD]] += count
     parts = sorted(counts, key=lambda part: (-counts[part], xxhash.xxh3_64_intdigest(part), part))
-    fit = int(np.searchsorted(np.cumsum([len(part) for part in parts]), _LEARNT_FROM, side="right"))
+    fit = int(np.searchsorted(np.cumsum([len(part) for part in parts]), _TRAINING_BYTES, side="right"))
     return parts[:fit], np.array([counts[part] for part in parts[:fit]], dtype=np.int64)
 
 
 def _occurrences(text_B: NDArray[np.uint8], left_B: Ints, pieces: list[bytes]) -> Iterator[tuple[Ints, Ints, int]]:
-    """For each length: where in the text pieces of it stand, and which. left_B: bytes from each place to the end of its word."""
+    """Yield, for each length, the positions of pieces in the text, the pieces, and the length. left_B: bytes to the end of the word."""
     keys, children, piece_of = _trie(pieces)
     at, node = np.arange(len(text_B)), np.zeros(len(text_B), dtype=np.int64)
-    for length in range(1, LONGEST + 1):
-        room = left_B[at] >= length
-        at, wanted = at[room], node[room] * 256 + text_B[at[room] + length - 1]
-        found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        here = keys[found] == wanted
-        at, node = at[here], children[found[here]]
+    for length in range(1, MAX_PIECE + 1):
+        fits = left_B[at] >= length
+        at, key = at[fits], node[fits] * 256 + text_B[at[fits] + length - 1]
+        index = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+        match = keys[index] == key
+        at, node = at[match], children[index[match]]
         ends = piece_of[node] >= 0
         yield at[ends], piece_of[node[ends]], length
 
 
 def _trie(pieces: list[bytes]) -> tuple[Ints, Ints, Ints]:
-    """Keys node * 256 + byte, sorted; the node to which each leads; by node, the piece that ends there, or -1."""
+    """Return the keys node * 256 + byte, sorted; the child that each leads to; for each node the piece that ends there, or -1."""
     steps: dict[int, int] = {}
     piece_of = {0: -1}
     for index, piece in enumerate(pieces):
@@ -166,7 +166,7 @@ def _trie(pieces: list[bytes]) -> tuple[Ints, Ints, Ints]:
 
 
 def _by_depth(depth_G: Ints, gaps_E: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
-    """For each depth that edges have at one of their ends: the edges, sorted by it; where each gap's edges begin; the gaps."""
+    """Yield, for each depth of these gaps of the edges: the edges sorted by gap, the index of each gap's first edge, the gaps."""
     order = np.lexsort((gaps_E, depth_G[gaps_E]))
     depths = depth_G[gaps_E[order]]
     for edges in np.split(order, np.flatnonzero(np.diff(depths)) + 1):

@@ -54,7 +54,7 @@ def check(opened: Opened) -> Told:
 
 def _tokenizer(file: Path, corpora: list[tuple[Home, Manifest]]) -> list[str]:
     try:
-        got = tokenizer.fingerprint(tokenizer.read(file))
+        got = tokenizer.fingerprint(tokenizer.read_tokenizer(file))
     except InputError as error:
         return [str(error)]
     others = {corpus.tokenizer for _, corpus in corpora} - {got}

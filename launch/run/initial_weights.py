@@ -6,7 +6,7 @@ from pathlib import Path
 from manta.data.errors import InputError
 from manta.data.live.live_samples import open_samples
 from manta.data.shards.manifest import Prepared
-from manta.data.tokenizer.tokenizer import fingerprint, ids, read
+from manta.data.tokenizer.tokenizer import fingerprint, read_tokenizer, read_vocabulary
 from manta.launch.config import RunConfig
 from manta.launch.run.display import say
 from manta.trainer.checkpoint.errors import CheckpointError
@@ -54,13 +54,13 @@ def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prep
 def tell_of_another_tokenizer(found: str, config: RunConfig, prepared: Prepared) -> None:
     """Weights whose tokens mean something else begin worse than none: it is said, and not refused, for some are trained on purpose so."""
     if config.run.match_tokens:
-        theirs, ours = ids(tokenizer_of(origin_of(found)[0])), ids(prepared.tokenizer)
+        theirs, ours = read_vocabulary(tokenizer_of(origin_of(found)[0])), read_vocabulary(prepared.tokenizer)
         both = len(theirs.keys() & ours.keys())
         say(f"run.match_tokens: {both:,} of {len(ours):,} tokens have a row in the weights, {len(ours) - both:,} begin anew")
         return
     file = RunDirectory(Path(found).parent.parent).tokenizer_file
     if not file.exists():
         say(f"run.start_from: whether the weights were trained with this tokenizer is not known: there is no {file}")
-    elif fingerprint(read(file)) != fingerprint(read(prepared.tokenizer)):
+    elif fingerprint(read_tokenizer(file)) != fingerprint(read_tokenizer(prepared.tokenizer)):
         remedy = f"to read as they did: tokenizer.file={file}; to take rows by what a token is: run.match_tokens=true"
         say(f"run.start_from: the weights were trained with another tokenizer; {remedy}")

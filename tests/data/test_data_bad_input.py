@@ -180,15 +180,15 @@ def _without_end(spec):
 
 
 TOKENIZERS = {
-    "missing": (lambda _: None, "causal", r"t\.json: cannot be read \(FileNotFoundError\)"),
-    "malformed": (lambda path: path.write_text("{"), "causal", r"t\.json: not a tokenizer\.json"),
-    "a list": (lambda path: path.write_text("[1]"), "causal", r"t\.json: not a tokenizer\.json"),
-    "no end": (spoilt(_without_end), "causal", r"t\.json: no token '<\|endoftext\|>'"),
-    "no mask": (write_tokenizer, "masked", r"t\.json: got no token \[CLS\] or <s>, wants \[CLS\] \[SEP\] \[MASK\] \[PAD\]"),
+    "missing": (lambda _: None, "causal", r"t\.json: expected a readable tokenizer\.json, got FileNotFoundError"),
+    "malformed": (lambda path: path.write_text("{"), "causal", r"t\.json: expected a tokenizer\.json as tokenizers\.Tokenizer saves it"),
+    "a list": (lambda path: path.write_text("[1]"), "causal", r"t\.json: expected a tokenizer\.json as tokenizers\.Tokenizer saves it"),
+    "no end": (spoilt(_without_end), "causal", r"t\.json: expected a token '<\|endoftext\|>'"),
+    "no mask": (write_tokenizer, "masked", r"t\.json: expected \[CLS\] \[SEP\] \[MASK\] \[PAD\] .*, got no token \[CLS\] or <s>"),
     "an id twice": (
         spoilt(lambda spec: spec | {"model": spec["model"] | {"vocab": spec["model"]["vocab"] | {"a": 5}}}),
         "causal",
-        r"t\.json: id 5 stands for .* and for .*; wants one token an id",
+        r"t\.json: expected one token per id, got .* and .* for 5",
     ),
 }
 

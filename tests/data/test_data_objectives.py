@@ -220,7 +220,9 @@ def test_a_tokenizer_of_no_use_for_masking_is_told_before_anything_is_written(pr
     given = prepared["causal"].tokenizer
     with pytest.raises(InputError) as caught:
         prepare.prepare(data, TokenizerConfig(file=given))
-    assert str(caught.value).startswith(f"{given}: got no token [CLS] or <s>, wants [CLS] [SEP] [MASK] [PAD]")
+    assert str(caught.value).startswith(
+        f"{given}: expected [CLS] [SEP] [MASK] [PAD] (or <s> </s> <mask> <pad>) for data.objective masked, got no token [CLS] or <s>"
+    )
     with pytest.raises(InputError) as caught:
         prepare.prepare(data, TokenizerConfig(vocabulary=260))
     wants = "wants at least 261: 256 bytes and <|endoftext|> [CLS] [MASK] [PAD] [SEP]"

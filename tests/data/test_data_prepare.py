@@ -368,7 +368,7 @@ def test_a_bad_source_is_told_before_anything_is_written(tmp_path):
     good = write_lines(tmp_path / "good.jsonl", documents(20))
     with pytest.raises(InputError, match="no such files"):
         prepare.prepare(config(tmp_path / "corpora", good, tmp_path / "none.jsonl"), SMALL)
-    with pytest.raises(InputError, match=r"none\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"none\.json: expected a readable tokenizer\.json"):
         prepare.prepare(config(tmp_path / "corpora", good), TokenizerConfig(file=tmp_path / "none.json"))
     assert not (tmp_path / "corpora").exists()
 

@@ -1,4 +1,4 @@
-"""Tokenizers that tests make and alter, and texts that are hard to split."""
+"""Helpers for tests of tokenizers: train one, edit its file, open it with tiktoken; texts that are hard to split."""
 
 import json
 import sysconfig
@@ -8,7 +8,7 @@ import pytest
 
 from manta.data.errors import InputError
 from manta.data.tokenizer.tokenizer import Tokenizer
-from manta.data.tokenizer.train import train as train_tokenizer
+from manta.data.tokenizer.train import train
 
 TEXTS = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]]
 END = "<|endoftext|>"
@@ -27,32 +27,33 @@ TRICKY = [
 ]
 
 
-def trained(folder: Path, texts: list[str] = TEXTS, vocabulary: int = 600, **more) -> Path:
-    path = folder / "tokenizer.json"
-    path.write_text(train_tokenizer(texts, vocabulary=vocabulary, end_of_text=END, **more), encoding="utf-8")
+def train_file(path: Path, texts: list[str] = TEXTS, vocabulary: int = 600, **more) -> Path:
+    """Train a tokenizer.json."""
+    path.write_text(train(texts, **{"vocabulary": vocabulary, "end_of_text": END, **more}), encoding="utf-8")
     return path
 
 
-def opened_fast(file: Path) -> Tokenizer:
-    """With tiktoken, proven on all of these texts."""
-    opened = Tokenizer(file)
+def open_with_tiktoken(file: Path) -> Tokenizer:
+    """Open a tokenizer that encodes with tiktoken, proven on all of these texts."""
+    tokenizer = Tokenizer(file)
     size = sum(len(text.encode()) for text in TEXTS + TRICKY)
-    said = f"tiktoken: same ids as tokenizers on 41 documents, {size} bytes, of the corpus"
-    assert opened.choose_encoder(TEXTS + TRICKY) == said
-    return opened
+    choice = f"tiktoken: same ids as tokenizers on 41 documents, {size} bytes, of the corpus"
+    assert tokenizer.choose_encoder(TEXTS + TRICKY) == choice
+    return tokenizer
 
 
-def altered(file: Path, directory: Path, alter) -> Path:
+def edited(file: Path, directory: Path, edit) -> Path:
+    """Return a copy of a tokenizer.json after `edit(spec)`."""
     spec = json.loads(file.read_text())
-    alter(spec)
-    path = directory / "altered.json"
+    edit(spec)
+    path = directory / "edited.json"
     path.write_text(json.dumps(spec))
     return path
 
 
-def told(make) -> str:
-    """The one line of the InputError that this ends with."""
+def error_of(action) -> str:
+    """Return the one-line InputError that an action raises."""
     with pytest.raises(InputError) as caught:
-        make()
+        action()
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -94,7 +94,9 @@ def model_config(**changes) -> ModelConfig:
 def words(tmp_path_factory) -> Path:
     """A tokenizer that has BERT's marks, too."""
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    file.write_text(train_tokenizer(["one two three"] * 9, vocabulary=270, end_of_text="<|endoftext|>", marks=tokenizer.MARKS))
+    file.write_text(
+        train_tokenizer(["one two three"] * 9, vocabulary=270, end_of_text="<|endoftext|>", special_tokens=tokenizer.MASKING_TOKENS)
+    )
     return file
 
 
@@ -639,7 +641,7 @@ def test_an_end_of_text_that_the_tokenizer_lacks_is_told_by_the_file_that_names_
     source = exported(run())
     file = source / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|nowhere|>"}))
-    with pytest.raises(InputError, match=r"no token '<\|nowhere\|>'.*set eos_token of tokenizer_config.json"):
+    with pytest.raises(InputError, match=r"expected a token '<\|nowhere\|>'.*Set eos_token of tokenizer_config.json"):
         import_model(source, tmp_path / "imported")
 
 

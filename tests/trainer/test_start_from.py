@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from manta.data.sampling.samples import Samples
-from manta.data.tokenizer.tokenizer import ids
+from manta.data.tokenizer.tokenizer import read_vocabulary
 from manta.trainer.checkpoint import catalog
 from manta.trainer.dataloader.batch import IGNORED
 from manta.trainer.run_directory import RunDirectory
@@ -81,7 +81,7 @@ def test_a_vocabulary_that_has_grown_keeps_the_rows_of_its_tokens(workspace):
     """The tokenizer gets new tokens, and its numbers another order: each old token has its own row all the same."""
     import_of = workspace.directory / "imported/gpt2"
     spec = json.loads((import_of / "tokenizer.json").read_text())
-    there = ids(import_of / "tokenizer.json")
+    there = read_vocabulary(import_of / "tokenizer.json")
     names = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
     special = [added["content"] for added in spec["added_tokens"]]
     kept = [name for name in names if name not in special]

@@ -160,7 +160,7 @@ def _tokenizer(directory: Path, theirs: Config) -> tuple[Tokenizer, str]:
         token = told.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
-            return Tokenizer(file, end_of_text=token, named=f"{key} of {told_file.name}"), token
+            return Tokenizer(file, end_of_text=token, key=f"{key} of {told_file.name}"), token
     number = theirs.get("eos_token_id")
     number = number[0] if isinstance(number, list) and number else number
     if isinstance(number, int) and not isinstance(number, bool):
@@ -172,4 +172,4 @@ def _tokenizer(directory: Path, theirs: Config) -> tuple[Tokenizer, str]:
             raise InputError(f"{file}: {' '.join(str(error).split())}; wants a tokenizer.json: fetch it again") from None
         if token is not None:
             return Tokenizer(file, end_of_text=token), token
-    return Tokenizer(file, end_of_text="[SEP]", named=f"eos_token of {told_file.name}"), "[SEP]"
+    return Tokenizer(file, end_of_text="[SEP]", key=f"eos_token of {told_file.name}"), "[SEP]"

@@ -5,7 +5,7 @@ import json
 from tokenizers import Tokenizer as Reference
 from tokenizers import processors
 
-from manta.data.tokenizer.tokenizer import read
+from manta.data.tokenizer.tokenizer import read_tokenizer
 from manta.trainer.model.bert import Bert
 from manta.trainer.pretrained.load import Pretrained
 from manta.trainer.pretrained.source import KEPT
@@ -23,7 +23,7 @@ def tokenizer_files(trained: Pretrained) -> dict[str, bytes]:
         marks = {"cls": special.cls, "sep": special.sep, "mask": special.mask, "pad": special.pad}
         names = {f"{mark}_token": trained.tokenizer.decode([number]) for mark, number in marks.items()}
         config |= {**names, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
-        content = _framed(read(trained.tokenizer_file), names["cls_token"], names["sep_token"]).encode()
+        content = _framed(read_tokenizer(trained.tokenizer_file), names["cls_token"], names["sep_token"]).encode()
     else:
         config |= {"bos_token": trained.end_of_text, "eos_token": trained.end_of_text}
     config |= {"model_max_length": trained.sequence_length, "clean_up_tokenization_spaces": False}
