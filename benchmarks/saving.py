@@ -23,8 +23,8 @@ import torch
 import xxhash
 
 from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.engine_state import logical_shapes, logical_state, progress
-from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, name_of, to_bytes
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
@@ -71,7 +71,7 @@ class Comparison:
         self.step()
         self.wholes = {key: view for key, pieces in logical_state(self.engine).items() for _, view in pieces.held}
         self.shapes = logical_shapes(self.engine)
-        self.torchs, self.deepspeeds, self.where = scratch / "torch.pt", scratch / "deepspeed", Folder(scratch / "ours")
+        self.torchs, self.deepspeeds, self.where = scratch / "torch.pt", scratch / "deepspeed", open_backend(scratch / "ours")
         self.blocking = Saver(self.where, identity={}, attempt=0)
         self.behind = Saver(self.where, identity={}, attempt=0, asynchronous=True)
         self.seconds: dict[str, list[float]] = {}
@@ -167,7 +167,7 @@ def synced(path: Path) -> None:
 
 def tell_memory(directory: Path) -> int:
     """By how much a process grows that loads a checkpoint, over the bytes that it loads."""
-    where = Folder(directory)
+    where = open_backend(directory)
     checkpoint = catalog.look(where, where.names()[0])
     tensors = {key: torch.empty(stored.shape) for key, stored in checkpoint.tensors.items()}  # memory that nothing lies in yet
     before = peak(anew=True)

@@ -15,32 +15,26 @@ from pydantic import ValidationError
 
 from manta.data.errors import InputError
 from manta.data.shards.manifest import Prepared
-from manta.data.storage.remote import is_remote
-from manta.trainer.checkpoint.bucket import Bucket
-from manta.trainer.checkpoint.folder import Folder
+from manta.data.storage.location import local_path
+from manta.trainer.checkpoint.backend import CheckpointBackend, open_backend
 from manta.trainer.checkpoint.manifest import step_of
-from manta.trainer.checkpoint.storage import Storage
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import TrainingConfig
 
 
-def storage_of(where: str | Path) -> Storage:
-    """Checkpoints at a path or a URL."""
-    return Bucket(str(where)) if is_remote(str(where)) else Folder(Path(where))
-
-
-def origin_of(start: str) -> tuple[Storage, str | None]:
+def origin_of(start: str) -> tuple[CheckpointBackend, str | None]:
     """What run.start_from names: one checkpoint, by its name; or the newest of a run or an import, which has no name yet."""
     above, _, name = start.rstrip("/").rpartition("/")
     if step_of(name) is not None:
-        return storage_of(above), name
-    return storage_of(start) if is_remote(start) else RunDirectory(Path(start)).checkpoints, None
+        return open_backend(above), name
+    path = local_path(start)
+    return open_backend(start) if path is None else RunDirectory(path).checkpoints, None
 
 
-def tokenizer_of(checkpoints: Storage) -> Path:
+def tokenizer_of(checkpoints: CheckpointBackend) -> Path:
     """What the run, or the import, whose checkpoints lie there reads with. Raises InputError where it is not beside them."""
     file = Path(str(checkpoints)).parent / "tokenizer.json"
-    if is_remote(str(checkpoints)) or not file.exists():
+    if not file.exists():
         wants = "weights beside which lies their tokenizer.json, in RUN/checkpoints"
         raise InputError(f"run.match_tokens: got weights in {checkpoints}, wants {wants}; put it at {file}")
     return file
@@ -76,7 +70,7 @@ class RunDirectory:
         return self.path / "lock"
 
     @property
-    def checkpoints(self) -> Storage:
+    def checkpoints(self) -> CheckpointBackend:
         """Where they lie: beside the rest, or where the config says."""
         try:
             told = yaml.safe_load(self.config_file.read_text())["checkpoint"]["directory"]
@@ -84,9 +78,9 @@ class RunDirectory:
             told = None  # an import, or nothing yet; what is wrong with a config is told by who reads it
         return self.checkpoints_of(told)
 
-    def checkpoints_of(self, directory: str | None) -> Storage:
+    def checkpoints_of(self, directory: str | None) -> CheckpointBackend:
         """Where they lie under this checkpoint.directory."""
-        return storage_of(directory or self.path / "checkpoints")
+        return open_backend(directory or self.path / "checkpoints")
 
     @property
     def request_file(self) -> Path:

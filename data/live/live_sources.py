@@ -16,7 +16,7 @@ from manta.data.sources.filters import Filter
 from manta.data.sources.input_split import BadRow, Document, InputSplit
 from manta.data.sources.source import holds_token_files, identity, validation_source
 from manta.data.sources.splits import input_splits
-from manta.data.storage.remote import is_remote
+from manta.data.storage.location import local_path
 from manta.data.tokenizer import tokenizer
 
 VERSION = 1  # of the order in which ranks read; another one is another corpus
@@ -106,7 +106,7 @@ def _refuse_token_files(data: DataConfig) -> None:
 
 
 def _absolute(path: str) -> str:
-    if path == "stdlib:" or is_remote(path):
+    if path == "stdlib:" or local_path(path) is None:
         return path
     if path.startswith("hf:"):
         dataset, colon, config = path.removeprefix("hf:").partition(":")

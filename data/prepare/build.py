@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
@@ -24,8 +23,6 @@ from manta.data.sources.config import SourceConfig
 from manta.data.sources.input_split import InputSplit
 from manta.data.sources.source import holds_token_files, validation_source
 from manta.data.sources.splits import input_splits
-from manta.data.storage.atomic import TEMPORARY
-from manta.data.storage.remote import is_remote
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 _PROOF_BYTES = 1_000_000  # text of a source on which a faster encoder must equal the reference
@@ -36,10 +33,7 @@ def make_shards(
 ) -> tuple[str, list[PieceRecord]]:
     """Which encoder was chosen and why, and the record of each piece, in order. Pieces that are whole are not made again."""
     home.delete(manifest.NAME)
-    if not is_remote(home.root):
-        Path(home.root).mkdir(exist_ok=True)
-        for leftover in Path(home.root).glob(f".*{TEMPORARY}"):
-            leftover.unlink(missing_ok=True)
+    home.store.create()
     held_out = validation_source(source)
     shares = [(piece, 0.0 if held_out else data.validation) for piece in _pieces(source, data)]
     shares += [(piece, 1.0) for piece in (_pieces(held_out, data) if held_out else ())]
@@ -170,8 +164,7 @@ def _finished(task: Task, home: Home) -> PieceRecord | None:
         record = PieceRecord.model_validate_json(home.read(task.record))
     except (FileNotFoundError, ValidationError):
         return None
-    contents = not is_remote(task.root)
-    return None if any(home.problem(shard, contents=contents) for shard in record.shards()) else record
+    return None if any(home.problem(shard, contents=home.store.is_local) for shard in record.shards()) else record
 
 
 def _unigram_entropy(home: Home, parts: Sequence[manifest.Shard], vocabulary: int) -> float | None:

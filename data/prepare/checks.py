@@ -1,14 +1,12 @@
 """What is wrong with sources as config names them, told before anything is written."""
 
-from pathlib import Path
-
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.prepare.progress import say
 from manta.data.sources.config import FilterConfig, SourceConfig
 from manta.data.sources.source import ignored_files, source_files, validation_source
 from manta.data.sources.splits import content_kind
-from manta.data.storage.remote import is_remote
+from manta.data.storage.location import resolve
 
 _SPELLED = {"text": "text", "ids": "token ids in a field", "shards": "token shards"}
 
@@ -43,8 +41,7 @@ def _asks_nothing_of_text(source: SourceConfig) -> None:
 
 
 def _places(source: SourceConfig) -> set[str]:
-    paths = (file.path for file in source_files(source))
-    return {path if is_remote(path) else str(Path(path).resolve()) for path in paths}
+    return {resolve(file.path) for file in source_files(source)}
 
 
 def _fits(source: SourceConfig, held_out: SourceConfig, kind: str, other: str) -> None:

@@ -1,10 +1,8 @@
 """The work of one process: a piece of a source becomes its train and its validation shard."""
 
 import math
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +22,6 @@ from manta.data.shards.shard import Shard, ShardWriter, dtype_for
 from manta.data.sources.config import FilterConfig
 from manta.data.sources.filters import Filter
 from manta.data.sources.input_split import BadRow, Document, InputSplit
-from manta.data.storage import remote
 from manta.data.tokenizer.tokenizer import Encoder, Tokenizer
 
 _BATCH = 1 << 20  # characters encoded at once
@@ -77,7 +74,7 @@ def encode(task: Task, tell: Tell) -> PieceRecord:
     """
     tokenizer = open_tokenizer(task.tokenizer, task.cache, task.end_of_text, task.encoder)
     taken = _Taken(task)
-    with _staged(task) as folder:
+    with task.home.store.staging() as folder:
         with (
             _Shuffled(folder / f"{task.stem}.train", tokenizer.vocabulary, key=2 * task.index) as train,
             _Shuffled(folder / f"{task.stem}.validation", tokenizer.vocabulary, key=2 * task.index + 1) as validation,
@@ -89,7 +86,9 @@ def encode(task: Task, tell: Tell) -> PieceRecord:
                     split = validation if xxhash.xxh3_64_intdigest(raw) < below else train
                     split.append(ids, len(raw) if isinstance(raw, bytes) else 0)
             shards = train.commit(), validation.commit()
-        _upload(folder, task, *shards)
+        for shard in shards:
+            for name in (shard.file, shard.index) if shard else ():
+                task.home.store.upload(folder / name, name)
     record = PieceRecord(train=shards[0], validation=shards[1], left_out=dict(sorted(taken.left_out.items())), refused=taken.refused)
     task.home.write(task.record, record.model_dump_json(indent=1).encode())
     return record
@@ -230,19 +229,3 @@ def _batches(documents: Iterable[Document], tell: Tell) -> Iterator[list[Documen
             batch, size = [], 0
     if batch:
         yield batch
-
-
-@contextmanager
-def _staged(task: Task) -> Generator[Path]:
-    """Where shards are written: in place, or where that is remote, in a folder of this process's own."""
-    if not remote.is_remote(task.root):
-        yield Path(task.root)
-        return
-    with tempfile.TemporaryDirectory(prefix="manta-prepare-") as folder:
-        yield Path(folder)
-
-
-def _upload(folder: Path, task: Task, *shards: Shard | None) -> None:
-    if remote.is_remote(task.root):
-        for name in (name for shard in shards if shard for name in (shard.file, shard.index)):
-            remote.upload(folder / name, task.home.at(name))

@@ -11,7 +11,6 @@ on any number of workers. The directory may be a URL: then a piece is written on
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -32,7 +31,7 @@ from manta.data.shards.manifest import Manifest, Prepared, digest
 from manta.data.sources.config import SourceConfig
 from manta.data.sources.source import hashed_config, identity
 from manta.data.sources.splits import input_splits
-from manta.data.storage.remote import is_remote, join
+from manta.data.storage.location import absolute, join, local_path
 from manta.data.tokenizer import tokenizer
 from manta.data.tokenizer.train import train
 
@@ -154,14 +153,13 @@ def _make_tokenizer(home: Home, data: DataConfig, tokens: TokenizerConfig) -> st
             end_of_text=tokens.end_of_text,
             special_tokens=_marks(data),
         )
-    if not is_remote(home.root):
-        Path(home.root).mkdir(exist_ok=True)
+    home.store.create()
     home.write(_TOKENIZER, content.encode())
     return content
 
 
 def _make_corpus(source: SourceConfig, home: Home, data: DataConfig, tokens: TokenizerConfig, tokenizer_home: Home) -> Manifest:
-    if found := intact(home, contents=not is_remote(home.root)):
+    if found := intact(home, contents=home.store.is_local):
         return found
     opened = tokenizer.Tokenizer(tokenizer_home.copy(_TOKENIZER), end_of_text=tokens.end_of_text)
     at = tokenizer_home.at(_TOKENIZER)
@@ -190,7 +188,7 @@ def _corpus_home(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig
 
 
 def _below(data: DataConfig, name: str) -> str:
-    return join(data.directory, name) if is_remote(data.directory) else str(Path(data.directory).absolute() / name)
+    return join(absolute(data.directory), name)
 
 
 def _key(decides: list[object]) -> str:
@@ -208,10 +206,7 @@ def _prepared(tokenizer_home: Home, homes: Sequence[Home], manifests: Sequence[M
 @contextmanager
 def _alone(data: DataConfig) -> Generator[None]:
     """One preparation at a time in a directory; the lock dies with its holder. Of a remote one, on this node: two write the same."""
-    if is_remote(data.directory):
-        directory = data.cache.directory.expanduser() / f"prepare-{digest(data.directory)[:12]}"
-    else:
-        directory = Path(data.directory)
+    directory = local_path(data.directory) or data.cache.directory.expanduser() / f"prepare-{digest(data.directory)[:12]}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / "prepare.lock")

@@ -12,7 +12,6 @@ An end-of-text id belongs to the document before it, whichever side its writer m
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,16 +23,15 @@ from manta.data.prepare.encode import Task, Tell, open_tokenizer
 from manta.data.shards.manifest import PieceRecord
 from manta.data.shards.shard import LONGEST, Shard, index_bytes, parse_index
 from manta.data.sources.config import SourceConfig
-from manta.data.sources.files import SourceFile
 from manta.data.sources.source import source_files
-from manta.data.storage import remote
+from manta.data.storage.location import StoredFile, absolute
+from manta.data.storage.store import open_store
 
 Format = Literal["megatron", "nanogpt", "llm.c"]
 
 _LLMC_HEADER = struct.Struct("<3i")  # magic, version, tokens; the rest of 1,024 bytes is zero
 _LLMC_BYTES = 1024
 _LLMC = {(20240520, 1): np.dtype(np.uint16), (20240801, 7): np.dtype(np.uint32)}
-_BLOCK = 1 << 24  # bytes scanned at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +64,10 @@ def token_files(source: SourceConfig) -> list[TokenFile]:
     return [_told(file, source) for file in listed if file.path.endswith(".bin")]
 
 
-def _told(file: SourceFile, source: SourceConfig) -> TokenFile:
+def _told(file: StoredFile, source: SourceConfig) -> TokenFile:
     if source.format is not None:
         return TokenFile(path=file.path, size=file.size, format=source.format)  # type: ignore[arg-type]  one of the three, else not here
-    if _exists(_index_of(file.path)):
+    if open_store(_index_of(file.path)).exists():
         return TokenFile(path=file.path, size=file.size, format="megatron")
     head = _head(file.path, file.size)
     if len(head) == _LLMC_HEADER.size and _LLMC_HEADER.unpack(head)[:2] in _LLMC:
@@ -86,7 +84,7 @@ def take_over(task: Task, tell: Tell) -> PieceRecord:
     count = (piece.size - offset) // dtype.itemsize
     digest, ends = xxhash.xxh3_64(), [np.zeros(0, np.int64)]
     at = -offset
-    for block in _blocks(piece):
+    for block in open_store(piece.path).blocks(piece.size):
         digest.update(block)
         ids = np.frombuffer(block, dtype, offset=max(0, -at)) if at < 0 else np.frombuffer(block, dtype)
         first = max(0, at) // dtype.itemsize
@@ -109,7 +107,7 @@ def take_over(task: Task, tell: Tell) -> PieceRecord:
     for side, own in (("train", lengths[:kept]), ("validation", lengths[kept:])):
         index = index_bytes(own, dtype)
         made = Shard(
-            file=piece.path if remote.is_remote(piece.path) else str(Path(piece.path).absolute()),
+            file=absolute(piece.path),
             index=f"{task.stem}.{side}.idx",
             dtype=dtype.name,
             offset=offset + begin * dtype.itemsize,
@@ -173,9 +171,9 @@ def _layout(piece: TokenFile) -> tuple[np.dtype[Any], int, NDArray[np.int64] | N
             raise InputError(f"{piece.path}: got {got} tokens, wants {wants}: it is truncated or damaged: fetch it again")
         return dtype, _LLMC_BYTES, None
     beside = _index_of(piece.path)
-    if not _exists(beside):
+    if not open_store(beside).exists():
         raise InputError(f"{beside}: missing; wants the index that Megatron's tools write beside each .bin")
-    index = parse_index(remote.read_bytes(beside) if remote.is_remote(beside) else Path(beside).read_bytes(), beside)
+    index = parse_index(open_store(beside).read(), beside)
     lengths = index.document_lengths()
     if lengths.sum() * index.dtype.itemsize != piece.size:
         wants = f"the {lengths.sum() * index.dtype.itemsize} that its .idx tells"
@@ -185,10 +183,6 @@ def _layout(piece: TokenFile) -> tuple[np.dtype[Any], int, NDArray[np.int64] | N
 
 def _index_of(path: str) -> str:
     return f"{path.removesuffix('.bin')}.idx"
-
-
-def _exists(path: str) -> bool:
-    return remote.exists(path) if remote.is_remote(path) else Path(path).exists()
 
 
 def _whole(piece: TokenFile, offset: int, dtype: np.dtype[Any]) -> int:
@@ -201,17 +195,5 @@ def _whole(piece: TokenFile, offset: int, dtype: np.dtype[Any]) -> int:
 
 
 def _head(path: str, size: int) -> bytes:
-    if remote.is_remote(path):
-        with remote.open_read(path, size=size) as stream:
-            return stream.read(_LLMC_HEADER.size)
-    with Path(path).open("rb") as stream:
+    with open_store(path).open(size=size) as stream:
         return stream.read(_LLMC_HEADER.size)
-
-
-def _blocks(piece: TokenFile) -> Iterator[bytes]:
-    if remote.is_remote(piece.path):
-        yield from remote.blocks(piece.path, piece.size)
-        return
-    with Path(piece.path).open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            yield block

@@ -19,7 +19,6 @@ from manta.data.sampling.windows import TokenStream, WindowDataset, Windows, Win
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.shard import Shard
-from manta.data.storage.remote import is_remote
 
 _OPEN_PACKINGS = 256  # mapped at a time
 
@@ -108,7 +107,7 @@ def load_packing(home: Home, corpus: Manifest, shape: WindowShape) -> CorpusPack
 
 def pack_corpus(home: Home, corpus: Manifest, shape: WindowShape) -> None:
     """Pack each shard for this shape, unless already done."""
-    if find_packing(home, corpus, shape, contents=not is_remote(home.root)) is None:
+    if find_packing(home, corpus, shape, contents=home.store.is_local) is None:
         train, validation = (
             tuple(_pack_shard(home, shard, shape) for shard in split.shards) for split in (corpus.train, corpus.validation)
         )

@@ -11,46 +11,40 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data.config import CacheConfig
-from manta.data.shards.shard import Index, Shard, map_tokens, read_index, xxh3
-from manta.data.storage import remote
+from manta.data.shards.shard import Index, Shard, map_tokens, read_index
 from manta.data.storage.atomic import write_atomically
 from manta.data.storage.cache import CachedFile, ShardCache
-from manta.data.storage.remote import is_remote
+from manta.data.storage.location import join
+from manta.data.storage.store import open_store
 
 
 class Home:
     """A folder of files with names."""
 
     def __init__(self, root: str, config: CacheConfig) -> None:
-        self.root = root
+        self.root, self.store = root, open_store(root)
         self._config = config
         self._listed: dict[str, int] | None = None
 
     def at(self, name: str) -> str:
         """A file's path or URL; one that is whole already stays as it is."""
-        if is_remote(name) or Path(name).is_absolute():
-            return name
-        return remote.join(self.root, name) if is_remote(self.root) else str(Path(self.root, name))
+        return join(self.root, name)
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError where it is missing."""
-        at = self.at(name)
-        return remote.read_bytes(at) if is_remote(at) else Path(at).read_bytes()
+        return self.store.read(name)
 
     def write(self, name: str, content: bytes) -> None:
         """There whole or not at all."""
-        at = self.at(name)
-        remote.write_bytes(at, content) if is_remote(at) else write_atomically(Path(at), content)
+        self.store.write(name, content)
 
     def delete(self, name: str) -> None:
-        at = self.at(name)
-        remote.delete(at) if is_remote(at) else Path(at).unlink(missing_ok=True)
+        self.store.delete(name)
 
     def copy(self, name: str) -> Path:
         """A small file on this node's disk."""
-        at = self.at(name)
-        if not is_remote(at):
-            return Path(at)
+        if self.store.is_local:
+            return Path(self.at(name))
         content = self.read(name)
         folder = self._config.directory.expanduser() / "small"
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,13 +69,13 @@ class Home:
 
     def ahead(self, shards: Iterable[Shard]) -> None:
         """These will be asked for next, in this order: fetched in the background, where they are remote."""
-        files = [file for shard in shards if is_remote((file := self._tokens_of(shard)).url)]
+        files = [file for shard in shards if not open_store((file := self._tokens_of(shard)).url).is_local]
         if files:
             _cache(self._config).ahead(files)
 
     def remote_bytes(self, shard: Shard) -> int:
         """What it takes of the cache, once read."""
-        return shard.bin_bytes if is_remote(self.at(shard.file)) else 0
+        return 0 if open_store(self.at(shard.file)).is_local else shard.bin_bytes
 
     def problem(self, shard: Shard, *, contents: bool) -> str | None:
         """What is wrong with a shard's files, if anything: there and of their size, and where asked, their hashes."""
@@ -104,12 +98,10 @@ class Home:
 
     def _size(self, at: str) -> int:
         """Of a bucket's files all are asked for at once: a corpus has thousands."""
-        if not is_remote(at):
-            return Path(at).stat().st_size
-        if not at.startswith(f"{self.root}/"):
-            return remote.size_of(at)
+        if self.store.is_local or not at.startswith(f"{self.root}/"):
+            return open_store(at).stat().size
         if self._listed is None:
-            self._listed = {file.url: file.size for file in remote.listing(f"{self.root}/")}
+            self._listed = {path: file.size for path, file in self.store.find().files.items() if file}
         if at not in self._listed:
             raise FileNotFoundError(at)
         return self._listed[at]
@@ -120,7 +112,7 @@ class Home:
     @contextmanager
     def _file(self, file: CachedFile) -> Generator[Path]:
         """Nobody removes it before it is opened."""
-        if not is_remote(file.url):
+        if open_store(file.url).is_local:
             yield Path(file.url)
             return
         with _cache(self._config).held(file.url, size=file.size, xxh3=file.xxh3) as path:
@@ -134,9 +126,7 @@ def _cache(config: CacheConfig) -> ShardCache:
 
 
 def _xxh3(at: str, size: int) -> str:
-    if not is_remote(at):
-        return xxh3(Path(at))
     digest = xxhash.xxh3_64()
-    for block in remote.blocks(at, size):
+    for block in open_store(at).blocks(size):
         digest.update(block)
     return digest.hexdigest()

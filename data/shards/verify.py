@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -21,9 +20,8 @@ from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.shard import Shard, parse_index
-from manta.data.storage import remote
+from manta.data.storage.store import open_store
 
-_BLOCK = 1 << 22  # bytes, a multiple of any id's
 _THREADS = 8
 
 Tell = Callable[[int], None]
@@ -58,12 +56,12 @@ class _File:
             return Damage(path=self.path, got=f"an error ({error})", wanted=f"{self.size:,} bytes")
 
     def _damage(self, tell: Tell) -> Damage | None:
-        size = remote.size_of(self.path) if remote.is_remote(self.path) else Path(self.path).stat().st_size
+        size = open_store(self.path).stat().size
         if size != self.size:
             return Damage(path=self.path, got=f"{size:,} bytes", wanted=f"{self.size:,}")
         digest, begin, index = xxhash.xxh3_64(), 0, list[bytes]()
         lowest, highest = 0, 0
-        for block in _blocks(self.path, size):
+        for block in open_store(self.path).blocks(size):
             digest.update(block)
             if self.is_index:
                 index.append(bytes(block))
@@ -159,13 +157,3 @@ def _index_damage(path: str, raw: bytes, shard: Shard) -> Damage | None:
     if (lengths < 0).any() or int(lengths.sum()) != shard.tokens:
         return Damage(path=path, got=f"documents of {int(lengths.sum()):,} tokens", wanted=f"of {shard.tokens:,}")
     return None
-
-
-def _blocks(path: str, size: int) -> Iterator[memoryview]:
-    if remote.is_remote(path):
-        yield from map(memoryview, remote.blocks(path, size))
-        return
-    held = bytearray(_BLOCK)
-    with Path(path).open("rb") as stream:
-        while count := stream.readinto(held):
-            yield memoryview(held)[:count]

@@ -17,10 +17,12 @@ from typing import Any
 
 from manta.data.errors import InputError
 from manta.data.sources.config import SourceConfig
-from manta.data.sources.files import SourceFile, find_files, stat, walk, without_dataset_metadata
+from manta.data.sources.files import without_dataset_metadata
 from manta.data.sources.formats import SUFFIXES, TEXT, configured_format, format_of
 from manta.data.sources.streams import COMPRESSION, format_suffix, read_error
-from manta.data.storage import remote
+from manta.data.storage.local import walk
+from manta.data.storage.location import StoredFile
+from manta.data.storage.store import open_store
 
 _HASHED_NAMES = {"dedup": "unique", "not_matching": "without"}
 
@@ -64,21 +66,21 @@ def holds_token_files(source: SourceConfig) -> bool:
     return all(format_of(file.path, source) == "tokens" for file in source_files(source))
 
 
-def source_files(source: SourceConfig) -> list[SourceFile]:
+def source_files(source: SourceConfig) -> list[StoredFile]:
     """Return the files of a source, sorted. Raises InputError if there are none, or if one is empty or of an unknown format."""
     if source.path == "stdlib:":
-        return [stat(path) for path in walk(_stdlib()) if format_suffix(path) in TEXT]
+        return [open_store(path).stat() for path in walk(_stdlib()) if format_suffix(path) in TEXT]
     if is_hub_dataset(source):
         dataset, _ = dataset_name(source)
-        return [stat(path) for path in walk(dataset)] if Path(dataset).is_dir() else []
+        return [open_store(path).stat() for path in walk(dataset)] if Path(dataset).is_dir() else []
     location = _location(source)
     try:
-        listing = find_files(location)
+        listing = open_store(location).find()
         is_directory = listing.is_directory
         if not listing.files and configured_format(source) == "tokens":  # a pair of shards is often named without its suffixes
-            listing, is_directory = find_files(f"{glob.escape(location)}.*"), True
+            listing, is_directory = open_store(f"{glob.escape(location)}.*").find(), True
         paths = without_dataset_metadata(location, list(listing.files))
-        files = [listing.files[path] or stat(path) for path in (_known(paths, source) if is_directory else paths)]
+        files = [listing.files[path] or open_store(path).stat() for path in (_known(paths, source) if is_directory else paths)]
         for file in files:
             _check_file(file, source)
     except OSError as error:
@@ -96,14 +98,14 @@ def ignored_files(source: SourceConfig) -> list[str]:
     if source.path == "stdlib:" or is_hub_dataset(source):
         return []
     location = _location(source)
-    listing = find_files(location)
+    listing = open_store(location).find()
     paths = without_dataset_metadata(location, list(listing.files))
     return sorted({*paths} - {*_known(paths, source)}) if listing.is_directory else []
 
 
 def is_hub_dataset(source: SourceConfig) -> bool:
     """Return whether `datasets` loads the source. A dataset saved to disk is a directory of Arrow files instead."""
-    return source.path.startswith("hf:") and not remote.is_remote(source.path) and _saved_dataset(source) is None
+    return source.path.startswith("hf:") and not source.path.startswith("hf://") and _saved_dataset(source) is None
 
 
 def dataset_name(source: SourceConfig) -> tuple[str, str | None]:
@@ -120,19 +122,19 @@ def _known(paths: list[str], source: SourceConfig) -> list[str]:
     return documents or [path for path in paths if format_of(path, source)]
 
 
-def _check_file(file: SourceFile, source: SourceConfig) -> None:
+def _check_file(file: StoredFile, source: SourceConfig) -> None:
     if not format_of(file.path, source):
         known = f"{' '.join(sorted(SUFFIXES))}; text and JSON may end in {' '.join(COMPRESSION)}"
         raise InputError(f"{file.path}: expected a known format ({known}), got another one. Convert it, or set the source's format.")
-    if not file.size and not (remote.is_remote(file.path) and remote.size_of(file.path)):  # which raises if a store does not know sizes
+    if not file.size and not open_store(file.path).stat().size:  # which raises if a store does not know sizes
         raise InputError(f"{file.path}: expected data, got an empty file. Download it again, or remove it from data.sources.")
 
 
-def _token_indexes(files: list[SourceFile]) -> list[SourceFile]:
+def _token_indexes(files: list[StoredFile]) -> list[StoredFile]:
     """Return the .idx files of .bin files that are named without them: they decide where documents end."""
     names = {file.path for file in files}
     indexes = [f"{file.path.removesuffix('.bin')}.idx" for file in files if file.path.endswith(".bin")]
-    return [file for path in indexes if path not in names for file in find_files(path).files.values() if file is not None]
+    return [file for path in indexes if path not in names for file in open_store(path).find().files.values() if file is not None]
 
 
 def _stdlib() -> str:

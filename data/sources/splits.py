@@ -7,7 +7,6 @@ from typing import Literal
 from manta.data.config import DataConfig
 from manta.data.errors import InputError
 from manta.data.sources.config import SourceConfig
-from manta.data.sources.files import SourceFile
 from manta.data.sources.filters import Filter
 from manta.data.sources.formats import FORMATS, DocumentSplit, Format, format_of
 from manta.data.sources.input_split import Document, ReadOptions
@@ -15,6 +14,7 @@ from manta.data.sources.rows import FieldReader, Kind, RowReader, TemplateReader
 from manta.data.sources.source import dataset_name, holds_token_files, is_hub_dataset, source_files
 from manta.data.sources.tables import HuggingFaceSplit
 from manta.data.sources.text_formats import TextSplit
+from manta.data.storage.location import StoredFile
 
 TEXT_SPLIT_BYTES = 2_000_000  # small files share a split, so that every core is busy and few shards result
 SPLIT_BYTES = 64_000_000
@@ -66,9 +66,9 @@ def _splits(source: SourceConfig, options: ReadOptions) -> Iterator[DocumentSpli
         yield from FORMATS[file_format].from_files(files, options, SPLIT_BYTES)
 
 
-def _groups(source: SourceConfig) -> Iterator[tuple[Format | None, list[SourceFile]]]:
+def _groups(source: SourceConfig) -> Iterator[tuple[Format | None, list[StoredFile]]]:
     """Yield text files in groups, and every other file alone."""
-    texts: list[SourceFile] = []
+    texts: list[StoredFile] = []
     for file in source_files(source):
         if (file_format := format_of(file.path, source)) != "text":
             yield file_format, [file]

@@ -3,12 +3,11 @@
 import io
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO, cast
 from urllib.parse import urlsplit
 
 from manta.data.errors import InputError
-from manta.data.storage.remote import is_remote, open_read
+from manta.data.storage.store import open_store
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
@@ -51,7 +50,7 @@ def open_bytes(path: str) -> Generator[BinaryIO]:
     """
     compression = compression_of(path)
     try:
-        with open_read(path) if is_remote(path) else Path(path).open("rb", _BUFFER) as raw:
+        with open_store(path).open() as raw:
             if compression is None:
                 yield raw
                 return

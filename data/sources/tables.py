@@ -1,7 +1,7 @@
 """Parquet, Arrow IPC and Hugging Face datasets as input splits. A position is a row's number in its table, from 0."""
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Self
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manta.data.errors import InputError
-from manta.data.sources.files import SourceFile
 from manta.data.sources.input_split import BadRow, Document, ReadOptions
 from manta.data.sources.rows import Content, FieldReader, RowError, RowReader, UndecodableValue, missing_field
 from manta.data.sources.streams import one_line, read_error
-from manta.data.storage.remote import is_remote, open_read
+from manta.data.storage.location import StoredFile
+from manta.data.storage.store import open_store
 
 _BATCH = 1024  # rows held as Python objects at a time
 
@@ -55,7 +55,7 @@ class ParquetSplit(_TableFileSplit):
     groups: tuple[int, int] | None = None
 
     @classmethod
-    def from_files(cls, files: Sequence[SourceFile], options: ReadOptions, split_bytes: int) -> Iterator[Self]:
+    def from_files(cls, files: Sequence[StoredFile], options: ReadOptions, split_bytes: int) -> Iterator[Self]:
         """Yield splits of about `split_bytes` on disk; a row group is never cut."""
         for file in files:
             if file.size <= split_bytes:
@@ -88,11 +88,11 @@ class ArrowSplit(_TableFileSplit):
     end_row: int | None = None
 
     @classmethod
-    def from_files(cls, files: Sequence[SourceFile], options: ReadOptions, split_bytes: int) -> Iterator[Self]:
+    def from_files(cls, files: Sequence[StoredFile], options: ReadOptions, split_bytes: int) -> Iterator[Self]:
         """Yield splits of about `split_bytes`, by rows. A remote file is not split: skipping its batches would download them."""
         for file in files:
             count = ceil(file.size / split_bytes)
-            if count <= 1 or is_remote(file.path):
+            if count <= 1 or not open_store(file.path).is_local:
                 yield cls(path=file.path, size=file.size, options=options)
                 continue
             with _open_arrow(file.path) as (_, batches):
@@ -162,7 +162,7 @@ def _open_parquet(path: str) -> Generator[Any]:
     from pyarrow import ArrowException, parquet
 
     try:
-        with open_read(path) if is_remote(path) else nullcontext(path) as source, parquet.ParquetFile(source) as table:
+        with open_store(path).open_arrow() as source, parquet.ParquetFile(source) as table:
             yield table
     except (OSError, ArrowException, UnicodeDecodeError) as error:  # the last of a column's name
         raise read_error(path, error) from None
@@ -174,7 +174,7 @@ def _open_arrow(path: str) -> Generator[tuple[list[str], Iterator[Any]]]:
     import pyarrow as pa
 
     try:
-        with pa.PythonFile(open_read(path), mode="r") if is_remote(path) else pa.memory_map(path) as file:
+        with open_store(path).open_arrow(mapped=True) as file:
             if file.read(6) == b"ARROW1":
                 reader = pa.ipc.open_file(file)
                 yield reader.schema.names, (reader.get_batch(index) for index in range(reader.num_record_batches))

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from manta.data.sources.files import SourceFile
 from manta.data.sources.input_split import BadRow, Document, ReadOptions
 from manta.data.sources.rows import RowError, parse_json
 from manta.data.sources.streams import compression_of, open_bytes, open_text
-from manta.data.storage.remote import is_remote
+from manta.data.storage.location import StoredFile
+from manta.data.storage.store import open_store
 
 MAX_DOCUMENT = 64 * 1024  # characters; a longer text file is cut, so that even a single input.txt has documents to hold out
 CUT_DOCUMENT = 16 * 1024
@@ -27,7 +27,7 @@ class TextSplit:
     options: ReadOptions
 
     @classmethod
-    def from_files(cls, files: Sequence[SourceFile], options: ReadOptions, _split_bytes: int) -> Iterator[Self]:
+    def from_files(cls, files: Sequence[StoredFile], options: ReadOptions, _split_bytes: int) -> Iterator[Self]:
         """Yield one split for all of these files."""
         yield cls(paths=tuple(file.path for file in files), size=sum(file.size for file in files), options=options)
 
@@ -68,7 +68,7 @@ class JsonLinesSplit:
     options: ReadOptions
 
     @classmethod
-    def from_files(cls, files: Sequence[SourceFile], options: ReadOptions, split_bytes: int) -> Iterator[Self]:
+    def from_files(cls, files: Sequence[StoredFile], options: ReadOptions, split_bytes: int) -> Iterator[Self]:
         """Yield byte ranges of plain files, and compressed files whole: those can only be read from their start."""
         for file in files:
             if compression_of(file.path) is not None:
@@ -95,7 +95,7 @@ class JsonLinesSplit:
                 try:
                     content = "" if line.isspace() else self.options.reader.read(parse_json(line))
                 except RowError as error:
-                    countable = not first or not (is_remote(self.path) or (self.options.bad_rows == "skip" and first > _MAX_COUNTED))
+                    countable = not first or (open_store(self.path).is_local and (self.options.bad_rows != "skip" or first <= _MAX_COUNTED))
                     if countable and lines_before < 0:
                         lines_before = _count_lines(self.path, first)
                     at = f"line {lines_before + number}" if countable else f"byte {offset}"

@@ -26,8 +26,8 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from manta.data.errors import InputError
-from manta.data.storage import remote
 from manta.data.storage.atomic import TEMPORARY
+from manta.data.storage.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ def _fill(stream: FileIO, file: CachedFile) -> None:
     for _ in range(BAD_DOWNLOADS):
         digest, count = xxhash.xxh3_64(), 0
         stream.seek(0)
-        for block in remote.blocks(file.url, file.size):
+        for block in open_store(file.url).blocks(file.size):
             _write(stream, block)
             digest.update(block)
             count += len(block)
@@ -241,10 +241,9 @@ def _fill(stream: FileIO, file: CachedFile) -> None:
     raise InputError(f"{file.url}: got {got}, {BAD_DOWNLOADS} times; {wants}: the object is damaged, prepare the corpus again")
 
 
-def _write(stream: FileIO, block: bytes) -> None:
-    rest = memoryview(block)
-    while rest:
-        rest = rest[stream.write(rest) :]
+def _write(stream: FileIO, block: memoryview) -> None:
+    while block:
+        block = block[stream.write(block) :]
 
 
 def _problem(stream: BufferedReader, file: CachedFile, *, verify: bool) -> str | None:

@@ -45,7 +45,7 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
         Saver(where, identity=identity_of(config, prepared), attempt=0).save(state, progress(saved, config), about=told)
     for difference in differences(saved, config):
         say(difference)
-    return where.at(name_of(saved.step))
+    return where.location(name_of(saved.step))
 
 
 def next_command(file: Path, overrides: list[str]) -> str:

@@ -10,11 +10,11 @@ from manta.data.errors import InputError
 from manta.launch.checkpoint.list import facts, found, size
 from manta.launch.inspect.charts import console
 from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint
 from manta.trainer.checkpoint.reader import read
 from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.storage import Storage
 from manta.trainer.checkpoint.write_plan import TORCH
 
 Told = dict[str, Any]
@@ -35,7 +35,7 @@ def inspect(where: str, match: str) -> Told:
     return {"at": checkpoint.at, **facts(checkpoint), "identity": checkpoint.identity, "weights": weights}
 
 
-def _newest(place: Storage, names: list[str]) -> Checkpoint:
+def _newest(place: CheckpointBackend, names: list[str]) -> Checkpoint:
     """The newest whose manifest can be read; what of its files is read is checked as it is."""
     for name in names:
         try:
@@ -47,7 +47,7 @@ def _newest(place: Storage, names: list[str]) -> Checkpoint:
     raise AssertionError("there is at least one name")
 
 
-def _measured(place: Storage, checkpoint: Checkpoint, key: str) -> Told:
+def _measured(place: CheckpointBackend, checkpoint: Checkpoint, key: str) -> Told:
     stored = checkpoint.tensors[key]
     tensor = torch.empty(stored.shape, dtype=TORCH[stored.dtype])
     read(place, checkpoint, {key: Pieces.all_of(tensor)}, rest=None)

@@ -6,15 +6,15 @@ from rich.table import Table
 
 from manta.data.errors import InputError
 from manta.launch.inspect.charts import console
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint, from_bytes
-from manta.trainer.checkpoint.storage import Storage
 from manta.trainer.run_directory import origin_of
 
 Told = dict[str, Any]
 
 
-def found(where: str) -> tuple[Storage, list[str]]:
+def found(where: str) -> tuple[CheckpointBackend, list[str]]:
     """Where they lie, and the names of those that are meant, newest first. Raises InputError where there are none."""
     place, name = origin_of(where)
     names = place.names()
@@ -30,9 +30,9 @@ def checkpoints(where: str) -> Told:
     return {"at": str(place), "checkpoints": [_told(place, name) for name in names], "bad": place.bad()}
 
 
-def _told(place: Storage, name: str) -> Told:
+def _told(place: CheckpointBackend, name: str) -> Told:
     try:
-        checkpoint = from_bytes(place.manifest(name), place.at(name))
+        checkpoint = from_bytes(place.manifest(name), place.location(name))
     except (CheckpointError, OSError) as error:
         return {"name": name, "error": str(error)}
     return {"name": name, "error": None, **facts(checkpoint)}

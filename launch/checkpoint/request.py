@@ -32,4 +32,4 @@ def now(run: Path, *, timeout: float) -> str:
     after = home.checkpoints.names()
     if not after or after[0] in before:
         raise SaveError(f"{home.path}: could not save; {home.path / 'logs'} says why")
-    return home.checkpoints.at(after[0])
+    return home.checkpoints.location(after[0])

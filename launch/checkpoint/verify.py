@@ -22,7 +22,7 @@ def verify(where: str) -> list[Told]:
             count = catalog.verify(place, name).bytes
         except CheckpointError as damaged:
             error = str(damaged)
-        told.append({"at": place.at(name), "bytes": count, "seconds": time.perf_counter() - begun, "error": error})
+        told.append({"at": place.location(name), "bytes": count, "seconds": time.perf_counter() - begun, "error": error})
     return told
 
 

@@ -11,7 +11,7 @@ import typer
 
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import Ray
-from manta.data.storage.remote import is_remote, join
+from manta.data.storage.location import join, local_path
 from manta.launch.config import RunConfig
 from manta.launch.drill.faults import Faults, Row
 from manta.launch.drill.watch import Wait, Watch
@@ -105,7 +105,7 @@ def _ready(config: RunConfig, ray: Ray, name: str, which: str) -> Ready:
     run = config.run.model_copy(update={"dir": config.run.dir.absolute().with_name(name) / which})
     where = config.checkpoint.directory
     if where is not None:
-        where = join(where, name, which) if is_remote(where) else str(Path(where) / name / which)
+        where = join(where, f"{name}/{which}")
     checkpoint = config.checkpoint.model_copy(update={"directory": where})
     ready = ready_to_train(config.model_copy(update={"run": run, "checkpoint": checkpoint}), ray)
     assert ready is not None  # nobody has been there
@@ -140,6 +140,6 @@ def _remove(place: Path, *homes: RunDirectory) -> None:
     for checkpoints in [home.checkpoints for home in homes]:
         for name in [*checkpoints.names(), *checkpoints.bad()]:
             checkpoints.delete(name)
-        if not is_remote(str(checkpoints)):
-            shutil.rmtree(Path(str(checkpoints)).parent, ignore_errors=True)
+        if (directory := local_path(str(checkpoints))) is not None:
+            shutil.rmtree(directory.parent, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)

@@ -9,7 +9,7 @@ from typing import Any
 from manta.cluster.ray.runtime import JoinedRay, Ray
 from manta.cluster.supervise.fault_injection import Fault, Hand
 from manta.cluster.supervise.stragglers import KNOWN
-from manta.data.storage.remote import is_remote
+from manta.data.storage.store import open_store
 from manta.launch.config import RunConfig
 from manta.launch.drill.watch import Wait, Watch, wait
 from manta.trainer.metrics import Line
@@ -65,7 +65,7 @@ class Faults:
     def _all(self) -> list[tuple[str, str, Callable[[Row], Wait[None]]]]:
         """Each with why it can not be done here, where it can not."""
         checkpoints = self._config.checkpoint
-        in_bucket = f"checkpoints lie in {checkpoints.directory}" if is_remote(checkpoints.directory or "") else ""
+        in_bucket = f"checkpoints lie in {checkpoints.directory}" if not open_store(checkpoints.directory or "").is_local else ""
         unread = "checkpoint.verify is sizes" if checkpoints.verify == "sizes" else ""
         alone = "there is but one rank" if len(self._ranks) == 1 else ""
         shared = "Ray is not the run's own" if isinstance(self._ray, JoinedRay) else ""
@@ -132,7 +132,7 @@ class Faults:
         when = self._harm(hand, "kill")
         time.sleep(COMMIT)
         spoilt = self._newest()
-        flip_a_bit(Path(self._watch.home.checkpoints.at(spoilt)))
+        flip_a_bit(Path(self._watch.home.checkpoints.location(spoilt)))
         line = yield from wait(lambda: self._watch.beyond(attempt), PATIENCE)
         if set(self._watch.home.checkpoints.bad()) - bad:
             row.noticed = row.recovered = line["time"] - when

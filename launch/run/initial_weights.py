@@ -28,7 +28,7 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
         remedy = f"take it in first: manta import {shlex.quote(start)}" if foreign else "name one, or leave it out"
         wants = "a run's directory, an imported one, or checkpoints/step-..."
         raise InputError(f"run.start_from: got {start}, which has no checkpoint, wants {wants}; {remedy}")
-    found = where.at(named or names[0])
+    found = where.location(named or names[0])
     origin = RunDirectory(Path(found).parent.parent)
     known = origin.config_file.exists() or (origin.path / "model.yaml").exists()  # else it was copied out of its run
     if known and (differ := origin.differs_in_model(config.model)):

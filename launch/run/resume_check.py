@@ -53,7 +53,7 @@ def refuse_other_ranks(home: RunDirectory, layout: Layout) -> None:
     where = home.checkpoints
     for name in where.names()[:1]:
         with suppress(OSError, CheckpointError):
-            check_data_ranks(from_bytes(where.manifest(name), where.at(name)).progress.cursors, layout.data)
+            check_data_ranks(from_bytes(where.manifest(name), where.location(name)).progress.cursors, layout.data)
 
 
 def is_done(home: RunDirectory, config: RunConfig) -> bool:

@@ -3,13 +3,11 @@
 import json
 import os
 import platform
-import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from manta.cluster.job import Job
@@ -25,7 +23,7 @@ from manta.data.prepare.prepare import find, prepare
 from manta.data.sampling.samples import Samples
 from manta.data.shards.manifest import Prepared, is_there
 from manta.data.storage.atomic import write_atomically
-from manta.data.storage.remote import delete, is_remote, join, write_bytes
+from manta.data.storage.store import open_store
 from manta.launch import __version__
 from manta.launch.config import RunConfig
 from manta.launch.run.detach import detach
@@ -154,28 +152,9 @@ def ranks_per_node(config: RunConfig) -> int:
 
 def check_places(home: RunDirectory, config: RunConfig) -> None:
     """Raises InputError where the run, or its checkpoints, could not be written: said before a corpus is prepared, not after."""
-    check_directory("run.dir", home.path)
-    there = config.checkpoint.directory
-    if there is None:
-        return
-    if not is_remote(there):
-        check_directory("checkpoint.directory", Path(there).absolute())
-        return
-    trial = join(there, f"trial-{secrets.token_hex(4)}")
-    try:
-        write_bytes(trial, b"whether checkpoints can be saved here")
-        delete(trial)
-    except (OSError, InputError) as error:
-        raise InputError(f"checkpoint.directory: got {there}, wants a place that can be written: {error}") from None
-
-
-def check_directory(key: str, path: Path) -> None:
-    """Raises InputError where it is not there and could not be made, or could not be written."""
-    nearest = next(each for each in (path, *path.parents) if each.exists())
-    if not nearest.is_dir():
-        raise InputError(f"{key}: got {path}, wants a directory, and {nearest} is a file; choose another")
-    if not os.access(nearest, os.W_OK):
-        raise InputError(f"{key}: got {path}, and {nearest} can not be written; choose another, or change its permissions")
+    open_store(home.path).check_writable("run.dir")
+    if config.checkpoint.directory is not None:
+        open_store(config.checkpoint.directory).check_writable("checkpoint.directory")
 
 
 def steps_in_words(config: RunConfig, layout: Layout) -> str:

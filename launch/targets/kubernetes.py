@@ -21,7 +21,7 @@ from manta.cluster.ray.hosts import OBJECT_STORE_BYTES
 from manta.cluster.ray.runtime import HEALTH
 from manta.cluster.target_config import CONFIG_MOUNT, Kubernetes
 from manta.data.errors import InputError
-from manta.data.storage.remote import is_remote
+from manta.data.storage.location import local_path
 from manta.launch.config import RunConfig
 from manta.launch.targets.paths import password_in, places
 from manta.trainer.dist.layout import largest_layout
@@ -189,7 +189,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
 
 
 def _problem(where: str, place: str, target: Kubernetes) -> str | None:
-    if is_remote(place):
+    if local_path(place) is None:
         return password_in(where, place, "put it into a secret, and name that in cluster.kubernetes.secrets")
     if PurePosixPath(target.mount) in PurePosixPath(normpath(place)).parents:
         return None

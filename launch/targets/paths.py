@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from manta.data.storage.remote import is_remote
+from manta.data.storage.location import local_path
 from manta.launch.config import RunConfig
 
 
@@ -11,7 +11,7 @@ def places(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Every place, a path or a URL, that a run's nodes share, with its key."""
     yield "run.dir", str(config.run.dir)
     for source in config.data.sources:
-        path = source.path.removeprefix("hf:") if source.path.startswith("hf:/") and not is_remote(source.path) else source.path
+        path = source.path.removeprefix("hf:") if source.path.startswith("hf:/") and not source.path.startswith("hf://") else source.path
         if not path.startswith(("stdlib:", "hf:")):
             yield "data.sources", path
         if source.validation is not None:
@@ -27,6 +27,6 @@ def places(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def password_in(where: str, place: str, remedy: str) -> str | None:
     """What is wrong with a URL that has a password in it, which is not repeated."""
-    if not is_remote(place) or urlsplit(place).password is None:
+    if local_path(place) is not None or urlsplit(place).password is None:
         return None
     return f"{where}: got a password in a URL of {urlsplit(place).hostname}, wants none; {remedy}"

@@ -21,7 +21,7 @@ import manta.data
 import manta.launch
 import manta.trainer
 from manta.data.errors import InputError
-from manta.data.storage.remote import is_remote
+from manta.data.storage.location import local_path
 from manta.launch import __version__
 from manta.launch.config import RunConfig
 from manta.launch.run.display import say
@@ -132,7 +132,7 @@ def _is_open(where: str, address: str) -> bool:
 def _problems(config: RunConfig) -> Iterator[str]:
     """What the job would stumble over, in a line each."""
     for where, place in places(config):
-        if is_remote(place):
+        if local_path(place) is None:
             wrong = password_in(where, place, "have it in the environment of the Ray's nodes")
         else:
             wants = "an absolute path that the Ray's nodes share" + ("" if where == "run.dir" else ", or a URL")

@@ -17,7 +17,7 @@ from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.verify import verify
-from manta.data.storage import remote
+from manta.data.storage.store import open_store
 
 READ = """
 import json, sys
@@ -134,7 +134,7 @@ def test_a_cut_connection_and_a_flipped_bit_cost_a_download_and_no_token(bucket)
 def test_a_corrupted_object_is_told_and_never_read(bucket, store):
     _, data = bucket
     (key, *_) = [key for key in _keys(data) if key.endswith("piece-00003.train.bin")]
-    whole = remote.read_bytes(f"s3://{BUCKET}/{key}")
+    whole = open_store(f"s3://{BUCKET}/{key}").read()
     store[0].put(key, bytes([whole[0] ^ 1]) + whole[1:])
     try:
         with pytest.raises(AssertionError, match=r"piece-00003\.train\.bin: got .* wants"):

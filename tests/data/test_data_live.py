@@ -32,7 +32,7 @@ from manta.data.sampling.samples import Samples
 from manta.data.sampling.timeline import Timeline
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.folder import Folder
+from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
@@ -414,7 +414,7 @@ def test_a_reader_that_is_ahead_tells_where_each_step_began(folder, tokens):
 def test_a_checkpoint_tells_its_cursors(tmp_path):
     cursors = [asdict(Cursor(epoch=1, piece=2, document=3, token=rank)) for rank in range(2)]
     come = Progress(step=4, samples_consumed=8, optimizer_steps=4, cursors=cursors)
-    where = Folder(tmp_path)
+    where = open_backend(tmp_path)
     Saver(where, identity={}, attempt=1).save({"master/x": Pieces.all_of(torch.ones(3))}, come)
     assert catalog.newest(where).progress == come
 

@@ -19,8 +19,11 @@ import pytest
 import xxhash
 
 from manta.data.errors import InputError
-from manta.data.storage import cache, remote
+from manta.data.storage import cache, remote, remote_requests
 from manta.data.storage.cache import CachedFile, ShardCache
+from manta.data.storage.location import join, local_path
+from manta.data.storage.remote import RemoteStore
+from manta.data.storage.store import open_store
 
 PLENTY = 10**9
 
@@ -44,7 +47,7 @@ def proxy(everyones, monkeypatch):
     everyones.reset()
     for name, value in everyones.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "WAIT", 0.01)
+    monkeypatch.setattr(remote_requests, "WAIT", 0.01)
     return everyones
 
 
@@ -79,11 +82,23 @@ def files_in(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
+def stat(url):
+    return open_store(url).stat()
+
+
+def read(url):
+    return open_store(url).read()
+
+
+def list_all(url):
+    return RemoteStore(url).list()
+
+
 def python(script, *arguments, **options):
     """Another process, with the same environment."""
     script = (
-        "import sys; from pathlib import Path; from manta.data.storage import remote\n"
-        "from manta.data.storage.cache import ShardCache, CachedFile\n" + script
+        "import sys; from pathlib import Path; from manta.data.storage.cache import ShardCache, CachedFile\n"
+        "from manta.data.storage.store import open_store\n" + script
     )
     command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
@@ -104,7 +119,7 @@ def test_each_object_is_downloaded_once_and_found_again_without_a_store(store, e
         assert [fetch(ShardCache(tmp_path / "cache", PLENTY), each).suffix for each in files] == [".bin"] * 4
         assert proxy.requests == 4
     with pytest.raises(OSError, match="tries failed"):  # nobody is there any more
-        remote.read_bytes(files[0].url)
+        open_store(files[0].url).read()
     assert all(fetch(ShardCache(tmp_path / "cache", PLENTY), each).is_file() for each in files)
 
 
@@ -202,7 +217,7 @@ def test_an_object_that_ends_at_a_block_is_short_too(store, tmp_path, monkeypatc
 
 
 def test_a_store_that_is_unwell_is_asked_again_after_doubling_waits(store, proxy, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(remote, "WAIT", 0.05)
+    monkeypatch.setattr(remote_requests, "WAIT", 0.05)
     each = file(store, "unwell.bin")
     for status in (500, 503, 429, 502):
         proxy.refuse("unwell.bin", status=status, times=1)
@@ -222,7 +237,7 @@ def test_a_store_that_stays_unwell_is_an_error_within_seconds(store, proxy, tmp_
         fetch(ShardCache(tmp_path, PLENTY), each)
     assert proxy.gets["down.bin"] == 5
     assert files_in(tmp_path) == []
-    for ask in (remote.size_of, remote.listing, lambda url: remote.write_bytes(url, b"x")):
+    for ask in (stat, list_all, lambda url: open_store(url).write("", b"x")):
         before = proxy.requests
         with pytest.raises(OSError, match="5 tries failed"):
             ask(each.url)
@@ -235,7 +250,7 @@ def test_an_unreachable_store_is_an_error_within_seconds(elsewhere):
     elsewhere(AWS_ENDPOINT_URL=f"http://127.0.0.1:{nobody}")
     begin = time.monotonic()
     with pytest.raises(OSError, match=r"^s3://corpus/x: 5 tries failed, the last with EndpointConnectionError: Could not connect"):
-        remote.exists("s3://corpus/x")
+        open_store("s3://corpus/x").exists()
     assert time.monotonic() - begin < 5
 
 
@@ -380,7 +395,7 @@ def test_a_directory_that_can_not_be_written_is_told(tmp_path):
 
 def test_a_forked_child_makes_connections_of_its_own(store, tmp_path):
     each = file(store, "forked.bin")
-    assert remote.exists(each.url)
+    assert open_store(each.url).exists()
     context = multiprocessing.get_context("fork")
     children = [context.Process(target=fetch, args=(ShardCache(tmp_path / str(index), PLENTY), each)) for index in range(2)]
     for child in children:
@@ -388,40 +403,40 @@ def test_a_forked_child_makes_connections_of_its_own(store, tmp_path):
     for child in children:
         child.join(20)
         assert child.exitcode == 0
-    assert remote.read_bytes(each.url) == content("forked.bin")
+    assert open_store(each.url).read() == content("forked.bin")
     assert (tmp_path / "1" / each.name).read_bytes() == content("forked.bin")
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "BLOCK", 30_000)
-    url = remote.join("s3://corpus/written/", "deep", "a.bin")
+    url = join("s3://corpus/written/", "deep/a.bin")
     assert url == "s3://corpus/written/deep/a.bin"
-    assert not remote.exists(url)
-    remote.write_bytes(url, content("a"))
+    assert not open_store(url).exists()
+    open_store(url).write("", content("a"))
     (tmp_path / "b.bin").write_bytes(content("b"))
-    remote.upload(tmp_path / "b.bin", remote.join("s3://corpus/written", "b.bin"))
-    assert remote.exists(url)
-    assert remote.exists("s3://corpus/written")
-    assert remote.size_of(url) == 100_000
-    assert remote.read_bytes(url) == content("a")
-    assert remote.read_bytes("s3://corpus/written/b.bin") == content("b")
-    remote.write_bytes(url, b"")  # no listing is remembered
-    assert remote.size_of(url) == 0
-    assert remote.read_bytes(url) == b""
+    open_store(join("s3://corpus/written", "b.bin")).upload(tmp_path / "b.bin", "")
+    assert open_store(url).exists()
+    assert open_store("s3://corpus/written").exists()
+    assert open_store(url).stat().size == 100_000
+    assert open_store(url).read() == content("a")
+    assert open_store("s3://corpus/written/b.bin").read() == content("b")
+    open_store(url).write("", b"")  # no listing is remembered
+    assert open_store(url).stat().size == 0
+    assert open_store(url).read() == b""
     for _ in range(2):
-        remote.delete(url)
-        assert not remote.exists(url)
+        open_store(url).delete()
+        assert not open_store(url).exists()
     with pytest.raises(FileNotFoundError, match=r"none\.bin"):
-        remote.upload(tmp_path / "none.bin", url)
+        open_store(url).upload(tmp_path / "none.bin", "")
 
 
 def test_a_large_file_is_uploaded_in_parts(store, proxy, tmp_path):
     with (tmp_path / "large.bin").open("wb") as stream:
         stream.truncate(110_000_000)
         stream.write(b"begin")
-    remote.upload(tmp_path / "large.bin", "s3://corpus/large.bin")
-    assert remote.size_of("s3://corpus/large.bin") == 110_000_000
-    with remote.open_read("s3://corpus/large.bin") as stream:
+    open_store("s3://corpus/large.bin").upload(tmp_path / "large.bin", "")
+    assert open_store("s3://corpus/large.bin").stat().size == 110_000_000
+    with open_store("s3://corpus/large.bin").open() as stream:
         assert stream.read(6) == b"begin\0"
         assert proxy.gets["large.bin"] == 1
     store.delete("large.bin")
@@ -432,7 +447,7 @@ def test_a_stream_reads_seeks_and_survives_cut_connections(store, proxy, monkeyp
     body = content("stream")
     url = store.put("stream.bin", body)
     proxy.cut("stream.bin", at=45_000, times=2)
-    with remote.open_read(url) as stream:
+    with open_store(url).open() as stream:
         assert stream.read(10) == body[:10]
         assert stream.read() == body[10:]
         assert stream.read() == b""
@@ -446,17 +461,17 @@ def test_a_stream_reads_seeks_and_survives_cut_connections(store, proxy, monkeyp
     assert proxy.gets["stream.bin"] == 4 + 2 + 2
     lines = "".join(f"line {index}\n" for index in range(20_000))
     packed = store.put("lines.txt.gz", gzip.compress(lines.encode()))
-    with remote.open_read(packed, size=remote.size_of(packed)) as stream, gzip.open(stream, "rt") as text:
+    with open_store(packed).open(size=open_store(packed).stat().size) as stream, gzip.open(stream, "rt") as text:
         assert text.read() == lines
 
 
 def test_an_object_that_shrinks_while_it_is_read_is_an_error(store, monkeypatch):
     monkeypatch.setattr(remote, "BLOCK", 30_000)
     url = store.put("shrinks.bin", content("shrinks"))
-    with remote.open_read(url) as stream:
+    with open_store(url).open() as stream:
         stream.read(10)
         store.put("shrinks.bin", content("shrinks")[:40_000])
-        with pytest.raises(OSError, match=r"s3://corpus/shrinks.bin: ends at byte 40000, wants 100000; it changed"):
+        with pytest.raises(OSError, match=r"s3://corpus/shrinks.bin: expected 100000 bytes, got 40000; it changed"):
             stream.read()
 
 
@@ -466,38 +481,36 @@ def test_a_listing_is_of_an_object_a_directory_or_a_glob(store):
     store.put("list/", b"")  # what consoles write for a directory
 
     def urls(url):
-        return [found.url.removeprefix("s3://corpus/") for found in remote.listing(url)]
+        return [found.path.removeprefix("s3://corpus/") for found in RemoteStore(url).list()]
 
     assert urls("s3://corpus/list") == urls("s3://corpus/list/") == ["list/a.jsonl", "list/b.jsonl", "list/deep/c.jsonl", "list/deep/d.txt"]
     assert urls("s3://corpus/list/*.jsonl") == ["list/a.jsonl", "list/b.jsonl"]
     assert urls("s3://corpus/list/**/*.jsonl") == ["list/a.jsonl", "list/b.jsonl", "list/deep/c.jsonl"]
     assert urls("s3://corpus/list*/[ab].jsonl") == ["list/a.jsonl", "list/b.jsonl"]
     assert urls("s3://corpus/list/a.jsonl") == ["list/a.jsonl"]
-    (before,) = remote.listing("s3://corpus/list/a.jsonl")
+    (before,) = RemoteStore("s3://corpus/list/a.jsonl").list()
     assert before.size == 10
-    assert remote.listing("s3://corpus/list/a*")[0] == before  # the same identity, however it was found
+    assert RemoteStore("s3://corpus/list/a*").list()[0] == before  # the same identity, however it was found
     store.put("list/a.jsonl", content("another", 10))
-    assert remote.listing("s3://corpus/list/a*")[0].identity != before.identity != ""
+    assert RemoteStore("s3://corpus/list/a*").list()[0].version != before.version != ""
     for nothing in ("s3://corpus/none", "s3://corpus/none/*.txt", "s3://no-such-bucket", "s3://no-such-bucket/*.txt"):
-        with pytest.raises(FileNotFoundError, match="no such object") as told:
-            remote.listing(nothing)
-        assert nothing in str(told.value)
+        assert RemoteStore(nothing).list() == []
 
 
 def test_what_is_missing_is_told_at_once(store, proxy):
     before = proxy.requests
     for url in ("s3://corpus/none.bin", "s3://no-such-bucket/x.bin"):
-        for ask in (remote.size_of, remote.read_bytes, remote.open_read, lambda url: list(remote.blocks(url, 5))):
+        for ask in (stat, read, lambda url: open_store(url).open(), lambda url: list(open_store(url).blocks(5))):
             with pytest.raises(FileNotFoundError, match="no such object, or no such bucket") as told:
                 ask(url)
             assert url in str(told.value)
-        assert not remote.exists(url)
+        assert not open_store(url).exists()
     with pytest.raises(FileNotFoundError, match="no such bucket"):
-        remote.write_bytes("s3://no-such-bucket/x.bin", b"x")
+        open_store("s3://no-such-bucket/x.bin").write("", b"x")
     assert proxy.requests < before + 30  # not one of them was tried twice
     store.put("below/x.bin", b"x")
-    with pytest.raises(FileNotFoundError, match="no such object, but others below it"):
-        remote.size_of("s3://corpus/below")
+    with pytest.raises(FileNotFoundError, match="no such object, only others below it"):
+        open_store("s3://corpus/below").stat()
 
 
 def test_a_wrong_key_is_told_at_once_and_not_shown(store, proxy, caplog):
@@ -505,47 +518,47 @@ def test_a_wrong_key_is_told_at_once_and_not_shown(store, proxy, caplog):
     url = store.put("locked.bin", b"x")
     store.check_keys(on=True)
     try:
-        asks = (remote.exists, remote.size_of, remote.read_bytes, remote.listing, lambda url: remote.write_bytes(url, b""))
+        asks = (lambda url: open_store(url).exists(), stat, read, list_all, lambda url: open_store(url).write("", b""))
         messages = []
         for ask in asks:
             before = proxy.requests
-            with pytest.raises(
-                InputError, match=r"^s3://corpus/locked.bin: no access \(.*\); wants credentials that may: set AWS_"
-            ) as told:
+            with pytest.raises(InputError, match=r"^s3://corpus/locked.bin: no access \(.*\)\. Set AWS_") as told:
                 ask(url)
             assert proxy.requests <= before + 2
             messages.append(str(told.value))
     finally:
         store.check_keys(on=False)
-    assert remote.exists(url)
+    assert open_store(url).exists()
     for value in (proxy.environment["AWS_ACCESS_KEY_ID"], proxy.environment["AWS_SECRET_ACCESS_KEY"]):
         assert all(value not in message for message in (*messages, caplog.text))
 
 
 def test_no_credentials_at_all_are_told(elsewhere):
     elsewhere(AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None)
-    with pytest.raises(InputError, match=r"no access \(NoCredentialsError: .*set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
-        remote.read_bytes("s3://corpus/x")
+    with pytest.raises(InputError, match=r"no access \(NoCredentialsError: .*Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        open_store("s3://corpus/x").read()
 
 
 def test_a_secret_that_an_error_repeats_is_not_shown(elsewhere):
     elsewhere(AWS_SESSION_TOKEN="tok-en-that-nobody-sees", AWS_ENDPOINT_URL="http://tok-en-that-nobody-sees.invalid:1")
     with pytest.raises(OSError, match=r"\$AWS_SESSION_TOKEN") as told:
-        remote.read_bytes("s3://corpus/x")
+        open_store("s3://corpus/x").read()
     assert "nobody-sees" not in str(told.value)
-    with pytest.raises(InputError, match="a password stands in the URL; wants none") as told:
-        remote.exists("ftp://somebody:hunter2@example.invalid/file")
+    with pytest.raises(InputError, match="expected no password in the URL") as told:
+        open_store("ftp://somebody:hunter2@example.invalid/file").exists()
     assert "hunter2" not in str(told.value)
 
 
 def test_unknown_schemes_missing_packages_and_malformed_urls_are_told():
-    with pytest.raises(InputError, match=r"^s3://Bad Bucket/x: ParamValidationError: .*wants a URL that its store can read; mend it"):
-        remote.write_bytes("s3://Bad Bucket/x", b"")
-    with pytest.raises(InputError, match=r"^s5://corpus/x: got an unknown scheme s5://; wants one that fsspec knows"):
-        remote.read_bytes("s5://corpus/x")
+    with pytest.raises(
+        InputError, match=r"^s3://Bad Bucket/x: expected a URL that its store can read, got ParamValidationError: .*Fix the URL\.$"
+    ):
+        open_store("s3://Bad Bucket/x").write("", b"")
+    with pytest.raises(InputError, match=r"^s5://corpus/x: expected a scheme that fsspec knows, such as s3://, got s5://"):
+        open_store("s5://corpus/x").read()
     with pytest.raises(InputError, match=r"^oss://corpus/x: the package for oss:// is not installed; .*ossfs"):
-        remote.read_bytes("oss://corpus/x")
-    script = "sys.modules['s3fs'] = None\ntry:\n    remote.exists('s3://corpus/x')\nexcept ValueError as error:\n    print(error)"
+        open_store("oss://corpus/x").read()
+    script = "sys.modules['s3fs'] = None\ntry:\n    open_store('s3://corpus/x').exists()\nexcept ValueError as error:\n    print(error)"
     told, errors = python(script).communicate(timeout=20)
     assert errors == ""
     assert told.strip() == "s3://corpus/x: the package for s3:// is not installed; pip install 'manta[s3]'"
@@ -559,30 +572,30 @@ def test_a_store_without_parts_is_refused_and_never_read_wrong(tmp_path, monkeyp
         try:
             port = server.stdout.readline().partition(" port ")[2].split()[0]
             url = f"http://127.0.0.1:{port}/x.bin"
-            assert remote.size_of(url) == 100_000
-            assert remote.read_bytes(url) == content("whole")
+            assert open_store(url).stat().size == 100_000
+            assert open_store(url).read() == content("whole")
             monkeypatch.setattr(remote, "BLOCK", 30_000)
-            with pytest.raises(InputError, match="gives no part of an object"):
-                remote.read_bytes(url)
+            with pytest.raises(InputError, match="expected a store that serves ranges, got the whole object"):
+                open_store(url).read()
             with pytest.raises(FileNotFoundError, match=r"y\.bin"):
-                remote.read_bytes(f"http://127.0.0.1:{port}/y.bin")
+                open_store(f"http://127.0.0.1:{port}/y.bin").read()
         finally:
             server.kill()
     with pytest.raises(OSError, match="5 tries failed, the last with Client"):  # and not that it is missing
-        remote.exists(url)
+        open_store(url).exists()
 
 
 def test_any_store_is_written_read_and_listed():
-    url = remote.join("memory://here", "below", "x.txt")
-    remote.write_bytes(url, b"text")
-    assert remote.read_bytes(url) == b"text"
-    assert [found.size for found in remote.listing("memory://here")] == [4]
-    assert remote.listing("memory://here/*/*.txt") == remote.listing("memory://here") == remote.listing(url)
-    assert remote.listing(url)[0].identity
+    url = join("memory://here", "below/x.txt")
+    open_store(url).write("", b"text")
+    assert open_store(url).read() == b"text"
+    assert [found.size for found in RemoteStore("memory://here").list()] == [4]
+    assert RemoteStore("memory://here/*/*.txt").list() == RemoteStore("memory://here").list() == RemoteStore(url).list()
+    assert RemoteStore(url).list()[0].version
 
 
 def test_only_urls_of_stores_are_remote():
     remotes = ("s3://bucket/x", "gs://b", "hf://datasets/a/b", "https://host/x", "S3://bucket", "memory://x")
     locals_ = ("x.txt", "/a/b", "stdlib:", "hf:name", "hf:/local", "file:///a/b", "C:\\x", "a://b"[1:], "dir/s3://x", "")
-    assert [remote.is_remote(path) for path in remotes] == [True] * len(remotes)
-    assert [remote.is_remote(path) for path in locals_] == [False] * len(locals_)
+    assert [local_path(path) is None for path in remotes] == [True] * len(remotes)
+    assert [local_path(path) is None for path in locals_] == [False] * len(locals_)

@@ -19,7 +19,7 @@ from source_reading import DOCUMENTS, error_of, locations, read, read_skipping, 
 from manta.data.sources import splits
 from manta.data.sources.config import SourceConfig
 from manta.data.sources.source import holds_token_files, identity, source_files
-from manta.data.storage import remote
+from manta.data.storage import remote, remote_requests
 
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode()
 LINE_NUMBERS = [f"line {line}" for line in range(1, len(DOCUMENTS) + 1)]
@@ -91,7 +91,7 @@ def bucket(monkeypatch):
     with object_store.ObjectStore() as store, object_store.Proxy(store.port) as proxy:
         for name, value in proxy.environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(remote, "WAIT", 0.01)
+        monkeypatch.setattr(remote_requests, "WAIT", 0.01)
         object_store.forget()
         yield store, proxy
 
@@ -231,7 +231,7 @@ def test_a_missing_locked_or_truncated_file_by_url_is_refused(website, bad_rows)
     for name in ("cut.jsonl.gz", "cut.parquet", "cut.arrow"):
         assert error_of(f"{url}/{name}", bad_rows=bad_rows).startswith(f"{url}/{name}: ")
         assert error_of(f"{url}/{name}", bad_rows=bad_rows).endswith("Download it again.")
-    assert "got an unknown scheme nonsense://" in error_of("nonsense://x.jsonl", bad_rows=bad_rows)
+    assert "expected a scheme that fsspec knows, such as s3://, got nonsense://" in error_of("nonsense://x.jsonl", bad_rows=bad_rows)
 
 
 def test_identity_of_a_url_changes_with_its_content(website):

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.folder import Folder
+from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.reader import read
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.metrics import read_metrics
@@ -51,14 +51,14 @@ def test_a_run_keeps_the_newest_the_best_and_every_nth(workspace, trained):
 
 def test_the_checkpoints_of_a_run_are_listed(workspace, finished_run):
     listed = told(workspace, "list", finished_run)["checkpoints"]
-    assert [f"step-{one['step']:08d}" for one in listed] == Folder(workspace.directory / finished_run / "checkpoints").names()
+    assert [f"step-{one['step']:08d}" for one in listed] == open_backend(workspace.directory / finished_run / "checkpoints").names()
     assert [one["step"] for one in listed][:2] == [40, 36]
     assert {(one["layout"], one["ranks"], one["attempt"]) for one in listed} == {("data 2, ZeRO-1", 2, 1)}
 
 
 @pytest.mark.slow
 def test_what_is_damaged_is_found(workspace, run):
-    assert [one["error"] for one in told(workspace, "verify", run.name)] == [None] * len(Folder(run / "checkpoints").names())
+    assert [one["error"] for one in told(workspace, "verify", run.name)] == [None] * len(open_backend(run / "checkpoints").names())
     file = run / "checkpoints/step-00000030/rank-0001.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -74,7 +74,7 @@ def test_what_is_damaged_is_found(workspace, run):
 def test_what_is_in_a_checkpoint_is_told(workspace, finished_run):
     inspected = told(workspace, "inspect", finished_run, "--match", "blocks.0.*")
     assert inspected["step"] == 40
-    where = Folder(workspace.directory / finished_run / "checkpoints")
+    where = open_backend(workspace.directory / finished_run / "checkpoints")
     _, weights = catalog.newest_weights(where)
     assert inspected["weights"].keys() == {name for name in weights if name.startswith("blocks.0.")}
     for name, weight in inspected["weights"].items():
@@ -98,7 +98,7 @@ def test_what_is_in_a_checkpoint_is_shown_to_people(workspace):
 
 @pytest.mark.slow
 def test_pruning_never_takes_the_newest_valid_one(workspace, run):
-    where = Folder(run / "checkpoints")
+    where = open_backend(run / "checkpoints")
     before = where.names()
     (run / "checkpoints/step-00000032/rank-0000.safetensors").write_bytes(b"")
     where.set_aside("step-00000018")
@@ -146,7 +146,7 @@ def test_a_run_that_trains_is_saved_on_request(workspace):
             running.communicate(timeout=60)
     path = Path(done.stdout.strip())
     assert path.parent == workspace.directory / "asked/checkpoints"
-    steps = [int(name[5:]) for name in Folder(path.parent).names()]
+    steps = [int(name[5:]) for name in open_backend(path.parent).names()]
     assert len(steps) == 2, "the one asked for, and the one at the end"
     assert steps[0] > steps[1] == int(path.name[5:])
     assert not (workspace.directory / "asked/save-now").exists()
@@ -168,7 +168,7 @@ def test_a_run_is_saved_by_the_clock(workspace, asynchronous):
     workspace.train(run, "train.steps=200", "evaluate.every_steps=1000", *minutes)
     lines = read_metrics(workspace.directory / run / "metrics.jsonl")
     seconds = lines[-1]["time"] - lines[0]["time"]
-    saved = Folder(workspace.directory / run / "checkpoints").names()
+    saved = open_backend(workspace.directory / run / "checkpoints").names()
     assert seconds / 1.2 * 0.5 <= len(saved) <= seconds / 1.2 + 2
 
 
@@ -176,14 +176,14 @@ def test_a_run_is_saved_by_the_clock(workspace, asynchronous):
 def test_a_run_s_checkpoints_may_lie_elsewhere_and_are_not_lost_sight_of(workspace, tmp_path):
     elsewhere = f"checkpoint.directory={tmp_path / 'elsewhere'}"
     workspace.train("apart", elsewhere, "train.steps=6")
-    assert Folder(tmp_path / "elsewhere").names() == ["step-00000006"]
+    assert open_backend(tmp_path / "elsewhere").names() == ["step-00000006"]
     assert not (workspace.directory / "apart/checkpoints").exists()
     assert told(workspace, "list", "apart")["at"] == str(tmp_path / "elsewhere")
     moved = workspace.manta("resume", "apart", "train.steps=12", f"checkpoint.directory={tmp_path / 'nowhere'}")
     assert moved.returncode == 2
     assert f"checkpoint.directory: got {tmp_path / 'nowhere'}, where there is no checkpoint" in moved.stderr
     assert workspace.manta("resume", "apart", "train.steps=12").returncode == 0
-    assert Folder(tmp_path / "elsewhere").names()[0] == "step-00000012"
+    assert open_backend(tmp_path / "elsewhere").names()[0] == "step-00000012"
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "there")
     assert workspace.manta("resume", "apart", "train.steps=14", f"checkpoint.directory={tmp_path / 'there'}").returncode == 0
     assert [line["step"] for line in read_metrics(workspace.directory / "apart/metrics.jsonl")] == list(range(1, 15))
@@ -193,9 +193,9 @@ def test_a_run_s_checkpoints_may_lie_elsewhere_and_are_not_lost_sight_of(workspa
 def test_a_run_begins_from_a_checkpoint_of_another_wherever_it_lies(workspace, trained):
     start = trained / "checkpoints/step-00000030"
     workspace.train("begun", f"run.start_from={start}", "train.steps=2", "optimizer.learning_rate=1e-9", "schedule.warmup_steps=0")
-    _, begun = catalog.newest_weights(Folder(workspace.directory / "begun/checkpoints"))
+    _, begun = catalog.newest_weights(open_backend(workspace.directory / "begun/checkpoints"))
     then = torch.empty(begun["embedding.weight"].shape)
-    where = Folder(start.parent)
+    where = open_backend(start.parent)
 
     read(where, catalog.look(where, start.name), {"master/embedding.weight": Pieces.all_of(then)}, rest=None)
     assert torch.allclose(begun["embedding.weight"], then, atol=1e-7)

@@ -17,9 +17,9 @@ from parity import RATES, Cell, batch, in_pieces, model, optimizer_config, rows
 from spmd import spmd
 
 from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.engine_state import load_masters, logical_state, progress, refresh, restore, settle
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import LOSS_SCALER
 from manta.trainer.checkpoint.rectangles import rectangles
 from manta.trainer.checkpoint.retention import Keep
@@ -99,13 +99,13 @@ def advance(engine: Engine, cell: Cell, optimizer: str, first: int, last: int) -
 
 def save(engine: Engine, directory: Path, step: int, *, keep: int = 2, asynchronous: bool = False) -> None:
     come = progress(engine, step=step, samples_consumed=step * TRAIN.global_batch)
-    saver = Saver(Folder(directory), identity={"corpus": "c"}, attempt=1, keep=Keep(newest=keep), asynchronous=asynchronous)
+    saver = Saver(open_backend(directory), identity={"corpus": "c"}, attempt=1, keep=Keep(newest=keep), asynchronous=asynchronous)
     saver.save(logical_state(engine), come, wait=not asynchronous)
     saver.finish()
 
 
 def resume(engine: Engine, directory: Path) -> None:
-    where = Folder(directory)
+    where = open_backend(directory)
     checkpoint = catalog.take_newest(where, lambda found: restore(where, found, engine))
     settle(checkpoint.progress, engine)
 
@@ -264,7 +264,7 @@ def test_a_run_that_never_stepped_can_be_saved(tmp_path, kinds):
 def weights_alone(directory: Path) -> None:
     writer = KINDS[1]
     (undisturbed,) = write([(directory, writer, "adamw")])
-    where = Folder(directory)
+    where = open_backend(directory)
     checkpoint = catalog.newest(where)
     for cell in KINDS:
         engine = build(cell, "sgd")  # another optimizer: nothing of the old one's is asked for
@@ -307,7 +307,7 @@ def save_alike(directory: Path) -> None:
 def test_what_ranks_hold_alike_is_written_once_by_all_of_them(tmp_path):
     spmd(save_alike, 2, tmp_path)
     for directory in tmp_path.iterdir():
-        checkpoint = catalog.newest(Folder(directory))
+        checkpoint = catalog.newest(open_backend(directory))
         for key, stored in checkpoint.tensors.items():
             assert sum(chunk.place.count for chunk in stored.chunks) == math.prod(stored.shape), key
         first, second = (file.bytes for file in checkpoint.files)

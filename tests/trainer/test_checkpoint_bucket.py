@@ -6,9 +6,9 @@ import pytest
 import torch
 from object_store import BUCKET, ObjectStore, Proxy
 
-from manta.data.storage import remote
+from manta.data.storage import remote_requests
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.bucket import Bucket
+from manta.trainer.checkpoint.backend import ObjectStoreBackend, open_backend
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError, UnreachableError
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.reader import read
@@ -16,7 +16,6 @@ from manta.trainer.checkpoint.retention import Keep
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.metrics import read_metrics
-from manta.trainer.run_directory import storage_of
 
 SHAPES = {"master/embedding.weight": (100, 450), "master/norm.weight": (64,)}
 LARGE = SHAPES | {"master/embedding.weight": (1000, 4500)}  # 18 MB: more than one part of an upload
@@ -38,16 +37,16 @@ def before(server):
 def proxy(before, monkeypatch):
     for name, value in before.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "WAIT", 0.01)
+    monkeypatch.setattr(remote_requests, "WAIT", 0.01)
     before.reset()
     return before
 
 
 @pytest.fixture
-def where(proxy, request) -> Bucket:
+def where(proxy, request) -> ObjectStoreBackend:
     del proxy
-    found = storage_of(f"s3://{BUCKET}/{request.node.name.translate(str.maketrans('[]', '__'))}")
-    assert isinstance(found, Bucket)
+    found = open_backend(f"s3://{BUCKET}/{request.node.name.translate(str.maketrans('[]', '__'))}")
+    assert isinstance(found, ObjectStoreBackend)
     return found
 
 
@@ -60,18 +59,18 @@ def progress(step: int) -> Progress:
     return Progress(step=step, samples_consumed=step, optimizer_steps=step)
 
 
-def saver(where: Bucket, *, attempt: int = 1, **more) -> Saver:
+def saver(where: ObjectStoreBackend, *, attempt: int = 1, **more) -> Saver:
     return Saver(where, identity={}, attempt=attempt, **more)
 
 
-def is_of(where: Bucket, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> bool:
+def is_of(where: ObjectStoreBackend, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> bool:
     filled = {key: Pieces.all_of(torch.full(shape, math.nan)) for key, shape in shapes.items()}
     read(where, catalog.look(where, f"step-{step:08d}"), filled)
     return all(torch.equal(filled[key].held[0][1], pieces.held[0][1]) for key, pieces in tensors(step, shapes).items())
 
 
-def objects(where: Bucket) -> list[str]:
-    return [file.url.removeprefix(f"{where.url}/") for file in remote.listing(where.url)]
+def objects(where: ObjectStoreBackend) -> list[str]:
+    return [file.path.removeprefix(f"{where}/") for file in where.store.list()]
 
 
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -84,7 +83,7 @@ def test_what_is_saved_is_listed_verified_read_and_kept_as_on_a_disk(where, asyn
     assert where.names() == ["step-00000005", "step-00000004", "step-00000002"]
     assert catalog.newest(where).progress == progress(5)
     assert all(is_of(where, step) for step in (5, 4, 2))
-    assert remote.read_bytes(f"{where.url}/latest") == b"step-00000005\n"
+    assert where.store.read("latest") == b"step-00000005\n"
     assert len(objects(where)) == 3 * 2 + 2, "a file and a manifest each, the fence, and the newest one's name"
 
 
@@ -93,10 +92,10 @@ def test_a_damaged_or_missing_object_is_passed_over_and_set_aside(where, caplog)
     for step in (1, 2, 3):
         begun.save(tensors(step, LARGE), progress(step))
     second, third = (next(name for name in objects(where) if name.startswith(f"step-0000000{n}/a") and "rank" in name) for n in (2, 3))
-    content = bytearray(remote.read_bytes(f"{where.url}/{second}"))
+    content = bytearray(where.store.read(f"{second}"))
     content[len(content) // 2] ^= 1
-    remote.write_bytes(f"{where.url}/{second}", bytes(content))
-    remote.delete(f"{where.url}/{third}")
+    where.store.write(f"{second}", bytes(content))
+    where.store.delete(f"{third}")
     with pytest.raises(CheckpointError, match=r"step-00000002/a\S+/rank-0000.safetensors: xxh3 of bytes 8388608\.\.\."):
         catalog.verify(where, "step-00000002")
     assert catalog.take_newest(where, lambda found: read(where, found, {})).progress.step == 1
@@ -120,7 +119,7 @@ def test_a_dead_attempt_can_not_commit_and_leaves_nothing(where, monkeypatch):
     assert len(objects(where)) == 2, "the fence, and what nobody will commit"
     live.fence()
     assert objects(where) == ["fence.json"]
-    with pytest.raises(FencedError, match="attempt 2 has begun since"):
+    with pytest.raises(FencedError, match="attempt 2 has started since"):
         dead.save(tensors(1), progress(1))
     live.save(tensors(2), progress(2))
     assert where.names() == ["step-00000002"]
@@ -131,17 +130,17 @@ def test_a_dead_attempt_that_thaws_at_the_very_commit_leaves_a_later_one_s_check
     """It looked at the fence in time, then froze: no store can tell its manifest from one of a live attempt."""
     dead, live = saver(where, attempt=1), saver(where, attempt=2)
     dead.fence()
-    put = remote.write_bytes
+    write = where.store.write
 
-    def freeze(url: str, content: bytes) -> None:
-        if url.endswith("manifest.json") and "/a0001-" in url:
+    def freeze(name: str, content: bytes) -> None:
+        if name.endswith("manifest.json") and "/a0001-" in name:
             live.fence()
             live.save(tensors(2), progress(2))
             live.save(tensors(3), progress(3))
-        put(url, content)
+        write(name, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "write_bytes", freeze)
+        patch.setattr(where.store, "write", freeze)
         dead.save(tensors(2), progress(2))
     assert is_of(where, 2), "that of the attempt in the fence"
     saver(where, attempt=3).fence()
@@ -163,7 +162,7 @@ def test_where_every_try_is_cut_nothing_counts_and_the_next_save_works(where, pr
     begun.save(tensors(1, LARGE), progress(1))
     proxy.hang_up(at=5_000_000, times=1000)
     begun.save(tensors(2, LARGE), progress(2), wait=False)
-    with pytest.raises(SaveError, match=rf"rank 0: s3://\S+/rank-0000.safetensors: {remote.TRIES} tries failed, the last with"):
+    with pytest.raises(SaveError, match=rf"rank 0: s3://\S+/rank-0000.safetensors: {remote_requests.TRIES} tries failed, the last with"):
         begun.finish()
     proxy.hang_up(at=0, times=0)
     assert where.names() == ["step-00000001"]
@@ -178,7 +177,7 @@ def test_a_store_that_can_not_be_reached_makes_no_checkpoint_bad(where, proxy):
     begun = saver(where)
     for step in (1, 2):
         begun.save(tensors(step), progress(step))
-    key = next(f"{where.url}/{name}" for name in objects(where) if name.startswith("step-00000002/a") and "rank" in name).removeprefix(
+    key = next(f"{where}/{name}" for name in objects(where) if name.startswith("step-00000002/a") and "rank" in name).removeprefix(
         f"s3://{BUCKET}/"
     )
 
@@ -187,7 +186,7 @@ def test_a_store_that_can_not_be_reached_makes_no_checkpoint_bad(where, proxy):
 
     for failing in (key, key.replace("rank-0000.safetensors", "manifest.json")):
         proxy.refuse(failing, status=503, times=1000)
-        with pytest.raises(UnreachableError, match=rf"step-00000002/.*{remote.TRIES} tries failed, the last with"):
+        with pytest.raises(UnreachableError, match=rf"step-00000002/.*{remote_requests.TRIES} tries failed, the last with"):
             catalog.take_newest(where, take)
         proxy.reset()
         assert where.names() == ["step-00000002", "step-00000001"]
@@ -208,11 +207,11 @@ def test_a_store_that_is_down_from_end_to_end_of_a_save_fails_it_and_no_more(whe
 
 
 def test_a_place_that_can_not_be_written_is_told_before_a_run_begins(workspace, server):
-    for there, wants in ((f"s3://{BUCKET}x/run", "no such bucket"), (str(workspace.config_file), "wants a directory")):
+    for there, wants in ((f"s3://{BUCKET}x/run", "no such bucket"), (str(workspace.config_file), "expected a directory")):
         told = workspace.manta("train", str(workspace.config_file), "run.dir=never", f"checkpoint.directory={there}", **server.environment)
         assert told.returncode == 2
         (line,) = told.stderr.splitlines()
-        assert "checkpoint.directory: got " in line
+        assert "checkpoint.directory: expected " in line
         assert wants in line
         assert not (workspace.directory / "never").exists()
 

@@ -22,9 +22,9 @@ from manta.data.prepare.prepare import find
 from manta.launch.cli import main
 from manta.launch.config import load
 from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.engine_state import progress as progress_of
 from manta.trainer.checkpoint.engine_state import restore, settle
-from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import LOSS_SCALER, Progress
 from manta.trainer.checkpoint.writer import Saver
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
@@ -209,7 +209,7 @@ def convert(directory: Path, way: Plain, output: Path, **changes: Any) -> Progre
     config, saved = config_of(way, **changes), load_deepspeed(directory)
     state = logical_state(saved, config, vocabulary=VOCABULARY, code=EXAMPLE, names=None)
     come = progress(saved, config)
-    Saver(Folder(output), identity={}, attempt=0).save(state, come)
+    Saver(open_backend(output), identity={}, attempt=0).save(state, come)
     return come
 
 
@@ -219,7 +219,7 @@ def go_on(directory: Path, way: Plain, cell: Cell) -> Trail:
     layout = layout_for(TrainConfig(steps=LAST, global_batch=GLOBAL_BATCH, micro_batch=1), cell.parallel, World.from_environment().size)
     mesh = World.from_environment().mesh(layout)
     engine = Engine(ours(way.model), mesh=mesh, optimizer=optimizer_config(way.optimizer), precision=cell.precision)
-    where = Folder(directory)
+    where = open_backend(directory)
     checkpoint = catalog.take_newest(where, lambda found: restore(where, found, engine))
     settle(checkpoint.progress, engine)
     losses = []

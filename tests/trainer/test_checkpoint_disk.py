@@ -16,8 +16,8 @@ import torch
 
 from manta.cluster.supervise.event_log import read_events
 from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.errors import FencedError, SaveError
-from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
@@ -66,55 +66,55 @@ def saved(saver: Saver, step: int, *, wait: bool) -> None:
 
 @pytest.mark.parametrize("wait", [True, False], ids=["blocking", "asynchronous"])
 def test_a_full_disk_is_told_and_costs_no_checkpoint(disk, wait):
-    saver = Saver(Folder(disk), identity={}, attempt=0, asynchronous=True)
+    saver = Saver(open_backend(disk), identity={}, attempt=0, asynchronous=True)
     saver.fence()
     saver.save(tensors(1), progress(1))
     free = shutil.disk_usage(disk).free
     with pytest.raises(SaveError, match=FULL):
         saved(saver, 2, wait=wait)
     assert shutil.disk_usage(disk).free == free, "what was half written is taken away"
-    assert catalog.newest(Folder(disk)).progress.step == 1
+    assert catalog.newest(open_backend(disk)).progress.step == 1
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
     saved(saver, 2, wait=wait)
-    assert catalog.newest(Folder(disk)).progress.step == 2
+    assert catalog.newest(open_backend(disk)).progress.step == 2
 
 
 @pytest.mark.parametrize("wait", [True, False], ids=["blocking", "asynchronous"])
 def test_a_read_only_disk_is_told_and_costs_no_checkpoint(disk, wait):
-    saver = Saver(Folder(disk), identity={}, attempt=0, asynchronous=True)
+    saver = Saver(open_backend(disk), identity={}, attempt=0, asynchronous=True)
     saver.fence()
     saver.save(tensors(1), progress(1))
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
     with pytest.raises(SaveError, match=r"rank 0: \S+/\.step-00000002\S+: Read-only file system: wants 1,200,\d+ bytes, and"):
         saved(saver, 2, wait=wait)
-    assert catalog.newest(Folder(disk)).progress.step == 1
+    assert catalog.newest(open_backend(disk)).progress.step == 1
     assert mount("-o", "remount,rw", str(disk)).returncode == 0
     shutil.rmtree(disk / "step-00000001")
     saved(saver, 3, wait=wait)
-    assert catalog.newest(Folder(disk)).progress.step == 3
+    assert catalog.newest(open_backend(disk)).progress.step == 3
 
 
 def test_room_that_a_dead_attempt_s_half_of_a_checkpoint_takes_is_given_back_first(disk):
     """Else the next attempt could not even say that it has begun."""
-    dead = Saver(Folder(disk), identity={}, attempt=1)
+    dead = Saver(open_backend(disk), identity={}, attempt=1)
     dead.fence()
     dead.save(tensors(1), progress(1))
     half = disk / ".step-00000002.a0001-00000000.partial"
     half.mkdir()
     fill(half / "rank-0000.safetensors", leave=0)
-    live = Saver(Folder(disk), identity={}, attempt=2)
+    live = Saver(open_backend(disk), identity={}, attempt=2)
     live.fence()
     assert not list(disk.glob(".*"))
-    assert Folder(disk).holds(live._token)
-    assert not Folder(disk).holds(dead._token)
+    assert open_backend(disk).is_fence_held_by(live._token)
+    assert not open_backend(disk).is_fence_held_by(dead._token)
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
     with pytest.raises(FencedError):
         dead.save(tensors(2), progress(2))
-    assert catalog.newest(Folder(disk)).progress.step == 1
+    assert catalog.newest(open_backend(disk)).progress.step == 1
 
 
 def test_an_attempt_that_can_not_say_that_it_has_begun_says_what_to_do(disk):
-    saver = Saver(Folder(disk), identity={}, attempt=1)
+    saver = Saver(open_backend(disk), identity={}, attempt=1)
     saver.save(tensors(1), progress(1))
     (disk / "fence.json").unlink(missing_ok=True)
     fill(disk / "filler", leave=0)
@@ -123,12 +123,12 @@ def test_an_attempt_that_can_not_say_that_it_has_begun_says_what_to_do(disk):
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
     with pytest.raises(SaveError, match=rf"{disk}/\.fence\.json\.\d+\.tmp: Read-only file system"):
         saver.fence()
-    assert catalog.newest(Folder(disk)).progress.step == 1
+    assert catalog.newest(open_backend(disk)).progress.step == 1
 
 
 @pytest.mark.parametrize("short", [0, 1, 2], ids=["no room for latest", "nor for the manifest", "nor for the tensors"])
 def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(disk, short, caplog):
-    saver = Saver(Folder(disk), identity={}, attempt=1)
+    saver = Saver(open_backend(disk), identity={}, attempt=1)
     saver.fence()
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
     before = shutil.disk_usage(disk).free
@@ -137,12 +137,12 @@ def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(dis
     fill(disk / "filler", leave=takes - short * PAGE)
     if short == 0:
         saver.save(tensors(2), progress(2))
-        assert re.search(r"latest\S*: No space left on device; step-00000002 is saved all the same", caplog.text)
+        assert re.search(r"latest\S*: No space left on device; step-00000002 is saved nevertheless", caplog.text)
     else:
         with pytest.raises(SaveError, match=r"No space left on device: wants [\d,]+ bytes, and [\d,]+ were free; make room"):
             saver.save(tensors(2), progress(2))
         assert shutil.disk_usage(disk).free == takes - short * PAGE
-    where = Folder(disk)
+    where = open_backend(disk)
     for name in where.names():
         catalog.verify(where, name)
     assert catalog.newest(where).progress.step == (1 if short else 2)
@@ -171,7 +171,7 @@ def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stop
     log = (workspace.directory / "full/logs/attempt-0001/rank-0000.log").read_text()
     assert "could not save, and train on (1 of 1 such failures in a row are tolerated): rank" in log
     assert not (workspace.directory / "full/logs/attempt-0002/rank-0000.log").exists(), "another try would meet the same"
-    where = Folder(disk)
+    where = open_backend(disk)
     assert catalog.newest(where).progress.step == 4
     assert where.names() == ["step-00000004"]
     assert not list(disk.glob(".*partial"))
@@ -201,7 +201,7 @@ def test_a_run_told_to_leave_that_can_not_save_says_so(workspace, disk, told_is)
     assert re.search(r"LeftUnsavedError: told to leave: rank \d: .*: No space left on device: wants [\d,]+ bytes, and [\d,]+ were", told)
     assert "left; step 4 is saved; go on with: manta resume" in told
     assert json.loads(workspace.manta("status", run, "--json").stdout)["state"] == "stopped, not saved"
-    assert catalog.newest(Folder(disk)).progress.step == 4
+    assert catalog.newest(open_backend(disk)).progress.step == 4
 
 
 @pytest.mark.slow
@@ -210,9 +210,10 @@ def test_a_run_goes_on_nowhere_where_checkpoints_can_not_be_written(workspace, d
     workspace.train("nowhere", *here)
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
     refused = workspace.train("nowhere", *here[:-1], "train.steps=8", code=2)
-    assert f"checkpoint.directory: got {disk}, and {disk} can not be written" in refused.stderr
+    wanted = f"checkpoint.directory: expected a directory that can be written, got {disk}. Choose another, or make {disk} writable."
+    assert wanted in refused.stderr
     alone, on_cpu = [sys.executable, "-P", "-m", "manta.trainer", "nowhere"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     failed = subprocess.run(alone, cwd=workspace.directory, env=on_cpu, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert re.search(rf"SaveError: an attempt has to be noted .*{disk}/\S+: Read-only file system", failed.stderr)
-    assert catalog.newest(Folder(disk)).progress.step == 4
+    assert catalog.newest(open_backend(disk)).progress.step == 4

@@ -17,7 +17,7 @@ from spmd import spmd
 
 from manta.data.storage.atomic import write_atomically
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.folder import Folder
+from manta.trainer.checkpoint.backend import DirectoryBackend, open_backend
 from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, Progress
 from manta.trainer.checkpoint.reader import read
 from manta.trainer.checkpoint.retention import Keep
@@ -34,7 +34,7 @@ def tensors(step: int) -> dict[str, Pieces]:
 
 
 def save(directory: Path, *steps: int, attempt: int) -> None:
-    saver = Saver(Folder(directory), identity={}, attempt=attempt, keep=Keep(newest=1))
+    saver = Saver(open_backend(directory), identity={}, attempt=attempt, keep=Keep(newest=1))
     saver.fence()
     for step in steps:
         saver.save(tensors(step), Progress(step=step, samples_consumed=step, optimizer_steps=step))
@@ -43,13 +43,13 @@ def save(directory: Path, *steps: int, attempt: int) -> None:
 def is_of(directory: Path, found: Checkpoint, seed: int) -> bool:
     """Bit by bit."""
     filled = {key: Pieces.all_of(torch.zeros(shape)) for key, shape in SHAPES.items()}
-    read(Folder(directory), found, filled)
+    read(open_backend(directory), found, filled)
     return all(torch.equal(filled[key].held[0][1], pieces.held[0][1]) for key, pieces in tensors(seed).items())
 
 
 def check(directory: Path, may_be: set[int]) -> None:
     """What is there is one of these, whole, and nothing else; and another attempt goes on, and leaves nothing lying about."""
-    where = Folder(directory)
+    where = open_backend(directory)
     for name in where.names():
         catalog.verify(where, name)  # nothing that is half there has the name of a whole one
     latest = directory / "latest"
@@ -123,7 +123,7 @@ def test_a_save_killed_as_it_takes_a_whole_one_s_place_loses_neither(tmp_path):
 
     def begin(directory: Path) -> None:
         save(directory, 4, attempt=1)
-        another = Saver(Folder(directory), identity={}, attempt=1)
+        another = Saver(open_backend(directory), identity={}, attempt=1)
         another.fence()
         another.save(tensors(5), Progress(step=8, samples_consumed=8, optimizer_steps=8))
 
@@ -135,8 +135,8 @@ def test_a_save_killed_as_it_takes_a_whole_one_s_place_loses_neither(tmp_path):
         directory = tmp_path / str(number)
         begin(directory)
         assert traced(partial(job, directory, 8), directory, number) is None
-        Saver(Folder(directory), identity={}, attempt=3).fence()  # as whoever goes on does before it looks
-        newest = catalog.newest(Folder(directory))
+        Saver(open_backend(directory), identity={}, attempt=3).fence()  # as whoever goes on does before it looks
+        newest = catalog.newest(open_backend(directory))
         assert newest.progress.step == 8, operations[number - 1]
         assert any(is_of(directory, newest, seed) for seed in (5, 8))
         assert [path.name for path in directory.iterdir() if not KEPT.fullmatch(path.name)] == []
@@ -146,16 +146,16 @@ def test_a_save_killed_as_it_takes_a_whole_one_s_place_loses_neither(tmp_path):
 def test_a_save_whose_latest_can_not_be_written_counts(tmp_path, caplog):
     (tmp_path / "latest").mkdir()  # nothing can be renamed over it
     save(tmp_path, 8, attempt=1)
-    assert catalog.newest(Folder(tmp_path)).progress.step == 8
-    assert "latest: Is a directory; step-00000008 is saved all the same" in caplog.text
+    assert catalog.newest(open_backend(tmp_path)).progress.step == 8
+    assert "latest: Is a directory; step-00000008 is saved nevertheless" in caplog.text
 
 
 def test_the_check_notices_a_rename_before_the_manifest(tmp_path, monkeypatch):
-    def too_early(self: Folder, name: str, token: str, manifest: bytes) -> None:
-        self._partial(name, token).rename(self.path / name)
+    def too_early(self: DirectoryBackend, name: str, token: str, manifest: bytes) -> None:
+        (self.path / self._uncommitted(name, token)).rename(self.path / name)
         write_atomically(self.path / name / MANIFEST, manifest)
 
-    monkeypatch.setattr(Folder, "commit", too_early)
+    monkeypatch.setattr(DirectoryBackend, "commit", too_early)
     with pytest.raises(Exception, match=r"step-00000008/manifest.json: No such file"):
         killed_everywhere(tmp_path, later)
 
@@ -205,7 +205,7 @@ def test_tracing_misses_no_operation_that_the_kernel_sees(tmp_path):
 
 
 def by_two(directory: Path, killed: int, kill_at: int) -> None:
-    saver = Saver(Folder(directory), identity={}, attempt=2)
+    saver = Saver(open_backend(directory), identity={}, attempt=2)
     saver.fence()
     if int(os.environ["RANK"]) == killed:
         Tracer(directory, kill_at)
@@ -224,7 +224,7 @@ def test_a_rank_killed_as_it_saves_leaves_the_checkpoint_before(tmp_path, killed
 
 
 def refused(directory: Path) -> str:
-    saver = Saver(Folder(directory), identity={}, attempt=2)
+    saver = Saver(open_backend(directory), identity={}, attempt=2)
 
     class OddError(Exception):
         """Known to this function alone: it can not be sent to another process."""

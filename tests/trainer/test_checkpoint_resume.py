@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from manta.trainer.checkpoint.folder import Folder
+from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.metrics import read_metrics
 
 STEPS, WARMUP = 24, 16
@@ -40,7 +40,7 @@ def test_a_run_gone_back_to_any_step_is_the_uninterrupted_run(workspace, family,
     assert len(skipped) < STEPS / 2
     for step in (skipped[0], skipped[-1], WARMUP - 1):
         home = Path(shutil.copytree(workspace.directory / run, workspace.directory / f"{run} {step}"))
-        for name in Folder(home / "checkpoints").names():
+        for name in open_backend(home / "checkpoints").names():
             if int(name[5:]) > step:
                 shutil.rmtree(home / "checkpoints" / name)
         done = workspace.manta("resume", home.name)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manta.trainer.checkpoint import catalog, vocabulary
+from manta.trainer.checkpoint.backend import Fence, open_backend
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError
-from manta.trainer.checkpoint.fence import Fence
-from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import BLOCK, Progress, name_of
 from manta.trainer.checkpoint.reader import SPAN, read
 from manta.trainer.checkpoint.rectangles import Rectangle, rectangles
@@ -40,7 +40,7 @@ def whole(held: dict[str, torch.Tensor]) -> dict[str, Pieces]:
 
 
 def saver(directory: Path, *, attempt: int = 1, keep: Keep | None = None, **more) -> Saver:
-    return Saver(Folder(directory), identity={"corpus": "c"}, attempt=attempt, keep=keep, **more)
+    return Saver(open_backend(directory), identity={"corpus": "c"}, attempt=attempt, keep=keep, **more)
 
 
 def progress(step: int) -> Progress:
@@ -54,7 +54,7 @@ def save(directory: Path, *steps: int, **how) -> None:
 
 
 def loaded(directory: Path, name: str) -> dict[str, torch.Tensor]:
-    where = Folder(directory)
+    where = open_backend(directory)
     filled = {key: torch.full(shape, math.nan) for key, shape in SHAPES.items()}
     catalog.load(where, catalog.look(where, name), whole(filled), SHAPES, verify="full")
     return filled
@@ -83,7 +83,7 @@ def test_what_is_saved_comes_back_and_others_can_read_it(checkpoints):
 def test_the_newest_checkpoint_is_taken_and_half_written_ones_are_not_seen(checkpoints):
     shutil.copytree(checkpoints / "step-00000008", checkpoints / ".step-00000012.a0001-00.partial")
     (checkpoints / "latest").write_text("step-00000099\n")
-    assert catalog.newest(Folder(checkpoints)).progress == progress(8)
+    assert catalog.newest(open_backend(checkpoints)).progress == progress(8)
 
 
 def rewritten(file: Path, **changes) -> None:
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(checkpoints, damage, capl
             rewritten(manifest, step=9)
         case "torn manifest":
             manifest.write_text(manifest.read_text()[:100])
-    assert catalog.newest(Folder(checkpoints)).progress.step == 4
+    assert catalog.newest(open_backend(checkpoints)).progress.step == 4
     assert "passed over a bad checkpoint" in caplog.text
     assert "step-00000008" in caplog.text
 
@@ -136,9 +136,9 @@ def test_any_flipped_bit_and_any_truncation_is_refused(checkpoints):
             del damaged[place:]
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=file.name):
-            catalog.verify(Folder(checkpoints), folder.name)
+            catalog.verify(open_backend(checkpoints), folder.name)
         file.write_bytes(content)
-    catalog.verify(Folder(checkpoints), folder.name)
+    catalog.verify(open_backend(checkpoints), folder.name)
 
 
 def test_a_bit_that_flips_where_a_rank_reads_is_found_as_it_reads(checkpoints):
@@ -146,7 +146,7 @@ def test_a_bit_that_flips_where_a_rank_reads_is_found_as_it_reads(checkpoints):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    where = Folder(checkpoints)
+    where = open_backend(checkpoints)
     filled = {key: torch.empty(shape) for key, shape in SHAPES.items()}
     with pytest.raises(CheckpointError, match=r"rank-0000.safetensors: xxh3 of bytes 1048576\.\.\."):
         catalog.load(where, catalog.look(where, "step-00000008"), whole(filled), SHAPES, verify="full")
@@ -158,13 +158,13 @@ def test_a_run_whose_checkpoints_are_all_bad_stops(checkpoints):
     for file in checkpoints.glob("*/*.safetensors"):
         file.unlink()
     with pytest.raises(CheckpointError, match="every checkpoint is bad"):
-        catalog.newest(Folder(checkpoints))
+        catalog.newest(open_backend(checkpoints))
 
 
 def test_what_was_passed_over_is_set_aside_and_pushes_no_good_one_out(checkpoints):
     (checkpoints / "step-00000008/rank-0000.safetensors").unlink()
     save(checkpoints, 6, keep=Keep(newest=1))
-    where = Folder(checkpoints)
+    where = open_backend(checkpoints)
     assert where.names() == ["step-00000008", "step-00000006"]
     assert catalog.take_newest(where, lambda found: read(where, found, {})).progress.step == 6
     assert where.names() == ["step-00000006"]
@@ -173,7 +173,7 @@ def test_what_was_passed_over_is_set_aside_and_pushes_no_good_one_out(checkpoint
 
 
 def test_another_model_is_refused_with_the_first_difference(checkpoints):
-    where = Folder(checkpoints)
+    where = open_backend(checkpoints)
     with pytest.raises(CheckpointError, match=r"master/embedding.weight: got \(700, 1024\), wants \(700, 96\)"):
         catalog.load(where, catalog.look(where, "step-00000008"), {}, SHAPES | {"master/embedding.weight": (700, 96)}, verify="full")
 
@@ -182,12 +182,12 @@ def test_another_model_is_refused_with_the_first_difference(checkpoints):
 def test_another_format_says_what_to_do(checkpoints, form, told):
     rewritten(checkpoints / "step-00000008/manifest.json", format=form)
     with pytest.raises(CheckpointError, match=f"format: got {form}, wants 2; {told}"):
-        catalog.look(Folder(checkpoints), "step-00000008")
+        catalog.look(open_backend(checkpoints), "step-00000008")
 
 
 def test_what_an_older_manifest_does_not_say_is_left_as_it_was(checkpoints):
     rewritten(checkpoints / "step-00000008/manifest.json", loss_scaler=None, cursors=None)
-    assert catalog.look(Folder(checkpoints), "step-00000008").progress == progress(8)
+    assert catalog.look(open_backend(checkpoints), "step-00000008").progress == progress(8)
 
 
 # Attempts
@@ -197,11 +197,11 @@ def test_a_dead_attempt_can_not_commit(checkpoints):
     dead, live = saver(checkpoints, attempt=1), saver(checkpoints, attempt=2)
     dead.fence()
     live.fence()
-    with pytest.raises(FencedError, match="attempt 2 has begun since"):
+    with pytest.raises(FencedError, match="attempt 2 has started since"):
         dead.save(whole(tensors(12)), progress(12))
-    assert Folder(checkpoints).names() == ["step-00000008", "step-00000004"]
+    assert open_backend(checkpoints).names() == ["step-00000008", "step-00000004"]
     live.save(whole(tensors(12)), progress(12))
-    with pytest.raises(FencedError, match="attempt 2 has begun since; this is attempt 1"):
+    with pytest.raises(FencedError, match="attempt 2 has started since; this is attempt 1"):
         dead.fence()
     assert not list(checkpoints.glob(".*")), "nothing half written is left"
 
@@ -220,7 +220,7 @@ def test_an_attempt_that_froze_as_it_was_about_to_commit_finds_nothing_to_commit
     monkeypatch.setattr(dead.where, "_fence", froze)
     with pytest.raises(SaveError, match="No such file"):
         dead.save(whole(tensors(12)), progress(12))
-    assert Folder(checkpoints).names() == ["step-00000008", "step-00000004"]
+    assert open_backend(checkpoints).names() == ["step-00000008", "step-00000004"]
 
 
 def test_an_attempt_that_froze_as_it_was_about_to_commit_leaves_another_s_checkpoint_in_its_place(checkpoints, monkeypatch):
@@ -238,8 +238,8 @@ def test_an_attempt_that_froze_as_it_was_about_to_commit_leaves_another_s_checkp
     monkeypatch.setattr(dead.where, "_fence", froze)
     with pytest.raises(SaveError, match="No such file"):
         dead.save(whole(tensors(12)), progress(12))
-    assert Folder(checkpoints).names()[0] == "step-00000012"
-    assert Folder(checkpoints).bad() == []
+    assert open_backend(checkpoints).names()[0] == "step-00000012"
+    assert open_backend(checkpoints).bad() == []
     assert equal(loaded(checkpoints, "step-00000012"), tensors(13))
 
 
@@ -254,24 +254,24 @@ def test_a_dead_attempt_deletes_nothing(checkpoints, monkeypatch):
 
     monkeypatch.setattr(dead.where, "commit", slow)
     dead.save(whole(tensors(12)), progress(12))
-    assert Folder(checkpoints).names() == ["step-00000012", "step-00000008", "step-00000004"]
+    assert open_backend(checkpoints).names() == ["step-00000012", "step-00000008", "step-00000004"]
 
 
 def test_who_runs_it_by_hand_comes_after_whoever_was_there(checkpoints):
     dead, by_hand, live = saver(checkpoints, attempt=3), saver(checkpoints, attempt=0), saver(checkpoints, attempt=4)
     dead.fence()
     by_hand.fence()
-    with pytest.raises(FencedError, match="attempt 3 has begun since"):
+    with pytest.raises(FencedError, match="attempt 3 has started since"):
         dead.save(whole(tensors(12)), progress(12))
     by_hand.save(whole(tensors(12)), progress(12))
     live.fence()
-    with pytest.raises(FencedError, match="attempt 4 has begun since"):
+    with pytest.raises(FencedError, match="attempt 4 has started since"):
         by_hand.save(whole(tensors(16)), progress(16))
 
 
 def test_a_damaged_fence_is_told_and_nobody_saves_over_it(checkpoints):
     (checkpoints / "fence.json").write_text('{"attempt":')
-    with pytest.raises(CheckpointError, match=r"fence\.json: .*; it is not as it was written: delete it once no other attempt runs"):
+    with pytest.raises(CheckpointError, match=r"fence\.json: damaged \(.*\)\. Delete it once no other attempt runs\."):
         saver(checkpoints, attempt=2).fence()
 
 
@@ -292,7 +292,7 @@ def test_a_save_in_the_background_is_of_the_moment_it_began(tmp_path, monkeypatc
     monkeypatch.setattr(begun.where, "write", slow)
     begun.save(whole(held), progress(1), wait=False)
     assert begun.is_busy
-    assert Folder(tmp_path).names() == []
+    assert open_backend(tmp_path).names() == []
     for tensor in held.values():
         tensor.zero_()
     begins.append(True)
@@ -359,7 +359,7 @@ def test_a_save_leaves_what_is_to_be_kept(tmp_path):
     begun = saver(tmp_path, keep=Keep(newest=1, best=1, every=4))
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 4.0), (6, None)):
         begun.save(whole(tensors(step)), progress(step), about={"validation_loss": loss})
-    assert Folder(tmp_path).names() == names(6, 4, 2)
+    assert open_backend(tmp_path).names() == names(6, 4, 2)
 
 
 # Shares and reading, whatever the cuts
@@ -409,7 +409,7 @@ def test_any_rectangle_is_read_out_of_any_chunks(tmp_path_factory, data, shape):
     ends = sorted({0, count, *data.draw(st.lists(st.integers(0, count), max_size=3))})
     places = [place for a, b in pairwise(ends) for place in rectangles(shape, a, b)]
     saver(directory).save({"x": cut(tensor, shape, places)}, progress(1))
-    where = Folder(directory)
+    where = open_backend(directory)
     offsets = [data.draw(st.integers(0, size - 1)) for size in shape]
     wanted = Rectangle(tuple(offsets), tuple(data.draw(st.integers(1, size - o)) for size, o in zip(shape, offsets, strict=True)))
     filled = torch.full(shape, -1.0)
@@ -425,21 +425,20 @@ def test_what_is_large_is_read_in_parts_and_only_the_blocks_that_are_needed(tmp_
     tensor = torch.arange(4_500_000, dtype=torch.float32).view(3, 1_500_000)  # rows of 6 MB, of which no two fit a span
     assert 2 * tensor.stride(0) * 4 > SPAN
     saver(tmp_path).save({"x": Pieces.all_of(tensor)}, progress(1))
-    where, asked = Folder(tmp_path), []
-    reader = where.reader
+    where, asked = open_backend(tmp_path), []
+    open_ranges = where.open_ranges
 
-    def told(name: str, file: str):
-        found = reader(name, file)
-        read_into = found.read_into
+    @contextmanager
+    def counted(name: str, file: str):
+        with open_ranges(name, file) as read_into:
 
-        def counted(start: int, buffer: memoryview) -> int:
-            asked.append(len(buffer))
-            return read_into(start, buffer)
+            def count(start: int, buffer: memoryview) -> int:
+                asked.append(len(buffer))
+                return read_into(start, buffer)
 
-        found.read_into = counted
-        return found
+            yield count
 
-    monkeypatch.setattr(where, "reader", told)
+    monkeypatch.setattr(where, "open_ranges", counted)
     filled = torch.zeros(3, 1_500_000)
     read(where, catalog.look(where, "step-00000001"), {"x": cut(filled, tensor.shape, [wanted])}, rest=None)
     assert torch.equal(filled[wanted.slices], tensor[wanted.slices])
@@ -461,7 +460,7 @@ def test_rows_of_another_vocabulary_are_found_by_token(tmp_path_factory, data):
     ends = sorted({0, tensor.numel(), *data.draw(st.lists(st.integers(0, tensor.numel()), max_size=3))})
     places = [place for a, b in pairwise(ends) for place in rectangles(shape, a, b)]
     saver(directory).save({"master/embedding.weight": cut(tensor, shape, places)}, progress(1))
-    where = Folder(directory)
+    where = open_backend(directory)
     filled = torch.full((len(here) + 2, 5), -1.0)
     suited = vocabulary.matched(catalog.look(where, "step-00000001"), alike, {"master/embedding.weight": tuple(filled.shape)})
     read(where, suited, {"master/embedding.weight": Pieces.all_of(filled)})

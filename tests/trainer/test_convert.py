@@ -24,8 +24,8 @@ from manta.trainer.architectures.config_json import from_theirs
 from manta.trainer.architectures.families import ARCHITECTURES, GPT2, architecture_for
 from manta.trainer.architectures.tensor_map import bind, tensors
 from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.checkpoint.folder import Folder
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
@@ -488,7 +488,7 @@ def test_an_imported_model_is_a_preset_and_a_checkpoint_at_step_zero(run, tmp_pa
         loaded.model.model_dump()
         == model_config(preset="imported/gpt2/model.yaml", family="gpt2", positions=40, vocabulary=270, dropout=0.1).model_dump()
     )
-    assert catalog.newest(Folder(tmp_path / "imported/gpt2/checkpoints")).progress == STEP_ZERO
+    assert catalog.newest(open_backend(tmp_path / "imported/gpt2/checkpoints")).progress == STEP_ZERO
     file.write_text(loaded.to_yaml())
     monkeypatch.chdir("/")
     assert launch_config.load(file) == loaded, "a run's own config has every key: the preset may be gone"

@@ -48,7 +48,7 @@ from manta.data.sampling.timeline import Timeline
 from manta.launch import config as configs
 from manta.launch.run.train import steps_in_words
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.folder import Folder
+from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.config.training import BatchConfig, ParallelConfig, TrainConfig
 from manta.trainer.dataloader.batch import _NOISE, Batch
 from manta.trainer.dataloader.loader import DataLoader
@@ -340,7 +340,7 @@ def test_a_run_reads_what_its_timeline_says(workspace, ramped):
         assert (line["global_batch"], line["sequence_length"]) == (phase.global_batch, phase.sequence_length)
         assert line["tokens"] == 32 * (first + phase.global_batch)
         assert line["data/digest"] == digest(samples, np.arange(first, first + phase.global_batch), phase.sequence_length)
-    saved = catalog.newest(Folder(workspace.directory / ramped / "checkpoints"))
+    saved = catalog.newest(open_backend(workspace.directory / ramped / "checkpoints"))
     assert (saved.progress.step, saved.progress.samples_consumed) == (40, 128 + 14 * 8)
 
 

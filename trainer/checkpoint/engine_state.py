@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.manifest import LOSS_SCALER, Checkpoint, Progress
 from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.storage import Storage
 from manta.trainer.dist import sharding
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.optim.optimizers import STATES
@@ -70,7 +70,7 @@ def progress(engine: Engine, *, step: int, samples_consumed: int, cursors: list[
     )
 
 
-def restore(where: Storage, checkpoint: Checkpoint, engine: Engine, *, verify: catalog.Verify = "full") -> None:
+def restore(where: CheckpointBackend, checkpoint: Checkpoint, engine: Engine, *, verify: catalog.Verify = "full") -> None:
     """Masters and optimizer state, into an engine; `settle` has it go on from there, once all ranks have theirs.
 
     Raises CheckpointError where the checkpoint is damaged, or of another model or optimizer: then part of the engine may be filled.
@@ -89,7 +89,7 @@ def settle(progress: Progress, engine: Engine) -> None:
     refresh(engine)
 
 
-def load_masters(where: Storage, checkpoint: Checkpoint, engine: Engine) -> None:
+def load_masters(where: CheckpointBackend, checkpoint: Checkpoint, engine: Engine) -> None:
     """The weights alone, into an engine that has not stepped; `refresh` has it train on from them.
 
     Raises CheckpointError where they are another model's, or damaged.

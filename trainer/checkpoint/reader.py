@@ -1,17 +1,17 @@
 """Out of a checkpoint's files into memory: the blocks that hold what is wanted, each checked against its hash before it is used."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import xxhash
 from torch import Tensor
 
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError, unreadable
 from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, File
 from manta.trainer.checkpoint.rectangles import Rectangle
 from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.storage import Reader, Storage
 from manta.trainer.checkpoint.write_plan import TORCH
 
 SPAN = 4 * BLOCK  # bytes read at once: what they are checked and copied from is still in the cache
@@ -29,7 +29,7 @@ class Want:
 
 
 def read(
-    where: Storage,
+    where: CheckpointBackend,
     checkpoint: Checkpoint,
     state: Mapping[str, Pieces],
     *,
@@ -52,15 +52,12 @@ def read(
         try:
             if mine and (size := where.size(name, file.name)) != file.bytes:
                 raise CheckpointError(f"{at}: bytes: got {size}, wants {file.bytes}")
-            reader = where.reader(name, file.name)
-            try:
-                blocks = Blocks(reader, file, at, checked=hashes)
+            with where.open_ranges(name, file.name) as read_into:
+                blocks = Blocks(read_into, file, at, checked=hashes)
                 for want in sorted(wants.get(number, []), key=lambda want: want.start):
                     _copy(blocks, want)
                 if mine and hashes:
                     blocks.check_rest()
-            finally:
-                reader.close()
         except OSError as error:
             raise unreadable(at, error) from None
 
@@ -81,8 +78,8 @@ def _wants(checkpoint: Checkpoint, state: Mapping[str, Pieces]) -> dict[int, lis
 class Blocks:
     """A file's bytes by ranges, in rising order if it is to be quick."""
 
-    def __init__(self, reader: Reader, file: File, at: str, *, checked: bool) -> None:
-        self._reader, self._file, self._at, self._checked = reader, file, at, checked
+    def __init__(self, read_into: Callable[[int, memoryview], int], file: File, at: str, *, checked: bool) -> None:
+        self._read_into, self._file, self._at, self._checked = read_into, file, at, checked
         self._memory = memoryview(bytearray(min(SPAN + 2 * BLOCK, -(-file.bytes // BLOCK) * BLOCK)))
         self._first = self._end = 0  # blocks that are in memory
         self._unseen = set(range(len(file.xxh3)))
@@ -110,7 +107,7 @@ class Blocks:
     def _fill(self, end: int) -> None:
         start, stop = self._end * BLOCK, min(end * BLOCK, self._file.bytes)
         into = self._memory[start - self._first * BLOCK : stop - self._first * BLOCK]
-        if (count := self._reader.read_into(start, into)) != len(into):
+        if (count := self._read_into(start, into)) != len(into):
             raise CheckpointError(f"{self._at}: bytes: got {start + count}, wants {self._file.bytes}")
         for block in range(self._end, end):
             if self._checked:

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.trainer.checkpoint.agreement import first_deals, first_hears, first_says, rank_of_ranks
+from manta.trainer.checkpoint.backend import DISK_FULL, CheckpointBackend
 from manta.trainer.checkpoint.catalog import validation_loss
 from manta.trainer.checkpoint.errors import SaveError
-from manta.trainer.checkpoint.folder import FULL
 from manta.trainer.checkpoint.manifest import Checkpoint, File, Progress, name_of, to_bytes
 from manta.trainer.checkpoint.retention import Keep, surplus
 from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.storage import Storage
 from manta.trainer.checkpoint.write_plan import Plan, Share, held, plan
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ class Saver:
     """All ranks call each method together; a process that is no rank calls them alone."""
 
     def __init__(
-        self, where: Storage, *, identity: Mapping[str, str], attempt: int, keep: Keep | None = None, asynchronous: bool = False
+        self, where: CheckpointBackend, *, identity: Mapping[str, str], attempt: int, keep: Keep | None = None, asynchronous: bool = False
     ) -> None:
         """keep: None deletes nothing."""
         self.where, self._identity, self._attempt, self._keep, self._asynchronous = where, dict(identity), attempt, keep, asynchronous
@@ -100,9 +99,9 @@ class Saver:
 
     def _fence(self) -> None:
         try:
-            self.where.fence(self._attempt, self._token)
+            self.where.set_fence(self._attempt, self._token)
         except OSError as error:
-            if error.errno not in FULL | SHUT:
+            if error.errno not in DISK_FULL | SHUT:
                 raise
             raise SaveError(f"an attempt has to be noted before it goes on: {self._told('', error)}") from None
 
@@ -117,7 +116,7 @@ class Saver:
         try:
             told = first_hears(self._written(name, views), self._group)
             first_says(lambda: self._commit(name, told, progress, about), self._group)
-            log.info("saved %s in %.3f s", self.where.at(name), time.monotonic() - begun)
+            log.info("saved %s in %.3f s", self.where.location(name), time.monotonic() - begun)
         except Exception as error:  # noqa: BLE001  `finish` raises it
             self._failure = error
 
@@ -128,12 +127,12 @@ class Saver:
             return None
         file, free = f"rank-{self._rank:04d}.safetensors", None
         try:
-            free = self.where.free()
+            free = self.where.store.free_bytes()
             file = self.where.write(name, self._token, file, lambda: share.body(views, hashes))
         except REFUSED as error:
             return SaveError(f"rank {self._rank}: {self._told(name, error, share.bytes, free)}")
         except Exception as error:  # told to the first rank, which waits for it: as one that can surely be sent
-            log.exception("%s: rank %d could not write its share", self.where.at(name), self._rank)
+            log.exception("%s: rank %d could not write its share", self.where.location(name), self._rank)
             return RuntimeError(f"rank {self._rank}: {type(error).__name__}: {error}")
         return File(file, share.bytes, tuple(hashes))
 
@@ -146,7 +145,7 @@ class Saver:
                     raise one  # noqa: TRY301  cleared away as what goes wrong here
             files = {rank: one for rank, one in enumerate(told) if isinstance(one, File)}
             checkpoint = Checkpoint(
-                at=self.where.at(name),
+                at=self.where.location(name),
                 progress=progress,
                 identity=self._identity,
                 files=tuple(files.values()),
@@ -154,7 +153,7 @@ class Saver:
                 about=dict(about),
             )
             manifest = to_bytes(checkpoint)
-            wanted, free = len(manifest), self.where.free()
+            wanted, free = len(manifest), self.where.store.free_bytes()
             self.where.commit(name, self._token, manifest)
         except Exception as error:
             with suppress(*REFUSED):  # what is wrong already is told; the next attempt sweeps
@@ -165,20 +164,20 @@ class Saver:
         try:
             self._prune(name)
         except REFUSED as error:
-            log.warning("%s: could not delete what is kept no more: %s", self.where.at(name), error)
+            log.warning("%s: could not delete what is kept no more: %s", self.where.location(name), error)
 
     def _told(self, name: str, error: Exception, wanted: int | None = None, free: int | None = None) -> str:
         """What a disk or a store says, with what a person has to know of it. free: bytes, before anything was written."""
         if not isinstance(error, OSError) or error.strerror is None:
             return str(error)
         wants = "" if wanted is None else f": wants {wanted:,} bytes" + ("" if free is None else f", and {free:,} were free")
-        remedy = "; make room, or lower checkpoint.keep" if error.errno in FULL else ""
-        return f"{error.filename or self.where.at(name)}: {error.strerror}{wants}{remedy}"
+        remedy = "; make room, or lower checkpoint.keep" if error.errno in DISK_FULL else ""
+        return f"{error.filename or self.where.location(name)}: {error.strerror}{wants}{remedy}"
 
     def _prune(self, newest: str) -> None:
         """Only the attempt that the run belongs to deletes, and never what it has just saved."""
         if self._keep is None:
             return
         for name in surplus(self.where.names(), newest, self._keep, lambda name: validation_loss(self.where, name)):
-            if self.where.holds(self._token):
+            if self.where.is_fence_held_by(self._token):
                 self.where.delete(name)

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from manta.data.config import DataConfig, TokenizerConfig, stage_problem, whole_number
 from manta.data.sampling.timeline import Timeline
 from manta.data.sources.config import Section
-from manta.data.storage.remote import is_remote
+from manta.data.storage.location import absolute
 from manta.trainer.config.model import FAMILY_KEYS, ModelConfig
 from manta.trainer.config.supported import divisors, refusal
 
@@ -53,7 +53,7 @@ class RunSection(Section):
     @field_validator("start_from")
     @classmethod
     def _from_wherever_we_are(cls, value: str | None) -> str | None:
-        return value if value is None or is_remote(value) else str(Path(value).absolute())
+        return value if value is None else absolute(value)
 
     match_tokens: bool = False
     """Whether rows of those weights go by what a token is, where this vocabulary has grown, or another order. New ones begin anew."""
@@ -180,7 +180,7 @@ class CheckpointConfig(Section):
     @field_validator("directory")
     @classmethod
     def _from_wherever_we_are(cls, value: str | None) -> str | None:
-        return value if value is None or is_remote(value) else str(Path(value).absolute())
+        return value if value is None else absolute(value)
 
 
 class GuardConfig(Section):

@@ -18,7 +18,7 @@ from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.architectures.config_json import Config, from_theirs, number
 from manta.trainer.architectures.families import Architecture
 from manta.trainer.architectures.tensor_map import Link, bind, tensors
-from manta.trainer.checkpoint.folder import Folder
+from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.shards import Pieces
 from manta.trainer.checkpoint.writer import Saver
@@ -60,7 +60,7 @@ def import_model(directory: Path, output: Path) -> None:
             make_directory(partial)
             identity = {"source": xxhash.xxh3_128_hexdigest(source.to_json())}
             weights_of = {key: Pieces.all_of(tensor) for key, tensor in imported.weights().items()}
-            Saver(Folder(partial / "checkpoints"), identity=identity, attempt=0).save(weights_of, STEP_ZERO)
+            Saver(open_backend(partial / "checkpoints"), identity=identity, attempt=0).save(weights_of, STEP_ZERO)
             for name in KEPT:
                 if (directory / name).exists():
                     shutil.copyfile(directory / name, partial / name)

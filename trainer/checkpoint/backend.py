@@ -1,0 +1,298 @@
+"""How checkpoints are committed to a directory or an object store, so that each is complete or does not exist.
+
+In a directory a checkpoint is written beside its final path, synced, and renamed. An object store cannot rename: there the manifest, which
+is written last, makes objects a checkpoint. In neither can a dead attempt commit. Each attempt writes its token to the fence, and a commit
+with another token is refused. A rank that was frozen between that check and the rename finds its files swept away, because an attempt sets
+the fence and sweeps before it searches for checkpoints.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, count
+from pathlib import Path
+
+from manta.data.errors import InputError
+from manta.data.storage.atomic import sync_directory
+from manta.data.storage.local import LocalStore
+from manta.data.storage.location import local_path
+from manta.data.storage.remote import RemoteStore
+from manta.data.storage.store import Store
+from manta.trainer.checkpoint.errors import CheckpointError, FencedError
+from manta.trainer.checkpoint.manifest import MANIFEST, step_of
+
+log = logging.getLogger(__name__)
+
+FENCE, LATEST, BAD, REPLACED = "fence.json", "latest", "bad-", ".replaced-"
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The attempt that may commit and delete checkpoints."""
+
+    attempt: int = 0
+    token: str = ""  # empty: any attempt may
+
+
+class CheckpointBackend(ABC):
+    """Checkpoints by name, such as step-00000100. An attempt's token keeps its files apart from those of other attempts."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __str__(self) -> str:
+        return self.store.location()
+
+    def names(self) -> list[str]:
+        """Return the names of all committed checkpoints, newest first. Their content is not checked."""
+        steps = {name: step for name in self._committed() if (step := step_of(name)) is not None}
+        return sorted(steps, key=steps.__getitem__, reverse=True)
+
+    def location(self, name: str) -> str:
+        return self.store.location(name)
+
+    def size(self, name: str, file: str) -> int:
+        return self.store.stat(f"{name}/{file}").size
+
+    def open_ranges(self, name: str, file: str) -> AbstractContextManager[Callable[[int, memoryview], int]]:
+        return self.store.open_ranges(f"{name}/{file}")
+
+    def set_fence(self, attempt: int, token: str) -> None:
+        """Let this token alone commit from now on, and sweep away what dead attempts left. Raises FencedError after a later attempt.
+
+        attempt: 0 for an unsupervised run, which holds the run's lock and so follows all others.
+        """
+        fence = self._fence()
+        if attempt and fence.attempt > attempt:
+            raise FencedError(f"{self}: attempt {fence.attempt} has started since; this is attempt {attempt}, which may save no more")
+        content = json.dumps(asdict(Fence(max(attempt, fence.attempt), token))).encode()
+        self.store.create()
+        try:
+            self.store.write(FENCE, content)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self._sweep(token)  # which may free the space
+            self.store.write(FENCE, content)
+        self._sweep(token)
+
+    def is_fence_held_by(self, token: str) -> bool:
+        return self._fence().token in {token, ""}
+
+    def write(self, name: str, token: str, file: str, parts: Callable[[], Iterable[memoryview]]) -> str:
+        """Write a file of an uncommitted checkpoint, durable when this returns. Returns its path within the checkpoint."""
+        self.store.write_parts(f"{self._uncommitted(name, token)}/{file}", parts)
+        return file
+
+    def commit(self, name: str, token: str, manifest: bytes) -> None:
+        """Raises FencedError if another attempt has started."""
+        self._commit(name, token, manifest)
+        try:  # for users: nothing depends on it
+            self.store.write(LATEST, f"{name}\n".encode())
+        except (OSError, InputError) as error:
+            reason = getattr(error, "strerror", None) or error
+            log.warning("%s: %s; %s is saved nevertheless", self.location(LATEST), reason, name)
+
+    @abstractmethod
+    def bad(self) -> list[str]:
+        """Return the names of the checkpoints that were set aside."""
+
+    @abstractmethod
+    def manifest(self, name: str) -> bytes: ...
+
+    @abstractmethod
+    def abandon(self, name: str, token: str) -> None:
+        """Delete an uncommitted checkpoint."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint that is committed or was set aside."""
+
+    @abstractmethod
+    def set_aside(self, name: str) -> None:
+        """Hide a bad checkpoint. Its bytes are kept for inspection."""
+
+    @abstractmethod
+    def _committed(self) -> Iterable[str]: ...
+
+    @abstractmethod
+    def _uncommitted(self, name: str, token: str) -> str: ...
+
+    @abstractmethod
+    def _sweep(self, token: str) -> None:
+        """Delete what dead attempts have half written, and finish what they have half done. token: of the attempt that sweeps."""
+
+    @abstractmethod
+    def _commit(self, name: str, token: str, manifest: bytes) -> None: ...
+
+    def _fence(self) -> Fence:
+        try:
+            return Fence(**json.loads(self.store.read(FENCE)))
+        except FileNotFoundError:
+            return Fence()
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self}/{FENCE}: damaged ({error}). Delete it once no other attempt runs.") from None
+
+    def _check_fence(self, name: str, token: str) -> None:
+        if (fence := self._fence()).token not in {token, ""}:
+            raise FencedError(f"{self.location(name)}: attempt {fence.attempt} has started since; this attempt may save no more")
+
+
+class DirectoryBackend(CheckpointBackend):
+    """Checkpoints on a disk of this machine, or a shared one."""
+
+    def __init__(self, store: LocalStore) -> None:
+        super().__init__(store)
+        self.path = store.path
+
+    def bad(self) -> list[str]:
+        return sorted(path.name for path in self.path.glob(f"{BAD}*"))
+
+    def manifest(self, name: str) -> bytes:
+        return self.store.read(f"{name}/{MANIFEST}")
+
+    def abandon(self, name: str, token: str) -> None:
+        shutil.rmtree(self.path / self._uncommitted(name, token), ignore_errors=True)
+
+    def delete(self, name: str) -> None:
+        """Renames first, because a half-deleted checkpoint would seem damaged."""
+        swept = self.path / f".swept-{name}"
+        shutil.rmtree(swept, ignore_errors=True)
+        try:
+            (self.path / name).rename(swept)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(swept, ignore_errors=True)
+
+    def set_aside(self, name: str) -> None:
+        (self.path / name).rename(_unused(self.path / f"{BAD}{name}"))
+
+    def _committed(self) -> Iterable[str]:
+        return (path.name for path in self.path.glob("step-*"))
+
+    def _uncommitted(self, name: str, token: str) -> str:
+        return f".{name}.{token}.partial"
+
+    def _sweep(self, token: str) -> None:
+        for left in self.path.glob(f"{REPLACED}*"):
+            name = left.name.removeprefix(REPLACED)
+            left.rename(_unused(self.path / f"{BAD}{name}") if (self.path / name).exists() else self.path / name)
+        for left in self.path.glob(".step-*"):  # a rename is immediate and final, a deletion is neither
+            swept = left.with_name(f".swept-{token}-{left.name}")
+            try:
+                left.rename(swept)
+            except FileNotFoundError:
+                continue
+        for left in self.path.glob(".swept-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _commit(self, name: str, token: str, manifest: bytes) -> None:
+        partial = self._uncommitted(name, token)
+        self.store.write(f"{partial}/{MANIFEST}", manifest)
+        self._check_fence(name, token)
+        with self._vacated(name):
+            (self.path / partial).rename(self.path / name)
+        sync_directory(self.path)
+
+    @contextmanager
+    def _vacated(self, name: str) -> Generator[None]:
+        """Move a checkpoint of this name out of the way. If the block fails, or is killed before the next sweep, it is moved back."""
+        final, replaced = self.path / name, self.path / f"{REPLACED}{name}"
+        if not final.exists():  # the usual case: a run resumes from a good checkpoint, and sets a bad one aside
+            yield
+            return
+        final.rename(replaced)
+        try:
+            yield
+        except OSError:
+            replaced.rename(final)
+            raise
+        replaced.rename(_unused(self.path / f"{BAD}{name}"))
+
+
+def _unused(path: Path) -> Path:
+    """Return the path, or the first with a number appended that does not exist."""
+    return next(p for p in chain([path], (path.with_name(f"{path.name}.{n}") for n in count(2))) if not p.exists())
+
+
+class ObjectStoreBackend(CheckpointBackend):
+    """Checkpoints in an object store, whose files and manifest are stored under the name and the token of the attempt that wrote them.
+
+    So no attempt overwrites another's objects, however late it writes. If two have saved the same step, that of the attempt in the fence
+    counts, else that of the later attempt.
+    """
+
+    store: RemoteStore
+
+    def bad(self) -> list[str]:
+        return [name for name, _ in self._manifests(f"{BAD}{MANIFEST}")]
+
+    def manifest(self, name: str) -> bytes:
+        return self.store.read(f"{name}/{self._token_of(name)}/{MANIFEST}")
+
+    def write(self, name: str, token: str, file: str, parts: Callable[[], Iterable[memoryview]]) -> str:
+        return f"{token}/{super().write(name, token, file, parts)}"
+
+    def abandon(self, name: str, token: str) -> None:
+        for path in self._paths(f"{name}/{token}/*"):
+            self.store.delete(path)
+
+    def delete(self, name: str) -> None:
+        """Deletes the manifests first, so that the rest counts no more."""
+        for path in sorted(self._paths(f"{name}/*/*"), key=lambda path: not path.endswith(f"/{MANIFEST}")):
+            self.store.delete(path)
+
+    def set_aside(self, name: str) -> None:
+        folder = f"{name}/{self._token_of(name)}"
+        self.store.write(f"{folder}/{BAD}{MANIFEST}", self.store.read(f"{folder}/{MANIFEST}"))
+        self.store.delete(f"{folder}/{MANIFEST}")
+
+    def _committed(self) -> Iterable[str]:
+        return (name for name, _ in self._manifests(MANIFEST))
+
+    def _uncommitted(self, name: str, token: str) -> str:
+        return f"{name}/{token}"
+
+    def _sweep(self, token: str) -> None:
+        kept = {*self._manifests(MANIFEST), *self._manifests(f"{BAD}{MANIFEST}")}
+        for path in self._paths("step-*/*/*"):
+            if _name_and_token(path) not in kept and _name_and_token(path)[1] != token:
+                self.store.delete(path)
+
+    def _commit(self, name: str, token: str, manifest: bytes) -> None:
+        self._check_fence(name, token)
+        self.store.write(f"{name}/{token}/{MANIFEST}", manifest)
+
+    def _manifests(self, file: str) -> dict[tuple[str, str], None]:
+        """Return the name and token of each checkpoint with such a manifest."""
+        return dict.fromkeys(_name_and_token(path) for path in self._paths(f"step-*/*/{file}"))
+
+    def _token_of(self, name: str) -> str:
+        """Return the token of the attempt that committed a checkpoint. Raises FileNotFoundError if none did."""
+        tokens = [_name_and_token(path)[1] for path in self._paths(f"{name}/*/{MANIFEST}")]
+        if not tokens:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.location(name))
+        current = self._fence().token
+        return max(tokens, key=lambda token: (token == current, token))
+
+    def _paths(self, pattern: str) -> Iterator[str]:
+        """Yield the paths of the objects that match, such as step-00000100/a0001-1f2e3d4c/manifest.json."""
+        return ("/".join(file.path.rsplit("/", 3)[1:]) for file in self.store.list(pattern))
+
+
+def _name_and_token(path: str) -> tuple[str, str]:
+    name, token, _ = path.split("/")
+    return name, token
+
+
+def open_backend(location: str | Path) -> CheckpointBackend:
+    """Return the checkpoints at a path or URL."""
+    path = local_path(str(location))
+    return ObjectStoreBackend(RemoteStore(str(location).rstrip("/"))) if path is None else DirectoryBackend(LocalStore(path))
