@@ -14,10 +14,10 @@ from source_reading import DOCUMENTS, error_of, locations, read, read_skipping, 
 
 from manta.data.errors import InputError
 from manta.data.sources import splits, text_formats
-from manta.data.sources.files import stat
 from manta.data.sources.input_split import ReadOptions
 from manta.data.sources.rows import FieldReader
 from manta.data.sources.text_formats import JsonLinesSplit
+from manta.data.storage.store import open_store
 
 LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(DOCUMENTS)).encode()
 
@@ -88,7 +88,7 @@ def test_each_document_has_its_file_and_line(tmp_path):
 def test_byte_ranges_of_json_lines_yield_each_line_once(tmp_path_factory, size):
     path = write_file(tmp_path_factory.getbasetemp() / "shared.jsonl", LINES)
     options = ReadOptions(reader=FieldReader(name="text", key="data.text_field"))
-    ranges = list(JsonLinesSplit.from_files([stat(path)], options, size))
+    ranges = list(JsonLinesSplit.from_files([open_store(path).stat()], options, size))
     assert len(ranges) == -(-len(LINES) // size)
     documents = [(document.content, split.location(document.position)) for split in ranges for document in split.documents()]
     assert documents == [(text, f"{path}: line {line}") for line, text in enumerate(DOCUMENTS, start=1)]
