@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from manta.cluster.config import ClusterConfig
+from manta.data.config_history import RENAMED, upgrade, version_1_keys
 from manta.data.errors import InputError
 from manta.launch.yaml_file import ConfigError, Dumper, Loader
 from manta.trainer.config.model import ModelConfig
@@ -35,20 +36,30 @@ class RunConfig(TrainingConfig):
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config in `file`, with `section.key=value` laid over it. Raises ConfigError."""
-    tree = _read(file)
+    """The config in `file`, with `section.key=value` laid over it. Raises ConfigError.
+
+    A run directory's config is read under today's key names; in a file of the user's an old name is an error.
+    """
+    tree, complete = _read(file), set(ModelConfig.model_fields)
+    if _is_of_a_run(file):  # an earlier version may have written it, and have known fewer keys
+        tree, complete = upgrade(tree), version_1_keys("model")
     sources = dict.fromkeys(_leaves(tree), str(file))
     for override in overrides:
         key, value = _parse_override(override)
         _set(tree, key, value)
         sources = {name: source for name, source in sources.items() if not f"{name}.".startswith(f"{key}.")}
         sources |= dict.fromkeys((key, *_leaves(value, key)), "command line")
-    if isinstance(model := tree.get("model"), dict) and "preset" in model and not model.keys() >= ModelConfig.model_fields.keys():
+    if isinstance(model := tree.get("model"), dict) and "preset" in model and not model.keys() >= complete:
         values = preset(model["preset"], file)
         tree["model"] = _laid_over(values, model)
         if _is_path(model["preset"]):
             sources = {f"model.{key}": str(model["preset"]) for key in values} | sources
     return validate(tree, file, sources)
+
+
+def _is_of_a_run(file: Path) -> bool:
+    home = RunDirectory(file.parent)
+    return file.name == home.config_file.name and home.manifest_file.exists()
 
 
 def resume_config(directory: Path) -> Path:
@@ -155,6 +166,9 @@ def _tell(error: ErrorDetails, file: Path, sources: Mapping[str, str]) -> str:
         case "missing":
             return f"{where}: {key}: got nothing, wants {_described(error['loc'])}; {_remedy(error['loc'])}"
         case "extra_forbidden":
+            old = ".".join(part for part in error["loc"] if isinstance(part, str))
+            if old in RENAMED:
+                return f"{where}: {key}: expected a known key, got {old}, which is now {RENAMED[old]}. Rename it."
             names = list(_section(error["loc"][:-1]).model_fields)
             near = _nearest(str(error["loc"][-1]), names) or f"; use one of {', '.join(names)}"
             return f"{where}: {key}: got an unknown key, wants one that manta has{near}"

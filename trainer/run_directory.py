@@ -13,6 +13,7 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from manta.data.config_history import upgrade
 from manta.data.errors import InputError
 from manta.data.shards.manifest import Prepared
 from manta.data.storage.location import local_path
@@ -73,7 +74,7 @@ class RunDirectory:
     def checkpoints(self) -> CheckpointBackend:
         """Where they lie: beside the rest, or where the config says."""
         try:
-            told = yaml.safe_load(self.config_file.read_text())["checkpoint"]["directory"]
+            told = upgrade(yaml.safe_load(self.config_file.read_text()))["checkpoint"]["directory"]
         except (OSError, yaml.YAMLError, TypeError, KeyError):
             told = None  # an import, or nothing yet; what is wrong with a config is told by who reads it
         return self.checkpoints_of(told)
@@ -115,7 +116,7 @@ class RunDirectory:
     def config(self) -> TrainingConfig:
         """The config that every rank of the run reads; where the ranks are placed is not its matter."""
         try:
-            sections = yaml.safe_load(_read(self.config_file))
+            sections = upgrade(yaml.safe_load(_read(self.config_file)))
             sections.pop("cluster", None)
             return TrainingConfig.model_validate_json(json.dumps(sections), strict=True)
         except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
@@ -131,7 +132,7 @@ class RunDirectory:
     def differs_in_model(self, model: ModelConfig) -> list[str]:
         """What weights trained or imported here were trained as, and this model is not; shapes aside, which tell by themselves."""
         file = self.path / "model.yaml"
-        there = ModelConfig.model_validate(yaml.safe_load(_read(file))) if file.exists() else self.config().model
+        there = ModelConfig.model_validate(upgrade(yaml.safe_load(_read(file)), "model")) if file.exists() else self.config().model
         before, now = _mathematics(there), _mathematics(model)
         return [f"model.{key} {before[key]} -> {now[key]}" for key in now if now[key] != before[key]]
 

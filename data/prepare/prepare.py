@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from filelock import FileLock, Timeout
 
 from manta.data.config import BYTES, DataConfig, TokenizerConfig
+from manta.data.config_history import as_version_1, identifying_keys
 from manta.data.errors import InputError
 from manta.data.live import live_sources
 from manta.data.live.live_samples import LiveSamples
@@ -29,7 +30,7 @@ from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Manifest, Prepared, digest
 from manta.data.sources.config import SourceConfig
-from manta.data.sources.source import hashed_config, identity
+from manta.data.sources.source import identity
 from manta.data.sources.splits import input_splits
 from manta.data.storage.location import absolute, join, local_path
 from manta.data.tokenizer import tokenizer
@@ -176,12 +177,15 @@ def _tokenizer_home(data: DataConfig, tokens: TokenizerConfig) -> Home:
         decides: list[object] = [tokenizer.fingerprint(tokenizer.read_tokenizer(tokens.file))]
     else:
         trained_on = [identity(source) for source in data.sources]
-        decides = [trained_on, data.text_field, tokens.model_dump(mode="json", exclude={"file"}), *_marks(data)]
+        how = as_version_1(identifying_keys(tokens, "tokenizer"), "tokenizer")
+        del how["file"]
+        decides = [trained_on, data.text_field, how, *_marks(data)]
     return Home(_below(data, f"tokenizer-{_key(decides)}"), data.cache)
 
 
 def _corpus_home(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig, fingerprint: str) -> Home:
-    how = hashed_config(source, exclude={"name", "epochs"})
+    how = as_version_1(identifying_keys(source, "data.sources"), "data.sources")
+    del how["name"], how["epochs"]
     decides: list[object] = [identity(source), how, fingerprint, tokens.end_of_text, data.validation, data.text_field, data.bad_rows]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", source.called).strip("-")[-40:].strip("-") or "corpus"
     return Home(_below(data, f"{slug}-{_key(decides)}"), data.cache)

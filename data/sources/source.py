@@ -13,8 +13,8 @@ import os
 import platform
 import sysconfig
 from pathlib import Path
-from typing import Any
 
+from manta.data.config_history import as_version_1
 from manta.data.errors import InputError
 from manta.data.sources.config import SourceConfig
 from manta.data.sources.files import without_dataset_metadata
@@ -23,8 +23,6 @@ from manta.data.sources.streams import COMPRESSION, format_suffix, read_error
 from manta.data.storage.local import walk
 from manta.data.storage.location import StoredFile
 from manta.data.storage.store import open_store
-
-_HASHED_NAMES = {"dedup": "unique", "not_matching": "without"}
 
 
 def identity(source: SourceConfig) -> list[object]:
@@ -38,20 +36,12 @@ def identity(source: SourceConfig) -> list[object]:
         found: list[object] = [source.path, platform.python_version(), [(os.path.relpath(file.path, root), file.size) for file in files]]
     else:
         found = [source.path, [(file.path, file.size, file.version) for file in [*files, *_token_indexes(files)]]]
-    selection = hashed_config(source, exclude_defaults=True, include={"format", "text_field", "template", "filter"})
+    selection = source.model_dump(mode="json", exclude_defaults=True, exclude={"path", "name", "validation", "epochs"})
     if selection:
-        found.append(selection)
+        found.append(as_version_1(selection, "data.sources"))
     if (validation := validation_source(source)) is not None:
         found.append(identity(validation))
     return found
-
-
-def hashed_config(source: SourceConfig, **options: Any) -> dict[str, Any]:
-    """Return the keys of a source that are hashed, under the names they had when corpora were first prepared: those stay found."""
-    config = source.model_dump(mode="json", **options)
-    if "filter" in config:
-        config["filter"] = {_HASHED_NAMES.get(key, key): value for key, value in config["filter"].items()}
-    return config
 
 
 def validation_source(source: SourceConfig) -> SourceConfig | None:

@@ -1,6 +1,7 @@
 """Does a config go on with the run that is in its directory, or would it change it?"""
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 
 import numpy as np
@@ -23,8 +24,7 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     if not home.config_file.exists() or not home.has_trained:
         return
     old = load(home.config_file)
-    before, now = old.identity(), config.identity()
-    differ = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in now if now[key] != before.get(key)]
+    differ = _differences(old.identity(), config.identity())
     if config.train.steps < old.train.steps:
         differ.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
     reached = sample_numbers(old.data.skip, np.array([old.timeline().first_sample(home.saved_step or 0)]))[0]
@@ -38,6 +38,16 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     shape = config.schedule.shape
     if config.train.steps > old.train.steps and shape != "constant":
         say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
+
+
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Return a line for each key that differs. An identity leaves out keys that are newer than version 1 and at their default."""
+
+    def value(identity: Mapping[str, object], key: str) -> str:
+        return json.dumps(identity[key]) if key in identity else "default"
+
+    keys = dict.fromkeys([*before, *now])
+    return [f"{key} {value(before, key)} -> {value(now, key)}" for key in keys if value(before, key) != value(now, key)]
 
 
 def refuse_lost_checkpoints(home: RunDirectory, config: RunConfig) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from manta.data.config_history import RENAMED
 from manta.data.errors import InputError
 from manta.launch import config
 from manta.trainer.model.build import build
@@ -97,6 +98,18 @@ BAD = {
         "data.mixture.0.weights.a",
         'got "much", wants number',
         "try weights={",
+    ),
+    "a key that was renamed": (
+        "train:\n  recompute: full\n",
+        "train.recompute",
+        "expected a known key, got train.recompute",
+        "which is now train.activation_checkpointing. Rename it.",
+    ),
+    "a renamed key in a list": (
+        "data:\n  sources: [{path: documents, filter: {unique: true}}]\n",
+        "data.sources.0.filter.unique",
+        "expected a known key, got data.sources.filter.unique",
+        "which is now data.sources.filter.dedup. Rename it.",
     ),
     "a missing corpus": ("data:\n  sources: [nowhere/*.txt]\n", "nowhere/*.txt", "no such file", ""),
     "a batch beyond all reason": (
@@ -238,6 +251,29 @@ def test_every_mistake_is_told_at_once_and_where_it_was_made(workspace):
         ["command line", "optimizer.beta1"],
         ["command line", "train.stepz"],
     ]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_is_refused_with_its_new_name(workspace, old, new):
+    section, _, name = old.rpartition(".")
+    overrides = [f"{old}=1"]
+    if section == "data.sources.filter":
+        overrides = [f"data.sources=[{{path: documents, filter: {{{name}: 1}}}}]"]
+    elif section == "model.experts":
+        overrides = [f"model.experts={{experts: 4, width: 8, {name}: 1}}"]
+    with pytest.raises(InputError) as refused:
+        config.load(workspace.config_file, overrides)
+    key = old.replace("sources.", "sources.0.")
+    assert str(refused.value) == f"command line: {key}: expected a known key, got {old}, which is now {new}. Rename it."
+
+
+def test_a_renamed_key_in_a_preset_file_is_refused_with_its_new_name(workspace, tmp_path):
+    file = tmp_path / "model.yaml"
+    file.write_text("{layers: 2, width: 64, heads: 4, experts: {experts: 4, width: 8, router_z: 0.1}}")
+    with pytest.raises(InputError) as refused:
+        config.load(workspace.config_file, [f"model={{preset: {file}}}"])
+    told = "model.experts.router_z: expected a known key, got model.experts.router_z, which is now model.experts.router_z_loss. Rename it."
+    assert str(refused.value) == f"{file}: {told}"
 
 
 def test_numbers_are_read_as_people_write_them(workspace):

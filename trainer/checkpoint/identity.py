@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+from manta.data.config_history import as_version_1
 from manta.data.sampling import mixture, order, packing
 from manta.data.shards.manifest import Prepared
 from manta.trainer.config.training import TrainingConfig
@@ -10,7 +11,7 @@ from manta.trainer.config.training import TrainingConfig
 
 def identity_of(config: TrainingConfig, prepared: Prepared) -> dict[str, str]:
     """Of the run of this config over this corpus."""
-    identity = {"corpus": prepared.fingerprint, "config": _digest(config.identity()), "order": str(order.VERSION)}
+    identity = {"corpus": prepared.fingerprint, "config": _digest(as_version_1(config.identity())), "order": str(order.VERSION)}
     if config.data.mixture:
         identity["mixture"] = str(mixture.VERSION)
     if config.data.packing == "best_fit":

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from manta.data.config import DataConfig, TokenizerConfig, stage_problem, whole_number
+from manta.data.config_history import identifying_keys
 from manta.data.sampling.timeline import Timeline
 from manta.data.sources.config import Section
 from manta.data.storage.location import absolute
@@ -274,9 +275,12 @@ class TrainingConfig(Section):
         )
 
     def identity(self) -> dict[str, object]:
-        """By dotted key, all that samples and mathematics depend on: none of it may change when a run is resumed."""
-        flat: dict[str, object] = {"precision": self.precision}
-        for name, section in self.model_dump(mode="json").items():
-            if isinstance(section, dict):
-                flat |= {f"{name}.{key}": value for key, value in section.items()}
-        return {key: value for key, value in flat.items() if not key.startswith(FREE)}
+        """Return, by dotted key, everything that samples and mathematics depend on: none of it may change when a run is resumed.
+
+        A key that was added after version 1 is included only if it differs from its default.
+        """
+        flat: dict[str, object] = {}
+        for name, section in identifying_keys(self).items():
+            if f"{name}." not in FREE:
+                flat |= {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
+        return {key: value for key, value in flat.items() if key not in FREE}

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
+from manta.data.config_history import upgrade
 from manta.data.errors import InputError
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.architectures.tensor_map import tensors
@@ -80,7 +81,7 @@ def imported_config(directory: Path) -> ModelConfig:
     """The model section that an import wrote."""
     file = directory / "model.yaml"
     try:
-        return ModelConfig.model_validate_json(json.dumps(yaml.safe_load(file.read_text())), strict=True)
+        return ModelConfig.model_validate_json(json.dumps(upgrade(yaml.safe_load(file.read_text()), "model")), strict=True)
     except (OSError, yaml.YAMLError, TypeError, ValidationError) as error:
         raise InputError(f"{file}: {' '.join(str(error).split())}; wants what manta import wrote: import it again") from None
 

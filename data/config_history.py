@@ -1,0 +1,104 @@
+"""Config keys of earlier versions: how written configs are read, and what the identities of runs and corpora hash.
+
+A key may be renamed. A run directory that was written before is translated when it is read; in a user's file the old name is an error that
+names the new one. Identities hash the key names of version 1, and a key that was added since counts only if it differs from its default:
+checkpoints and corpora stay valid across both.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+RENAMED = {
+    "checkpoint.tolerate": "checkpoint.max_failed_saves",
+    "cluster.grace": "cluster.grace_period",
+    "cluster.keep_warm": "cluster.hot_standby",
+    "cluster.restarts_without_progress": "cluster.max_restarts_without_progress",
+    "data.ray": "data.ray_address",
+    "data.sources.filter.unique": "data.sources.filter.dedup",
+    "data.sources.filter.without": "data.sources.filter.not_matching",
+    "guard.replicas_every_steps": "guard.replica_check_every_steps",
+    "model.experts.bias_speed": "model.experts.bias_update_speed",
+    "model.experts.router_z": "model.experts.router_z_loss",
+    "train.recompute": "train.activation_checkpointing",
+}
+"""Old dotted key -> today's. A key stays in its section. Never remove an entry: run directories hold the old name."""
+
+_VERSION_1_NAMES = {new: old for old, new in RENAMED.items()}
+
+_VERSION_1 = {
+    section: frozenset(names.split())
+    for section, names in {
+        "": "run data tokenizer model optimizer schedule train precision",
+        "run": "start_from match_tokens seed",
+        "data": "sources mixture sequence_length curriculum packing separate_documents objective fill_in_the_middle suffix_first mask_share"
+        " whole_words pairs shuffle_shards text_field validation bad_rows live",
+        "data.sources": "path name format text_field template validation epochs filter",
+        "data.sources.filter": "minimum_characters maximum_characters matching without unique",
+        "data.mixture": "from_tokens weights",
+        "data.curriculum": "from_tokens sequence_length",
+        "tokenizer": "algorithm vocabulary lowercase file train_bytes end_of_text",
+        "model": "family layers width heads kv_heads head_width mlp_width positions vocabulary rope_theta norm_epsilon tied_head qk_norm"
+        " logit_soft_cap sliding_window dropout attention_dropout label_smoothing z_loss experts options",
+        "model.experts": "experts top_k width shared score normalize scale balance balance_weight bias_speed router_z",
+        "optimizer": "name learning_rate beta1 beta2 epsilon weight_decay gradient_clipping",
+        "schedule": "shape warmup_steps minimum_ratio",
+        "train": "global_batch batch_ramp",
+        "train.batch_ramp": "from_tokens global_batch",
+    }.items()
+}
+"""Section -> the keys that count in an identity at any value. This list is frozen: a new key is not added to it."""
+
+
+def version_1_keys(section: str) -> set[str]:
+    """Return the keys of a section that every written config has, under today's names."""
+    old = (_join(section, name) for name in _VERSION_1[section])
+    return {RENAMED.get(key, key).removeprefix(_join(section, "")) for key in old}
+
+
+def upgrade(written: Any, section: str = "") -> Any:
+    """Return a config that an earlier version wrote, or one section of it, under today's key names."""
+    return _rename(written, RENAMED, section)
+
+
+def as_version_1(identity: Any, section: str = "") -> Any:
+    """Return what `identifying_keys` returns under the key names of version 1, as identities hash it."""
+    return _rename(identity, _VERSION_1_NAMES, section)
+
+
+def identifying_keys(config: BaseModel, section: str = "") -> dict[str, Any]:
+    """Return a section as JSON, without keys that were added after version 1 and are at their default.
+
+    Keys keep the order of the fields: the directory names of corpora hash it.
+    """
+    dumped, kept = config.model_dump(mode="json"), dict[str, Any]()
+    for name, field in type(config).model_fields.items():
+        key, value = _join(section, name), getattr(config, name)
+        is_added = _VERSION_1_NAMES.get(key, key).rpartition(".")[2] not in _VERSION_1.get(section, ())
+        if is_added and value == field.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, BaseModel):
+            kept[name] = identifying_keys(value, key)
+        elif isinstance(value, tuple) and all(isinstance(item, BaseModel) for item in value):
+            kept[name] = [identifying_keys(item, key) for item in value]
+        else:
+            kept[name] = dumped[name]
+    return kept
+
+
+def _rename(tree: Any, names: Mapping[str, str], section: str) -> Any:
+    """Rename keys in nested sections, and in lists of them."""
+    if isinstance(tree, list):
+        return [_rename(item, names, section) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    renamed: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = _join(section, name)
+        renamed[names.get(key, key).removeprefix(_join(section, ""))] = _rename(value, names, key)
+    return renamed
+
+
+def _join(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
