@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from manta.data.objectives.objective import window_shape
-from manta.data.prepare import dedup
-from manta.data.prepare.dedup import SPAN, Duplicates, Overlap
+from manta.data.prepare.contamination import SPAN, Contamination, find_contamination
+from manta.data.prepare.dedup import Duplicates, find_duplicates
 from manta.data.prepare.progress import progress
 from manta.data.sampling.windows import TokenStream
 from manta.data.shards import manifest
@@ -135,9 +135,9 @@ def _repeated(train: list[TokenStream], held_out: list[TokenStream], tokenizer: 
             if both >= _SILENT:
                 advance(new * width)
 
-        repeated = dedup.duplicates(train, held_out, read=read, tell=tell)
+        repeated = find_duplicates(train, held_out, max_tokens=read, advance=tell)
         between = time.perf_counter()
-        shared = dedup.overlap(train, held_out, read=read, tell=tell)
+        shared = find_contamination(train, held_out, max_tokens=read, advance=tell)
     compared, searched_for = sum(repeated.tokens), sum(shared.searched_for)
     return {
         "duplicates": _duplicates(repeated, tokenizer) | {"seconds": between - begun, "all_compared": compared == tokens},
@@ -161,15 +161,16 @@ def _duplicates(found: Duplicates, tokenizer: Tokenizer) -> Told:
         "share_of_tokens": sum(found.repeated_tokens) / max(tokens, 1),
         "by_source": list(found.repeated),
         "most": [
-            {"count": one.count, "tokens": len(one.tokens), "text": tokenizer.decode(one.tokens[:_ROOM].tolist())} for one in found.most
+            {"count": one.count, "tokens": len(one.tokens), "text": tokenizer.decode(one.tokens[:_ROOM].tolist())}
+            for one in found.most_frequent
         ],
     }
 
 
-def _overlap(found: Duplicates, shared: Overlap) -> Told:
+def _overlap(found: Duplicates, shared: Contamination) -> Told:
     return {
-        "validation_documents_compared": sum(found.held_out),
-        "documents": sum(found.held_out_in_train),
+        "validation_documents_compared": sum(found.validation_documents),
+        "documents": sum(found.validation_in_train),
         "span": SPAN,
         "validation_tokens_searched_for": sum(shared.searched_for),
         "train_tokens_searched": shared.searched,
@@ -177,6 +178,6 @@ def _overlap(found: Duplicates, shared: Overlap) -> Told:
         "share_of_tokens": sum(shared.found) / max(sum(shared.searched_for), 1),
         "by_source": [
             {"documents": documents, "tokens": tokens, "share_of_tokens": tokens / max(of, 1)}
-            for documents, tokens, of in zip(found.held_out_in_train, shared.found, shared.searched_for, strict=True)
+            for documents, tokens, of in zip(found.validation_in_train, shared.found, shared.searched_for, strict=True)
         ],
     }

@@ -20,9 +20,9 @@ from manta.data.config import CacheConfig, TokenizerConfig
 from manta.data.objectives.examples import IGNORED
 from manta.data.objectives.objective import window_shape
 from manta.data.objectives.render import Speller
-from manta.data.prepare import dedup as counted
-from manta.data.prepare import prepare
-from manta.data.prepare.dedup import SPAN, duplicates, overlap
+from manta.data.prepare import contamination, prepare
+from manta.data.prepare.contamination import SPAN, find_contamination
+from manta.data.prepare.dedup import find_duplicates
 from manta.data.sampling.packing import best_fit
 from manta.data.sampling.timeline import Timeline
 from manta.data.sampling.windows import TokenStream, WindowShape
@@ -118,15 +118,15 @@ def test_each_copy_of_a_document_but_the_first_is_a_duplicate(tmp_path):
     train = [put(tmp_path / "a", taken[0][:20], taken[0][20:]), put(tmp_path / "b", taken[1], dtype=np.int32)]
     held_out = [put(tmp_path / "c", taken[2] + [[1, 2, 3]]), put(tmp_path / "d", [[7] * 90])]
     read = []
-    found = duplicates(train, held_out, read=10**9, tell=read.append)
+    found = find_duplicates(train, held_out, max_tokens=10**9, advance=read.append)
     times = Counter(map(tuple, taken[0] + taken[1]))
     new = len(set(map(tuple, taken[0])))
     assert found.documents == (60, 60)
     assert found.repeated == (60 - new, 60 - (len(times) - new))
     assert sum(found.repeated_tokens) == sum((count - 1) * len(document) for document, count in times.items())
-    assert [one.count for one in found.most] == sorted(times.values(), reverse=True)[:5]
-    assert all(times[tuple(one.tokens.tolist())] == one.count for one in found.most)
-    assert found.held_out_in_train == (sum(tuple(document) in times for document in taken[2]), 0)
+    assert [one.count for one in found.most_frequent] == sorted(times.values(), reverse=True)[:5]
+    assert all(times[tuple(one.tokens.tolist())] == one.count for one in found.most_frequent)
+    assert found.validation_in_train == (sum(tuple(document) in times for document in taken[2]), 0)
     assert sum(read) == sum(int(stream.starts[-1]) for stream in (*train, *held_out))
 
 
@@ -135,18 +135,18 @@ def test_of_a_large_corpus_all_documents_of_some_lengths_are_compared(tmp_path):
     pool = [rng.integers(0, 50, length).tolist() for length in range(1, 200)]
     taken = [pool[at] for at in rng.integers(0, 199, 800)]
     tokens = sum(map(len, taken))
-    found = duplicates([put(tmp_path, taken)], [], read=tokens // 4, tell=listen)
+    found = find_duplicates([put(tmp_path, taken)], [], max_tokens=tokens // 4, advance=listen)
     assert 0.1 * tokens < found.tokens[0] < 0.4 * tokens
-    compared = {len(one.tokens) for one in found.most}
+    compared = {len(one.tokens) for one in found.most_frequent}
     times = Counter(len(document) for document in taken)  # a length is one document's
-    assert [one.count for one in found.most] == [times[len(one.tokens)] for one in found.most]
+    assert [one.count for one in found.most_frequent] == [times[len(one.tokens)] for one in found.most_frequent]
     assert len(compared) == 5
     assert found.repeated[0] / found.documents[0] == pytest.approx(1 - 199 / 800, abs=0.1)
 
 
 @pytest.mark.parametrize("chunk", [64, 1 << 16])
 def test_validation_tokens_in_spans_that_train_has_are_found(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(counted, "_CHUNK", chunk)
+    monkeypatch.setattr(contamination, "_CHUNK", chunk)
     rng = np.random.default_rng(2)
     text = rng.integers(1, 4, 3000)  # of three ids: spans of 50 come by chance never, short ones always
     held_out = rng.integers(1, 4, 2000)
@@ -161,18 +161,24 @@ def test_validation_tokens_in_spans_that_train_has_are_found(tmp_path, monkeypat
     expected = int(covered.sum())
     assert 521 <= expected < 640
     cut = [text[:700].tolist()], [text[700:].tolist()]  # a span may not reach over the end of a shard
-    found = overlap([put(tmp_path / "whole", [text.tolist()])], [put(tmp_path / "held", [held_out.tolist()])], read=10**9, tell=listen)
+    found = find_contamination(
+        [put(tmp_path / "whole", [text.tolist()])], [put(tmp_path / "held", [held_out.tolist()])], max_tokens=10**9, advance=listen
+    )
     assert (found.found, found.searched_for, found.searched) == ((expected,), (2000,), 3000)
-    apart = overlap([put(tmp_path / "cut", *cut)], [put(tmp_path / "held", [held_out.tolist()])], read=10**9, tell=listen)
+    apart = find_contamination(
+        [put(tmp_path / "cut", *cut)], [put(tmp_path / "held", [held_out.tolist()])], max_tokens=10**9, advance=listen
+    )
     assert apart.found[0] <= expected
-    none = overlap([put(tmp_path / "short", [[1, 2]])], [put(tmp_path / "held", [held_out.tolist()])], read=10**9, tell=listen)
+    none = find_contamination(
+        [put(tmp_path / "short", [[1, 2]])], [put(tmp_path / "held", [held_out.tolist()])], max_tokens=10**9, advance=listen
+    )
     assert none.found == (0,)
 
 
 def test_text_that_is_all_alike_is_found_too(tmp_path):
     alike = [put(tmp_path / "a", [[5] * 400]), put(tmp_path / "b", [[5] * 30, [6] * 10])]
     held_out = [put(tmp_path / "c", [[5] * 70 + [9]]), put(tmp_path / "d", [[6] * 20])]
-    assert overlap(alike, held_out, read=10**9, tell=listen).found == (70, 0)
+    assert find_contamination(alike, held_out, max_tokens=10**9, advance=listen).found == (70, 0)
 
 
 @pytest.mark.parametrize("way", WAYS)
