@@ -1,7 +1,7 @@
-"""A rank's entry: `python -m manta.trainer RUN`, alone, under torchrun, or under a supervisor.
+"""The entry point of a rank: `python -m manta.trainer RUN_DIRECTORY`, alone, under torchrun, or under a supervisor.
 
-A supervisor starts it with MANTA_STANDBY: it then imports everything, waits for its place on standard input (one line, a JSON
-object of environment variables), and goes. That is what makes a restart cost no imports.
+With MANTA_STANDBY set, the process imports everything, then waits for its environment on standard input: one line, a JSON object of
+variables. A restart then pays for no imports.
 """
 
 import importlib
@@ -17,40 +17,40 @@ from manta.cluster.protocol import Category, Env, ExitCode, HeartbeatWriter, Ran
 from manta.data.errors import InputError
 from manta.trainer import stack_traces
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
-from manta.trainer.stop_request import Notice
+from manta.trainer.stop_request import StopRequest
 
-NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # what RuntimeErrors of torch's then say
+NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # texts of torch's RuntimeErrors
 
 
 def main() -> int:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m manta.trainer RUN_DIRECTORY\n")
         return ExitCode.USAGE
-    notice = Notice()
+    stop = StopRequest()
     if Env.STANDBY in os.environ:
-        stand_by()
+        wait_for_environment()
     stack_traces.answer(signal.SIGUSR2)
-    place = f"attempt {os.environ.get(Env.ATTEMPT, '0')} rank {os.environ.get('RANK', '0')}"
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {place} %(name)s: %(message)s", force=True)
+    rank = f"attempt {os.environ.get(Env.ATTEMPT, '0')} rank {os.environ.get('RANK', '0')}"
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {rank} %(name)s: %(message)s", force=True)
     heartbeat = HeartbeatWriter.from_environment()
     heartbeat("start", 0)
     try:
         from manta.trainer.rank import run
 
-        return run(Path(sys.argv[1]), heartbeat, notice)
+        return run(Path(sys.argv[1]), heartbeat, stop)
     except InputError as error:
-        logging.getLogger("manta").error("%s", error)  # noqa: TRY400  the user's to mend: a trace would only hide it
+        logging.getLogger("manta").error("%s", error)  # noqa: TRY400  the message is for the user; a traceback would hide it
         report(error, heartbeat, "input")
         return ExitCode.USAGE
-    except BaseException as error:  # noqa: BLE001  whatever it was, the supervisor wants to know
+    except BaseException as error:  # noqa: BLE001  the supervisor decides what to do about any error
         traceback.print_exc()
-        report(error, heartbeat, _category(error))
+        report(error, heartbeat, category_of(error))
         return ExitCode.UNSAVED if isinstance(error, LeftUnsavedError) else ExitCode.FAILED
 
 
-def stand_by() -> None:
-    """Gets warm, waits for a place, takes it. Ends the process where none comes: the supervisor is gone."""
-    importlib.import_module("manta.trainer.rank")  # all that a rank will need
+def wait_for_environment() -> None:
+    """Import everything, then read the environment variables. End the process if the supervisor closes standard input."""
+    importlib.import_module("manta.trainer.rank")
 
     line = sys.stdin.readline()
     if not line:
@@ -77,9 +77,9 @@ def report(error: BaseException, heartbeat: HeartbeatWriter, category: Category)
         write_error(Path(path), described)
 
 
-def _category(error: BaseException) -> Category:
+def category_of(error: BaseException) -> Category:
     """Return how the supervisor should treat the error."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)):
         return "out_of_memory"
     if isinstance(error, UnreachableError):
         return "exception"
@@ -90,5 +90,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a library's thread that lingers must not keep a rank that has ended.
+    # Not sys.exit: a lingering thread of a library must not keep an ended rank alive.
     os._exit(code)

@@ -1,10 +1,11 @@
-"""The training loop: step, record, evaluate, save, until the last step or until told to leave."""
+"""The training loop: step, log, evaluate and save, until the last step or a stop request."""
 
 import logging
 import math
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,9 +25,35 @@ from manta.trainer.engine.deepspeed import Engine, Outcome
 from manta.trainer.metrics import Line, MetricsLog, format_line
 from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.run_directory import RunDirectory
-from manta.trainer.stop_request import Notice
+from manta.trainer.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepData:
+    """What this rank reads for one step. `wait`: seconds spent waiting for the data loader."""
+
+    batches: Sequence[Batch]
+    digest: int
+    wait: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTotals:
+    """One step's values, reduced over all ranks. `terms`: of the loss. The flags: whether any rank says so."""
+
+    terms: Sequence[float]
+    digest: int
+    stop_requested: bool
+    save_requested: bool
+    save_failed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    line: Line
+    totals: StepTotals
 
 
 class Loop:
@@ -39,49 +66,48 @@ class Loop:
         world: World,
         samples: Samples | LiveSamples,
         engine: Engine,
-        home: RunDirectory,
+        run_dir: RunDirectory,
         heartbeat: HeartbeatWriter,
-        notice: Notice,
-        peak: float | None,
+        stop: StopRequest,
+        peak_flops: float | None,
         flops_per_token: Mapping[int, float],
         saver: Saver,
     ) -> None:
         """flops_per_token: by sequence length."""
-        self.config, self.world, self.samples, self.engine, self.home = config, world, samples, engine, home
-        self.heartbeat, self.notice, self.peak, self.flops_per_token, self.saver = heartbeat, notice, peak, flops_per_token, saver
+        self.config, self.world, self.samples, self.engine, self.run_dir = config, world, samples, engine, run_dir
+        self.heartbeat, self.stop, self.saver = heartbeat, stop, saver
+        self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
         self.timeline = config.timeline()
         reading = {"rank": engine.mesh.data_rank, "seed": config.run.seed, "steps": config.train.steps}
-        self.reader = DataLoader(samples, self.timeline, engine.layout, **reading, device=world.device)
-        self._digest = 0
-        self._waited = 0.0
-        self._lengths = set[int]()  # of sequences, that were trained on here
+        self.loader = DataLoader(samples, self.timeline, engine.layout, **reading, device=world.device)
+        self._compiled_lengths = set[int]()  # blocks are compiled once for each sequence length
 
     def run(self, step: int) -> int:
-        """From `step` steps done to the last. Gives the steps done: fewer than all where we were told to leave."""
+        """Train from `step` finished steps on. Return the number of finished steps, which is below the last after a stop request."""
         try:
             return self._run(step)
         finally:
-            self.reader.close()
+            self.loader.close()
 
     def _run(self, step: int) -> int:
-        metrics = MetricsLog(self.home.metrics_file) if self.world.rank == 0 else None
+        metrics = MetricsLog(self.run_dir.metrics_file) if self.world.rank == 0 else None
         last = self.config.train.steps
-        saves = Saves(self.saver, self.engine, self.reader, self.config, self.home, step=step)
-        leave, line = False, Line()
-        while step < last and not leave:
-            line, leave, asked, failed = self._step(step, saves)
+        saves = Saves(self.saver, self.engine, self.loader, self.config, self.run_dir, step=step)
+        stop, line = False, Line()
+        while step < last and not stop:
+            result = self._step(step, saves)
+            line, totals, stop = result.line, result.totals, result.totals.stop_requested
             step += 1
             self.heartbeat("step", step)
-            if step == last or (step % self.config.evaluate.every_steps == 0 and not leave):
+            if step == last or (step % self.config.evaluate.every_steps == 0 and not stop):
                 line |= self.evaluate(step)
-            due = step % self.config.track.every_steps == 0 or "eval/loss" in line
-            if metrics and due:
+            if metrics and (step % self.config.track.every_steps == 0 or "eval/loss" in line):
                 metrics.write(line)
                 log.info("step %d/%d  %s", step, last, format_line(line))
-            if failed:
+            if totals.save_failed:
                 self.heartbeat("save", step)
                 saves.finish()
-            if asked or step % self.config.checkpoint.every_steps == 0:
+            if totals.save_requested or step % self.config.checkpoint.every_steps == 0:
                 self.heartbeat("save", step)
                 saves.save(step, line, wait=False)
         self.heartbeat("save", step)
@@ -91,112 +117,122 @@ class Loop:
         self.heartbeat("done", step)
         return step
 
-    def _step(self, step: int, saves: Saves) -> tuple[Line, bool, bool, bool]:
-        """One optimizer step; the line that tells of it, and whether any rank was told to leave, asks to save, or knows that it failed."""
+    def _step(self, step: int, saves: Saves) -> StepResult:
+        """Do one optimizer step."""
         start = time.perf_counter()
         rate = learning_rate(self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps)
-        self._digest, self._waited = 0, 0.0
-        terms_K = self.engine.accumulate(self._microbatches(step))
+        data = self._read(step)
+        terms_K = self.engine.accumulate(data.batches)
         every = self.config.guard.replica_check_every_steps
         if every and (step + 1) % every == 0:
             self.engine.replicas.look(step + 1)
         outcome = self.engine.update(terms_K, learning_rate=rate)
-        terms, (leave, asked, failed, digest) = self._terms(outcome, saves)
+        totals = self._reduce(outcome, data, saves)
         seconds = time.perf_counter() - start
-        self.heartbeat.work = self._waited + self.engine.work.take()
-        loss = self.engine.loss(terms)
-        if not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.norm))):  # a smaller scale mends gradients alone
+        self.heartbeat.work = data.wait + self.engine.work.take()
+        line = self._line(step, outcome, totals, learning_rate=rate, seconds=seconds, wait=data.wait)
+        if saves.failures:
+            line["checkpoint/failures"] = saves.failures
+        return StepResult(line=line, totals=totals)
+
+    def _line(self, step: int, outcome: Outcome, totals: StepTotals, *, learning_rate: float, seconds: float, wait: float) -> Line:
+        """Return a step's line of metrics.jsonl. Raises FloatingPointError if training has diverged."""
+        loss = self.engine.loss(totals.terms)
+        # fp16 skips a step whose gradients overflow and retries with a smaller loss scale; nothing helps a loss that is not finite.
+        if not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.norm))):
             raise FloatingPointError(
-                f"step {step + 1}: loss {loss}, gradient norm {outcome.norm}; lower optimizer.learning_rate or lengthen the warmup"
+                f"step {step + 1}: expected finite numbers, got loss {loss} and gradient norm {outcome.norm}."
+                " Lower optimizer.learning_rate or lengthen the warmup."
             )
-        phase = self.timeline.stage(step)
-        speed = phase.global_batch * self.config.data.sequence_length / seconds
-        peak = self.peak and self.peak * self.world.size
+        stage = self.timeline.stage(step)
+        speed = stage.global_batch * self.config.data.sequence_length / seconds
+        peak = self.peak_flops and self.peak_flops * self.world.size
         line: Line = {
             "step": step + 1,
             "tokens": self.timeline.tokens(step + 1),
             "time": time.time(),
             "train/loss": loss,
-            **self._parts("train", terms),
-            "global_batch": phase.global_batch,
-            "sequence_length": phase.sequence_length,
-            "learning_rate": rate,
+            **self._named_terms("train", totals.terms),
+            "global_batch": stage.global_batch,
+            "sequence_length": stage.sequence_length,
+            "learning_rate": learning_rate,
             "grad_norm": None if outcome.skipped else outcome.norm,
             "tokens_per_second": round(speed, 1),
-            "mfu": peak and round(speed * self.flops_per_token[phase.sequence_length] / peak, 4),
-            "data_wait": round(self._waited, 6),
+            "mfu": peak and round(speed * self.flops_per_token[stage.sequence_length] / peak, 4),
+            "data_wait": round(wait, 6),
             "step_time": round(seconds, 6),
             "memory/peak": self._peak_memory(),
-            "data/digest": int(digest) % 2**DIGEST_BITS,
+            "data/digest": totals.digest,
             "world_size": self.world.size,
             "layout": str(self.engine.layout),
             "attempt": self.world.attempt,
         }
         if self.engine.loss_scale is not None:
             line |= {"loss_scale": self.engine.loss_scale, "skipped": outcome.skipped}
-        for name, load_E in self.engine.loads.items():
-            line[f"load/{name}"] = [round(share, 4) for share in load_E.tolist()]
-        if saves.failures:
-            line["checkpoint/failures"] = saves.failures
-        return line, leave > 0, asked > 0, failed > 0
+        return line | {f"load/{name}": [round(share, 4) for share in load_E.tolist()] for name, load_E in self.engine.loads.items()}
 
-    def _terms(self, outcome: Outcome, saves: Saves) -> tuple[list[float], list[float]]:
-        """Over all ranks: each term of the step's loss; how many were told to leave, ask to save, and know that it failed; and the digest
-        of what was read.
-        """
-        first = self.engine.mesh.is_first_of_sample  # each sample's digest is counted once
-        heard = [float(self.notice.signal is not None), *map(float, saves.look())]
-        total = self._total(*outcome.terms.tolist(), *heard, float(self._digest if first else 0))
-        terms, rest = total[: len(outcome.terms)], total[len(outcome.terms) :]
-        return [term / self.engine.layout.tensor for term in terms], list(rest)  # tensor ranks have each told the same
-
-    def _parts(self, prefix: str, terms: Sequence[float], *, leave_out: frozenset[str] = frozenset()) -> Line:
-        """A loss of several terms is told term by term, too."""
-        names = self.engine.module.terms
-        told = dict(zip(names, terms, strict=True)) if len(names) > 1 else {}
-        return {f"{prefix}/{name}": term for name, term in told.items() if name not in {"loss"} | leave_out}
-
-    def _microbatches(self, step: int) -> Iterator[Batch]:
+    def _read(self, step: int) -> StepData:
+        """Read all micro batches of a step: each is weighted by what the whole step holds."""
         self.heartbeat("read", step)
-        for read in self.reader.step(step):
-            self._waited += read.wait_seconds
-            self._digest += read.digest
+        batches, digest, wait = list[Batch](), 0, 0.0
+        for microbatch in self.loader.step(step):
+            batches.append(microbatch.batch)
+            digest += microbatch.digest
+            wait += microbatch.wait_seconds
             self.heartbeat("read", step)
-            yield read.batch
         length = self.timeline.stage(step).sequence_length
-        self.heartbeat("step" if length in self._lengths else "compile", step)  # blocks are compiled once for each length
-        self._lengths.add(length)
+        self.heartbeat("step" if length in self._compiled_lengths else "compile", step)
+        self._compiled_lengths.add(length)
+        return StepData(batches=batches, digest=digest, wait=wait)
+
+    def _reduce(self, outcome: Outcome, data: StepData, saves: Saves) -> StepTotals:
+        save_requested, save_failed = saves.look()
+        digest = data.digest if self.engine.mesh.is_first_of_sample else 0  # each sample's digest counts once
+        flags = (self.stop.is_made, save_requested, save_failed)
+        *terms, stop, save, failed, total_digest = self._sum(*outcome.terms.tolist(), *map(float, flags), float(digest))
+        return StepTotals(
+            terms=[term / self.engine.layout.tensor for term in terms],  # each tensor rank has the same value
+            digest=int(total_digest) % 2**DIGEST_BITS,
+            stop_requested=stop > 0,
+            save_requested=save > 0,
+            save_failed=failed > 0,
+        )
+
+    def _named_terms(self, prefix: str, terms: Sequence[float], *, exclude: frozenset[str] = frozenset()) -> Line:
+        """Return a loss of several terms term by term."""
+        names = self.engine.module.terms
+        named = dict(zip(names, terms, strict=True)) if len(names) > 1 else {}
+        return {f"{prefix}/{name}": term for name, term in named.items() if name not in {"loss"} | exclude}
 
     def evaluate(self, step: int) -> Line:
-        """Mean losses over the first `evaluate.samples` validation sequences, dealt over the data ranks."""
+        """Return the mean losses over the first `evaluate.samples` validation sequences, which the data ranks share."""
         layout, size = self.engine.layout, self.config.train.micro_batch
         count = validation_samples(self.config, self.samples)
-        turns = -(-count // (layout.data * size))
         sums: list[float] = []
-        for turn in range(turns):  # as many on every rank: weights and experts may lie on others
+        for turn in range(-(-count // (layout.data * size))):  # the same number on every rank: weights and experts may be on others
             self.heartbeat("evaluate", step)
             numbers = (turn * layout.data + self.engine.mesh.data_rank) * size + np.arange(size)
-            both = torch.cat(self.engine.evaluate(self.reader.validation(numbers, count))).tolist()
-            sums = [a + b for a, b in zip(sums, both, strict=True)] if sums else both
-        totals = self._total(*sums)
+            sums_and_counts = torch.cat(self.engine.evaluate(self.loader.validation(numbers, count))).tolist()
+            sums = [a + b for a, b in zip(sums, sums_and_counts, strict=True)] if sums else sums_and_counts
+        totals = self._sum(*sums)
         half = len(totals) // 2
         terms = [total / max(count, 1) for total, count in zip(totals[:half], totals[half:], strict=True)]
-        fillers_count_in = self.engine.module.auxiliary  # they are of all that a batch holds, also where nothing is to be predicted
-        return {"eval/loss": self.engine.loss(terms), **self._parts("eval", terms, leave_out=fillers_count_in)}
+        # Auxiliary terms are of everything in a batch, also of samples that only fill it.
+        return {"eval/loss": self.engine.loss(terms), **self._named_terms("eval", terms, exclude=self.engine.module.auxiliary)}
 
-    def _total(self, *values: float) -> Sequence[float]:
-        """Each value summed over all ranks."""
+    def _sum(self, *values: float) -> Sequence[float]:
+        """Return each value summed over all ranks."""
         total = torch.tensor(values, dtype=torch.float64, device=self.world.device)
         dist.all_reduce(total)
         return total.tolist()
 
     def _peak_memory(self) -> int:
-        """Bytes: of the GPU where there is one, else of this process."""
+        """Return the peak in bytes: of the GPU, or without one, of this process."""
         if self.world.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.world.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def validation_samples(config: TrainingConfig, samples: Samples | LiveSamples) -> int:
-    """How many of the validation windows are evaluated."""
+    """Return how many validation windows are evaluated."""
     return min(config.evaluate.samples, samples.validation_windows)

@@ -13,6 +13,7 @@ from manta.data.errors import InputError
 from manta.data.live.live_samples import Cursor, LiveSamples, check_data_ranks, open_samples
 from manta.data.tokenizer.tokenizer import read_vocabulary
 from manta.trainer.checkpoint import catalog, vocabulary
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.engine_state import load_masters, logical_shapes, refresh, restore, settle
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError
 from manta.trainer.checkpoint.identity import identity_of
@@ -28,98 +29,92 @@ from manta.trainer.hardware.compiler import ask_for_compiler
 from manta.trainer.hardware.peak_flops import peak_flops
 from manta.trainer.loop import Loop
 from manta.trainer.model.build import build
+from manta.trainer.model.transformer import Transformer
 from manta.trainer.parallel.fp8 import ask_for_gpu
 from manta.trainer.run_directory import RunDirectory, origin_of, tokenizer_of
-from manta.trainer.stop_request import Notice
+from manta.trainer.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
 
 
-def run(directory: Path, heartbeat: HeartbeatWriter, notice: Notice) -> int:
-    """Trains until the last step, or until told to leave. Gives the exit code; what goes wrong is raised."""
-    home, world = RunDirectory(directory.absolute()), World.from_environment()
-    # A supervisor has claimed the run. Without one its first rank does.
-    with nullcontext() if heartbeat.is_supervised or world.rank > 0 else home.claim():
-        return train(home, world, heartbeat, notice)
+def run(directory: Path, heartbeat: HeartbeatWriter, stop: StopRequest) -> ExitCode:
+    """Train until the last step or a stop request. Errors are raised."""
+    run_dir, world = RunDirectory(directory.absolute()), World.from_environment()
+    # A supervisor holds the run's lock. Without a supervisor, rank 0 takes it.
+    with nullcontext() if heartbeat.is_supervised or world.rank > 0 else run_dir.claim():
+        return train(run_dir, world, heartbeat, stop)
 
 
-def train(home: RunDirectory, world: World, heartbeat: HeartbeatWriter, notice: Notice) -> int:
+def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop: StopRequest) -> ExitCode:
     heartbeat("load", 0)
-    config = home.config()
+    config, corpus = run_dir.config(), run_dir.prepared()
     layout = layout_from_environment(config.train, config.parallel, world.size)
-    prepared = home.prepared()
     if config.precision == "fp8":
         ask_for_gpu(world.device)
     world.join()
     log.info("joined %d ranks on %s", world.size, world.device)
     mesh = world.mesh(layout)
     reading = {"seed": config.run.seed, "held_out": config.evaluate.samples, "rank": mesh.data_rank, "ranks": layout.data}
-    samples = open_samples(prepared, config.data, config.tokenizer, **reading)
+    samples = open_samples(corpus, config.data, config.tokenizer, **reading)
 
-    tokens, sequence_length = samples.tokenizer_vocabulary, config.data.sequence_length
-    model = build(config.model, vocabulary=tokens, sequence_length=sequence_length, code=home.code)
-    model.initialize(config.run.seed)
-    costs = {length: model.flops_per_token(length) for length in {phase.sequence_length for phase in config.timeline().stages}}
-    parameters = sum(p.numel() for p in model.parameters())
-    peak = peak_flops(world.device, torch.float32 if config.precision == "fp32" else torch.bfloat16)
-    engine = Engine(
-        model,
-        mesh=mesh,
-        optimizer=config.optimizer,
-        precision=config.precision,
-        recompute=config.train.activation_checkpointing,
-        compile_blocks=_compiles(config, world.device),
-    )
-    log.info("built %s parameters in %s: %s", f"{parameters:,}", config.precision, layout)
-    identity, told = identity_of(config, prepared), config.checkpoint
-    saver = Saver(
-        home.checkpoints,
-        identity=identity,
-        attempt=world.attempt,
-        keep=Keep(newest=told.keep, best=told.keep_best, every=told.keep_every),
-        asynchronous=told.asynchronous,
-    )
-    saver.fence()
-    come = resume(engine, home, identity, verify=told.verify)
-    if come is None and config.run.start_from is not None:
-        start = home.manifest().get("start_from", config.run.start_from)
-        begin_from(engine, start, prepared.tokenizer if config.run.match_tokens else None)
+    model = build_model(config, samples.tokenizer_vocabulary, run_dir.code)
+    flops_per_token = {length: model.flops_per_token(length) for length in {stage.sequence_length for stage in config.timeline().stages}}
+    engine = build_engine(model, config, mesh, world.device)
+    checkpoints = run_dir.checkpoints
+    identity = identity_of(config, corpus)
+    saver = open_saver(checkpoints, config, identity, world)
+    progress = resume(engine, checkpoints, identity, verify=config.checkpoint.verify)
+    if progress is None and config.run.start_from is not None:
+        start_from = run_dir.manifest().get("start_from", config.run.start_from)
+        load_initial_weights(engine, start_from, corpus.tokenizer if config.run.match_tokens else None)
     if isinstance(samples, LiveSamples):
-        go_on(samples, come, mesh)
+        resume_live_samples(samples, progress, mesh)
 
     loop = Loop(
         config=config,
         world=world,
         samples=samples,
         engine=engine,
-        home=home,
+        run_dir=run_dir,
         heartbeat=heartbeat,
-        notice=notice,
-        peak=peak,
-        flops_per_token=costs,
+        stop=stop,
+        peak_flops=peak_flops(world.device, torch.float32 if config.precision == "fp32" else torch.bfloat16),
+        flops_per_token=flops_per_token,
         saver=saver,
     )
     try:
-        step = loop.run(come.step if come else 0)
-    except SaveError as error:  # on all ranks: the signal may have met but one of them
-        if not _any(world, notice.signal is not None):
+        step = loop.run(progress.step if progress else 0)
+    except SaveError as error:  # raised on all ranks, while the signal may have reached only one of them
+        if not _on_any_rank(stop.is_made, world):
             raise
-        raise LeftUnsavedError(f"told to leave: {error}") from error
+        raise LeftUnsavedError(f"stop requested: {error}") from error
     dist.destroy_process_group()
-    if step == config.train.steps:
-        return ExitCode.DONE
-    return ExitCode.INTERRUPTED if notice.signal is signal.SIGINT else ExitCode.SAVED
+    return exit_code(is_done=step == config.train.steps, stop=stop)
 
 
-def _any(world: World, claim: bool) -> bool:
-    """Whether it is so on any rank."""
-    told = torch.tensor(float(claim), device=world.device)
-    dist.all_reduce(told)
-    return told.item() > 0
+def build_model(config: TrainingConfig, tokenizer_vocabulary: int, code: Path) -> Transformer:
+    """Return the model with its initial weights."""
+    model = build(config.model, vocabulary=tokenizer_vocabulary, sequence_length=config.data.sequence_length, code=code)
+    model.initialize(config.run.seed)
+    return model
 
 
-def _compiles(config: TrainingConfig, device: torch.device) -> bool:
-    """As the config says; where it says nothing, on a GPU, under a layout that allows it, with a compiler at hand."""
+def build_engine(model: Transformer, config: TrainingConfig, mesh: Mesh, device: torch.device) -> Engine:
+    parameters = sum(parameter.numel() for parameter in model.parameters())  # before ZeRO-3 partitions them
+    engine = Engine(
+        model,
+        mesh=mesh,
+        optimizer=config.optimizer,
+        precision=config.precision,
+        recompute=config.train.activation_checkpointing,
+        compile_blocks=should_compile(config, device),
+    )
+    log.info("built %s parameters in %s: %s", f"{parameters:,}", config.precision, mesh.layout)
+    return engine
+
+
+def should_compile(config: TrainingConfig, device: torch.device) -> bool:
+    """Return train.compile. If it is omitted: on a GPU, if the layout supports it and a compiler is installed."""
     if config.train.compile is not None:
         return config.train.compile
     if device.type != "cuda" or not compiles(config.parallel):
@@ -127,26 +122,39 @@ def _compiles(config: TrainingConfig, device: torch.device) -> bool:
     try:
         ask_for_compiler(device.type)
     except InputError as error:
-        log.warning("blocks are not compiled, which costs speed: %s", error)
+        log.warning("blocks are not compiled, so training is slower: %s", error)
         return False
     return True
 
 
-def resume(engine: Engine, home: RunDirectory, identity: dict[str, str], *, verify: catalog.Verify) -> Progress | None:
-    """Loads the newest valid checkpoint. Gives how far it has come; None where there is none.
+def open_saver(checkpoints: CheckpointBackend, config: TrainingConfig, identity: dict[str, str], world: World) -> Saver:
+    """Return the checkpoint writer of this attempt; earlier attempts can write no more."""
+    settings = config.checkpoint
+    saver = Saver(
+        checkpoints,
+        identity=identity,
+        attempt=world.attempt,
+        keep=Keep(newest=settings.keep, best=settings.keep_best, every=settings.keep_every),
+        asynchronous=settings.asynchronous,
+    )
+    saver.fence()
+    return saver
 
-    Raises CheckpointError where all are bad, InputError where it is of another run.
+
+def resume(engine: Engine, checkpoints: CheckpointBackend, identity: dict[str, str], *, verify: catalog.Verify) -> Progress | None:
+    """Load the newest valid checkpoint. Return its progress, or None if there is no checkpoint.
+
+    Raises CheckpointError if all checkpoints are bad, InputError if one belongs to another run.
     """
-    where = home.checkpoints
 
-    def take(checkpoint: Checkpoint) -> None:
-        for key, wanted in identity.items():
-            if (got := checkpoint.identity.get(key)) != wanted:
-                remedy = "choose another run.dir, or go back to the config that this run was started with"
-                raise InputError(f"{checkpoint.at}: {key} fingerprint: got {got}, wants {wanted}; {remedy}")
-        restore(where, checkpoint, engine, verify=verify)
+    def load(checkpoint: Checkpoint) -> None:
+        for key, expected in identity.items():
+            if (got := checkpoint.identity.get(key)) != expected:
+                remedy = "Choose another run.dir, or restore the config that this run was started with."
+                raise InputError(f"{checkpoint.at}: {key} fingerprint: expected {expected}, got {got}. {remedy}")
+        restore(checkpoints, checkpoint, engine, verify=verify)
 
-    checkpoint = catalog.take_newest(where, take)
+    checkpoint = catalog.take_newest(checkpoints, load)
     if checkpoint is None:
         return None
     settle(checkpoint.progress, engine)
@@ -154,32 +162,47 @@ def resume(engine: Engine, home: RunDirectory, identity: dict[str, str], *, veri
     return checkpoint.progress
 
 
-def go_on(samples: LiveSamples, come: Progress | None, mesh: Mesh) -> None:
-    """Has live samples go on from where this data rank stood. Raises InputError where more or fewer ranks have read so far."""
-    log.info("data.live: what is read depends on the number of data ranks, %d; no other can go on", mesh.layout.data)
-    if come is not None:
-        cursors = come.cursors or []
+def resume_live_samples(samples: LiveSamples, progress: Progress | None, mesh: Mesh) -> None:
+    """Continue live samples after the last one that this data rank read. Raises InputError if the number of data ranks has changed."""
+    log.info("data.live: the order of samples depends on the number of data ranks: only %d data ranks can resume", mesh.layout.data)
+    if progress is not None:
+        cursors = progress.cursors or []
         check_data_ranks(cursors, mesh.layout.data)
         samples.seek(Cursor(**cursors[mesh.data_rank]))
 
 
-def begin_from(engine: Engine, start: str, tokenizer: Path | None = None) -> None:
-    """The weights of another run, or of an import. Raises InputError where there are none, or they are those of another model.
+def load_initial_weights(engine: Engine, start_from: str, tokenizer: Path | None = None) -> None:
+    """Load the weights of another run, or of an import. Raises InputError if there are none, or if they are another model's.
 
-    tokenizer: this run's, where rows go by what a token is.
+    tokenizer: this run's, if rows of the vocabulary are matched by token.
     """
-    where, name = origin_of(start)
-    alike = None if tokenizer is None else vocabulary.runs(read_vocabulary(tokenizer_of(where)), read_vocabulary(tokenizer))
+    checkpoints, name = origin_of(start_from)
+    matches = None if tokenizer is None else vocabulary.runs(read_vocabulary(tokenizer_of(checkpoints)), read_vocabulary(tokenizer))
 
-    def take(checkpoint: Checkpoint) -> None:
-        suited = checkpoint if alike is None else vocabulary.matched(checkpoint, alike, logical_shapes(engine))
-        load_masters(where, suited, engine)
+    def load(checkpoint: Checkpoint) -> None:
+        matched = checkpoint if matches is None else vocabulary.matched(checkpoint, matches, logical_shapes(engine))
+        load_masters(checkpoints, matched, engine)
 
     try:
-        checkpoint = catalog.take_newest(where, take, set_aside=False) if name is None else catalog.take_one(where, name, take)
+        checkpoint = catalog.take_newest(checkpoints, load, set_aside=False) if name is None else catalog.take_one(checkpoints, name, load)
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
     if checkpoint is None:
-        raise InputError(f"run.start_from: {start}: got no checkpoint there, wants a run's directory, an imported one, or a checkpoint's")
+        raise InputError(
+            f"run.start_from: expected a run directory, an imported model or a checkpoint, got {start_from}, which has no checkpoint."
+            " Name another one."
+        )
     refresh(engine)
-    log.info("began from the weights of %s", checkpoint.at)
+    log.info("started from the weights of %s", checkpoint.at)
+
+
+def exit_code(*, is_done: bool, stop: StopRequest) -> ExitCode:
+    if is_done:
+        return ExitCode.DONE
+    return ExitCode.INTERRUPTED if stop.signal is signal.SIGINT else ExitCode.SAVED
+
+
+def _on_any_rank(claim: bool, world: World) -> bool:
+    total = torch.tensor(float(claim), device=world.device)
+    dist.all_reduce(total)
+    return total.item() > 0

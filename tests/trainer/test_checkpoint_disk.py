@@ -198,7 +198,7 @@ def test_a_run_told_to_leave_that_can_not_save_says_so(workspace, disk, told_is)
         os.kill(running.pid if told_is == "manta" else ranks[1]["pid"], signal.SIGTERM)
         _, told = running.communicate(timeout=60)
         assert running.returncode == 143, told
-    assert re.search(r"LeftUnsavedError: told to leave: rank \d: .*: No space left on device: wants [\d,]+ bytes, and [\d,]+ were", told)
+    assert re.search(r"LeftUnsavedError: stop requested: rank \d: .*: No space left on device: wants [\d,]+ bytes, and [\d,]+ were", told)
     assert "left; step 4 is saved; go on with: manta resume" in told
     assert json.loads(workspace.manta("status", run, "--json").stdout)["state"] == "stopped, not saved"
     assert catalog.newest(open_backend(disk)).progress.step == 4

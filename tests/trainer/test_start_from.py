@@ -55,7 +55,7 @@ def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(workspac
     theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(examples.targets).flatten())
     assert first["train/loss"] == pytest.approx(float(theirs), rel=2e-6)
     assert last["train/loss"] < first["train/loss"]
-    assert "began from the weights of" in (workspace.directory / run / "logs/attempt-0001/rank-0000.log").read_text()
+    assert "started from the weights of" in (workspace.directory / run / "logs/attempt-0001/rank-0000.log").read_text()
 
 
 @pytest.mark.slow
