@@ -125,11 +125,11 @@ def test_weights_and_epochs_that_make_no_sense_are_told(home, monkeypatch, capsy
     write_lines(home / "x.jsonl", documents(100))
     (home / "run.yaml").write_text(CONFIG.replace("SOURCES", "{web: x.jsonl}"))
     for given, words in (
-        ("data.mixture={web: 0}", r"run\.yaml|command line.*got 0 for 'web', wants more than 0"),
-        ("data.mixture={wep: 1}", r"got 'wep', wants names of sources; use web"),
-        ("data.mixture=[{from_tokens: 5, weights: {web: 1}}]", r"the first stage begins at 5 tokens, wants from_tokens 0"),
+        ("data.mixture={web: 0}", r"data\.mixture.*: expected weights above 0, got 0 for 'web'"),
+        ("data.mixture={wep: 1}", r"mixture: expected names of sources, got 'wep'\. Use web\."),
+        ("data.mixture=[{from_tokens: 5, weights: {web: 1}}]", r"mixture: expected a first stage with from_tokens 0, got 5"),
         ("data.sources={web: {path: x.jsonl, epochs: 0}}", r"epochs: got 0, wants greater than 0"),
-        ("data.skip=[[5, 5]]", r"got \[5, 5\], wants ranges"),
+        ("data.skip=[[5, 5]]", r"skip: expected ascending ranges .*, got \[5, 5\]"),
         ("data.sources={web: {path: x.jsonl, filter: {matching: '('}}}", r"got '\(' .*, wants a regular expression"),
         ("data.sources={web: {path: x.jsonl, template: 'no field'}}", r"got 'no field', wants text with \{field\} in it"),
     ):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -379,17 +380,17 @@ def test_token_ids_are_refused(tmp_path, tokens):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"sources": ({"path": "a", "filter": {"dedup": True}},)}, "sources: got filter dedup for 'a' beside live"),
-        ({"sources": ({"path": "a", "epochs": 2},)}, "sources: got epochs 2 for 'a' beside live"),
-        ({"packing": "best_fit"}, "packing: got best_fit beside live"),
-        ({"mixture": {"a": 1}}, "mixture: got some beside live"),
-        ({"objective": "masked"}, "pairs: got next_sentence beside live"),
+        ({"sources": ({"path": "a", "filter": {"dedup": True}},)}, "sources: expected no filter dedup with live"),
+        ({"sources": ({"path": "a", "epochs": 2},)}, "sources: expected no epochs 2 with live"),
+        ({"packing": "best_fit"}, "packing: expected no value with live.* got best_fit"),
+        ({"mixture": {"a": 1}}, "mixture: expected no value with live.* got one"),
+        ({"objective": "masked"}, "pairs: expected no next_sentence with live"),
     ],
 )
 def test_what_wants_a_prepared_corpus_is_refused(more, told):
     with pytest.raises(ValidationError) as caught:
         DataConfig(**{"sources": ("a",), "sequence_length": 16, "live": True} | more)
-    assert told in str(caught.value)
+    assert re.search(told, str(caught.value))
 
 
 def test_a_reader_that_is_ahead_tells_where_each_step_began(folder, tokens):

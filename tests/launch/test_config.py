@@ -121,14 +121,14 @@ BAD = {
     "a ramp that begins late": (
         "train:\n  batch_ramp: [{from_tokens: 64, global_batch: 8}]\n",
         "train.batch_ramp",
-        "the first stage begins at 64 tokens, wants from_tokens 0",
-        "put a stage before it",
+        "expected a first stage with from_tokens 0, got 64",
+        "add a stage before it",
     ),
     "a ramp out of order": (
         "train:\n  batch_ramp: [{global_batch: 4}, {from_tokens: 640, global_batch: 4}, {from_tokens: 640, global_batch: 8}]\n",
         "train.batch_ramp",
-        "got from_tokens 640 after 640, wants them to rise",
-        "sort the stages",
+        "expected ascending from_tokens, got 640 after 640",
+        "Sort the stages",
     ),
     "a ramp that micro batches do not divide": (
         "train:\n  batch_ramp: [{global_batch: 6}, {from_tokens: 640, global_batch: 8}]\n",

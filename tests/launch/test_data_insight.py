@@ -527,7 +527,7 @@ def test_sample_at_shows_what_was_hidden(workspace, masked):
         (["inspect", "FILE", "data.live=true"], "data.live: got true"),
         (["inspect", "FILE", "--png", "run file.yaml/below"], "--png: got run file.yaml/below (Not a directory), wants a directory"),
         (["verify", "FILE", "tokenizer.vocabulary=333"], "its corpus is not prepared; run: manta prepare 'run file.yaml'"),
-        (["mixture", "FILE", "data.mixture=[{weights: {web: 1}}]"], "mixture: got 'web', wants names of sources"),
+        (["mixture", "FILE", "data.mixture=[{weights: {web: 1}}]"], "mixture: expected names of sources, got 'web'"),
         (["sample-at", "FILE", "1"], "run file.yaml: got no directory, wants a run directory"),
         (["sample-at", "RUN", "0"], "STEP: got 0, wants 1 to 9"),
         (["sample-at", "RUN", "10"], "STEP: got 10, wants 1 to 9"),

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from manta.data.config import DataConfig, TokenizerConfig, stage_problem, whole_number
+from manta.data.config import DataConfig, TokenizerConfig, WholeNumber, check_stages
 from manta.data.config_history import identifying_keys
 from manta.data.sampling.timeline import Timeline
 from manta.data.sources.config import Section
@@ -91,15 +91,10 @@ class ScheduleConfig(Section):
 class BatchConfig(Section):
     """From when on a step has how many samples."""
 
-    from_tokens: int = Field(default=0, ge=0)
-    """Tokens that the run has read when the stage begins; it takes effect at the next step."""
+    from_tokens: WholeNumber = Field(default=0, ge=0)
+    """Tokens read before this stage, which starts at the next step; 0 for the first stage."""
     global_batch: int = Field(ge=1, le=2**20, examples=[32])
     """A multiple of train.micro_batch; in the last stage train.global_batch."""
-
-    @field_validator("from_tokens", mode="before")
-    @classmethod
-    def _whole(cls, value: object) -> object:
-        return whole_number(value)
 
 
 class TrainConfig(Section):
@@ -130,8 +125,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _ramp_leads_to_it(self) -> "TrainConfig":
-        if problem := stage_problem([stage.from_tokens for stage in self.batch_ramp]):
-            raise ValueError(f"batch_ramp: {problem}")
+        check_stages("batch_ramp", [stage.from_tokens for stage in self.batch_ramp])
         for batch in self.batches:
             if batch % self.micro_batch:
                 fitting = divisors(math.gcd(*self.batches))
