@@ -194,10 +194,10 @@ def generate(
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"--top-p: got {top_p}, wants a probability above 0, at most 1; try 0.95")
     home = _trained(run)
-    from manta.trainer.serve.generate import Sampling, write
+    from manta.trainer.serve.generate import Sampling, generate_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    for text in write(home, prompt, count=tokens, sampling=sampling):
+    for text in generate_text(home, prompt, count=tokens, sampling=sampling):
         typer.echo(text, nl=False)
     typer.echo()
 
@@ -223,10 +223,10 @@ def export(
     refuse_to_overwrite(directory, home)
     import torch
 
-    from manta.trainer.convert.huggingface.export import export as export_model
+    from manta.trainer.convert.formats import EXPORTERS
     from manta.trainer.pretrained.load import load_pretrained
 
-    export_model(load_pretrained(home), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=limit)
+    EXPORTERS["hf"](load_pretrained(home), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=limit)
     typer.echo(str(directory))
 
 
@@ -243,9 +243,9 @@ def import_(
 
     place = Path("imported") / import_name(directory) if output is None else output
     check_import(directory, place)
-    from manta.trainer.convert.huggingface.import_model import import_model
+    from manta.trainer.convert.formats import IMPORTERS
 
-    import_model(directory, place)
+    IMPORTERS["hf"](directory, place)
     typer.echo(str(place))
 
 

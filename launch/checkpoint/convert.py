@@ -34,7 +34,7 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     _refuse(config)
     saved = load_deepspeed(source)
     if saved.step > config.train.steps:
-        raise InputError(f"train.steps: got {config.train.steps}, and {saved.at} is of step {saved.step}; raise it")
+        raise InputError(f"train.steps: got {config.train.steps}, and {saved.folder} is of step {saved.step}; raise it")
     code = check_own_model(home, config)
     prepared = corpus(home, config)
     vocabulary = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary

@@ -38,12 +38,12 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
 
 def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prepared: Prepared) -> None:
     """Raises InputError where the weights are not of this model's shapes: ranks would say so too, once they all stand."""
-    from manta.trainer.pretrained.load import other_weights  # torch: a second and a half, for those alone who begin with other weights
+    from manta.trainer.pretrained.weights import start_difference  # imports torch: 1.5 s
 
     tokens = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
-    length, by_token = config.data.sequence_length, config.run.match_tokens
+    length, match_tokens = config.data.sequence_length, config.run.match_tokens
     try:
-        told = other_weights(found, config.model, vocabulary=tokens, sequence_length=length, code=home.code, by_token=by_token)
+        told = start_difference(found, config.model, vocabulary=tokens, sequence_length=length, code=home.code, match_tokens=match_tokens)
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
     if told:

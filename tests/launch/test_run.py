@@ -17,7 +17,7 @@ from manta.trainer.convert.huggingface.export import export
 from manta.trainer.metrics import format_line, parse_lines
 from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
-from manta.trainer.serve.generate import Sampling, write
+from manta.trainer.serve.generate import Sampling, generate_text
 
 STEPS = 40
 
@@ -245,7 +245,7 @@ def test_generate_writes_the_same_text_for_the_same_seed(workspace, finished_run
     written = workspace.manta("generate", finished_run, "import ", "--tokens", "20", "--seed", "3")
     assert written.returncode == 0, written.stderr
     assert written.stdout.startswith("import ")
-    here = write(RunDirectory(workspace.directory / finished_run), "import ", count=20, sampling=Sampling(seed=3))
+    here = generate_text(RunDirectory(workspace.directory / finished_run), "import ", count=20, sampling=Sampling(seed=3))
     assert "".join(here) + "\n" == written.stdout
     assert workspace.manta("generate", finished_run, "--top-p", "2").returncode == 2
 
@@ -261,7 +261,7 @@ def test_an_export_overwrites_nothing_else(workspace, finished_run):
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"):
         (theirs / name).write_text("what transformers writes")
     for place in (thesis, thesis / "thesis.tex", theirs):
-        with pytest.raises(InputError, match="got something that is no export"):
+        with pytest.raises(InputError, match="expected a new or empty directory, or an earlier export of this run"):
             export(trained, place, dtype=torch.float32)
     assert (thesis / "thesis.tex").read_text() == "years of work"
     assert (theirs / "model.safetensors").read_text() == "what transformers writes"

@@ -13,7 +13,7 @@ from manta.trainer.model.bert import Bert
 from manta.trainer.model.build import build
 from manta.trainer.model.decoder import Decoder
 from manta.trainer.model.transformer import Transformer
-from manta.trainer.serve.generate import Sampling, draw, generate
+from manta.trainer.serve.generate import Sampling, generate, sample
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp_width=64)
 DECODERS = ["llama", "gpt2", "moe", "gpt2-moe"]
@@ -182,14 +182,14 @@ def test_top_k_and_top_p_leave_out_the_unlikely():
     generator = torch.Generator().manual_seed(0)
 
     def drawn(**how) -> set[int]:
-        return {draw(logits, Sampling(temperature=1.0, **how), generator) for _ in range(200)}
+        return {sample(logits, Sampling(temperature=1.0, **how), generator) for _ in range(200)}
 
     assert drawn() == {0, 1, 2, 3}
     assert drawn(top_k=1) == {0}
     assert drawn(top_p=0.4) == {0}
     assert drawn(top_p=0.85) == {0, 1, 2}
-    assert draw(logits, Sampling(temperature=0), generator) == 0
-    assert draw(logits, Sampling(temperature=1e-40), generator) == 0
+    assert sample(logits, Sampling(temperature=0), generator) == 0
+    assert sample(logits, Sampling(temperature=1e-40), generator) == 0
 
 
 def test_bert_predicts_masked_tokens_and_pairs_alone():

@@ -1,1 +1,1 @@
-"""Model families of transformers that ours equal: config keys and tensor names."""
+"""Model classes of transformers that have an equal of ours: the names of their config keys and tensors. New classes: families.py."""

@@ -1,4 +1,4 @@
-"""A model section to a config.json of theirs, and back."""
+"""Translate a model section to the config.json of a class of transformers, and back."""
 
 import json
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from manta.data.errors import InputError
-from manta.trainer.architectures.families import ARCHITECTURES, QWEN3, Architecture, flatten
+from manta.trainer.architectures.architecture import Architecture
+from manta.trainer.architectures.families import ARCHITECTURES, flatten
 from manta.trainer.config.model import ModelConfig
 
-Config = dict[str, Any]
-_WINDOWED = {"qwen3", "qwen3_moe"}  # these have a switch beside the window's size
+ConfigJson = dict[str, Any]
 
 
-def to_theirs(architecture: Architecture, config: ModelConfig, *, vocabulary: int, positions: int) -> Config:
-    """What their config.json says of the model itself. `positions`: how far it was trained to see."""
+def to_hf_config(architecture: Architecture, config: ModelConfig, *, vocabulary: int, positions: int) -> ConfigJson:
+    """Return the keys of config.json that describe the model itself. `positions`: the sequence length that it was trained with."""
     flat = flatten(config) | {
         "vocabulary": vocabulary,
         "positions": positions,
@@ -24,96 +24,108 @@ def to_theirs(architecture: Architecture, config: ModelConfig, *, vocabulary: in
         "head_width": config.each_head,
         "mlp_width": config.inner,
     }
-    theirs: Config = {"architectures": [architecture.name], "model_type": architecture.model_type}
-    theirs |= {key.theirs: flat[key.ours] for key in architecture.keys}
-    if architecture.family == "llama":
-        theirs |= {"max_position_embeddings": positions, **_rotation(architecture, config.rope_theta)}
-    if architecture.family == "gpt2":
-        theirs["embd_pdrop"] = config.dropout
-    if architecture.model_type in _WINDOWED:
-        theirs |= {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
-    if architecture is QWEN3:
-        theirs["max_window_layers"] = 0 if config.sliding_window else config.layers
-    return theirs | {fixed.theirs: fixed.value for fixed in architecture.fixed}
+    hf: ConfigJson = {"architectures": [architecture.name], "model_type": architecture.model_type}
+    for ours, key in architecture.keys.items():
+        hf |= {name: flat[ours] for name in (key.hf, key.twin) if name is not None}
+    if architecture.rope_theta is not None:
+        partial = {} if architecture.partial_rotary_factor is None else {"partial_rotary_factor": 1.0}
+        rope = {"rope_theta": config.rope_theta, **partial}
+        # transformers 4 reads rope_theta, version 5 rope_parameters.
+        hf |= {"max_position_embeddings": positions, **rope, "rope_parameters": {"rope_type": "default", **rope}}
+    if architecture.has_window_switch:
+        hf |= {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
+    if architecture.has_window_layers:
+        hf["max_window_layers"] = 0 if config.sliding_window else config.layers
+    return {**hf, **architecture.constants}
 
 
-def from_theirs(theirs: Config, file: Path) -> tuple[Architecture, ModelConfig]:
-    """Raises InputError where `theirs`, read from `file`, is no architecture of ours or has what our family lacks."""
-    architecture = ARCHITECTURES.get(str(theirs.get("model_type")))
+def from_hf_config(hf: ConfigJson, file: Path) -> tuple[Architecture, ModelConfig]:
+    """Return the architecture of a config.json read from `file`, and our model section.
+
+    Raises InputError if the architecture is unknown, or has something that our family lacks.
+    """
+    architecture = ARCHITECTURES.get(str(hf.get("model_type")))
     if architecture is None:
-        raise InputError(f"{file}: model_type: got {theirs.get('model_type')!r}, wants one of {', '.join(ARCHITECTURES)}")
-    for fixed in architecture.fixed:
-        got = theirs.get(fixed.theirs, fixed.value if fixed.absent is ... else fixed.absent)
-        _refuse_unless(got == fixed.value or (got is None and not fixed.value), file, fixed.theirs, got, fixed.value)
-    flat: Config = {key: wanted[0] for key, wanted in architecture.needs.items()} | {"family": architecture.family}
-    for key in architecture.keys:
-        older = theirs.get(key.older, key.absent) if key.older else key.absent
-        flat[key.ours] = theirs.get(key.theirs, older)
-    if architecture.family == "llama":
-        flat["rope_theta"] = _theta(architecture, theirs, file)
-    if architecture.family == "gpt2":
-        embedding = theirs.get("embd_pdrop", 0.1)
-        _refuse_unless(embedding == flat["dropout"], file, "embd_pdrop", embedding, f"resid_pdrop's {flat['dropout']!r}")
-    if architecture.model_type in _WINDOWED:
-        flat["sliding_window"] = _window(theirs, file)
+        raise InputError(
+            f"{file}: model_type: expected one of {', '.join(ARCHITECTURES)}, got {hf.get('model_type')!r}. Import one of these."
+        )
+    _check_constants(architecture, hf, file)
+    flat: ConfigJson = {key: values[0] for key, values in architecture.requires.items()} | {"family": architecture.family}
+    for ours, key in architecture.keys.items():
+        default = hf.get(key.older, key.default) if key.older else key.default
+        flat[ours] = hf.get(key.hf, default)
+        if key.twin is not None and (twin := hf.get(key.twin, key.default)) != flat[ours]:
+            raise _refusal(file, key.twin, twin, f"{key.hf}'s {flat[ours]!r}")
+    if architecture.rope_theta is not None:
+        flat["rope_theta"] = _rope_theta(architecture, hf, file)
+    if architecture.has_window_switch:
+        flat["sliding_window"] = _window(architecture, hf, file)
     if flat["vocabulary"] is None:
-        raise InputError(f"{file}: vocab_size: got nothing, wants a number")
-    tree: Config = {key: value for key, value in flat.items() if "." not in key and value is not None}
-    experts = {key.removeprefix("experts."): value for key, value in flat.items() if key.startswith("experts.")}
+        raise InputError(f"{file}: vocab_size: expected a whole number, got nothing. Add it.")
+    section: ConfigJson = {key: value for key, value in flat.items() if "." not in key and value is not None}
+    if architecture.has_experts:
+        section["experts"] = {key.removeprefix("experts."): value for key, value in flat.items() if key.startswith("experts.")}
     try:
-        return architecture, ModelConfig.model_validate_json(json.dumps(tree | ({"experts": experts} if experts else {})), strict=True)
+        return architecture, ModelConfig.model_validate_json(json.dumps(section), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        ours = ".".join(str(part) for part in first["loc"])
-        name = next((key.theirs for key in architecture.keys if key.ours == ours), ours)
-        if first["type"] == "value_error":
-            told = str(first.get("ctx", {}).get("error", first["msg"]))
-        else:
-            told = f"got {'nothing' if first['type'] == 'missing' else repr(first['input'])}: {first['msg']}"
-        raise InputError(f"{file}: {f'{name}: ' if name else ''}{told}; wants the config of a model that manta can train") from None
+        raise InputError(f"{file}: {_problem(error, architecture)}. Import a model that manta can train.") from None
 
 
-def number(theirs: Config, key: str, file: Path, *, absent: int) -> int:
-    """Raises InputError where it is no whole number."""
-    got = theirs.get(key, absent)
-    if type(got) is not int:
-        raise InputError(f"{file}: {key}: got {got!r}, wants a number")
-    return got
+def _check_constants(architecture: Architecture, hf: ConfigJson, file: Path) -> None:
+    for key, expected in architecture.constants.items():
+        value = hf.get(key, architecture.constant_defaults.get(key, expected))
+        if value != expected and (value is not None or expected):
+            raise _refusal(file, key, value, json.dumps(expected))
 
 
-def _rotation(architecture: Architecture, theta: float) -> Config:
-    """As version 4 of transformers reads it, and as version 5 does."""
-    partial = {"partial_rotary_factor": 1.0} if architecture.model_type == "glm4_moe" else {}
-    return {"rope_theta": theta, **partial, "rope_parameters": {"rope_type": "default", "rope_theta": theta, **partial}}
+def whole_number(hf: ConfigJson, key: str, file: Path, *, default: int) -> int:
+    """Raises InputError if the key's value is not a whole number."""
+    value = hf.get(key, default)
+    if type(value) is not int:
+        raise InputError(f"{file}: {key}: expected a whole number, got {value!r}. Correct it.")
+    return value
 
 
-def _theta(architecture: Architecture, theirs: Config, file: Path) -> object:
+def _problem(error: ValidationError, architecture: Architecture) -> str:
+    first = error.errors(include_url=False)[0]
+    ours = ".".join(str(part) for part in first["loc"])
+    name = architecture.keys[ours].hf if ours in architecture.keys else ours
+    if first["type"] == "value_error":
+        problem = str(first.get("ctx", {}).get("error", first["msg"])).removesuffix(".")
+    elif first["type"] == "missing":
+        problem = "expected a value, got nothing"
+    else:
+        problem = f"expected {first['msg'].removeprefix('Input should be ')}, got {first['input']!r}"
+    return f"{name}: {problem}" if name else problem
+
+
+def _rope_theta(architecture: Architecture, hf: ConfigJson, file: Path) -> object:
     for name in ("rope_scaling", "rope_parameters"):
-        scaling: object = theirs.get(name) or {}
+        scaling: object = hf.get(name) or {}
         kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else "unknown"
-        _refuse_unless(kind == "default", file, name, scaling, "no scaling (rope_type default)")
-    parameters = theirs.get("rope_parameters") or {}
-    whole = 0.5 if architecture.model_type == "glm4_moe" else 1.0
-    partial = parameters.get("partial_rotary_factor", theirs.get("partial_rotary_factor", whole))
-    _refuse_unless(partial == 1.0, file, "partial_rotary_factor", partial, 1.0)
-    usual = 1e6 if architecture.model_type == "mixtral" else 1e4
-    return parameters.get("rope_theta", theirs.get("rope_theta", usual))
+        if kind != "default":
+            raise _refusal(file, name, scaling, "no scaling (rope_type default)")
+    parameters = hf.get("rope_parameters") or {}
+    partial = hf.get("partial_rotary_factor", architecture.partial_rotary_factor or 1.0)
+    if (partial := parameters.get("partial_rotary_factor", partial)) != 1.0:
+        raise _refusal(file, "partial_rotary_factor", partial, "1.0")
+    return parameters.get("rope_theta", hf.get("rope_theta", architecture.rope_theta))
 
 
-def _window(theirs: Config, file: Path) -> object:
-    if not theirs.get("use_sliding_window", False):
+def _window(architecture: Architecture, hf: ConfigJson, file: Path) -> object:
+    if not hf.get("use_sliding_window", False):
         return None
-    window = theirs.get("sliding_window", 4096)
-    if theirs.get("model_type") == QWEN3.model_type and window is not None:
-        layers, full = number(theirs, "num_hidden_layers", file, absent=0), number(theirs, "max_window_layers", file, absent=28)
-        kinds: object = theirs.get("layer_types") or ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
+    window = hf.get("sliding_window", 4096)
+    if architecture.has_window_layers and window is not None:
+        layers = whole_number(hf, "num_hidden_layers", file, default=0)
+        full = whole_number(hf, "max_window_layers", file, default=28)
+        kinds: object = hf.get("layer_types") or ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
         if kinds == ["full_attention"] * layers:
             return None
-        _refuse_unless(kinds == ["sliding_attention"] * layers, file, "layer_types", kinds, "the same window in every layer, or in none")
+        if kinds != ["sliding_attention"] * layers:
+            raise _refusal(file, "layer_types", kinds, "the same window in every layer, or in none")
     return window
 
 
-def _refuse_unless(fits: bool, file: Path, key: str, got: object, wanted: object) -> None:
-    if not fits:
-        wants = wanted if isinstance(wanted, str) and " " in wanted else json.dumps(wanted)
-        raise InputError(f"{file}: {key}: got {json.dumps(got)}, wants {wants}: manta's models have no other")
+def _refusal(file: Path, key: str, value: object, expected: str) -> InputError:
+    return InputError(f"{file}: {key}: expected {expected}, got {json.dumps(value)}. Import a model that manta can train.")

@@ -1,89 +1,110 @@
-"""Which of our tensors are which of theirs, and what is done to them on the way: rows of a table, bound to a model's names.
+"""Which tensors of our model are which of transformers', and the transform between them: table rows, bound to a model's names.
 
 Shapes: D width, F inner width, E experts, V vocabulary.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from manta.trainer.model.transformer import Transformer
-
 Tensors = Sequence[Tensor]
-VOCABULARY_FIRST = {"embedding.weight", "head.weight", "head.bias"}  # their rows from the vocabulary up are padding, ours alone
+VOCABULARY_ROWS = {"embedding.weight", "head.weight", "head.bias"}  # first dimension V; only ours may be padded
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    to_theirs: Callable[[Tensors], Tensors]
-    to_ours: Callable[[Tensors], Tensors]
+class Transform:
+    to_hf: Callable[[Tensors], Tensors]
+    from_hf: Callable[[Tensors], Tensors]
 
 
-SAME = Change(lambda ours: ours, lambda theirs: theirs)
-TRANSPOSED = Change(lambda ours: [t.T for t in ours], lambda theirs: [t.T for t in theirs])
-JOINED = Change(lambda ours: [torch.cat(list(ours))], lambda theirs: theirs[0].chunk(3))
-JOINED_TRANSPOSED = Change(lambda ours: [torch.cat(list(ours)).T], lambda theirs: theirs[0].T.chunk(3))
-EACH_EXPERT = Change(lambda ours: ours[0].unbind(), lambda theirs: [torch.stack(list(theirs))])
-# Of BERT, untied: transformers keeps the bias twice, and reads the one beside the weight.
-UNTIED_HEAD = Change(lambda ours: [*ours, ours[1]], lambda theirs: theirs[:2])
+def _transpose(tensor: Tensor) -> Tensor:
+    return tensor.T if tensor.ndim == 2 else tensor  # a bias stays
+
+
+IDENTITY = Transform(lambda ours: ours, lambda hf: hf)
+TRANSPOSE = Transform(lambda ours: [_transpose(t) for t in ours], lambda hf: [_transpose(t) for t in hf])
+FUSE_TRANSPOSE = Transform(lambda ours: [_transpose(torch.cat(list(ours)))], lambda hf: _transpose(hf[0]).chunk(3))
+SPLIT_EXPERTS = Transform(lambda ours: ours[0].unbind(), lambda hf: [torch.stack(list(hf))])
+# transformers stores the bias of BERT's untied head twice, and reads the one beside the weight.
+UNTIED_HEAD = Transform(lambda ours: [*ours, ours[1]], lambda hf: hf[:2])
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """Names, several with a blank between; {i} stands for the number of a block, {e} for that of an expert."""
+class TensorRow:
+    """Names of tensors, or of modules: then the row maps their .weight and .bias. Several are separated by spaces.
+
+    {i} is the number of a block, {e} that of an expert.
+    """
 
     ours: str
-    theirs: str
-    change: Change = SAME
+    hf: str
+    transform: Transform = IDENTITY
 
 
-def affine(ours: str, theirs: str, change: Change = SAME) -> tuple[Row, Row]:
-    """A weight and its bias, of the same names but for the ending. What transposes a weight leaves its bias."""
-    of_bias = {TRANSPOSED: SAME, JOINED_TRANSPOSED: JOINED}.get(change, change)
-    return (
-        Row(" ".join(f"{name}.weight" for name in ours.split()), f"{theirs}.weight", change),
-        Row(" ".join(f"{name}.bias" for name in ours.split()), f"{theirs}.bias", of_bias),
-    )
+def under(ours: str, hf: str, *rows: TensorRow) -> tuple[TensorRow, ...]:
+    """Return the rows with a prefix for each side's names."""
+    return tuple(TensorRow(_prefix(ours, row.ours), _prefix(hf, row.hf), row.transform) for row in rows)
+
+
+def _prefix(prefix: str, names: str) -> str:
+    return " ".join(f"{prefix}.{name}" for name in names.split())
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """A row for one block."""
+class TensorMapping:
+    """A row of the table for one block of one model."""
 
     ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    change: Change
+    hf: tuple[str, ...]
+    transform: Transform
 
-    def export(self, ours: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
-        """Theirs, by name; views where nothing has to be moved."""
-        held = [ours[name][:vocabulary] if name in VOCABULARY_FIRST else ours[name] for name in self.ours]
-        return dict(zip(self.theirs, self.change.to_theirs(held), strict=True))
+    def to_hf(self, ours: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
+        """Return transformers' tensors by name, views if possible. `vocabulary`: rows that are not padding."""
+        tensors = [ours[name][:vocabulary] if name in VOCABULARY_ROWS else ours[name] for name in self.ours]
+        return dict(zip(self.hf, self.transform.to_hf(tensors), strict=True))
 
-    def take(self, theirs: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Ours, by name, without the padding of the vocabulary."""
-        return dict(zip(self.ours, self.change.to_ours([theirs(name) for name in self.theirs]), strict=True))
+    def from_hf(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return our tensors by name, without padding of the vocabulary."""
+        return dict(zip(self.ours, self.transform.from_hf([read(name) for name in self.hf]), strict=True))
 
 
-def bind(rows: Iterable[Row], names: Iterable[str], *, layers: int, experts: int) -> list[Link]:
-    """The rows that the model has tensors for, block by block. Every one of `names` is in one of them."""
-    left, links = set(names), list[Link]()
+def bind(rows: Iterable[TensorRow], names: Collection[str], *, layers: int, experts: int) -> list[TensorMapping]:
+    """Return a mapping for each row that applies to a model with these tensor names, block by block; each name is in exactly one."""
+    unmapped, mappings = set(names), list[TensorMapping]()
     for row in rows:
         for i in range(layers) if "{i}" in row.ours else [0]:
-            ours = tuple(name.replace("{i}", str(i)) for name in row.ours.split())
-            if not left.issuperset(ours):
-                continue
-            theirs = [name.replace("{i}", str(i)) for name in row.theirs.split()]
-            each = [name.replace("{e}", str(e)) for name in theirs for e in (range(experts) if "{e}" in name else [0])]
-            links.append(Link(ours, tuple(each), row.change))
-            left.difference_update(ours)
-    assert not left, f"no row for {sorted(left)}"
-    return sorted(links, key=lambda link: int(found[1]) if (found := re.match(r"blocks\.(\d+)\.", link.ours[0])) else -1)
+            for ending in ("", ".weight", ".bias"):
+                ours = tuple(name.replace("{i}", str(i)) + ending for name in row.ours.split())
+                if not unmapped.issuperset(ours):
+                    continue
+                hf = [name.replace("{i}", str(i)) + ending for name in row.hf.split()]
+                hf = [name.replace("{e}", str(e)) for name in hf for e in (range(experts) if "{e}" in name else [0])]
+                mappings.append(TensorMapping(ours, tuple(hf), row.transform))
+                unmapped.difference_update(ours)
+    assert not unmapped, f"no row for {sorted(unmapped)}"
+    return sorted(mappings, key=lambda mapping: int(found[1]) if (found := re.match(r"blocks\.(\d+)\.", mapping.ours[0])) else -1)
 
 
-def tensors(model: Transformer) -> dict[str, Tensor]:
-    """All that a trained model is, each tensor once: parameters, and the biases that mixtures are balanced by without a gradient."""
-    biases = {f"{name}.bias": router.bias for name, router in model.routers() if router.bias is not None}
-    return {name: parameter.detach() for name, parameter in model.named_parameters()} | biases
+def hf_shapes(mappings: Iterable[TensorMapping], shapes: Mapping[str, tuple[int, ...]], vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of transformers' tensors by name. `shapes`: of ours."""
+    found: dict[str, tuple[int, ...]] = {}
+    for mapping in mappings:
+        ours = {name: torch.empty(shapes[name], device="meta") for name in mapping.ours}
+        found |= {name: tuple(tensor.shape) for name, tensor in mapping.to_hf(ours, vocabulary).items()}
+    return found
+
+
+def padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a copy in fp32, with zeros for the rows that only ours has."""
+    whole = torch.zeros(shape, dtype=torch.float32)
+    whole[: len(tensor)].copy_(tensor)
+    return whole
+
+
+def substitute(name: str, patterns: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,1 +1,1 @@
-"""To and from the formats of others."""
+"""Convert models and checkpoints from and to other formats. No rank imports this."""

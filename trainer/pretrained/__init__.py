@@ -1,1 +1,1 @@
-"""Load a trained or imported model in one process."""
+"""Load a trained or imported model into one process that does not train."""

@@ -1,4 +1,4 @@
-"""What an imported directory was: the file that tells it from a run's."""
+"""source.json: where an imported model comes from. A run directory has no such file."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from manta.data.errors import InputError
 
-NAME = "source.json"
-# Files that go through an import as they are.
-KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+SOURCE_FILE = "source.json"
+# An import keeps these files of the model's directory, and an export of the import returns them.
+KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class Source(BaseModel):
+class ImportSource(BaseModel):
     """Fields of source.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,23 +25,23 @@ class Source(BaseModel):
     dtype: Dtype
     """Of most tensors."""
     dtypes: dict[str, Dtype]
-    """Of the others, by their names."""
+    """Of the other tensors, by name."""
     end_of_text: str
     sequence_length: int
-    """As far as its positions go."""
+    """The longest that the model has positions for."""
     config: dict[str, Any]
-    """The config.json it came with."""
+    """The model's config.json."""
 
     def to_json(self) -> bytes:
         return (json.dumps(self.model_dump(), indent=2) + "\n").encode()
 
 
-def read(directory: Path) -> Source | None:
-    """None where the directory is no imported one."""
-    file = directory / NAME
+def read_source(directory: Path) -> ImportSource | None:
+    """Return None if the directory holds no imported model. Raises InputError if its source.json is damaged."""
+    file = directory / SOURCE_FILE
     if not file.exists():
         return None
     try:
-        return Source.model_validate_json(file.read_bytes())
+        return ImportSource.model_validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
-        raise InputError(f"{file}: {' '.join(str(error).split())}; wants what manta import wrote: import it again") from None
+        raise InputError(f"{file}: expected the file that manta import wrote: {' '.join(str(error).split())}. Import again.") from None

@@ -1,1 +1,1 @@
-"""Use a trained model: text generation."""
+"""Use a trained model. No rank imports this."""

@@ -1,4 +1,4 @@
-"""Text from a trained decoder, token by token.
+"""Generate text with a trained decoder, token by token.
 
 Shapes: B = 1 batch, T time, V vocabulary.
 """
@@ -16,75 +16,79 @@ from manta.trainer.model.gpt2 import GPT2
 from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
 
-COLDEST = 1e-6  # below it logits that are divided by it are infinite
+__all__ = ["Sampling", "generate", "generate_text"]
+
+MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn."""
+    """How the next token is sampled."""
 
-    temperature: float = 0.8  # 0, or what is as good as 0, takes the likeliest
-    top_k: int | None = None  # draw from the k likeliest
-    top_p: float | None = None  # draw from the likeliest that together have this probability (Holtzman et al. 2020)
+    temperature: float = 0.8  # below MIN_TEMPERATURE: the most likely token
+    top_k: int | None = None  # sample from the k most likely
+    top_p: float | None = None  # sample from the most likely with this total probability (Holtzman et al. 2020)
     seed: int = 1
 
 
-def write(home: RunDirectory, prompt: str, *, count: int, sampling: Sampling) -> Iterator[str]:
-    """Text from the newest checkpoint of a run, or from an imported model, the prompt first, as it is drawn.
+def generate_text(run_directory: RunDirectory, prompt: str, *, count: int, sampling: Sampling) -> Iterator[str]:
+    """Yield the prompt, then text as it is generated, with the newest checkpoint of a run or an imported model.
 
-    Raises InputError where the model is none that writes.
+    count: the most tokens. Raises InputError if the model is not a decoder.
     """
-    trained = load_pretrained(home)
-    model = trained.model
+    pretrained = load_pretrained(run_directory)
+    model, tokenizer = pretrained.model, pretrained.tokenizer
     if not isinstance(model, Decoder):
-        raise InputError(f"{home.path}: model.family: got {trained.config.family!r}, wants a decoder, llama or gpt2: others write no text")
-    end = trained.tokenizer.end_of_text
-    ids = [int(token) for token in trained.tokenizer.encode([prompt])[0]]
-    shown = prompt
+        remedy = "Generate with a model that predicts the next token."
+        raise InputError(
+            f"{run_directory.path}: model.family: expected a decoder, llama or gpt2, got {pretrained.config.family!r}. {remedy}"
+        )
+    end = tokenizer.end_of_text
+    ids = [int(token) for token in tokenizer.encode([prompt])[0]]
+    yielded = prompt
     yield prompt
-    # An empty prompt begins a document: after the end of another.
-    for token in generate(model, ids or [end], count=count, vocabulary=trained.tokenizer.vocabulary, end=end, sampling=sampling):
+    # An empty prompt starts a document, which follows the end of another.
+    for token in generate(model, ids or [end], count=count, vocabulary=tokenizer.vocabulary, end=end, sampling=sampling):
         ids.append(token)
-        text = trained.tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half a character
-            yield text[len(shown) :]
-            shown = text
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # an incomplete character
+            yield text[len(yielded) :]
+            yielded = text
 
 
 @torch.inference_mode()
 def generate(model: Decoder, prompt: list[int], *, count: int, vocabulary: int, end: int, sampling: Sampling) -> Iterator[int]:
-    """Up to `count` new tokens after `prompt` (not empty), until `end` is drawn. Ids from `vocabulary` up are padding, never drawn.
+    """Yield up to `count` tokens after `prompt` (not empty), until `end` is sampled. Ids from `vocabulary` up are padding.
 
-    Learned positions come to an end: there, and of a longer prompt, the last half of what they hold is read anew from position 0.
+    If learned positions run out, the last half of the context is read again from position 0.
     """
     device = model.head.weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     limit = model.position_embedding.num_embeddings if isinstance(model, GPT2) else None
-    ids, read = list(prompt), 0
+    ids, cached = list(prompt), 0
     caches = [Cache() for _ in model.blocks]
     for _ in range(count):
         if limit is not None and len(ids) > limit:
-            ids, read = ids[-max(1, limit // 2) :], 0
+            ids, cached = ids[-max(1, limit // 2) :], 0
             caches = [Cache() for _ in model.blocks]
-        tokens_BT = torch.tensor([ids[read:]], device=device)
-        logits_V = model.logits(tokens_BT, first=read, caches=caches)[0, -1, :vocabulary].float()
-        read = len(ids)
-        token = draw(logits_V, sampling, generator)
+        tokens_BT = torch.tensor([ids[cached:]], device=device)
+        logits_V = model.logits(tokens_BT, first=cached, caches=caches)[0, -1, :vocabulary].float()
+        cached = len(ids)
+        token = sample(logits_V, sampling, generator)
         if token == end:
             return
         yield token
         ids.append(token)
 
 
-def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token."""
-    if sampling.temperature < COLDEST:
+def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    if sampling.temperature < MIN_TEMPERATURE:
         return int(logits_V.argmax())
     logits, order = (logits_V / sampling.temperature).sort(descending=True)
     if sampling.top_k is not None:
         logits = logits[: sampling.top_k]
     probabilities = logits.softmax(dim=0)
     if sampling.top_p is not None:
-        before = probabilities.cumsum(dim=0) - probabilities  # the likeliest has 0 before it, and always stays
-        probabilities = probabilities.where(before < sampling.top_p, 0.0)
+        more_likely = probabilities.cumsum(dim=0) - probabilities  # 0 for the most likely, which is always kept
+        probabilities = probabilities.where(more_likely < sampling.top_p, 0.0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,1 +1,1 @@
-"""Read checkpoints that plain DeepSpeed saved."""
+"""Read checkpoints that plain DeepSpeed saved, and convert them to ours. Imports nothing of DeepSpeed."""

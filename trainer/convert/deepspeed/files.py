@@ -1,12 +1,11 @@
-"""The files of plain DeepSpeed: which there are, and what they hold, without a line of theirs being run.
+"""Files of a DeepSpeed checkpoint: which of them exist, and what they hold, read without running code in them.
 
-    DIR/latest                                                   the newest folder's name
-    DIR/global_step10/mp_rank_00_model_states.pt                 weights, counts; without ZeRO the optimizer, too
-        zero_pp_rank_1_mp_rank_00_model_states.pt                ZeRO-3: of each rank
-        [bf16_]zero_pp_rank_1_mp_rank_00_optim_states.pt         ZeRO: a rank's share of masters and state
+    DIR/latest                                                   name of the newest folder
+    DIR/global_step10/mp_rank_00_model_states.pt                 weights and counts; without ZeRO also the optimizer
+        zero_pp_rank_1_mp_rank_00_model_states.pt                ZeRO-3: one for each rank
+        [bf16_]zero_pp_rank_1_mp_rank_00_optim_states.pt         ZeRO: a rank's shard of masters and optimizer state
 
-They are pickles. torch reads tensors and plain values alone out of them, and the few objects of DeepSpeed's become bare records of ours:
-nothing of DeepSpeed is imported.
+They are pickles. torch loads only tensors and plain values from them; DeepSpeed's few objects become bare records.
 """
 
 import pickle
@@ -19,13 +18,13 @@ import torch
 
 from manta.data.errors import InputError
 
-LATEST, WHOLE, OF_RANK = "latest", "mp_rank_00_model_states.pt", "zero_pp_rank_{}_mp_rank_00_model_states.pt"
-SHARE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
-CUT_OTHERWISE = re.compile(r"layer_\d+.*\.pt|.*expp_rank_.*\.pt|.*mp_rank_(?!00)\d+_.*\.pt")
+LATEST, MODEL, RANK_MODEL = "latest", "mp_rank_00_model_states.pt", "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+OTHER_PARALLELISM = re.compile(r"layer_\d+.*\.pt|.*expp_rank_.*\.pt|.*mp_rank_(?!00)\d+_.*\.pt")
 
 
 class _Record:
-    """What is left of an object: its fields."""
+    """The fields of a pickled object."""
 
 
 OBJECTS: list[Any] = [
@@ -34,64 +33,63 @@ OBJECTS: list[Any] = [
     (_Record, "deepspeed.utils.tensor_fragment.fragment_address"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
-"""All of DeepSpeed's that its files hold, and what we read each as."""
+"""DeepSpeed's classes in its files, and the types that they are loaded as."""
 
 
-def folder(directory: Path) -> Path:
-    """Of the newest checkpoint; or the directory itself."""
+def newest_folder(directory: Path) -> Path:
+    """Return the folder that `latest` names, or the directory itself if it is one."""
     latest = directory / LATEST
     if latest.is_file():
-        at = directory / latest.read_text(errors="replace").strip()
-        if not at.is_dir():
-            raise InputError(f"{latest}: got {at.name}, and there is no such folder beside it; name the folder to convert")
-        return at
-    if directory.is_dir() and any((directory / name).exists() for name in (WHOLE, OF_RANK.format(0))):
+        folder = directory / latest.read_text(errors="replace").strip()
+        if not folder.is_dir():
+            raise InputError(f"{latest}: expected the name of a folder beside it, got {folder.name}. Name the folder to convert.")
+        return folder
+    if directory.is_dir() and any((directory / name).exists() for name in (MODEL, RANK_MODEL.format(0))):
         return directory
-    wants = f"what engine.save_checkpoint wrote: a directory with {LATEST} in it, or one of its folders, with {WHOLE}"
-    raise InputError(f"{directory}: got no {LATEST}, wants {wants}")
+    remedy = f"Name a directory that engine.save_checkpoint wrote, or one of its folders, with {MODEL}."
+    raise InputError(f"{directory}: expected {LATEST} in it, got no such file. {remedy}")
 
 
-def model_file(at: Path) -> Path:
-    """The first rank's, or that of all. Raises InputError where a model is cut over more than ZeRO."""
-    for file in sorted(at.iterdir()):
-        if CUT_OTHERWISE.fullmatch(file.name):
-            wants = "one cut by ZeRO alone"
-            raise InputError(f"{file}: got a model cut over tensor, pipeline or expert ranks, wants {wants}; gather it first")
-    return at / WHOLE if (at / WHOLE).exists() else at / OF_RANK.format(0)
+def model_file(folder: Path) -> Path:
+    """Return the model file, rank 0's under ZeRO-3. Raises InputError if the model was split by anything but ZeRO."""
+    for file in sorted(folder.iterdir()):
+        if OTHER_PARALLELISM.fullmatch(file.name):
+            raise InputError(f"{file}: expected a model split by ZeRO only, got tensor, pipeline or expert ranks. Gather it first.")
+    return folder / MODEL if (folder / MODEL).exists() else folder / RANK_MODEL.format(0)
 
 
-def read(file: Path) -> dict[str, Any]:
-    """Checked whole against the sums in it; then lazily, a tensor's bytes when it is used."""
+def read_file(file: Path) -> dict[str, Any]:
+    """Verify the checksums in the file, then map it into memory: bytes of a tensor are read when it is used."""
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise InputError(f"{file}: got bytes of {damaged} that are not as they were written; copy it again")
+            raise InputError(f"{file}: expected {damaged} to match its checksum, got other bytes. Copy the file again.")
         with torch.serialization.safe_globals(OBJECTS):
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{file}: got no such file, wants those of every rank; copy it from the node that wrote it") from None
+        raise InputError(f"{file}: expected the files of every rank, got no such file. Copy it from the node that wrote it.") from None
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror or error}") from None
+        raise InputError(f"{file}: expected a readable file, got {error.strerror or error}. Copy it again.") from None
     except pickle.UnpicklingError as error:
-        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            wants = "tensors, plain values and DeepSpeed's own objects alone"
-            raise InputError(
-                f"{file}: got {found[1]}, wants {wants}; nothing of it was run. Save without it, or leave the file alone"
-            ) from None
-        raise InputError(f"{file}: got a pickle that does more than hold tensors; nothing of it was run") from None
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        content = found[1] if found else "other content"
+        expected = "only tensors, plain values and DeepSpeed's objects"
+        raise InputError(f"{file}: expected {expected}, got {content}, and ran none of it. Save without it.") from None
     except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        told = str(error).strip().partition("\n")[0].partition(". ")[0]
-        raise InputError(f"{file}: got a file that can not be read ({told}), wants it whole; copy it again") from None
+        problem = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise InputError(f"{file}: expected a complete file, got one that cannot be read ({problem}). Copy it again.") from None
 
 
-def share_files(at: Path, ranks: int) -> list[Path]:
-    """One a rank. Raises InputError where there are fewer or more."""
-    found = {int(named[1]): file for file in at.iterdir() if (named := SHARE.fullmatch(file.name))}
+def shard_files(folder: Path, ranks: int) -> list[Path]:
+    """Return the optimizer file of each rank. Raises InputError if there are fewer or more."""
+    files = {int(match[1]): file for file in folder.iterdir() if (match := SHARD.fullmatch(file.name))}
     for rank in range(ranks):
-        if rank not in found:
-            name = found[min(found)].name.replace(f"_rank_{min(found)}_", f"_rank_{rank}_", 1) if found else f"zero_pp_rank_{rank}_…"
-            raise InputError(f"{at / name}: got no such file, wants those of all {ranks} ranks; copy it from the node that wrote it")
-    if surplus := sorted(found.keys() - set(range(ranks))):
-        raise InputError(f"{found[surplus[0]]}: got a rank's file of another save, wants those of {ranks} ranks alone; move it away")
-    return [found[rank] for rank in range(ranks)]
+        if rank not in files:
+            first = min(files, default=None)
+            name = f"zero_pp_rank_{rank}_…" if first is None else files[first].name.replace(f"_rank_{first}_", f"_rank_{rank}_", 1)
+            remedy = "Copy it from the node that wrote it."
+            raise InputError(f"{folder / name}: expected the files of all {ranks} ranks, got no such file. {remedy}")
+    if surplus := sorted(files.keys() - set(range(ranks))):
+        raise InputError(f"{files[surplus[0]]}: expected the files of {ranks} ranks, got one of another save. Move it away.")
+    return [files[rank] for rank in range(ranks)]

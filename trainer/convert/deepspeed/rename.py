@@ -1,5 +1,6 @@
-"""What DeepSpeed saved, under our names: of one of our models or the user's own as it is, of one of transformers by the rows that its
-files are imported by. Optimizer state goes the same way as the weights: rows move elements, and change none.
+"""A DeepSpeed checkpoint under our names: unchanged for one of our models or the user's own, mapped for a model of transformers.
+
+Optimizer state is mapped like the weights: a mapping moves elements, and changes none.
 """
 
 import re
@@ -11,197 +12,177 @@ import torch
 from torch import Tensor
 
 from manta.data.errors import InputError
-from manta.trainer.architectures.families import MIXTRAL, Architecture, architecture_for
-from manta.trainer.architectures.tensor_map import SAME, Link, bind, tensors
+from manta.trainer.architectures.architecture import Architecture
+from manta.trainer.architectures.families import architecture_for, map_tensors
+from manta.trainer.architectures.tensor_map import IDENTITY, TensorMapping, hf_shapes, padded, substitute
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.config.model import ModelConfig
-from manta.trainer.config.training import OptimizerConfig, TrainingConfig
-from manta.trainer.convert.deepspeed.load import MASTER, Saved, States
+from manta.trainer.config.training import TrainingConfig
+from manta.trainer.convert.deepspeed.load import MASTER, DeepSpeedCheckpoint, States
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim.optimizers import STATES
+from manta.trainer.pretrained.weights import model_tensors
 
 Names = Literal["manta", "huggingface"]
-WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")  # by another's wrapper, and by torch.compile
-FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
-MIXTRAL_TODAY = (
-    (r"\.mlp\.(gate|experts)\.", r".block_sparse_moe.\1."),
-    (r"(experts\.\d+)\.gate_proj", r"\1.w1"),
-    (r"(experts\.\d+)\.down_proj", r"\1.w2"),
-    (r"(experts\.\d+)\.up_proj", r"\1.w3"),
-)
-"""Names of a model in memory, and of its files."""
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of another engine's wrapper, and of torch.compile
+FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 OPTIMIZERS = {"adamw": STATES[torch.optim.AdamW], "sgd": STATES[torch.optim.SGD]}
 
 
-def logical_state(saved: Saved, config: TrainingConfig, *, vocabulary: int, code: Path, names: Names | None) -> dict[str, Pieces]:
-    """As a checkpoint of ours has it. vocabulary: the tokenizer's size. names: None for those of which the files have more.
+def logical_state(
+    source: DeepSpeedCheckpoint, config: TrainingConfig, *, vocabulary: int, code: Path, names: Names | None
+) -> dict[str, Pieces]:
+    """Return the tensors of a checkpoint of ours. vocabulary: the tokenizer's size. names: by default those that fit more tensors.
 
     Raises InputError with the first tensor that is missing, surplus or of another shape.
     """
     with torch.device("meta"):
         model = build(config.model, vocabulary=vocabulary, sequence_length=config.data.sequence_length, code=code)
-    return _Renamed(saved, config, model, config.model.vocabulary or vocabulary, names).state()
+    return _Renamer(source, config, model, config.model.vocabulary or vocabulary, names).state()
 
 
-def progress(saved: Saved, config: TrainingConfig) -> Progress:
-    """How far the run of this config has come with it."""
+def progress(source: DeepSpeedCheckpoint, config: TrainingConfig) -> Progress:
+    """Return the position of a run of this config that resumes from the checkpoint."""
     return Progress(
-        step=saved.step,
-        samples_consumed=config.timeline().first_sample(saved.step),
-        optimizer_steps=saved.optimizer_steps,
-        loss_scaler=saved.loss_scaler if config.precision == "fp16" else None,
+        step=source.step,
+        samples_consumed=config.timeline().first_sample(source.step),
+        optimizer_steps=source.optimizer_steps,
+        loss_scaler=source.loss_scaler if config.precision == "fp16" else None,
     )
 
 
-class _Renamed:
-    def __init__(self, saved: Saved, config: TrainingConfig, model: Transformer, vocabulary: int, names: Names | None) -> None:
-        self._saved, self._config = saved, config
-        self._model = {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
+class _Renamer:
+    def __init__(
+        self, source: DeepSpeedCheckpoint, config: TrainingConfig, model: Transformer, vocabulary: int, names: Names | None
+    ) -> None:
+        self._source, self._config = source, config
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
         self._trained = {name for name, _ in model.named_parameters()}
-        self._parameters = {_bare(name): states for name, states in saved.parameters.items()}
-        self._buffers = {_bare(name): tensor for name, tensor in saved.buffers.items()}
-        self._shared = {_bare(name): _bare(first) for name, first in saved.shared.items()}
-        self._links, self._vocabulary = self._linked(names, vocabulary)
+        self._parameters = {_unwrapped(name): states for name, states in source.parameters.items()}
+        self._buffers = {_unwrapped(name): tensor for name, tensor in source.buffers.items()}
+        self._tied = {_unwrapped(name): _unwrapped(original) for name, original in source.tied.items()}
+        self._mappings, self._vocabulary = self._choose_names(names, vocabulary)
 
     def state(self) -> dict[str, Pieces]:
-        """Beside what it gives no more than one tensor is held."""
-        self._check()
+        """Holds no more than one tensor besides those that it returns."""
+        self._check_shapes()
+        self._check_tied()
+        for problem in self._optimizer_problems():
+            raise InputError(f"{self._source.folder}: {problem} Set optimizer.name to the one that was used.")
         keys = (MASTER, *OPTIMIZERS[self._config.optimizer.name])
         state: dict[str, Pieces] = {}
-        for link in self._links:
-            for key in keys if self._trained.issuperset(link.ours) else (MASTER,):
-                for name, tensor in link.take(lambda name, key=key: self._read(name, key)).items():
-                    state[f"{key}/{name}"] = Pieces.all_of(_whole(tensor, self._model[name]))
+        for mapping in self._mappings:
+            for key in keys if self._trained.issuperset(mapping.ours) else (MASTER,):
+                for name, tensor in mapping.from_hf(lambda name, key=key: self._read(name, key)).items():
+                    shape = self._shapes[name]
+                    fits = tensor.shape == shape and tensor.dtype == torch.float32 and tensor.is_contiguous()
+                    state[f"{key}/{name}"] = Pieces.all_of(tensor if fits else padded(tensor, shape))
         return state
 
-    def _linked(self, names: Names | None, vocabulary: int) -> tuple[list[Link], int]:
-        """Which of ours are which of theirs; and how many rows of theirs are no padding."""
-        same, config = [Link((name,), (name,), SAME) for name in self._model], self._config.model
-        rows = max((shape[0] for shape in self._model.values()), default=0)  # of our names padding is theirs, too
+    def _choose_names(self, names: Names | None, vocabulary: int) -> tuple[list[TensorMapping], int]:
+        """Return the mapping from the checkpoint's names, and how many rows of its vocabulary are not padding."""
+        config = self._config.model
+        ours = [TensorMapping((name,), (name,), IDENTITY) for name in self._shapes]
+        rows = max((shape[0] for shape in self._shapes.values()), default=0)  # under our names padding is included
         if names == "manta" or (names is None and ":" in config.family):
-            return same, rows
+            return ours, rows
         try:
-            theirs = _of_transformers(config, self._model)
+            architecture = architecture_for(config)
         except InputError:
             if names is None:
-                return same, rows
+                return ours, rows
             raise
-        named = _as_in_files(self._parameters, architecture_for(config))
-        if names == "huggingface" or _known(named, theirs) > _known(self._parameters, same):
-            self._parameters = named
-            return theirs, vocabulary
-        return same, rows
+        hf = map_tensors(architecture, config, self._shapes)
+        as_in_files = _as_in_files(self._parameters, architecture)
+        if names == "huggingface" or _matching(as_in_files, hf) > _matching(self._parameters, ours):
+            self._parameters = as_in_files
+            return hf, vocabulary
+        return ours, rows
 
-    def _check(self) -> None:
-        wanted: dict[str, tuple[int, ...]] = {}
-        for link in self._links:
-            ours = {name: torch.empty(self._model[name], device="meta") for name in link.ours}
-            wanted |= {name: tuple(tensor.shape) for name, tensor in link.export(ours, self._vocabulary).items()}
+    def _check_shapes(self) -> None:
+        expected = hf_shapes(self._mappings, self._shapes, self._vocabulary)
         found = {name: tuple(states[MASTER].shape) for name, states in self._parameters.items()}
-        there = found | {name: tuple(tensor.shape) for name, tensor in self._buffers.items() if name in wanted}
-        there |= {name: there[first] for name, first in self._shared.items() if name in wanted and first in there}
-        used = {self._shared.get(name, name) for name in wanted}
-        wrong = [
-            f"{name}: got {list(there[name]) if name in there else 'nothing'}, wants {list(wanted[name]) if name in wanted else 'nothing'}"
-            for name in (*wanted, *sorted(there.keys() - used))
-            if there.get(name) != wanted.get(name)
+        found |= {name: tuple(tensor.shape) for name, tensor in self._buffers.items() if name in expected}
+        found |= {name: found[original] for name, original in self._tied.items() if name in expected and original in found}
+        surplus = found.keys() - {self._tied.get(name, name) for name in expected}
+        problems = [
+            f"{name}: expected {_text(expected.get(name))}, got {_text(found.get(name))}"
+            for name in (*expected, *sorted(surplus))
+            if found.get(name) != expected.get(name)
         ]
-        if wrong:
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise InputError(f"{self._saved.at}: {wrong[0]}{more}; was it another model? Set model to what it was")
-        self._check_tied()
-        for told in self._wrong_states():
-            raise InputError(f"{self._saved.at}: {told}")
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise InputError(f"{self._source.folder}: {problems[0]}{more}. Set model to the one that was trained.")
 
     def _check_tied(self) -> None:
-        """Raises InputError where two of our weights would be one of theirs: they would learn apart from now on."""
-        takers: dict[str, Link] = {}
-        for link in self._links:
-            for name in link.theirs:
-                first = self._shared.get(name, name)
-                if takers.setdefault(first, link) is not link:
-                    raise InputError(f"{self._saved.at}: {name}: got it tied to {first}, wants it apart; set model.tied_head=true")
+        """Raises InputError if two of our weights are one in the checkpoint: training would separate them."""
+        users: dict[str, TensorMapping] = {}
+        for mapping in self._mappings:
+            for name in mapping.hf:
+                original = self._tied.get(name, name)
+                if users.setdefault(original, mapping) is not mapping:
+                    problem = f"{name}: expected a separate weight, got one tied to {original}"
+                    raise InputError(f"{self._source.folder}: {problem}. Set model.tied_head=true.")
 
-    def _wrong_states(self) -> Iterator[str]:
-        """What the optimizer keeps has to be what ours keeps; before the first step that learns it may have nothing yet."""
-        told = self._config.optimizer.name
-        wanted = {MASTER, *OPTIMIZERS[told]}
+    def _optimizer_problems(self) -> Iterator[str]:
+        """Yield states that only one of the two optimizers has. Before the first update there may be none yet."""
+        optimizer = self._config.optimizer
+        expected = {MASTER, *OPTIMIZERS[optimizer.name]}
+        has_none_yet = self._source.updates == 0 if optimizer.name == "sgd" else self._source.optimizer_steps == 0
+        may_lack_all = has_none_yet or (optimizer.name == "sgd" and optimizer.beta1 == 0)
         for name, states in sorted(self._parameters.items()):
-            if surplus := sorted(states.keys() - wanted):
-                yield f"{name}: got the optimizer's {surplus[0]}, which {told} does not keep; is optimizer.name another?"
-            if (missing := sorted(wanted - states.keys())) and not self._may_lack(missing):
-                yield f"{name}: got no {missing[0]} of the optimizer, wants it for {told}; is optimizer.name another?"
-
-    def _may_lack(self, missing: list[str]) -> bool:
-        told: OptimizerConfig = self._config.optimizer
-        if told.name == "sgd":
-            return told.beta1 == 0 or self._saved.learned == 0
-        return self._saved.optimizer_steps == 0 and len(missing) == len(OPTIMIZERS[told.name])
+            if surplus := sorted(states.keys() - expected):
+                yield f"{name}: expected the state of {optimizer.name}, got {surplus[0]}."
+            missing = sorted(expected - states.keys())
+            if missing and not (may_lack_all and len(missing) == len(expected) - 1):
+                yield f"{name}: expected {missing[0]} of {optimizer.name}, got none."
 
     def _read(self, name: str, key: str) -> Tensor:
-        first = self._shared.get(name, name)
-        if first not in self._parameters:
-            return self._buffers[first]
-        states = self._parameters[first]
+        original = self._tied.get(name, name)
+        if original not in self._parameters:
+            return self._buffers[original]
+        states = self._parameters[original]
         return states[key] if key in states else torch.zeros_like(states[MASTER])
 
 
-def _bare(name: str) -> str:
-    return WRAPPED.sub("", name)
+def _unwrapped(name: str) -> str:
+    return WRAPPERS.sub("", name)
 
 
-def _known(named: Mapping[str, States], links: list[Link]) -> int:
-    return len(named.keys() & {name for link in links for name in link.theirs})
+def _text(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else str(list(shape))
 
 
-def _as_in_files(named: Mapping[str, States], architecture: Architecture) -> dict[str, States]:
-    """Since version 5 transformers holds all experts of a block in two weights, which its files, and our rows, name one by one."""
-    apart: dict[str, States] = {}
-    for name, states in named.items():
-        if (fused := FUSED.fullmatch(name)) is None:
-            apart[name] = states
+def _matching(parameters: Mapping[str, States], mappings: list[TensorMapping]) -> int:
+    return len(parameters.keys() & {name for mapping in mappings for name in mapping.hf})
+
+
+def _as_in_files(parameters: Mapping[str, States], architecture: Architecture) -> dict[str, States]:
+    """Rename parameters of a model in memory as in its files. transformers 5 fuses all experts of a block into two weights."""
+    split: dict[str, States] = {}
+    for name, states in parameters.items():
+        if (fused := FUSED_EXPERTS.fullmatch(name)) is None:
+            split[name] = states
             continue
         parts = fused[2].replace("gate_up_proj", "gate_proj up_proj").split()
         for key, whole in states.items():
             for part, weights in zip(parts, whole.chunk(len(parts), dim=1), strict=True):
                 for expert, weight in enumerate(weights):
-                    apart.setdefault(f"{fused[1]}.{expert}.{part}.weight", {})[key] = weight
-    return {_older(name) if architecture is MIXTRAL else name: states for name, states in apart.items()}
+                    split.setdefault(f"{fused[1]}.{expert}.{part}.weight", {})[key] = weight
+    return {substitute(name, architecture.memory_names): states for name, states in split.items()}
 
 
-def _older(name: str) -> str:
-    for pattern, older in MIXTRAL_TODAY:
-        name = re.sub(pattern, older, name)
-    return name
-
-
-def _of_transformers(config: ModelConfig, model: dict[str, tuple[int, ...]]) -> list[Link]:
-    """Raises InputError where it has no such architecture."""
-    experts = config.experts.experts if config.experts else 0
-    return bind(architecture_for(config).rows, model, layers=config.layers, experts=experts)
-
-
-def _whole(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """In fp32, the vocabulary's padding beside it filled with zeros."""
-    if tensor.shape == shape and tensor.dtype == torch.float32 and tensor.is_contiguous():
-        return tensor
-    whole = torch.zeros(shape, dtype=torch.float32)
-    whole[: len(tensor)].copy_(tensor)
-    return whole
-
-
-def differences(saved: Saved, config: TrainingConfig) -> list[str]:
-    """What DeepSpeed was told otherwise than this config says, and losses depend on; the learning rate apart, which has a schedule."""
-    told, pairs = config.optimizer, dict[str, tuple[object, object]]()
-    for name, group in saved.settings.items():
-        beta1, beta2 = group.get("betas", (group.get("momentum", told.beta1), told.beta2))
-        pairs["optimizer.beta1"], pairs["optimizer.beta2"] = (beta1, told.beta1), (beta2, told.beta2)
-        pairs["optimizer.epsilon"] = (group.get("eps", told.epsilon), told.epsilon)
-        decay = told.weight_decay if saved.parameters[name][MASTER].ndim > 1 else 0.0
+def differences(source: DeepSpeedCheckpoint, config: TrainingConfig) -> list[str]:
+    """Return settings that affect losses and differ from this config's; not the learning rate, which has a schedule."""
+    optimizer, pairs = config.optimizer, dict[str, tuple[object, object]]()
+    for name, group in source.settings.items():
+        beta1, beta2 = group.get("betas", (group.get("momentum", optimizer.beta1), optimizer.beta2))
+        pairs["optimizer.beta1"], pairs["optimizer.beta2"] = (beta1, optimizer.beta1), (beta2, optimizer.beta2)
+        pairs["optimizer.epsilon"] = (group.get("eps", optimizer.epsilon), optimizer.epsilon)
+        decay = optimizer.weight_decay if source.parameters[name][MASTER].ndim > 1 else 0.0
         if (was := group.get("weight_decay", 0.0)) != decay and not any(" of " in key for key in pairs):
-            pairs[f"optimizer.weight_decay of {name}"] = (was, decay)  # one is enough to see by
-    pairs["optimizer.gradient_clipping"] = (saved.clipping, told.gradient_clipping)
-    pairs["samples read"] = (saved.samples, config.timeline().first_sample(saved.step))
+            pairs[f"optimizer.weight_decay of {name}"] = (was, decay)  # one parameter is enough
+    pairs["optimizer.gradient_clipping"] = (source.clipping, optimizer.gradient_clipping)
+    pairs["samples read"] = (source.samples, config.timeline().first_sample(source.step))
     return [f"{key}: DeepSpeed had {was}, this config has {now}" for key, (was, now) in pairs.items() if was != now]

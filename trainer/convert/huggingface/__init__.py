@@ -1,1 +1,1 @@
-"""Export to and import from directories of Hugging Face transformers."""
+"""Export to and import from directories of Hugging Face transformers, without transformers."""

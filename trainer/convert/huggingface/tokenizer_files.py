@@ -1,4 +1,4 @@
-"""The tokenizer's files, as AutoTokenizer wants them."""
+"""The files that AutoTokenizer loads."""
 
 import json
 
@@ -8,30 +8,30 @@ from tokenizers import processors
 from manta.data.tokenizer.tokenizer import read_tokenizer
 from manta.trainer.model.bert import Bert
 from manta.trainer.pretrained.load import Pretrained
-from manta.trainer.pretrained.source import KEPT
+from manta.trainer.pretrained.source import KEPT_FILES
 
 
-def tokenizer_files(trained: Pretrained) -> dict[str, bytes]:
-    """Content by name. What was imported goes as it came."""
-    if trained.source is not None:
-        kept = {name: trained.home.path / name for name in KEPT}
+def tokenizer_files(pretrained: Pretrained) -> dict[str, bytes]:
+    """Return content by file name. The files of an import are returned unchanged."""
+    if pretrained.source is not None:
+        kept = {name: pretrained.run_directory.path / name for name in KEPT_FILES}
         return {name: path.read_bytes() for name, path in kept.items() if path.exists()}
     config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    content = trained.tokenizer_file.read_bytes()
-    if isinstance(trained.model, Bert):
-        special = trained.tokenizer.special_tokens()
-        marks = {"cls": special.cls, "sep": special.sep, "mask": special.mask, "pad": special.pad}
-        names = {f"{mark}_token": trained.tokenizer.decode([number]) for mark, number in marks.items()}
+    content = pretrained.tokenizer_file.read_bytes()
+    if isinstance(pretrained.model, Bert):
+        special = pretrained.tokenizer.special_tokens()
+        ids = {"cls": special.cls, "sep": special.sep, "mask": special.mask, "pad": special.pad}
+        names = {f"{key}_token": pretrained.tokenizer.decode([number]) for key, number in ids.items()}
         config |= {**names, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
-        content = _framed(read_tokenizer(trained.tokenizer_file), names["cls_token"], names["sep_token"]).encode()
+        content = _with_template(read_tokenizer(pretrained.tokenizer_file), names["cls_token"], names["sep_token"]).encode()
     else:
-        config |= {"bos_token": trained.end_of_text, "eos_token": trained.end_of_text}
-    config |= {"model_max_length": trained.sequence_length, "clean_up_tokenization_spaces": False}
+        config |= {"bos_token": pretrained.end_of_text, "eos_token": pretrained.end_of_text}
+    config |= {"model_max_length": pretrained.sequence_length, "clean_up_tokenization_spaces": False}
     return {"tokenizer.json": content, "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
-def _framed(content: str, cls: str, sep: str) -> str:
-    """With the marks put around a text and a pair of them, as they were in training."""
+def _with_template(content: str, cls: str, sep: str) -> str:
+    """Put the special tokens of BERT's pretraining around a text, or a pair of texts."""
     tokenizer = Reference.from_str(content)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}",

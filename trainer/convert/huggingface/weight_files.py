@@ -1,8 +1,8 @@
-"""safetensors, one tensor at a time: whoever writes or reads a model holds no second one."""
+"""Read and write safetensors one tensor at a time, so that a model is in memory only once."""
 
 import json
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,89 +15,89 @@ from torch import Tensor
 from manta.data.errors import InputError
 from manta.trainer.convert.huggingface.directory import INDEX, SINGLE, weight_files
 
-TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in the order in which a file holds them
-NAMES = {dtype: name for name, dtype in TYPES.items()}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in the order of a file's tensors
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """A tensor that is still to be written, or read."""
-
-    sizes: tuple[int, ...]
+class TensorSpec:
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def bytes(self) -> int:
-        return torch.Size(self.sizes).numel() * self.dtype.itemsize
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write(directory: Path, tensors: dict[str, Shape], read: Callable[[str], Tensor], *, limit: int) -> None:
-    """As many files as it takes for none to be larger than `limit` bytes, unless a single tensor is."""
-    shards: list[dict[str, Shape]] = [{}]
+def write_weights(directory: Path, specs: dict[str, TensorSpec], read: Callable[[str], Tensor], *, limit: int) -> None:
+    """Write tensors into files of at most `limit` bytes each, unless a single tensor is larger."""
+    shards: list[dict[str, TensorSpec]] = [{}]
     size = 0
-    for name, shape in tensors.items():
-        if shards[-1] and size + shape.bytes > limit:
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.bytes > limit:
             shards.append({})
             size = 0
-        shards[-1][name] = shape
-        size += shape.bytes
+        shards[-1][name] = spec
+        size += spec.bytes
     if len(shards) == 1:
-        _write(directory / SINGLE, tensors, read)
+        _write_file(directory / SINGLE, specs, read)
         return
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        _write(directory / file, shard, read)
-    places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    index = {"metadata": {"total_size": sum(shape.bytes for shape in tensors.values())}, "weight_map": dict(sorted(places.items()))}
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(directory / file, shard, read)
+        files |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(spec.bytes for spec in specs.values())}, "weight_map": dict(sorted(files.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write(path: Path, tensors: dict[str, Shape], read: Callable[[str], Tensor]) -> None:
-    """The bytes that safetensors would write, which wants all tensors at once."""
-    widest = list(TYPES.values())
-    names = sorted(tensors, key=lambda name: (widest.index(tensors[name].dtype), name.encode()))
+def _write_file(path: Path, specs: dict[str, TensorSpec], read: Callable[[str], Tensor]) -> None:
+    """Write the same bytes as safetensors, which needs all tensors at once."""
+    widest = list(DTYPES.values())
+    names = sorted(specs, key=lambda name: (widest.index(specs[name].dtype), name.encode()))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        begin, end = end, end + tensors[name].bytes
-        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": tensors[name].sizes, "data_offsets": [begin, end]}
+        start, end = end, end + specs[name].bytes
+        header[name] = {"dtype": NAMES[specs[name].dtype], "shape": specs[name].shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = read(name)
-            assert tuple(tensor.shape) == tensors[name].sizes, name
-            file.write(tensor.to(tensors[name].dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+            assert tuple(tensor.shape) == specs[name].shape, name
+            file.write(tensor.to(specs[name].dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
 
-class Weights:
+class WeightFiles:
     """The tensors of a directory, by name."""
 
-    def __init__(self, opened: Sequence[Any]) -> None:
-        self.shapes: dict[str, Shape] = {}
-        self.strange: dict[str, str] = {}  # the type of each that is none of ours, such as a mask of booleans
+    def __init__(self, files: Iterable[Any]) -> None:
+        self.specs: dict[str, TensorSpec] = {}
+        self.other_dtypes: dict[str, str] = {}  # of tensors that cannot be imported, such as boolean masks
         self._files: dict[str, Any] = {}
-        for file in opened:
-            for name in file.keys():  # noqa: SIM118  it is no mapping
+        for file in files:
+            for name in file.keys():  # noqa: SIM118  not a mapping
                 piece = file.get_slice(name)
-                if (dtype := TYPES.get(piece.get_dtype())) is None:
-                    self.strange[name] = piece.get_dtype()
+                if (dtype := DTYPES.get(piece.get_dtype())) is None:
+                    self.other_dtypes[name] = piece.get_dtype()
                 else:
-                    self._files[name], self.shapes[name] = file, Shape(tuple(piece.get_shape()), dtype)
+                    self._files[name], self.specs[name] = file, TensorSpec(tuple(piece.get_shape()), dtype)
 
     def read(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
 
 @contextmanager
-def opened(directory: Path) -> Generator[Weights]:
-    """Raises InputError where there are no safetensors, or not those that the index names, or damaged ones."""
+def open_weights(directory: Path) -> Generator[WeightFiles]:
+    """Raises InputError if safetensors are missing or damaged."""
     with ExitStack() as stack:
         try:
             files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(directory)]
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{directory}: {' '.join(str(error).split())}; wants whole safetensors: fetch them again") from None
-        yield Weights(files)
+            problem = " ".join(str(error).split())
+            raise InputError(f"{directory}: expected complete safetensors, got {problem}. Fetch them again.") from None
+        yield WeightFiles(files)
