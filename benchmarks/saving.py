@@ -24,10 +24,10 @@ import xxhash
 
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import open_backend
-from manta.trainer.checkpoint.engine_state import logical_shapes, logical_state, progress
-from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, name_of, to_bytes
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.engine_state import engine_progress, logical_shapes, logical_state
+from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, name_of_step, to_bytes
+from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import OptimizerConfig, ParallelConfig, TrainConfig
 from manta.trainer.dataloader.batch import Batch
@@ -69,11 +69,11 @@ class Comparison:
         keys = torch.arange(1)
         self.batch = Batch(tokens=text[:, :-1], targets=text[:, 1:], positions=places, documents=torch.zeros_like(places), keys=keys)
         self.step()
-        self.wholes = {key: view for key, pieces in logical_state(self.engine).items() for _, view in pieces.held}
+        self.wholes = {key: view for key, pieces in logical_state(self.engine).items() for _, view in pieces.views}
         self.shapes = logical_shapes(self.engine)
         self.torchs, self.deepspeeds, self.where = scratch / "torch.pt", scratch / "deepspeed", open_backend(scratch / "ours")
-        self.blocking = Saver(self.where, identity={}, attempt=0)
-        self.behind = Saver(self.where, identity={}, attempt=0, asynchronous=True)
+        self.blocking = CheckpointWriter(self.where, identity={}, attempt=0)
+        self.behind = CheckpointWriter(self.where, identity={}, attempt=0, asynchronous=True)
         self.seconds: dict[str, list[float]] = {}
 
     @property
@@ -86,16 +86,16 @@ class Comparison:
         self.seconds.setdefault(name, []).append(time.perf_counter() - begun)
 
     def round(self, number: int) -> None:
-        come = progress(self.engine, step=number, samples_consumed=number)
+        come = engine_progress(self.engine, step=number, samples_consumed=number)
         self.timed("step", self.step)
         self.timed("torch.save", self.save_by_torch)
         self.timed("DeepSpeed's save", self.save_by_deepspeed)
         self.timed("blocking save", lambda: self.blocking.save(logical_state(self.engine), come))
-        self.where.delete(name_of(number))
+        self.where.delete(name_of_step(number))
         self.timed("stall", lambda: self.behind.save(logical_state(self.engine), come, wait=False))
         self.timed("step while it is written", self.step)
         self.behind.finish()
-        checkpoint = catalog.look(self.where, name_of(number))
+        checkpoint = catalog.read_manifest(self.where, name_of_step(number))
         self.timed("torch.load", self.load_by_torch)
         self.timed("DeepSpeed's load", lambda: self.engine.deepspeed.load_checkpoint(str(self.deepspeeds), tag="x"))
         for _ in range(5):  # in turn: their difference is what hashes cost a load
@@ -119,7 +119,7 @@ class Comparison:
         for key, tensor in torch.load(self.torchs).items():
             self.wholes[key].copy_(tensor)
 
-    def load(self, checkpoint: Checkpoint, verify: catalog.Verify) -> None:
+    def load(self, checkpoint: Checkpoint, verify: catalog.Verification) -> None:
         catalog.load(self.where, checkpoint, logical_state(self.engine), self.shapes, verify=verify)
 
 
@@ -129,7 +129,7 @@ def compare(scratch: Path, *, width: int, layers: int, rounds: int) -> int:
     for number in range(rounds + 1):
         comparison.round(number)
         if number < rounds:
-            comparison.where.delete(name_of(number))
+            comparison.where.delete(name_of_step(number))
             shutil.rmtree(comparison.deepspeeds)
     seconds = {name: times[len(times) // (rounds + 1) :] for name, times in comparison.seconds.items()}  # the first round warms up
     middle = {name: statistics.median(times) for name, times in seconds.items()}
@@ -168,10 +168,11 @@ def synced(path: Path) -> None:
 def tell_memory(directory: Path) -> int:
     """By how much a process grows that loads a checkpoint, over the bytes that it loads."""
     where = open_backend(directory)
-    checkpoint = catalog.look(where, where.names()[0])
+    checkpoint = catalog.read_manifest(where, where.names()[0])
     tensors = {key: torch.empty(stored.shape) for key, stored in checkpoint.tensors.items()}  # memory that nothing lies in yet
     before = peak(anew=True)
-    catalog.load(where, checkpoint, {key: Pieces.all_of(tensor) for key, tensor in tensors.items()}, checkpoint.shapes, verify="full")
+    state = {key: TensorViews.from_whole(tensor) for key, tensor in tensors.items()}
+    catalog.load(where, checkpoint, state, checkpoint.shapes, verify="full")
     print(json.dumps((peak() - before) / sum(tensor.nbytes for tensor in tensors.values())))
     return 0
 

@@ -15,8 +15,8 @@ from manta.cluster.protocol import HeartbeatWriter
 from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.examples import DIGEST_BITS
 from manta.data.sampling.samples import Samples
-from manta.trainer.checkpoint.policy import Saves
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.policy import SavePolicy
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dataloader.loader import DataLoader
@@ -71,7 +71,7 @@ class Loop:
         stop: StopRequest,
         peak_flops: float | None,
         flops_per_token: Mapping[int, float],
-        saver: Saver,
+        saver: CheckpointWriter,
     ) -> None:
         """flops_per_token: by sequence length."""
         self.config, self.world, self.samples, self.engine, self.run_dir = config, world, samples, engine, run_dir
@@ -92,7 +92,7 @@ class Loop:
     def _run(self, step: int) -> int:
         metrics = MetricsLog(self.run_dir.metrics_file) if self.world.rank == 0 else None
         last = self.config.train.steps
-        saves = Saves(self.saver, self.engine, self.loader, self.config, self.run_dir, step=step)
+        saves = SavePolicy(self.saver, self.engine, self.loader, self.config, self.run_dir, step=step)
         stop, line = False, Line()
         while step < last and not stop:
             result = self._step(step, saves)
@@ -117,7 +117,7 @@ class Loop:
         self.heartbeat("done", step)
         return step
 
-    def _step(self, step: int, saves: Saves) -> StepResult:
+    def _step(self, step: int, saves: SavePolicy) -> StepResult:
         """Do one optimizer step."""
         start = time.perf_counter()
         rate = learning_rate(self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps)
@@ -185,10 +185,10 @@ class Loop:
         self._compiled_lengths.add(length)
         return StepData(batches=batches, digest=digest, wait=wait)
 
-    def _reduce(self, outcome: Outcome, data: StepData, saves: Saves) -> StepTotals:
-        save_requested, save_failed = saves.look()
+    def _reduce(self, outcome: Outcome, data: StepData, saves: SavePolicy) -> StepTotals:
+        status = saves.poll()
         digest = data.digest if self.engine.mesh.is_first_of_sample else 0  # each sample's digest counts once
-        flags = (self.stop.is_made, save_requested, save_failed)
+        flags = (self.stop.is_made, status.is_due, status.has_failed)
         *terms, stop, save, failed, total_digest = self._sum(*outcome.terms.tolist(), *map(float, flags), float(digest))
         return StepTotals(
             terms=[term / self.engine.layout.tensor for term in terms],  # each tensor rank has the same value

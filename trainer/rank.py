@@ -12,14 +12,14 @@ from manta.cluster.protocol import ExitCode, HeartbeatWriter
 from manta.data.errors import InputError
 from manta.data.live.live_samples import Cursor, LiveSamples, check_data_ranks, open_samples
 from manta.data.tokenizer.tokenizer import read_vocabulary
-from manta.trainer.checkpoint import catalog, vocabulary
+from manta.trainer.checkpoint import catalog, token_rows
 from manta.trainer.checkpoint.backend import CheckpointBackend
-from manta.trainer.checkpoint.engine_state import load_masters, logical_shapes, refresh, restore, settle
+from manta.trainer.checkpoint.catalog import Retention
+from manta.trainer.checkpoint.engine_state import finish_restore, load_weights, logical_shapes, refresh_weights, restore
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
-from manta.trainer.checkpoint.retention import Keep
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.supported import compiles
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import layout_from_environment
@@ -127,21 +127,21 @@ def should_compile(config: TrainingConfig, device: torch.device) -> bool:
     return True
 
 
-def open_saver(checkpoints: CheckpointBackend, config: TrainingConfig, identity: dict[str, str], world: World) -> Saver:
+def open_saver(checkpoints: CheckpointBackend, config: TrainingConfig, identity: dict[str, str], world: World) -> CheckpointWriter:
     """Return the checkpoint writer of this attempt; earlier attempts can write no more."""
     settings = config.checkpoint
-    saver = Saver(
+    saver = CheckpointWriter(
         checkpoints,
         identity=identity,
         attempt=world.attempt,
-        keep=Keep(newest=settings.keep, best=settings.keep_best, every=settings.keep_every),
+        retention=Retention(newest=settings.keep, best=settings.keep_best, every=settings.keep_every),
         asynchronous=settings.asynchronous,
     )
-    saver.fence()
+    saver.set_fence()
     return saver
 
 
-def resume(engine: Engine, checkpoints: CheckpointBackend, identity: dict[str, str], *, verify: catalog.Verify) -> Progress | None:
+def resume(engine: Engine, checkpoints: CheckpointBackend, identity: dict[str, str], *, verify: catalog.Verification) -> Progress | None:
     """Load the newest valid checkpoint. Return its progress, or None if there is no checkpoint.
 
     Raises CheckpointError if all checkpoints are bad, InputError if one belongs to another run.
@@ -151,14 +151,14 @@ def resume(engine: Engine, checkpoints: CheckpointBackend, identity: dict[str, s
         for key, expected in identity.items():
             if (got := checkpoint.identity.get(key)) != expected:
                 remedy = "Choose another run.dir, or restore the config that this run was started with."
-                raise InputError(f"{checkpoint.at}: {key} fingerprint: expected {expected}, got {got}. {remedy}")
+                raise InputError(f"{checkpoint.location}: {key} fingerprint: expected {expected}, got {got}. {remedy}")
         restore(checkpoints, checkpoint, engine, verify=verify)
 
-    checkpoint = catalog.take_newest(checkpoints, load)
+    checkpoint = catalog.restore_newest(checkpoints, load)
     if checkpoint is None:
         return None
-    settle(checkpoint.progress, engine)
-    log.info("resumed from %s", checkpoint.at)
+    finish_restore(checkpoint.progress, engine)
+    log.info("resumed from %s", checkpoint.location)
     return checkpoint.progress
 
 
@@ -177,14 +177,18 @@ def load_initial_weights(engine: Engine, start_from: str, tokenizer: Path | None
     tokenizer: this run's, if rows of the vocabulary are matched by token.
     """
     checkpoints, name = origin_of(start_from)
-    matches = None if tokenizer is None else vocabulary.runs(read_vocabulary(tokenizer_of(checkpoints)), read_vocabulary(tokenizer))
+    matches = (
+        None if tokenizer is None else token_rows.shared_ranges(read_vocabulary(tokenizer_of(checkpoints)), read_vocabulary(tokenizer))
+    )
 
     def load(checkpoint: Checkpoint) -> None:
-        matched = checkpoint if matches is None else vocabulary.matched(checkpoint, matches, logical_shapes(engine))
-        load_masters(checkpoints, matched, engine)
+        matched = checkpoint if matches is None else token_rows.match_rows(checkpoint, matches, logical_shapes(engine))
+        load_weights(checkpoints, matched, engine)
 
     try:
-        checkpoint = catalog.take_newest(checkpoints, load, set_aside=False) if name is None else catalog.take_one(checkpoints, name, load)
+        checkpoint = (
+            catalog.restore_newest(checkpoints, load, set_aside=False) if name is None else catalog.restore_one(checkpoints, name, load)
+        )
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
     if checkpoint is None:
@@ -192,8 +196,8 @@ def load_initial_weights(engine: Engine, start_from: str, tokenizer: Path | None
             f"run.start_from: expected a run directory, an imported model or a checkpoint, got {start_from}, which has no checkpoint."
             " Name another one."
         )
-    refresh(engine)
-    log.info("started from the weights of %s", checkpoint.at)
+    refresh_weights(engine)
+    log.info("started from the weights of %s", checkpoint.location)
 
 
 def exit_code(*, is_done: bool, stop: StopRequest) -> ExitCode:

@@ -18,7 +18,7 @@ from manta.data.errors import InputError
 from manta.data.shards.manifest import Prepared
 from manta.data.storage.location import local_path
 from manta.trainer.checkpoint.backend import CheckpointBackend, open_backend
-from manta.trainer.checkpoint.manifest import step_of
+from manta.trainer.checkpoint.manifest import step_of_name
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import TrainingConfig
 
@@ -26,7 +26,7 @@ from manta.trainer.config.training import TrainingConfig
 def origin_of(start: str) -> tuple[CheckpointBackend, str | None]:
     """What run.start_from names: one checkpoint, by its name; or the newest of a run or an import, which has no name yet."""
     above, _, name = start.rstrip("/").rpartition("/")
-    if step_of(name) is not None:
+    if step_of_name(name) is not None:
         return open_backend(above), name
     path = local_path(start)
     return open_backend(start) if path is None else RunDirectory(path).checkpoints, None
@@ -106,7 +106,7 @@ class RunDirectory:
     @property
     def saved_step(self) -> int:
         """The step of the newest committed checkpoint, whose content nobody has looked at; 0 where there is none."""
-        return next((step for name in self.checkpoints.names() if (step := step_of(name))), 0)
+        return next((step for name in self.checkpoints.names() if (step := step_of_name(name))), 0)
 
     @property
     def has_trained(self) -> bool:

@@ -9,8 +9,8 @@ from manta.launch.config import RunConfig, load
 from manta.launch.run.display import say
 from manta.launch.run.train import check_own_model, check_places, corpus, lay_out
 from manta.trainer.checkpoint.identity import identity_of
-from manta.trainer.checkpoint.manifest import name_of
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.manifest import name_of_step
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.convert.deepspeed.load import load_deepspeed
 from manta.trainer.convert.deepspeed.rename import Names, differences, logical_state, progress
 from manta.trainer.run_directory import RunDirectory
@@ -42,10 +42,10 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     with home.claim():
         lay_out(home, config, prepared, code)
         told = {"layout": f"DeepSpeed, ZeRO-{saved.stage}", "ranks": saved.ranks, "config": config.model_dump(mode="json")}
-        Saver(where, identity=identity_of(config, prepared), attempt=0).save(state, progress(saved, config), about=told)
+        CheckpointWriter(where, identity=identity_of(config, prepared), attempt=0).save(state, progress(saved, config), about=told)
     for difference in differences(saved, config):
         say(difference)
-    return where.location(name_of(saved.step))
+    return where.location(name_of_step(saved.step))
 
 
 def next_command(file: Path, overrides: list[str]) -> str:

@@ -13,33 +13,33 @@ from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint
-from manta.trainer.checkpoint.reader import read
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.write_plan import TORCH
+from manta.trainer.checkpoint.reader import read_tensors
+from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 
 Told = dict[str, Any]
 
 
 def inspect(where: str, match: str) -> Told:
-    """Raises InputError where there is none, or no weight of such a name, CheckpointError where what is read is not as it was written."""
+    """Raises InputError if there is no checkpoint, or no weight of such a name, and CheckpointError if what is read is damaged."""
     place, names = found(where)
     checkpoint = _newest(place, names)
     keys = [key for key in checkpoint.tensors if fnmatchcase(key.partition("/")[2], match)]
     if not keys:
         some = ", ".join(list(dict.fromkeys(key.partition("/")[2] for key in checkpoint.tensors))[:3])
-        raise InputError(f"--match: got {match!r}, which no weight of {checkpoint.at} matches; there are {some}, …; try 'blocks.*'")
+        raise InputError(f"--match: got {match!r}, which no weight of {checkpoint.location} matches; there are {some}, …; try 'blocks.*'")
     weights: dict[str, Told] = {}
     for key in keys:
         state, _, name = key.partition("/")
         weights.setdefault(name, {})[state] = _measured(place, checkpoint, key)
-    return {"at": checkpoint.at, **facts(checkpoint), "identity": checkpoint.identity, "weights": weights}
+    return {"at": checkpoint.location, **facts(checkpoint), "identity": checkpoint.identity, "weights": weights}
 
 
 def _newest(place: CheckpointBackend, names: list[str]) -> Checkpoint:
     """The newest whose manifest can be read; what of its files is read is checked as it is."""
     for name in names:
         try:
-            return catalog.look(place, name)
+            return catalog.read_manifest(place, name)
         except CheckpointError as error:
             if name == names[-1]:
                 raise
@@ -49,8 +49,8 @@ def _newest(place: CheckpointBackend, names: list[str]) -> Checkpoint:
 
 def _measured(place: CheckpointBackend, checkpoint: Checkpoint, key: str) -> Told:
     stored = checkpoint.tensors[key]
-    tensor = torch.empty(stored.shape, dtype=TORCH[stored.dtype])
-    read(place, checkpoint, {key: Pieces.all_of(tensor)}, rest=None)
+    tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
+    read_tensors(place, checkpoint, {key: TensorViews.from_whole(tensor)}, check_files=None)
     finite = tensor.isfinite()
     return {
         "shape": list(stored.shape),

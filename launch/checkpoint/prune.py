@@ -6,7 +6,7 @@ from pathlib import Path
 
 from manta.launch.checkpoint.list import found
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.retention import Keep, surplus
+from manta.trainer.checkpoint.catalog import Retention, surplus
 from manta.trainer.run_directory import RunDirectory
 
 
@@ -15,10 +15,11 @@ def prune(where: str, *, keep: int, best: int, every: int | None, bad: bool, dry
     place, _ = found(where)
     home = RunDirectory(Path(where).absolute())
     with home.claim() if home.config_file.exists() and not dry_run else nullcontext():
-        newest = catalog.newest(place)
+        newest = catalog.newest_valid(place)
         assert newest is not None, "there are names"
-        name = newest.at.rpartition("/")[2]
-        for one in surplus(place.names(), name, Keep(newest=keep, best=best, every=every), lambda one: catalog.validation_loss(place, one)):
+        name = newest.name
+        retention = Retention(newest=keep, best=best, every=every)
+        for one in surplus(place.names(), name, retention, lambda one: catalog.validation_loss(place, one)):
             if not dry_run:
                 place.delete(one)
             yield one

@@ -35,8 +35,8 @@ from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.manifest import Progress
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.training import ParallelConfig, TrainConfig
 from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.layout import largest_layout
@@ -416,8 +416,8 @@ def test_a_checkpoint_tells_its_cursors(tmp_path):
     cursors = [asdict(Cursor(epoch=1, piece=2, document=3, token=rank)) for rank in range(2)]
     come = Progress(step=4, samples_consumed=8, optimizer_steps=4, cursors=cursors)
     where = open_backend(tmp_path)
-    Saver(where, identity={}, attempt=1).save({"master/x": Pieces.all_of(torch.ones(3))}, come)
-    assert catalog.newest(where).progress == come
+    CheckpointWriter(where, identity={}, attempt=1).save({"master/x": TensorViews.from_whole(torch.ones(3))}, come)
+    assert catalog.newest_valid(where).progress == come
 
 
 # Whole runs

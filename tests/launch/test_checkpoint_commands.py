@@ -11,8 +11,8 @@ import yaml
 
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import open_backend
-from manta.trainer.checkpoint.reader import read
-from manta.trainer.checkpoint.shards import Pieces
+from manta.trainer.checkpoint.reader import read_tensors
+from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.metrics import read_metrics
 
 
@@ -75,7 +75,7 @@ def test_what_is_in_a_checkpoint_is_told(workspace, finished_run):
     inspected = told(workspace, "inspect", finished_run, "--match", "blocks.0.*")
     assert inspected["step"] == 40
     where = open_backend(workspace.directory / finished_run / "checkpoints")
-    _, weights = catalog.newest_weights(where)
+    _, weights = catalog.load_newest_weights(where)
     assert inspected["weights"].keys() == {name for name in weights if name.startswith("blocks.0.")}
     for name, weight in inspected["weights"].items():
         assert weight["master"]["norm"] == pytest.approx(float(weights[name].norm()), rel=1e-5)
@@ -193,10 +193,12 @@ def test_a_run_s_checkpoints_may_lie_elsewhere_and_are_not_lost_sight_of(workspa
 def test_a_run_begins_from_a_checkpoint_of_another_wherever_it_lies(workspace, trained):
     start = trained / "checkpoints/step-00000030"
     workspace.train("begun", f"run.start_from={start}", "train.steps=2", "optimizer.learning_rate=1e-9", "schedule.warmup_steps=0")
-    _, begun = catalog.newest_weights(open_backend(workspace.directory / "begun/checkpoints"))
+    _, begun = catalog.load_newest_weights(open_backend(workspace.directory / "begun/checkpoints"))
     then = torch.empty(begun["embedding.weight"].shape)
     where = open_backend(start.parent)
 
-    read(where, catalog.look(where, start.name), {"master/embedding.weight": Pieces.all_of(then)}, rest=None)
+    read_tensors(
+        where, catalog.read_manifest(where, start.name), {"master/embedding.weight": TensorViews.from_whole(then)}, check_files=None
+    )
     assert torch.allclose(begun["embedding.weight"], then, atol=1e-7)
     assert yaml.safe_load((workspace.directory / "begun/config.yaml").read_text())["run"]["start_from"] == str(start)

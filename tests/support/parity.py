@@ -262,7 +262,7 @@ def gathered(engine: Engine) -> tuple[dict[str, torch.Tensor], list[str]]:
     for flat in (lowest, highest):
         for name, shape, whole in zip(names, shapes, flat.split(sizes), strict=True):
             if (here := state.get(prefix + name)) is not None:
-                for place, held in here.held:
+                for place, held in here.views:
                     whole.view(shape)[place.slices] = held
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_reduce(highest, dist.ReduceOp.MAX)

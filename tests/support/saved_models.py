@@ -10,8 +10,8 @@ from safetensors import safe_open
 from manta.data.tokenizer import tokenizer
 from manta.data.tokenizer.train import train as train_tokenizer
 from manta.trainer.checkpoint.manifest import Progress
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.convert.huggingface.export import export
 from manta.trainer.dataloader.batch import IGNORED, Batch
@@ -88,8 +88,10 @@ def random_run(directory: Path, name: str = "run", **changes) -> RunDirectory:
     run_directory.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in metrics))
     model = build(model_config(**changes), vocabulary=tokenizer.Tokenizer(file).vocabulary, sequence_length=32)
     torch.manual_seed(1)
-    weights = {f"master/{name}": Pieces.all_of(tensor.normal_(std=0.2)) for name, tensor in model_tensors(model).items()}
-    Saver(run_directory.checkpoints, identity={}, attempt=1).save(weights, Progress(step=4, samples_consumed=16, optimizer_steps=4))
+    weights = {f"master/{name}": TensorViews.from_whole(tensor.normal_(std=0.2)) for name, tensor in model_tensors(model).items()}
+    CheckpointWriter(run_directory.checkpoints, identity={}, attempt=1).save(
+        weights, Progress(step=4, samples_consumed=16, optimizer_steps=4)
+    )
     return run_directory
 
 

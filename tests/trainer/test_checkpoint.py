@@ -18,13 +18,12 @@ from spmd import spmd
 
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import open_backend
-from manta.trainer.checkpoint.engine_state import load_masters, logical_state, progress, refresh, restore, settle
+from manta.trainer.checkpoint.catalog import Retention
+from manta.trainer.checkpoint.engine_state import engine_progress, finish_restore, load_weights, logical_state, refresh_weights, restore
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.checkpoint.manifest import LOSS_SCALER
-from manta.trainer.checkpoint.rectangles import rectangles
-from manta.trainer.checkpoint.retention import Keep
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS
+from manta.trainer.checkpoint.rectangles import TensorViews, rectangles
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.training import ParallelConfig, TrainConfig
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
@@ -56,11 +55,11 @@ def test_pieces_lie_where_a_rank_s_part_lies_in_the_whole(shape, data):
     start = data.draw(st.integers(0, math.prod(shape)))
     whole = torch.arange(math.prod(wholes)).view(wholes)
     part = whole[tuple(slice(o, o + s) for o, s in zip(offsets, shape, strict=True))].reshape(-1)[start:].clone()
-    pieces = Pieces.of(wholes, part, held=shape, offsets=offsets, start=start)
-    for place, view in pieces.held:
+    pieces = TensorViews.from_flat(wholes, part, local_shape=shape, offsets=offsets, start=start)
+    for place, view in pieces.views:
         assert torch.equal(view, whole[place.slices])
         assert view.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()  # nothing is copied
-    assert sum(view.numel() for _, view in pieces.held) == part.numel()
+    assert sum(view.numel() for _, view in pieces.views) == part.numel()
 
 
 @dataclass(frozen=True)
@@ -94,20 +93,21 @@ def advance(engine: Engine, cell: Cell, optimizer: str, first: int, last: int) -
         dist.all_reduce(terms, group=engine.mesh.replicas)
         losses.append(float(terms.sum()))
     biases = [router.bias.tolist() for _, router in engine.module.routers() if router.bias is not None]
-    return Trail(losses, progress(engine, step=0, samples_consumed=0).loss_scaler, biases)
+    return Trail(losses, engine_progress(engine, step=0, samples_consumed=0).loss_scaler, biases)
 
 
 def save(engine: Engine, directory: Path, step: int, *, keep: int = 2, asynchronous: bool = False) -> None:
-    come = progress(engine, step=step, samples_consumed=step * TRAIN.global_batch)
-    saver = Saver(open_backend(directory), identity={"corpus": "c"}, attempt=1, keep=Keep(newest=keep), asynchronous=asynchronous)
+    come = engine_progress(engine, step=step, samples_consumed=step * TRAIN.global_batch)
+    retention = Retention(newest=keep)
+    saver = CheckpointWriter(open_backend(directory), identity={"corpus": "c"}, attempt=1, retention=retention, asynchronous=asynchronous)
     saver.save(logical_state(engine), come, wait=not asynchronous)
     saver.finish()
 
 
 def resume(engine: Engine, directory: Path) -> None:
     where = open_backend(directory)
-    checkpoint = catalog.take_newest(where, lambda found: restore(where, found, engine))
-    settle(checkpoint.progress, engine)
+    checkpoint = catalog.restore_newest(where, lambda found: restore(where, found, engine))
+    finish_restore(checkpoint.progress, engine)
 
 
 Job = tuple[Path, Cell, str]  # where the checkpoint lies, which layout, which optimizer
@@ -119,7 +119,7 @@ def write(jobs: list[Job], *, pieces: bool = False) -> list[Trail]:
     for directory, cell, optimizer in jobs:
         engine = build(cell, optimizer, pieces=pieces)
         if cell.precision == "fp16":  # about to be raised, where the run has come so far
-            for name, value in zip(LOSS_SCALER, (2.0**15, 995, -1, 1), strict=True):
+            for name, value in zip(LOSS_SCALER_FIELDS, (2.0**15, 995, -1, 1), strict=True):
                 setattr(engine.zero.loss_scaler, name, value)
         advance(engine, cell, optimizer, 0, SAVED)
         save(engine, directory, SAVED)
@@ -265,18 +265,18 @@ def weights_alone(directory: Path) -> None:
     writer = KINDS[1]
     (undisturbed,) = write([(directory, writer, "adamw")])
     where = open_backend(directory)
-    checkpoint = catalog.newest(where)
+    checkpoint = catalog.newest_valid(where)
     for cell in KINDS:
         engine = build(cell, "sgd")  # another optimizer: nothing of the old one's is asked for
-        load_masters(where, checkpoint, engine)
-        refresh(engine)
-        assert progress(engine, step=0, samples_consumed=0).optimizer_steps == 0
+        load_weights(where, checkpoint, engine)
+        refresh_weights(engine)
+        assert engine_progress(engine, step=0, samples_consumed=0).optimizer_steps == 0
         begun = advance(engine, cell, "sgd", SAVED, SAVED + 2)
         assert begun.losses[0] == pytest.approx(undisturbed.losses[0], rel=1e-6), str(cell)
         assert begun.losses[1] != pytest.approx(undisturbed.losses[1], rel=1e-4), str(cell)
-    with pytest.raises(CheckpointError, match=r"master/blocks.0.attention.k_norm.weight: got \(8,\), wants nothing \(and"):
-        load_masters(where, checkpoint, build(Cell("gpt2", 2)))
-    with pytest.raises(CheckpointError, match=r"exp_avg/blocks.0.attention.k_norm.weight: got \(8,\), wants nothing \(and"):
+    with pytest.raises(CheckpointError, match=r"master/blocks.0.attention.k_norm.weight: expected nothing, got \(8,\) \(and"):
+        load_weights(where, checkpoint, build(Cell("gpt2", 2)))
+    with pytest.raises(CheckpointError, match=r"exp_avg/blocks.0.attention.k_norm.weight: expected nothing, got \(8,\) \(and"):
         restore(where, checkpoint, build(writer, "sgd"))
 
 
@@ -307,9 +307,9 @@ def save_alike(directory: Path) -> None:
 def test_what_ranks_hold_alike_is_written_once_by_all_of_them(tmp_path):
     spmd(save_alike, 2, tmp_path)
     for directory in tmp_path.iterdir():
-        checkpoint = catalog.newest(open_backend(directory))
+        checkpoint = catalog.newest_valid(open_backend(directory))
         for key, stored in checkpoint.tensors.items():
-            assert sum(chunk.place.count for chunk in stored.chunks) == math.prod(stored.shape), key
+            assert sum(chunk.rectangle.count for chunk in stored.chunks) == math.prod(stored.shape), key
         first, second = (file.bytes for file in checkpoint.files)
         assert first == pytest.approx(second, rel=0.1)
 
@@ -334,7 +334,7 @@ def private_parts() -> None:
                     assert offset + size <= len(engine.zero.fp32_partitioned_groups_flat[group])
                     assert size * dist.get_world_size(parameter.ds_process_group) >= parameter.ds_numel == math.prod(parameter.ds_shape)
         if cell.precision == "fp16":
-            assert set(LOSS_SCALER) <= vars(engine.zero.loss_scaler).keys()
+            assert set(LOSS_SCALER_FIELDS) <= vars(engine.zero.loss_scaler).keys()
 
 
 def test_deepspeed_still_has_the_private_parts_we_read():

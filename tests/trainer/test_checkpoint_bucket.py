@@ -9,12 +9,12 @@ from object_store import BUCKET, ObjectStore, Proxy
 from manta.data.storage import remote_requests
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import ObjectStoreBackend, open_backend
+from manta.trainer.checkpoint.catalog import Retention
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError, UnreachableError
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
-from manta.trainer.checkpoint.reader import read
-from manta.trainer.checkpoint.retention import Keep
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.reader import read_tensors
+from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.metrics import read_metrics
 
 SHAPES = {"master/embedding.weight": (100, 450), "master/norm.weight": (64,)}
@@ -50,23 +50,23 @@ def where(proxy, request) -> ObjectStoreBackend:
     return found
 
 
-def tensors(step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Pieces]:
+def tensors(step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, TensorViews]:
     random = torch.Generator().manual_seed(step)
-    return {key: Pieces.all_of(torch.randn(shape, generator=random)) for key, shape in shapes.items()}
+    return {key: TensorViews.from_whole(torch.randn(shape, generator=random)) for key, shape in shapes.items()}
 
 
 def progress(step: int) -> Progress:
     return Progress(step=step, samples_consumed=step, optimizer_steps=step)
 
 
-def saver(where: ObjectStoreBackend, *, attempt: int = 1, **more) -> Saver:
-    return Saver(where, identity={}, attempt=attempt, **more)
+def saver(where: ObjectStoreBackend, *, attempt: int = 1, **more) -> CheckpointWriter:
+    return CheckpointWriter(where, identity={}, attempt=attempt, **more)
 
 
 def is_of(where: ObjectStoreBackend, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> bool:
-    filled = {key: Pieces.all_of(torch.full(shape, math.nan)) for key, shape in shapes.items()}
-    read(where, catalog.look(where, f"step-{step:08d}"), filled)
-    return all(torch.equal(filled[key].held[0][1], pieces.held[0][1]) for key, pieces in tensors(step, shapes).items())
+    filled = {key: TensorViews.from_whole(torch.full(shape, math.nan)) for key, shape in shapes.items()}
+    read_tensors(where, catalog.read_manifest(where, f"step-{step:08d}"), filled)
+    return all(torch.equal(filled[key].views[0][1], pieces.views[0][1]) for key, pieces in tensors(step, shapes).items())
 
 
 def objects(where: ObjectStoreBackend) -> list[str]:
@@ -75,13 +75,13 @@ def objects(where: ObjectStoreBackend) -> list[str]:
 
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_is_saved_is_listed_verified_read_and_kept_as_on_a_disk(where, asynchronous):
-    begun = saver(where, keep=Keep(newest=1, best=1, every=4), asynchronous=asynchronous)
-    begun.fence()
+    begun = saver(where, retention=Retention(newest=1, best=1, every=4), asynchronous=asynchronous)
+    begun.set_fence()
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 4.0)):
         begun.save(tensors(step), progress(step), about={"validation_loss": loss}, wait=not asynchronous)
     begun.finish()
     assert where.names() == ["step-00000005", "step-00000004", "step-00000002"]
-    assert catalog.newest(where).progress == progress(5)
+    assert catalog.newest_valid(where).progress == progress(5)
     assert all(is_of(where, step) for step in (5, 4, 2))
     assert where.store.read("latest") == b"step-00000005\n"
     assert len(objects(where)) == 3 * 2 + 2, "a file and a manifest each, the fence, and the newest one's name"
@@ -98,11 +98,11 @@ def test_a_damaged_or_missing_object_is_passed_over_and_set_aside(where, caplog)
     where.store.delete(f"{third}")
     with pytest.raises(CheckpointError, match=r"step-00000002/a\S+/rank-0000.safetensors: xxh3 of bytes 8388608\.\.\."):
         catalog.verify(where, "step-00000002")
-    assert catalog.take_newest(where, lambda found: read(where, found, {})).progress.step == 1
-    assert caplog.text.count("passed over a bad checkpoint") == 2
+    assert catalog.restore_newest(where, lambda found: read_tensors(where, found, {})).progress.step == 1
+    assert caplog.text.count("skipped a bad checkpoint") == 2
     assert where.names() == ["step-00000001"]
     assert where.bad() == ["step-00000002", "step-00000003"]
-    saver(where, attempt=2).fence()
+    saver(where, attempt=2).set_fence()
     assert second in objects(where), "what was set aside stays for whoever wants to look"
     where.delete("step-00000002")
     assert where.bad() == ["step-00000003"]
@@ -110,14 +110,14 @@ def test_a_damaged_or_missing_object_is_passed_over_and_set_aside(where, caplog)
 
 def test_a_dead_attempt_can_not_commit_and_leaves_nothing(where, monkeypatch):
     dead, live = saver(where, attempt=1), saver(where, attempt=2)
-    dead.fence()
+    dead.set_fence()
     with monkeypatch.context() as patch:
-        patch.setattr(dead.where, "commit", lambda *_: 1 / 0)  # it ends before
-        patch.setattr(dead.where, "abandon", lambda *_: None)
+        patch.setattr(dead.backend, "commit", lambda *_: 1 / 0)  # it ends before
+        patch.setattr(dead.backend, "abandon", lambda *_: None)
         with pytest.raises(ZeroDivisionError):
             dead.save(tensors(1), progress(1))
     assert len(objects(where)) == 2, "the fence, and what nobody will commit"
-    live.fence()
+    live.set_fence()
     assert objects(where) == ["fence.json"]
     with pytest.raises(FencedError, match="attempt 2 has started since"):
         dead.save(tensors(1), progress(1))
@@ -129,12 +129,12 @@ def test_a_dead_attempt_can_not_commit_and_leaves_nothing(where, monkeypatch):
 def test_a_dead_attempt_that_thaws_at_the_very_commit_leaves_a_later_one_s_checkpoint_alone(where, monkeypatch):
     """It looked at the fence in time, then froze: no store can tell its manifest from one of a live attempt."""
     dead, live = saver(where, attempt=1), saver(where, attempt=2)
-    dead.fence()
+    dead.set_fence()
     write = where.store.write
 
     def freeze(name: str, content: bytes) -> None:
         if name.endswith("manifest.json") and "/a0001-" in name:
-            live.fence()
+            live.set_fence()
             live.save(tensors(2), progress(2))
             live.save(tensors(3), progress(3))
         write(name, content)
@@ -143,9 +143,9 @@ def test_a_dead_attempt_that_thaws_at_the_very_commit_leaves_a_later_one_s_check
         patch.setattr(where.store, "write", freeze)
         dead.save(tensors(2), progress(2))
     assert is_of(where, 2), "that of the attempt in the fence"
-    saver(where, attempt=3).fence()
+    saver(where, attempt=3).set_fence()
     assert is_of(where, 2), "that of the later one"
-    assert catalog.take_newest(where, lambda found: read(where, found, {})).progress.step == 3
+    assert catalog.restore_newest(where, lambda found: read_tensors(where, found, {})).progress.step == 3
     where.delete("step-00000002")
     assert where.names() == ["step-00000003"], "nor does the dead one's come to light"
 
@@ -182,16 +182,16 @@ def test_a_store_that_can_not_be_reached_makes_no_checkpoint_bad(where, proxy):
     )
 
     def take(found: Checkpoint) -> None:
-        read(where, found, {})
+        read_tensors(where, found, {})
 
     for failing in (key, key.replace("rank-0000.safetensors", "manifest.json")):
         proxy.refuse(failing, status=503, times=1000)
         with pytest.raises(UnreachableError, match=rf"step-00000002/.*{remote_requests.TRIES} tries failed, the last with"):
-            catalog.take_newest(where, take)
+            catalog.restore_newest(where, take)
         proxy.reset()
         assert where.names() == ["step-00000002", "step-00000001"]
         assert where.bad() == []
-    assert catalog.take_newest(where, take).progress.step == 2
+    assert catalog.restore_newest(where, take).progress.step == 2
 
 
 def test_a_store_that_is_down_from_end_to_end_of_a_save_fails_it_and_no_more(where, proxy):

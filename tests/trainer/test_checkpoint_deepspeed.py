@@ -24,10 +24,10 @@ from manta.launch.cli import main
 from manta.launch.config import load
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import open_backend
-from manta.trainer.checkpoint.engine_state import progress as progress_of
+from manta.trainer.checkpoint.engine_state import engine_progress as progress_of
 from manta.trainer.checkpoint.engine_state import restore, settle
-from manta.trainer.checkpoint.manifest import LOSS_SCALER, Progress
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS, Progress
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.config.training import OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from manta.trainer.convert.deepspeed.load import load_deepspeed
@@ -172,7 +172,7 @@ def train_with_deepspeed(directory: Path, setup: Setup) -> Trajectory:
     config = optimizer_config(setup.optimizer).model_copy(update={"learning_rate": RATES[setup.optimizer]})
     engine = deepspeed_engine(trained, setup, config, GLOBAL_BATCH // setup.ranks)
     if setup.precision == "fp16":  # the scale is about to be raised
-        for name, value in zip(LOSS_SCALER, (2.0**15, 995, -1, 1), strict=True):
+        for name, value in zip(LOSS_SCALER_FIELDS, (2.0**15, 995, -1, 1), strict=True):
             setattr(engine.optimizer.loss_scaler, name, value)
     losses = []
     for step in range(LAST):
@@ -190,7 +190,7 @@ def train_with_deepspeed(directory: Path, setup: Setup) -> Trajectory:
             loss += row_loss.detach().double()
         dist.all_reduce(loss)
         losses.append(float(loss) / GLOBAL_BATCH)
-    scaler = {name: getattr(engine.optimizer.loss_scaler, name) for name in LOSS_SCALER} if setup.precision == "fp16" else None
+    scaler = {name: getattr(engine.optimizer.loss_scaler, name) for name in LOSS_SCALER_FIELDS} if setup.precision == "fp16" else None
     return Trajectory(losses[setup.saved :], scaler)
 
 
@@ -211,7 +211,7 @@ def convert(directory: Path, setup: Setup, output: Path, **changes: Any) -> Prog
     config, source = training_config(setup, **changes), load_deepspeed(directory)
     state = logical_state(source, config, vocabulary=VOCABULARY, code=EXAMPLE, names=None)
     position = progress(source, config)
-    Saver(open_backend(output), identity={}, attempt=0).save(state, position)
+    CheckpointWriter(open_backend(output), identity={}, attempt=0).save(state, position)
     return position
 
 
@@ -222,7 +222,7 @@ def resume_with_manta(directory: Path, setup: Setup, cell: Cell) -> Trajectory:
     mesh = World.from_environment().mesh(layout)
     engine = Engine(manta_model(setup.model), mesh=mesh, optimizer=optimizer_config(setup.optimizer), precision=cell.precision)
     backend = open_backend(directory)
-    checkpoint = catalog.take_newest(backend, lambda found: restore(backend, found, engine))
+    checkpoint = catalog.restore_newest(backend, lambda found: restore(backend, found, engine))
     settle(checkpoint.progress, engine)
     losses = []
     for step in range(checkpoint.progress.step, LAST):

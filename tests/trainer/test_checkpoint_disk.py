@@ -19,8 +19,8 @@ from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.errors import FencedError, SaveError
 from manta.trainer.checkpoint.manifest import Progress
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.metrics import read_metrics
 
 MIB, PAGE = 1 << 20, 4096
@@ -42,8 +42,8 @@ def disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def tensors(step: int) -> dict[str, Pieces]:
-    return {"master/x": Pieces.all_of(torch.full((300, 1000), float(step)))}  # 1.2 MB
+def tensors(step: int) -> dict[str, TensorViews]:
+    return {"master/x": TensorViews.from_whole(torch.full((300, 1000), float(step)))}  # 1.2 MB
 
 
 def progress(step: int) -> Progress:
@@ -56,80 +56,80 @@ def fill(file: Path, *, leave: int) -> None:
     assert shutil.disk_usage(file.parent).free == leave
 
 
-FULL = r"rank 0: \S+/step-00000002: No space left on device: wants 1,200,\d+ bytes, and 880,640 were free; make room, or lower"
+FULL = r"rank 0: \S+/step-00000002: No space left on device: needs 1,200,\d+ bytes, and 880,640 were free\. Free some space, or lower"
 
 
-def saved(saver: Saver, step: int, *, wait: bool) -> None:
+def saved(saver: CheckpointWriter, step: int, *, wait: bool) -> None:
     saver.save(tensors(step), progress(step), wait=wait)
     saver.finish()
 
 
 @pytest.mark.parametrize("wait", [True, False], ids=["blocking", "asynchronous"])
 def test_a_full_disk_is_told_and_costs_no_checkpoint(disk, wait):
-    saver = Saver(open_backend(disk), identity={}, attempt=0, asynchronous=True)
-    saver.fence()
+    saver = CheckpointWriter(open_backend(disk), identity={}, attempt=0, asynchronous=True)
+    saver.set_fence()
     saver.save(tensors(1), progress(1))
     free = shutil.disk_usage(disk).free
     with pytest.raises(SaveError, match=FULL):
         saved(saver, 2, wait=wait)
     assert shutil.disk_usage(disk).free == free, "what was half written is taken away"
-    assert catalog.newest(open_backend(disk)).progress.step == 1
+    assert catalog.newest_valid(open_backend(disk)).progress.step == 1
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
     saved(saver, 2, wait=wait)
-    assert catalog.newest(open_backend(disk)).progress.step == 2
+    assert catalog.newest_valid(open_backend(disk)).progress.step == 2
 
 
 @pytest.mark.parametrize("wait", [True, False], ids=["blocking", "asynchronous"])
 def test_a_read_only_disk_is_told_and_costs_no_checkpoint(disk, wait):
-    saver = Saver(open_backend(disk), identity={}, attempt=0, asynchronous=True)
-    saver.fence()
+    saver = CheckpointWriter(open_backend(disk), identity={}, attempt=0, asynchronous=True)
+    saver.set_fence()
     saver.save(tensors(1), progress(1))
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
-    with pytest.raises(SaveError, match=r"rank 0: \S+/\.step-00000002\S+: Read-only file system: wants 1,200,\d+ bytes, and"):
+    with pytest.raises(SaveError, match=r"rank 0: \S+/\.step-00000002\S+: Read-only file system: needs 1,200,\d+ bytes, and"):
         saved(saver, 2, wait=wait)
-    assert catalog.newest(open_backend(disk)).progress.step == 1
+    assert catalog.newest_valid(open_backend(disk)).progress.step == 1
     assert mount("-o", "remount,rw", str(disk)).returncode == 0
     shutil.rmtree(disk / "step-00000001")
     saved(saver, 3, wait=wait)
-    assert catalog.newest(open_backend(disk)).progress.step == 3
+    assert catalog.newest_valid(open_backend(disk)).progress.step == 3
 
 
 def test_room_that_a_dead_attempt_s_half_of_a_checkpoint_takes_is_given_back_first(disk):
     """Else the next attempt could not even say that it has begun."""
-    dead = Saver(open_backend(disk), identity={}, attempt=1)
-    dead.fence()
+    dead = CheckpointWriter(open_backend(disk), identity={}, attempt=1)
+    dead.set_fence()
     dead.save(tensors(1), progress(1))
     half = disk / ".step-00000002.a0001-00000000.partial"
     half.mkdir()
     fill(half / "rank-0000.safetensors", leave=0)
-    live = Saver(open_backend(disk), identity={}, attempt=2)
-    live.fence()
+    live = CheckpointWriter(open_backend(disk), identity={}, attempt=2)
+    live.set_fence()
     assert not list(disk.glob(".*"))
     assert open_backend(disk).is_fence_held_by(live._token)
     assert not open_backend(disk).is_fence_held_by(dead._token)
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
     with pytest.raises(FencedError):
         dead.save(tensors(2), progress(2))
-    assert catalog.newest(open_backend(disk)).progress.step == 1
+    assert catalog.newest_valid(open_backend(disk)).progress.step == 1
 
 
 def test_an_attempt_that_can_not_say_that_it_has_begun_says_what_to_do(disk):
-    saver = Saver(open_backend(disk), identity={}, attempt=1)
+    saver = CheckpointWriter(open_backend(disk), identity={}, attempt=1)
     saver.save(tensors(1), progress(1))
     (disk / "fence.json").unlink(missing_ok=True)
     fill(disk / "filler", leave=0)
-    with pytest.raises(SaveError, match=rf"{disk}: No space left on device; make room"):
-        saver.fence()
+    with pytest.raises(SaveError, match=rf"{disk}: No space left on device\. Free some space"):
+        saver.set_fence()
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
     with pytest.raises(SaveError, match=rf"{disk}/\.fence\.json\.\d+\.tmp: Read-only file system"):
-        saver.fence()
-    assert catalog.newest(open_backend(disk)).progress.step == 1
+        saver.set_fence()
+    assert catalog.newest_valid(open_backend(disk)).progress.step == 1
 
 
 @pytest.mark.parametrize("short", [0, 1, 2], ids=["no room for latest", "nor for the manifest", "nor for the tensors"])
 def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(disk, short, caplog):
-    saver = Saver(open_backend(disk), identity={}, attempt=1)
-    saver.fence()
+    saver = CheckpointWriter(open_backend(disk), identity={}, attempt=1)
+    saver.set_fence()
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
     before = shutil.disk_usage(disk).free
     saver.save(tensors(1), progress(1))
@@ -139,17 +139,17 @@ def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(dis
         saver.save(tensors(2), progress(2))
         assert re.search(r"latest\S*: No space left on device; step-00000002 is saved nevertheless", caplog.text)
     else:
-        with pytest.raises(SaveError, match=r"No space left on device: wants [\d,]+ bytes, and [\d,]+ were free; make room"):
+        with pytest.raises(SaveError, match=r"No space left on device: needs [\d,]+ bytes, and [\d,]+ were free\. Free some space"):
             saver.save(tensors(2), progress(2))
         assert shutil.disk_usage(disk).free == takes - short * PAGE
     where = open_backend(disk)
     for name in where.names():
         catalog.verify(where, name)
-    assert catalog.newest(where).progress.step == (1 if short else 2)
+    assert catalog.newest_valid(where).progress.step == (1 if short else 2)
     assert not list(disk.glob(".step*"))
     (disk / "filler").unlink()
     saver.save(tensors(3), progress(3))
-    assert catalog.newest(where).progress.step == 3
+    assert catalog.newest_valid(where).progress.step == 3
     assert (disk / "latest").read_text() == "step-00000003\n"
     assert not list(disk.glob(".*"))
 
@@ -161,7 +161,7 @@ def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(dis
 def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stops(workspace, disk):
     run = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.max_failed_saves=1", "evaluate.every_steps=100")
     failed = workspace.train("full", *run, code=1)
-    full = r"rank \d failed at step \d+: SaveError: rank \d: .*/step-00000012: No space left on device: wants [\d,]+ bytes, and [\d,]+ were"
+    full = r"rank \d failed at step \d+: SaveError: rank \d: .*/step-00000012: No space left on device: needs [\d,]+ bytes, and [\d,]+ were"
     assert re.search(full, failed.stderr)
     assert "CHECKPOINT FAILED, 1 in a row" in failed.stderr
     lines = read_metrics(workspace.directory / "full/metrics.jsonl")
@@ -169,10 +169,10 @@ def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stop
     assert told[0] in range(9, 12), "the second save, of step 8, is the first that finds no room"
     assert lines[-1]["step"] in range(12, 16), "the third, of step 12, is one more than are tolerated"
     log = (workspace.directory / "full/logs/attempt-0001/rank-0000.log").read_text()
-    assert "could not save, and train on (1 of 1 such failures in a row are tolerated): rank" in log
+    assert "could not save; training continues (1 of 1 tolerated failures in a row): rank" in log
     assert not (workspace.directory / "full/logs/attempt-0002/rank-0000.log").exists(), "another try would meet the same"
     where = open_backend(disk)
-    assert catalog.newest(where).progress.step == 4
+    assert catalog.newest_valid(where).progress.step == 4
     assert where.names() == ["step-00000004"]
     assert not list(disk.glob(".*partial"))
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
@@ -198,10 +198,10 @@ def test_a_run_told_to_leave_that_can_not_save_says_so(workspace, disk, told_is)
         os.kill(running.pid if told_is == "manta" else ranks[1]["pid"], signal.SIGTERM)
         _, told = running.communicate(timeout=60)
         assert running.returncode == 143, told
-    assert re.search(r"LeftUnsavedError: stop requested: rank \d: .*: No space left on device: wants [\d,]+ bytes, and [\d,]+ were", told)
+    assert re.search(r"LeftUnsavedError: stop requested: rank \d: .*: No space left on device: needs [\d,]+ bytes, and [\d,]+ were", told)
     assert "left; step 4 is saved; go on with: manta resume" in told
     assert json.loads(workspace.manta("status", run, "--json").stdout)["state"] == "stopped, not saved"
-    assert catalog.newest(open_backend(disk)).progress.step == 4
+    assert catalog.newest_valid(open_backend(disk)).progress.step == 4
 
 
 @pytest.mark.slow
@@ -215,5 +215,5 @@ def test_a_run_goes_on_nowhere_where_checkpoints_can_not_be_written(workspace, d
     alone, on_cpu = [sys.executable, "-P", "-m", "manta.trainer", "nowhere"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     failed = subprocess.run(alone, cwd=workspace.directory, env=on_cpu, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
-    assert re.search(rf"SaveError: an attempt has to be noted .*{disk}/\S+: Read-only file system", failed.stderr)
-    assert catalog.newest(open_backend(disk)).progress.step == 4
+    assert re.search(rf"SaveError: the attempt could not be recorded: .*{disk}/\S+: Read-only file system", failed.stderr)
+    assert catalog.newest_valid(open_backend(disk)).progress.step == 4

@@ -18,33 +18,33 @@ from spmd import spmd
 from manta.data.storage.atomic import write_atomically
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import DirectoryBackend, open_backend
+from manta.trainer.checkpoint.catalog import Retention
 from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, Progress
-from manta.trainer.checkpoint.reader import read
-from manta.trainer.checkpoint.retention import Keep
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.reader import read_tensors
+from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.writer import CheckpointWriter
 
 SHAPES = {"master/embedding.weight": (300, 1000), "master/norm.weight": (64,), "exp_avg/norm.weight": (64,)}
 KEPT = re.compile(r"step-\d{8}|bad-step-\d{8}|fence\.json|latest")
 
 
-def tensors(step: int) -> dict[str, Pieces]:
+def tensors(step: int) -> dict[str, TensorViews]:
     random = torch.Generator().manual_seed(step)
-    return {key: Pieces.all_of(torch.randn(shape, generator=random)) for key, shape in SHAPES.items()}
+    return {key: TensorViews.from_whole(torch.randn(shape, generator=random)) for key, shape in SHAPES.items()}
 
 
 def save(directory: Path, *steps: int, attempt: int) -> None:
-    saver = Saver(open_backend(directory), identity={}, attempt=attempt, keep=Keep(newest=1))
-    saver.fence()
+    saver = CheckpointWriter(open_backend(directory), identity={}, attempt=attempt, retention=Retention(newest=1))
+    saver.set_fence()
     for step in steps:
         saver.save(tensors(step), Progress(step=step, samples_consumed=step, optimizer_steps=step))
 
 
 def is_of(directory: Path, found: Checkpoint, seed: int) -> bool:
     """Bit by bit."""
-    filled = {key: Pieces.all_of(torch.zeros(shape)) for key, shape in SHAPES.items()}
-    read(open_backend(directory), found, filled)
-    return all(torch.equal(filled[key].held[0][1], pieces.held[0][1]) for key, pieces in tensors(seed).items())
+    filled = {key: TensorViews.from_whole(torch.zeros(shape)) for key, shape in SHAPES.items()}
+    read_tensors(open_backend(directory), found, filled)
+    return all(torch.equal(filled[key].views[0][1], pieces.views[0][1]) for key, pieces in tensors(seed).items())
 
 
 def check(directory: Path, may_be: set[int]) -> None:
@@ -54,11 +54,11 @@ def check(directory: Path, may_be: set[int]) -> None:
         catalog.verify(where, name)  # nothing that is half there has the name of a whole one
     latest = directory / "latest"
     assert not latest.exists() or latest.read_text().strip() in where.names()
-    newest = catalog.newest(where)
+    newest = catalog.newest_valid(where)
     assert (0 if newest is None else newest.progress.step) in may_be
     assert newest is None or is_of(directory, newest, newest.progress.step)
     save(directory, 12, attempt=3)
-    assert catalog.newest(where).progress.step == 12
+    assert catalog.newest_valid(where).progress.step == 12
     assert [path.name for path in directory.iterdir() if not KEPT.fullmatch(path.name)] == []
 
 
@@ -123,8 +123,8 @@ def test_a_save_killed_as_it_takes_a_whole_one_s_place_loses_neither(tmp_path):
 
     def begin(directory: Path) -> None:
         save(directory, 4, attempt=1)
-        another = Saver(open_backend(directory), identity={}, attempt=1)
-        another.fence()
+        another = CheckpointWriter(open_backend(directory), identity={}, attempt=1)
+        another.set_fence()
         another.save(tensors(5), Progress(step=8, samples_consumed=8, optimizer_steps=8))
 
     begin(tmp_path / "whole")
@@ -135,8 +135,8 @@ def test_a_save_killed_as_it_takes_a_whole_one_s_place_loses_neither(tmp_path):
         directory = tmp_path / str(number)
         begin(directory)
         assert traced(partial(job, directory, 8), directory, number) is None
-        Saver(open_backend(directory), identity={}, attempt=3).fence()  # as whoever goes on does before it looks
-        newest = catalog.newest(open_backend(directory))
+        CheckpointWriter(open_backend(directory), identity={}, attempt=3).set_fence()  # as whoever goes on does before it looks
+        newest = catalog.newest_valid(open_backend(directory))
         assert newest.progress.step == 8, operations[number - 1]
         assert any(is_of(directory, newest, seed) for seed in (5, 8))
         assert [path.name for path in directory.iterdir() if not KEPT.fullmatch(path.name)] == []
@@ -146,7 +146,7 @@ def test_a_save_killed_as_it_takes_a_whole_one_s_place_loses_neither(tmp_path):
 def test_a_save_whose_latest_can_not_be_written_counts(tmp_path, caplog):
     (tmp_path / "latest").mkdir()  # nothing can be renamed over it
     save(tmp_path, 8, attempt=1)
-    assert catalog.newest(open_backend(tmp_path)).progress.step == 8
+    assert catalog.newest_valid(open_backend(tmp_path)).progress.step == 8
     assert "latest: Is a directory; step-00000008 is saved nevertheless" in caplog.text
 
 
@@ -205,8 +205,8 @@ def test_tracing_misses_no_operation_that_the_kernel_sees(tmp_path):
 
 
 def by_two(directory: Path, killed: int, kill_at: int) -> None:
-    saver = Saver(open_backend(directory), identity={}, attempt=2)
-    saver.fence()
+    saver = CheckpointWriter(open_backend(directory), identity={}, attempt=2)
+    saver.set_fence()
     if int(os.environ["RANK"]) == killed:
         Tracer(directory, kill_at)
     saver.save(tensors(8), Progress(step=8, samples_consumed=8, optimizer_steps=8))
@@ -224,7 +224,7 @@ def test_a_rank_killed_as_it_saves_leaves_the_checkpoint_before(tmp_path, killed
 
 
 def refused(directory: Path) -> str:
-    saver = Saver(open_backend(directory), identity={}, attempt=2)
+    saver = CheckpointWriter(open_backend(directory), identity={}, attempt=2)
 
     class OddError(Exception):
         """Known to this function alone: it can not be sent to another process."""
@@ -233,7 +233,7 @@ def refused(directory: Path) -> str:
         raise OddError("no")
 
     if int(os.environ["RANK"]) == 1:
-        saver.where.write = refuse
+        saver.backend.write = refuse
     try:
         saver.save(tensors(8), Progress(step=8, samples_consumed=8, optimizer_steps=8))
     except RuntimeError as error:

@@ -16,16 +16,15 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manta.trainer.checkpoint import catalog, vocabulary
+from manta.trainer.checkpoint import catalog, token_rows
 from manta.trainer.checkpoint.backend import Fence, open_backend
+from manta.trainer.checkpoint.catalog import Retention, surplus
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError
-from manta.trainer.checkpoint.manifest import BLOCK, Progress, name_of
-from manta.trainer.checkpoint.reader import SPAN, read
-from manta.trainer.checkpoint.rectangles import Rectangle, rectangles
-from manta.trainer.checkpoint.retention import Keep, surplus
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.write_plan import SPREAD, Held, plan
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.manifest import BLOCK, Progress, name_of_step
+from manta.trainer.checkpoint.reader import SPAN, read_tensors
+from manta.trainer.checkpoint.rectangles import Rectangle, TensorViews, rectangles
+from manta.trainer.checkpoint.write_plan import MIN_SPLIT, TensorRegions, plan_writes
+from manta.trainer.checkpoint.writer import CheckpointWriter
 
 SHAPES = {"master/embedding.weight": (700, 1024), "master/norm.weight": (1024,), "exp_avg/norm.weight": (1024,), "master/scale": ()}
 
@@ -35,12 +34,12 @@ def tensors(seed: int = 1) -> dict[str, torch.Tensor]:
     return {key: torch.randn(shape, generator=random) for key, shape in SHAPES.items()}
 
 
-def whole(held: dict[str, torch.Tensor]) -> dict[str, Pieces]:
-    return {key: Pieces.all_of(tensor) for key, tensor in held.items()}
+def whole(held: dict[str, torch.Tensor]) -> dict[str, TensorViews]:
+    return {key: TensorViews.from_whole(tensor) for key, tensor in held.items()}
 
 
-def saver(directory: Path, *, attempt: int = 1, keep: Keep | None = None, **more) -> Saver:
-    return Saver(open_backend(directory), identity={"corpus": "c"}, attempt=attempt, keep=keep, **more)
+def saver(directory: Path, *, attempt: int = 1, keep: Retention | None = None, **more) -> CheckpointWriter:
+    return CheckpointWriter(open_backend(directory), identity={"corpus": "c"}, attempt=attempt, retention=keep, **more)
 
 
 def progress(step: int) -> Progress:
@@ -56,7 +55,7 @@ def save(directory: Path, *steps: int, **how) -> None:
 def loaded(directory: Path, name: str) -> dict[str, torch.Tensor]:
     where = open_backend(directory)
     filled = {key: torch.full(shape, math.nan) for key, shape in SHAPES.items()}
-    catalog.load(where, catalog.look(where, name), whole(filled), SHAPES, verify="full")
+    catalog.load(where, catalog.read_manifest(where, name), whole(filled), SHAPES, verify="full")
     return filled
 
 
@@ -83,7 +82,7 @@ def test_what_is_saved_comes_back_and_others_can_read_it(checkpoints):
 def test_the_newest_checkpoint_is_taken_and_half_written_ones_are_not_seen(checkpoints):
     shutil.copytree(checkpoints / "step-00000008", checkpoints / ".step-00000012.a0001-00.partial")
     (checkpoints / "latest").write_text("step-00000099\n")
-    assert catalog.newest(open_backend(checkpoints)).progress == progress(8)
+    assert catalog.newest_valid(open_backend(checkpoints)).progress == progress(8)
 
 
 def rewritten(file: Path, **changes) -> None:
@@ -115,8 +114,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(checkpoints, damage, capl
             rewritten(manifest, step=9)
         case "torn manifest":
             manifest.write_text(manifest.read_text()[:100])
-    assert catalog.newest(open_backend(checkpoints)).progress.step == 4
-    assert "passed over a bad checkpoint" in caplog.text
+    assert catalog.newest_valid(open_backend(checkpoints)).progress.step == 4
+    assert "skipped a bad checkpoint" in caplog.text
     assert "step-00000008" in caplog.text
 
 
@@ -149,8 +148,8 @@ def test_a_bit_that_flips_where_a_rank_reads_is_found_as_it_reads(checkpoints):
     where = open_backend(checkpoints)
     filled = {key: torch.empty(shape) for key, shape in SHAPES.items()}
     with pytest.raises(CheckpointError, match=r"rank-0000.safetensors: xxh3 of bytes 1048576\.\.\."):
-        catalog.load(where, catalog.look(where, "step-00000008"), whole(filled), SHAPES, verify="full")
-    catalog.load(where, catalog.look(where, "step-00000008"), whole(filled), SHAPES, verify="sizes")
+        catalog.load(where, catalog.read_manifest(where, "step-00000008"), whole(filled), SHAPES, verify="full")
+    catalog.load(where, catalog.read_manifest(where, "step-00000008"), whole(filled), SHAPES, verify="sizes")
     assert not equal(filled, tensors(8))
 
 
@@ -158,15 +157,15 @@ def test_a_run_whose_checkpoints_are_all_bad_stops(checkpoints):
     for file in checkpoints.glob("*/*.safetensors"):
         file.unlink()
     with pytest.raises(CheckpointError, match="every checkpoint is bad"):
-        catalog.newest(open_backend(checkpoints))
+        catalog.newest_valid(open_backend(checkpoints))
 
 
 def test_what_was_passed_over_is_set_aside_and_pushes_no_good_one_out(checkpoints):
     (checkpoints / "step-00000008/rank-0000.safetensors").unlink()
-    save(checkpoints, 6, keep=Keep(newest=1))
+    save(checkpoints, 6, retention=Retention(newest=1))
     where = open_backend(checkpoints)
     assert where.names() == ["step-00000008", "step-00000006"]
-    assert catalog.take_newest(where, lambda found: read(where, found, {})).progress.step == 6
+    assert catalog.restore_newest(where, lambda found: read_tensors(where, found, {})).progress.step == 6
     assert where.names() == ["step-00000006"]
     assert where.bad() == ["bad-step-00000008"]
     assert (checkpoints / "bad-step-00000008/manifest.json").exists()
@@ -174,20 +173,21 @@ def test_what_was_passed_over_is_set_aside_and_pushes_no_good_one_out(checkpoint
 
 def test_another_model_is_refused_with_the_first_difference(checkpoints):
     where = open_backend(checkpoints)
-    with pytest.raises(CheckpointError, match=r"master/embedding.weight: got \(700, 1024\), wants \(700, 96\)"):
-        catalog.load(where, catalog.look(where, "step-00000008"), {}, SHAPES | {"master/embedding.weight": (700, 96)}, verify="full")
+    found = catalog.read_manifest(where, "step-00000008")
+    with pytest.raises(CheckpointError, match=r"master/embedding.weight: expected \(700, 96\), got \(700, 1024\)"):
+        catalog.load(where, found, {}, SHAPES | {"master/embedding.weight": (700, 96)}, verify="full")
 
 
-@pytest.mark.parametrize(("form", "told"), [(1, "export it with the manta that wrote it"), (3, "use a newer manta")])
+@pytest.mark.parametrize(("form", "told"), [(1, "Export it with the manta that wrote it"), (3, "Use a newer manta")])
 def test_another_format_says_what_to_do(checkpoints, form, told):
     rewritten(checkpoints / "step-00000008/manifest.json", format=form)
-    with pytest.raises(CheckpointError, match=f"format: got {form}, wants 2; {told}"):
-        catalog.look(open_backend(checkpoints), "step-00000008")
+    with pytest.raises(CheckpointError, match=f"format: expected 2, got {form}. {told}"):
+        catalog.read_manifest(open_backend(checkpoints), "step-00000008")
 
 
 def test_what_an_older_manifest_does_not_say_is_left_as_it_was(checkpoints):
     rewritten(checkpoints / "step-00000008/manifest.json", loss_scaler=None, cursors=None)
-    assert catalog.look(open_backend(checkpoints), "step-00000008").progress == progress(8)
+    assert catalog.read_manifest(open_backend(checkpoints), "step-00000008").progress == progress(8)
 
 
 # Attempts
@@ -195,29 +195,29 @@ def test_what_an_older_manifest_does_not_say_is_left_as_it_was(checkpoints):
 
 def test_a_dead_attempt_can_not_commit(checkpoints):
     dead, live = saver(checkpoints, attempt=1), saver(checkpoints, attempt=2)
-    dead.fence()
-    live.fence()
+    dead.set_fence()
+    live.set_fence()
     with pytest.raises(FencedError, match="attempt 2 has started since"):
         dead.save(whole(tensors(12)), progress(12))
     assert open_backend(checkpoints).names() == ["step-00000008", "step-00000004"]
     live.save(whole(tensors(12)), progress(12))
     with pytest.raises(FencedError, match="attempt 2 has started since; this is attempt 1"):
-        dead.fence()
+        dead.set_fence()
     assert not list(checkpoints.glob(".*")), "nothing half written is left"
 
 
 def test_an_attempt_that_froze_as_it_was_about_to_commit_finds_nothing_to_commit(checkpoints, monkeypatch):
     dead, live = saver(checkpoints, attempt=1), saver(checkpoints, attempt=2)
-    dead.fence()
+    dead.set_fence()
 
-    look = dead.where._fence
+    look = dead.backend._fence
 
     def froze() -> Fence:
         seen = look()
-        live.fence()  # between the look and the rename
+        live.set_fence()  # between the look and the rename
         return seen
 
-    monkeypatch.setattr(dead.where, "_fence", froze)
+    monkeypatch.setattr(dead.backend, "_fence", froze)
     with pytest.raises(SaveError, match="No such file"):
         dead.save(whole(tensors(12)), progress(12))
     assert open_backend(checkpoints).names() == ["step-00000008", "step-00000004"]
@@ -225,17 +225,17 @@ def test_an_attempt_that_froze_as_it_was_about_to_commit_finds_nothing_to_commit
 
 def test_an_attempt_that_froze_as_it_was_about_to_commit_leaves_another_s_checkpoint_in_its_place(checkpoints, monkeypatch):
     dead, live = saver(checkpoints, attempt=1), saver(checkpoints, attempt=2)
-    dead.fence()
+    dead.set_fence()
 
-    look = dead.where._fence
+    look = dead.backend._fence
 
     def froze() -> Fence:
         seen = look()
-        live.fence()
+        live.set_fence()
         live.save(whole(tensors(13)), progress(12))  # the same step, meanwhile
         return seen
 
-    monkeypatch.setattr(dead.where, "_fence", froze)
+    monkeypatch.setattr(dead.backend, "_fence", froze)
     with pytest.raises(SaveError, match="No such file"):
         dead.save(whole(tensors(12)), progress(12))
     assert open_backend(checkpoints).names()[0] == "step-00000012"
@@ -244,27 +244,27 @@ def test_an_attempt_that_froze_as_it_was_about_to_commit_leaves_another_s_checkp
 
 
 def test_a_dead_attempt_deletes_nothing(checkpoints, monkeypatch):
-    dead, live = saver(checkpoints, attempt=1, keep=Keep(newest=1)), saver(checkpoints, attempt=2)
-    dead.fence()
-    commit = dead.where.commit
+    dead, live = saver(checkpoints, attempt=1, retention=Retention(newest=1)), saver(checkpoints, attempt=2)
+    dead.set_fence()
+    commit = dead.backend.commit
 
     def slow(*given) -> None:
         commit(*given)
-        live.fence()
+        live.set_fence()
 
-    monkeypatch.setattr(dead.where, "commit", slow)
+    monkeypatch.setattr(dead.backend, "commit", slow)
     dead.save(whole(tensors(12)), progress(12))
     assert open_backend(checkpoints).names() == ["step-00000012", "step-00000008", "step-00000004"]
 
 
 def test_who_runs_it_by_hand_comes_after_whoever_was_there(checkpoints):
     dead, by_hand, live = saver(checkpoints, attempt=3), saver(checkpoints, attempt=0), saver(checkpoints, attempt=4)
-    dead.fence()
-    by_hand.fence()
+    dead.set_fence()
+    by_hand.set_fence()
     with pytest.raises(FencedError, match="attempt 3 has started since"):
         dead.save(whole(tensors(12)), progress(12))
     by_hand.save(whole(tensors(12)), progress(12))
-    live.fence()
+    live.set_fence()
     with pytest.raises(FencedError, match="attempt 4 has started since"):
         by_hand.save(whole(tensors(16)), progress(16))
 
@@ -272,7 +272,7 @@ def test_who_runs_it_by_hand_comes_after_whoever_was_there(checkpoints):
 def test_a_damaged_fence_is_told_and_nobody_saves_over_it(checkpoints):
     (checkpoints / "fence.json").write_text('{"attempt":')
     with pytest.raises(CheckpointError, match=r"fence\.json: damaged \(.*\)\. Delete it once no other attempt runs\."):
-        saver(checkpoints, attempt=2).fence()
+        saver(checkpoints, attempt=2).set_fence()
 
 
 # In the background
@@ -281,7 +281,7 @@ def test_a_damaged_fence_is_told_and_nobody_saves_over_it(checkpoints):
 def test_a_save_in_the_background_is_of_the_moment_it_began(tmp_path, monkeypatch):
     held = tensors()
     begun = saver(tmp_path, asynchronous=True)
-    write = begun.where.write
+    write = begun.backend.write
     begins = []
 
     def slow(*given) -> str:
@@ -289,7 +289,7 @@ def test_a_save_in_the_background_is_of_the_moment_it_began(tmp_path, monkeypatc
             pass
         return write(*given)
 
-    monkeypatch.setattr(begun.where, "write", slow)
+    monkeypatch.setattr(begun.backend, "write", slow)
     begun.save(whole(held), progress(1), wait=False)
     assert begun.is_busy
     assert open_backend(tmp_path).names() == []
@@ -299,11 +299,11 @@ def test_a_save_in_the_background_is_of_the_moment_it_began(tmp_path, monkeypatc
     begun.finish()
     assert not begun.is_busy
     assert equal(loaded(tmp_path, "step-00000001"), tensors())
-    memory = begun._share._staged.data_ptr()
+    memory = begun._file._staging.data_ptr()
     begun.save(whole(tensors(2)), progress(2), wait=False)
     begun.finish()
     assert equal(loaded(tmp_path, "step-00000002"), tensors(2))
-    assert begun._share._staged.data_ptr() == memory, "the same memory serves each save"
+    assert begun._file._staging.data_ptr() == memory, "the same memory serves each save"
 
 
 def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch):
@@ -313,11 +313,13 @@ def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(tmp_path / "x"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(begun.where, "write", full)
+        patch.setattr(begun.backend, "write", full)
         begun.save(whole(tensors()), progress(1), wait=False)
         begun._thread.join()
         assert begun.has_failed
-        with pytest.raises(SaveError, match=r"rank 0: .*/x: No space left on device: wants 2,8.* bytes, and .* were free; make room"):
+        with pytest.raises(
+            SaveError, match=r"rank 0: .*/x: No space left on device: needs 2,8.* bytes, and .* were free\. Free some space"
+        ):
             begun.finish()
     assert not begun.has_failed
     begun.finish()
@@ -329,19 +331,19 @@ def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch):
 
 
 def names(*steps: int) -> list[str]:
-    return [name_of(step) for step in sorted(steps, reverse=True)]
+    return [name_of_step(step) for step in sorted(steps, reverse=True)]
 
 
 @given(
     steps=st.sets(st.integers(0, 40), min_size=1),
     good=st.data(),
-    keep=st.builds(Keep, newest=st.integers(1, 4), best=st.integers(0, 3), every=st.none() | st.integers(1, 10)),
+    keep=st.builds(Retention, newest=st.integers(1, 4), best=st.integers(0, 3), every=st.none() | st.integers(1, 10)),
     losses=st.dictionaries(st.integers(0, 40), st.floats(0, 9)),
 )
 def test_what_is_kept(steps, good, keep, losses):
     newest = good.draw(st.sampled_from(sorted(steps)))
-    gone = surplus(names(*steps), name_of(newest), keep, lambda name: losses.get(int(name[5:])))
-    left = [step for step in steps if name_of(step) not in gone]
+    gone = surplus(names(*steps), name_of_step(newest), keep, lambda name: losses.get(int(name[5:])))
+    left = [step for step in steps if name_of_step(step) not in gone]
     behind = sorted((step for step in steps if step <= newest), reverse=True)
     assert newest in left
     assert set(behind[: keep.newest]) <= set(left)
@@ -356,7 +358,7 @@ def test_what_is_kept(steps, good, keep, losses):
 
 
 def test_a_save_leaves_what_is_to_be_kept(tmp_path):
-    begun = saver(tmp_path, keep=Keep(newest=1, best=1, every=4))
+    begun = saver(tmp_path, retention=Retention(newest=1, best=1, every=4))
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 4.0), (6, None)):
         begun.save(whole(tensors(step)), progress(step), about={"validation_loss": loss})
     assert open_backend(tmp_path).names() == names(6, 4, 2)
@@ -368,7 +370,7 @@ def test_a_save_leaves_what_is_to_be_kept(tmp_path):
 @given(st.data())
 def test_shares_cover_each_tensor_once_and_are_about_as_large(data):
     ranks = data.draw(st.integers(1, 6))
-    held: list[list[Held]] = [[] for _ in range(ranks)]
+    held: list[list[TensorRegions]] = [[] for _ in range(ranks)]
     total = 0
     for number in range(data.draw(st.integers(1, 5))):
         shape = tuple(data.draw(st.lists(st.integers(1, 600), min_size=1, max_size=2)))
@@ -378,26 +380,26 @@ def test_shares_cover_each_tensor_once_and_are_about_as_large(data):
         for rank in range(ranks):
             owner = rank % owners
             places = rectangles(shape, count * owner // owners, count * (owner + 1) // owners)
-            held[rank].append(Held(f"master/{number}", shape, torch.float32, tuple(places)))
-    made = plan(held)
-    covered = {key: np.zeros(shape, dtype=int) for key, (_, shape) in made.wholes.items()}
-    for rank, share in enumerate(made.shares):
+            held[rank].append(TensorRegions(f"master/{number}", shape, torch.float32, tuple(places)))
+    made = plan_writes(held)
+    covered = {key: np.zeros(shape, dtype=int) for key, (_, shape) in made.tensors.items()}
+    for rank, share in enumerate(made.regions):
         for key, place in share:
             covered[key][place.slices] += 1
-            assert any(outer.overlap(place) == place for tensor in held[rank] if tensor.key == key for outer in tensor.places)
+            assert any(outer.overlap(place) == place for tensor in held[rank] if tensor.key == key for outer in tensor.rectangles)
     assert all((count == 1).all() for count in covered.values())
-    alike = [sum(4 * place.count for _, place in share) for share in made.shares]
-    assert max(alike) <= total / ranks + 4 * SPREAD * 3 + max((4 * t.places[0].count for t in held[0] if t.places), default=0)
+    alike = [sum(4 * place.count for _, place in share) for share in made.regions]
+    assert max(alike) <= total / ranks + 4 * MIN_SPLIT * 3 + max((4 * t.rectangles[0].count for t in held[0] if t.rectangles), default=0)
 
 
 def test_a_layout_that_loses_a_part_is_not_saved():
-    half = Held("master/x", (4, 4), torch.float32, (Rectangle((0, 0), (2, 4)),))
+    half = TensorRegions("master/x", (4, 4), torch.float32, (Rectangle((0, 0), (2, 4)),))
     with pytest.raises(AssertionError, match="master/x: ranks hold 8 of its 16 elements"):
-        plan([[half], [half]])
+        plan_writes([[half], [half]])
 
 
-def cut(tensor: torch.Tensor, shape: Sequence[int], places: list[Rectangle]) -> Pieces:
-    return Pieces(tuple(shape), tensor.dtype, tuple((place, tensor[place.slices]) for place in places))
+def cut(tensor: torch.Tensor, shape: Sequence[int], places: list[Rectangle]) -> TensorViews:
+    return TensorViews(tuple(shape), tensor.dtype, tuple((place, tensor[place.slices]) for place in places))
 
 
 @settings(deadline=None)  # it writes files
@@ -413,7 +415,7 @@ def test_any_rectangle_is_read_out_of_any_chunks(tmp_path_factory, data, shape):
     offsets = [data.draw(st.integers(0, size - 1)) for size in shape]
     wanted = Rectangle(tuple(offsets), tuple(data.draw(st.integers(1, size - o)) for size, o in zip(shape, offsets, strict=True)))
     filled = torch.full(shape, -1.0)
-    read(where, catalog.look(where, "step-00000001"), {"x": cut(filled, shape, [wanted])})
+    read_tensors(where, catalog.read_manifest(where, "step-00000001"), {"x": cut(filled, shape, [wanted])})
     expected = torch.full(shape, -1.0)
     expected[wanted.slices] = tensor[wanted.slices]
     assert torch.equal(filled, expected)
@@ -424,7 +426,7 @@ def test_any_rectangle_is_read_out_of_any_chunks(tmp_path_factory, data, shape):
 def test_what_is_large_is_read_in_parts_and_only_the_blocks_that_are_needed(tmp_path, wanted, monkeypatch):
     tensor = torch.arange(4_500_000, dtype=torch.float32).view(3, 1_500_000)  # rows of 6 MB, of which no two fit a span
     assert 2 * tensor.stride(0) * 4 > SPAN
-    saver(tmp_path).save({"x": Pieces.all_of(tensor)}, progress(1))
+    saver(tmp_path).save({"x": TensorViews.from_whole(tensor)}, progress(1))
     where, asked = open_backend(tmp_path), []
     open_ranges = where.open_ranges
 
@@ -440,7 +442,7 @@ def test_what_is_large_is_read_in_parts_and_only_the_blocks_that_are_needed(tmp_
 
     monkeypatch.setattr(where, "open_ranges", counted)
     filled = torch.zeros(3, 1_500_000)
-    read(where, catalog.look(where, "step-00000001"), {"x": cut(filled, tensor.shape, [wanted])}, rest=None)
+    read_tensors(where, catalog.read_manifest(where, "step-00000001"), {"x": cut(filled, tensor.shape, [wanted])}, check_files=None)
     assert torch.equal(filled[wanted.slices], tensor[wanted.slices])
     assert max(asked) <= SPAN + 2 * BLOCK
     assert sum(asked) <= wanted.count * 4 + wanted.sizes[0] * 2 * BLOCK
@@ -453,7 +455,7 @@ def test_rows_of_another_vocabulary_are_found_by_token(tmp_path_factory, data):
     there = {f"t{number}": number for number in range(data.draw(st.integers(1, 12)))}
     names = data.draw(st.permutations([*there, *(f"new{number}" for number in range(data.draw(st.integers(0, 4))))]))
     here = {name: number for number, name in enumerate(names[: data.draw(st.integers(1, len(names)))])}
-    alike = vocabulary.runs(there, here)
+    alike = token_rows.shared_ranges(there, here)
     assert sum(run.count for run in alike) == len(here.keys() & there.keys())
     shape = (len(there) + 3, 5)  # with rows that are no token's
     tensor = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
@@ -462,8 +464,8 @@ def test_rows_of_another_vocabulary_are_found_by_token(tmp_path_factory, data):
     saver(directory).save({"master/embedding.weight": cut(tensor, shape, places)}, progress(1))
     where = open_backend(directory)
     filled = torch.full((len(here) + 2, 5), -1.0)
-    suited = vocabulary.matched(catalog.look(where, "step-00000001"), alike, {"master/embedding.weight": tuple(filled.shape)})
-    read(where, suited, {"master/embedding.weight": Pieces.all_of(filled)})
+    suited = token_rows.match_rows(catalog.read_manifest(where, "step-00000001"), alike, {"master/embedding.weight": tuple(filled.shape)})
+    read_tensors(where, suited, {"master/embedding.weight": TensorViews.from_whole(filled)})
     for name, number in here.items():
         assert torch.equal(filled[number], tensor[there[name]] if name in there else torch.full((5,), -1.0))
     assert (filled[len(here) :] == -1).all()

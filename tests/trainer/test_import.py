@@ -202,7 +202,7 @@ def test_an_imported_model_is_a_preset_and_a_checkpoint_at_step_zero(tmp_path, m
         loaded.model.model_dump()
         == model_config(preset="imported/gpt2/model.yaml", family="gpt2", positions=40, vocabulary=270, dropout=0.1).model_dump()
     )
-    assert catalog.newest(open_backend(tmp_path / "imported/gpt2/checkpoints")).progress == STEP_ZERO
+    assert catalog.newest_valid(open_backend(tmp_path / "imported/gpt2/checkpoints")).progress == STEP_ZERO
     file.write_text(loaded.to_yaml())
     monkeypatch.chdir("/")
     assert launch_config.load(file) == loaded, "a run's config has every key: the preset may be gone"

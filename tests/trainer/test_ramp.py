@@ -340,7 +340,7 @@ def test_a_run_reads_what_its_timeline_says(workspace, ramped):
         assert (line["global_batch"], line["sequence_length"]) == (phase.global_batch, phase.sequence_length)
         assert line["tokens"] == 32 * (first + phase.global_batch)
         assert line["data/digest"] == digest(samples, np.arange(first, first + phase.global_batch), phase.sequence_length)
-    saved = catalog.newest(open_backend(workspace.directory / ramped / "checkpoints"))
+    saved = catalog.newest_valid(open_backend(workspace.directory / ramped / "checkpoints"))
     assert (saved.progress.step, saved.progress.samples_consumed) == (40, 128 + 14 * 8)
 
 

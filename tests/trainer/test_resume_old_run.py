@@ -14,7 +14,7 @@ from old_run import EXPECTED, copy_old_run
 from spmd import spmd
 
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.engine_state import logical_state, restore, settle
+from manta.trainer.checkpoint.engine_state import finish_restore, logical_state, restore
 from manta.trainer.checkpoint.manifest import BLOCK, from_bytes, to_bytes
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
@@ -48,9 +48,9 @@ def loaded_parts(run: str) -> tuple[list, dict[str, np.ndarray], int]:
     model = build(config.model, vocabulary=VOCABULARY, sequence_length=config.data.sequence_length)
     mesh = world.mesh(layout_for(config.train, config.parallel, world.size))
     engine = Engine(model, mesh=mesh, optimizer=config.optimizer, precision=config.precision)
-    checkpoint = catalog.take_newest(home.checkpoints, lambda found: restore(home.checkpoints, found, engine))
+    checkpoint = catalog.restore_newest(home.checkpoints, lambda found: restore(home.checkpoints, found, engine))
     assert checkpoint is not None
-    settle(checkpoint.progress, engine)
+    finish_restore(checkpoint.progress, engine)
     state = logical_state(engine)
     parts = [(key, place.slices, part.numpy().copy()) for key, pieces in state.items() for place, part in pieces.held]
     weights = {name: weight.detach().numpy().copy() for name, weight in engine.module.named_parameters()}

@@ -1,1 +1,1 @@
-"""Checkpoints that forget the machines that wrote them."""
+"""Checkpoints that do not depend on the layout that wrote them."""

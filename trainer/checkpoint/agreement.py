@@ -1,4 +1,4 @@
-"""What ranks do as one: the first decides, or all have to succeed. A process that is no rank is the first of one."""
+"""Decisions that ranks make as one: the first rank decides, or all have to succeed. A process without ranks is the first of one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -7,60 +7,59 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-Group = Any  # a process group that gloo serves, or None for that of all ranks
+Group = Any  # a process group with a gloo backend, or None for that of all ranks
 
 
-def rank_of_ranks() -> tuple[int, int]:
-    """This rank, and how many there are."""
+def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def first_says(say: Callable[[], T], group: Group = None) -> T:
-    """What `say` gives on the first rank, on all; or the error that it raises there."""
-    rank, ranks = rank_of_ranks()
-    said: list[Any] = [None, None]
+def on_first_rank(function: Callable[[], T], group: Group = None) -> T:
+    """Return on all ranks what the function returns on the first, or raise the error that it raises there."""
+    rank, size = rank_and_size()
+    outcome: list[Any] = [None, None]  # result, error
     if rank == 0:
         try:
-            said[0] = say()
+            outcome[0] = function()
         except Exception as error:  # noqa: BLE001  raised below
-            said[1] = error
-    if ranks > 1:
-        dist.broadcast_object_list(said, src=0, group=group, device=torch.device("cpu"))
-    if said[1] is not None:
-        raise said[1]
-    return said[0]
+            outcome[1] = error
+    if size > 1:
+        dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
-def first_hears(told: T, group: Group = None) -> list[T]:
-    """What each rank tells, on the first; nothing on the others."""
-    rank, ranks = rank_of_ranks()
-    if ranks == 1:
-        return [told]
-    heard: list[Any] = [None] * ranks
-    dist.gather_object(told, heard if rank == 0 else None, dst=0, group=group)
-    return heard if rank == 0 else []
+def gather_to_first(value: T, group: Group = None) -> list[T]:
+    """Return the values of all ranks on the first, and an empty list on the others."""
+    rank, size = rank_and_size()
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.gather_object(value, values if rank == 0 else None, dst=0, group=group)
+    return values if rank == 0 else []
 
 
-def first_deals(dealt: Sequence[T], group: Group = None) -> T:
-    """To each rank its own of what the first has for each."""
-    rank, ranks = rank_of_ranks()
-    if ranks == 1:
-        return dealt[0]
-    mine: list[Any] = [None]
-    dist.scatter_object_list(mine, list(dealt) if rank == 0 else None, src=0, group=group)
-    return mine[0]
+def scatter_from_first(values: Sequence[T], group: Group = None) -> T:
+    """Return this rank's value of those that the first rank has, one for each rank."""
+    rank, size = rank_and_size()
+    if size == 1:
+        return values[0]
+    received: list[Any] = [None]
+    dist.scatter_object_list(received, list(values) if rank == 0 else None, src=0, group=group)
+    return received[0]
 
 
-def all_or_none(do: Callable[[], None], error: type[Exception]) -> None:
-    """Raises on all ranks what the first of them raised, where some rank raised `error`, or one of its kind."""
-    failed: Exception | None = None
+def all_or_raise(function: Callable[[], None], error: type[Exception]) -> None:
+    """Run the function on all ranks. If it raises `error` or a subclass on some, raise the first of these on all."""
+    failure: Exception | None = None
     try:
-        do()
+        function()
     except error as raised:
-        failed = type(raised)(str(raised))
-    _, ranks = rank_of_ranks()
-    told: list[Exception | None] = [failed] * ranks
-    if ranks > 1:
-        dist.all_gather_object(told, failed)
-    if (first := next((one for one in told if one is not None), None)) is not None:
+        failure = type(raised)(str(raised))
+    _, size = rank_and_size()
+    failures: list[Exception | None] = [failure] * size
+    if size > 1:
+        dist.all_gather_object(failures, failure)
+    if (first := next((one for one in failures if one is not None), None)) is not None:
         raise first

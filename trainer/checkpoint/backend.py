@@ -25,7 +25,7 @@ from manta.data.storage.location import local_path
 from manta.data.storage.remote import RemoteStore
 from manta.data.storage.store import Store
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError
-from manta.trainer.checkpoint.manifest import MANIFEST, step_of
+from manta.trainer.checkpoint.manifest import MANIFEST, step_of_name
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class CheckpointBackend(ABC):
 
     def names(self) -> list[str]:
         """Return the names of all committed checkpoints, newest first. Their content is not checked."""
-        steps = {name: step for name in self._committed() if (step := step_of(name)) is not None}
+        steps = {name: step for name in self._committed() if (step := step_of_name(name)) is not None}
         return sorted(steps, key=steps.__getitem__, reverse=True)
 
     def location(self, name: str) -> str:

@@ -1,111 +1,144 @@
-"""Which checkpoints there are, and which of them count: those that hold, byte by byte, what their manifest says."""
+"""Which checkpoints exist, which are valid, and which are kept. A valid one matches its manifest in every byte."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from manta.trainer.checkpoint.agreement import all_or_none, first_says, rank_of_ranks
+from manta.trainer.checkpoint.agreement import all_or_raise, on_first_rank, rank_and_size
 from manta.trainer.checkpoint.backend import CheckpointBackend
-from manta.trainer.checkpoint.errors import CheckpointError, UnreachableError, unreadable
-from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, difference, from_bytes, step_of
-from manta.trainer.checkpoint.reader import read
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.write_plan import TORCH
+from manta.trainer.checkpoint.errors import CheckpointError, UnreachableError, read_error
+from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, first_difference, from_bytes, step_of_name
+from manta.trainer.checkpoint.reader import read_tensors
+from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 
 log = logging.getLogger(__name__)
-Verify = Literal["full", "sizes"]
+Verification = Literal["full", "sizes"]
 
 
-def look(where: CheckpointBackend, name: str) -> Checkpoint:
-    """What its manifest says; its files have not been looked at. Raises CheckpointError where it has none that can be read."""
+def read_manifest(backend: CheckpointBackend, name: str) -> Checkpoint:
+    """Return a checkpoint without checking its files. Raises CheckpointError if it has no readable manifest."""
+    location = backend.location(name)
     try:
-        checkpoint = from_bytes(where.manifest(name), where.location(name))
+        checkpoint = from_bytes(backend.manifest(name), location)
     except OSError as error:
-        raise unreadable(f"{where.location(name)}/{MANIFEST}", error) from None
-    if (step := step_of(name)) != checkpoint.progress.step:
-        raise CheckpointError(f"{checkpoint.at}: holds step {checkpoint.progress.step}, wants step {step}, as its name says")
+        raise read_error(f"{location}/{MANIFEST}", error) from None
+    if (step := step_of_name(name)) != checkpoint.progress.step:
+        raise CheckpointError(f"{location}: expected step {step}, as its name says, got step {checkpoint.progress.step}")
     return checkpoint
 
 
-def validation_loss(where: CheckpointBackend, name: str) -> float | None:
-    """What was measured at its step; None where nothing was, or its manifest can not be read: a bad one is not among the best."""
+def verify(backend: CheckpointBackend, name: str) -> Checkpoint:
+    """Read every byte of a checkpoint. Raises CheckpointError with the first problem."""
+    checkpoint = read_manifest(backend, name)
+    read_tensors(backend, checkpoint, {})
+    return checkpoint
+
+
+def restore_newest(backend: CheckpointBackend, restore: Callable[[Checkpoint], None], *, set_aside: bool = True) -> Checkpoint | None:
+    """Restore the newest checkpoint that every rank can restore, and return it; None if there are no checkpoints. All ranks call this.
+
+    A checkpoint that one rank finds bad is bad for all: it is skipped, logged, and set aside, so that it is not tried again. Raises
+    CheckpointError if all checkpoints are bad, because a run never starts from scratch over them, and UnreachableError if one could not be
+    read now, because an older one would cost steps that are saved.
+    """
+    bad: dict[str, str] = {}
+    for name in on_first_rank(backend.names):
+        try:
+            checkpoint = restore_one(backend, name, restore)
+        except UnreachableError:
+            raise
+        except CheckpointError as error:
+            log.warning("skipped a bad checkpoint: %s", error)
+            bad[name] = str(error)
+            continue
+        if set_aside:
+            on_first_rank(lambda: [backend.set_aside(name) for name in bad])
+        return checkpoint
+    if bad:
+        raise CheckpointError(f"{backend}: every checkpoint is bad: {'; '.join(bad.values())}. Restore one, or choose another run.dir.")
+    return None
+
+
+def restore_one(backend: CheckpointBackend, name: str, restore: Callable[[Checkpoint], None]) -> Checkpoint:
+    """Restore this checkpoint. Raises CheckpointError on all ranks if one cannot."""
+    checkpoint = on_first_rank(lambda: read_manifest(backend, name))
+    all_or_raise(lambda: restore(checkpoint), CheckpointError)
+    return checkpoint
+
+
+def newest_valid(backend: CheckpointBackend) -> Checkpoint | None:
+    """Return the newest valid checkpoint, with every byte read; None if there are no checkpoints. Changes nothing."""
+    return restore_newest(backend, lambda checkpoint: read_tensors(backend, checkpoint, {}), set_aside=False)
+
+
+def load(
+    backend: CheckpointBackend,
+    checkpoint: Checkpoint,
+    state: Mapping[str, TensorViews],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    verify: Verification,
+) -> None:
+    """Fill this rank's `state`. Reads the blocks that it needs, and for a full verification also this rank's part of the others.
+
+    shapes: of every tensor of the whole model. Raises CheckpointError if the checkpoint has other tensors, other shapes, or a file that
+    does not match its manifest: part of `state` may be filled then.
+    """
+    if shapes != checkpoint.shapes:
+        difference = first_difference(shapes, checkpoint.shapes)
+        raise CheckpointError(f"{checkpoint.location}: {difference}. Use the model and optimizer that wrote it.")
+    read_tensors(backend, checkpoint, state, check_hashes=verify == "full", check_files=rank_and_size())
+
+
+def load_newest_weights(backend: CheckpointBackend) -> tuple[Checkpoint, dict[str, Tensor]] | None:
+    """Return the newest valid checkpoint and its whole master weights by parameter name, or None if there are no checkpoints."""
+    weights: dict[str, Tensor] = {}
+
+    def restore(checkpoint: Checkpoint) -> None:
+        weights.clear()
+        for key, stored in checkpoint.tensors.items():
+            if key.startswith("master/"):
+                weights[key.removeprefix("master/")] = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
+        read_tensors(backend, checkpoint, {f"master/{name}": TensorViews.from_whole(tensor) for name, tensor in weights.items()})
+
+    checkpoint = restore_newest(backend, restore, set_aside=False)
+    return None if checkpoint is None else (checkpoint, weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """Which checkpoints are kept."""
+
+    newest: int
+    best: int = 0  # with the lowest validation loss
+    every: int | None = None  # steps: multiples are kept forever
+
+
+def validation_loss(backend: CheckpointBackend, name: str) -> float | None:
+    """Return the loss measured at a checkpoint's step; None if none was, or if its manifest is unreadable."""
     try:
-        return look(where, name).about.get("validation_loss")
+        return read_manifest(backend, name).about.get("validation_loss")
     except CheckpointError:
         return None
 
 
-def verify(where: CheckpointBackend, name: str) -> Checkpoint:
-    """Reads every byte of the checkpoint. Raises CheckpointError with the first thing that is not as its manifest says."""
-    checkpoint = look(where, name)
-    read(where, checkpoint, {})
-    return checkpoint
+def surplus(names: Sequence[str], newest: str, retention: Retention, loss: Callable[[str], float | None]) -> list[str]:
+    """Return which of `names` may be deleted, oldest last.
 
-
-def take_newest(where: CheckpointBackend, take: Callable[[Checkpoint], None], *, set_aside: bool = True) -> Checkpoint | None:
-    """The newest checkpoint that every rank could take, and has taken; None where there never was one. All ranks call this together.
-
-    What one rank finds bad is bad for all: it is passed over, told of, and set aside, so that it is met no second time. Raises
-    CheckpointError where there are checkpoints and all are bad: a run never starts afresh over them. And UnreachableError where one
-    could not be read now: to go back behind it would cost steps that are saved.
+    newest: the newest that is known to be valid. Later ones are bad: they are neither deleted nor counted. loss: a checkpoint's validation
+    loss, None if none was measured; called only if it matters.
     """
-    passed_over: dict[str, str] = {}
-    for name in first_says(where.names):
-        try:
-            checkpoint = take_one(where, name, take)
-        except UnreachableError:
-            raise
-        except CheckpointError as error:
-            log.warning("passed over a bad checkpoint: %s", error)
-            passed_over[name] = str(error)
-            continue
-        if set_aside:
-            first_says(lambda: [where.set_aside(bad) for bad in passed_over])
-        return checkpoint
-    if passed_over:
-        told = "; ".join(passed_over.values())
-        raise CheckpointError(f"{where}: every checkpoint is bad: {told}; restore one, or choose another run.dir")
-    return None
-
-
-def take_one(where: CheckpointBackend, name: str, take: Callable[[Checkpoint], None]) -> Checkpoint:
-    """This checkpoint and no other. Raises CheckpointError on all ranks where one could not take it."""
-    checkpoint = first_says(lambda: look(where, name))
-    all_or_none(lambda: take(checkpoint), CheckpointError)
-    return checkpoint
-
-
-def newest(where: CheckpointBackend) -> Checkpoint | None:
-    """As `take_newest`, with every byte read and nothing taken, or changed."""
-    return take_newest(where, lambda checkpoint: read(where, checkpoint, {}), set_aside=False)
-
-
-def load(
-    where: CheckpointBackend, checkpoint: Checkpoint, state: Mapping[str, Pieces], wanted: Mapping[str, tuple[int, ...]], *, verify: Verify
-) -> None:
-    """Fills this rank's `state` in place; it reads the blocks that it needs, and its part of the others where they are to be verified.
-
-    `wanted` names every tensor of the whole model. Raises CheckpointError where the checkpoint has another set, or other shapes, or a
-    file that is not as its manifest says: then part of `state` may have been filled.
-    """
-    if wanted != (shapes := checkpoint.shapes):
-        raise CheckpointError(f"{checkpoint.at}: {difference(wanted, shapes)}; was it another model or optimizer?")
-    read(where, checkpoint, state, hashes=verify == "full", rest=rank_of_ranks())
-
-
-def newest_weights(where: CheckpointBackend) -> tuple[Checkpoint, dict[str, Tensor]] | None:
-    """Of the newest valid checkpoint the masters, whole, by parameter name: for a process that trains nothing. None where there is none."""
-    weights: dict[str, Tensor] = {}
-
-    def take(checkpoint: Checkpoint) -> None:
-        weights.clear()
-        for key, stored in checkpoint.tensors.items():
-            if key.startswith("master/"):
-                weights[key.removeprefix("master/")] = torch.empty(stored.shape, dtype=TORCH[stored.dtype])
-        read(where, checkpoint, {f"master/{name}": Pieces.all_of(tensor) for name, tensor in weights.items()})
-
-    checkpoint = take_newest(where, take, set_aside=False)
-    return None if checkpoint is None else (checkpoint, weights)
+    steps = {name: step for name in names if (step := step_of_name(name)) is not None}
+    known = sorted((name for name in steps if steps[name] <= steps.get(newest, -1)), key=lambda name: steps[name], reverse=True)
+    kept = {newest, *known[: retention.newest]}
+    if retention.every is not None:
+        kept |= {name for name in known if steps[name] % retention.every == 0}
+    if retention.best and len(known) > len(kept):
+        losses = [(value, -steps[name], name) for name in known if (value := loss(name)) is not None]
+        kept |= {name for _, _, name in sorted(losses)[: retention.best]}
+    return [name for name in known if name not in kept]

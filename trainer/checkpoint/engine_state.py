@@ -1,11 +1,11 @@
-"""An engine's state as logical tensors: `master/<weight>` and `<state>/<weight>`, whole, whatever the layout.
+"""An engine's state as logical tensors: `master/<weight>` and `<optimizer state>/<weight>`, whole, independent of the layout.
 
-The masters' keys also hold `master/<router>.bias`, which a mixture is balanced by without a gradient: it has no state.
+The masters include `master/<router>.bias`, which balances a mixture of experts without a gradient, and so has no optimizer state.
 
-Private parts of DeepSpeed relied on. ZeRO 1, 2: `param._hp_mapping` and its addresses, `single_partition_of_fp32_groups`,
-`update_lp_params`. ZeRO 3: `param.ds_shape`, `ds_numel`, `ds_process_group`, `grad_position` by `get_param_id`,
-`fp32_partitioned_groups_flat`, `checkpoint_event_prologue` and `_epilogue`, `_reassign_or_swap_out_partitioned_parameters`.
-fp16: the fields of `loss_scaler`. Offloading leaves them where they are. A contract test names them.
+Private parts of DeepSpeed that are used, and named by a contract test. ZeRO 1, 2: `param._hp_mapping` and its addresses,
+`single_partition_of_fp32_groups`, `update_lp_params`. ZeRO 3: `param.ds_shape`, `ds_numel`, `ds_process_group`, `grad_position` by
+`get_param_id`, `fp32_partitioned_groups_flat`, `checkpoint_event_prologue` and `_epilogue`,
+`_reassign_or_swap_out_partitioned_parameters`. fp16: the fields of `loss_scaler`. Offloading leaves them in place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import CheckpointBackend
-from manta.trainer.checkpoint.manifest import LOSS_SCALER, Checkpoint, Progress
-from manta.trainer.checkpoint.shards import Pieces
+from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS, Checkpoint, Progress
+from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.dist import sharding
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.optim.optimizers import STATES
@@ -27,103 +27,123 @@ from manta.trainer.optim.optimizers import STATES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fragment:
-    """This rank's share of one parameter: `count` weights from `start` of the part that lies here, at `offset` of a master."""
+    """This rank's fragment of a parameter: `count` weights from `start` of the rank's part, stored at `offset` of a master."""
 
     name: str
-    held: tuple[int, ...]  # the part's shape
+    local_shape: tuple[int, ...]  # of the rank's part
     start: int
-    master: Tensor  # what the optimizer steps on: many parameters, flat; without ZeRO the parameter itself
+    master: Tensor  # what the optimizer updates: many parameters, flat; without ZeRO the parameter itself
     offset: int
     count: int
 
 
-def logical_state(engine: Engine) -> dict[str, Pieces]:
-    """Masters and optimizer state, as views: saving reads them, loading writes them."""
-    optimizer = _with_state(engine)
-    state: dict[str, Pieces] = {}
+def logical_state(engine: Engine) -> dict[str, TensorViews]:
+    """Return views of the masters and the optimizer state that this rank holds."""
+    optimizer = _optimizer_with_state(engine)
+    state: dict[str, TensorViews] = {}
     for fragment in _fragments(engine):
-        whole, offsets = sharding.whole(fragment.name, fragment.held, engine.mesh.part)
+        local_shape, start = fragment.local_shape, fragment.start
+        shape, offsets = sharding.whole(fragment.name, local_shape, engine.mesh.part)
         tensors = {"master": fragment.master.data} | {key: optimizer.state[fragment.master][key] for key in STATES[type(optimizer)]}
         for key, tensor in tensors.items():
             flat = tensor.view(-1).narrow(0, fragment.offset, fragment.count)
-            state[f"{key}/{fragment.name}"] = Pieces.of(whole, flat, held=fragment.held, offsets=offsets, start=fragment.start)
-    for name, bias_E in _biases(engine):
-        state[f"master/{name}"] = Pieces.all_of(bias_E)
+            state[f"{key}/{fragment.name}"] = TensorViews.from_flat(shape, flat, local_shape=local_shape, offsets=offsets, start=start)
+    for name, bias_E in _router_biases(engine):
+        state[f"master/{name}"] = TensorViews.from_whole(bias_E)
     return state
 
 
 def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """Every key that a checkpoint of this model has, over all ranks."""
-    wholes = {name: sharding.whole(name, _shape(parameter), engine.mesh.part)[0] for name, parameter in engine.module.named_parameters()}
+    """Return the whole shape of every tensor in a checkpoint of this model, over all ranks."""
+    parameters = engine.module.named_parameters()
+    whole_shapes = {name: sharding.whole(name, _local_shape(parameter), engine.mesh.part)[0] for name, parameter in parameters}
     keys = ("master", *STATES[type(_optimizer(engine))])
-    shapes = {f"{key}/{name}": whole for name, whole in wholes.items() for key in keys}
-    return shapes | {f"master/{name}": tuple(bias_E.shape) for name, bias_E in _biases(engine)}
+    shapes = {f"{key}/{name}": shape for name, shape in whole_shapes.items() for key in keys}
+    return shapes | {f"master/{name}": tuple(bias_E.shape) for name, bias_E in _router_biases(engine)}
 
 
-def progress(engine: Engine, *, step: int, samples_consumed: int, cursors: list[dict[str, int]] | None = None) -> Progress:
-    """How far this engine has come: what is a number, and no tensor. cursors: of each data rank, where samples are read live."""
-    counts = {int(held["step"]) for held in _optimizer(engine).state.values() if "step" in held}
+def engine_progress(engine: Engine, *, step: int, samples_consumed: int, cursors: list[dict[str, int]] | None = None) -> Progress:
+    """cursors: each data rank's position, if samples are read live."""
+    counts = {int(state["step"]) for state in _optimizer(engine).state.values() if "step" in state}
     assert len(counts) <= 1, f"groups have counted {counts} steps"
-    scaler = {name: getattr(engine.zero.loss_scaler, name) for name in LOSS_SCALER} if engine.precision == "fp16" else None
+    scaler = {name: getattr(engine.zero.loss_scaler, name) for name in LOSS_SCALER_FIELDS} if engine.precision == "fp16" else None
     return Progress(
         step=step, samples_consumed=samples_consumed, optimizer_steps=next(iter(counts), 0), loss_scaler=scaler, cursors=cursors
     )
 
 
-def restore(where: CheckpointBackend, checkpoint: Checkpoint, engine: Engine, *, verify: catalog.Verify = "full") -> None:
-    """Masters and optimizer state, into an engine; `settle` has it go on from there, once all ranks have theirs.
+def restore(backend: CheckpointBackend, checkpoint: Checkpoint, engine: Engine, *, verify: catalog.Verification = "full") -> None:
+    """Load masters and optimizer state. Call `finish_restore` once all ranks have done so.
 
-    Raises CheckpointError where the checkpoint is damaged, or of another model or optimizer: then part of the engine may be filled.
+    Raises CheckpointError if the checkpoint is damaged, or of another model or optimizer: part of the engine may be filled then.
     """
-    catalog.load(where, checkpoint, logical_state(engine), logical_shapes(engine), verify=verify)
+    catalog.load(backend, checkpoint, logical_state(engine), logical_shapes(engine), verify=verify)
 
 
-def settle(progress: Progress, engine: Engine) -> None:
-    """What `restore` leaves: the numbers that training goes on from, and weights as masters have them."""
-    for held in _optimizer(engine).state.values():
-        if "step" in held:  # each master its own: a shared one would run ahead
-            held["step"] = torch.full_like(held["step"], float(progress.optimizer_steps))
+def finish_restore(progress: Progress, engine: Engine) -> None:
+    """Set the step counts and the loss scale, and compute the working weights from the masters."""
+    for state in _optimizer(engine).state.values():
+        if "step" in state:  # each master its own tensor: a shared one would count several times a step
+            state["step"] = torch.full_like(state["step"], float(progress.optimizer_steps))
     if engine.precision == "fp16":
         for name, value in (progress.loss_scaler or {}).items():
             setattr(engine.zero.loss_scaler, name, value)
-    refresh(engine)
+    refresh_weights(engine)
 
 
-def load_masters(where: CheckpointBackend, checkpoint: Checkpoint, engine: Engine) -> None:
-    """The weights alone, into an engine that has not stepped; `refresh` has it train on from them.
+def load_weights(backend: CheckpointBackend, checkpoint: Checkpoint, engine: Engine) -> None:
+    """Load the masters alone, into an engine that has not stepped. Call `refresh_weights` once all ranks have done so.
 
-    Raises CheckpointError where they are another model's, or damaged.
+    Raises CheckpointError if the checkpoint is damaged, or of another model.
     """
-    weights = replace(checkpoint, tensors=_masters_alone(checkpoint.tensors))
-    catalog.load(where, weights, _masters_alone(logical_state(engine)), _masters_alone(logical_shapes(engine)), verify="full")
+    weights = replace(checkpoint, tensors=_masters_of(checkpoint.tensors))
+    catalog.load(backend, weights, _masters_of(logical_state(engine)), _masters_of(logical_shapes(engine)), verify="full")
 
 
-def _masters_alone(named: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in named.items() if key.startswith("master/")}
+def refresh_weights(engine: Engine) -> None:
+    """Compute the working weights from the masters. All ranks call this together."""
+    zero = engine.zero
+    match engine.layout.zero:
+        case 0:
+            pass  # they are the same
+        case 1 | 2:
+            zero.update_lp_params()
+        case _:
+            zero.checkpoint_event_prologue()  # releases gathered weights
+            for group in range(len(_masters(engine))):
+                zero._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
+            zero.checkpoint_event_epilogue()  # gathers persistent weights
+
+
+def _masters_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tensors.items() if key.startswith("master/")}
 
 
 def _fragments(engine: Engine) -> Iterator[Fragment]:
-    """Of each parameter that this rank holds anything of."""
+    """Yield a fragment of each parameter that this rank holds a part of."""
     for name, parameter in engine.module.named_parameters():
-        held, zero, known = _shape(parameter), engine.zero, _known(parameter)
+        local_shape, zero, annotated = _local_shape(parameter), engine.zero, _annotated(parameter)
         match engine.layout.zero:
             case 0:
-                yield Fragment(name=name, held=held, start=0, master=parameter, offset=0, count=parameter.numel())
+                count = parameter.numel()
+                yield Fragment(name=name, local_shape=local_shape, start=0, master=parameter, offset=0, count=count)
             case 1 | 2:
-                if known._hp_mapping is not None:  # noqa: SLF001  else all of it lies on other ranks
-                    part, place = known._hp_mapping.lp_fragment_address, known._hp_mapping.hp_fragment_address  # noqa: SLF001
-                    master = _masters(engine)[known._hp_mapping.param_group_index]  # noqa: SLF001
-                    yield Fragment(name=name, held=held, start=part.start, master=master, offset=place.start, count=place.numel)
+                mapping = annotated._hp_mapping  # noqa: SLF001
+                if mapping is not None:  # otherwise other ranks hold all of it
+                    start, high = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+                    master = _masters(engine)[mapping.param_group_index]
+                    yield Fragment(name=name, local_shape=local_shape, start=start, master=master, offset=high.start, count=high.numel)
             case _:
                 group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-                start = dist.get_rank(known.ds_process_group) * size
-                count = min(size, known.ds_numel - start)  # the last ranks' share is filled up
+                start = dist.get_rank(annotated.ds_process_group) * size
+                count = min(size, annotated.ds_numel - start)  # the last ranks' fragments are padded
                 if count > 0:
-                    yield Fragment(name=name, held=held, start=start, master=_masters(engine)[group], offset=offset, count=count)
+                    master = _masters(engine)[group]
+                    yield Fragment(name=name, local_shape=local_shape, start=start, master=master, offset=offset, count=count)
 
 
 def _masters(engine: Engine) -> list[Tensor]:
-    """All that the optimizer steps on here."""
+    """Return all tensors that the optimizer updates on this rank."""
     match engine.layout.zero:
         case 0:
             return list(engine.module.parameters())
@@ -137,43 +157,28 @@ def _optimizer(engine: Engine) -> torch.optim.Optimizer:
     return engine.zero if engine.layout.zero == 0 else engine.zero.optimizer
 
 
-def _with_state(engine: Engine) -> torch.optim.Optimizer:
-    """Before the first step an optimizer has no state: it is made, as the first step would, of zeros."""
+def _optimizer_with_state(engine: Engine) -> torch.optim.Optimizer:
+    """Return the optimizer. Before its first step it has no state: zeros are created, as the first step would."""
     optimizer = _optimizer(engine)
     for master in _masters(engine):
-        held = optimizer.state[master]
+        state = optimizer.state[master]
         for name in STATES[type(optimizer)]:
-            if held.get(name) is None:
-                held[name] = torch.zeros_like(master)
-        if isinstance(optimizer, torch.optim.AdamW) and "step" not in held:
-            held["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            if state.get(name) is None:
+                state[name] = torch.zeros_like(master)
+        if isinstance(optimizer, torch.optim.AdamW) and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
     return optimizer
 
 
-def _biases(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+def _router_biases(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     return ((f"{name}.bias", router.bias) for name, router in engine.module.routers() if router.bias is not None)
 
 
-def refresh(engine: Engine) -> None:
-    """Once masters are filled: the weights that training computes with, from them. All ranks call this together."""
-    zero = engine.zero
-    match engine.layout.zero:
-        case 0:
-            pass  # they are the same
-        case 1 | 2:
-            zero.update_lp_params()
-        case _:
-            zero.checkpoint_event_prologue()  # lets go of whole weights
-            for group in range(len(_masters(engine))):
-                zero._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
-            zero.checkpoint_event_epilogue()  # gathers those that are always whole
-
-
-def _shape(parameter: Tensor) -> tuple[int, ...]:
-    """Of the part that lies on this rank; ZeRO-3 leaves parameters themselves empty."""
+def _local_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of the part on this rank; ZeRO-3 leaves parameters themselves empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _known(parameter: Tensor) -> Any:
-    """With what DeepSpeed hangs on it, unknown to torch."""
+def _annotated(parameter: Tensor) -> Any:
+    """Return the parameter, typed to have the attributes that DeepSpeed adds."""
     return parameter

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint; named apart from the store, so that a command line knows it without torch."""
+"""Errors of checkpoints. They need no torch, so that the command line can import them."""
 
 import errno
 
@@ -6,27 +6,27 @@ _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can not be used, and why."""
+    """A checkpoint that cannot be used, and why."""
 
 
 class UnreachableError(CheckpointError):
-    """A checkpoint that could not be read now, which makes it no worse: a store that does not answer, a file that nobody may open."""
+    """A checkpoint that could not be read now, but may be sound: its store does not respond, or its files may not be opened."""
 
 
-def unreadable(at: str, error: OSError) -> CheckpointError:
-    """What an error in reading a checkpoint says about it."""
-    told = error.strerror or str(error)
+def read_error(location: str, error: OSError) -> CheckpointError:
+    """Return what an OSError means for the checkpoint that was read."""
+    message = error.strerror or str(error)
     kind = CheckpointError if error.errno in _DAMAGE else UnreachableError
-    return kind(told if told.startswith(at) else f"{at}: {told}")
+    return kind(message if message.startswith(location) else f"{location}: {message}")
 
 
 class SaveError(RuntimeError):
-    """A checkpoint that could not be written, and why; those that were there stand."""
+    """A checkpoint that could not be written, and why. Earlier checkpoints are unharmed."""
 
 
 class LeftUnsavedError(SaveError):
-    """A run that was told to leave, and could not be saved."""
+    """A run that was asked to stop, and could not be saved."""
 
 
 class FencedError(RuntimeError):
-    """A later attempt of the run has begun: this one may save no more."""
+    """A later attempt of the run has started: this one may save no more."""

@@ -1,16 +1,16 @@
-"""A checkpoint's manifest: what it holds, where in which file, and by which hashes to know it. Written last, it is the commit.
+"""A checkpoint's manifest: its tensors, where their bytes are stored, and the hashes of its files. Written last, it is the commit.
 
-    {"xxh3": of all that follows this line,
+    {"xxh3": of everything after this line,
      "format": 2, "step": …, "samples_consumed": …, …
      "files": [[name, bytes, [xxh3 of each block]], …]
      "tensors": {key: {"dtype": "F32", "shape": […], "chunks": [[file, first byte, [offsets], [sizes]], …]}}}
 
-A chunk is a rectangle of a whole tensor, row by row.
+A chunk is a rectangle of a whole tensor, in row-major order.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,22 +22,22 @@ from manta.trainer.checkpoint.rectangles import Rectangle
 FORMAT = 2
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20  # bytes that share a hash
-LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # fp16's: every field that changes, as DeepSpeed calls it
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16, in DeepSpeed's names: all that change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a run has come. Everything else about its position follows from its config."""
+    """How far a run has come. The rest of its position follows from its config."""
 
     step: int  # optimizer steps taken
     samples_consumed: int
-    optimizer_steps: int  # steps counted by the optimizer's bias correction
-    loss_scaler: dict[str, float] | None = None  # fp16: where the dynamic loss scale stands
-    cursors: list[dict[str, int]] | None = None  # data.live: where each data rank stands in its text
+    optimizer_steps: int  # as counted by the optimizer's bias correction
+    loss_scaler: dict[str, float] | None = None  # of fp16: the state of the dynamic loss scale
+    cursors: list[dict[str, int]] | None = None  # of data.live: each data rank's position in its text
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class CheckpointFile:
     name: str
     bytes: int
     xxh3: tuple[str, ...]  # of each block of BLOCK bytes; the last may be shorter
@@ -45,32 +45,36 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A rectangle of a tensor, and where its bytes begin."""
+    """A rectangle of a tensor, and the position of its bytes."""
 
-    file: int  # which of the checkpoint's
-    start: int
-    place: Rectangle
+    file: int  # index of the checkpoint's file
+    start: int  # byte
+    rectangle: Rectangle
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A whole tensor, in chunks that cover it once."""
+class StoredTensor:
+    """A whole tensor, as chunks that cover each element once."""
 
-    dtype: str  # as safetensors calls it
+    dtype: str  # safetensors' name
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A committed checkpoint, as its manifest tells."""
+    """A committed checkpoint, as its manifest describes it."""
 
-    at: str  # path or URL
+    location: str  # path or URL
     progress: Progress
     identity: dict[str, str]  # fingerprints of what the weights depend on
-    files: tuple[File, ...]
-    tensors: dict[str, Stored]
-    about: dict[str, Any] = field(default_factory=dict)  # who wrote it, when, of which config: told, and never relied on
+    files: tuple[CheckpointFile, ...]
+    tensors: dict[str, StoredTensor]
+    about: dict[str, Any] = field(default_factory=dict)  # for users: who wrote it, when, with which config
+
+    @property
+    def name(self) -> str:
+        return self.location.rpartition("/")[2]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,14 +85,14 @@ class Checkpoint:
         return sum(file.bytes for file in self.files)
 
 
-def name_of(step: int) -> str:
+def name_of_step(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def step_of(name: str) -> int | None:
-    """The step that a checkpoint of this name is of; None where it is no checkpoint's."""
-    found = re.fullmatch(r"step-(\d{8,})", name)
-    return int(found[1]) if found else None
+def step_of_name(name: str) -> int | None:
+    """Return the step of a checkpoint's name, or None for any other name."""
+    match = re.fullmatch(r"step-(\d{8,})", name)
+    return int(match[1]) if match else None
 
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
@@ -102,7 +106,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
             key: {
                 "dtype": stored.dtype,
                 "shape": stored.shape,
-                "chunks": [[chunk.file, chunk.start, chunk.place.offsets, chunk.place.sizes] for chunk in stored.chunks],
+                "chunks": [[chunk.file, chunk.start, chunk.rectangle.offsets, chunk.rectangle.sizes] for chunk in stored.chunks],
             }
             for key, stored in checkpoint.tensors.items()
         },
@@ -111,29 +115,30 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     return b'{"xxh3":"%s",\n%s\n' % (xxhash.xxh3_128_hexdigest(body).encode(), body)
 
 
-def from_bytes(content: bytes, at: str) -> Checkpoint:
-    """Raises CheckpointError where it is of another format, or not as it was written."""
+def from_bytes(content: bytes, location: str) -> Checkpoint:
+    """Return the checkpoint that a manifest describes. Raises CheckpointError if it is damaged, or of another format."""
     try:
         manifest = json.loads(content)
         if (form := manifest["format"]) != FORMAT:
-            remedy = "export it with the manta that wrote it" if isinstance(form, int) and form < FORMAT else "use a newer manta"
-            raise CheckpointError(f"{at}: format: got {form}, wants {FORMAT}; {remedy}")
+            remedy = "Export it with the manta that wrote it." if isinstance(form, int) and form < FORMAT else "Use a newer manta."
+            raise CheckpointError(f"{location}: format: expected {FORMAT}, got {form}. {remedy}")
         head, body = content.split(b"\n", 1)
-        if (found := xxhash.xxh3_128_hexdigest(body.rstrip(b"\n"))) != manifest["xxh3"] or head != b'{"xxh3":"%s",' % found.encode():
-            raise CheckpointError(f"{at}/{MANIFEST}: xxh3: got {found}, wants {manifest['xxh3']}")
-        return _checkpoint(manifest, at)
+        xxh3 = xxhash.xxh3_128_hexdigest(body.rstrip(b"\n"))
+        if xxh3 != manifest["xxh3"] or head != b'{"xxh3":"%s",' % xxh3.encode():
+            raise CheckpointError(f"{location}/{MANIFEST}: xxh3: expected {manifest['xxh3']}, got {xxh3}")
+        return _checkpoint(manifest, location)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{at}/{MANIFEST}: {type(error).__name__}: {error}; it is not as it was written") from None
+        raise CheckpointError(f"{location}/{MANIFEST}: damaged ({type(error).__name__}: {error})") from None
 
 
-def _checkpoint(manifest: dict[str, Any], at: str) -> Checkpoint:
+def _checkpoint(manifest: dict[str, Any], location: str) -> Checkpoint:
     return Checkpoint(
-        at=at,
+        location=location,
         progress=Progress(**{key: manifest[key] for key in Progress.__dataclass_fields__ if key in manifest}),
         identity=manifest["identity"],
-        files=tuple(File(name, size, tuple(hashes)) for name, size, hashes in manifest["files"]),
+        files=tuple(CheckpointFile(name, size, tuple(hashes)) for name, size, hashes in manifest["files"]),
         tensors={
-            key: Stored(
+            key: StoredTensor(
                 stored["dtype"],
                 tuple(stored["shape"]),
                 tuple(Chunk(file, start, Rectangle(tuple(offsets), tuple(sizes))) for file, start, offsets, sizes in stored["chunks"]),
@@ -144,13 +149,8 @@ def _checkpoint(manifest: dict[str, Any], at: str) -> Checkpoint:
     )
 
 
-def difference(wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str:
-    """In words, the first in order of name: of what is missing, surplus or of another shape."""
-
-    def lines() -> Iterator[str]:
-        for key in sorted(wanted.keys() | got.keys()):
-            if wanted.get(key) != got.get(key):
-                yield f"{key}: got {got.get(key, 'nothing')}, wants {wanted.get(key, 'nothing')}"
-
-    found = list(lines())
-    return found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+def first_difference(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str:
+    """Describe the first tensor, by name, that is missing, surplus or of another shape, and how many more are."""
+    keys = [key for key in sorted(expected.keys() | got.keys()) if expected.get(key) != got.get(key)]
+    key, more = keys[0], f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+    return f"{key}: expected {expected.get(key, 'nothing')}, got {got.get(key, 'nothing')}{more}"

@@ -1,17 +1,17 @@
-"""When a run is saved, and what becomes of a save that fails."""
+"""When a run is saved, and what a failed save means."""
 
 import logging
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from manta.trainer.checkpoint.engine_state import logical_state, progress
+from manta.trainer.checkpoint.engine_state import engine_progress, logical_state
 from manta.trainer.checkpoint.errors import SaveError
 from manta.trainer.checkpoint.manifest import Progress
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.engine.deepspeed import Engine
@@ -19,107 +19,117 @@ from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
-LOOK = 1.0  # seconds between two looks for a request
+POLL = 1.0  # seconds between checks for a request
 
 
-class Saves:
-    """All ranks call `save` and `finish` together; `look` each by itself."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveStatus:
+    is_due: bool
+    """By the clock, or because the user asked for a checkpoint. Saves every N steps are not considered."""
+    has_failed: bool
+    """The save in progress has failed."""
 
-    def __init__(self, saver: Saver, engine: Engine, reader: DataLoader, config: TrainingConfig, home: RunDirectory, *, step: int) -> None:
-        """step: at which the run goes on."""
-        self._saver, self._engine, self._reader, self._config, self._home = saver, engine, reader, config, home
+
+class SavePolicy:
+    """All ranks call `save` and `finish` together, and `poll` independently."""
+
+    def __init__(
+        self, writer: CheckpointWriter, engine: Engine, loader: DataLoader, config: TrainingConfig, directory: RunDirectory, *, step: int
+    ) -> None:
+        """step: where the run starts or resumes."""
+        self._writer, self._engine, self._loader, self._config, self._directory = writer, engine, loader, config, directory
         self._timeline = config.timeline()
-        self.saved: int | None = step or None  # the step of the newest checkpoint, or of the one under way
+        self.saved: int | None = step or None  # step of the newest checkpoint, or of the save in progress
         self.failures = 0  # in a row
-        self._at = self._looked = time.monotonic()
-        self._is_answering = False  # a person who asked for a checkpoint
+        self._last_save = self._last_poll = time.monotonic()
+        self._is_requested = False  # by the user
 
-    def look(self) -> tuple[bool, bool]:
-        """Whether this rank knows of a reason to save, step count apart; and whether it knows that the save under way has failed."""
-        if self._saver.is_busy and self._saver.is_done and not self._saver.has_failed:
+    def poll(self) -> SaveStatus:
+        """Return what this rank knows; ranks may differ."""
+        if self._writer.is_busy and self._writer.is_done and not self._writer.has_failed:
             self.finish()
-        return dist.get_rank() == 0 and self._is_asked(), self._saver.has_failed
+        return SaveStatus(is_due=dist.get_rank() == 0 and self._is_due(), has_failed=self._writer.has_failed)
 
-    def _is_asked(self) -> bool:
-        """By the clock, or by a person."""
+    def _is_due(self) -> bool:
         now, minutes = time.monotonic(), self._config.checkpoint.every_minutes
-        if minutes is not None and now - self._at >= minutes * 60:
+        if minutes is not None and now - self._last_save >= minutes * 60:
             return True
-        if self._is_answering or now - self._looked < LOOK:
+        if self._is_requested or now - self._last_poll < POLL:
             return False
-        self._looked = now
-        self._is_answering = self._home.request_file.exists()
-        return self._is_answering
+        self._last_poll = now
+        self._is_requested = self._directory.request_file.exists()
+        return self._is_requested
 
     def save(self, step: int, line: Line, *, wait: bool) -> None:
-        """line: what was measured of this step. wait: until it is there; a failure is then raised, however many are tolerated.
+        """line: the step's metrics. wait: until it is committed; then a failure is raised, even if failures are tolerated.
 
-        Raises ReplicaError where weights have changed by themselves: they are not saved.
+        Raises ReplicaError if replicas of weights differ: corrupt weights are not saved.
         """
         self.finish()
         if self._config.guard.replica_check_every_steps:
             self._engine.replicas.look(step)
-        told: dict[str, Any] = {
+        about: dict[str, Any] = {
             "layout": str(self._engine.layout),
             "ranks": dist.get_world_size(),
             "validation_loss": line.get("eval/loss"),
             "config": self._config.model_dump(mode="json"),
         }
-        self._at = time.monotonic()
+        self._last_save = time.monotonic()
         try:
-            self._saver.save(logical_state(self._engine), self._progress(step), about=told, wait=wait)
+            self._writer.save(logical_state(self._engine), self._progress(step), about=about, wait=wait)
         except SaveError as error:
             self._tolerate(error, wait=wait)
         else:
             self.saved = step
-            if not self._saver.is_busy:
-                self._settle()
+            if not self._writer.is_busy:
+                self._succeed()
 
     def end(self, step: int, line: Line) -> None:
-        """The last save, where it is not made yet, whatever became of the one before."""
-        with suppress(SaveError):  # told in the log
+        """Save the last step unless already done, whether or not the save before it failed."""
+        with suppress(SaveError):  # it was logged
             self.finish()
         if step != self.saved:
             self.save(step, line, wait=True)
 
     def finish(self) -> None:
-        """Waits for the save under way. Raises SaveError where it failed, and as many before it as are tolerated."""
-        busy = self._saver.is_busy
+        """Wait for the save in progress. Raises SaveError if it failed, and more have failed in a row than are tolerated."""
+        was_busy = self._writer.is_busy
         try:
-            self._saver.finish()
+            self._writer.finish()
         except SaveError as error:
             self._tolerate(error, wait=False)
         else:
-            if busy:
-                self._settle()
+            if was_busy:
+                self._succeed()
 
     def _tolerate(self, error: SaveError, *, wait: bool) -> None:
         self.failures, self.saved = self.failures + 1, None
-        self._answer()
+        self._clear_request()
         tolerated = self._config.checkpoint.max_failed_saves
         if wait or self.failures > tolerated:
             log.error("could not save: %s", error)
             raise error
-        log.error("could not save, and train on (%d of %d such failures in a row are tolerated): %s", self.failures, tolerated, error)
+        log.error("could not save; training continues (%d of %d tolerated failures in a row): %s", self.failures, tolerated, error)
 
-    def _settle(self) -> None:
+    def _succeed(self) -> None:
         self.failures = 0
-        self._answer()
+        self._clear_request()
 
-    def _answer(self) -> None:
+    def _clear_request(self) -> None:
         if dist.get_rank() == 0:
-            self._home.request_file.unlink(missing_ok=True)
-        self._is_answering = False
+            self._directory.request_file.unlink(missing_ok=True)
+        self._is_requested = False
 
     def _progress(self, step: int) -> Progress:
-        return progress(self._engine, step=step, samples_consumed=self._timeline.first_sample(step), cursors=self._cursors(step))
+        cursors = self._cursors(step)
+        return engine_progress(self._engine, step=step, samples_consumed=self._timeline.first_sample(step), cursors=cursors)
 
     def _cursors(self, step: int) -> list[dict[str, int]] | None:
-        """Where each data rank's reading of the next step begins; None where samples are had by number, by whichever rank."""
-        cursor = self._reader.cursor(step)
+        """Return each data rank's position at the next step, or None if samples are read by number, by any rank."""
+        cursor = self._loader.cursor(step)
         if cursor is None:
             return None
-        told: list[tuple[int, dict[str, int]]] = [(self._engine.mesh.data_rank, asdict(cursor))] * dist.get_world_size()
-        dist.all_gather_object(told, told[0])
-        by_rank = dict(told)  # ranks that share samples stand at the same place
+        cursors: list[tuple[int, dict[str, int]]] = [(self._engine.mesh.data_rank, asdict(cursor))] * dist.get_world_size()
+        dist.all_gather_object(cursors, cursors[0])
+        by_rank = dict(cursors)  # ranks that share samples have the same position
         return [by_rank[rank] for rank in range(self._engine.layout.data)]

@@ -1,4 +1,4 @@
-"""Out of a checkpoint's files into memory: the blocks that hold what is wanted, each checked against its hash before it is used."""
+"""From a checkpoint's files into tensors. Only blocks that are needed are read, and each is checked against its hash before it is used."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,145 +8,144 @@ import xxhash
 from torch import Tensor
 
 from manta.trainer.checkpoint.backend import CheckpointBackend
-from manta.trainer.checkpoint.errors import CheckpointError, unreadable
-from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, File
-from manta.trainer.checkpoint.rectangles import Rectangle
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.write_plan import TORCH
+from manta.trainer.checkpoint.errors import CheckpointError, read_error
+from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, CheckpointFile
+from manta.trainer.checkpoint.rectangles import Rectangle, TensorViews
+from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 
-SPAN = 4 * BLOCK  # bytes read at once: what they are checked and copied from is still in the cache
+SPAN = 4 * BLOCK  # bytes read at once, so that they are still in the CPU's cache when they are checked and copied
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
-    """A part of a chunk, and where it goes."""
+class ChunkPart:
+    """A part of a chunk, and the tensor to copy it to."""
 
-    start: int  # of the chunk in its file
+    start: int  # byte of the chunk in its file
     sizes: tuple[int, ...]  # of the chunk
     part: Rectangle
     dtype: torch.dtype
     target: Tensor
 
 
-def read(
-    where: CheckpointBackend,
+def read_tensors(
+    backend: CheckpointBackend,
     checkpoint: Checkpoint,
-    state: Mapping[str, Pieces],
+    state: Mapping[str, TensorViews],
     *,
-    hashes: bool = True,
-    rest: tuple[int, int] | None = (0, 1),
+    check_hashes: bool = True,
+    check_files: tuple[int, int] | None = (0, 1),
 ) -> None:
-    """Fills `state`, whose keys and shapes are the checkpoint's, from the bytes that it is made of.
+    """Fill `state`, whose keys and shapes are the checkpoint's. Raises CheckpointError if a file does not match its manifest.
 
-    hashes: each block that is read is checked against its hash. rest: (rank, ranks), between whom the files are dealt out to be looked at
-    as a whole: their size, and where hashes are checked the blocks that nobody wants. None leaves that. Raises CheckpointError where a
-    file is not as its manifest says.
+    check_hashes: whether each block that is read is checked against its hash.
+    check_files: (rank, ranks): the ranks divide the files, and check each one's size and, with check_hashes, also the blocks that `state`
+    does not need. None: skip both.
     """
-    name = checkpoint.at.rpartition("/")[2]
-    wants = _wants(checkpoint, state)
-    for number, file in enumerate(checkpoint.files):
-        mine = rest is not None and number % rest[1] == rest[0]
-        if number not in wants and not mine:
+    parts = _chunk_parts(checkpoint, state)
+    for index, file in enumerate(checkpoint.files):
+        checks_file = check_files is not None and index % check_files[1] == check_files[0]
+        if index not in parts and not checks_file:
             continue
-        at = f"{checkpoint.at}/{file.name}"
+        location = f"{checkpoint.location}/{file.name}"
         try:
-            if mine and (size := where.size(name, file.name)) != file.bytes:
-                raise CheckpointError(f"{at}: bytes: got {size}, wants {file.bytes}")
-            with where.open_ranges(name, file.name) as read_into:
-                blocks = Blocks(read_into, file, at, checked=hashes)
-                for want in sorted(wants.get(number, []), key=lambda want: want.start):
-                    _copy(blocks, want)
-                if mine and hashes:
+            if checks_file and (size := backend.size(checkpoint.name, file.name)) != file.bytes:
+                raise CheckpointError(f"{location}: expected {file.bytes} bytes, got {size}")
+            with backend.open_ranges(checkpoint.name, file.name) as read_into:
+                blocks = BlockReader(read_into, file, location, check_hashes=check_hashes)
+                for part in sorted(parts.get(index, []), key=lambda part: part.start):
+                    _copy(blocks, part)
+                if checks_file and check_hashes:
                     blocks.check_rest()
         except OSError as error:
-            raise unreadable(at, error) from None
+            raise read_error(location, error) from None
 
 
-def _wants(checkpoint: Checkpoint, state: Mapping[str, Pieces]) -> dict[int, list[Want]]:
-    wants: dict[int, list[Want]] = {}
-    for key, pieces in state.items():
+def _chunk_parts(checkpoint: Checkpoint, state: Mapping[str, TensorViews]) -> dict[int, list[ChunkPart]]:
+    """Return what to copy, by index of the file."""
+    parts: dict[int, list[ChunkPart]] = {}
+    for key, held in state.items():
         stored = checkpoint.tensors[key]
-        for place, view in pieces.held:
+        for rectangle, view in held.views:
             for chunk in stored.chunks:
-                if (both := place.overlap(chunk.place)) is not None:
-                    target = view[both.within(place).slices]
-                    part = both.within(chunk.place)
-                    wants.setdefault(chunk.file, []).append(Want(chunk.start, chunk.place.sizes, part, TORCH[stored.dtype], target))
-    return wants
+                if (both := rectangle.overlap(chunk.rectangle)) is not None:
+                    target, part = view[both.within(rectangle).slices], both.within(chunk.rectangle)
+                    copy = ChunkPart(chunk.start, chunk.rectangle.sizes, part, TORCH_DTYPES[stored.dtype], target)
+                    parts.setdefault(chunk.file, []).append(copy)
+    return parts
 
 
-class Blocks:
-    """A file's bytes by ranges, in rising order if it is to be quick."""
+class BlockReader:
+    """Reads ranges of a file by whole blocks; fast if the ranges are in ascending order."""
 
-    def __init__(self, read_into: Callable[[int, memoryview], int], file: File, at: str, *, checked: bool) -> None:
-        self._read_into, self._file, self._at, self._checked = read_into, file, at, checked
-        self._memory = memoryview(bytearray(min(SPAN + 2 * BLOCK, -(-file.bytes // BLOCK) * BLOCK)))
-        self._first = self._end = 0  # blocks that are in memory
-        self._unseen = set(range(len(file.xxh3)))
+    def __init__(self, read_into: Callable[[int, memoryview], int], file: CheckpointFile, location: str, *, check_hashes: bool) -> None:
+        self._read_into, self._file, self._location, self._check_hashes = read_into, file, location, check_hashes
+        self._buffer = memoryview(bytearray(min(SPAN + 2 * BLOCK, -(-file.bytes // BLOCK) * BLOCK)))
+        self._first = self._end = 0  # blocks in the buffer
+        self._unread = set(range(len(file.xxh3)))
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop), no more than SPAN; good until the next call. Raises CheckpointError where they are not as written."""
+        """Return bytes [start, stop), at most SPAN, valid until the next call. Raises CheckpointError if they are damaged."""
         first, end = start // BLOCK, -(-stop // BLOCK)
         if not self._first <= first < self._end:
             self._first = self._end = first
-        elif end > self._end:  # what is here already is not read again
+        elif end > self._end:  # blocks that are in the buffer are not read again
             kept = (self._end - first) * BLOCK
-            here = (first - self._first) * BLOCK
-            self._memory[:kept] = bytes(self._memory[here : here + kept])
+            offset = (first - self._first) * BLOCK
+            self._buffer[:kept] = bytes(self._buffer[offset : offset + kept])
             self._first = first
         if end > self._end:
             self._fill(end)
-        begins = self._first * BLOCK
-        return self._memory[start - begins : stop - begins]
+        buffer_start = self._first * BLOCK
+        return self._buffer[start - buffer_start : stop - buffer_start]
 
     def check_rest(self) -> None:
-        """Reads what nobody has asked for."""
-        for block in sorted(self._unseen):
+        """Read the blocks that were not read yet."""
+        for block in sorted(self._unread):
             self.read(block * BLOCK, min((block + 1) * BLOCK, self._file.bytes))
 
     def _fill(self, end: int) -> None:
         start, stop = self._end * BLOCK, min(end * BLOCK, self._file.bytes)
-        into = self._memory[start - self._first * BLOCK : stop - self._first * BLOCK]
-        if (count := self._read_into(start, into)) != len(into):
-            raise CheckpointError(f"{self._at}: bytes: got {start + count}, wants {self._file.bytes}")
+        target = self._buffer[start - self._first * BLOCK : stop - self._first * BLOCK]
+        if (count := self._read_into(start, target)) != len(target):
+            raise CheckpointError(f"{self._location}: expected {self._file.bytes} bytes, got {start + count}")
         for block in range(self._end, end):
-            if self._checked:
-                part = into[block * BLOCK - start : (block + 1) * BLOCK - start]
-                if (found := xxhash.xxh3_64_hexdigest(part)) != (wanted := self._file.xxh3[block]):
-                    raise CheckpointError(f"{self._at}: xxh3 of bytes {block * BLOCK}...: got {found}, wants {wanted}")
-            self._unseen.discard(block)
+            if self._check_hashes:
+                content = target[block * BLOCK - start : (block + 1) * BLOCK - start]
+                if (xxh3 := xxhash.xxh3_64_hexdigest(content)) != (expected := self._file.xxh3[block]):
+                    raise CheckpointError(f"{self._location}: xxh3 of bytes {block * BLOCK}...: expected {expected}, got {xxh3}")
+            self._unread.discard(block)
         self._end = end
 
 
-def _copy(blocks: Blocks, want: Want) -> None:
-    width = want.dtype.itemsize
+def _copy(blocks: BlockReader, part: ChunkPart) -> None:
+    width = part.dtype.itemsize
     strides: list[int] = []
-    step = width
-    for size in reversed(want.sizes):
-        strides.insert(0, step)
-        step *= size
-    first = want.start + sum(offset * stride for offset, stride in zip(want.part.offsets, strides, strict=True))
-    for start, target in _spans(first, want.target, strides, width):
-        raw = blocks.read(start, start + _extent(target, strides, width))
-        source = torch.frombuffer(raw, dtype=want.dtype)
+    stride = width
+    for size in reversed(part.sizes):
+        strides.insert(0, stride)
+        stride *= size
+    first = part.start + sum(offset * stride for offset, stride in zip(part.part.offsets, strides, strict=True))
+    for start, target in _spans(first, part.target, strides, width):
+        content = blocks.read(start, start + _extent(target, strides, width))
+        source = torch.frombuffer(content, dtype=part.dtype)
         target.copy_(source.as_strided(target.shape, [stride // width for stride in strides]))
 
 
 def _spans(first: int, target: Tensor, strides: list[int], width: int) -> Iterator[tuple[int, Tensor]]:
-    """A part in parts, each of which lies close together: no more than SPAN bytes from its first to its last, and no long gaps."""
-    wide = next((d for d, size in enumerate(target.shape) if size > 1), None)
-    if wide is None:
+    """Yield parts of the target that are dense in the file: at most SPAN bytes from first to last, without long gaps."""
+    outer = next((d for d, size in enumerate(target.shape) if size > 1), None)
+    if outer is None:
         yield first, target
         return
-    inner = _extent(target.narrow(wide, 0, 1), strides, width)
-    gapped = strides[wide] - inner >= BLOCK
-    if not gapped and _extent(target, strides, width) <= SPAN:
+    inner = _extent(target.narrow(outer, 0, 1), strides, width)
+    has_gaps = strides[outer] - inner >= BLOCK
+    if not has_gaps and _extent(target, strides, width) <= SPAN:
         yield first, target
         return
-    rows = 1 if gapped or inner > SPAN else 1 + (SPAN - inner) // strides[wide]
-    for row in range(0, target.shape[wide], rows):
-        few = target.narrow(wide, row, min(rows, target.shape[wide] - row))
-        yield from _spans(first + row * strides[wide], few, strides, width)
+    rows = 1 if has_gaps or inner > SPAN else 1 + (SPAN - inner) // strides[outer]
+    for row in range(0, target.shape[outer], rows):
+        some = target.narrow(outer, row, min(rows, target.shape[outer] - row))
+        yield from _spans(first + row * strides[outer], some, strides, width)
 
 
 def _extent(target: Tensor, strides: list[int], width: int) -> int:

@@ -1,13 +1,19 @@
-"""From a rank's flat fragment to rectangles of the whole tensor.
+"""A rank's flat fragments of parameters, as rectangles of the whole tensors.
 
 A rank holds a part of each parameter, and under ZeRO a flat range of that part. A flat range of a row-major tensor is a short list of
-rectangles, each contiguous in memory, so each is a view and nothing is copied. Rectangles of the whole are what a checkpoint stores, and
-what is read back under any other cut.
+rectangles. Each is contiguous in memory, so it is a view, and nothing is copied. Checkpoints store rectangles of whole tensors, which can
+be read under any other layout.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import add
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line reads manifests without torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -24,19 +30,47 @@ class Rectangle:
         return tuple(slice(offset, offset + size) for offset, size in zip(self.offsets, self.sizes, strict=True))
 
     def overlap(self, other: "Rectangle") -> "Rectangle | None":
-        """What both hold."""
         offsets = tuple(map(max, self.offsets, other.offsets))
         ends = (min(a + s, b + t) for a, s, b, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True))
         sizes = tuple(end - offset for end, offset in zip(ends, offsets, strict=True))
         return Rectangle(offsets, sizes) if all(size > 0 for size in sizes) else None
 
     def within(self, outer: "Rectangle") -> "Rectangle":
-        """The same, counted from where `outer` begins."""
+        """Return the same rectangle with offsets relative to those of `outer`."""
         return Rectangle(tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.sizes)
 
 
+@dataclass(frozen=True, slots=True)
+class TensorViews:
+    """The rectangles of one whole tensor that this rank holds, as views of its memory: saving reads them, loading writes them."""
+
+    shape: tuple[int, ...]  # of the whole tensor
+    dtype: "torch.dtype"
+    views: "tuple[tuple[Rectangle, Tensor], ...]"
+
+    @classmethod
+    def from_flat(
+        cls, shape: Sequence[int], flat: "Tensor", *, local_shape: Sequence[int], offsets: Sequence[int], start: int
+    ) -> "TensorViews":
+        """Return views of `flat` [n], which starts at element `start` of a part of this local shape, at these offsets of the whole."""
+        return cls(tuple(shape), flat.dtype, tuple(_views(flat, local_shape, offsets, start)))
+
+    @classmethod
+    def from_whole(cls, tensor: "Tensor") -> "TensorViews":
+        """Return the one view of a tensor that this rank holds whole. Raises RuntimeError unless it is contiguous."""
+        return cls.from_flat(tensor.shape, tensor.view(-1), local_shape=tensor.shape, offsets=(0,) * tensor.ndim, start=0)
+
+
+def _views(flat: "Tensor", local_shape: Sequence[int], offsets: Sequence[int], start: int) -> "Iterator[tuple[Rectangle, Tensor]]":
+    position = 0
+    for local in rectangles(local_shape, start, start + flat.numel()):
+        rectangle = Rectangle(tuple(map(add, offsets, local.offsets)), local.sizes)
+        yield rectangle, flat.narrow(0, position, rectangle.count).view(rectangle.sizes)
+        position += rectangle.count
+
+
 def rectangles(shape: Sequence[int], start: int, stop: int) -> list[Rectangle]:
-    """The flat range [start, stop) of a row-major tensor of `shape`, as rectangles in order, each contiguous: at most 2 ndim - 1."""
+    """Return the flat range [start, stop) of a row-major tensor as contiguous rectangles, in order: at most 2 ndim - 1."""
     if start >= stop:
         return []
     if len(shape) <= 1:
@@ -44,17 +78,17 @@ def rectangles(shape: Sequence[int], start: int, stop: int) -> list[Rectangle]:
     row = math.prod(shape[1:])
     (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
     if first == last:
-        return _within(first, rectangles(shape[1:], head, tail))
-    found: list[Rectangle] = []
+        return _in_row(first, rectangles(shape[1:], head, tail))
+    result: list[Rectangle] = []
     if head:
-        found += _within(first, rectangles(shape[1:], head, row))
+        result += _in_row(first, rectangles(shape[1:], head, row))
         first += 1
     if last > first:
-        found.append(Rectangle((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+        result.append(Rectangle((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
     if tail:
-        found += _within(last, rectangles(shape[1:], 0, tail))
-    return found
+        result += _in_row(last, rectangles(shape[1:], 0, tail))
+    return result
 
 
-def _within(row: int, inner: list[Rectangle]) -> list[Rectangle]:
+def _in_row(row: int, inner: list[Rectangle]) -> list[Rectangle]:
     return [Rectangle((row, *r.offsets), (1, *r.sizes)) for r in inner]

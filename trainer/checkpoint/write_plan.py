@@ -1,6 +1,6 @@
-"""Which rank writes what: each piece of the whole once, what several ranks hold alike spread over them, so that all write about as much.
+"""Which rank writes what: every element once, and what several ranks hold is spread over them, so that all write about the same amount.
 
-Planned once for each layout: shapes do not change from one save to the next. A share is one safetensors file, its length known before.
+Planned once per layout, because shapes do not change between saves. A rank writes one safetensors file, whose length is known in advance.
 """
 
 import json
@@ -14,115 +14,113 @@ import torch
 import xxhash
 from torch import Tensor
 
-from manta.trainer.checkpoint.manifest import BLOCK, Chunk, Stored
-from manta.trainer.checkpoint.rectangles import Rectangle
-from manta.trainer.checkpoint.shards import Pieces
+from manta.trainer.checkpoint.manifest import BLOCK, Chunk, StoredTensor
+from manta.trainer.checkpoint.rectangles import Rectangle, TensorViews
 
-AT_ONCE = 64 * BLOCK
-SPREAD = 1 << 16  # elements from which on what several ranks hold is cut up between them, and not given to one
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
-TORCH = {name: dtype for dtype, name in DTYPES.items()}
+GPU_COPY = 64 * BLOCK  # bytes of GPU memory copied at once
+MIN_SPLIT = 1 << 16  # elements: a smaller rectangle that several ranks hold is written by one of them
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
-Located = tuple[str, Rectangle]  # of which tensor
+Region = tuple[str, Rectangle]  # a tensor's key, and a rectangle of it
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What a rank tells of one tensor: no data."""
+class TensorRegions:
+    """What a rank holds of one tensor, without the data."""
 
     key: str
-    whole: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
-    places: tuple[Rectangle, ...]
+    rectangles: tuple[Rectangle, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What each rank writes, in the order of its file."""
+class WritePlan:
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    """Type and whole shape, by key."""
+    regions: list[list[Region]]
+    """By rank, in the order of its file."""
 
-    wholes: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    shares: list[list[Located]]
-
-    def tensors(self, files: Mapping[int, int]) -> dict[str, Stored]:
-        """files: by rank that writes anything, which of the checkpoint's files that is."""
-        chunks: dict[str, list[Chunk]] = {key: [] for key in self.wholes}
-        for rank, share in enumerate(self.shares):
-            dtypes = [self.wholes[key][0] for key, _ in share]
-            for (key, place), (start, _) in zip(share, _layout(share, dtypes)[1], strict=True):
-                chunks[key].append(Chunk(files[rank], start, place))
-        return {key: Stored(DTYPES[dtype], shape, tuple(chunks[key])) for key, (dtype, shape) in self.wholes.items()}
-
-
-def held(state: Mapping[str, Pieces]) -> list[Held]:
-    return [Held(key, pieces.whole, pieces.dtype, tuple(place for place, _ in pieces.held)) for key, pieces in state.items()]
+    def stored_tensors(self, files: Mapping[int, int]) -> dict[str, StoredTensor]:
+        """files: index of a rank's file in the checkpoint, by each rank that writes one."""
+        chunks: dict[str, list[Chunk]] = {key: [] for key in self.tensors}
+        for rank, regions in enumerate(self.regions):
+            dtypes = [self.tensors[key][0] for key, _ in regions]
+            for (key, rectangle), (start, _) in zip(regions, _file_layout(regions, dtypes)[1], strict=True):
+                chunks[key].append(Chunk(files[rank], start, rectangle))
+        return {key: StoredTensor(DTYPE_NAMES[dtype], shape, tuple(chunks[key])) for key, (dtype, shape) in self.tensors.items()}
 
 
-def plan(ranks: Sequence[Iterable[Held]]) -> Plan:
-    """From what each rank holds. Raises AssertionError where some tensor would not be covered once, which no layout may lead to."""
-    holders: dict[Located, list[int]] = {}
-    wholes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for rank, tensors in enumerate(ranks):
-        for tensor in tensors:
-            wholes[tensor.key] = (tensor.dtype, tensor.whole)
-            for place in tensor.places:
-                holders.setdefault((tensor.key, place), []).append(rank)
-    covered = dict.fromkeys(wholes, 0)
-    for key, place in holders:
-        covered[key] += place.count
-    for key, (_, whole) in wholes.items():
-        assert covered[key] == math.prod(whole), f"{key}: ranks hold {covered[key]} of its {math.prod(whole)} elements"
-    shares: list[list[Located]] = [[] for _ in ranks]
-    load = [0] * len(shares)
-    for (key, place), own in sorted(holders.items(), key=_leeway):
-        parts = _cut(place, len(own))
-        takers = own if len(parts) == len(own) else [min(own, key=load.__getitem__)]
-        for part, taker in zip(parts, takers, strict=True):
-            shares[taker].append((key, part))
-            load[taker] += part.count * wholes[key][0].itemsize
-    order = {key: number for number, key in enumerate(wholes)}
-    for share in shares:  # wide elements first, so that each lies where its width divides
-        share.sort(key=lambda item: (-wholes[item[0]][0].itemsize, order[item[0]], item[1]))
-    return Plan(wholes, shares)
+def regions_of(state: Mapping[str, TensorViews]) -> list[TensorRegions]:
+    return [TensorRegions(key, held.shape, held.dtype, tuple(rectangle for rectangle, _ in held.views)) for key, held in state.items()]
 
 
-def _leeway(piece: tuple[Located, list[int]]) -> tuple[bool, int]:
-    """Pieces that one rank alone holds come first; of the others the largest do, so that the smallest even out what is left."""
-    (_, place), own = piece
-    return len(own) > 1, -place.count
+def plan_writes(ranks: Sequence[Iterable[TensorRegions]]) -> WritePlan:
+    """Return the plan for what each rank holds. Raises AssertionError unless every element is held, which any layout must ensure."""
+    holders: dict[Region, list[int]] = {}
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for rank, held in enumerate(ranks):
+        for tensor in held:
+            tensors[tensor.key] = (tensor.dtype, tensor.shape)
+            for rectangle in tensor.rectangles:
+                holders.setdefault((tensor.key, rectangle), []).append(rank)
+    covered = dict.fromkeys(tensors, 0)
+    for key, rectangle in holders:
+        covered[key] += rectangle.count
+    for key, (_, shape) in tensors.items():
+        assert covered[key] == math.prod(shape), f"{key}: ranks hold {covered[key]} of its {math.prod(shape)} elements"
+    regions: list[list[Region]] = [[] for _ in ranks]
+    load = [0] * len(regions)
+    for (key, rectangle), owners in sorted(holders.items(), key=_choice):
+        parts = _split(rectangle, len(owners))
+        writers = owners if len(parts) == len(owners) else [min(owners, key=load.__getitem__)]
+        for part, writer in zip(parts, writers, strict=True):
+            regions[writer].append((key, part))
+            load[writer] += part.count * tensors[key][0].itemsize
+    order = {key: number for number, key in enumerate(tensors)}
+    for own in regions:  # wide elements first, so that each starts at a multiple of its width
+        own.sort(key=lambda region: (-tensors[region[0]][0].itemsize, order[region[0]], region[1]))
+    return WritePlan(tensors, regions)
 
 
-def _cut(place: Rectangle, parts: int) -> list[Rectangle]:
-    """Into as many rectangles of whole rows, where it is worth it and there are as many."""
-    rows = place.sizes[0] if place.sizes else 0
-    if place.count < SPREAD or rows < parts:
-        return [place]
+def _choice(holders: tuple[Region, list[int]]) -> tuple[bool, int]:
+    """Sort first what one rank alone holds; then the largest, so that the smallest even out the rest."""
+    (_, rectangle), owners = holders
+    return len(owners) > 1, -rectangle.count
+
+
+def _split(rectangle: Rectangle, parts: int) -> list[Rectangle]:
+    """Split a rectangle into parts of whole rows, if it is large enough and has enough rows."""
+    rows = rectangle.sizes[0] if rectangle.sizes else 0
+    if rectangle.count < MIN_SPLIT or rows < parts:
+        return [rectangle]
     ends = [rows * part // parts for part in range(parts + 1)]
-    first, others = place.offsets[0], place.offsets[1:]
-    return [Rectangle((first + a, *others), (b - a, *place.sizes[1:])) for a, b in pairwise(ends)]
+    first, others = rectangle.offsets[0], rectangle.offsets[1:]
+    return [Rectangle((first + a, *others), (b - a, *rectangle.sizes[1:])) for a, b in pairwise(ends)]
 
 
-class Share:
-    """What this rank writes, as one safetensors file."""
+class RankFile:
+    """The safetensors file that this rank writes."""
 
-    def __init__(self, places: Sequence[Located], state: Mapping[str, Pieces]) -> None:
-        self.places = places
-        dtypes = [state[key].dtype for key, _ in places]
-        self._header, self._spans = _layout(places, dtypes)
-        self.bytes = self._spans[-1][1] if places else 0
-        self._staged: Tensor | None = None
+    def __init__(self, regions: Sequence[Region], state: Mapping[str, TensorViews]) -> None:
+        self.regions = regions
+        self._header, self._spans = _file_layout(regions, [state[key].dtype for key, _ in regions])
+        self.bytes = self._spans[-1][1] if regions else 0
+        self._staging: Tensor | None = None
 
-    def views(self, state: Mapping[str, Pieces]) -> list[Tensor]:
-        """Of the memory that training writes to."""
-        return [_find(state[key], place) for key, place in self.places]
+    def views(self, state: Mapping[str, TensorViews]) -> list[Tensor]:
+        """Return views of the memory that training writes to."""
+        return [_view(state[key], rectangle) for key, rectangle in self.regions]
 
-    def stage(self, state: Mapping[str, Pieces]) -> list[Tensor]:
-        """A copy, in memory that is kept for the next time: training may go on."""
+    def stage(self, state: Mapping[str, TensorViews]) -> list[Tensor]:
+        """Return copies, so that training may continue. Their memory is reused by the next save."""
         start, views = len(self._header), self.views(state)
         on_gpu = any(view.is_cuda for view in views)
-        if self._staged is None:
-            self._staged = torch.empty(max(self.bytes - start, 0), dtype=torch.uint8, pin_memory=on_gpu)
+        if self._staging is None:
+            self._staging = torch.empty(max(self.bytes - start, 0), dtype=torch.uint8, pin_memory=on_gpu)
         copies = [
-            self._staged[a - start : b - start].view(view.dtype).view(view.shape) for view, (a, b) in zip(views, self._spans, strict=True)
+            self._staging[a - start : b - start].view(view.dtype).view(view.shape) for view, (a, b) in zip(views, self._spans, strict=True)
         ]
         for copy, view in zip(copies, views, strict=True):
             copy.copy_(view, non_blocking=True)
@@ -130,8 +128,8 @@ class Share:
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def body(self, views: Sequence[Tensor], hashes: list[str]) -> Iterator[memoryview]:
-        """The file, in parts of no more than a block; `hashes` is filled anew, with those of its blocks."""
+    def parts(self, views: Sequence[Tensor], hashes: list[str]) -> Iterator[memoryview]:
+        """Yield the file in parts of at most a block. Replaces the content of `hashes` by the hashes of its blocks."""
         hashes.clear()
         hasher, room = xxhash.xxh3_64(), BLOCK
         for buffer in self._buffers(views):
@@ -151,31 +149,31 @@ class Share:
         yield memoryview(self._header)
         for view in views:
             flat = view.detach().reshape(-1).view(torch.uint8)
-            for start in range(0, len(flat), AT_ONCE):  # of a GPU's memory, no more than this is copied at a time
-                part: Any = flat[start : start + AT_ONCE].cpu().numpy()
+            for start in range(0, len(flat), GPU_COPY):
+                part: Any = flat[start : start + GPU_COPY].cpu().numpy()
                 yield memoryview(part)
 
 
-def _find(pieces: Pieces, place: Rectangle) -> Tensor:
-    """What lies at this place of the whole, out of what is held of it."""
-    for outer, view in pieces.held:
-        if outer.overlap(place) == place:
-            return view[place.within(outer).slices]
-    raise KeyError(place)
+def _view(held: TensorViews, rectangle: Rectangle) -> Tensor:
+    """Return the view of a rectangle of the whole tensor."""
+    for outer, view in held.views:
+        if outer.overlap(rectangle) == rectangle:
+            return view[rectangle.within(outer).slices]
+    raise KeyError(rectangle)
 
 
-def _layout(places: Sequence[Located], dtypes: Sequence[torch.dtype]) -> tuple[bytes, list[tuple[int, int]]]:
-    """A safetensors file's header, and where in the file each piece lies, first byte and end."""
-    told: dict[str, object] = {}
+def _file_layout(regions: Sequence[Region], dtypes: Sequence[torch.dtype]) -> tuple[bytes, list[tuple[int, int]]]:
+    """Return a safetensors file's header, and each region's first byte and end in the file."""
+    entries: dict[str, object] = {}
     spans: list[tuple[int, int]] = []
     position = 0
-    for (key, place), dtype in zip(places, dtypes, strict=True):
-        end = position + place.count * dtype.itemsize
-        name = f"{key}@{','.join(map(str, place.offsets))}"
-        told[name] = {"dtype": DTYPES[dtype], "shape": list(place.sizes), "data_offsets": [position, end]}
+    for (key, rectangle), dtype in zip(regions, dtypes, strict=True):
+        end = position + rectangle.count * dtype.itemsize
+        name = f"{key}@{','.join(map(str, rectangle.offsets))}"
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(rectangle.sizes), "data_offsets": [position, end]}
         spans.append((position, end))
         position = end
-    header = json.dumps(told, separators=(",", ":")).encode()
+    header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 64)
-    begins = len(header) + 8
-    return len(header).to_bytes(8, "little") + header, [(a + begins, b + begins) for a, b in spans]
+    start = len(header) + 8
+    return len(header).to_bytes(8, "little") + header, [(a + start, b + start) for a, b in spans]

@@ -1,6 +1,6 @@
-"""Saves, on all ranks together: each writes its share, the first commits. Asynchronously, training goes on while shares are written.
+"""Saves by all ranks together: each writes its file, the first commits. An asynchronous save is written while training continues.
 
-One save is under way at most. What ranks tell each other of it goes over a group of its own, which training's collectives do not meet.
+One save at most is in progress. Its ranks communicate over a process group of their own, apart from training's collectives.
 """
 
 import errno
@@ -16,80 +16,86 @@ import torch.distributed as dist
 from torch import Tensor
 
 from manta.data.errors import InputError
-from manta.trainer.checkpoint.agreement import first_deals, first_hears, first_says, rank_of_ranks
+from manta.trainer.checkpoint.agreement import gather_to_first, on_first_rank, rank_and_size, scatter_from_first
 from manta.trainer.checkpoint.backend import DISK_FULL, CheckpointBackend
-from manta.trainer.checkpoint.catalog import validation_loss
+from manta.trainer.checkpoint.catalog import Retention, surplus, validation_loss
 from manta.trainer.checkpoint.errors import SaveError
-from manta.trainer.checkpoint.manifest import Checkpoint, File, Progress, name_of, to_bytes
-from manta.trainer.checkpoint.retention import Keep, surplus
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.write_plan import Plan, Share, held, plan
+from manta.trainer.checkpoint.manifest import Checkpoint, CheckpointFile, Progress, name_of_step, to_bytes
+from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.write_plan import RankFile, WritePlan, plan_writes, regions_of
 
 log = logging.getLogger(__name__)
-SHUT = {errno.EROFS, errno.EACCES, errno.EPERM}
-REFUSED = (OSError, InputError)  # what a disk or a store says
+_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+_STORAGE_ERRORS = (OSError, InputError)
 
 
-class Saver:
-    """All ranks call each method together; a process that is no rank calls them alone."""
+class CheckpointWriter:
+    """All ranks call each method together. A process without ranks calls them alone."""
 
     def __init__(
-        self, where: CheckpointBackend, *, identity: Mapping[str, str], attempt: int, keep: Keep | None = None, asynchronous: bool = False
+        self,
+        backend: CheckpointBackend,
+        *,
+        identity: Mapping[str, str],
+        attempt: int,
+        retention: Retention | None = None,
+        asynchronous: bool = False,
     ) -> None:
-        """keep: None deletes nothing."""
-        self.where, self._identity, self._attempt, self._keep, self._asynchronous = where, dict(identity), attempt, keep, asynchronous
-        self._rank, ranks = rank_of_ranks()
-        self._group: Any = dist.new_group(backend="gloo") if ranks > 1 else None
-        self._plan: Plan | None = None
-        self._share: Share | None = None
-        self._token = first_says(lambda: f"a{attempt:04d}-{secrets.token_hex(4)}", self._group)
+        """If retention is None, nothing is deleted."""
+        self.backend, self._identity, self._attempt = backend, dict(identity), attempt
+        self._retention, self._asynchronous = retention, asynchronous
+        self._rank, size = rank_and_size()
+        self._group: Any = dist.new_group(backend="gloo") if size > 1 else None
+        self._plan: WritePlan | None = None
+        self._file: RankFile | None = None
+        self._token = on_first_rank(lambda: f"a{attempt:04d}-{secrets.token_hex(4)}", self._group)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
-    def fence(self) -> None:
-        """No earlier attempt commits from here on; called before a checkpoint is looked for. Raises FencedError in an earlier one.
+    def set_fence(self) -> None:
+        """Stop earlier attempts from committing; call it before searching for a checkpoint. Raises FencedError in an earlier attempt.
 
-        SaveError where a disk that is full, or may not be written, stands against it: to try again would be of no use.
+        Raises SaveError if the disk is full or not writable: to retry would not help.
         """
-        first_says(self._fence, self._group)
+        on_first_rank(self._set_fence, self._group)
 
-    def save(self, state: Mapping[str, Pieces], progress: Progress, *, about: Mapping[str, Any] | None = None, wait: bool = True) -> None:
-        """`state` has the same places and shapes at each call: who writes what is planned once.
+    def save(
+        self, state: Mapping[str, TensorViews], progress: Progress, *, about: Mapping[str, Any] | None = None, wait: bool = True
+    ) -> None:
+        """Save the state, which must have the same tensors and views in each call, because writes are planned once.
 
-        wait: until it is committed. Else `finish` waits, and raises what went wrong. Raises as `finish` does.
+        wait: return once it is committed. Otherwise `finish` waits, and raises what went wrong. Raises like `finish`.
         """
         self.finish()
-        begun = time.monotonic()
-        if self._share is None:
-            self._plan, places = self._planned(state)
-            self._share = Share(places, state)
-        told = {"attempt": self._attempt, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **(about or {})}
+        start = time.monotonic()
+        file = self._planned_file(state)
+        about = {"attempt": self._attempt, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **(about or {})}
         if wait or not self._asynchronous:
-            self._write(progress, told, self._share.views(state), begun)
+            self._write(file, file.views(state), progress, about, start)
             self.finish()
             return
-        views = self._share.stage(state)
-        log.info("step %d: copied in %.3f s; it is written while training goes on", progress.step, time.monotonic() - begun)
-        self._thread = threading.Thread(target=self._write, args=(progress, told, views, begun), name="checkpoint", daemon=True)
+        views = file.stage(state)
+        log.info("step %d: copied in %.3f s; it is written while training continues", progress.step, time.monotonic() - start)
+        self._thread = threading.Thread(target=self._write, args=(file, views, progress, about, start), name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save is under way whose end nobody has waited for."""
+        """Whether a save was started that `finish` has not waited for."""
         return self._thread is not None
 
     @property
     def is_done(self) -> bool:
-        """Whether the save under way has ended: `finish` would not wait."""
+        """Whether `finish` would return at once."""
         return self._thread is None or not self._thread.is_alive()
 
     @property
     def has_failed(self) -> bool:
-        """Whether the save under way has ended badly, as far as this rank knows: `finish` raises it."""
+        """Whether the save has failed, as far as this rank knows. `finish` raises the error."""
         return self._failure is not None
 
     def finish(self) -> None:
-        """Waits for the save under way. Raises on every rank where it failed on any: SaveError, or FencedError."""
+        """Wait for the save in progress. If it failed on any rank, raises SaveError or FencedError on every rank."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -97,87 +103,88 @@ class Saver:
         if failure is not None:
             raise failure
 
-    def _fence(self) -> None:
+    def _set_fence(self) -> None:
         try:
-            self.where.set_fence(self._attempt, self._token)
+            self.backend.set_fence(self._attempt, self._token)
         except OSError as error:
-            if error.errno not in DISK_FULL | SHUT:
+            if error.errno not in DISK_FULL | _NOT_WRITABLE:
                 raise
-            raise SaveError(f"an attempt has to be noted before it goes on: {self._told('', error)}") from None
+            raise SaveError(f"the attempt could not be recorded: {self._message('', error)}") from None
 
-    def _planned(self, state: Mapping[str, Pieces]) -> tuple[Plan | None, Any]:
-        told = first_hears(held(state), self._group)
-        made = plan(told) if self._rank == 0 else None
-        return made, first_deals(made.shares if made else [], self._group)
+    def _planned_file(self, state: Mapping[str, TensorViews]) -> RankFile:
+        if self._file is None:
+            ranks = gather_to_first(regions_of(state), self._group)
+            self._plan = plan_writes(ranks) if self._rank == 0 else None
+            self._file = RankFile(scatter_from_first(self._plan.regions if self._plan else [], self._group), state)
+        return self._file
 
-    def _write(self, progress: Progress, about: Mapping[str, Any], views: Sequence[Tensor], begun: float) -> None:
-        """This rank's share; then, on the first, the commit. It ends alike on every rank, unless one is gone."""
-        name = name_of(progress.step)
+    def _write(self, file: RankFile, views: Sequence[Tensor], progress: Progress, about: Mapping[str, Any], start: float) -> None:
+        """Write this rank's file; then commit, on the first. Has the same outcome on every rank, unless one dies."""
+        name = name_of_step(progress.step)
         try:
-            told = first_hears(self._written(name, views), self._group)
-            first_says(lambda: self._commit(name, told, progress, about), self._group)
-            log.info("saved %s in %.3f s", self.where.location(name), time.monotonic() - begun)
+            files = gather_to_first(self._write_file(name, file, views), self._group)
+            on_first_rank(lambda: self._commit(name, files, progress, about), self._group)
+            log.info("saved %s in %.3f s", self.backend.location(name), time.monotonic() - start)
         except Exception as error:  # noqa: BLE001  `finish` raises it
             self._failure = error
 
-    def _written(self, name: str, views: Sequence[Tensor]) -> File | Exception | None:
-        assert self._share is not None
-        share, hashes = self._share, list[str]()
-        if not share.places:
+    def _write_file(self, name: str, file: RankFile, views: Sequence[Tensor]) -> CheckpointFile | Exception | None:
+        """Return the file, None if this rank has none to write, or an error that can be sent to the first rank, which waits for it."""
+        if not file.regions:
             return None
-        file, free = f"rank-{self._rank:04d}.safetensors", None
+        hashes, free = list[str](), None
         try:
-            free = self.where.store.free_bytes()
-            file = self.where.write(name, self._token, file, lambda: share.body(views, hashes))
-        except REFUSED as error:
-            return SaveError(f"rank {self._rank}: {self._told(name, error, share.bytes, free)}")
-        except Exception as error:  # told to the first rank, which waits for it: as one that can surely be sent
-            log.exception("%s: rank %d could not write its share", self.where.location(name), self._rank)
+            free = self.backend.store.free_bytes()
+            path = self.backend.write(name, self._token, f"rank-{self._rank:04d}.safetensors", lambda: file.parts(views, hashes))
+        except _STORAGE_ERRORS as error:
+            return SaveError(f"rank {self._rank}: {self._message(name, error, file.bytes, free)}")
+        except Exception as error:
+            log.exception("%s: rank %d could not write its file", self.backend.location(name), self._rank)
             return RuntimeError(f"rank {self._rank}: {type(error).__name__}: {error}")
-        return File(file, share.bytes, tuple(hashes))
+        return CheckpointFile(path, file.bytes, tuple(hashes))
 
-    def _commit(self, name: str, told: list[File | Exception | None], progress: Progress, about: Mapping[str, Any]) -> None:
+    def _commit(self, name: str, files: list[CheckpointFile | Exception | None], progress: Progress, about: Mapping[str, Any]) -> None:
         assert self._plan is not None
-        wanted = free = None
+        needed = free = None
         try:
-            for one in told:
-                if isinstance(one, Exception):
-                    raise one  # noqa: TRY301  cleared away as what goes wrong here
-            files = {rank: one for rank, one in enumerate(told) if isinstance(one, File)}
+            for file in files:
+                if isinstance(file, Exception):
+                    raise file  # noqa: TRY301  abandoned like any other failure
+            written = {rank: file for rank, file in enumerate(files) if isinstance(file, CheckpointFile)}
             checkpoint = Checkpoint(
-                at=self.where.location(name),
+                location=self.backend.location(name),
                 progress=progress,
                 identity=self._identity,
-                files=tuple(files.values()),
-                tensors=self._plan.tensors({rank: number for number, rank in enumerate(files)}),
+                files=tuple(written.values()),
+                tensors=self._plan.stored_tensors({rank: index for index, rank in enumerate(written)}),
                 about=dict(about),
             )
             manifest = to_bytes(checkpoint)
-            wanted, free = len(manifest), self.where.store.free_bytes()
-            self.where.commit(name, self._token, manifest)
+            needed, free = len(manifest), self.backend.store.free_bytes()
+            self.backend.commit(name, self._token, manifest)
         except Exception as error:
-            with suppress(*REFUSED):  # what is wrong already is told; the next attempt sweeps
-                self.where.abandon(name, self._token)
-            if isinstance(error, REFUSED):
-                raise SaveError(self._told(name, error, wanted, free)) from None
+            with suppress(*_STORAGE_ERRORS):  # the first error is reported; the next attempt sweeps
+                self.backend.abandon(name, self._token)
+            if isinstance(error, _STORAGE_ERRORS):
+                raise SaveError(self._message(name, error, needed, free)) from None
             raise
         try:
-            self._prune(name)
-        except REFUSED as error:
-            log.warning("%s: could not delete what is kept no more: %s", self.where.location(name), error)
+            self._delete_surplus(name)
+        except _STORAGE_ERRORS as error:
+            log.warning("%s: could not delete older checkpoints: %s", self.backend.location(name), error)
 
-    def _told(self, name: str, error: Exception, wanted: int | None = None, free: int | None = None) -> str:
-        """What a disk or a store says, with what a person has to know of it. free: bytes, before anything was written."""
+    def _message(self, name: str, error: Exception, needed: int | None = None, free: int | None = None) -> str:
+        """Describe an error of the disk or store. needed, free: bytes, before anything was written."""
         if not isinstance(error, OSError) or error.strerror is None:
             return str(error)
-        wants = "" if wanted is None else f": wants {wanted:,} bytes" + ("" if free is None else f", and {free:,} were free")
-        remedy = "; make room, or lower checkpoint.keep" if error.errno in DISK_FULL else ""
-        return f"{error.filename or self.where.location(name)}: {error.strerror}{wants}{remedy}"
+        space = "" if needed is None else f": needs {needed:,} bytes" + ("" if free is None else f", and {free:,} were free")
+        remedy = ". Free some space, or lower checkpoint.keep." if error.errno in DISK_FULL else ""
+        return f"{error.filename or self.backend.location(name)}: {error.strerror}{space}{remedy}"
 
-    def _prune(self, newest: str) -> None:
-        """Only the attempt that the run belongs to deletes, and never what it has just saved."""
-        if self._keep is None:
+    def _delete_surplus(self, newest: str) -> None:
+        """Delete what is not kept, never the checkpoint just saved, and only while this attempt holds the fence."""
+        if self._retention is None:
             return
-        for name in surplus(self.where.names(), newest, self._keep, lambda name: validation_loss(self.where, name)):
-            if self.where.is_fence_held_by(self._token):
-                self.where.delete(name)
+        for name in surplus(self.backend.names(), newest, self._retention, lambda name: validation_loss(self.backend, name)):
+            if self.backend.is_fence_held_by(self._token):
+                self.backend.delete(name)

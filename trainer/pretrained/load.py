@@ -50,7 +50,7 @@ def load_pretrained(run_directory: RunDirectory) -> Pretrained:
         config, end_of_text, sequence_length = run.model, run.tokenizer.end_of_text, run.data.sequence_length
     else:
         config, end_of_text, sequence_length = _imported_config(run_directory.path), source.end_of_text, source.sequence_length
-    newest = catalog.newest_weights(run_directory.checkpoints)
+    newest = catalog.load_newest_weights(run_directory.checkpoints)
     if newest is None:
         remedy = f"Run manta resume {run_directory.typed} first." if source is None else "Import again."
         raise InputError(f"{run_directory.checkpoints}: expected a checkpoint, got none. {remedy}")
@@ -59,7 +59,7 @@ def load_pretrained(run_directory: RunDirectory) -> Pretrained:
     tokenizer = Tokenizer(file, end_of_text=end_of_text)
     with torch.device("meta"):
         model = build(config, vocabulary=tokenizer.vocabulary, sequence_length=sequence_length, code=run_directory.code)
-    fill_weights(model, weights, checkpoint.at)
+    fill_weights(model, weights, checkpoint.location)
     return Pretrained(
         run_directory=run_directory,
         config=config,

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.checkpoint.manifest import difference
-from manta.trainer.checkpoint.vocabulary import ROWS
+from manta.trainer.checkpoint.manifest import first_difference
+from manta.trainer.checkpoint.token_rows import TOKEN_ROWS
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.model.build import build
 from manta.trainer.model.transformer import Transformer
@@ -26,7 +26,7 @@ def fill_weights(model: Transformer, weights: dict[str, Tensor], location: str) 
     """Give a model on the meta device its weights. Raises CheckpointError if they are another model's."""
     expected, found = _shapes(model), {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
-        raise CheckpointError(f"{location}: {difference(expected, found)}")
+        raise CheckpointError(f"{location}: {first_difference(expected, found)}")
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     tied = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
     model.load_state_dict(weights, assign=True, strict=False)
@@ -46,14 +46,14 @@ def start_difference(
     """
     storage, name = origin_of(start)
     assert name is not None, f"{start}: not the name of one checkpoint"
-    shapes = catalog.look(storage, name).shapes
+    shapes = catalog.read_manifest(storage, name).shapes
     with torch.device("meta"):
         expected = _shapes(build(config, vocabulary=vocabulary, sequence_length=sequence_length, code=code))
     found = {key.removeprefix("master/"): shape for key, shape in shapes.items() if key.startswith("master/")}
     if match_tokens:
-        rows = [key for key in found.keys() & expected.keys() if ROWS.fullmatch(f"master/{key}")]
+        rows = [key for key in found.keys() & expected.keys() if TOKEN_ROWS.fullmatch(f"master/{key}")]
         found |= {key: expected[key] for key in rows if expected[key][1:] == found[key][1:]}
-    return None if expected == found else difference(expected, found)
+    return None if expected == found else first_difference(expected, found)
 
 
 def _shapes(model: Transformer) -> Mapping[str, tuple[int, ...]]:

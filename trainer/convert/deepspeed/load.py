@@ -14,7 +14,7 @@ import torch
 from torch import Size, Tensor
 
 from manta.data.errors import InputError
-from manta.trainer.checkpoint.manifest import LOSS_SCALER
+from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS
 from manta.trainer.convert.deepspeed.files import model_file, newest_folder, read_file, shard_files
 from manta.trainer.convert.deepspeed.groups import ONE_SAVE, parameter_numbers, state_of, state_tensors
 
@@ -83,7 +83,7 @@ def _with_zero(folder: Path, model: dict[str, Any]) -> DeepSpeedCheckpoint:
     return DeepSpeedCheckpoint(
         stage=stage,
         optimizer_steps=_same_count(counts, folder),
-        loss_scaler=None if scaler is None else {name: scaler[name] for name in LOSS_SCALER},
+        loss_scaler=None if scaler is None else {name: scaler[name] for name in LOSS_SCALER_FIELDS},
         parameters=parameters,
         settings=_settings(optimizers[0], [list(sizes) for sizes in shapes]),
         tied=dict(model["shared_params"]),

@@ -16,7 +16,7 @@ from manta.trainer.architectures.architecture import Architecture
 from manta.trainer.architectures.families import architecture_for, map_tensors
 from manta.trainer.architectures.tensor_map import IDENTITY, TensorMapping, hf_shapes, padded, substitute
 from manta.trainer.checkpoint.manifest import Progress
-from manta.trainer.checkpoint.shards import Pieces
+from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.convert.deepspeed.load import MASTER, DeepSpeedCheckpoint, States
 from manta.trainer.model.build import build
@@ -32,7 +32,7 @@ OPTIMIZERS = {"adamw": STATES[torch.optim.AdamW], "sgd": STATES[torch.optim.SGD]
 
 def logical_state(
     source: DeepSpeedCheckpoint, config: TrainingConfig, *, vocabulary: int, code: Path, names: Names | None
-) -> dict[str, Pieces]:
+) -> dict[str, TensorViews]:
     """Return the tensors of a checkpoint of ours. vocabulary: the tokenizer's size. names: by default those that fit more tensors.
 
     Raises InputError with the first tensor that is missing, surplus or of another shape.
@@ -64,20 +64,20 @@ class _Renamer:
         self._tied = {_unwrapped(name): _unwrapped(original) for name, original in source.tied.items()}
         self._mappings, self._vocabulary = self._choose_names(names, vocabulary)
 
-    def state(self) -> dict[str, Pieces]:
+    def state(self) -> dict[str, TensorViews]:
         """Holds no more than one tensor besides those that it returns."""
         self._check_shapes()
         self._check_tied()
         for problem in self._optimizer_problems():
             raise InputError(f"{self._source.folder}: {problem} Set optimizer.name to the one that was used.")
         keys = (MASTER, *OPTIMIZERS[self._config.optimizer.name])
-        state: dict[str, Pieces] = {}
+        state: dict[str, TensorViews] = {}
         for mapping in self._mappings:
             for key in keys if self._trained.issuperset(mapping.ours) else (MASTER,):
                 for name, tensor in mapping.from_hf(lambda name, key=key: self._read(name, key)).items():
                     shape = self._shapes[name]
                     fits = tensor.shape == shape and tensor.dtype == torch.float32 and tensor.is_contiguous()
-                    state[f"{key}/{name}"] = Pieces.all_of(tensor if fits else padded(tensor, shape))
+                    state[f"{key}/{name}"] = TensorViews.from_whole(tensor if fits else padded(tensor, shape))
         return state
 
     def _choose_names(self, names: Names | None, vocabulary: int) -> tuple[list[TensorMapping], int]:

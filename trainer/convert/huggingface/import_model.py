@@ -21,8 +21,8 @@ from manta.trainer.architectures.families import map_tensors
 from manta.trainer.architectures.tensor_map import hf_shapes, padded, substitute
 from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.manifest import Progress
-from manta.trainer.checkpoint.shards import Pieces
-from manta.trainer.checkpoint.writer import Saver
+from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.convert.huggingface.directory import CONFIG, TOKENIZER, check_import, read_json, staged
 from manta.trainer.convert.huggingface.weight_files import DTYPES, WeightFiles, open_weights
@@ -59,8 +59,8 @@ def import_model(directory: Path, output: Path) -> None:
         )
         with staged(output) as partial:
             identity = {"source": xxhash.xxh3_128_hexdigest(source.to_json())}
-            weights = {key: Pieces.all_of(tensor) for key, tensor in reader.weights().items()}
-            Saver(open_backend(partial / "checkpoints"), identity=identity, attempt=0).save(weights, STEP_ZERO)
+            weights = {key: TensorViews.from_whole(tensor) for key, tensor in reader.weights().items()}
+            CheckpointWriter(open_backend(partial / "checkpoints"), identity=identity, attempt=0).save(weights, STEP_ZERO)
             for name in KEPT_FILES:
                 if (directory / name).exists():
                     shutil.copyfile(directory / name, partial / name)
