@@ -38,8 +38,8 @@ def whole(held: dict[str, torch.Tensor]) -> dict[str, TensorViews]:
     return {key: TensorViews.from_whole(tensor) for key, tensor in held.items()}
 
 
-def saver(directory: Path, *, attempt: int = 1, keep: Retention | None = None, **more) -> CheckpointWriter:
-    return CheckpointWriter(open_backend(directory), identity={"corpus": "c"}, attempt=attempt, retention=keep, **more)
+def saver(directory: Path, *, attempt: int = 1, retention: Retention | None = None, **more) -> CheckpointWriter:
+    return CheckpointWriter(open_backend(directory), identity={"corpus": "c"}, attempt=attempt, retention=retention, **more)
 
 
 def progress(step: int) -> Progress:
