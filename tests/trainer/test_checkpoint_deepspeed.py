@@ -25,7 +25,7 @@ from manta.launch.config import load
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.engine_state import engine_progress as progress_of
-from manta.trainer.checkpoint.engine_state import restore, settle
+from manta.trainer.checkpoint.engine_state import finish_restore, restore
 from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS, Progress
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
@@ -223,7 +223,7 @@ def resume_with_manta(directory: Path, setup: Setup, cell: Cell) -> Trajectory:
     engine = Engine(manta_model(setup.model), mesh=mesh, optimizer=optimizer_config(setup.optimizer), precision=cell.precision)
     backend = open_backend(directory)
     checkpoint = catalog.restore_newest(backend, lambda found: restore(backend, found, engine))
-    settle(checkpoint.progress, engine)
+    finish_restore(checkpoint.progress, engine)
     losses = []
     for step in range(checkpoint.progress.step, LAST):
         whole = global_batch(setup.model, step)

@@ -52,7 +52,7 @@ def loaded_parts(run: str) -> tuple[list, dict[str, np.ndarray], int]:
     assert checkpoint is not None
     finish_restore(checkpoint.progress, engine)
     state = logical_state(engine)
-    parts = [(key, place.slices, part.numpy().copy()) for key, pieces in state.items() for place, part in pieces.held]
+    parts = [(key, place.slices, part.numpy().copy()) for key, pieces in state.items() for place, part in pieces.views]
     weights = {name: weight.detach().numpy().copy() for name, weight in engine.module.named_parameters()}
     return parts, weights, checkpoint.progress.optimizer_steps
 
