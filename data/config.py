@@ -162,7 +162,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_source_names(self) -> Self:
-        names = [source.called for source in self.sources]
+        names = [source.resolved_name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"sources: expected each source once, got {name!r} {names.count(name)} times. Remove the others.")
@@ -172,7 +172,7 @@ class DataConfig(Section):
     def _check_stages(self) -> Self:
         check_stages("mixture", [stage.from_tokens for stage in self.mixture])
         check_stages("curriculum", [stage.from_tokens for stage in self.curriculum])
-        names = {source.called for source in self.sources}
+        names = {source.resolved_name for source in self.sources}
         weighted = {name for stage in self.mixture for name in stage.weights}
         for name in sorted(weighted - names):
             raise ValueError(f"mixture: expected names of sources, got {name!r}. Use {', '.join(sorted(names))}.")
@@ -206,7 +206,9 @@ class DataConfig(Section):
         for source in self.sources:
             if source.filter.dedup or source.epochs is not None:
                 key = "filter dedup" if source.filter.dedup else f"epochs {source.epochs:g}"
-                raise ValueError(f"sources: expected no {key} with live, which reads text once, got it for {source.called!r}. Remove it.")
+                raise ValueError(
+                    f"sources: expected no {key} with live, which reads text once, got it for {source.resolved_name!r}. Remove it."
+                )
         if self.objective == "masked" and self.pairs == "next_sentence":
             raise ValueError("pairs: expected no next_sentence with live, which has no second text for B. Use sentence_order or none.")
         return self

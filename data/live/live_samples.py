@@ -21,7 +21,7 @@ from manta.data.hashing import hashed
 from manta.data.live.live_sources import Part, parts_of, prepare_live, with_absolute_paths
 from manta.data.objectives.examples import Examples
 from manta.data.objectives.objective import Objective
-from manta.data.prepare.encode import sample
+from manta.data.prepare.encode import sample_text
 from manta.data.sampling.order import Permutation
 from manta.data.sampling.samples import Samples, entropy
 from manta.data.sampling.windows import Windows
@@ -224,7 +224,7 @@ def _as_many_for_each(sizes: Sequence[int], ranks: int) -> bool:
 
 def _some_text(parts: Sequence[Part]) -> list[str]:
     spread = parts[:: max(1, len(parts) // _PROOF_PIECES)][:_PROOF_PIECES]
-    return list(sample([(part.piece, FilterConfig()) for part in spread], _PROOF_BYTES))
+    return list(sample_text([(part.piece, FilterConfig()) for part in spread], _PROOF_BYTES))
 
 
 def _first(held: Iterable[tuple[Cursor, Ids]], width: int) -> Numbers:

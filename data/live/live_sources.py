@@ -9,7 +9,7 @@ import xxhash
 
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
-from manta.data.prepare.encode import held_out_below
+from manta.data.prepare.encode import validation_threshold
 from manta.data.shards.manifest import Prepared, digest
 from manta.data.sources.config import SourceConfig
 from manta.data.sources.filters import Filter
@@ -36,7 +36,7 @@ class Part:
             return None
         if not isinstance(found.content, str):
             raise InputError(_told_of_ids(self.piece.name))
-        return found.content if self.filter.reason_against(found.content) is None else None
+        return found.content if self.filter.rejection(found.content) is None else None
 
     def holds_out(self, text: str) -> bool:
         """By its text, as prepared corpora do: a document that stands twice is held out twice."""
@@ -53,7 +53,7 @@ def parts_of(source: SourceConfig, data: DataConfig) -> tuple[list[Part], list[P
     taken, apart = Filter(source.filter), validation_source(source)
 
     def parts(of: SourceConfig, share: float) -> list[Part]:
-        return [Part(piece=piece, filter=taken, held_out_below=held_out_below(share)) for piece in input_splits(of, data)]
+        return [Part(piece=piece, filter=taken, held_out_below=validation_threshold(share)) for piece in input_splits(of, data)]
 
     if apart is not None:
         return parts(source, 0.0), parts(apart, 1.0)
@@ -102,7 +102,7 @@ def with_absolute_paths(data: DataConfig) -> DataConfig:
 def _refuse_token_files(data: DataConfig) -> None:
     for source in data.sources:
         if holds_token_files(source):
-            raise InputError(_told_of_ids(source.called))
+            raise InputError(_told_of_ids(source.resolved_name))
 
 
 def _absolute(path: str) -> str:

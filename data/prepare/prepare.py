@@ -1,11 +1,11 @@
-"""Sources and a tokenizer become token shards, once: what is there already is found, what is missing is made.
+"""Prepare sources: train a tokenizer and write token shards, once. What exists already is found, and only what is missing is made.
 
     <directory>/tokenizer-<key>/tokenizer.json
     <directory>/<source>-<key>/piece-00000.{train,validation}.{bin,idx}  piece-00000.json  …  manifest.json
 
-A key hashes all that decides a directory's content (names, sizes and times of the files, tokenizer, split, format), so a change of
-any of them is another directory and never a mixture. A killed preparation goes on piece by piece; the result is the same to the byte,
-on any number of workers. The directory may be a URL: then a piece is written on the node that made it, and uploaded.
+A key is a hash of everything that determines a directory's content (names, sizes and times of the files, tokenizer, split, format), so
+any change leads to another directory. A killed preparation resumes at the first incomplete split. The bytes do not depend on kills or on
+the number of workers. The directory may be a URL: then each shard is written on the node that encodes it, and uploaded.
 """
 
 import re
@@ -20,10 +20,10 @@ from manta.data.errors import InputError
 from manta.data.live import live_sources
 from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.objective import window_shape
-from manta.data.prepare.build import intact, make_shards, make_whole
+from manta.data.prepare.build import build_shards, complete_corpus, write_manifest
 from manta.data.prepare.checks import check_sources
-from manta.data.prepare.encode import record_file, sample
-from manta.data.prepare.progress import say
+from manta.data.prepare.encode import record_file, sample_text
+from manta.data.prepare.progress import report
 from manta.data.sampling.packed_windows import find_packing, pack_corpus
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
@@ -33,183 +33,179 @@ from manta.data.sources.config import SourceConfig
 from manta.data.sources.source import identity
 from manta.data.sources.splits import input_splits
 from manta.data.storage.location import absolute, join, local_path
-from manta.data.tokenizer import tokenizer
+from manta.data.tokenizer.tokenizer import FIM_TOKENS, MASKING_TOKENS, Tokenizer, fingerprint, read_tokenizer
 from manta.data.tokenizer.train import train
 
 _TOKENIZER = "tokenizer.json"
 
 
-def find(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
-    """What is prepared already, or None where anything is missing. Looks at names, sizes and times only.
+def find_prepared(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
+    """Return what is prepared already, or None if anything is missing. Checks names, sizes and times only.
 
-    Raises InputError where a source or the tokenizer's file does not exist.
+    Raises InputError if a source or the tokenizer's file does not exist.
     """
     if data.live:
         data = live_sources.with_absolute_paths(data)
-    there = places(data, tokens)
-    if there is None:
+    found = find_directories(data, tokens)
+    if found is None:
         return None
-    home, homes = there
+    tokenizer_home, homes = found
     if data.live:
-        return live_sources.prepare_live(home.copy(_TOKENIZER), data, tokens)
-    manifests = [found for corpus_home in homes if (found := intact(corpus_home, contents=False))]
-    if len(manifests) < len(homes):
+        return live_sources.prepare_live(tokenizer_home.copy(_TOKENIZER), data, tokens)
+    corpora = [corpus for home in homes if (corpus := complete_corpus(home, contents=False))]
+    if len(corpora) < len(homes):
         return None
-    pairs = zip(homes, manifests, strict=True)
-    if data.packing == "best_fit" and not all(find_packing(*pair, window_shape(data)) for pair in pairs):
-        return None
-    return _prepared(home, homes, manifests)
+    if data.packing == "best_fit":
+        shape = window_shape(data)
+        if not all(find_packing(home, corpus, shape) for home, corpus in zip(homes, corpora, strict=True)):
+            return None
+    return _prepared(tokenizer_home, homes, corpora)
 
 
-def places(data: DataConfig, tokens: TokenizerConfig) -> tuple[Home, list[Home]] | None:
-    """Where the tokenizer lies, and where each source's corpus does or would, whole or not; None where there is no tokenizer yet."""
-    home = _tokenizer_home(data, tokens)
+def find_directories(data: DataConfig, tokens: TokenizerConfig) -> tuple[Home, list[Home]] | None:
+    """Return the directory of the tokenizer and those of the corpora, which may not exist; None if there is no tokenizer yet."""
+    tokenizer_home = _tokenizer_home(data, tokens)
     try:
-        content = home.read(_TOKENIZER).decode()
+        content = tokenizer_home.read(_TOKENIZER).decode()
     except FileNotFoundError:
         return None
-    return home, [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
+    return tokenizer_home, [_corpus_home(data, source, tokens, fingerprint(content)) for source in data.sources]
 
 
 def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
-    """Make what is missing and check every byte of what is there. Two at once are safe: the second waits, then finds the work done.
+    """Make what is missing, and check every byte of what exists. A second preparation at the same time waits for the first.
 
-    Raises InputError for whatever is wrong with a source, with the tokenizer's file, or with so little text that no sample results.
+    Raises InputError for a bad source or tokenizer file, or if there is too little text for a sample.
     """
     if data.live:
         data = live_sources.with_absolute_paths(data)
         live_sources.refuse_token_ids(data)
-    home = _tokenizer_home(data, tokens)
+    tokenizer_home = _tokenizer_home(data, tokens)
     _check_tokenizer(data, tokens)
     check_sources(data, tokens)
-    with _alone(data):
-        content = _whole_tokenizer(home, tokens) or _make_tokenizer(home, data, tokens)
+    with _lock(data):
+        content = _find_tokenizer(tokenizer_home, tokens) or _make_tokenizer(tokenizer_home, data, tokens)
         if data.live:
-            return _live(home, data, tokens)
-        homes = [_corpus_home(data, source, tokens, tokenizer.fingerprint(content)) for source in data.sources]
-        manifests = [_make_corpus(*pair, data, tokens, home) for pair in zip(data.sources, homes, strict=True)]
+            return _prepare_live(tokenizer_home, data, tokens)
+        homes = [_corpus_home(data, source, tokens, fingerprint(content)) for source in data.sources]
+        corpora = [_build(source, home, data, tokens, tokenizer_home) for source, home in zip(data.sources, homes, strict=True)]
         if data.packing == "best_fit":
-            for corpus_home, made in zip(homes, manifests, strict=True):
-                pack_corpus(corpus_home, made, window_shape(data))
-    prepared = _prepared(home, homes, manifests)
-    Samples(prepared, data, tokens, seed=0)  # raises where no sample results
+            for home, corpus in zip(homes, corpora, strict=True):
+                pack_corpus(home, corpus, window_shape(data))
+    prepared = _prepared(tokenizer_home, homes, corpora)
+    Samples(prepared, data, tokens, seed=0)  # raises InputError if there is no sample
     return prepared
 
 
-def _live(home: Home, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
-    """Of a corpus that is tokenized while it is read, only the tokenizer is made."""
-    prepared = live_sources.prepare_live(home.copy(_TOKENIZER), data, tokens)
-    LiveSamples(prepared, data, tokens, seed=0, held_out=1)  # raises where no sample results
-    say(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {home.root}")
+def _prepare_live(tokenizer_home: Home, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
+    prepared = live_sources.prepare_live(tokenizer_home.copy(_TOKENIZER), data, tokens)
+    LiveSamples(prepared, data, tokens, seed=0, held_out=1)  # raises InputError if there is no sample
+    report(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {tokenizer_home.root}")
     return prepared
 
 
 def _check_tokenizer(data: DataConfig, tokens: TokenizerConfig) -> None:
-    """Raises InputError where the tokenizer's file, or the size of the one to train, is of no use for the objective."""
+    """Raise InputError if the tokenizer, or the size of the one to train, does not fit the objective."""
     if tokens.file:
-        given = tokenizer.Tokenizer(tokens.file, end_of_text=tokens.end_of_text)
+        tokenizer = Tokenizer(tokens.file, end_of_text=tokens.end_of_text)
         if data.objective == "masked":
-            given.special_tokens(whole_words=data.whole_words)
+            tokenizer.special_tokens(whole_words=data.whole_words)
         if data.fill_in_the_middle:
-            given.fim_tokens()
+            tokenizer.fim_tokens()
         return
-    special = {tokens.end_of_text, *_marks(data)}
-    if tokens.vocabulary < BYTES + len(special):
-        least = f"at least {BYTES + len(special)}: {BYTES} bytes and {' '.join(sorted(special))}"
-        raise InputError(f"tokenizer.vocabulary: got {tokens.vocabulary}, wants {least}; raise it")
+    special = {tokens.end_of_text, *_special_tokens(data)}
+    if tokens.vocabulary < (least := BYTES + len(special)):
+        problem = f"expected at least {least} ({BYTES} bytes and {' '.join(sorted(special))}), got {tokens.vocabulary}"
+        raise InputError(f"tokenizer.vocabulary: {problem}. Raise it.")
 
 
-def _marks(data: DataConfig) -> tuple[str, ...]:
-    """The special tokens that the objective asks of a tokenizer that is trained for it."""
+def _special_tokens(data: DataConfig) -> tuple[str, ...]:
+    """Return the special tokens that the objective needs from a tokenizer that is trained for it."""
     if data.objective == "masked":
-        return tokenizer.MASKING_TOKENS
-    return tokenizer.FIM_TOKENS if data.fill_in_the_middle else ()
+        return MASKING_TOKENS
+    return FIM_TOKENS if data.fill_in_the_middle else ()
 
 
-def _whole_tokenizer(home: Home, tokens: TokenizerConfig) -> str | None:
-    """The text of the tokenizer that an earlier preparation made; where that is damaged, it is said, and None."""
+def _find_tokenizer(home: Home, tokens: TokenizerConfig) -> str | None:
+    """Return the text of an existing tokenizer; None if there is none, or a damaged one."""
     try:
         content = home.read(_TOKENIZER)
+        Tokenizer(home.copy(_TOKENIZER), end_of_text=tokens.end_of_text)
     except FileNotFoundError:
         return None
-    try:
-        tokenizer.Tokenizer(home.copy(_TOKENIZER), end_of_text=tokens.end_of_text)
     except InputError as error:
-        say(f"prepare: {error}; it has to be made again")
+        report(f"prepare: {error} It is made again.")
         return None
     return content.decode()
 
 
 def _make_tokenizer(home: Home, data: DataConfig, tokens: TokenizerConfig) -> str:
     if tokens.file:
-        content = tokenizer.read_tokenizer(tokens.file)
+        content = read_tokenizer(tokens.file)
     else:
-        say(f"tokenizer: training {tokens.vocabulary} tokens on up to {tokens.train_bytes / 1e6:.1f} MB of text")
-        pieces = [(piece, source.filter) for source in data.sources for piece in input_splits(source, data)]
+        report(f"tokenizer: training {tokens.vocabulary} tokens on up to {tokens.train_bytes / 1e6:.1f} MB of text")
+        splits = [(split, source.filter) for source in data.sources for split in input_splits(source, data)]
         content = train(
-            sample(pieces, tokens.train_bytes),
+            sample_text(splits, tokens.train_bytes),
             algorithm=tokens.algorithm,
             vocabulary=tokens.vocabulary,
             lowercase=tokens.lowercase,
             end_of_text=tokens.end_of_text,
-            special_tokens=_marks(data),
+            special_tokens=_special_tokens(data),
         )
     home.store.create()
     home.write(_TOKENIZER, content.encode())
     return content
 
 
-def _make_corpus(source: SourceConfig, home: Home, data: DataConfig, tokens: TokenizerConfig, tokenizer_home: Home) -> Manifest:
-    if found := intact(home, contents=home.store.is_local):
-        return found
-    opened = tokenizer.Tokenizer(tokenizer_home.copy(_TOKENIZER), end_of_text=tokens.end_of_text)
-    at = tokenizer_home.at(_TOKENIZER)
-    choice, records = make_shards(source, home, data, opened, tokenizer_at=at, end_of_text=tokens.end_of_text)
-    if _corpus_home(data, source, tokens, opened.fingerprint).root != home.root:
-        for index in range(len(records)):  # else they would be taken for whole, should the file come back as it was
+def _build(source: SourceConfig, home: Home, data: DataConfig, tokens: TokenizerConfig, tokenizer_home: Home) -> Manifest:
+    if corpus := complete_corpus(home, contents=home.store.is_local):
+        return corpus
+    tokenizer = Tokenizer(tokenizer_home.copy(_TOKENIZER), end_of_text=tokens.end_of_text)
+    file = tokenizer_home.at(_TOKENIZER)
+    built = build_shards(source, home, data, tokenizer, tokenizer_file=file, end_of_text=tokens.end_of_text)
+    if _corpus_home(data, source, tokens, tokenizer.fingerprint).root != home.root:
+        for index in range(len(built.records)):  # else they would count as complete if the file is restored
             home.delete(record_file(index))
-        raise InputError(f"data.sources: {source.called!r}: a file changed while it was read; wants one that stands still: prepare again")
-    return make_whole(source, home, data, opened, choice=choice, records=records)
+        problem = "expected files that do not change, got one that changed while it was read"
+        raise InputError(f"data.sources: {source.resolved_name!r}: {problem}. Prepare again.")
+    return write_manifest(source, home, data, tokenizer, built)
 
 
 def _tokenizer_home(data: DataConfig, tokens: TokenizerConfig) -> Home:
     if tokens.file:
-        decides: list[object] = [tokenizer.fingerprint(tokenizer.read_tokenizer(tokens.file))]
-    else:
-        trained_on = [identity(source) for source in data.sources]
-        how = as_version_1(identifying_keys(tokens, "tokenizer"), "tokenizer")
-        del how["file"]
-        decides = [trained_on, data.text_field, how, *_marks(data)]
-    return Home(_below(data, f"tokenizer-{_key(decides)}"), data.cache)
+        return _home(data, "tokenizer", [fingerprint(read_tokenizer(tokens.file))])
+    config = as_version_1(identifying_keys(tokens, "tokenizer"), "tokenizer")
+    del config["file"]
+    trained_on = [identity(source) for source in data.sources]
+    return _home(data, "tokenizer", [trained_on, data.text_field, config, *_special_tokens(data)])
 
 
-def _corpus_home(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig, fingerprint: str) -> Home:
-    how = as_version_1(identifying_keys(source, "data.sources"), "data.sources")
-    del how["name"], how["epochs"]
-    decides: list[object] = [identity(source), how, fingerprint, tokens.end_of_text, data.validation, data.text_field, data.bad_rows]
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", source.called).strip("-")[-40:].strip("-") or "corpus"
-    return Home(_below(data, f"{slug}-{_key(decides)}"), data.cache)
+def _corpus_home(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig, tokenizer: str) -> Home:
+    config = as_version_1(identifying_keys(source, "data.sources"), "data.sources")
+    del config["name"], config["epochs"]
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", source.resolved_name).strip("-")[-40:].strip("-") or "corpus"
+    content = [identity(source), config, tokenizer, tokens.end_of_text, data.validation, data.text_field, data.bad_rows]
+    return _home(data, slug, content)
 
 
-def _below(data: DataConfig, name: str) -> str:
-    return join(absolute(data.directory), name)
+def _home(data: DataConfig, name: str, content: Sequence[object]) -> Home:
+    """Return the directory that is named by a hash of what determines its content."""
+    key = digest([manifest.FORMAT, *content])[:12]
+    return Home(join(absolute(data.directory), f"{name}-{key}"), data.cache)
 
 
-def _key(decides: list[object]) -> str:
-    return digest([manifest.FORMAT, *decides])[:12]
-
-
-def _prepared(tokenizer_home: Home, homes: Sequence[Home], manifests: Sequence[Manifest]) -> Prepared:
+def _prepared(tokenizer_home: Home, homes: Sequence[Home], corpora: Sequence[Manifest]) -> Prepared:
     return Prepared(
         tokenizer=tokenizer_home.copy(_TOKENIZER),
         corpora=tuple(home.root for home in homes),
-        fingerprint=manifest.joint_fingerprint(tuple(manifests)),
+        fingerprint=manifest.joint_fingerprint(tuple(corpora)),
     )
 
 
 @contextmanager
-def _alone(data: DataConfig) -> Generator[None]:
-    """One preparation at a time in a directory; the lock dies with its holder. Of a remote one, on this node: two write the same."""
+def _lock(data: DataConfig) -> Generator[None]:
+    """Allow one preparation at a time in a directory; of a URL, one per node: two write the same bytes."""
     directory = local_path(data.directory) or data.cache.directory.expanduser() / f"prepare-{digest(data.directory)[:12]}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -217,10 +213,11 @@ def _alone(data: DataConfig) -> Generator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            say(f"another preparation works in {data.directory}; waiting for it")
+            report(f"prepare: waiting for another preparation in {data.directory}")
             lock.acquire()
     except OSError as error:
-        raise InputError(f"data.directory: {directory}: {error.strerror}; wants a directory that can be written") from None
+        problem = f"expected a directory that can be written, got {directory} ({error.strerror})"
+        raise InputError(f"data.directory: {problem}. Choose another.") from None
     try:
         yield
     finally:

@@ -1,120 +1,116 @@
-"""Processes that prepare pieces. One that dies says where it was: the whole fails with the file and line, and nobody is left behind."""
+"""A pool of processes that work on input splits. If one dies, the preparation fails with the file and line that it was reading."""
 
-import ctypes
 import multiprocessing
 import os
 import pickle
-import queue
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from multiprocessing.connection import Connection
+from ctypes import c_int64
+from multiprocessing.connection import Connection, wait
 from threading import Thread
 from typing import Any, TypeVar, cast
 
 from manta.data.errors import InputError
-from manta.data.prepare.encode import Task, Tell
+from manta.data.prepare.encode import SplitTask
 
-_NOWHERE = -1
+_NO_POSITION = -1
 
 T = TypeVar("T")
-Work = Callable[[Task, Tell], T]
+Work = Callable[[SplitTask, c_int64], T]
+"""A function of a task, which sets the number to its position in the split from time to time."""
 
 
-class Worker:
-    """One process, that does one task after another."""
+class WorkerProcess:
+    """A process that does one task after another."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._ours, theirs = cast("tuple[Connection, Connection]", context.Pipe())
+        self.connection, remote = cast("tuple[Connection, Connection]", context.Pipe())
         lifeline, self._lifeline = cast("tuple[Connection, Connection]", context.Pipe(duplex=False))
-        self._place: Any = context.RawValue(ctypes.c_int64, _NOWHERE)  # in memory that outlives the process
-        self._process = context.Process(target=_serve, args=(theirs, lifeline, self._place), daemon=True)
+        self._position: c_int64 = context.RawValue(c_int64, _NO_POSITION)  # in shared memory, which outlives the process
+        self._process = context.Process(target=_serve, args=(remote, lifeline, self._position), daemon=True)
         self._process.start()
-        theirs.close()
+        remote.close()
         lifeline.close()
 
-    def run(self, work: Work[T], task: Task) -> T:
-        """Raises what the work raises there, and RuntimeError where the process dies of it."""
+    def start(self, work: Work[T], task: SplitTask) -> None:
+        """Start a task. If the process is dead, `result` raises."""
+        self._split = task.split
         try:
-            self._ours.send((work, task))
-            error, result = self._ours.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.connection.send((work, task))
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+    def result(self) -> Any:
+        """Return the result of the task, or raise its error. Raises RuntimeError if the process died."""
+        try:
+            error, result = self.connection.recv()
+        except (EOFError, ConnectionResetError):
             self._process.join()
-            place = int(self._place.value)
-            near = task.piece.name if place == _NOWHERE else f"near {task.piece.location(place)}"
-            raise RuntimeError(f"{near}: a process died of it ({_cause(self._process.exitcode)}); mend it there, or run again") from None
+            position = self._position.value
+            near = self._split.name if position == _NO_POSITION else f"near {self._split.location(position)}"
+            raise RuntimeError(
+                f"{near}: a process died ({_cause(self._process.exitcode)}). Fix or remove the file, or try again."
+            ) from None
         if error is not None:
             raise error
         return result
 
     def close(self) -> None:
-        """At once: it may be in the midst of hours of work that nobody wants any more."""
+        """Kill the process: it may be in the middle of hours of work."""
         self._process.kill()
         self._process.join()
-        self._ours.close()
+        self.connection.close()
         self._lifeline.close()
 
 
-def run_all(work: Work[T], tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, T]]:
-    """Each task and what came of it, as they come. The first error of any ends all."""
-    count = min(workers, len(tasks))
-    if count <= 1:
-        yield from ((task, work(task, _unheard)) for task in tasks)
+def run_in_processes(work: Work[T], tasks: Sequence[SplitTask], count: int) -> Iterator[tuple[SplitTask, T]]:
+    """Yield each task and its result in the order of completion. The first error ends all."""
+    if min(count, len(tasks)) <= 1:
+        yield from ((task, work(task, c_int64())) for task in tasks)
         return
-    idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
-    fleet = [Worker() for _ in range(count)]
-    for worker in fleet:
-        idle.put(worker)
+    workers = [WorkerProcess() for _ in range(min(count, len(tasks)))]
+    pending, running = list(reversed(tasks)), dict[Connection, tuple[WorkerProcess, SplitTask]]()
 
-    def run(task: Task) -> T:
-        worker = idle.get()
-        if worker is None:
-            raise CancelledError
-        try:
-            result = worker.run(work, task)
-        except BaseException:
-            idle.put(None)  # not the worker: it may be dead, and another's task would be blamed
-            raise
-        idle.put(worker)
-        return result
+    def start_next(worker: WorkerProcess) -> None:
+        if pending:
+            running[worker.connection] = worker, pending.pop()
+            worker.start(work, running[worker.connection][1])
 
-    threads = ThreadPoolExecutor(count)
     try:
-        waiting = {threads.submit(run, task): task for task in tasks}
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
+        for worker in workers:
+            start_next(worker)
+        while running:
+            for connection in wait([*running]):
+                worker, task = running.pop(cast("Connection", connection))
+                result = worker.result()
+                start_next(worker)
+                yield task, result
     finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-        for worker in fleet:
+        for worker in workers:
             worker.close()
-        threads.shutdown()
 
 
-def _serve(pipe: Connection, lifeline: Connection, place: Any) -> None:
-    """One thread a worker, and no worker left behind: it ends when the other end of its lifeline is closed, by will or by death."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell of
-    Thread(target=_leave_with, args=(lifeline,), daemon=True).start()
-
-    def tell(come_to: int) -> None:
-        place.value = come_to
-
+def _serve(connection: Connection, lifeline: Connection, position: c_int64) -> None:
+    """Do tasks until the other end of the lifeline is closed, also by its death, so that no worker outlives its parent."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread per worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    Thread(target=_exit_with, args=(lifeline,), daemon=True).start()
     while True:
-        work, task = pipe.recv()
-        place.value = _NOWHERE
+        work, task = connection.recv()
+        position.value = _NO_POSITION
         try:
-            answer: tuple[Exception | None, Any] = (None, work(task, tell))
+            answer: tuple[Exception | None, Any] = (None, work(task, position))
         except InputError as error:
             answer = (error, None)
-        except Exception as error:  # noqa: BLE001  it is raised again, where people see it
-            answer = (_portable(error), None)
-        pipe.send(answer)
+        except Exception as error:  # noqa: BLE001  the parent raises it
+            answer = (_picklable(error), None)
+        connection.send(answer)
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, with where it was raised; what does not survive the way to another process is told in words."""
+def _picklable(error: Exception) -> Exception:
+    """Return the error with its traceback as a note; as a RuntimeError if it does not survive pickling."""
     trace = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301  our own bytes
@@ -124,12 +120,7 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _unheard(place: int) -> None:
-    """In this very process: should it die, nobody is left to say where."""
-    del place
-
-
-def _leave_with(lifeline: Connection) -> None:
+def _exit_with(lifeline: Connection) -> None:
     lifeline.poll(None)
     os._exit(1)
 

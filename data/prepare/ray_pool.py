@@ -1,101 +1,97 @@
-"""A preparation on many machines: an actor for each core of a Ray cluster, that prepares one piece after another.
+"""A pool of Ray actors, one per core of a cluster, that work on input splits.
 
-All nodes see the files, the corpus directory and an installed manta. An actor does its work in a process of its own, so that one that
-dies tells file and line; a piece whose node is lost is done by another.
+All nodes must see the files and the corpus directory, and have manta installed. An actor works in a child process, so that a crash is
+reported with its file and line. If a node is lost, another one does its splits.
 """
 
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from manta.data.errors import InputError
-from manta.data.prepare.encode import Task
-from manta.data.prepare.process_pool import T, Work, Worker
-from manta.data.prepare.progress import say
+from manta.data.prepare.encode import SplitTask
+from manta.data.prepare.process_pool import T, Work, WorkerProcess
+from manta.data.prepare.progress import report
 
-_LOSSES = 3  # a piece that is lost with its node so often is not begun again
-_QUEUE = 2  # pieces an actor has at hand, so that it never waits for the next
+_MAX_LOSSES = 3  # of a split with its node
+_QUEUE = 2  # splits per actor, so that it never waits for the next
 
 
-class _Encoder:
-    """On some node, for as long as the preparation lasts."""
-
+class _SplitActor:
     def __init__(self) -> None:
-        self._worker = Worker()
+        self._worker = WorkerProcess()
 
-    def run(self, work: Work[T], task: Task) -> T:
-        return self._worker.run(work, task)
+    def run(self, work: Work[T], task: SplitTask) -> T:
+        self._worker.start(work, task)
+        return self._worker.result()
 
 
-def run_on_ray(work: Work[T], tasks: Sequence[Task], address: str) -> Iterator[tuple[Task, T]]:
-    """Each task and what came of it, as they come. The first error of any ends all.
+def run_on_ray(work: Work[T], tasks: Sequence[SplitTask], address: str) -> Iterator[tuple[SplitTask, T]]:
+    """Yield each task and its result in the order of completion. The first error ends all.
 
-    Raises InputError where no cluster is found at the address.
+    Raises InputError if there is no cluster at the address.
     """
     if not tasks:
         return
-    ray = _connected(address)
+    ray = _connect(address)
     try:
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        encoder = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(_Encoder)
-        fleet = [encoder.remote() for _ in range(min(cores, len(tasks)))]
-        say(f"prepare: {len(fleet)} cores of {len(ray.nodes())} nodes of the Ray cluster at {address}")
-        yield from _deal(ray, fleet, work, tasks)
+        actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(_SplitActor)
+        actors = [actor.remote() for _ in range(min(cores, len(tasks)))]
+        report(f"prepare: {len(actors)} cores on {len(ray.nodes())} nodes of the Ray cluster at {address}")
+        yield from _run(ray, actors, work, tasks)
     finally:
         ray.shutdown()
 
 
-def _deal(ray: Any, fleet: list[Any], work: Work[T], tasks: Sequence[Task]) -> Iterator[tuple[Task, T]]:
-    ahead = list(reversed(tasks))
-    losses: dict[int, int] = {}
-    running: dict[Any, tuple[Any, Task]] = {}
-    for actor in [*fleet] * _QUEUE:
-        _give(actor, ahead, running, work)
+def _run(ray: Any, actors: list[Any], work: Work[T], tasks: Sequence[SplitTask]) -> Iterator[tuple[SplitTask, T]]:
+    pending, losses = list(reversed(tasks)), Counter[int]()
+    running: dict[Any, tuple[Any, SplitTask]] = {}
+
+    def start_next(actor: Any) -> None:
+        if pending:
+            task = pending.pop()
+            running[actor.run.remote(work, task)] = actor, task
+
+    for actor in actors * _QUEUE:
+        start_next(actor)
     while running:
         done = ray.wait(list(running), num_returns=1)[0][0]
         actor, task = running.pop(done)
         try:
             result = ray.get(done)
-        except ray.exceptions.RayActorError as error:  # its node, or it; it comes back where there is room
-            losses[task.index] = losses.get(task.index, 0) + 1
-            if losses[task.index] == _LOSSES:
-                raise RuntimeError(f"{task.piece.name}: lost {_LOSSES} times with its node; the last: {_first_line(error)}") from None
-            say(f"prepare: {task.piece.name} was lost with its node, and is begun again")
-            ahead.append(task)
+        except ray.exceptions.RayActorError as error:  # Ray restarts the actor where there are free cores
+            losses[task.index] += 1
+            if losses[task.index] == _MAX_LOSSES:
+                raise RuntimeError(f"{task.split.name}: lost {_MAX_LOSSES} times with its node: {_first_line(error)}") from None
+            report(f"prepare: {task.split.name} was lost with its node and is started again")
+            pending.append(task)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         else:
             yield task, result
-        _give(actor, ahead, running, work)
+        start_next(actor)
 
 
-def _give(actor: Any, ahead: list[Task], running: dict[Any, tuple[Any, Task]], work: Work[T]) -> None:
-    if ahead:
-        task = ahead.pop()
-        running[actor.run.remote(work, task)] = actor, task
-
-
-def _connected(address: str) -> Any:
+def _connect(address: str) -> Any:
     import ray
 
-    wants = "the address of a running Ray cluster, auto on one of its nodes; start one with ray start"
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    directory = Path.cwd()
     try:
-        if host:  # Ray itself would ask for minutes
+        if host:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError) as error:
-        raise InputError(f"data.ray_address: got {address!r} ({_first_line(error)}), wants {wants}") from None
-    home = Path.cwd()
-    os.chdir("/")  # Ray puts the driver's folder first on its workers' path, and a data.py there would be taken for another's
-    try:
+        os.chdir("/")  # Ray puts the driver's directory first on its workers' path, where a data.py would hide another package
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"data.ray_address: got {address!r} ({_first_line(error)}), wants {wants}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a ConnectionError of Ray's is an OSError
+        problem = f"expected the address of a running Ray cluster, or auto on one of its nodes, got {address!r} ({_first_line(error)})"
+        raise InputError(f"data.ray_address: {problem}. Start one with ray start.") from None
     finally:
-        os.chdir(home)
+        os.chdir(directory)
     return ray
 
 

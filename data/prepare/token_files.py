@@ -1,16 +1,17 @@
-"""Token shards of others, read where they lie: Megatron's, nanoGPT's and llm.c's. Nothing of them is copied but where documents end.
+"""Token files of other tools, used in place: Megatron's, nanoGPT's and llm.c's. Only an index of their documents is written.
 
 | format | files | documents |
 |---|---|---|
-| megatron | `x.bin` beside `x.idx` | as the index says |
-| nanogpt | bare uint16 ids (karpathy/nanoGPT, data/openwebtext/prepare.py) | each ends with the end-of-text id |
-| llm.c | 256 int32 of header, then uint16 or uint32 ids (karpathy/llm.c, dev/data/data_common.py) | each begins with the end-of-text id |
+| megatron | `x.bin` beside `x.idx` | as in the index |
+| nanogpt | uint16 ids (karpathy/nanoGPT, data/openwebtext/prepare.py) | each ends with the end-of-text id |
+| llm.c | a header of 256 int32, then uint16 or uint32 ids (karpathy/llm.c, dev/data/data_common.py) | each starts with the end-of-text id |
 
-An end-of-text id belongs to the document before it, whichever side its writer meant.
+An end-of-text id always belongs to the document before it. Legend: D documents.
 """
 
 import struct
 from collections.abc import Iterator
+from ctypes import c_int64
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,181 +20,210 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data.errors import InputError
-from manta.data.prepare.encode import Task, Tell, open_tokenizer
-from manta.data.shards.manifest import PieceRecord
+from manta.data.prepare.encode import SplitTask
+from manta.data.shards.manifest import SplitRecord
 from manta.data.shards.shard import LONGEST, Shard, index_bytes, parse_index
 from manta.data.sources.config import SourceConfig
+from manta.data.sources.input_split import BadRow, Document
 from manta.data.sources.source import source_files
 from manta.data.storage.location import StoredFile, absolute
 from manta.data.storage.store import open_store
+from manta.data.tokenizer.tokenizer import Tokenizer
 
-Format = Literal["megatron", "nanogpt", "llm.c"]
+Lengths = NDArray[np.int64]
+TokenFormat = Literal["megatron", "nanogpt", "llm.c"]
 
 _LLMC_HEADER = struct.Struct("<3i")  # magic, version, tokens; the rest of 1,024 bytes is zero
-_LLMC_BYTES = 1024
-_LLMC = {(20240520, 1): np.dtype(np.uint16), (20240801, 7): np.dtype(np.uint32)}
+_LLMC_OFFSET = 1024
+_LLMC_DTYPES = {(20240520, 1): np.dtype(np.uint16), (20240801, 7): np.dtype(np.uint32)}
+_DOWNLOAD_AGAIN = "It is truncated or damaged; download it again."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenFile:
-    """One .bin, as a piece of work."""
+class TokenFileSplit:
+    """A .bin file as an input split without documents to encode: `index_token_file` reads it."""
 
     path: str
     size: int
-    format: Format
+    format: TokenFormat
 
     @property
     def name(self) -> str:
         return self.path
 
-    def documents(self) -> Iterator[Any]:
-        """None to be encoded: `take_over` reads it."""
+    def documents(self) -> Iterator[Document | BadRow]:
         return iter(())
 
     def location(self, position: int) -> str:
         return f"{self.path}: token {position}"
 
 
-def token_files(source: SourceConfig) -> list[TokenFile]:
-    """The .bin files of a source of token ids, in order. Raises InputError where one's format can not be told."""
-    listed = source_files(source)
-    names = {file.path for file in listed}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    dtype: np.dtype[Any]
+    offset: int
+    """Bytes before the first id."""
+    lengths: Lengths | None = None
+    """[D], if the format records them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ScannedFile:
+    split: TokenFileSplit
+    layout: _Layout
+    xxh3: str
+    ends: Lengths
+    """The number of tokens up to and including each end-of-text id."""
+
+    def document_lengths(self) -> Lengths:
+        """Return the tokens of each document [D]: as the format records them, else between end-of-text ids."""
+        if self.layout.lengths is not None:
+            return self.layout.lengths
+        tokens = (self.split.size - self.layout.offset) // self.layout.dtype.itemsize
+        return np.diff(np.unique(np.concatenate([[0], self.ends, [tokens]])))
+
+
+def token_file_splits(source: SourceConfig) -> list[TokenFileSplit]:
+    """Return the .bin files of a source of token files, in order. Raises InputError if the format of one is unknown."""
+    files = source_files(source)
+    names = {file.path for file in files}
     for name in sorted(names):
-        if name.endswith(".idx") and f"{name.removesuffix('.idx')}.bin" not in names:
-            raise InputError(f"{name.removesuffix('.idx')}.bin: missing, and its .idx is there; fetch it again, or take the .idx out")
-    return [_told(file, source) for file in listed if file.path.endswith(".bin")]
+        if name.endswith(".idx") and (path := f"{name.removesuffix('.idx')}.bin") not in names:
+            raise InputError(f"{path}: expected a .bin beside its .idx, got no such file. Download it again, or remove the .idx.")
+    return [TokenFileSplit(path=file.path, size=file.size, format=_format_of(file, source)) for file in files if file.path.endswith(".bin")]
 
 
-def _told(file: StoredFile, source: SourceConfig) -> TokenFile:
+def index_token_file(task: SplitTask, position: c_int64) -> SplitRecord:
+    """Read a file once and write the lengths of its documents, of which the last ones are for validation, and the record."""
+    split = task.split
+    assert isinstance(split, TokenFileSplit)
+    file = _scan(split, task.open_tokenizer(), position)
+    lengths_D = _limit(file.document_lengths())
+    ends_D = np.cumsum(lengths_D)
+    unended = len(ends_D) - int(np.isin(ends_D, file.ends).sum())
+    lengths_D, count = _hold_out(lengths_D, task.validation)
+    train = _write_shard(task, file, "train", lengths_D[:count], first=0)
+    validation = _write_shard(task, file, "validation", lengths_D[count:], first=int(lengths_D[:count].sum()))
+    notes = {} if unended <= 1 else {"not ended by the end of text, and taken all the same": unended}  # a key of manifests: keep it
+    return task.write_record(SplitRecord(train=train, validation=validation, left_out=notes))
+
+
+def _format_of(file: StoredFile, source: SourceConfig) -> TokenFormat:
     if source.format is not None:
-        return TokenFile(path=file.path, size=file.size, format=source.format)  # type: ignore[arg-type]  one of the three, else not here
-    if open_store(_index_of(file.path)).exists():
-        return TokenFile(path=file.path, size=file.size, format="megatron")
-    head = _head(file.path, file.size)
-    if len(head) == _LLMC_HEADER.size and _LLMC_HEADER.unpack(head)[:2] in _LLMC:
-        return TokenFile(path=file.path, size=file.size, format="llm.c")
-    raise InputError(f"{file.path}: no .idx beside it and no header of llm.c; bare ids want format: nanogpt beside their path")
+        return source.format  # type: ignore[return-value]  one of the three, else the source holds documents
+    if open_store(_index_path(file.path)).exists():
+        return "megatron"
+    if _llmc_header(file.path, file.size):
+        return "llm.c"
+    raise InputError(f"{file.path}: expected an .idx beside it or a header of llm.c, got neither. Set format: nanogpt if it is bare ids.")
 
 
-def take_over(task: Task, tell: Tell) -> PieceRecord:
-    """Read the file once: its hash, its ids, its documents; the last of them are held out. Writes their lengths, and last the record."""
-    piece = task.piece
-    assert isinstance(piece, TokenFile)
-    tokenizer = open_tokenizer(task.tokenizer, task.cache, task.end_of_text)
-    dtype, offset, lengths = _layout(piece)
-    count = (piece.size - offset) // dtype.itemsize
-    digest, ends = xxhash.xxh3_64(), [np.zeros(0, np.int64)]
-    at = -offset
-    for block in open_store(piece.path).blocks(piece.size):
-        digest.update(block)
-        ids = np.frombuffer(block, dtype, offset=max(0, -at)) if at < 0 else np.frombuffer(block, dtype)
-        first = max(0, at) // dtype.itemsize
-        tell(first)
-        if len(ids) and (ids.max() >= tokenizer.vocabulary or ids.min() < 0):
-            wrong = int(np.flatnonzero((ids >= tokenizer.vocabulary) | (ids < 0))[0])
-            wants = f"ids below the tokenizer's {tokenizer.vocabulary}: it was written with another one; set tokenizer.file to it"
-            raise InputError(f"{piece.location(first + wrong)}: got id {ids[wrong]}, wants {wants}")
-        ends.append(first + np.flatnonzero(ids == tokenizer.end_of_text) + 1)
-        at += len(block)
-    marked = np.concatenate(ends)
-    if lengths is None:
-        edges = np.unique(np.concatenate([[0], marked, [count]]))
-        lengths = np.diff(edges)
-    lengths = _bounded(lengths)
-    bounds = np.cumsum(lengths)
-    unmarked = int(len(bounds) - np.isin(bounds, marked).sum())
-    lengths, kept = _split(lengths, task.held_out)
-    begin, shards = 0, list[Shard | None]()
-    for side, own in (("train", lengths[:kept]), ("validation", lengths[kept:])):
-        index = index_bytes(own, dtype)
-        made = Shard(
-            file=absolute(piece.path),
-            index=f"{task.stem}.{side}.idx",
-            dtype=dtype.name,
-            offset=offset + begin * dtype.itemsize,
-            tokens=int(own.sum()),
-            documents=len(own),
-            text_bytes=0,
-            bin_bytes=piece.size,
-            idx_bytes=len(index),
-            bin_xxh3=digest.hexdigest(),
-            idx_xxh3=xxhash.xxh3_64_hexdigest(index),
-        )
-        if len(own):
-            task.home.write(made.index, index)
-        shards.append(made if len(own) else None)
-        begin += made.tokens
-    left = {} if unmarked <= 1 else {"not ended by the end of text, and taken all the same": unmarked}
-    record = PieceRecord(train=shards[0], validation=shards[1], left_out=left)
-    task.home.write(task.record, record.model_dump_json(indent=1).encode())
-    return record
+def _layout(split: TokenFileSplit) -> _Layout:
+    if split.format == "nanogpt":
+        return _fixed_layout(split, np.dtype(np.uint16), 0)
+    if split.format == "llm.c":
+        header = _llmc_header(split.path, split.size)
+        if header is None:
+            problem = "expected an llm.c data file, with magic 20240520 (gpt-2) or 20240801 (llama-3), got another header"
+            raise InputError(f"{split.path}: {problem}. Set the source's format.")
+        dtype, tokens = header
+        layout = _fixed_layout(split, dtype, _LLMC_OFFSET)
+        if (got := (split.size - _LLMC_OFFSET) // dtype.itemsize) != tokens:
+            raise InputError(f"{split.path}: expected the {tokens} tokens of its header, got {got}. {_DOWNLOAD_AGAIN}")
+        return layout
+    path = _index_path(split.path)
+    if not open_store(path).exists():
+        raise InputError(f"{path}: expected the index that Megatron writes beside each .bin, got no such file. Download it.")
+    index = parse_index(open_store(path).read(), path)
+    lengths_D = index.document_lengths()
+    if (size := int(lengths_D.sum()) * index.dtype.itemsize) != split.size:
+        problem = f"expected the {size} bytes of its .idx, got {split.size}"
+        raise InputError(f"{split.path}: {problem}. It is truncated, or the .idx of another file; download both again.")
+    return _Layout(dtype=index.dtype, offset=0, lengths=lengths_D[lengths_D > 0])
 
 
-def _bounded(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """An index spells lengths in 31 bits: what is longer, a file without any end of text for one, is several documents."""
-    if lengths.max(initial=0) <= LONGEST:
-        return lengths
-    parts = [[LONGEST] * (length // LONGEST) + [length % LONGEST] for length in lengths.tolist()]
-    return np.array([part for several in parts for part in several if part], dtype=np.int64)
+def _fixed_layout(split: TokenFileSplit, dtype: np.dtype[Any], offset: int) -> _Layout:
+    if split.size <= offset or (split.size - offset) % dtype.itemsize:
+        problem = f"expected {offset} bytes and then {dtype.name} ids, got {split.size} bytes"
+        raise InputError(f"{split.path}: {problem}. It is truncated or of another format; download it again.")
+    return _Layout(dtype=dtype, offset=offset)
 
 
-def _split(lengths: NDArray[np.int64], held_out: float) -> tuple[NDArray[np.int64], int]:
-    """How many documents are trained on: those before the last, which hold about the share to be held out.
-
-    Where no document ends near there, as in a file that is one document, that one is cut in two.
-    """
-    if held_out in (0, 1):
-        return lengths, 0 if held_out else len(lengths)
-    ends = np.cumsum(lengths)
-    held = max(1, int(ends[-1] * held_out))
-    cut = int(ends[-1]) - held
-    nearest = int(np.argmin(np.abs(ends - cut)))
-    if ends[nearest] < ends[-1] and abs(int(ends[nearest]) - cut) <= held // 2:
-        return lengths, nearest + 1
-    edges = np.unique(np.concatenate([[0, cut], ends]))
-    return np.diff(edges), int(np.searchsorted(edges, cut))
+def _llmc_header(path: str, size: int) -> tuple[np.dtype[Any], int] | None:
+    """Return the type of the ids and their number; None if there is no such header."""
+    with open_store(path).open(size=size) as stream:
+        head = stream.read(_LLMC_HEADER.size)
+    if len(head) < _LLMC_HEADER.size:
+        return None
+    magic, version, tokens = _LLMC_HEADER.unpack(head)
+    dtype = _LLMC_DTYPES.get((magic, version))
+    return None if dtype is None else (dtype, tokens)
 
 
-def _layout(piece: TokenFile) -> tuple[np.dtype[Any], int, NDArray[np.int64] | None]:
-    """Type of the ids, bytes before the first, and the documents' lengths where the format tells them."""
-    if piece.format == "nanogpt":
-        return np.dtype(np.uint16), _whole(piece, 0, np.dtype(np.uint16)), None
-    if piece.format == "llm.c":
-        head = _head(piece.path, piece.size)
-        if len(head) < _LLMC_HEADER.size or _LLMC_HEADER.unpack(head)[:2] not in _LLMC:
-            raise InputError(f"{piece.path}: no header of llm.c's data files; wants magic 20240520 (gpt-2) or 20240801 (llama-3)")
-        magic, version, count = _LLMC_HEADER.unpack(head)
-        dtype = _LLMC[magic, version]
-        _whole(piece, _LLMC_BYTES, dtype)
-        if (piece.size - _LLMC_BYTES) // dtype.itemsize != count:
-            wants = f"the {count} that its header tells"
-            got = (piece.size - _LLMC_BYTES) // dtype.itemsize
-            raise InputError(f"{piece.path}: got {got} tokens, wants {wants}: it is truncated or damaged: fetch it again")
-        return dtype, _LLMC_BYTES, None
-    beside = _index_of(piece.path)
-    if not open_store(beside).exists():
-        raise InputError(f"{beside}: missing; wants the index that Megatron's tools write beside each .bin")
-    index = parse_index(open_store(beside).read(), beside)
-    lengths = index.document_lengths()
-    if lengths.sum() * index.dtype.itemsize != piece.size:
-        wants = f"the {lengths.sum() * index.dtype.itemsize} that its .idx tells"
-        raise InputError(f"{piece.path}: got {piece.size} bytes, wants {wants}: it is truncated or of another .idx")
-    return index.dtype, 0, lengths[lengths > 0]
-
-
-def _index_of(path: str) -> str:
+def _index_path(path: str) -> str:
     return f"{path.removesuffix('.bin')}.idx"
 
 
-def _whole(piece: TokenFile, offset: int, dtype: np.dtype[Any]) -> int:
-    """The offset, once what follows is whole ids."""
-    if piece.size <= offset or (piece.size - offset) % dtype.itemsize:
-        raise InputError(
-            f"{piece.path}: got {piece.size} bytes, wants {offset} and whole {dtype.name} ids: it is truncated or another format"
-        )
-    return offset
+def _scan(split: TokenFileSplit, tokenizer: Tokenizer, position: c_int64) -> _ScannedFile:
+    """Hash a file, check its ids and find its end-of-text ids."""
+    layout, digest, ends = _layout(split), xxhash.xxh3_64(), [np.zeros(0, np.int64)]
+    header, first = layout.offset, 0
+    for block in open_store(split.path).blocks(split.size):
+        digest.update(block)
+        ids = np.frombuffer(block[header:], layout.dtype)
+        position.value = first
+        if len(ids) and (ids.max() >= tokenizer.vocabulary or ids.min() < 0):
+            bad = int(np.flatnonzero((ids >= tokenizer.vocabulary) | (ids < 0))[0])
+            problem = f"expected ids below the tokenizer's {tokenizer.vocabulary}, got {ids[bad]}"
+            raise InputError(f"{split.location(first + bad)}: {problem}. Set tokenizer.file to the tokenizer that wrote them.")
+        ends.append(first + np.flatnonzero(ids == tokenizer.end_of_text) + 1)
+        first += len(ids)
+        header = 0
+    return _ScannedFile(split=split, layout=layout, xxh3=digest.hexdigest(), ends=np.concatenate(ends))
 
 
-def _head(path: str, size: int) -> bytes:
-    with open_store(path).open(size=size) as stream:
-        return stream.read(_LLMC_HEADER.size)
+def _limit(lengths_D: Lengths) -> Lengths:
+    """Cut documents that are too long for an index, which has 31 bits for a length: a file without an end of text, for example."""
+    if lengths_D.max(initial=0) <= LONGEST:
+        return lengths_D
+    parts = [[LONGEST] * (length // LONGEST) + [length % LONGEST] for length in lengths_D.tolist()]
+    return np.array([part for document in parts for part in document if part], dtype=np.int64)
+
+
+def _hold_out(lengths_D: Lengths, share: float) -> tuple[Lengths, int]:
+    """Return the documents, and how many of them are for training: all before the last ones, which hold about `share` of the tokens.
+
+    If no document ends near there, the one across that point is cut in two.
+    """
+    if share in (0, 1):
+        return lengths_D, 0 if share else len(lengths_D)
+    ends_D = np.cumsum(lengths_D)
+    validation = max(1, int(ends_D[-1] * share))
+    cut = int(ends_D[-1]) - validation
+    nearest = int(np.argmin(np.abs(ends_D - cut)))
+    if ends_D[nearest] < ends_D[-1] and abs(int(ends_D[nearest]) - cut) <= validation // 2:
+        return lengths_D, nearest + 1
+    edges = np.unique(np.concatenate([[0, cut], ends_D]))
+    return np.diff(edges), int(np.searchsorted(edges, cut))
+
+
+def _write_shard(task: SplitTask, file: _ScannedFile, side: str, lengths_D: Lengths, *, first: int) -> Shard | None:
+    """Write the index of consecutive documents from token `first` on. Return None if there are none."""
+    if not len(lengths_D):
+        return None
+    index = index_bytes(lengths_D, file.layout.dtype)
+    shard = Shard(
+        file=absolute(file.split.path),
+        index=f"{task.stem}.{side}.idx",
+        dtype=file.layout.dtype.name,
+        offset=file.layout.offset + first * file.layout.dtype.itemsize,
+        tokens=int(lengths_D.sum()),
+        documents=len(lengths_D),
+        text_bytes=0,
+        bin_bytes=file.split.size,
+        idx_bytes=len(index),
+        bin_xxh3=file.xxh3,
+        idx_xxh3=xxhash.xxh3_64_hexdigest(index),
+    )
+    task.home.write(shard.index, index)
+    return shard

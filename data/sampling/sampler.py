@@ -40,7 +40,9 @@ class SourceSampler:
             seed = int(hashed(seed, _SOURCE, int(digest(name)[:16], 16))[0])
         blocks = data.shuffle_shards
         order = Order(len(dataset), seed) if blocks is None else BlockOrder(dataset.counts, seed, shards_per_block=blocks)
-        limits = [source.epochs for source in data.sources if source.epochs is not None and (source.called == name or not data.mixture)]
+        limits = [
+            source.epochs for source in data.sources if source.epochs is not None and (source.resolved_name == name or not data.mixture)
+        ]
         return cls(name=name, streams=tuple(streams), dataset=dataset, order=order, max_epochs=min(limits, default=None))
 
     def prefetch(self, number: int) -> None:
@@ -113,6 +115,6 @@ def build_mixture(data: DataConfig) -> Mixture | None:
     """Return the mixture of a config, if it has one. A stage starts at the first sample that starts at or after its tokens."""
     if not data.mixture:
         return None
-    names = [source.called for source in data.sources]
+    names = [source.resolved_name for source in data.sources]
     stages = [(-(-stage.from_tokens // data.sequence_length), stage.weights) for stage in data.mixture]
     return Mixture([(start, [weights.get(name, 0.0) for name in names]) for start, weights in stages])

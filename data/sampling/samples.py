@@ -116,7 +116,7 @@ def _open_datasets(data: DataConfig, corpora: OpenCorpora, shape: WindowShape, *
     held_out = [TokenStream(home, corpus.validation.shards) for home, corpus in corpora]
     validation = dataset(held_out, [packing.validation for packing in packings], by_shard=False)
     _check_text(data, corpora, [len(single) for single in singles], len(validation), shape)
-    names = [source.called for source in data.sources]
+    names = [source.resolved_name for source in data.sources]
     if data.mixture:
         sources = zip(names, streams, singles, strict=True)
         samplers = [SourceSampler.create(name, [stream], single, data, seed) for name, stream, single in sources]

@@ -19,7 +19,7 @@ NAME = "manifest.json"
 _REMEDY = "run `manta prepare` again"
 
 
-class PieceRecord(BaseModel, frozen=True, extra="forbid"):
+class SplitRecord(BaseModel, frozen=True, extra="forbid"):
     """The shards of one piece; its file beside them says that they are complete."""
 
     train: Shard | None

@@ -1,4 +1,4 @@
-"""What a source of documents is, as config spells it, and which of its documents are taken."""
+"""The config of one source of documents: where it is, how it is read, and which documents are kept."""
 
 import re
 from string import Formatter
@@ -12,14 +12,14 @@ class Section(BaseModel):
 
 
 class FilterConfig(Section):
-    """Which documents of a source are taken."""
+    """Which documents of a source are kept."""
 
     minimum_characters: int = Field(default=0, ge=0)
-    """Shorter documents are left out."""
+    """Shorter documents are removed."""
     maximum_characters: int | None = Field(default=None, ge=1)
-    """Longer documents are left out."""
+    """Longer documents are removed."""
     matching: str | None = None
-    """A regular expression (Python's); only documents in which it is found are taken."""
+    """A regular expression (Python's); documents without a match are removed."""
     not_matching: str | None = None
     """A regular expression (Python's); documents that contain a match are removed."""
     dedup: bool = False
@@ -27,69 +27,63 @@ class FilterConfig(Section):
 
     @field_validator("matching", "not_matching")
     @classmethod
-    def _is_an_expression(cls, value: str | None) -> str | None:
+    def _compiles(cls, value: str | None) -> str | None:
         try:
             re.compile(value or "")
         except re.error as error:
-            raise ValueError(f"got {value!r} ({error}), wants a regular expression; mend it") from None
+            raise ValueError(f"expected a regular expression, got {value!r} ({error}). Fix it.") from None
         return value
 
     @model_validator(mode="after")
-    def _leaves_some(self) -> Self:
+    def _keeps_some(self) -> Self:
         if self.maximum_characters is not None and self.maximum_characters < self.minimum_characters:
-            wants = f"at least minimum_characters {self.minimum_characters}"
-            raise ValueError(f"maximum_characters: got {self.maximum_characters}, wants {wants}; raise it")
+            expected = f"at least minimum_characters ({self.minimum_characters})"
+            raise ValueError(f"maximum_characters: expected {expected}, got {self.maximum_characters}. Raise it.")
         return self
 
 
 class SourceConfig(Section):
-    """One source of documents; where only its path is wanted, the path may stand alone."""
+    """One source of documents. A path can be given instead of a section with only a path."""
 
     path: str = Field(min_length=1, examples=["my-text/*.txt"])
     """`stdlib:`, a file, directory or glob, a URL of any store that fsspec knows (s3://…), `hf:name`, `hf:name:config`, `hf:/local/dir`."""
 
     name: str | None = Field(default=None, min_length=1)
-    """What mixtures and reports call it; its path where left out."""
+    """Its name in mixtures and reports; the path if omitted."""
     format: Literal["text", "json", "parquet", "arrow", "megatron", "nanogpt", "llm.c"] | None = None
-    """What its files are; told by their names where left out. nanogpt's files are bare token ids, and must be named so."""
+    """The format of its files; by their suffixes if omitted. nanogpt must be set, since its files are bare token ids."""
     text_field: str | None = Field(default=None, min_length=1)
-    """Instead of data.text_field, for this source. A field of token ids (a list of integers) is taken as it is."""
+    """Overrides data.text_field for this source. Lists of integers in the field are used as token ids."""
     template: str | None = None
-    """Several fields joined into one text: "{title}\\n\\n{body}"; {{ and }} stand for braces."""
+    """Joins several fields into one text: "{title}\\n\\n{body}"; write {{ and }} for braces."""
     validation: str | None = Field(default=None, min_length=1)
-    """A path whose documents are all held out; data.validation then takes nothing from this source."""
+    """A path with validation documents, used instead of the share data.validation of this source."""
     epochs: float | None = Field(default=None, gt=0)
-    """How often a run may read it at most; a run that would read more is refused."""
+    """The number of epochs that a run may read at most; a run that would read more is refused."""
     filter: FilterConfig = FilterConfig()
-    """Which of its documents are taken."""
+    """Which of its documents are kept."""
 
     @property
-    def called(self) -> str:
+    def resolved_name(self) -> str:
         return self.name or self.path
 
     @field_validator("template")
     @classmethod
-    def _names_fields(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        try:
-            fields = template_fields(value)
-        except ValueError as error:
-            raise ValueError(f"got {value!r} ({error}), wants text with {{field}} in it; mend it") from None
-        if not fields or not all(re.fullmatch(r"\w[\w .-]*", name) for name in fields):
-            raise ValueError(f"got {value!r}, wants text with {{field}} in it; name at least one field, and nothing but fields")
+    def _has_fields(cls, value: str | None) -> str | None:
+        if value is not None:
+            expected = "text with fields in braces, such as {title}"
+            try:
+                parts = list(Formatter().parse(value))
+            except ValueError as error:
+                raise ValueError(f"expected {expected}, got {value!r} ({error}). Fix it.") from None
+            names = [name for _, name, _, _ in parts if name is not None]
+            options = any(spec or conversion for _, _, spec, conversion in parts)
+            if options or not names or not all(re.fullmatch(r"\w[\w .-]*", name) for name in names):
+                raise ValueError(f"expected {expected}, got {value!r}. Write field names alone, without : and !.")
         return value
 
     @model_validator(mode="after")
-    def _one_way_to_text(self) -> Self:
+    def _has_one_way_to_text(self) -> Self:
         if self.template is not None and self.text_field is not None:
-            raise ValueError("template: got one beside text_field; wants one of the two: leave one out")
+            raise ValueError("template: expected template or text_field, got both. Remove one.")
         return self
-
-
-def template_fields(template: str) -> list[str]:
-    """The names in braces, in order. Raises ValueError where it is malformed, or asks for more than a field."""
-    parts = list(Formatter().parse(template))
-    if any(spec or conversion for _, _, spec, conversion in parts):
-        raise ValueError("a field has no : and no ! in its braces")
-    return [name for _, name, _, _ in parts if name is not None]

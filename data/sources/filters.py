@@ -1,4 +1,4 @@
-"""Which documents of a source are taken."""
+"""Select documents of a source by their text."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from manta.data.sources.config import FilterConfig
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A source's filter, made ready. `dedup` is no matter of one document, and is not seen to here."""
+    """A compiled filter. It ignores `dedup`, which depends on other documents."""
 
     config: FilterConfig
     _matching: re.Pattern[str] | None = field(init=False, repr=False)
@@ -19,12 +19,12 @@ class Filter:
             object.__setattr__(self, name, None if pattern is None else re.compile(pattern))
 
     @property
-    def takes_all(self) -> bool:
-        """Whether no text is asked for; a filter that is not so has no use for token ids."""
+    def accepts_all(self) -> bool:
+        """Whether text does not matter; only such a filter makes sense for token ids."""
         return self.config.model_copy(update={"dedup": False}) == FilterConfig()
 
-    def reason_against(self, text: str) -> str | None:
-        """Why a document is left out, in words that are the same for all that are left out for it; None where it is taken."""
+    def rejection(self, text: str) -> str | None:
+        """Return the reason to remove a document, of a fixed set of reasons; None to keep it."""
         if len(text) < self.config.minimum_characters:
             return "shorter than minimum_characters"
         if self.config.maximum_characters is not None and len(text) > self.config.maximum_characters:

@@ -34,8 +34,8 @@ def input_splits(source: SourceConfig, data: DataConfig) -> Sequence[DocumentSpl
     if kind == "ids":
         if texts:
             raise InputError(f"{texts[0].name}: expected token ids as in the source's other files, got text. Make two sources of it.")
-        if not Filter(source.filter).takes_all:
-            raise InputError(f"data.sources: {source.called!r}: expected no filter for a source of token ids, got one. Remove it.")
+        if not Filter(source.filter).accepts_all:
+            raise InputError(f"data.sources: {source.resolved_name!r}: expected no filter for a source of token ids, got one. Remove it.")
     options = replace(options, reader=replace(options.reader, kind=kind))
     return [replace(split, options=options) for split in splits]
 
@@ -50,9 +50,9 @@ def content_kind(source: SourceConfig, data: DataConfig) -> Literal["text", "ids
 
 def _reader(source: SourceConfig, data: DataConfig) -> RowReader:
     if source.template is not None:
-        return TemplateReader.parse(source.template, f"template of {source.called!r}")
+        return TemplateReader.parse(source.template, f"template of {source.resolved_name!r}")
     if source.text_field is not None:
-        return FieldReader(name=source.text_field, key=f"text_field of {source.called!r}")
+        return FieldReader(name=source.text_field, key=f"text_field of {source.resolved_name!r}")
     return FieldReader(name=data.text_field, key="data.text_field")
 
 

@@ -73,7 +73,7 @@ def mixture(opened: Opened, *, steps: int | None, png: Path | None) -> Told:
     draws = opened.samples().sampler
     windows = [count for draw in draws.sources for count in windows_by_stream(draw).tolist()]
     mix = _Mix(
-        names=tuple(source.called for source in data.sources),
+        names=tuple(source.resolved_name for source in data.sources),
         windows=tuple(windows),
         caps=tuple(source.epochs for source in data.sources),
         draws=draws,

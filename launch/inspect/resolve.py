@@ -31,7 +31,7 @@ class Opened:
     def prepared(self) -> Prepared:
         """Raises InputError where the corpus is not prepared; how it is packed does not matter here."""
         cut = self.config.data.model_copy(update={"packing": "cut"})
-        found = self.begun or prepare.find(cut, self.config.tokenizer)
+        found = self.begun or prepare.find_prepared(cut, self.config.tokenizer)
         if found is None:
             raise InputError(self._not_prepared)
         return found
@@ -43,7 +43,7 @@ class Opened:
         """
         if self.begun is not None:
             return self.begun.tokenizer, [Home(root, self.config.data.cache) for root in self.begun.corpora], self.begun.fingerprint
-        found = prepare.places(self.config.data, self.config.tokenizer)
+        found = prepare.find_directories(self.config.data, self.config.tokenizer)
         if found is None:
             raise InputError(self._not_prepared)
         return found[0].copy("tokenizer.json"), found[1], None

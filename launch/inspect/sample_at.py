@@ -66,7 +66,7 @@ def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks
             each = len(examples.tokens) // layout.micro_batch
             for at in here:
                 rows = slice((at - begin) * each, (at - begin + 1) * each)
-                place = _place(samples.sampler, first + at, [source.called for source in config.data.sources])
+                place = _place(samples.sampler, first + at, [source.resolved_name for source in config.data.sources])
                 turn, of = divmod(at // layout.micro_batch, layout.data)
                 sequences = _sequences(_rows(examples, rows), _rows(other, rows), speller, config.data.pairs)
                 shown.append({"rank": of, "turn": turn, "slot": at, **place, "sequences": sequences})

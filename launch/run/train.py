@@ -19,7 +19,7 @@ from manta.cluster.supervise.event_log import Event
 from manta.data.errors import InputError
 from manta.data.live.live_samples import open_samples
 from manta.data.live.live_sources import prepare_live, with_absolute_paths
-from manta.data.prepare.prepare import find, prepare
+from manta.data.prepare.prepare import find_prepared, prepare
 from manta.data.sampling.samples import Samples
 from manta.data.shards.manifest import Prepared, is_there
 from manta.data.storage.atomic import write_atomically
@@ -195,7 +195,7 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
     if begun is not None and is_there(begun, config.data.cache):
         prepared = prepare_live(begun.tokenizer, config.data, config.tokenizer) if config.data.live else begun
     else:
-        prepared = find(config.data, config.tokenizer) or prepare(config.data, config.tokenizer)
+        prepared = find_prepared(config.data, config.tokenizer) or prepare(config.data, config.tokenizer)
     if begun is not None and begun.fingerprint != prepared.fingerprint:
         remedy = "bring back the corpus it was begun with, or choose another run.dir"
         raise InputError(f"{home.path}: corpus fingerprint: got {prepared.fingerprint}, wants {begun.fingerprint}; {remedy}")

@@ -111,7 +111,7 @@ def test_a_mixture_has_its_shares_and_says_so(opened):
 def test_other_sources_may_come_and_go(opened, folder):
     """A source's own order is keyed by its name: what is mixed beside it changes when it is read, not in which order."""
     both = opened("mixed")
-    tokens = TokenizerConfig(file=prepare.find(config_of(folder, **WAYS["mixed"]), SMALL).tokenizer)
+    tokens = TokenizerConfig(file=prepare.find_prepared(config_of(folder, **WAYS["mixed"]), SMALL).tokenizer)
     alone = open_way(folder, tokens, sources={"code": str(folder / "code.jsonl")}, mixture={"code": 1.0})
     numbers = np.arange(50)
     assert np.array_equal(both.sampler.sources[1].order(numbers)[1], alone.sampler.sources[0].order(numbers)[1])

@@ -24,11 +24,11 @@ import json, sys
 import numpy as np
 import xxhash
 from manta.data.config import DataConfig, TokenizerConfig
-from manta.data.prepare.prepare import find
+from manta.data.prepare.prepare import find_prepared
 from manta.data.sampling.samples import Samples
 data, tokens = (kind.model_validate_json(text) for kind, text in zip((DataConfig, TokenizerConfig), sys.argv[1:3]))
 rank, ranks, batch = map(int, sys.argv[3:])
-samples = Samples(find(data, tokens), data, tokens, seed=3)
+samples = Samples(find_prepared(data, tokens), data, tokens, seed=3)
 total = len(samples.sampler.sources[0].dataset)
 told = [xxhash.xxh3_64_hexdigest(samples.train(np.arange(at + rank, min(at + batch, 2 * total), ranks)).tokens.tobytes())
         for at in range(0, 2 * total, batch)]
@@ -81,7 +81,7 @@ def downloads(proxy: Proxy) -> dict[str, int]:
 
 def test_a_corpus_in_a_bucket_holds_the_bytes_of_one_on_disk(bucket, lines, tmp_path):
     _, data = bucket
-    there = prepare.find(data, SMALL)
+    there = prepare.find_prepared(data, SMALL)
     here = prepare.prepare(config(tmp_path / "here", lines), SMALL)
     assert there.fingerprint == here.fingerprint
     assert there.tokenizer.read_bytes() == here.tokenizer.read_bytes()
@@ -109,7 +109,7 @@ def test_a_cache_smaller_than_the_corpus_reads_it_all_by_blocks(bucket, lines, t
     sizes = [shard.stat().st_size for shard in _shards(lines, tmp_path)]
     room = CacheConfig(directory=tmp_path / "small", bytes=sum(sorted(sizes)[-4:]) + sum(sizes) // 3)
     with pytest.raises(InputError, match=r"data\.cache\.bytes: got [\d,]+, wants at least [\d,]+ .*set data\.shuffle_shards"):
-        Samples(prepare.find(data, SMALL), data.model_copy(update={"cache": room}), SMALL, seed=3)
+        Samples(prepare.find_prepared(data, SMALL), data.model_copy(update={"cache": room}), SMALL, seed=3)
     small = data.model_copy(update={"cache": room, "shuffle_shards": 2})
     wide = data.model_copy(update={"shuffle_shards": 2})
     assert room.bytes < sum(sizes)
@@ -139,7 +139,7 @@ def test_a_corrupted_object_is_told_and_never_read(bucket, store):
     try:
         with pytest.raises(AssertionError, match=r"piece-00003\.train\.bin: got .* wants"):
             read(data)
-        (root,) = prepare.find(data, SMALL).corpora
+        (root,) = prepare.find_prepared(data, SMALL).corpora
         damage = verify([(home := Home(root, data.cache), manifest.load(home))], window_shape(data), tell=lambda _: None)
         assert [one.path for one in damage] == [f"{root}/piece-00003.train.bin"]
     finally:
@@ -152,18 +152,18 @@ def test_a_preparation_into_a_bucket_that_is_broken_off_goes_on(bucket):
     """What was uploaded before stays; the manifest, which makes it a corpus, comes last."""
     proxy, data = bucket
     other = data.model_copy(update={"directory": f"s3://{BUCKET}/other"})
-    made = prepare.find(data, SMALL)
+    made = prepare.find_prepared(data, SMALL)
     name = Path(made.corpora[0]).name
     proxy.refuse(f"other/{name}/piece-00005.json", status=403, times=1000)
     with pytest.raises(InputError, match=r"piece-00005\.json: no access"):
         prepare.prepare(other, SMALL)
-    assert prepare.find(other, SMALL) is None
+    assert prepare.find_prepared(other, SMALL) is None
     proxy.reset()
     assert prepare.prepare(other, SMALL).fingerprint == made.fingerprint
 
 
 def _keys(data: DataConfig) -> list[str]:
-    (root,) = prepare.find(data, SMALL).corpora
+    (root,) = prepare.find_prepared(data, SMALL).corpora
     made = manifest.load(Home(root, data.cache))
     return [f"{root.removeprefix(f's3://{BUCKET}/')}/{shard.file}" for shard in (*made.train.shards, *made.validation.shards)]
 

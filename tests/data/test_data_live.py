@@ -74,7 +74,7 @@ def config(directory: Path, *sources: object, **more) -> DataConfig:
 
 
 def opened(data: DataConfig, tokens: TokenizerConfig, rank: int = 0, ranks: int = 1, *, seed: int = 7, held_out: int = 8) -> LiveSamples:
-    prepared = prepare.find(data, tokens) or prepare.prepare(data, tokens)
+    prepared = prepare.find_prepared(data, tokens) or prepare.prepare(data, tokens)
     samples = open_samples(prepared, data, tokens, seed=seed, held_out=held_out, rank=rank, ranks=ranks)
     assert isinstance(samples, LiveSamples)
     return samples
@@ -319,12 +319,12 @@ def test_tables_and_datasets_are_read_live(tmp_path, tokens):
 
 def test_preparing_makes_the_tokenizer_alone(tmp_path, capsys):
     data = config(tmp_path, write_lines(tmp_path / "a.jsonl", documents(200)))
-    assert prepare.find(data, SMALL) is None
+    assert prepare.find_prepared(data, SMALL) is None
     prepared = prepare.prepare(data, SMALL)
     assert prepared.corpora == ()
     assert "data.live: text is tokenized while it is read; only the tokenizer is prepared" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "corpora").iterdir() if path.is_dir()] == [prepared.tokenizer.parent.name]
-    assert prepare.find(data, SMALL) == prepared == prepare.prepare(data, SMALL)
+    assert prepare.find_prepared(data, SMALL) == prepared == prepare.prepare(data, SMALL)
     trained = TokenizerConfig(**SMALL.model_dump() | {"file": prepared.tokenizer})
     assert prepare.prepare(data, trained).fingerprint == prepared.fingerprint
 

@@ -205,13 +205,13 @@ def test_a_masked_corpus_is_another_one_and_a_causal_one_is_left_as_it_was(prepa
     assert prepared["causal"] == prepared["separate"]
     assert prepared["masked"].tokenizer != prepared["causal"].tokenizer
     assert not set(prepared["masked"].corpora) & set(prepared["causal"].corpora)
-    assert {name: prepare.find(data, SMALL) for name, data in settings_of.items()} == prepared
+    assert {name: prepare.find_prepared(data, SMALL) for name, data in settings_of.items()} == prepared
 
 
 def test_masked_and_causal_share_a_corpus_where_the_tokenizers_file_has_all(prepared, source, tmp_path):
     given = TokenizerConfig(file=prepared["masked"].tokenizer)
     made = prepare.prepare(config(tmp_path, source, objective="masked"), given)
-    assert prepare.find(config(tmp_path, source), given) == made
+    assert prepare.find_prepared(config(tmp_path, source), given) == made
     assert made.fingerprint == prepared["masked"].fingerprint
 
 

@@ -186,7 +186,7 @@ def test_each_token_of_a_sample_is_spelled_once(tmp_path, way):
     folder = sources_in(tmp_path)
     samples = open_way(folder, **WAYS[way])
     apart = open_way(folder, **WAYS[way] | {"separate_documents": True})
-    file = prepare.find(config_of(folder, **WAYS[way]), SMALL).tokenizer
+    file = prepare.find_prepared(config_of(folder, **WAYS[way]), SMALL).tokenizer
     is_masked = WAYS[way].get("objective") == "masked"
     speller = Speller(file, end_of_text="<|endoftext|>", masked=is_masked)
     examples, other = (one.train(np.arange(40)) for one in (samples, apart))

@@ -31,18 +31,25 @@ def write_lines(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def write_source(folder: Path) -> Path:
+    """Write a source of twelve files, so that a preparation can stop between them."""
+    for part in range(12):
+        write_lines(folder / f"{part:02d}.jsonl", documents(100, seed=part))
+    return folder
+
+
 def content(prepared: Prepared) -> dict[str, bytes]:
-    """Every file of a prepared corpus, byte for byte."""
+    """Return the bytes of every file of a prepared corpus."""
     return {path.name: path.read_bytes() for path in sorted(Path(prepared.corpora[0]).iterdir())}
 
 
 def texts_of(prepared: Prepared, split: str) -> list[str]:
     tokenizer = Tokenizer(prepared.tokenizer)
-    found = []
+    texts = []
     for root in prepared.corpora:
         home = Home(root, CacheConfig())
         for shard in getattr(manifest.load(home), split).shards:
             for document in np.split(home.tokens(shard), np.cumsum(home.index(shard).lengths)[:-1]):
                 assert document[-1] == tokenizer.end_of_text
-                found.append(tokenizer.decode(document[:-1]))
-    return found
+                texts.append(tokenizer.decode(document[:-1]))
+    return texts

@@ -19,7 +19,7 @@ from spmd import spmd
 
 from manta.data.errors import InputError
 from manta.data.live.live_samples import open_samples
-from manta.data.prepare.prepare import find
+from manta.data.prepare.prepare import find_prepared
 from manta.launch.cli import main
 from manta.launch.config import load
 from manta.trainer.checkpoint import catalog
@@ -530,7 +530,7 @@ def test_the_convert_command_writes_a_run_that_resumes(workspace, tmp_path, monk
     config = load(workspace.config_file, overrides)
     with monkeypatch.context() as patch_directory:  # only here: ranks would import the modules of the workspace
         patch_directory.chdir(workspace.directory)
-        samples = open_samples(find(config.data, config.tokenizer), config.data, config.tokenizer, seed=config.run.seed)
+        samples = open_samples(find_prepared(config.data, config.tokenizer), config.data, config.tokenizer, seed=config.run.seed)
     numbers = (np.arange(step * 8, step * 8 + 8) for step in range(8))
     batches = [Batch.from_examples(samples.train(taken, sequence_length=32), seed=config.run.seed) for taken in numbers]
     expected = spmd(deepspeed_run, 2, tmp_path / "theirs", config, samples.tokenizer_vocabulary, batches, 5)[0]

@@ -58,10 +58,10 @@ def test_an_old_run_is_refused_under_another_config(run):
 
 def test_an_old_corpus_is_found(run):
     config = run.config()
-    found = prepare.find(config.data, config.tokenizer)
+    found = prepare.find_prepared(config.data, config.tokenizer)
     assert found == replace(run.prepared(), tokenizer=Path("prepared/tokenizer-89bf5898d874/tokenizer.json").absolute())
     os.utime("text/code.jsonl", ns=(0, 0))
-    assert prepare.find(config.data, config.tokenizer) is None
+    assert prepare.find_prepared(config.data, config.tokenizer) is None
 
 
 def test_identity_of_a_source_hashes_the_old_names(run):
@@ -131,7 +131,7 @@ def test_an_added_key_of_a_source_names_another_corpus_only_if_it_differs(run):
     data, tokens = run.config().data, TokenizerConfig(vocabulary=300)
     same = tuple(LaterSource.model_validate(source.model_dump()) for source in data.sources)
     other = tuple(source.model_copy(update={"filter": LaterFilter(language="en")}) for source in same)
-    found = [prepare.find(data.model_copy(update={"sources": sources}), tokens) for sources in (data.sources, same, other)]
+    found = [prepare.find_prepared(data.model_copy(update={"sources": sources}), tokens) for sources in (data.sources, same, other)]
     assert found[0] == found[1] is not None
     assert found[2] is None
 

@@ -42,7 +42,7 @@ from spmd import spmd
 from test_compile import needs_compiler
 
 from manta.data.hashing import hashed
-from manta.data.prepare.prepare import find
+from manta.data.prepare.prepare import find_prepared
 from manta.data.sampling.samples import Samples
 from manta.data.sampling.timeline import Timeline
 from manta.launch import config as configs
@@ -233,7 +233,7 @@ def opened(workspace, *overrides: str) -> tuple[configs.RunConfig, Samples]:
     config = configs.load(workspace.config_file, overrides)
     with chdir(workspace.directory):
         data = config.data.model_copy(update={"directory": str(Path(config.data.directory).absolute())})
-        prepared = find(data, config.tokenizer)
+        prepared = find_prepared(data, config.tokenizer)
         assert prepared is not None
         return config, Samples(prepared, data, config.tokenizer, seed=config.run.seed)
 

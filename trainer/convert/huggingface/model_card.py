@@ -56,7 +56,7 @@ def _training(pretrained: Pretrained) -> dict[str, str]:
         "training loss": f"{last['train/loss']:.4f}" if "train/loss" in last else "not logged",
         "validation loss": f"{last['eval/loss']:.4f}" if "eval/loss" in last else "not measured",
         "precision": run.precision,
-        "corpus": ", ".join(f"`{source.called}`" for source in run.data.sources),
+        "corpus": ", ".join(f"`{source.resolved_name}`" for source in run.data.sources),
         "started with manta": str(run_directory.manifest().get("manta", "unknown")),
     }
 

@@ -1,4 +1,4 @@
-"""Which documents a filter takes, and why not the others."""
+"""A filter keeps documents, and says why it removes others."""
 
 import pickle
 
@@ -24,10 +24,10 @@ from manta.data.sources.filters import Filter
         ({"dedup": True}, "again", None),
     ],
 )
-def test_a_document_is_taken_or_left_out_for_a_reason(config, text, reason):
-    made = Filter(FilterConfig(**config))
-    assert made.reason_against(text) == reason
-    assert pickle.loads(pickle.dumps(made)).reason_against(text) == reason
+def test_a_document_is_kept_or_removed_for_a_reason(config, text, reason):
+    compiled = Filter(FilterConfig(**config))
+    assert compiled.rejection(text) == reason
+    assert pickle.loads(pickle.dumps(compiled)).rejection(text) == reason
 
 
 def test_a_filter_is_a_value():
@@ -39,7 +39,7 @@ def test_a_filter_is_a_value():
         one.config = FilterConfig()
 
 
-def test_only_a_filter_that_asks_nothing_of_text_takes_all():
-    assert Filter(FilterConfig(dedup=True)).takes_all
-    assert Filter(FilterConfig(matching="")).takes_all is False
-    assert not Filter(FilterConfig(minimum_characters=1)).takes_all
+def test_only_a_filter_without_conditions_on_text_accepts_all():
+    assert Filter(FilterConfig(dedup=True)).accepts_all
+    assert Filter(FilterConfig(matching="")).accepts_all is False
+    assert not Filter(FilterConfig(minimum_characters=1)).accepts_all

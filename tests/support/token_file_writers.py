@@ -1,6 +1,6 @@
-"""Corpora of token ids as others' tools leave them behind, written by their recipes, and a tokenizer for them.
+"""Write token files the way Megatron, nanoGPT and llm.c do, and a tokenizer for them.
 
-Documents are lists of ids. nanoGPT's and llm.c's recipes put the end of text between them; Megatron's takes documents as they are.
+Documents are lists of ids. nanoGPT and llm.c add the end of text to each; Megatron writes documents unchanged.
 """
 
 import struct
@@ -31,10 +31,10 @@ def write_llmc(path: Path, documents: Sequence[Sequence[int]], end_of_text: int,
 
 
 def write_megatron(prefix: Path, documents: Sequence[Sequence[int]], dtype: type[np.integer], *, sequences: int = 1) -> None:
-    """x.bin and x.idx, each document as it is, in so many sequences or fewer (NVIDIA/Megatron-LM, core/datasets/indexed_dataset.py)."""
-    whole = [in_sequences(document, sequences) for document in documents]
-    lengths = [len(part) for parts in whole for part in parts]
-    ends = np.cumsum([0, *map(len, whole)], dtype=np.int64)
+    """x.bin and x.idx, each document in at most `sequences` sequences (NVIDIA/Megatron-LM, core/datasets/indexed_dataset.py)."""
+    parts_by_document = [in_sequences(document, sequences) for document in documents]
+    lengths = [len(part) for parts in parts_by_document for part in parts]
+    ends = np.cumsum([0, *map(len, parts_by_document)], dtype=np.int64)
     ids = np.concatenate([np.array(document, dtype=dtype) for document in documents])
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * ids.itemsize
     header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, MEGATRON[ids.dtype], len(lengths), len(ends))
@@ -43,12 +43,12 @@ def write_megatron(prefix: Path, documents: Sequence[Sequence[int]], dtype: type
 
 
 def in_sequences(document: Sequence[int], sequences: int) -> list[list[int]]:
-    """A document's parts, as a tool that splits sentences makes several of it."""
+    """Split a document into several sequences, as a tool that splits sentences does."""
     return [part.tolist() for part in np.array_split(np.array(document), sequences) if len(part)]
 
 
 def write_tokenizer(file: Path) -> None:
-    """A tokenizer.json of 257 ids: the end of text, which is 0, and a letter for each byte."""
+    """Write a tokenizer.json of 257 ids: 0 is the end of text, the others are bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
