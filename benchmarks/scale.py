@@ -1,9 +1,9 @@
-"""What a controller costs at scale: the real one, over agents that are made up and a clock that is, too. One process, no Ray.
+"""The cost of a controller at scale: the real one, with simulated agents and a simulated clock, in one process without Ray.
 
 python benchmarks/scale.py [nodes [ranks_per_node]]
 
-Every rank beats twice a second; in the midst of it one is killed. Told is the processor time that the controller spends in a second of
-that clock, how long it takes to notice, and how many calls a start-up takes. Of Ray itself there is but that answers are pickled and read.
+Every rank sends a heartbeat twice a second; after a while one is killed. Prints the processor time that the controller spends per second of
+that clock, how long it takes to detect the failure, and how many calls a start takes. Of Ray only the pickling of answers is included.
 """
 
 import pickle
@@ -20,17 +20,15 @@ from typing import Any
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.job import Job
-from manta.cluster.nodes import capacity
-from manta.cluster.nodes.agent import NodeFacts
+from manta.cluster.nodes.report import NodeFacts, RankStatus
 from manta.cluster.supervise import attempt, controller
-from manta.cluster.supervise.failure import RankStatus
 
 RAY = ("ray", "ray.exceptions", "ray._private", "ray._private.state", "ray.util", "ray.util.scheduling_strategies")
 STEPS, STEP, KILLED_AT = 120, 0.5, 40.0  # steps, seconds each, seconds after the first
 
 
 class Clock:
-    """Stands for the module `time` in what is measured."""
+    """Replaces the module `time` in the measured modules."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -50,7 +48,7 @@ CALLS: Counter[str] = Counter()
 
 @dataclass(eq=False)
 class Ref:
-    """An answer that is there from a moment on."""
+    """An answer that is available at a time."""
 
     at: float
     make: Callable[[], Any]
@@ -60,9 +58,9 @@ class Ref:
 class Agent:
     machine: int
     ranks: range = range(0)
-    begun: float = 0.0
+    started: float = 0.0
     killed: int | None = None
-    when: float = float("inf")
+    killed_at: float = float("inf")
 
     def answer(self, method: str, arguments: Sequence[Any]) -> Ref:
         now = CLOCK.now
@@ -79,31 +77,31 @@ class Agent:
             case "start":
                 environments = arguments[1]
                 self.ranks = range(int(environments[0]["RANK"]), int(environments[-1]["RANK"]) + 1)
-                self.begun, self.killed, self.when = now, None, float("inf")
+                self.started, self.killed, self.killed_at = now, None, float("inf")
                 return Ref(now, lambda: list(self.ranks))
             case "poll":
-                ended = self.begun + STEPS * STEP
-                news = min(moment for moment in (self.when, ended, float("inf")) if moment > now or moment == float("inf"))
-                return Ref(min(now + arguments[0], news), lambda: pickle.loads(pickle.dumps(self.statuses())))
+                end = self.started + STEPS * STEP
+                change = min(moment for moment in (self.killed_at, end, float("inf")) if moment > now or moment == float("inf"))
+                return Ref(min(now + arguments[0], change), lambda: pickle.loads(pickle.dumps(self.statuses())))
             case "sentinel":
                 return Ref(float("inf"), lambda: None)
             case _:
                 return Ref(now, lambda: None)
 
     def statuses(self) -> list[RankStatus]:
-        done = CLOCK.now - self.begun
-        step = min(STEPS, int(done / STEP))
+        elapsed = CLOCK.now - self.started
+        step = min(STEPS, int(elapsed / STEP))
         return [
             RankStatus(
                 rank=rank,
                 pid=rank,
                 step=step,
                 phase="step",
-                quiet=done % STEP,
+                quiet=elapsed % STEP,
                 has_stepped=step > 0,
                 state="S",
-                code=-9 if rank == self.killed and CLOCK.now >= self.when else 0 if step == STEPS else None,
-                exited_at=self.when if rank == self.killed else 0.0,
+                code=-9 if rank == self.killed and CLOCK.now >= self.killed_at else 0 if step == STEPS else None,
+                exited_at=self.killed_at if rank == self.killed else 0.0,
                 work=0.4 + 0.001 * (rank % 7),
                 intervals=step,
                 longest=STEP,
@@ -131,8 +129,8 @@ class Handle:
 
 
 @dataclass
-class Fleet:
-    """What there is of Ray."""
+class FakeRay:
+    """Replaces Ray."""
 
     count: int
     agents: dict[int, Agent] = field(default_factory=dict)
@@ -144,8 +142,8 @@ class Fleet:
         yield
 
     def nodes(self) -> list[dict[str, Any]]:
-        about = {"Alive": True, "NodeManagerPort": 1, "Resources": {"CPU": 64.0, "GPU": 8.0}}
-        return [about | {"NodeID": str(n), "NodeManagerHostname": f"n{n}", "NodeManagerAddress": _address(n)} for n in range(self.count)]
+        common = {"Alive": True, "NodeManagerPort": 1, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+        return [common | {"NodeID": str(n), "NodeManagerHostname": f"n{n}", "NodeManagerAddress": _address(n)} for n in range(self.count)]
 
     def wait(self, refs: list[Ref], *, num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
         if num_returns == 1:
@@ -171,21 +169,21 @@ class Affinity:
     soft: bool
 
 
-def stand_in(fleet: Fleet) -> None:
-    """Puts a fleet in Ray's place."""
+def install(fake: FakeRay) -> None:
+    """Replace the modules of Ray."""
 
-    class Started:
-        def options(self, *, scheduling_strategy: Affinity, **_: Any) -> "Started":
+    class ActorClass:
+        def options(self, *, scheduling_strategy: Affinity, **_: Any) -> "ActorClass":
             self.strategy = scheduling_strategy
             return self
 
         def remote(self, **_: Any) -> Handle:
-            return fleet.start(self.strategy)
+            return fake.start(self.strategy)
 
     modules = {name: ModuleType(name) for name in RAY}
     ray: Any = modules["ray"]
-    ray.nodes, ray.wait, ray.get, ray.kill = fleet.nodes, fleet.wait, fleet.get, lambda _: None
-    ray.remote = lambda _: Started()
+    ray.nodes, ray.wait, ray.get, ray.kill = fake.nodes, fake.wait, fake.get, lambda _: None
+    ray.remote = lambda _: ActorClass()
     ray.ObjectRef, ray.exceptions = list, modules["ray.exceptions"]
     for error in ("GetTimeoutError", "RayActorError", "ActorUnschedulableError"):
         setattr(modules["ray.exceptions"], error, type(error, (Exception,), {}))
@@ -200,9 +198,9 @@ def _address(number: int) -> str:
 
 
 def main(count: int, each: int) -> None:
-    fleet = Fleet(count)
-    stand_in(fleet)
-    from manta.cluster.nodes import node_group
+    fake = FakeRay(count)
+    install(fake)
+    from manta.cluster.nodes import capacity, node_group
 
     for module in (attempt, controller, node_group, capacity):
         module.time = CLOCK  # type: ignore[attr-defined]
@@ -211,26 +209,26 @@ def main(count: int, each: int) -> None:
         job = Job(program=("-c", ""), environment={}, directory=Path(folder), sizes=(count * each,), ranks_per_node=each)
         started = failed = None
         spent = 0.0
-        begun, real = CLOCK.now, time.process_time()
-        for event in controller.Controller(job, config, fleet).run():
+        clock_start, real = CLOCK.now, time.process_time()
+        for event in controller.Controller(job, config, fake).run():
             if event.kind == "first-step" and started is None:
                 started, calls, starting = CLOCK.now, sum(CALLS.values()), time.process_time() - real
                 spent, real = 0.0, time.process_time()
-                victim = fleet.agents[count // 2]
-                victim.killed, victim.when = victim.ranks[-1], CLOCK.now + KILLED_AT
+                victim = fake.agents[count // 2]
+                victim.killed, victim.killed_at = victim.ranks[-1], CLOCK.now + KILLED_AT
             if event.kind == "rank-failed":
                 failed, spent = event, time.process_time() - real
-                noticed = CLOCK.now - victim.when
-                running = CLOCK.now - (started or begun)
+                detected = CLOCK.now - victim.killed_at
+                running = CLOCK.now - (started or clock_start)
     assert started is not None
     assert failed is not None
     assert failed.details["rank"] == victim.killed or failed.details["rank"] == victim.ranks[-1]
     print(f"{count:,} nodes, {count * each:,} ranks")
-    print(f"  start-up                    {calls:8,} calls, {calls / count:.1f} a node; {starting:.2f} s of processor time")
+    print(f"  start-up                    {calls:8,} calls, {calls / count:.1f} per node; {starting:.2f} s of processor time")
     print(f"  a second of heartbeats      {spent / running:8.3f} s of processor time")
-    print(f"  a killed rank is noticed    {noticed:8.3f} s after; rank {failed.details['rank']}, {failed.details['message']}")
+    print(f"  a killed rank is detected   {detected:8.3f} s after; rank {failed.details['rank']}, {failed.details['message']}")
 
 
 if __name__ == "__main__":
-    asked = [int(argument) for argument in sys.argv[1:]]
-    main(asked[0] if asked else 1250, asked[1] if len(asked) > 1 else 8)
+    sizes = [int(argument) for argument in sys.argv[1:]]
+    main(sizes[0] if sizes else 1250, sizes[1] if len(sizes) > 1 else 8)

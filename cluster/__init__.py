@@ -1,1 +1,1 @@
-"""Where do the ranks run, and what happens when one dies?"""
+"""Where the ranks run, and what happens when one dies."""

@@ -1,4 +1,4 @@
-"""What is to be run: any Python program, as so many ranks."""
+"""What to run: a Python program, as a number of ranks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,25 +7,26 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """`program` is what each node's own Python is called with; `environment` is laid over the agent's own; `directory`, which every node
-    sees, is where the ranks run, and where journal and logs go.
+    """`program`: arguments of each node's Python interpreter. `environment` overrides the agent's own variables.
+
+    `directory`: where the ranks run, and where event log and logs are written; all nodes share it.
     """
 
     program: tuple[str, ...]
     environment: dict[str, str]
     directory: Path
     sizes: tuple[int, ...]
-    """Numbers of ranks it can run as."""
-    fewer: tuple[int, ...] = ()
-    """Numbers of ranks it can go on as where too many are lost for any of those."""
-    environment_by_ranks: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
-    """Variables that each rank gets in addition, for a number of ranks: what a run computes once per layout."""
+    """Numbers of ranks that it can run as."""
+    fallback_sizes: tuple[int, ...] = ()
+    """Numbers of ranks that it can continue as if too few are left for any of those."""
+    environment_by_size: Mapping[int, Mapping[str, str]] = field(default_factory=dict[int, Mapping[str, str]])
+    """Additional variables of each rank, by the number of ranks."""
     ranks_per_node: int | None = None
-    """None: as many as a node has GPUs."""
+    """None: one per GPU."""
     packages: tuple[tuple[str, str], ...] = ()
-    """Names and versions of what a node should have. The first has to be the same; where others differ, that is told."""
+    """Names and versions that a node should have. A node with another version of the first is refused; other differences are reported."""
 
     @property
     def seal(self) -> Path:
-        """A word of the controller's: a node that reads another one there has another directory."""
+        """A file with a random word of the controller's: a node that reads another word sees another directory."""
         return self.directory / "seal"

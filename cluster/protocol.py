@@ -5,6 +5,7 @@ The leaf of `manta.cluster`: it imports no other module of manta, so that a rank
 
 import json
 import os
+import re
 import time
 from dataclasses import asdict, dataclass
 from enum import IntEnum, StrEnum
@@ -15,7 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 HEARTBEAT_SIZE = 256  # bytes: one write, padded with spaces, so that a shorter heartbeat leaves no rest of a longer one
 
-Phase = Literal["start", "load", "read", "compile", "step", "evaluate", "save", "done"]
+PENDING_COLLECTIVE = re.compile(r"^process group .* is pending$", re.MULTILINE)  # in a rank's log, see collective_line
+
+RankPhase = Literal["start", "load", "read", "compile", "step", "evaluate", "save", "done"]
 Category = Literal["exception", "out_of_memory", "input", "hopeless"]
 
 
@@ -41,6 +44,8 @@ class Env(StrEnum):
     """How many times the run has been started, this one included."""
     ERROR_FILE = "MANTA_ERROR"
     HEARTBEAT_FILE = "MANTA_HEARTBEAT"
+    LAYOUT = "MANTA_LAYOUT"
+    """The trainer's layout of the ranks, computed once per attempt."""
     LOG_FILE = "MANTA_LOG"
     STANDBY = "MANTA_STANDBY"
     """Set: import everything, then read the other variables from standard input, as one line of JSON."""
@@ -66,7 +71,7 @@ class Heartbeat:
     """
 
     step: int
-    phase: Phase | Literal[""]
+    phase: RankPhase | Literal[""]
     time: float
     work: float = 0.0
 
@@ -88,13 +93,18 @@ def read_error(path: Path) -> RankError | None:
         return None
 
 
+def collective_line(group: str, *, number: int, collective: str, is_done: bool) -> str:
+    """Describe the newest collective of a process group, for the log of a rank that was asked for its stack traces."""
+    return f"process group {group}: collective {number}, {collective}, is {'done' if is_done else 'pending'}"
+
+
 class HeartbeatWriter:
     """Reports this rank's progress to its supervisor; without a supervisor (`path` is None), writes nothing."""
 
     def __init__(self, path: str | None) -> None:
         self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         self.step = 0
-        self.phase: Phase = "start"
+        self.phase: RankPhase = "start"
         self.work = 0.0  # see Heartbeat.work
 
     @classmethod
@@ -105,7 +115,7 @@ class HeartbeatWriter:
     def is_supervised(self) -> bool:
         return self._file is not None
 
-    def __call__(self, phase: Phase, step: int) -> None:
+    def __call__(self, phase: RankPhase, step: int) -> None:
         """Report the phase, and the number of finished optimizer steps."""
         self.step, self.phase = step, phase
         if self._file is not None:

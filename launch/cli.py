@@ -94,10 +94,10 @@ def resume(run: Run, overrides: Overrides = None, *, detach: Detach = False, on:
 def drill(file: File, overrides: Overrides = None, *, on: On = "local", insecure: Insecure = False) -> None:
     """Do to a short run, beside it, what will happen to a long one, fault by fault, and see that it learns the same."""
     from manta.launch import config
-    from manta.launch.drill.drill import LAID_UNDER, drill
+    from manta.launch.drill.drill import DRILL_DEFAULTS, drill
     from manta.launch.targets.dispatch import ray_of
 
-    loaded = config.load(file, [*LAID_UNDER, *(overrides or [])])
+    loaded = config.load(file, [*DRILL_DEFAULTS, *(overrides or [])])
     raise typer.Exit(drill(loaded, ray_of(loaded, on, insecure=insecure)))
 
 

@@ -29,7 +29,7 @@ def main() -> int:
     stop = StopRequest()
     if Env.STANDBY in os.environ:
         wait_for_environment()
-    stack_traces.answer(signal.SIGUSR2)
+    stack_traces.dump_on_signal(signal.SIGUSR2)
     rank = f"attempt {os.environ.get(Env.ATTEMPT, '0')} rank {os.environ.get('RANK', '0')}"
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {rank} %(name)s: %(message)s", force=True)
     heartbeat = HeartbeatWriter.from_environment()

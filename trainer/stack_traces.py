@@ -1,7 +1,7 @@
-"""What a rank that hangs tells when it is asked: where each of its threads stands, and which collectives it is in.
+"""Log where a hung rank is, when it is asked by a signal: the stack of each thread, and the collectives it is in.
 
-Asked by a signal. The first is told by the handler itself, wherever the process hangs; the second by a thread, from the flight recorder of
-torch, as long as whoever hangs has let go of Python's lock, which waiting for peers does.
+The signal handler itself writes the stacks, wherever the process hangs. A thread writes the collectives, from torch's flight recorder; it
+needs Python's lock, which a rank that waits for its peers has released.
 """
 
 import faulthandler
@@ -14,45 +14,45 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from manta.cluster.protocol import Env
+from manta.cluster.protocol import Env, collective_line
 
-RECORDED = "2000"  # collectives that are kept, the newest
+RECORDED = "2000"  # collectives that the flight recorder keeps, the newest
 SETTINGS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # the newer name, and the older
 
 
-def answer(number: signal.Signals) -> None:
-    """From here on. To be called on the main thread, before the first process group is made: the recorder reads its settings once.
+def dump_on_signal(number: signal.Signals) -> None:
+    """Install the handler. Call it on the main thread, before the first process group exists: the recorder reads its settings once.
 
-    What NCCL's own watchdog has to say of a collective that took too long goes beside the log, too. What the user has set stands.
+    NCCL's own watchdog writes its dump of a collective that timed out beside the log. Keeps what the user has set.
     """
     if not any(name in os.environ for name in SETTINGS):
         os.environ.update(dict.fromkeys(SETTINGS, RECORDED))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     if log := os.environ.get(Env.LOG_FILE):
         for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-            os.environ.setdefault(name, str(Path(log).parent / "nccl-timeout-rank-"))  # torch adds the rank
-    asked, asks = os.pipe()
-    os.set_blocking(asks, False)
-    signal.signal(number, _nothing)  # so that Python's handler stands behind the other, and writes into the pipe at once
-    signal.set_wakeup_fd(asks, warn_on_full_buffer=False)
+            os.environ.setdefault(name, str(Path(log).parent / "nccl-timeout-rank-"))  # torch appends the rank
+    received, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.signal(number, _ignore)  # faulthandler chains to Python's handler, which writes into the pipe at once
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     faulthandler.register(number, all_threads=True, chain=True)
-    threading.Thread(target=_listen, args=(asked, number), name="stacks", daemon=True).start()
+    threading.Thread(target=_log_collectives, args=(received, number), name="stacks", daemon=True).start()
 
 
-def _nothing(*_: object) -> None:
+def _ignore(*_: object) -> None:
     pass
 
 
-def _listen(asked: int, number: signal.Signals) -> None:
-    while heard := os.read(asked, 512):
-        if number in heard:
+def _log_collectives(received: int, number: signal.Signals) -> None:
+    while numbers := os.read(received, 512):
+        if number in numbers:
             for trace in _traces():
-                sys.stderr.write("".join(f"{line}\n" for line in told(trace)))
+                sys.stderr.write("".join(f"{line}\n" for line in describe(trace)))
             sys.stderr.flush()
 
 
 def _traces() -> Iterator[dict[str, Any]]:
-    """Of the collectives on CPUs, and of NCCL's where there are any."""
+    """Yield the flight recorder's dumps: of collectives on CPUs, and of NCCL's if there are any."""
     if "torch.distributed" not in sys.modules:
         return
     import torch._C._distributed_c10d as c10d
@@ -62,11 +62,13 @@ def _traces() -> Iterator[dict[str, Any]]:
             yield json.loads(getattr(c10d, dump)())
 
 
-def told(trace: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each group: how far it has come, and what it is in or did last. trace: as torch's flight recorder dumps it."""
+def describe(trace: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each process group: how many collectives it has started, and the newest. trace: a dump of the flight recorder."""
     newest = {entry["process_group"][0]: entry for entry in trace.get("entries", ())}
     for group, entry in newest.items():
-        number, name = entry["collective_seq_id"], entry["process_group"][1]
-        what = f"{entry['profiling_name']} of {entry['input_sizes']}"
-        state = "done" if entry["retired"] else "waited for"
-        yield f"collectives of group {group} ({name}): {number} begun, the last, {what}, is {state}"
+        yield collective_line(
+            f"{group} ({entry['process_group'][1]})",
+            number=entry["collective_seq_id"],
+            collective=f"{entry['profiling_name']} of {entry['input_sizes']}",
+            is_done=entry["retired"],
+        )

@@ -1,1 +1,1 @@
-"""Nodes of a run: their agents, the placement of ranks, and the capacity there is."""
+"""The nodes of a run: placement of ranks, the agent on each node, and the processes that it supervises."""

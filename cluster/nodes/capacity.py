@@ -1,110 +1,103 @@
-"""Is there room for the run? What nodes there are, which of them are used, and whether to wait for more."""
+"""Which nodes the run can use now, and whether to wait for more.
+
+Import it after Ray has started: Ray reads its environment when it is imported.
+"""
 
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.job import Job
-from manta.cluster.nodes.placement import Machine, Place, Placement, place
-from manta.cluster.supervise.failure import Failure, without_progress
+from manta.cluster.nodes.placement import Machine, NodeAllocation, Placement, place_ranks
+from manta.cluster.ray import view
 
-SETTLE = 10.0  # seconds that nodes are waited for which the run would take, but does not need
-LOOK = 2.0  # seconds between two looks for nodes that have come
-STRIKES = 2  # failures on one machine, with no progress between them, after which it is left out
+SETTLE_TIME = 10.0  # seconds to wait for nodes that the run would use but does not need
+POLL_INTERVAL = 2.0  # seconds between two questions to Ray
 
 
-class Room:
-    """Asks Ray, which has to be connected."""
+class Capacity:
+    """Tracks the nodes that Ray lists, without those that drain and those that the run excludes."""
 
     def __init__(self, job: Job, config: ClusterConfig) -> None:
         self._job, self._config = job, config
-        self._there: list[Machine] = []
+        self._machines: list[Machine] = []
         self._suspects: Mapping[str, float] = {}
-        self.going: set[str] = set()  # ids of machines that are to be taken away, or were
-        self._looked = self._asked = 0.0
-        self._more: tuple[int, float] = (0, 0.0)
-        self._is_settled = False  # of a Ray just started, or joined, nodes come one by one
+        self.draining: set[str] = set()  # ids of machines that Ray drains or has drained
+        self._growth_checked = self._drain_checked = 0.0
+        self._larger_ranks, self._larger_since = 0, 0.0
+        self._is_settled = False  # nodes of a Ray that was just started or joined appear one by one
 
-    def enough(self, waited: float, *, suspects: Mapping[str, float], has_begun: bool) -> Placement | None:
-        """What to run on now; None where it is better to wait. Raises PlacementError."""
-        self._there = self.left(suspects)
-        placement = self._place(self._there, fewer=has_begun)
-        if placement is None or len(self._there) < (self._config.min_nodes_to_continue if has_begun else self._config.min_nodes):
+    def find_placement(self, waited: float, *, suspects: Mapping[str, float], has_started: bool) -> Placement | None:
+        """Return a placement to run on now; None if it is better to wait. Raises PlacementError.
+
+        waited: seconds waited so far. suspects: excluded machines by id, with the time at which they may be used again.
+        """
+        self._machines = self.usable_machines(suspects)
+        placement = self._place(self._machines, allow_fallback=has_started)
+        needed = self._config.min_nodes_to_continue if has_started else self._config.min_nodes
+        if placement is None or len(self._machines) < needed:
             return None
-        if not self._is_settled and len(self._there) < self._config.max_nodes and waited < SETTLE:
+        if not self._is_settled and len(self._machines) < self._config.max_nodes and waited < SETTLE_TIME:
             return None
         self._is_settled = True
         return placement
 
-    def missing(self) -> str:
-        """What is waited for."""
-        there = ", ".join(map(str, self._there)) or "none"
-        return f"cluster.nodes: got {len(self._there)} nodes ({there}), wants {self._config.nodes}"
+    def shortage(self) -> str:
+        """Describe what the run waits for."""
+        machines = ", ".join(map(str, self._machines)) or "none"
+        return f"cluster.nodes: expected {self._config.nodes} nodes, got {len(self._machines)} ({machines})"
 
-    def for_more(self, places: Sequence[Place]) -> Placement | None:
-        """A placement of more ranks than these, where nodes have come for it that stayed a while."""
+    def find_larger_placement(self, nodes: Sequence[NodeAllocation]) -> Placement | None:
+        """Return a placement of more ranks than on these nodes, once its nodes have been available for a while."""
         now = time.monotonic()
-        if len(places) >= self._config.max_nodes or now - self._looked < LOOK:
+        if len(nodes) >= self._config.max_nodes or now - self._growth_checked < POLL_INTERVAL:
             return None
-        self._looked = now
-        placement = self._place(self._look())
-        if placement is None or placement.ranks <= sum(place.ranks for place in places):
-            self._more = (0, now)
+        self._growth_checked = now
+        placement = self._place(self.usable_machines(self._suspects))
+        if placement is None or placement.ranks <= sum(node.ranks for node in nodes):
+            self._larger_ranks, self._larger_since = 0, now
             return None
-        if placement.ranks != self._more[0]:
-            self._more = (placement.ranks, now)
-        return placement if now - self._more[1] >= LOOK else None
+        if placement.ranks != self._larger_ranks:
+            self._larger_ranks, self._larger_since = placement.ranks, now
+        return placement if now - self._larger_since >= POLL_INTERVAL else None
 
-    def to_go(self, places: Sequence[Place]) -> list[Machine]:
-        """Those of these that are to be taken away. Ray is asked now and then."""
-        if time.monotonic() - self._asked >= LOOK:
-            self._ask()
-        return [place.machine for place in places if place.machine.id in self.going]
+    def draining_machines(self, nodes: Sequence[NodeAllocation]) -> list[Machine]:
+        """Return those of these nodes' machines that Ray drains."""
+        if time.monotonic() - self._drain_checked >= POLL_INTERVAL:
+            self._check_draining()
+        return [node.machine for node in nodes if node.machine.id in self.draining]
 
     @property
-    def is_headless(self) -> bool:
-        """Whether Ray can not be asked any more: it has to be started anew."""
-        from manta.cluster.ray.view import is_headless
-
-        return is_headless()
+    def is_head_lost(self) -> bool:
+        """Whether the head of the private Ray is gone, so that Ray must be started again."""
+        return view.is_head_lost()
 
     @property
-    def must_leave(self) -> bool:
-        """Whether the node that this process is on is to be taken away: then the run has to go on from elsewhere."""
-        from manta.cluster.ray.view import here
+    def is_own_node_draining(self) -> bool:
+        """Whether Ray drains the node of this process: the run must then resume from another one."""
+        return bool(self.draining) and view.own_node_id() in self.draining
 
-        return bool(self.going) and here() in self.going
-
-    def left(self, suspects: Mapping[str, float]) -> list[Machine]:
-        """Those that can be used."""
+    def usable_machines(self, suspects: Mapping[str, float]) -> list[Machine]:
         self._suspects = suspects
-        return self._look()
+        self._check_draining()
+        excluded = self.draining | self._excluded
+        return [machine for machine in view.machines() if machine.id not in excluded]
 
-    def leave_out(self, history: Sequence[Failure]) -> set[str]:
-        """Machines on which the run has failed again and again, as long as it can do without them."""
-        struck = Counter(failure.machine for failure in without_progress(history) if failure.machine)
-        out = {machine for machine, strikes in struck.items() if strikes >= STRIKES} - self._distrusted
-        left = [machine for machine in self._there if machine.id not in out]
-        return out if len(left) >= self._config.min_nodes_to_continue and self._place(left) is not None else set()
-
-    def _look(self) -> list[Machine]:
-        from manta.cluster.ray.view import machines  # it imports Ray, which must wait until its environment stands
-
-        self._ask()
-        out = self.going | self._distrusted
-        return [machine for machine in machines() if machine.id not in out]
+    def excludable(self, machines: Collection[str]) -> set[str]:
+        """Return those of these machines that are not excluded yet, if the run can continue without all of them; else none."""
+        excluded = set(machines) - self._excluded
+        remaining = [machine for machine in self._machines if machine.id not in excluded]
+        can_continue = len(remaining) >= self._config.min_nodes_to_continue and self._place(remaining) is not None
+        return excluded if can_continue else set()
 
     @property
-    def _distrusted(self) -> set[str]:
+    def _excluded(self) -> set[str]:
         return {machine for machine, until in self._suspects.items() if time.time() < until}
 
-    def _ask(self) -> None:
-        from manta.cluster.ray.view import draining
+    def _check_draining(self) -> None:
+        self._drain_checked = time.monotonic()
+        self.draining |= view.draining()
 
-        self._asked = time.monotonic()
-        self.going |= draining()
-
-    def _place(self, there: Collection[Machine], *, fewer: bool = False) -> Placement | None:
-        sizes = self._job.sizes + (self._job.fewer if fewer else ())
-        return place(there, most=self._config.max_nodes, sizes=sizes, ranks_per_node=self._job.ranks_per_node)
+    def _place(self, machines: Collection[Machine], *, allow_fallback: bool = False) -> Placement | None:
+        sizes = self._job.sizes + (self._job.fallback_sizes if allow_fallback else ())
+        return place_ranks(machines, max_nodes=self._config.max_nodes, sizes=sizes, ranks_per_node=self._job.ranks_per_node)

@@ -1,10 +1,10 @@
-"""Tie a command to its parent, then become it: `python -I -S leash.py PARENT_PID COMMAND…`.
+"""Run a command that the kernel kills when its parent ends: `python -I -S die_with_parent.py PARENT_PID COMMAND…`.
 
-A rank must never outlive its agent, however the agent ends. The kernel sees to it (PR_SET_PDEATHSIG), but only the child itself can
-ask for that; this program is the place, for Popen's preexec_fn is unsafe in a process with threads. The tie survives exec and is cut
-when the spawning thread ends, so the agent spawns from one that lives as long as it does.
+A rank must never outlive its agent, however the agent ends. Only the child itself can ask the kernel for that (PR_SET_PDEATHSIG), and
+Popen's preexec_fn is unsafe in a process with threads. The setting survives exec. It applies to the end of the spawning thread, so the
+agent spawns from a thread that lives as long as the agent.
 
-A SIGTERM waits until the command unblocks it: one that comes while a rank still imports is for the run, not for this rank alone.
+SIGTERM stays blocked until the command unblocks it: during imports, a stop request is for the whole run, not for one rank.
 """
 
 import ctypes
@@ -19,11 +19,11 @@ def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         sys.exit(f"prctl: {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != parent:  # it died before the tie was made
+    if os.getppid() != parent:  # it died before prctl
         sys.exit("the agent is gone")
     signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGTERM])  # Ray blocks SIGINT for its children
     try:
-        os.execvp(command[0], command)  # noqa: S606  no shell is wanted
+        os.execvp(command[0], command)  # noqa: S606  needs no shell
     except OSError as error:
         sys.exit(f"can not start {command[0]}: {error.strerror}")
 

@@ -1,35 +1,36 @@
-"""Has the kernel killed here for want of memory?
+"""Count the processes that the kernel killed because memory ran out.
 
-It counts such kills in the control group of what it killed; an agent's ranks are in the agent's own.
+The kernel counts such kills per control group of the killed process; an agent's ranks are in the agent's own group.
 """
 
 from contextlib import suppress
 from pathlib import Path
 
-GROUPS = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
-def kills() -> int:
-    """So far, in this process's control group; 0 where nobody counts."""
-    for place in places(Path("/proc/self/cgroup").read_text()):
+def count_oom_kills() -> int:
+    """Return the kills so far in this process's control group; 0 if the kernel does not count them."""
+    for file in counter_files(Path("/proc/self/cgroup").read_text()):
         with suppress(OSError):
-            counted = dict(line.split() for line in place.read_text().splitlines())
-            return int(counted.get("oom_kill", 0))
+            counters = dict(line.split() for line in file.read_text().splitlines())
+            return int(counters.get("oom_kill", 0))
     return 0
 
 
-def places(groups: str) -> list[Path]:
-    """Where that may stand, likeliest first, by what /proc says of a process's groups. In a container it may name a group by its path on
-    the host, and the group lies at the root.
+def counter_files(cgroups: str) -> list[Path]:
+    """Return the files that may hold the counter, likeliest first. cgroups: content of /proc/self/cgroup.
+
+    In a container it may name a group by its path on the host, while the group is mounted at the root.
     """
-    found: list[Path] = []
-    for line in groups.splitlines():
+    files: list[Path] = []
+    for line in cgroups.splitlines():
         _, controllers, path = line.split(":", maxsplit=2)
         if "memory" in controllers.split(","):
-            root, file = GROUPS / "memory", "memory.oom_control"
+            root, file = CGROUPS / "memory", "memory.oom_control"
         elif not controllers:
-            root, file = GROUPS, "memory.events"
+            root, file = CGROUPS, "memory.events"
         else:
             continue
-        found += [root / path.lstrip("/") / file, root / file]
-    return found
+        files += [root / path.lstrip("/") / file, root / file]
+    return files

@@ -1,17 +1,18 @@
-"""Which ranks lie on which nodes: whole nodes, neighbours next to each other. Pure functions of what nodes there are."""
+"""Assign ranks to nodes: whole nodes, neighbours next to each other. Pure functions of the available nodes."""
 
 import ipaddress
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
 class PlacementError(ValueError):
-    """Nodes that can not be used as they are; its text says what a person can do."""
+    """Nodes that the run can not use as they are; the message says what the user can do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """A node as Ray knows it. Its `id` is never used again, not even by the same machine when it comes back."""
+    """A node as Ray lists it. Ray never reuses an `id`, not even for the same machine when it joins again."""
 
     id: str
     host: str
@@ -19,68 +20,65 @@ class Machine:
     port: int  # of its raylet
     cpus: int
     gpus: int = 0
-    island: str = ""  # machines of one share an NVLink fabric
+    nvlink_domain: str = ""
 
     def __str__(self) -> str:
         return f"{self.host} ({self.address})"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NodeAllocation:
     machine: Machine
     ranks: int
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Ranks are numbered along the places."""
+    """Ranks are numbered along the nodes."""
 
-    places: tuple[Place, ...]
+    nodes: tuple[NodeAllocation, ...]
 
     @property
     def ranks(self) -> int:
-        return sum(place.ranks for place in self.places)
-
-    def __str__(self) -> str:
-        nodes = "1 node" if len(self.places) == 1 else f"{len(self.places)} nodes"
-        return f"{self.ranks} ranks on {nodes}" if self.ranks > 1 else f"1 rank on {nodes}"
+        return sum(node.ranks for node in self.nodes)
 
 
-def place(machines: Collection[Machine], *, most: int, sizes: Collection[int], ranks_per_node: int | None) -> Placement | None:
-    """The largest of `sizes` that up to `most` machines hold, on as few of them as can be; None where they hold not even the smallest.
+def place_ranks(machines: Collection[Machine], *, max_nodes: int, sizes: Collection[int], ranks_per_node: int | None) -> Placement | None:
+    """Return the largest of `sizes` that fits on up to `max_nodes` machines, on as few of them as possible; None if no size fits.
 
-    Raises PlacementError where machines have different numbers of GPUs, and nobody has said how many ranks each shall have.
+    Raises PlacementError if ranks_per_node is unset and machines have different numbers of GPUs.
     """
-    chosen = in_order(machines)
+    chosen = by_locality(machines)
     if not chosen:
         return None
     if any(machine.gpus for machine in chosen):
         chosen = [machine for machine in chosen if machine.gpus]
-    each = ranks_per_node or _gpus(chosen)
-    chosen = [machine for machine in chosen if not machine.gpus or machine.gpus >= each][:most]
-    ranks = max((size for size in sizes if size <= each * len(chosen)), default=0)
+    per_node = ranks_per_node or _default_ranks(chosen)
+    chosen = [machine for machine in chosen if not machine.gpus or machine.gpus >= per_node][:max_nodes]
+    ranks = max((size for size in sizes if size <= per_node * len(chosen)), default=0)
     if not ranks:
         return None
-    return Placement(tuple(Place(machine, min(each, ranks - at * each)) for at, machine in enumerate(chosen) if at * each < ranks))
+    used = chosen[: -(-ranks // per_node)]
+    return Placement(tuple(NodeAllocation(machine, min(per_node, ranks - n * per_node)) for n, machine in enumerate(used)))
 
 
-def in_order(machines: Collection[Machine]) -> list[Machine]:
-    """Those of an NVLink island together, the largest island first; within one, and where there are none, by address."""
-    of = {island: sum(machine.island == island for machine in machines) for island in {machine.island for machine in machines}}
-    return sorted(machines, key=lambda machine: (-of[machine.island], machine.island, _number(machine.address), machine.id))
+def by_locality(machines: Collection[Machine]) -> list[Machine]:
+    """Sort by NVLink domain, the largest first; within a domain, and without one, by address."""
+    sizes = Counter(machine.nvlink_domain for machine in machines)
+    return sorted(machines, key=lambda m: (-sizes[m.nvlink_domain], m.nvlink_domain, _sortable(m.address), m.id))
 
 
-def _gpus(machines: Sequence[Machine]) -> int:
-    having = sorted({machine.gpus for machine in machines})
-    if len(having) > 1:
-        each = ", ".join(f"{machine}: {machine.gpus}" for machine in machines[:8])
+def _default_ranks(machines: Sequence[Machine]) -> int:
+    gpus = sorted({machine.gpus for machine in machines})
+    if len(gpus) > 1:
+        counts = ", ".join(f"{machine}: {machine.gpus}" for machine in machines[:8])
         raise PlacementError(
-            f"cluster.ranks_per_node: got nothing, and nodes differ in GPUs ({each}); wants the ranks of each node: set it to"
-            f" {having[0]}, or to more, and nodes with fewer GPUs are left out"
+            f"cluster.ranks_per_node: expected a number, since nodes differ in GPUs ({counts}), got nothing. Set it to {gpus[0]},"
+            " or to more to exclude nodes with fewer GPUs."
         )
-    return having[0] or min(2, *(machine.cpus for machine in machines))
+    return gpus[0] or min(2, *(machine.cpus for machine in machines))
 
 
-def _number(address: str) -> tuple[int, int]:
+def _sortable(address: str) -> tuple[int, int]:
     parsed = ipaddress.ip_address(address)
     return parsed.version, int(parsed)

@@ -1,4 +1,4 @@
-"""One process of the run: a spare while it waits on stdin for its place, a rank once it has it."""
+"""One process of the run: a standby while it waits on stdin for its assignment, then a rank."""
 
 import asyncio
 import contextlib
@@ -11,25 +11,26 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-LEASH = Path(__file__).with_name("die_with_parent.py")
+DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 
 
 class Process:
-    """Starts `command` on a leash, in a session of its own, so that a Ctrl-C at the terminal does not reach it.
+    """Starts `command` so that it dies with this process, in its own session, out of reach of a Ctrl-C at the terminal.
 
-    To be made on the agent's event loop: its thread lives as long as the agent, and the leash is tied to that thread. `ended` is set
-    when the process is gone, for one who waits for any of many.
+    Make it on the agent's event loop: its thread lives as long as the agent. `any_ended` is set when the process has ended.
     """
 
-    def __init__(self, command: Sequence[str], *, environment: Mapping[str, str], directory: Path, log: Path, ended: asyncio.Event) -> None:
+    def __init__(
+        self, command: Sequence[str], *, environment: Mapping[str, str], directory: Path, log: Path, any_ended: asyncio.Event
+    ) -> None:
         self.log = log
         self.code: int | None = None
         self.exited_at: float | None = None
-        self._gone = asyncio.Event()
-        self._ended = ended
+        self._ended = asyncio.Event()
+        self._any_ended = any_ended
         with log.open("wb") as output:
             self._popen = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(LEASH), str(os.getpid()), *command],
+                [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid()), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -45,7 +46,7 @@ class Process:
         return self._popen.pid
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self.code is None
 
     @property
@@ -56,31 +57,31 @@ class Process:
         except (FileNotFoundError, ProcessLookupError):
             return "X"
 
-    def go(self, place: Mapping[str, str]) -> None:
-        """Tell the spare which rank it is: one line of JSON, the environment variables it lacks."""
+    def assign(self, environment: Mapping[str, str]) -> None:
+        """Make the standby a rank: send it, as one line of JSON, the environment variables that it lacks."""
         assert self._popen.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._popen.stdin as stdin:  # dead already: its exit is reported like any other
-            stdin.write(json.dumps(dict(place)).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError), self._popen.stdin as stdin:  # if it is dead, its exit is reported like any other
+            stdin.write(json.dumps(dict(environment)).encode() + b"\n")
 
-    def send(self, number: signal.Signals) -> None:
-        if self.alive:
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.is_alive:
             self._popen.send_signal(number)
 
     async def kill(self) -> None:
-        """Return when it is gone, and what it started with it."""
-        if self.alive:
+        """Kill the process and its children; return when they are gone."""
+        if self.is_alive:
             os.killpg(self.pid, signal.SIGKILL)
-            await self._gone.wait()
+            await self._ended.wait()
 
     def _reap(self) -> None:
         self.exited_at = time.time()
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)  # its children; before the wait, while the number can not be another's
+            os.killpg(self.pid, signal.SIGKILL)  # its children; before the wait, while no other process can have its id
         self.code = self._popen.wait()
         if self._popen.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._popen.stdin.close()
-        self._gone.set()
         self._ended.set()
+        self._any_ended.set()

@@ -1,1 +1,1 @@
-"""The Ray that a run uses: private, over hosts, or joined."""
+"""Ray for a run: private or joined, its hosts, and the cluster as Ray lists it."""

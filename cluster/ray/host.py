@@ -1,8 +1,8 @@
-"""One host of a run's Ray: `python -P -m manta.cluster.ray.host`, started there by whatever reaches it (ssh, srun, a shell).
+"""One host of a private Ray: `python -P -m manta.cluster.ray.host`, started by hosts.py through ssh, srun or nothing.
 
-It is told on standard input, in one line of JSON, which Ray to join: so the token is in no argument and no environment. It runs a raylet,
-and starts it anew when it ends (cut off from the others, a raylet gives up and does not come back). When standard input closes, whoever
-started it is gone: it ends the raylet with all that this has started, and leaves nothing behind.
+It reads its settings from standard input, as one line of JSON, so that the token is in no argument and no environment variable. It runs a
+raylet and restarts it when it ends: a raylet that is cut off from the head gives up for good. When standard input closes, the controller
+is gone: it ends the raylet and every process that the raylet started.
 """
 
 import contextlib
@@ -24,112 +24,129 @@ from typing import Any
 
 import psutil
 
-from manta.cluster.nodes.machine import address_towards, nvlink_island
+from manta.cluster.nodes.machine import address_towards, nvlink_domain
+from manta.cluster.protocol import ExitCode
 
-TEMPORARY = Path("/tmp")  # noqa: S108  whatever TMPDIR says: Ray's socket paths must fit into 107 bytes
+TEMPORARY = Path("/tmp")  # noqa: S108  ignores TMPDIR: Ray's socket paths must fit into 107 bytes
 PREFIX = "manta-host-"
-AGAIN = 1.0  # seconds before a raylet is started anew; doubles
-LONGEST = 30.0
-ENDING = 5.0  # seconds that a raylet has to end
+MIN_BACKOFF = 1.0  # seconds before a raylet is started again; doubles
+MAX_BACKOFF = 30.0
+SHUTDOWN_TIMEOUT = 5.0  # seconds that a raylet has to end
 PR_SET_CHILD_SUBREAPER = 36
 
 
 def main() -> int:
-    told = json.loads(sys.stdin.readline() or "{}")
-    if not told:
-        sys.stderr.write("manta.cluster.ray.host: got nothing on standard input, wants one line of JSON from `manta train`\n")
-        return 2
-    gone = threading.Event()
+    settings = json.loads(sys.stdin.readline() or "{}")
+    if not settings:
+        sys.stderr.write("manta.cluster.ray.host: expected a line of JSON on standard input, got nothing. Start it by `manta train`.\n")
+        return ExitCode.USAGE
+    closing = threading.Event()
 
-    def leave(_number: int, _frame: object) -> None:
-        """Whoever stops all processes of a job stops the controller too: the ranks save first, and then it closes standard input."""
-        patience = threading.Timer(told["grace"], gone.set)
-        patience.daemon = True
-        patience.start()
+    def close_later(_number: int, _frame: object) -> None:
+        """A signal to all processes of a job also reaches the controller, which closes standard input once the ranks have saved."""
+        timer = threading.Timer(settings["grace"], closing.set)
+        timer.daemon = True
+        timer.start()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, leave)
-    threading.Thread(target=_until_closed, args=(gone,), daemon=True).start()
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes ours, and is found
+        signal.signal(number, close_later)
+    threading.Thread(target=_wait_for_end_of_input, args=(closing,), daemon=True).start()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process, so that it finds them
     scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=TEMPORARY))
     try:
-        _keep_up(told, scratch, gone)
+        _supervise(settings, scratch, closing)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return 0
+    return ExitCode.DONE
 
 
-def _until_closed(gone: threading.Event) -> None:
+def _wait_for_end_of_input(closing: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    gone.set()
+    closing.set()
 
 
-def _keep_up(told: Mapping[str, Any], scratch: Path, gone: threading.Event) -> None:
+def _supervise(settings: Mapping[str, Any], scratch: Path, closing: threading.Event) -> None:
     token = scratch / f"token-{secrets.token_hex(4)}"
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123  pathlib takes no mode
-        file.write(told["token"])
-    wait, number = AGAIN, 0
-    while not gone.is_set():
+        file.write(settings["token"])
+    backoff, number = MIN_BACKOFF, 0
+    while not closing.is_set():
         number += 1
-        begun = time.monotonic()
-        folder = scratch / f"r{number}"
-        folder.mkdir()
-        _run(told, token, folder, gone)
-        wait = AGAIN if time.monotonic() - begun > 60 else min(LONGEST, 2 * wait)
-        gone.wait(wait)
+        started = time.monotonic()
+        directory = scratch / f"r{number}"
+        directory.mkdir()
+        _run_raylet(settings, token, directory, closing)
+        backoff = MIN_BACKOFF if time.monotonic() - started > 60 else min(MAX_BACKOFF, 2 * backoff)
+        closing.wait(backoff)
 
 
-def _run(told: Mapping[str, Any], token: Path, folder: Path, gone: threading.Event) -> None:
-    """A raylet, until it ends or is to end."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | told["environment"]
+def _run_raylet(settings: Mapping[str, Any], token: Path, directory: Path, closing: threading.Event) -> None:
+    """Run a raylet until it ends, or `closing` is set."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | settings["environment"]
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    island = nvlink_island()
-    own = told["address"] or address_towards(told["gcs"].rpartition(":")[0].strip("[]"))  # by which the others reach it
-    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", f"--address={told['gcs']}"]
-    command += [
-        f"--node-ip-address={own}",
-        "--num-cpus=1",
-        f"--temp-dir={folder}",
-    ]
-    command += [f"--object-store-memory={told['object_store_memory']}", "--include-log-monitor=false"]
-    command += [] if told["gpus"] is None else [f"--num-gpus={told['gpus']}"]
-    command += [f"--labels={told['island_label']}={island}"] if island else []
-    log = folder / "ray.log"
+    log = directory / "ray.log"
     with log.open("wb") as output:
         raylet = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            _raylet_command(settings, directory),
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-    while raylet.poll() is None and not gone.wait(0.1):
-        _bury(all_but=raylet.pid)
+    while raylet.poll() is None and not closing.wait(0.1):
+        _reap_orphans(exclude=raylet.pid)
     if raylet.poll() is not None:
         sys.stderr.write(f"{socket.gethostname()}: its raylet ended with {raylet.returncode}: {_last_line(log)}\n")
         sys.stderr.flush()
     raylet.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        raylet.wait(ENDING)
+        raylet.wait(SHUTDOWN_TIMEOUT)
     raylet.kill()
-    _end_orphans()
+    _kill_orphans()
 
 
-def _bury(*, all_but: int) -> None:
-    """Takes note of orphans that have ended: else each stays a zombie for as long as this runs."""
+def _raylet_command(settings: Mapping[str, Any], directory: Path) -> list[str]:
+    address = settings["address"] or address_towards(settings["gcs"].rpartition(":")[0].strip("[]"))  # by which other nodes reach it
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--block",
+        "--disable-usage-stats",
+        "--include-log-monitor=false",
+    ]
+    command += [f"--address={settings['gcs']}", f"--node-ip-address={address}", "--num-cpus=1", f"--temp-dir={directory}"]
+    command += [f"--object-store-memory={settings['object_store_memory']}"]
+    if settings["gpus"] is not None:
+        command += [f"--num-gpus={settings['gpus']}"]
+    if domain := nvlink_domain():
+        command += [f"--labels={settings['nvlink_domain_label']}={domain}"]
+    return command
+
+
+def _reap_orphans(*, exclude: int) -> None:
+    """Reap ended orphans: else they stay zombies while this process runs."""
     with contextlib.suppress(ChildProcessError):
-        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != all_but:
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != exclude:
             os.waitpid(ended.si_pid, 0)
 
 
-def _end_orphans() -> None:
-    """Whatever a raylet has started, it is a child of this process by now: workers may take seconds to learn of its end."""
-    left = psutil.Process().children(recursive=True)
-    for process in left:
+def _kill_orphans() -> None:
+    """Kill what the raylet started, by now children of this process: workers may take seconds to notice that it ended."""
+    orphans = psutil.Process().children(recursive=True)
+    for process in orphans:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left, timeout=ENDING)
+    psutil.wait_procs(orphans, timeout=SHUTDOWN_TIMEOUT)
 
 
 def _last_line(log: Path) -> str:
-    return next(iter(reversed(log.read_text(errors="replace").strip().splitlines())), "it said nothing")
+    return next(iter(reversed(log.read_text(errors="replace").strip().splitlines())), "no output")
 
 
 if __name__ == "__main__":

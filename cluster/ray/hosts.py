@@ -1,4 +1,4 @@
-"""The hosts of a run's own Ray: one program on each (host.py), reached by a command, kept alive, and ended with the run."""
+"""The hosts of a private Ray: starts one program (host.py) on each by a command such as ssh, restarts it, and ends it with the run."""
 
 import contextlib
 import json
@@ -16,84 +16,89 @@ from types import TracebackType
 from typing import Self
 
 log = logging.getLogger(__name__)
-OBJECT_STORE_BYTES = 80_000_000  # nothing of size ever passes through it; this is near the least that Ray accepts
-ISLAND = "manta-island"  # the label under which a node tells of its NVLink fabric
-AGAIN = 2.0  # seconds before a host is reached for anew; doubles
-LONGEST = 60.0
-ENDING = 8.0  # seconds that the hosts have to end what they run
+OBJECT_STORE_BYTES = 80_000_000  # nothing large passes through it; this is close to Ray's minimum
+NVLINK_DOMAIN_LABEL = "manta-nvlink-domain"
+MIN_BACKOFF = 2.0  # seconds before a host is started again; doubles
+MAX_BACKOFF = 60.0
+SHUTDOWN_TIMEOUT = 8.0  # seconds that the hosts have to end their processes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """`reach` is the command that runs one there, as ("ssh", "node1"): nothing for this machine. `address`: None where it tells its own.
-    `gpus`: None where Ray is to count them.
+    """`reach`: the command that runs another one on the host, such as ("ssh", "node1"); empty for this machine.
+
+    `has_shell`: whether that command passes its arguments to a shell, as ssh does. `address`: None if the host finds its own.
+    `gpus`: None if Ray counts them.
     """
 
     name: str
     reach: tuple[str, ...] = ()
-    has_shell: bool = False  # whether a shell there reads what follows, as ssh has it
+    has_shell: bool = False
     python: str = sys.executable
     address: str | None = None
     gpus: int | None = None
 
     def command(self, *arguments: str) -> list[str]:
-        """What runs Python there."""
+        """Return the command that runs Python on the host."""
         python = [self.python, *arguments]
         return [*self.reach, shlex.join(python)] if self.has_shell else [*self.reach, *python]
 
 
 class Hosts:
-    """In force between enter and exit. `grace`: seconds that one which is told to end waits for the run to leave."""
+    """Context manager that keeps host.py running on every host.
+
+    grace: seconds that a host waits, after a signal to end, for the ranks to save.
+    """
 
     def __init__(self, hosts: Sequence[Host], gcs: str, token: Path, *, grace: float) -> None:
         self._hosts, self._gcs, self._token, self._grace = hosts, gcs, token, grace
-        self._ending = threading.Event()
+        self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
-        self._threads = [threading.Thread(target=self._keep_up, args=(host,), name=host.name, daemon=True) for host in self._hosts]
+        self._threads = [threading.Thread(target=self._supervise, args=(host,), name=host.name, daemon=True) for host in self._hosts]
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._ending.set()
-        until = time.monotonic() + ENDING
+        self._closing.set()
+        deadline = time.monotonic() + SHUTDOWN_TIMEOUT
         for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _keep_up(self, host: Host) -> None:
-        wait = AGAIN
-        while not self._ending.is_set():
-            begun = time.monotonic()
+    def _supervise(self, host: Host) -> None:
+        backoff = MIN_BACKOFF
+        while not self._closing.is_set():
+            started = time.monotonic()
             code = self._run(host)
-            if self._ending.is_set():
+            if self._closing.is_set():
                 return
-            wait = AGAIN if time.monotonic() - begun > LONGEST else min(LONGEST, 2 * wait)
-            log.warning("%s: ended with %s; it is reached for again in %.0f s", host.name, code, wait)
-            self._ending.wait(wait)
+            backoff = MIN_BACKOFF if time.monotonic() - started > MAX_BACKOFF else min(MAX_BACKOFF, 2 * backoff)
+            log.warning("%s: ended with %s; starting it again in %.0f s", host.name, code, backoff)
+            self._closing.wait(backoff)
 
     def _run(self, host: Host) -> int:
-        """Runs the host's program until it ends, or the run does. Its exit code."""
-        told = {
+        """Run host.py on the host until it or the run ends; return its exit code."""
+        settings = {
             "gcs": self._gcs,
             "token": self._token.read_text(),
             "address": host.address,
             "gpus": host.gpus,
             "grace": self._grace,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "island_label": ISLAND,
+            "nvlink_domain_label": NVLINK_DOMAIN_LABEL,
             "environment": {name: value for name, value in os.environ.items() if name.startswith("RAY_") and "AUTH" not in name},
         }
         with subprocess.Popen(host.command("-P", "-m", "manta.cluster.ray.host"), stdin=subprocess.PIPE, start_new_session=True) as process:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(told).encode() + b"\n")
+                process.stdin.write(json.dumps(settings).encode() + b"\n")
                 process.stdin.flush()
-                while process.poll() is None and not self._ending.wait(0.2):
+                while process.poll() is None and not self._closing.wait(0.2):
                     pass
                 process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(ENDING)
+                process.wait(SHUTDOWN_TIMEOUT)
             process.kill()
         return process.returncode

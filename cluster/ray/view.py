@@ -1,6 +1,6 @@
-"""The cluster as Ray knows it: what machines there are, which of them are to go, and whether Ray itself is still there.
+"""The cluster as Ray lists it: its machines, those that drain, and whether Ray's head is still alive.
 
-It is imported when Ray has been started: Ray reads its environment at import.
+Import it after Ray has started: Ray reads its environment when it is imported.
 """
 
 import socket
@@ -10,49 +10,48 @@ from ray._private import worker
 from ray._private.state import state
 
 from manta.cluster.nodes.placement import Machine
-from manta.cluster.ray.hosts import ISLAND
+from manta.cluster.ray.hosts import NVLINK_DOMAIN_LABEL
 
-PROBE = 0.5  # seconds in which a living machine accepts a connection
+CONNECT_TIMEOUT = 0.5  # seconds in which a living machine accepts a connection
 
 
 def machines() -> list[Machine]:
-    """Those that Ray believes in, and that have room for an agent. It may be half a minute late to learn of a loss."""
+    """Return the machines that Ray lists as alive and that can hold an agent. Ray may notice a loss half a minute late."""
     return [
         Machine(
-            id=found["NodeID"],
-            host=found["NodeManagerHostname"],
-            address=found["NodeManagerAddress"],
-            port=found["NodeManagerPort"],
-            cpus=int(found["Resources"]["CPU"]),
-            gpus=int(found["Resources"].get("GPU", 0)),
-            island=found.get("Labels", {}).get(ISLAND, ""),
+            id=node["NodeID"],
+            host=node["NodeManagerHostname"],
+            address=node["NodeManagerAddress"],
+            port=node["NodeManagerPort"],
+            cpus=int(node["Resources"]["CPU"]),
+            gpus=int(node["Resources"].get("GPU", 0)),
+            nvlink_domain=node.get("Labels", {}).get(NVLINK_DOMAIN_LABEL, ""),
         )
-        for found in ray.nodes()
-        if found["Alive"] and found["Resources"].get("CPU", 0) >= 1
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
     ]
 
 
 def draining() -> set[str]:
-    """Ids of the nodes that are to be taken away: a spot machine's notice, say. Ray tells nobody who does not ask."""
+    """Return the ids of nodes that Ray drains: of a spot machine about to be reclaimed, for example. Ray does not announce them."""
     return set(state.get_draining_nodes())
 
 
-def is_headless() -> bool:
-    """Whether Ray's head is gone, where it was this process that started it. Whatever asks for it then waits, and Ray ends the process."""
+def is_head_lost() -> bool:
+    """Whether the head that this process started is gone. A call that needs the head then blocks, and Ray ends the process."""
     started = getattr(worker, "_global_node", None)
     heads = started.all_processes.get("gcs_server", ()) if started else ()
     return any(head.process.poll() is not None for head in heads)
 
 
-def here() -> str:
-    """The id of the node that this process is on."""
+def own_node_id() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def answers(machine: Machine) -> bool:
-    """Whether somebody listens where its raylet did."""
+def is_reachable(machine: Machine) -> bool:
+    """Whether anything listens on its raylet's port."""
     try:
-        socket.create_connection((machine.address, machine.port), timeout=PROBE).close()
+        socket.create_connection((machine.address, machine.port), timeout=CONNECT_TIMEOUT).close()
     except OSError:
         return False
     return True

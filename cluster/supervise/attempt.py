@@ -1,4 +1,4 @@
-"""One attempt: from the word "go" to its outcome. It says what it sees as events, and leaves what follows to its caller."""
+"""One attempt: from starting the ranks to an outcome. It yields what it observes as events; the controller decides what follows."""
 
 import bisect
 import itertools
@@ -9,238 +9,255 @@ from typing import TYPE_CHECKING, Any
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.job import Job
-from manta.cluster.nodes.agent import NodeFacts
-from manta.cluster.nodes.capacity import Room
-from manta.cluster.nodes.placement import Place
+from manta.cluster.nodes.placement import Machine, NodeAllocation
+from manta.cluster.nodes.report import NodeFacts, RankStatus
 from manta.cluster.protocol import Env, ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
-from manta.cluster.supervise.failure import STOPPED, Cause, Failure, Limits, RankStatus, blames_a_peer, explain, guilty, stalled
-from manta.cluster.supervise.requests import Orders
-from manta.cluster.supervise.stragglers import Pace, limits, slow
+from manta.cluster.supervise.failure import (
+    STOPPED,
+    Cause,
+    Failure,
+    HangLimits,
+    detect_hang,
+    failure_of,
+    first_failure,
+    is_peer_failure,
+)
+from manta.cluster.supervise.requests import StopRequests
+from manta.cluster.supervise.stragglers import WorkHistory, find_stragglers, hang_limits
 
-if TYPE_CHECKING:
-    from manta.cluster.nodes.node_group import Nodes  # it imports Ray, which must wait until its environment stands
+if TYPE_CHECKING:  # they import Ray, which must not be imported before its environment is set
+    from manta.cluster.nodes.capacity import Capacity
+    from manta.cluster.nodes.node_group import NodeGroup
 
-TICK = 0.25  # seconds between two reports of progress, of up to 250 nodes; of more it is a millisecond a node
-SETTLE = 0.1  # seconds to wait for a killed rank after one that raised: the killed one is the cause
-FALLEN = 5.0  # seconds that ranks have to leave once one of them has fallen: what they wait for may never come
-SETTLES = 10  # as often, where one raised that a peer is gone: there is one that has not been seen to fall yet
+POLL_INTERVAL = 0.25  # seconds between two progress events, for up to 250 nodes; beyond, a millisecond per node
+SETTLE_TIME = 0.1  # seconds to wait, after a rank raised, for one that was killed: that one is the cause
+SETTLE_CHECKS = 10  # so often if the rank raised because a peer is gone: another rank's exit has not been noticed yet
+FAILED_GRACE = 5.0  # seconds that ranks have to stop once one of them has failed: they may wait for it forever
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """All ranks ended well."""
+class Completed:
+    """All ranks finished the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Left:
-    """The ranks were told to leave; `saved` when every one of them did."""
+class Stopped:
+    """The ranks stopped on request; `saved` if all of them saved."""
 
     saved: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Regrouped:
-    """The ranks left, to go on elsewhere: on more nodes, without those that go, or under another head of Ray's. What they had not saved
-    is done again.
-    """
+class Reallocated:
+    """The ranks stopped to resume on other nodes: on more, without draining ones, or under another head."""
 
 
-Outcome = Done | Left | Regrouped | Failure
+Outcome = Completed | Stopped | Reallocated | Failure
+OUTCOME_NAMES = {Completed: "done", Stopped: "left", Reallocated: "regrouped", Failure: "failure"}  # in the event log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
+    """Starts the ranks, watches them, and ends them."""
+
     number: int
-    nodes: "Nodes"
+    nodes: "NodeGroup"
     job: Job
     config: ClusterConfig
-    orders: Orders
-    room: Room
+    requests: StopRequests
+    capacity: "Capacity"
 
     def run(self) -> Generator[Event, None, Outcome]:
-        """NodeLostError goes up to the caller; after any other outcome no rank is left."""
-        if (wrong := (yield from self._welcome())) is not None:
-            return wrong
-        environments = places(self.job, self.number, self.nodes.places, self.nodes.facts, self.nodes.free_port())
-        pids = self.nodes.start(self.number, environments)
-        on = [node for node, place in enumerate(self.nodes.places) for _ in range(place.ranks)]
-        ranks = [{"rank": rank, "pid": pid, "node": node} for rank, (pid, node) in enumerate(zip(pids, on, strict=True))]
-        yield self._event("attempt-started", ranks=ranks)
-        stepped, pace = False, Pace()
+        """Run the ranks until there is an outcome; none of them runs afterwards. Passes on NodeLostError."""
+        if (failure := (yield from self._check_new_nodes())) is not None:
+            return failure
+        yield self._start()
+        all_stepped, history = False, WorkHistory()
         while True:
-            statuses = self.nodes.poll(self._tick_length)
-            exited = [status for status in statuses if status.code is not None]
-            if any(status.code not in STOPPED | {0} for status in exited):
-                return (yield from self._crash())
-            if self.orders.leave or any(status.code in STOPPED for status in exited):
-                return (yield from self._leave())
-            if statuses and len(exited) == len(statuses):
-                return Done()
-            if not stepped and statuses and all(status.has_stepped for status in statuses):
-                stepped = True
+            statuses = self.nodes.poll(self._poll_interval)
+            if (outcome := (yield from self._end(statuses))) is not None:
+                return outcome
+            if not all_stepped and statuses and all(status.has_stepped for status in statuses):
+                all_stepped = True
                 if self.config.hot_standby:
-                    self.nodes.stand_by()
+                    self.nodes.start_standby()
                 yield self._event("first-step", step=min(status.step for status in statuses))
-            if (why := self._elsewhere(stepped=stepped)) is not None:
-                yield why
-                return (yield from self._regroup())
-            patience = limits(statuses, start=self.config.start_timeout, step=self.config.step_timeout)
-            if stalled(statuses, patience):
-                return (yield from self._hang(statuses, patience))
-            pace = yield from self._compare(statuses, pace)
-            yield self._tick(statuses)
+            if (reason := self._reason_to_reallocate(all_stepped=all_stepped)) is not None:
+                yield reason
+                return (yield from self._reallocate())
+            limits = hang_limits(statuses, start=self.config.start_timeout, step=self.config.step_timeout)
+            if detect_hang(statuses, limits):
+                return (yield from self._hang(statuses, limits))
+            history, stragglers = find_stragglers(statuses, history)
+            for straggler in stragglers:
+                yield self._event("rank-slow", node=self.nodes.facts[self._node_of(straggler.rank)].host, **asdict(straggler))
+            yield self._progress(statuses)
 
-    def _welcome(self) -> Generator[Event, None, Failure | None]:
-        """Who is there; and what is wrong with them, where something is."""
-        for index, facts in self.nodes.welcome():
-            place = {"node": index, "host": facts.host, "address": facts.address}
-            yield self._event("node-ready", **place, differs=differences(self.job, facts))
-            if (message := unfit(self.job, facts)) is not None:
-                yield self._event("node-unfit", **place, message=message)
+    def _check_new_nodes(self) -> Generator[Event, None, Failure | None]:
+        for index, facts in self.nodes.describe_new():
+            node = {"node": index, "host": facts.host, "address": facts.address}
+            yield self._event("node-ready", **node, differs=version_differences(self.job, facts))
+            if (message := unfit_reason(self.job, facts)) is not None:
+                yield self._event("node-unfit", **node, message=message)
                 return Failure(cause=Cause.INPUT, rank=None, step=0, message=message)
         return None
 
-    def _compare(self, statuses: Sequence[RankStatus], before: Pace) -> Generator[Event, None, Pace]:
-        pace, slower = slow(statuses, before)
-        for one in slower:
-            yield self._event("rank-slow", node=self.nodes.facts[self.node_of(one.rank)].host, **asdict(one))
-        return pace
+    def _start(self) -> Event:
+        allocations = self.nodes.allocations
+        environments = rank_environments(self.job, self.number, allocations, self.nodes.facts, self.nodes.free_port())
+        pids = self.nodes.start(self.number, environments)
+        nodes = [node for node, allocation in enumerate(allocations) for _ in range(allocation.ranks)]
+        ranks = [{"rank": rank, "pid": pid, "node": node} for rank, (pid, node) in enumerate(zip(pids, nodes, strict=True))]
+        return self._event("attempt-started", ranks=ranks)
+
+    def _end(self, statuses: Sequence[RankStatus]) -> Generator[Event, None, Outcome | None]:
+        """End the attempt if ranks have exited or a stop is requested; return None if it continues."""
+        exited = [status for status in statuses if status.code is not None]
+        if _failed(exited):
+            return (yield from self._crash())
+        if self.requests.stop_signal or any(status.code in STOPPED for status in exited):
+            return (yield from self._stop())
+        return Completed() if statuses and len(exited) == len(statuses) else None
 
     def _crash(self) -> Generator[Event, None, Failure]:
-        """What survivors could still do does not count: what counts is on disk. So they are ended at once."""
+        """Find the rank that failed first, and kill the others at once: only what is on disk counts."""
         noticed = time.time()
-        status = guilty(self._failed(self.nodes.poll(0)))
-        for again in range(SETTLES):
-            if (status.code or 0) < 0 or (again and not blames_a_peer(status)):
+        status = first_failure(_failed(self.nodes.poll(0)))
+        for check in range(SETTLE_CHECKS):
+            if (status.code or 0) < 0 or (check and not is_peer_failure(status)):
                 break
-            time.sleep(SETTLE)
-            status = guilty(self._failed(self.nodes.poll(0)))
+            time.sleep(SETTLE_TIME)
+            status = first_failure(_failed(self.nodes.poll(0)))
         self.nodes.kill()
-        yield self._fell(status, noticed)
-        return explain(status)
+        yield self._rank_failed(status, noticed)
+        return failure_of(status)
 
-    def _hang(self, statuses: Sequence[RankStatus], patience: Limits) -> Generator[Event, None, Failure]:
-        failure = stalled(statuses, patience, waiting=self.nodes.dump_stacks())
+    def _hang(self, statuses: Sequence[RankStatus], limits: HangLimits) -> Generator[Event, None, Failure]:
+        failure = detect_hang(statuses, limits, waiting=self.nodes.dump_stacks())
         assert failure is not None
+        assert failure.rank is not None
         self.nodes.kill()
-        told = {"rank": failure.rank, "code": None, "cause": failure.cause.name, "message": failure.message, "step": failure.step}
-        yield self._event("rank-failed", **told, **self._where(failure.rank))
+        yield self._event("rank-failed", code=None, **_details(failure), **self._location(failure.rank))
         return failure
 
-    def _leave(self) -> Generator[Event, None, Done | Left]:
+    def _stop(self) -> Generator[Event, None, Completed | Stopped]:
         self.nodes.terminate()
-        yield self._event("leaving", signal=self.orders.leave.name if self.orders.leave else None, grace=self.config.grace_period)
+        requested = self.requests.stop_signal
+        yield self._event("leaving", signal=requested.name if requested else None, grace=self.config.grace_period)
         deadline = time.monotonic() + self.config.grace_period
         statuses = self.nodes.poll(0)
-        while any(s.code is None for s in statuses) and time.monotonic() < deadline and not self.orders.at_once:
-            statuses = self.nodes.poll(self._tick_length)
-            if self._failed(statuses):
-                deadline = min(deadline, time.monotonic() + FALLEN)
-            yield self._tick(statuses)
+        while any(status.code is None for status in statuses) and time.monotonic() < deadline and not self.requests.at_once:
+            statuses = self.nodes.poll(self._poll_interval)
+            if _failed(statuses):
+                deadline = min(deadline, time.monotonic() + FAILED_GRACE)
+            yield self._progress(statuses)
         self.nodes.kill()
-        if failed := [s for s in statuses if s in self._failed(statuses) or s.error]:  # what kept it from saving
-            yield self._fell(guilty(failed), time.time())
+        failed = _failed(statuses)
+        if unsaved := [status for status in statuses if status in failed or status.error]:
+            yield self._rank_failed(first_failure(unsaved), time.time())
         codes = {status.code for status in statuses}
-        return Done() if codes == {ExitCode.DONE} else Left(saved=codes <= {ExitCode.DONE, ExitCode.SAVED})
+        return Completed() if codes == {ExitCode.DONE} else Stopped(saved=codes <= {ExitCode.DONE, ExitCode.SAVED})
 
-    def _elsewhere(self, *, stepped: bool) -> Event | None:
-        """Why the ranks should leave and go on elsewhere, if they should."""
-        if self.room.is_headless:
+    def _reason_to_reallocate(self, *, all_stepped: bool) -> Event | None:
+        if self.capacity.is_head_lost:
             return self._event("head-lost")
-        if not stepped:
+        if not all_stepped:
             return None
-        if (going := self.room.to_go(self.nodes.places)) or self.room.must_leave:
-            return self._event("nodes-draining", nodes=[str(machine) for machine in going], here=self.room.must_leave)
-        if more := self.room.for_more(self.nodes.places):
-            return self._event("nodes-appeared", ranks=more.ranks, nodes=[str(place.machine) for place in more.places])
+        if (draining := self.capacity.draining_machines(self.nodes.allocations)) or self.capacity.is_own_node_draining:
+            own_node = self.capacity.is_own_node_draining
+            return self._event("nodes-draining", nodes=[str(machine) for machine in draining], here=own_node)
+        if larger := self.capacity.find_larger_placement(self.nodes.allocations):
+            return self._event("nodes-appeared", ranks=larger.ranks, nodes=[str(node.machine) for node in larger.nodes])
         return None
 
-    def _regroup(self) -> Generator[Event, None, Done | Left | Regrouped]:
-        outcome = yield from self._leave()
-        stays = isinstance(outcome, Left) and not self.orders.leave and not self.room.must_leave
-        return Regrouped() if stays else outcome
+    def _reallocate(self) -> Generator[Event, None, Completed | Stopped | Reallocated]:
+        outcome = yield from self._stop()
+        can_resume_here = not self.requests.stop_signal and not self.capacity.is_own_node_draining
+        return Reallocated() if isinstance(outcome, Stopped) and can_resume_here else outcome
 
-    @staticmethod
-    def _failed(statuses: Sequence[RankStatus]) -> list[RankStatus]:
-        return [status for status in statuses if status.code not in STOPPED | {None, 0}]
-
-    def _fell(self, status: RankStatus, noticed: float) -> Event:
-        failure = explain(status)
+    def _rank_failed(self, status: RankStatus, noticed: float) -> Event:
         return self._event(
             "rank-failed",
-            rank=status.rank,
             code=status.code,
-            cause=failure.cause.name,
-            message=failure.message,
-            step=status.step,
             phase=status.phase,
-            **self._where(status.rank),
+            **_details(failure_of(status)),
+            **self._location(status.rank),
             traceback=status.error.traceback if status.error else status.tail,
             noticed_after=round(noticed - status.exited_at, 3),
         )
 
-    def node_of(self, rank: int) -> int:
-        """Which node it is on."""
-        ends = list(itertools.accumulate(place.ranks for place in self.nodes.places))
+    def _node_of(self, rank: int) -> int:
+        """Return the number of the node that a rank is on."""
+        ends = list(itertools.accumulate(node.ranks for node in self.nodes.allocations))
         return bisect.bisect_right(ends, rank)
 
-    def _where(self, rank: int | None) -> dict[str, str]:
-        """Which machine a rank is on, for people and by its id."""
-        if rank is None:
-            return {}
-        machine = self.nodes.places[self.node_of(rank)].machine
-        return {"host": machine.host, "address": machine.address, "machine": machine.id}
+    def _location(self, rank: int) -> dict[str, str]:
+        return location(self.nodes.allocations[self._node_of(rank)].machine)
 
     @property
-    def _tick_length(self) -> float:
-        return max(TICK, 0.001 * len(self.nodes.places))
+    def _poll_interval(self) -> float:
+        return max(POLL_INTERVAL, 0.001 * len(self.nodes.allocations))
 
-    def _tick(self, statuses: Sequence[RankStatus]) -> Event:
+    def _progress(self, statuses: Sequence[RankStatus]) -> Event:
         return self._event(POLL, ranks=[{"rank": s.rank, "step": s.step, "phase": s.phase, "quiet": round(s.quiet, 2)} for s in statuses])
 
     def _event(self, kind: str, **details: Any) -> Event:
         return Event(kind=kind, attempt=self.number, time=time.time(), details=details)
 
 
-def differences(job: Job, facts: NodeFacts) -> list[str]:
-    """What a node has in another version than the controller's machine."""
+def location(machine: Machine) -> dict[str, str]:
+    """Return an event's fields that name a machine."""
+    return {"host": machine.host, "address": machine.address, "machine": machine.id}
+
+
+def _failed(statuses: Sequence[RankStatus]) -> list[RankStatus]:
+    return [status for status in statuses if status.code not in STOPPED | {None, ExitCode.DONE}]
+
+
+def _details(failure: Failure) -> dict[str, Any]:
+    return {"rank": failure.rank, "cause": failure.cause.name, "message": failure.message, "step": failure.step}
+
+
+def version_differences(job: Job, facts: NodeFacts) -> list[str]:
+    """Describe the packages that a node has in another version than the controller's machine."""
+    installed = [(package, facts.versions.get(package), expected) for package, expected in job.packages]
     return [
-        f"{package} {facts.versions.get(package) or 'is not there'} for {wanted}"
-        for package, wanted in job.packages
-        if facts.versions.get(package) != wanted
+        f"{package} {version or 'is not installed'} (here {expected})" for package, version, expected in installed if version != expected
     ]
 
 
-def unfit(job: Job, facts: NodeFacts) -> str | None:
-    """Why a node can have no ranks; None where it can."""
+def unfit_reason(job: Job, facts: NodeFacts) -> str | None:
+    """Return why a node can run no ranks; None if it can."""
     node = f"{facts.host} ({facts.address})"
     if facts.seal != job.seal.read_text():
-        return f"{job.directory}: {node} does not see it, wants a directory that all nodes share; put run.dir on one"
-    for package, wanted in job.packages[:1]:
-        if (got := facts.versions.get(package)) != wanted:
-            return f"{node}: got {package} {got}, wants {wanted}, as here; install it there"
+        return f"{job.directory}: expected a directory that all nodes share, got one that {node} does not see. Put run.dir on a shared one."
+    for package, expected in job.packages[:1]:
+        if (version := facts.versions.get(package)) != expected:
+            return f"{node}: expected {package} {expected}, as on this machine, got {version}. Install it there."
     return None
 
 
-def places(job: Job, attempt: int, nodes: Sequence[Place], facts: Sequence[NodeFacts], port: int) -> list[list[dict[str, str]]]:
-    """The environment of every rank, node by node: ranks are numbered along the nodes."""
-    count = sum(node.ranks for node in nodes)
-    numbers = iter(range(count))
+def rank_environments(
+    job: Job, attempt: int, nodes: Sequence[NodeAllocation], facts: Sequence[NodeFacts], port: int
+) -> list[list[dict[str, str]]]:
+    """Return each node's ranks' environment variables. Ranks are numbered along the nodes; rank 0's store listens on `port`."""
+    world_size = sum(node.ranks for node in nodes)
+    ranks = iter(range(world_size))
     return [
         [
             {
-                "RANK": str(next(numbers)),
-                "WORLD_SIZE": str(count),
-                "LOCAL_RANK": str(local),
+                "RANK": str(next(ranks)),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(local_rank),
                 "LOCAL_WORLD_SIZE": str(node.ranks),
                 "MASTER_ADDR": facts[0].address,
                 "MASTER_PORT": str(port),
                 Env.ATTEMPT: str(attempt),
-                **job.environment_by_ranks.get(count, {}),
-                **{name: job.environment.get(name, about.interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
+                **job.environment_by_size.get(world_size, {}),
+                **{name: job.environment.get(name, own.interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
             }
-            for local in range(node.ranks)
+            for local_rank in range(node.ranks)
         ]
-        for node, about in zip(nodes, facts, strict=True)
+        for node, own in zip(nodes, facts, strict=True)
     ]

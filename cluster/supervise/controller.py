@@ -1,6 +1,6 @@
-"""The run from outside: attempt after attempt, until it is done, told to leave, or beyond help.
+"""The controller of a run: it runs attempt after attempt, until the run is done, is asked to stop, or can not succeed.
 
-How it stands follows from its events alone (run_state.py), and every event is in the journal before anything comes of it.
+The state follows from the events alone (run_state.py); every event is in the event log before the controller acts on it.
 """
 
 import contextlib
@@ -15,44 +15,44 @@ from typing import TYPE_CHECKING, Any
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.job import Job
-from manta.cluster.nodes.capacity import Room
 from manta.cluster.nodes.placement import PlacementError
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import Ray
-from manta.cluster.supervise.attempt import Attempt, Done, Left, Outcome, Regrouped
-from manta.cluster.supervise.event_log import POLL, Event, Journal, read_events
-from manta.cluster.supervise.failure import Cause, Failure, GiveUp, Policy, decide
-from manta.cluster.supervise.log_retention import forget
-from manta.cluster.supervise.requests import Orders
+from manta.cluster.supervise.attempt import OUTCOME_NAMES, Attempt, Completed, Outcome, Reallocated, Stopped, location
+from manta.cluster.supervise.event_log import POLL, Event, EventLog, read_events
+from manta.cluster.supervise.failure import Cause, Failure, GiveUp, RestartPolicy, decide, failing_machines
+from manta.cluster.supervise.log_retention import delete_expired_logs
+from manta.cluster.supervise.requests import StopRequests
 from manta.cluster.supervise.run_state import advance, replay
 
 if TYPE_CHECKING:
-    from manta.cluster.nodes.node_group import Nodes
+    from manta.cluster.nodes.capacity import Capacity
+    from manta.cluster.nodes.node_group import NodeGroup, NodeLostError
 
-USERS_CHOICE = ("OMP_NUM_THREADS",)  # Ray sets it for its workers, so what the user said must be handed over
-LOOK = 0.25  # seconds between two looks for nodes
+KEPT_VARIABLES = ("OMP_NUM_THREADS",)  # Ray sets them for its workers, so the user's values are passed on explicitly
+POLL_INTERVAL = 0.25  # seconds between two checks for nodes
 
 
 class Controller:
-    """Supervises a job from this process's main thread. `run` yields what happens; the last event, run-ended, has the exit code."""
+    """Supervises a job from this process's main thread. `run` yields events; the last one, run-ended, has the exit code."""
 
     def __init__(self, job: Job, config: ClusterConfig, ray: Ray) -> None:
-        said = {name: os.environ[name] for name in USERS_CHOICE if name in os.environ}
-        self._job = replace(job, directory=job.directory.absolute(), environment={**said, **job.environment})
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        self._job = replace(job, directory=job.directory.absolute(), environment={**kept, **job.environment})
         self._config, self._ray = config, ray
-        self._policy = Policy(max_restarts_without_progress=config.max_restarts_without_progress)
-        self._orders = Orders(self._job.directory / "stop-now", seconds=config.stop_after_seconds)
+        self._policy = RestartPolicy(max_restarts_without_progress=config.max_restarts_without_progress)
+        self._requests = StopRequests(self._job.directory / "stop-now", seconds=config.stop_after_seconds)
 
     def run(self) -> Generator[Event, None, None]:
-        """Close it early and everything is ended at once."""
+        """Run the job. A caller that closes the generator early ends everything at once."""
         file = self._job.directory / "events.jsonl"
         self._state = replay(read_events(file))
         self._job.seal.write_text(secrets.token_hex(16))
-        with Journal(file) as journal, self._orders, contextlib.closing(self._events()) as events:
+        with EventLog(file) as log, self._requests, contextlib.closing(self._events()) as events:
             for event in events:
                 self._state = advance(self._state, event)
                 if event.kind != POLL:
-                    journal.write(event)
+                    log.write(event)
                 yield event
 
     def _events(self) -> Generator[Event, None, None]:
@@ -62,110 +62,119 @@ class Controller:
             while code is None:
                 with self._ray.connected() as scratch:
                     code = yield from self._supervise(scratch)
-        except SystemExit:  # a SIGTERM met Ray's own handler, which stands while it starts
-            self._orders.note(signal.SIGTERM)
-            code = self._left(saved=False)
+        except SystemExit:  # SIGTERM while Ray's own handler was installed, during its start
+            self._requests.record(signal.SIGTERM)
+            code = self._stop_code(saved=False)
         yield self._event("run-ended", exit_code=code)
 
     def _supervise(self, scratch: Path | None) -> Generator[Event, None, int | None]:
-        """The exit code, or None when it is Ray itself that is gone and must be started anew."""
-        from manta.cluster.nodes.node_group import Nodes  # Ray is up
+        """Run attempts under one Ray. Returns the exit code; None if Ray is lost and must be started again."""
+        from manta.cluster.nodes.capacity import Capacity  # they import Ray, which has started by now
+        from manta.cluster.nodes.node_group import NodeGroup
 
-        room = Room(self._job, self._config)
-        with contextlib.closing(Nodes(self._job, scratch=scratch, timeout=self._config.node_timeout)) as nodes:
-            while self._orders.leave is None:
-                if (code := (yield from self._gather(nodes, room))) is not None:
+        capacity = Capacity(self._job, self._config)
+        with contextlib.closing(NodeGroup(self._job, scratch=scratch, timeout=self._config.node_timeout)) as nodes:
+            while not self._requests.stop_signal:
+                if (code := (yield from self._gather_nodes(nodes, capacity))) is not None:
                     return code
-                if self._orders.leave:
+                if self._requests.stop_signal:
                     break
-                outcome = yield from self._try(nodes, room)
-                if isinstance(outcome, Done):
+                outcome = yield from self._run_attempt(nodes, capacity)
+                if isinstance(outcome, Completed):
                     return ExitCode.DONE
-                if isinstance(outcome, Left):
-                    return self._left(saved=outcome.saved)
-                if isinstance(outcome, Regrouped):
-                    yield self._event("decided", decision="regroup")
-                elif self._orders.leave:
-                    break
+                if isinstance(outcome, Stopped):
+                    return self._stop_code(saved=outcome.saved)
+                if isinstance(outcome, Failure):
+                    if self._requests.stop_signal:
+                        break
+                    if (code := (yield from self._handle_failure(nodes, capacity))) is not None:
+                        return code
                 else:
-                    decision = decide(self._state.history, self._policy)
-                    if isinstance(decision, GiveUp):
-                        yield self._event("decided", decision="give up", reason=decision.reason)
-                        return decision.exit_code
-                    leave_out = room.leave_out(self._state.history)
-                    yield self._event("decided", decision="restart", after=decision.after, leave_out=sorted(leave_out))
-                    nodes.warm()
-                    self._pause(decision.after)
-                if self._is_gone(room, outcome):
+                    yield self._event("decided", decision="regroup")
+                if self._is_ray_lost(capacity, outcome):
                     return None
-        return ExitCode.INTERRUPTED if self._orders.leave is signal.SIGINT else ExitCode.UNSAVED
+        return ExitCode.INTERRUPTED if self._requests.stop_signal is signal.SIGINT else ExitCode.UNSAVED
 
-    def _is_gone(self, room: Room, outcome: Failure | Regrouped) -> bool:
-        """Whether it is Ray that has to be started anew: its head is gone, or its only node."""
-        if room.is_headless:
-            return True
-        is_lost = isinstance(outcome, Failure) and outcome.cause is Cause.NODE_LOST
-        return is_lost and self._ray.on_one_node and not room.left(self._state.suspects)
-
-    def _gather(self, nodes: "Nodes", room: Room) -> Generator[Event, None, int | None]:
-        """Waits for nodes to run on, and takes them; or gives the exit code with which the run ends."""
-        begun, told = time.monotonic(), ""
-        while self._orders.leave is None:
+    def _gather_nodes(self, nodes: "NodeGroup", capacity: "Capacity") -> Generator[Event, None, int | None]:
+        """Wait for nodes to run on, and allocate them. Returns an exit code if the run ends instead."""
+        started, reported = time.monotonic(), ""
+        while not self._requests.stop_signal:
+            waited = time.monotonic() - started
             try:
-                placement = room.enough(time.monotonic() - begun, suspects=self._state.suspects, has_begun=self._state.has_begun)
+                placement = capacity.find_placement(waited, suspects=self._state.suspects, has_started=self._state.has_started)
             except PlacementError as error:
                 yield self._event("decided", decision="give up", reason=str(error))
                 return ExitCode.USAGE
-            if room.must_leave:
-                yield self._event("decided", decision="leave", reason="the node that manta runs on is to be taken away")
+            if capacity.is_own_node_draining:
+                yield self._event("decided", decision="leave", reason="the node of the controller is draining")
                 return ExitCode.SAVED
             if placement is not None:
-                machines = [{"id": p.machine.id, "host": p.machine.host, "address": p.machine.address} for p in placement.places]
+                machines = [{"id": n.machine.id, "host": n.machine.host, "address": n.machine.address} for n in placement.nodes]
                 yield self._event("nodes-gathered", ranks=placement.ranks, nodes=machines)
-                nodes.take(placement)
+                nodes.allocate(placement)
                 return None
-            if time.monotonic() - begun > self._config.start_timeout:
-                yield self._event("decided", decision="give up", reason=f"{room.missing()} within {self._config.start_timeout:g} s")
-                return ExitCode.SAVED if room.going else ExitCode.FAILED
-            if room.missing() != told:
-                told = room.missing()
-                yield self._event("waiting", message=told)
-            time.sleep(LOOK)
+            shortage = capacity.shortage()
+            if waited > self._config.start_timeout:
+                yield self._event("decided", decision="give up", reason=f"{shortage} within {self._config.start_timeout:g} s")
+                return ExitCode.SAVED if capacity.draining else ExitCode.FAILED
+            if shortage != reported:
+                reported = shortage
+                yield self._event("waiting", message=shortage)
+            time.sleep(POLL_INTERVAL)
         return None
 
-    def _try(self, nodes: "Nodes", room: Room) -> Generator[Event, None, Outcome]:
+    def _run_attempt(self, nodes: "NodeGroup", capacity: "Capacity") -> Generator[Event, None, Outcome]:
         from manta.cluster.nodes.node_group import NodeLostError
-        from manta.cluster.ray.view import answers
 
-        forget(self._job.directory / "logs", attempt=self._state.attempt + 1, keep=self._config.keep_logs)
-        attempt = Attempt(number=self._state.attempt + 1, nodes=nodes, job=self._job, config=self._config, orders=self._orders, room=room)
+        number = self._state.attempt + 1
+        delete_expired_logs(self._job.directory / "logs", attempt=number, keep=self._config.keep_logs)
+        attempt = Attempt(number=number, nodes=nodes, job=self._job, config=self._config, requests=self._requests, capacity=capacity)
         try:
             outcome = yield from attempt.run()
         except NodeLostError as lost:
-            machine = nodes.drop(lost.node).machine
-            suspect = lost.is_silent or not answers(machine)
-            where = {"host": machine.host, "address": machine.address, "machine": machine.id}
-            yield self._event(
-                "node-lost",
-                attempt.number,
-                node=lost.node,
-                message=f"{machine}: {lost.reason}",
-                **where,
-                suspect=suspect,
-                trusted_again=None if machine.id in self._state.suspects else time.time() + self._config.quarantine,
-                announced=machine.id in room.going,
-            )
+            yield self._node_lost(lost, number, nodes, capacity)
             outcome = self._state.history[-1]
-        yield self._event("attempt-stopped", attempt.number, outcome=type(outcome).__name__.lower())
+        yield self._event("attempt-stopped", number, outcome=OUTCOME_NAMES[type(outcome)])
         return outcome
 
-    def _pause(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while self._orders.leave is None and (left := until - time.monotonic()) > 0:
-            time.sleep(min(0.1, left))
+    def _node_lost(self, lost: "NodeLostError", number: int, nodes: "NodeGroup", capacity: "Capacity") -> Event:
+        from manta.cluster.ray.view import is_reachable
 
-    def _left(self, *, saved: bool) -> int:
-        if self._orders.at_once or (saved and self._orders.leave is signal.SIGINT):
+        machine = nodes.drop(lost.node).machine
+        return self._event(
+            "node-lost",
+            number,
+            node=lost.node,
+            message=f"{machine}: {lost.reason}",
+            **location(machine),
+            suspect=lost.is_silent or not is_reachable(machine),
+            trusted_again=None if machine.id in self._state.suspects else time.time() + self._config.quarantine,
+            announced=machine.id in capacity.draining,
+        )
+
+    def _handle_failure(self, nodes: "NodeGroup", capacity: "Capacity") -> Generator[Event, None, int | None]:
+        """Decide what follows a failure. Returns an exit code if the run gives up."""
+        decision = decide(self._state.history, self._policy)
+        if isinstance(decision, GiveUp):
+            yield self._event("decided", decision="give up", reason=decision.reason)
+            return decision.exit_code
+        excluded = capacity.excludable(failing_machines(self._state.history))
+        yield self._event("decided", decision="restart", after=decision.after, leave_out=sorted(excluded))
+        nodes.fill_standby()
+        deadline = time.monotonic() + decision.after
+        while not self._requests.stop_signal and (remaining := deadline - time.monotonic()) > 0:
+            time.sleep(min(0.1, remaining))
+        return None
+
+    def _is_ray_lost(self, capacity: "Capacity", outcome: Failure | Reallocated) -> bool:
+        """Whether Ray must be started again: its head is gone, or its only node."""
+        if capacity.is_head_lost:
+            return True
+        is_node_lost = isinstance(outcome, Failure) and outcome.cause is Cause.NODE_LOST
+        return is_node_lost and self._ray.on_one_node and not capacity.usable_machines(self._state.suspects)
+
+    def _stop_code(self, *, saved: bool) -> int:
+        if self._requests.at_once or (saved and self._requests.stop_signal is signal.SIGINT):
             return ExitCode.INTERRUPTED
         return ExitCode.SAVED if saved else ExitCode.UNSAVED
 

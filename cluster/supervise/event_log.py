@@ -1,4 +1,4 @@
-"""What happened, in order: `events.jsonl`, one JSON object a line, appended and flushed to disk before the run goes on."""
+"""The event log, `events.jsonl`: one JSON object per line, flushed to disk before the run continues."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-POLL = "poll"  # the kind of the events that only say how far the ranks are; they are not kept
+POLL = "poll"  # the kind of event that only reports the ranks' progress; it is not written to the log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """`time` is seconds since the epoch; `attempt` is 0 outside any."""
+    """`time` is seconds since the epoch; `attempt` is 0 before the first."""
 
     kind: str
     attempt: int
@@ -22,16 +22,15 @@ class Event:
     details: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-class Journal:
-    """Append-only. What an earlier controller wrote stays; a line it could not finish is closed, so that it spoils no other."""
+class EventLog:
+    """Appends events. Ends a line that an earlier controller could not finish, so that it spoils no other."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab+")
-        self._file.seek(0)
-        earlier = self._file.read()
-        self.last_attempt = max((int(event["attempt"]) for event in whole_events(earlier)), default=0)
-        if earlier and not earlier.endswith(b"\n"):
-            self._file.write(b"\n")
+        if self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read() != b"\n":
+                self._file.write(b"\n")
 
     def write(self, event: Event) -> None:
         line = {"time": event.time, "event": event.kind, "attempt": event.attempt, **event.details}
@@ -47,18 +46,18 @@ class Journal:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events so far, in order; none where there is no file yet. A line that is being written, or was cut off, is left out."""
-    return list(whole_events(path.read_bytes())) if path.exists() else []
+    """Return the events so far, in order; an empty list if the file does not exist. Skips lines that are incomplete."""
+    return list(parse_events(path.read_bytes())) if path.exists() else []
 
 
-def whole_events(journal: bytes) -> Iterator[dict[str, Any]]:
-    """Those of a part of a journal that begins with a whole line."""
-    for line in journal[: journal.rfind(b"\n") + 1].splitlines():
-        with suppress(ValueError):  # cut off, and closed by the next controller
+def parse_events(text: bytes) -> Iterator[dict[str, Any]]:
+    """Parse a part of the log that starts with a whole line."""
+    for line in text[: text.rfind(b"\n") + 1].splitlines():
+        with suppress(ValueError):  # incomplete, and ended by the next controller
             yield json.loads(line)
 
 
-def as_event(line: dict[str, Any]) -> Event:
-    """A line of the journal as what it was written from."""
+def event_of(line: dict[str, Any]) -> Event:
+    """Return the event from which a line was written."""
     details = {key: value for key, value in line.items() if key not in {"time", "event", "attempt"}}
     return Event(kind=line["event"], attempt=line["attempt"], time=line["time"], details=details)

@@ -1,63 +1,42 @@
-"""What ended an attempt, and what to do about it: decisions, made from what was seen and nothing else."""
+"""What ended an attempt, and what to do next: pure functions of what the agents reported."""
 
 import signal
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from manta.cluster.protocol import ExitCode, RankError
+from manta.cluster.nodes.report import RankStatus
+from manta.cluster.protocol import ExitCode
 
-HELD_UP = frozenset({"read", "compile"})  # phases of a step in which a rank may be long, while the others wait for it in phase "step"
-PEER_IS_GONE = ("reset by peer", "closed by peer", "Broken pipe", "remote process exited")  # as gloo and NCCL say it
-STOPPED = frozenset({ExitCode.SAVED, ExitCode.UNSAVED})  # of a rank that was asked to stop
+BLOCKING_PHASES = frozenset({"read", "compile"})  # a rank may take long in these, while the others wait for it in phase "step"
+PEER_ERRORS = ("reset by peer", "closed by peer", "Broken pipe", "remote process exited")  # messages of gloo and NCCL
+STOPPED = frozenset({ExitCode.SAVED, ExitCode.UNSAVED})  # exit codes of a rank that was asked to stop
+MAX_FAILURES_ON_MACHINE = 1  # without progress between them; a machine with more is excluded
 
 
 class Cause(Enum):
-    """Why an attempt ended, as far as the evidence goes."""
+    """Why an attempt ended. The names are in the event log; those of the first four are a RankError's categories, in capitals."""
 
-    EXCEPTION = "a rank raised"
-    INPUT = "the user's input is wrong"
-    HOPELESS = "another try would meet the same"
+    EXCEPTION = "a rank raised an exception"
+    INPUT = "the user's input is invalid"
+    HOPELESS = "every other attempt would fail in the same way"
     OUT_OF_MEMORY = "a rank ran out of memory"
     SIGNAL = "a rank was killed by a signal"
-    HANG = "no step in time"
-    NODE_LOST = "a node is gone"
-    PREEMPTED = "the cluster asked us to leave"
+    HANG = "a rank sent no heartbeat in time"
+    NODE_LOST = "a node is lost"
+    PREEMPTED = "the cluster took a node away, and had announced it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankStatus:
-    """One rank as its agent sees it. `code` is None while it lives; negative, it names a signal. `quiet`: seconds since its last beat.
+class HangLimits:
+    """Seconds without a heartbeat after which a rank counts as hung."""
 
-    `work`: seconds of its last step that it spent by itself; 0 where that is not known. `intervals` between beats in phase "step" have been
-    seen, the `longest` of so many seconds.
-    """
-
-    rank: int
-    pid: int
-    step: int
-    phase: str
-    quiet: float
-    has_stepped: bool
-    state: str = ""
-    code: int | None = None
-    exited_at: float = 0.0
-    error: RankError | None = None
-    tail: str = ""
-    work: float = 0.0
-    intervals: int = 0
-    longest: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Seconds without a sign of life after which a rank counts as hung, by what it does."""
-
-    start: float  # until its first step, and as it compiles or saves
+    start: float  # before its first step, and in phases compile and save
     step: float
-    other: float  # as it reads, evaluates or ends
+    other: float  # in phases read, evaluate and done
 
-    def of(self, status: RankStatus) -> float:
+    def limit(self, status: RankStatus) -> float:
         if not status.has_stepped or status.phase in {"compile", "save"}:
             return self.start
         return self.step if status.phase == "step" else self.other
@@ -65,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """One ended attempt. `rank` is the first to fail: the others fell over it. `step` is the last it finished. `machine`: where."""
+    """Why one attempt ended. `rank`: the first to fail. `step`: the last finished. `machine`: its id, of the rank's or the lost one."""
 
     cause: Cause
     rank: int | None
@@ -75,12 +54,10 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """How much the run may cost before a person is asked."""
-
+class RestartPolicy:
     max_restarts_without_progress: int = 3
     backoff: float = 1.0  # seconds before the second restart in a row; doubles
-    longest_backoff: float = 60.0
+    max_backoff: float = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,85 +71,101 @@ class GiveUp:
     exit_code: int = ExitCode.FAILED
 
 
-def decide(history: Sequence[Failure], policy: Policy) -> Restart | GiveUp:
-    """The next move after the last failure in `history` (oldest first, never empty).
+def decide(history: Sequence[Failure], policy: RestartPolicy) -> Restart | GiveUp:
+    """Return what to do after the last failure in `history` (oldest first, not empty).
 
-    Progress forgives: an attempt that got further than any before it starts the count anew. The same exception at the same step
-    twice in a row is the user's to mend. A preemption costs nothing.
+    An attempt that got further than any before it resets the count of restarts. The same exception at the same step twice in a row is for
+    the user to fix. A preemption does not count.
     """
     last = history[-1]
     if last.cause is Cause.PREEMPTED:
         return Restart(after=0.0)
-    if (beyond := _beyond_help(last)) is not None:
-        return beyond
-    failures = [f for f in history if f.cause is not Cause.PREEMPTED]
-    if last.cause is Cause.EXCEPTION and len(failures) > 1 and _alike(failures[-2], last):
+    if (fatal := _fatal(last)) is not None:
+        return fatal
+    failures = [failure for failure in history if failure.cause is not Cause.PREEMPTED]
+    if last.cause is Cause.EXCEPTION and len(failures) > 1 and _is_same(failures[-2], last):
         return GiveUp(reason=f"rank {last.rank} failed twice at step {last.step} with the same error: {last.message}")
-    tries = len(without_progress(failures))
-    if tries > policy.max_restarts_without_progress:
-        return GiveUp(reason=f"{tries} attempts and no step beyond {max(f.step for f in failures)}; the last: {last.message}")
-    return Restart(after=0.0 if tries == 1 else min(policy.longest_backoff, policy.backoff * 2 ** (tries - 2)))
+    attempts = len(failures_without_progress(failures))
+    if attempts > policy.max_restarts_without_progress:
+        furthest = max(failure.step for failure in failures)
+        return GiveUp(reason=f"{attempts} attempts without a step beyond {furthest}; the last failure: {last.message}")
+    return Restart(after=0.0 if attempts == 1 else min(policy.max_backoff, policy.backoff * 2 ** (attempts - 2)))
 
 
-def _beyond_help(failure: Failure) -> GiveUp | None:
-    """What no restart mends: bad input, too little memory, and what the rank itself calls hopeless."""
+def _fatal(failure: Failure) -> GiveUp | None:
+    """Give up after a failure that no restart can fix."""
     match failure.cause:
         case Cause.INPUT:
             return GiveUp(reason=failure.message, exit_code=ExitCode.USAGE)
         case Cause.HOPELESS:
             return GiveUp(reason=failure.message)
         case Cause.OUT_OF_MEMORY:
-            return GiveUp(reason=f"rank {failure.rank}: {failure.message}; lower train.micro_batch")
+            return GiveUp(reason=f"rank {failure.rank}: {failure.message}. Lower train.micro_batch.")
         case _:
             return None
 
 
-def guilty(exited: Sequence[RankStatus]) -> RankStatus:
-    """The rank whose end is the cause. The first to exit, but a signal outranks an exception: a rank that is killed takes its peers'
-    connections with it, and one of them may be told of sooner. Not so SIGABRT: it is how libraries raise when a peer is gone. One that
-    raised just that, that a peer is gone, comes last.
+def failures_without_progress(history: Sequence[Failure]) -> Sequence[Failure]:
+    """Return the failures since the run last got further than ever before."""
+    furthest, since = -1, 0
+    for number, failure in enumerate(history):
+        if failure.step > furthest:
+            furthest, since = failure.step, number
+    return history[since:]
+
+
+def failing_machines(history: Sequence[Failure]) -> set[str]:
+    """Return the machines on which the run keeps failing without progress."""
+    counts = Counter(failure.machine for failure in failures_without_progress(history) if failure.machine)
+    return {machine for machine, failures in counts.items() if failures > MAX_FAILURES_ON_MACHINE}
+
+
+def first_failure(exited: Sequence[RankStatus]) -> RankStatus:
+    """Return the rank that caused the others to fail: the first to exit, with these exceptions.
+
+    A signal outranks an exception: a killed rank closes its peers' connections, and a peer's exit may be noticed first. SIGABRT does not:
+    libraries raise it when a peer is gone. A rank that failed because a peer was gone comes last.
     """
-    return min(exited, key=lambda s: (not _is_killed(s), blames_a_peer(s), s.exited_at, s.rank))
+    return min(exited, key=lambda status: (not _is_killed(status), is_peer_failure(status), status.exited_at, status.rank))
 
 
-def blames_a_peer(status: RankStatus) -> bool:
-    """Whether it fell because another had."""
-    return status.error is not None and any(words in status.error.message for words in PEER_IS_GONE)
+def is_peer_failure(status: RankStatus) -> bool:
+    """Whether a rank failed because it lost the connection to another."""
+    return status.error is not None and any(words in status.error.message for words in PEER_ERRORS)
 
 
-def stalled(statuses: Sequence[RankStatus], limits: Limits, *, waiting: Collection[int] = ()) -> Failure | None:
-    """The failure that silence amounts to, if some rank has given no sign of life for too long. waiting: ranks that are known to be in a
-    collective.
+def detect_hang(statuses: Sequence[RankStatus], limits: HangLimits, *, waiting: Collection[int] = ()) -> Failure | None:
+    """Return a failure if a rank has sent no heartbeat for too long. waiting: ranks that are known to wait in a collective.
 
-    One hung rank stops all, so the quietest is often not the guilty one: a stopped process is named first, then the rank with the
-    fewest steps, then one that the others may be waiting for, by its phase or as it is in no collective, then the quietest. Ranks that
-    never came up are named all.
+    One hung rank blocks all others, so the quietest rank is often not the cause. In order of preference, the failure names a stopped
+    process, the rank with the fewest steps, a rank that others may wait for (by its phase, or because it is in no collective), and the
+    quietest rank. Ranks that never sent a heartbeat are all named.
     """
-    alive = [s for s in statuses if s.code is None]
-    others = max((limits.of(s) for s in alive if s.phase in HELD_UP), default=0.0)
-    if not any(s.quiet > max(limits.of(s), others if s.phase == "step" else 0.0) for s in alive):
+    running = [status for status in statuses if status.code is None]
+    blocking = max((limits.limit(status) for status in running if status.phase in BLOCKING_PHASES), default=0.0)
+    if not any(status.quiet > max(limits.limit(status), blocking if status.phase == "step" else 0.0) for status in running):
         return None
-    named = min(alive, key=lambda s: (s.state != "T", s.step, s.phase not in HELD_UP, s.rank in waiting, -s.quiet))
-    if missing := [str(s.rank) for s in alive if not s.phase]:
-        message = f"no sign of life within {named.quiet:.1f} s from rank {', '.join(missing)}"
+    hung = min(running, key=lambda s: (s.state != "T", s.step, s.phase not in BLOCKING_PHASES, s.rank in waiting, -s.quiet))
+    if silent := [str(status.rank) for status in running if not status.phase]:
+        message = f"no heartbeat for {hung.quiet:.1f} s from rank {', '.join(silent)}"
     else:
-        more = ""
-        if named.state == "T":
-            more = ", its process is stopped"
-        elif waiting and named.rank not in waiting:
-            more = ", while others wait for it in a collective"
-        message = f"rank {named.rank} gave no sign of life for {named.quiet:.1f} s in phase {named.phase}{more}"
-    return Failure(cause=Cause.HANG, rank=named.rank, step=named.step, message=message)
+        detail = ""
+        if hung.state == "T":
+            detail = ", its process is stopped"
+        elif waiting and hung.rank not in waiting:
+            detail = ", while others wait for it in a collective"
+        message = f"rank {hung.rank} sent no heartbeat for {hung.quiet:.1f} s in phase {hung.phase}{detail}"
+    return Failure(cause=Cause.HANG, rank=hung.rank, step=hung.step, message=message)
 
 
-def explain(status: RankStatus) -> Failure:
-    """The failure that a rank's exit amounts to."""
+def failure_of(status: RankStatus) -> Failure:
+    """Return the failure that a rank's exit means."""
     assert status.code is not None
-    starved = status.error is not None and status.error.category == "out_of_memory"
-    if status.code < 0 and not starved and (status.error is None or _is_killed(status)):
+    is_oom = status.error is not None and status.error.category == "out_of_memory"
+    if status.code < 0 and not is_oom and (status.error is None or _is_killed(status)):
         cause, message = Cause.SIGNAL, f"killed by {signal.Signals(-status.code).name}"
     elif status.error is None:
-        last_line = (status.tail.strip().splitlines() or ["it said nothing"])[-1]
+        last_line = (status.tail.strip().splitlines() or ["no output"])[-1]
         cause, message = Cause.EXCEPTION, f"exit code {status.code}: {last_line}"
     else:
         cause, message = Cause[status.error.category.upper()], f"{status.error.type}: {status.error.message}"
@@ -183,14 +176,5 @@ def _is_killed(status: RankStatus) -> bool:
     return status.code is not None and status.code < 0 and status.code != -signal.SIGABRT
 
 
-def _alike(one: Failure, other: Failure) -> bool:
+def _is_same(one: Failure, other: Failure) -> bool:
     return (one.cause, one.step, one.message) == (other.cause, other.step, other.message)
-
-
-def without_progress(failures: Sequence[Failure]) -> Sequence[Failure]:
-    """Those since the run last got further than ever before."""
-    furthest, since = -1, 0
-    for number, failure in enumerate(failures):
-        if failure.step > furthest:
-            furthest, since = failure.step, number
-    return failures[since:]

@@ -1,4 +1,4 @@
-"""Faults done on purpose, for a drill: by a Ray actor of its own on the node of the rank that is to suffer."""
+"""Fault injection for a drill: an actor on the node of the rank that is to suffer the fault."""
 
 import asyncio
 import os
@@ -10,58 +10,58 @@ from typing import Literal
 import psutil
 
 Fault = Literal["kill", "stop", "slow", "full", "agent", "node"]
-HELD, FREE = 0.06, 0.02  # seconds by turns: a slowed rank has a fourth of its time
-ROOM = 1 << 16  # bytes by which the files of a rank may grow whose disk is full
+SUSPENDED, RESUMED = 0.06, 0.02  # seconds, alternating: a slowed rank gets a quarter of its time
+REMAINING_SPACE = 1 << 16  # bytes by which a rank's files may still grow when its disk is full
 
 
-class Hand:
-    """Written as a plain class: every method runs on one event loop, so that what goes on can be ended."""
+class FaultInjector:
+    """Written as a plain class: every method runs on one event loop, so that `clear` can end a fault that goes on."""
 
     def __init__(self) -> None:
-        self._holding: set[int] = set()
+        self._slowed: set[int] = set()
 
     async def ready(self) -> None:
-        """Answers once it is there."""
+        """Answers once the actor has started."""
 
-    async def harm(self, fault: Fault, rank: int) -> None:
-        """rank: its process id. What does not end it goes on until `heal`."""
-        process = psutil.Process(rank)
+    async def inject(self, fault: Fault, pid: int) -> None:
+        """Inject a fault into a rank, by its process id. A fault that does not end the rank lasts until `clear`."""
+        rank = psutil.Process(pid)
         match fault:
             case "kill":
-                process.kill()
+                rank.kill()
             case "stop":
-                process.suspend()
+                rank.suspend()
             case "slow":
-                await self._hold(process)
+                await self._slow_down(rank)
             case "full":
-                _limit(process, _largest(process) + ROOM)
+                _limit_file_size(rank, _largest_open_file(rank) + REMAINING_SPACE)
             case "agent":
-                os.kill(process.ppid(), signal.SIGKILL)
+                os.kill(rank.ppid(), signal.SIGKILL)
             case "node":
-                os.kill(psutil.Process(process.ppid()).ppid(), signal.SIGKILL)  # the raylet: whatever is on its node dies with it
+                os.kill(psutil.Process(rank.ppid()).ppid(), signal.SIGKILL)  # the raylet: every process of its node ends with it
 
-    async def heal(self, rank: int) -> None:
-        """Ends what goes on. The hand may be gone right after it."""
-        self._holding.discard(rank)
-        process = psutil.Process(rank)
-        process.resume()
-        _limit(process, resource.RLIM_INFINITY)
+    async def clear(self, pid: int) -> None:
+        """End a lasting fault. The actor may be killed right after it."""
+        self._slowed.discard(pid)
+        rank = psutil.Process(pid)
+        rank.resume()
+        _limit_file_size(rank, resource.RLIM_INFINITY)
 
-    async def _hold(self, process: psutil.Process) -> None:
-        self._holding.add(process.pid)
-        while process.pid in self._holding:
-            process.suspend()
-            await asyncio.sleep(HELD)
-            process.resume()
-            await asyncio.sleep(FREE)
-
-
-def _limit(process: psutil.Process, size: int) -> None:
-    """No file may be written beyond so many bytes; a write that would meets an error, as on a full disk."""
-    _, most = process.rlimit(psutil.RLIMIT_FSIZE)
-    process.rlimit(psutil.RLIMIT_FSIZE, (most if size == resource.RLIM_INFINITY else size, most))
+    async def _slow_down(self, rank: psutil.Process) -> None:
+        self._slowed.add(rank.pid)
+        while rank.pid in self._slowed:
+            rank.suspend()
+            await asyncio.sleep(SUSPENDED)
+            rank.resume()
+            await asyncio.sleep(RESUMED)
 
 
-def _largest(process: psutil.Process) -> int:
-    """Bytes of the largest file that it writes to."""
+def _limit_file_size(process: psutil.Process, size: int) -> None:
+    """Make a write beyond `size` bytes of a file fail, as on a full disk."""
+    _, hard_limit = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (hard_limit if size == resource.RLIM_INFINITY else size, hard_limit))
+
+
+def _largest_open_file(process: psutil.Process) -> int:
+    """Return the size in bytes of the largest file that it writes to."""
     return max((Path(file.path).stat().st_size for file in process.open_files() if file.mode != "r"), default=0)

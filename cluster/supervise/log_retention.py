@@ -1,4 +1,4 @@
-"""Which logs of a run are kept: those of its newest attempts. A rank's log is one plain file, to which only that rank adds."""
+"""Delete the logs of old attempts."""
 
 import re
 import shutil
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def outlived(names: Iterable[str], *, attempt: int, keep: int) -> list[str]:
-    """Of the names in `logs/` those of attempts that are not among the `keep` newest, as `attempt` begins. Never its own."""
-    numbered = {name: int(found[1]) for name in names if (found := re.fullmatch(r"attempt-(\d{4,})", name))}
-    return sorted(name for name, number in numbered.items() if number <= attempt - max(1, keep))
+def expired_logs(names: Iterable[str], *, attempt: int, keep: int) -> list[str]:
+    """Return those of the names in `logs/` that are older than the `keep` newest attempts, of which `attempt` is the last."""
+    numbers = {name: int(match[1]) for name in names if (match := re.fullmatch(r"attempt-(\d{4,})", name))}
+    return sorted(name for name, number in numbers.items() if number <= attempt - max(1, keep))
 
 
-def forget(logs: Path, *, attempt: int, keep: int) -> None:
-    """A log that can not be deleted is no reason to end a run: the next attempt tries again."""
+def delete_expired_logs(logs: Path, *, attempt: int, keep: int) -> None:
+    """Skips a log that can not be deleted: the next attempt tries again."""
     if logs.is_dir():
-        for name in outlived((entry.name for entry in logs.iterdir()), attempt=attempt, keep=keep):
+        for name in expired_logs((entry.name for entry in logs.iterdir()), attempt=attempt, keep=keep):
             shutil.rmtree(logs / name, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the outside asks of a run, by a signal, by a file or by the clock: noted here, and acted upon by whoever looks next."""
+"""Requests to stop the run: by a signal, by a file or by a time limit."""
 
 import math
 import signal
@@ -10,60 +10,60 @@ from typing import Any, Self
 
 import psutil
 
-LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-AT_ONCE = b"at once"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+AT_ONCE = b"at once"  # content of a stop file that asks to stop without saving
 
 
-class Orders:
-    """In force between enter and exit; the handlers that stood before are put back.
+class StopRequests:
+    """Context manager that collects stop requests, and restores the signal handlers when it exits.
 
-    `file`, where one is given, reaches the run from wherever its directory is seen: once it is there it asks as SIGTERM does, with
-    AT_ONCE in it as two Ctrl-C do. One that an earlier run left unanswered is not for this one; what was answered is taken away.
-    `seconds`: how long this process may run; then it is asked as USR1 does.
+    `file`: asks from any machine that sees the run directory. If it exists, it counts as SIGTERM; if it starts with AT_ONCE, as two Ctrl-C.
+    A file that an earlier run left unanswered is removed at the start, an answered one at the end.
+    `seconds`: how long this process may run; then a stop counts as requested by SIGUSR1.
     """
 
     def __init__(self, file: Path | None = None, *, seconds: float = math.inf) -> None:
-        self._file, self._end = file, psutil.Process().create_time() + seconds
-        self._leave: signal.Signals | None = None
+        self._file, self._deadline = file, psutil.Process().create_time() + seconds
+        self._signal: signal.Signals | None = None
         self._at_once = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     @property
-    def leave(self) -> signal.Signals | None:
-        """The first signal that said so."""
-        self._look()
-        return self._leave
+    def stop_signal(self) -> signal.Signals | None:
+        """The first signal that asked to stop; None if there was none."""
+        self._check()
+        return self._signal
 
     @property
     def at_once(self) -> bool:
-        """Whether a Ctrl-C came after it, or what amounts to one."""
-        self._look()
+        """Whether a Ctrl-C followed the first request, or the file asks to stop without saving."""
+        self._check()
         return self._at_once
 
-    def note(self, number: int, frame: FrameType | None = None) -> None:
+    def record(self, number: int, frame: FrameType | None = None) -> None:
         del frame
-        self._at_once = self._at_once or (self._leave is not None and number == signal.SIGINT)
-        self._leave = self._leave or signal.Signals(number)
+        self._at_once = self._at_once or (self._signal is not None and number == signal.SIGINT)
+        self._signal = self._signal or signal.Signals(number)
 
-    def _look(self) -> None:
-        if self._leave is None and time.time() >= self._end:
-            self._leave = signal.SIGUSR1
+    def _check(self) -> None:
+        if self._signal is None and time.time() >= self._deadline:
+            self._signal = signal.SIGUSR1
         if self._file is None:
             return
-        with suppress(OSError):  # nobody asks; or a shared directory is out of sight for a moment, and is looked at again
+        with suppress(OSError):  # no such file; or a shared directory is unreachable for a moment, and the next check succeeds
             self._at_once = self._file.read_bytes().startswith(AT_ONCE) or self._at_once
-            self._leave = self._leave or signal.SIGTERM
+            self._signal = self._signal or signal.SIGTERM
 
     def __enter__(self) -> Self:
         if self._file is not None:
             self._file.unlink(missing_ok=True)
-        heard = [number for number in LEAVE if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's wish stands
-        self._before = {number: signal.signal(number, self.note) for number in heard}
+        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        self._handlers = {number: signal.signal(number, self.record) for number in handled}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._file is not None:
-            with suppress(OSError):  # the next run takes it away, or does not begin
+            with suppress(OSError):  # the next run removes it
                 self._file.unlink(missing_ok=True)

@@ -1,17 +1,17 @@
-"""How a run stands: a pure function of the events so far. A controller that is killed is followed by one that reads them again."""
+"""The state of a run, a pure function of its events: a controller that is killed is replaced by one that replays the event log."""
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from manta.cluster.supervise.event_log import Event
+from manta.cluster.supervise.event_log import Event, event_of
 from manta.cluster.supervise.failure import Cause, Failure
 
-Phase = Literal["ended", "gathering", "starting", "running", "leaving", "deciding"]
+RunPhase = Literal["ended", "gathering", "starting", "running", "leaving", "deciding"]
 
-TRANSITIONS: dict[str, tuple[frozenset[Phase] | None, Phase | None]] = {
-    # event: the phases it may come in (None: any), and the one it leads to (None: the same)
+TRANSITIONS: dict[str, tuple[frozenset[RunPhase] | None, RunPhase | None]] = {
+    # event: the phases in which it may happen (None: all), and the phase that follows (None: the same)
     "run-started": (None, "gathering"),
     "waiting": (frozenset({"gathering"}), None),
     "nodes-gathered": (frozenset({"gathering"}), "starting"),
@@ -33,63 +33,65 @@ TRANSITIONS: dict[str, tuple[frozenset[Phase] | None, Phase | None]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """`history`: the failures since a person started the run, oldest first. `suspects`: machines that are not to be used, by id, and the
-    time from which they are again; infinite for good.
+    """`history`: the failures since the user started the run, oldest first. `suspects`: excluded machines by id, with the time at which
+    they may be used again; infinite if never.
     """
 
-    phase: Phase = "ended"
+    phase: RunPhase = "ended"
     attempt: int = 0
     step: int = 0
     history: tuple[Failure, ...] = ()
     suspects: Mapping[str, float] = field(default_factory=dict[str, float])
-    has_begun: bool = False  # there were nodes enough, once
+    has_started: bool = False  # enough nodes were available once
 
 
 def advance(state: RunState, event: Event) -> RunState:
-    """The state after an event. Raises ValueError where it can not come in this one."""
+    """Return the state after an event. Raises ValueError if the event can not happen in this state."""
     allowed, _ = TRANSITIONS.get(event.kind, (None, None))
     if allowed is not None and state.phase not in allowed:
-        raise ValueError(f"{event.kind} in phase {state.phase}, wants one of {', '.join(sorted(allowed))}")
-    return _after(state, event)
+        raise ValueError(f"{event.kind}: expected phase {' or '.join(sorted(allowed))}, got {state.phase}")
+    return _next(state, event)
 
 
-def _after(state: RunState, event: Event) -> RunState:  # noqa: PLR0911  a table: a case a kind
-    _, phase = TRANSITIONS.get(event.kind, (None, None))
-    after = replace(state, phase=phase or state.phase, attempt=max(state.attempt, event.attempt))
-    match event.kind:
-        case "poll":
-            return replace(after, step=max((rank["step"] for rank in event.details["ranks"]), default=state.step))
-        case "run-started" if state.phase == "ended":  # else the one before was broken off: what had failed stays told
-            return replace(after, history=(), suspects={}, has_begun=False)
-        case "nodes-gathered":
-            return replace(after, has_begun=True)
-        case "rank-failed":
-            return replace(after, history=(*after.history, _failure(event.details)), step=event.details["step"])
-        case "node-lost":
-            message, machine = f"node {event.details['node']}: {event.details['message']}", event.details.get("machine", "")
-            cause = Cause.PREEMPTED if event.details.get("announced") else Cause.NODE_LOST
-            lost = Failure(cause=cause, rank=None, step=state.step, message=message, machine=machine)
-            suspects = {machine: event.details.get("trusted_again") or math.inf} if event.details.get("suspect") else {}
-            return replace(after, history=(*after.history, lost), suspects={**after.suspects, **suspects})
-        case "node-unfit":
-            wrong = Failure(cause=Cause.INPUT, rank=None, step=state.step, message=event.details["message"])
-            return replace(after, history=(*after.history, wrong))
-        case "decided":
-            return replace(after, suspects={**after.suspects, **dict.fromkeys(event.details.get("leave_out", ()), math.inf)})
-        case _:
-            return after
-
-
-def replay(events: Iterable[dict[str, Any]]) -> RunState:
-    """The state that a journal's lines lead to, also where some are lost, or an older manta wrote others."""
+def replay(lines: Iterable[dict[str, Any]]) -> RunState:
+    """Return the state after the event log's lines, even if some are lost or an older version wrote others."""
     state = RunState()
-    for line in events:
-        details = {key: value for key, value in line.items() if key not in {"event", "attempt", "time"}}
-        state = _after(state, Event(kind=line["event"], attempt=line["attempt"], time=line["time"], details=details))
+    for line in lines:
+        state = _next(state, event_of(line))
     return state
 
 
-def _failure(told: dict[str, Any]) -> Failure:
-    return Failure(
-        cause=Cause[told["cause"]], rank=told["rank"], step=told["step"], message=told["message"], machine=told.get("machine", "")
-    )
+def _next(state: RunState, event: Event) -> RunState:
+    _, phase = TRANSITIONS.get(event.kind, (None, None))
+    state_before, details = state, event.details
+    state = replace(state, phase=phase or state.phase, attempt=max(state.attempt, event.attempt))
+    match event.kind:
+        case "poll":
+            return replace(state, step=max((rank["step"] for rank in details["ranks"]), default=state.step))
+        case "run-started" if state_before.phase == "ended":  # else the controller before was killed, and its failures still count
+            return replace(state, history=(), suspects={}, has_started=False)
+        case "nodes-gathered":
+            return replace(state, has_started=True)
+        case "rank-failed" | "node-lost" | "node-unfit":
+            return _failed(state, event)
+        case "decided":
+            return replace(state, suspects={**state.suspects, **dict.fromkeys(details.get("leave_out", ()), math.inf)})
+        case _:
+            return state
+
+
+def _failed(state: RunState, event: Event) -> RunState:
+    details, machine = event.details, event.details.get("machine", "")
+    cause, rank, step, message, suspects = Cause.INPUT, None, state.step, details["message"], state.suspects
+    match event.kind:
+        case "rank-failed":
+            cause, rank, step = Cause[details["cause"]], details["rank"], details["step"]
+        case "node-lost":
+            cause = Cause.PREEMPTED if details.get("announced") else Cause.NODE_LOST
+            message = f"node {details['node']}: {message}"
+            if details.get("suspect"):
+                suspects = {**suspects, machine: details.get("trusted_again") or math.inf}
+        case _:
+            machine = ""
+    failure = Failure(cause=cause, rank=rank, step=step, message=message, machine=machine)
+    return replace(state, history=(*state.history, failure), step=step, suspects=suspects)

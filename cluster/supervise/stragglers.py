@@ -1,25 +1,27 @@
-"""Which rank is slow, and how long may a step be silent? Told from what ranks report, and nothing else.
+"""Find ranks that are slower than the others, and learn how long a step may take, from what ranks report in their heartbeats.
 
-A step takes all ranks equally long, for in its collectives they wait for the slowest. What tells them apart is what each spent by itself.
+A step takes the same time on all ranks: in collectives each waits for the slowest. So ranks are compared by `work`, the seconds that each
+spent on its own.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median, median_low
 
-from manta.cluster.supervise.failure import Limits, RankStatus
+from manta.cluster.nodes.report import RankStatus
+from manta.cluster.supervise.failure import HangLimits
 
 SLOW, RECOVERED = 1.5, 1.2  # times the median
-LOOKS = 5  # at as many different steps, one after the other
-NOISE = 0.01  # seconds of a step: a smaller difference is no news
-SHORTEST, LONGEST = 30.0, 300.0  # seconds, between which lies what is learned
-PATIENCE = 20  # times the longest silence
-KNOWN = 20  # silences, of every rank, from which on they tell something
+CHECKS = 5  # consecutive checks, each at another step
+NOISE = 0.01  # seconds of a step: a smaller difference is ignored
+MIN_STEP_LIMIT, MAX_STEP_LIMIT = 30.0, 300.0  # seconds, the bounds of a learned limit
+STEP_LIMIT_FACTOR = 20  # times the longest interval between heartbeats
+MIN_INTERVALS = 20  # intervals of every rank before the limit is learned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slow:
-    """A rank whose `work` is so many `times` the `median` rank's: seconds of `step`."""
+class Straggler:
+    """A rank whose `work` in `step`, in seconds, is `times` the `median`. The names are those of the event's fields."""
 
     rank: int
     times: float
@@ -29,42 +31,43 @@ class Slow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """What was seen so far of one attempt."""
+class WorkHistory:
+    """The checks of one attempt so far. `ratios`: of each rank's work to the median, newest last."""
 
-    step: int = -1  # at the last look
-    times: Mapping[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])  # by rank, of the last looks
-    told: frozenset[int] = frozenset()
+    step: int = -1  # of the last check
+    ratios: Mapping[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])
+    reported: frozenset[int] = frozenset()
 
 
-def slow(statuses: Sequence[RankStatus], before: Pace) -> tuple[Pace, list[Slow]]:
-    """What is known now, and which ranks are to be told of: slow at each of the last looks, and not told of since they last kept pace.
+def find_stragglers(statuses: Sequence[RankStatus], history: WorkHistory) -> tuple[WorkHistory, list[Straggler]]:
+    """Return the new history, and the ranks that were slow at each of the last checks and were not reported since they last recovered.
 
-    There is a look once every rank has got further than at the last. With two ranks the faster one is the median.
+    A check happens once every rank has got further than at the last one. Of two ranks the faster one is the median.
     """
     known = [status for status in statuses if status.code is None and status.work > 0]
     step = min((status.step for status in known), default=-1)
-    if len(known) < 2 or step <= before.step:
-        return before, []
+    if len(known) < 2 or step <= history.step:
+        return history, []
     middle = median_low(status.work for status in known)
-    now = {status.rank: status.work / middle if status.work - middle > NOISE else 1.0 for status in known}
-    times = {rank: (*before.times.get(rank, ()), ratio)[-LOOKS:] for rank, ratio in now.items()}
-    lagging = {rank for rank, seen in times.items() if len(seen) == LOOKS and min(seen) > SLOW}
-    told = {rank for rank in before.told if max(times.get(rank, before.times[rank])) > RECOVERED}
-    new = [
-        Slow(rank=status.rank, times=round(median(times[status.rank]), 2), step=status.step, work=status.work, median=middle)
+    newest = {status.rank: status.work / middle if status.work - middle > NOISE else 1.0 for status in known}
+    ratios = {**history.ratios, **{rank: (*history.ratios.get(rank, ()), ratio)[-CHECKS:] for rank, ratio in newest.items()}}
+    slow = {rank for rank in newest if len(ratios[rank]) == CHECKS and min(ratios[rank]) > SLOW}
+    reported = {rank for rank in history.reported if max(ratios[rank]) > RECOVERED}
+    stragglers = [
+        Straggler(rank=status.rank, times=round(median(ratios[status.rank]), 2), step=status.step, work=status.work, median=middle)
         for status in known
-        if status.rank in lagging - told
+        if status.rank in slow - reported
     ]
-    return Pace(step=step, times={**before.times, **times}, told=frozenset(told | lagging)), new
+    return WorkHistory(step=step, ratios=ratios, reported=frozenset(reported | slow)), stragglers
 
 
-def limits(statuses: Sequence[RankStatus], *, start: float, step: float | None) -> Limits:
-    """How long ranks may be silent. step: None where it is learned, from their silences so far: then 300 s until enough are known."""
+def hang_limits(statuses: Sequence[RankStatus], *, start: float, step: float | None) -> HangLimits:
+    """Return how long ranks may send no heartbeat. step: None if it is learned; it is the maximum until enough intervals are known."""
     if step is not None:
-        return Limits(start=start, step=step, other=step)
-    alive = [status for status in statuses if status.code is None]
-    learned = LONGEST
-    if alive and min(status.intervals for status in alive) >= KNOWN:
-        learned = min(LONGEST, max(SHORTEST, PATIENCE * max(status.longest for status in alive)))
-    return Limits(start=start, step=learned, other=LONGEST)
+        return HangLimits(start=start, step=step, other=step)
+    running = [status for status in statuses if status.code is None]
+    learned = MAX_STEP_LIMIT
+    if running and min(status.intervals for status in running) >= MIN_INTERVALS:
+        longest = max(status.longest for status in running)
+        learned = min(MAX_STEP_LIMIT, max(MIN_STEP_LIMIT, STEP_LIMIT_FACTOR * longest))
+    return HangLimits(start=start, step=learned, other=MAX_STEP_LIMIT)

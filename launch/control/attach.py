@@ -1,10 +1,10 @@
-"""`manta attach`: a run shown as `manta train` shows it in the foreground, from its journal and its metrics."""
+"""`manta attach`: a run shown as `manta train` shows it in the foreground, from its log and its metrics."""
 
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from manta.cluster.supervise.event_log import POLL, Event, as_event, read_events, whole_events
+from manta.cluster.supervise.event_log import POLL, Event, event_of, parse_events, read_events
 from manta.data.errors import InputError
 from manta.launch.config import resume_config
 from manta.launch.control.tail import Tail
@@ -37,10 +37,10 @@ def attach(run: Path) -> int:
 
 
 def _events(home: RunDirectory) -> Iterator[Event]:
-    journal, running = Tail(home.events_file), True
+    log, running = Tail(home.events_file), True
     while running:
         running = home.is_claimed  # asked before the reading, so that the last words are read
-        new = [as_event(line) for line in whole_events(journal.lines())]
+        new = [event_of(line) for line in parse_events(log.lines())]
         starts = [index for index, event in enumerate(new) if event.kind == "run-started"]
         for event in new[starts[-1] if starts else 0 :]:
             yield event

@@ -1,1 +1,1 @@
-"""`manta drill`: what will happen to a run is done to it beforehand, on the cluster it is meant for."""
+"""`manta drill`: fault injection into a short run, on the machines that a long one is meant for."""

@@ -1,4 +1,4 @@
-"""The faults of a drill: each is done to a run that runs, noticed, and come through."""
+"""The faults of a drill: each is injected into a running run, which must detect it and resume."""
 
 import time
 from collections.abc import Callable
@@ -7,197 +7,179 @@ from pathlib import Path
 from typing import Any
 
 from manta.cluster.ray.runtime import JoinedRay, Ray
-from manta.cluster.supervise.fault_injection import Fault, Hand
-from manta.cluster.supervise.stragglers import KNOWN
+from manta.cluster.supervise.fault_injection import Fault, FaultInjector
+from manta.cluster.supervise.stragglers import MIN_INTERVALS
 from manta.data.storage.store import open_store
 from manta.launch.config import RunConfig
-from manta.launch.drill.watch import Wait, Watch, wait
+from manta.launch.drill.monitor import RunMonitor, Script, wait_for
 from manta.trainer.metrics import Line
 
-PATIENCE = 600.0  # seconds until a fault counts as not noticed, or as not come through
-BACK = 60.0  # seconds that a lost node is waited for
-ANSWER = 30.0  # seconds that Ray has to place a hand
-CALM = 3  # steps between two faults
-COMMIT = 0.2  # seconds in which a save that all ranks have written is there
+TIMEOUT = 600.0  # seconds in which a run must detect a fault, and resume after it
+NODE_RETURN_TIMEOUT = 60.0  # seconds to wait for a lost node
+ACTOR_TIMEOUT = 30.0  # seconds that Ray has to start the fault injector
+STEPS_BETWEEN = 3  # steps between two faults
+COMMIT_TIME = 0.2  # seconds in which a save that all ranks have written is committed
 
 
 @dataclass(slots=True, kw_only=True)
-class Row:
-    """What came of a fault. Seconds after it, None where it did not come to that; `again`: steps that were done twice.
+class FaultResult:
+    """What happened after a fault. Times are in seconds after it, None if it was not detected, or the run did not resume.
 
-    `begun`: how many lines the run had written by then. `left_out`: why it was not done. `stays_up`: whether the run never stopped.
+    `skipped`: why it was not injected. `first_line`: how many lines the run had logged by then. `keeps_running`: the run never stopped.
+    `recomputed`: steps that were computed twice.
     """
 
     fault: str
-    left_out: str = ""
-    begun: int = 0
-    noticed: float | None = None
-    recovered: float | None = None
-    stays_up: bool = False
-    again: int = 0
+    skipped: str = ""
+    first_line: int = 0
+    detected: float | None = None
+    resumed: float | None = None
+    keeps_running: bool = False
+    recomputed: int = 0
     note: str = ""
 
     @property
-    def is_come_through(self) -> bool:
-        return self.noticed is not None and (self.stays_up or self.recovered is not None)
+    def is_survived(self) -> bool:
+        return self.detected is not None and (self.keeps_running or self.resumed is not None)
 
 
-class Faults:
-    """Done to the last rank: the last node is not that of Ray's head. The node's loss comes last: from there on ranks may be fewer."""
+class FaultScript:
+    """Injects all faults into the last rank, whose node is not the head's. The loss of its node comes last: the run may then have fewer."""
 
-    def __init__(self, config: RunConfig, ray: Ray, watch: Watch, tell: Callable[[Row], None]) -> None:
-        self._config, self._ray, self._watch, self._tell = config, ray, watch, tell
-        self.rows: list[Row] = []
+    def __init__(self, config: RunConfig, ray: Ray, monitor: RunMonitor, report: Callable[[FaultResult], None]) -> None:
+        self._config, self._ray, self._monitor, self._report = config, ray, monitor, report
+        self.results: list[FaultResult] = []
 
-    def script(self) -> Wait[None]:
-        """All, one after the other. Raises TimeoutError where the run stands still."""
-        yield from wait(lambda: self._watch.lines or None, PATIENCE)
-        for name, hindrance, fault in self._all():
-            row = Row(fault=name, left_out=hindrance)
-            self.rows.append(row)
-            if not hindrance:
-                yield from self._calm()
-                row.begun = len(self._watch.lines)
-                yield from fault(row)
-            self._tell(row)
-        yield from self._calm()
+    def run(self) -> Script[None]:
+        """Inject one fault after the other. Raises TimeoutError if the run makes no progress."""
+        yield from wait_for(lambda: self._monitor.lines or None, TIMEOUT)
+        for name, obstacle, inject in self._faults():
+            result = FaultResult(fault=name, skipped=obstacle)
+            self.results.append(result)
+            if not obstacle:
+                yield from self._settle()
+                result.first_line = len(self._monitor.lines)
+                yield from inject(result)
+            self._report(result)
+        yield from self._settle()
 
-    def _all(self) -> list[tuple[str, str, Callable[[Row], Wait[None]]]]:
-        """Each with why it can not be done here, where it can not."""
+    def _faults(self) -> list[tuple[str, str, Callable[[FaultResult], Script[None]]]]:
+        """Return name, why the fault can not be injected here ("" if it can), and script of each fault."""
         checkpoints = self._config.checkpoint
-        in_bucket = f"checkpoints lie in {checkpoints.directory}" if not open_store(checkpoints.directory or "").is_local else ""
-        unread = "checkpoint.verify is sizes" if checkpoints.verify == "sizes" else ""
-        alone = "there is but one rank" if len(self._ranks) == 1 else ""
-        shared = "Ray is not the run's own" if isinstance(self._ray, JoinedRay) else ""
+        remote = "" if open_store(checkpoints.directory or "").is_local else f"checkpoints are in {checkpoints.directory}"
+        unverified = "checkpoint.verify is sizes" if checkpoints.verify == "sizes" else ""
         return [
-            ("rank killed", "", lambda row: self._restarts(row, "kill")),
-            ("disk full", in_bucket, self._disk_full),
-            ("rank hung", "", self._hung),
-            ("rank slowed", alone, self._slowed),
-            ("bit flipped in a checkpoint", in_bucket or unread, self._bit_flipped),
-            ("agent killed", "", lambda row: self._restarts(row, "agent")),
-            ("node lost", shared, self._node_lost),
+            ("rank killed", "", lambda result: self._restart_after(result, "kill")),
+            ("disk full", remote, self._disk_full),
+            ("rank hung", "", self._rank_hung),
+            ("rank slowed", "the run has one rank" if len(self._monitor.ranks) == 1 else "", self._rank_slowed),
+            ("bit flipped in a checkpoint", remote or unverified, self._bit_flipped),
+            ("agent killed", "", lambda result: self._restart_after(result, "agent")),
+            ("node lost", "the run shares its Ray" if isinstance(self._ray, JoinedRay) else "", self._node_lost),
         ]
 
-    def _restarts(self, row: Row, fault: Fault) -> Wait[None]:
-        """What the run is started anew after."""
-        yield from self._comes_back(row, self._hand(), fault)
+    def _restart_after(self, result: FaultResult, fault: Fault) -> Script[None]:
+        """Inject a fault after which the run starts another attempt."""
+        attempt = self._monitor.attempt
+        _, when = self._inject(fault)
+        detected = yield from wait_for(lambda: self._monitor.event_after(when, "rank-failed", "node-lost"), TIMEOUT)
+        result.detected = detected.time - when
+        line = yield from wait_for(lambda: self._monitor.line_after_attempt(attempt), TIMEOUT)
+        result.resumed = line["time"] - when
+        result.recomputed = self._recomputed(attempt, line)
 
-    def _comes_back(self, row: Row, hand: Any, fault: Fault) -> Wait[None]:
-        attempt = self._watch.attempt.attempt
-        when = self._harm(hand, fault)
-        noticed = yield from wait(lambda: self._watch.since(when, "rank-failed", "node-lost"), PATIENCE)
-        row.noticed = noticed.time - when
-        line = yield from wait(lambda: self._watch.beyond(attempt), PATIENCE)
-        row.recovered = line["time"] - when
-        row.again = self._again(attempt, line)
+    def _rank_hung(self, result: FaultResult) -> Script[None]:
+        """Stop a rank once this attempt has learned how long its steps take."""
+        attempt = self._monitor.attempt
+        steps = MIN_INTERVALS + STEPS_BETWEEN
+        yield from wait_for(lambda: sum(line["attempt"] == attempt for line in self._monitor.lines) > steps or None, TIMEOUT)
+        result.first_line = len(self._monitor.lines)
+        yield from self._restart_after(result, "stop")
 
-    def _hung(self, row: Row) -> Wait[None]:
-        """Once it is known how long this attempt's steps are silent: they are the measure."""
-        attempt = self._watch.attempt.attempt
-        yield from wait(lambda: sum(line["attempt"] == attempt for line in self._watch.lines) > KNOWN + CALM or None, PATIENCE)
-        row.begun = len(self._watch.lines)
-        yield from self._restarts(row, "stop")
+    def _rank_slowed(self, result: FaultResult) -> Script[None]:
+        """Leave a rank a quarter of its time until it is reported."""
+        injector, when = self._inject("slow")
+        detected = yield from wait_for(lambda: self._monitor.event_after(when, "rank-slow"), TIMEOUT)
+        result.detected, result.keeps_running = detected.time - when, True
+        result.note = f"{detected.details['times']:.1f} times slower, reported with its node"
+        self._clear(injector)
 
-    def _again(self, attempt: int, line: Line) -> int:
-        """How many steps an attempt had done beyond where the next went on, with this line."""
-        done = [each["step"] for each in self._watch.lines if each["attempt"] == attempt]
-        return done[-1] - (line["step"] - 1) if done else 0
+    def _disk_full(self, result: FaultResult) -> Script[None]:
+        """Let no file of a rank grow until a save has failed."""
+        injector, when = self._inject("full")
+        detected = yield from wait_for(lambda: self._monitor.line_with("checkpoint/failures", when), TIMEOUT)
+        result.detected = detected["time"] - when
+        self._clear(injector)
+        before = self._monitor.newest_checkpoint
+        yield from wait_for(lambda: self._monitor.newest_checkpoint != before or None, TIMEOUT)
+        result.resumed = time.time() - when
+        result.note = "kept training, saved once there was space"
 
-    def _slowed(self, row: Row) -> Wait[None]:
-        """A fourth of its time is left to a rank, until it is told of."""
-        hand = self._hand()
-        when = self._harm(hand, "slow")
-        noticed = yield from wait(lambda: self._watch.since(when, "rank-slow"), PATIENCE)
-        row.noticed, row.stays_up = noticed.time - when, True
-        row.note = f"{noticed.details['times']:.1f} times slower, and named with its node"
-        self._heal(hand)
+    def _bit_flipped(self, result: FaultResult) -> Script[None]:
+        """Flip a bit in the newest checkpoint, and kill a rank, so that the run loads it."""
+        checkpoints, attempt = self._monitor.run.checkpoints, self._monitor.attempt
+        bad = set(checkpoints.bad())
+        _, when = self._inject("kill")
+        time.sleep(COMMIT_TIME)
+        corrupt = self._monitor.newest_checkpoint
+        flip_bit(Path(checkpoints.location(corrupt)))
+        line = yield from wait_for(lambda: self._monitor.line_after_attempt(attempt), TIMEOUT)
+        if set(checkpoints.bad()) - bad:
+            result.detected = result.resumed = line["time"] - when
+            result.recomputed = self._recomputed(attempt, line)
+            result.note = f"{corrupt} was rejected, the one before it loaded"
 
-    def _disk_full(self, row: Row) -> Wait[None]:
-        """No file of a rank may grow, until a save has failed."""
-        hand = self._hand()
-        when = self._harm(hand, "full")
-        noticed = yield from wait(lambda: self._line(when, "checkpoint/failures"), PATIENCE)
-        row.noticed = noticed["time"] - when
-        self._heal(hand)
-        before = self._newest()
-        yield from wait(lambda: self._newest() != before or None, PATIENCE)
-        row.recovered = time.time() - when
-        row.note = "trained on, and saved once there was room"
-
-    def _bit_flipped(self, row: Row) -> Wait[None]:
-        """In the newest checkpoint, and a rank killed, so that it is wanted."""
-        hand, bad = self._hand(), set(self._watch.home.checkpoints.bad())
-        attempt = self._watch.attempt.attempt
-        when = self._harm(hand, "kill")
-        time.sleep(COMMIT)
-        spoilt = self._newest()
-        flip_a_bit(Path(self._watch.home.checkpoints.location(spoilt)))
-        line = yield from wait(lambda: self._watch.beyond(attempt), PATIENCE)
-        if set(self._watch.home.checkpoints.bad()) - bad:
-            row.noticed = row.recovered = line["time"] - when
-            row.again = self._again(attempt, line)
-            row.note = f"{spoilt} was refused, the one before it taken"
-
-    def _node_lost(self, row: Row) -> Wait[None]:
-        """Its raylet is killed, and all that ran there dies with it."""
-        ranks = len(self._ranks)
-        yield from self._comes_back(row, self._hand(), "node")
-        if (left := len(self._ranks)) == ranks:
+    def _node_lost(self, result: FaultResult) -> Script[None]:
+        """Kill a raylet: every process of its node ends with it."""
+        ranks = len(self._monitor.ranks)
+        yield from self._restart_after(result, "node")
+        if (remaining := len(self._monitor.ranks)) == ranks:
             return
-        row.note = f"went on on {left} of {ranks} ranks"
+        result.note = f"resumed on {remaining} of {ranks} ranks"
         try:
-            yield from wait(lambda: len(self._ranks) == ranks or None, BACK)
+            yield from wait_for(lambda: len(self._monitor.ranks) == ranks or None, NODE_RETURN_TIMEOUT)
         except TimeoutError:
-            row.note += f", the node had not come back within {BACK:.0f} s"
+            result.note += f", the node did not return within {NODE_RETURN_TIMEOUT:.0f} s"
         else:
-            row.note += ", then on all again"
+            result.note += ", then on all"
 
-    def _calm(self) -> Wait[None]:
-        """Some steps, and a checkpoint to go back to."""
-        begun = self._watch.step
-        yield from wait(lambda: (self._watch.step >= begun + CALM and self._newest()) or None, PATIENCE)
+    def _settle(self) -> Script[None]:
+        """Wait for some steps, and for a checkpoint to resume from."""
+        start = self._monitor.step
+        yield from wait_for(lambda: (self._monitor.step >= start + STEPS_BETWEEN and self._monitor.newest_checkpoint) or None, TIMEOUT)
 
-    def _hand(self) -> Any:
-        """On the node of the last rank. Waits until it can be told what to do: it is then done at once."""
+    def _inject(self, fault: Fault) -> tuple[Any, float]:
+        """Inject a fault into the last rank; return the actor that did it, and when.
+
+        Waits for the actor to start before that, so that the fault follows at once.
+        """
         import ray
 
-        from manta.cluster.nodes.node_group import alone
+        from manta.cluster.nodes.node_group import actor_on
 
-        hand = alone(Hand, self._watch.nodes[self._ranks[-1]["node"]]["id"])
-        ray.get(hand.ready.remote(), timeout=ANSWER)
-        return hand
-
-    def _harm(self, hand: Any, fault: Fault) -> float:
-        """Gives when."""
-        import ray
-
+        rank = self._monitor.ranks[-1]
+        injector = actor_on(FaultInjector, self._monitor.nodes[rank["node"]]["id"])
+        ray.get(injector.ready.remote(), timeout=ACTOR_TIMEOUT)
         when = time.time()
-        done = hand.harm.remote(fault, self._ranks[-1]["pid"])
-        if fault not in {"slow", "node"}:  # the one goes on, the other ends who would answer
-            ray.get(done, timeout=ANSWER)
-        return when
+        done = injector.inject.remote(fault, rank["pid"])
+        if fault not in {"slow", "node"}:  # the one lasts, the other ends the actor
+            ray.get(done, timeout=ACTOR_TIMEOUT)
+        return injector, when
 
-    def _heal(self, hand: Any) -> None:
+    def _clear(self, injector: Any) -> None:
         import ray
 
-        ray.get(hand.heal.remote(self._ranks[-1]["pid"]), timeout=ANSWER)
-        ray.kill(hand)
+        ray.get(injector.clear.remote(self._monitor.ranks[-1]["pid"]), timeout=ACTOR_TIMEOUT)
+        ray.kill(injector)
 
-    @property
-    def _ranks(self) -> list[dict[str, Any]]:
-        return self._watch.attempt.details["ranks"]
-
-    def _newest(self) -> str:
-        """The name of the newest checkpoint."""
-        return next(iter(self._watch.home.checkpoints.names()), "")
-
-    def _line(self, when: float, key: str) -> Line | None:
-        return next((line for line in self._watch.lines if line["time"] > when and line.get(key)), None)
+    def _recomputed(self, attempt: int, line: Line) -> int:
+        """Return how many of an attempt's steps the next one recomputed; its first line is `line`."""
+        steps = [each["step"] for each in self._monitor.lines if each["attempt"] == attempt]
+        return steps[-1] - (line["step"] - 1) if steps else 0
 
 
-def flip_a_bit(checkpoint: Path) -> None:
-    """In the midst of the largest file."""
+def flip_bit(checkpoint: Path) -> None:
+    """Flip a bit in the middle of the largest file."""
     file = max(checkpoint.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     with file.open("r+b") as stream:
         stream.seek(file.stat().st_size // 2)

@@ -77,8 +77,8 @@ class Ready:
                 environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # else kept from the ranks
                 directory=home.path,
                 sizes=(layout.ranks,) if config.data.live else tuple(self.layouts),
-                fewer=tuple(shrunk),
-                environment_by_ranks={ranks: one.to_environment() for ranks, one in (self.layouts | shrunk).items()},
+                fallback_sizes=tuple(shrunk),
+                environment_by_size={ranks: one.to_environment() for ranks, one in (self.layouts | shrunk).items()},
                 ranks_per_node=self.each,
                 packages=(("manta", __version__), *((name, found) for name in STACK if (found := _version(name)) is not None)),
             )

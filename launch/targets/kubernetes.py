@@ -18,7 +18,7 @@ import yaml
 
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.hosts import OBJECT_STORE_BYTES
-from manta.cluster.ray.runtime import HEALTH
+from manta.cluster.ray.private_ray import HEALTH
 from manta.cluster.target_config import CONFIG_MOUNT, Kubernetes
 from manta.data.errors import InputError
 from manta.data.storage.location import local_path

@@ -1,4 +1,4 @@
-"""A host is cut off from the others, who are not told: the run goes on without it, and takes it in again when its link is mended."""
+"""A host loses its network link without a notice: the run continues without it, and uses it again once the link is restored."""
 
 import os
 import shutil
@@ -21,28 +21,28 @@ SETTINGS = ("schedule.shape=constant", "train.global_batch=12", "train.micro_bat
 @pytest.fixture
 def network():
     if os.geteuid() != 0:
-        pytest.skip("network namespaces want root")
-    if why := ssh_hosts.missing() or (None if shutil.which("ip") else "no ip on this machine: install iproute2"):
+        pytest.skip("network namespaces require root")
+    if why := ssh_hosts.why_unavailable() or (None if shutil.which("ip") else "no ip on this machine: install iproute2"):
         pytest.skip(why)
     try:
         with Network(3) as network:
             yield network
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"the kernel does not let us have network namespaces: {error.stderr.decode().strip()}")
+        pytest.skip(f"the kernel does not allow network namespaces: {error.stderr.decode().strip()}")
 
 
 @pytest.fixture
 def hosts(network, tmp_path):
-    sshds = ssh_hosts.Sshds(tmp_path, [(network.address(n), 2200, network.at(n), network.address(n)) for n in range(3)])
+    sshds = ssh_hosts.Sshds(tmp_path, [(network.address(n), 2200, network.enter(n), network.address(n)) for n in range(3)])
     yield sshds
     sshds.close()
 
 
-def test_a_run_whose_first_host_is_cut_off_goes_on_without_it_and_with_it_again(workspace, network, hosts):
-    """The first host has rank 0, which saves. What goes on there in the dark harms nothing."""
+def test_a_run_continues_while_its_first_host_is_cut_off(workspace, network, hosts):
+    """The first host has rank 0, which saves. What it still does while it is cut off has no effect."""
     three = ("cluster.nodes=3", "cluster.ranks_per_node=1", f"cluster.node_timeout={LIMIT}")
     over_ssh = ("--on", f"ssh:{hosts.folder}/hosts", f'cluster.ssh.options=["-F", "{hosts.folder}/config"]')
-    with LiveRun(workspace, "cut off", "train.steps=100000", *SETTINGS, *three, *over_ssh, inside=network.at_hub()) as run:
+    with LiveRun(workspace, "cut off", "train.steps=100000", *SETTINGS, *three, *over_ssh, inside=network.enter_hub()) as run:
         run.steps(1, 20)
         old = run.pids(1)[0]
         assert old in network.pids(network.hosts[0])
@@ -50,28 +50,28 @@ def test_a_run_whose_first_host_is_cut_off_goes_on_without_it_and_with_it_again(
         lost = run.event("node-lost", within=60)
         assert (lost["address"], lost["suspect"]) == (network.address(0), True)
         assert lost["time"] - cut < LIMIT + 3
-        assert run.event("first-step", 2)["time"] - cut < LIMIT + 15  # two ranks that are cold import first
+        assert run.event("first-step", 2)["time"] - cut < LIMIT + 15  # two ranks without a standby process import first
         assert len(run.pids(2)) == 2
         run.steps(2, 30)
-        network.mend(0)
+        network.restore(0)
         run.event("nodes-appeared", 2, within=180)
         assert len(run.pids(3)) == 3
         run.steps(3, 20)
         until(lambda: not Path(f"/proc/{old}").exists(), within=90)
         os.killpg(run.process.pid, signal.SIGTERM)
-        code, told = run.end(within=60)
-        assert code == 75, told
+        code, output = run.end(within=60)
+        assert code == 75, output
         assert [event["attempt"] for event in run.events("attempt-started")] == [1, 2, 3]
         disturbed = run.lines()
         attempts = [line["attempt"] for line in parse_lines((run.home / "metrics.jsonl").read_text())]
-        assert attempts == sorted(attempts), "the host that was cut off went on writing"
-        until(lambda: {name: pids for name in network.hosts if (pids := others(network, name, hosts))} == {}, within=20)
+        assert attempts == sorted(attempts), "the host that was cut off kept writing"
+        until(lambda: {name: pids for name in network.hosts if (pids := remaining(network, name, hosts))} == {}, within=20)
     assert workspace.manta("checkpoint", "verify", "cut off").returncode == 0
     nearly(disturbed, undisturbed(workspace, "never cut off", f"train.steps={len(disturbed)}", *SETTINGS))
 
 
-def others(network, name, hosts) -> list[int]:
-    """What is there of a host's but its sshd and the sessions of this that end."""
+def remaining(network, name, hosts) -> list[int]:
+    """The processes of a host without its sshd and the sshd's ending sessions."""
     own = {process.pid for process in hosts.processes}
     commands = {}
     for pid in network.pids(name):

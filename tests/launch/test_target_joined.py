@@ -52,12 +52,12 @@ def test_a_ray_is_joined_that_asks_for_a_token_and_no_other(workspace, there):
     if kind == "open":
         refused = workspace.manta(*arguments, **ray.environment)
         assert refused.returncode == 2
-        assert f"got {ray.address}, wants one that asks for a token" in refused.stderr
+        assert f"expected a Ray that requires a token, got {ray.address}" in refused.stderr
         done = workspace.manta(*arguments, "--insecure", **ray.environment)
     else:
         refused = workspace.manta(*arguments, RAY_AUTH_MODE="disabled")
         assert refused.returncode == 2
-        assert f"got {ray.address}, wants a Ray that this machine is a node of" in refused.stderr
+        assert f"expected the address of a Ray that this machine is a node of, got {ray.address}" in refused.stderr
         done = workspace.manta(*arguments, **ray.environment)
     assert done.returncode == 0, done.stderr
     assert len(read_metrics(workspace.directory / f"joined {kind}/metrics.jsonl")) == 40
@@ -67,7 +67,7 @@ def test_a_ray_is_joined_that_asks_for_a_token_and_no_other(workspace, there):
 def test_a_ray_that_is_not_there_is_told(workspace):
     done = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "--on", "127.0.0.1:1")
     assert done.returncode == 2
-    assert "--on: got 127.0.0.1:1, wants a Ray" in done.stderr
+    assert "--on: expected the address of a Ray that this machine is a node of, got 127.0.0.1:1" in done.stderr
 
 
 def test_a_target_that_is_none_is_told(workspace):

@@ -87,7 +87,7 @@ def test_the_head_is_where_other_nodes_reach_it(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    if why := slurm_cluster.missing():
+    if why := slurm_cluster.why_unavailable():
         pytest.skip(why)
     with slurm_cluster.SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster

@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from ssh_hosts import Sshds, free_port, missing
+from ssh_hosts import Sshds, free_port, why_unavailable
 
 from manta.cluster.config import ClusterConfig
 from manta.data.errors import InputError
@@ -47,7 +47,7 @@ def test_a_file_that_is_none_is_told(tmp_path, text, told):
 
 @pytest.fixture
 def sshds(tmp_path):
-    if why := missing():
+    if why := why_unavailable():
         pytest.skip(why)
     sshds = Sshds(tmp_path, [("127.0.0.1", free_port(), (), f"127.0.0.{3 + node}") for node in range(2)])
     yield sshds

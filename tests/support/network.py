@@ -1,6 +1,6 @@
-"""A network of hosts on this machine: network namespaces, each with one address, on a bridge in one more, where the controller's place is.
+"""A network of hosts on this machine: a network namespace per host, on a bridge in another one, in which the controller runs.
 
-All see the same files. A host's link can be cut and mended. It takes root.
+All see the same files. A host's link can be cut and restored. Needs root.
 """
 
 import os
@@ -12,14 +12,14 @@ from typing import Self
 
 
 class Network:
-    """In force between enter and exit. Hosts are numbered; their addresses, which exist in here alone, are 10.77.0.11 and on."""
+    """Context manager. Hosts are numbered; their addresses, which exist only inside it, start at 10.77.0.11."""
 
     def __init__(self, hosts: int) -> None:
         self.hub = f"manta-{os.getpid()}"
         self.hosts = [f"{self.hub}-{number}" for number in range(hosts)]
 
     def __enter__(self) -> Self:
-        """Raises CalledProcessError where the kernel does not let us."""
+        """Raises CalledProcessError if the kernel does not allow it."""
         try:
             self._set_up()
         except BaseException:
@@ -51,24 +51,24 @@ class Network:
     def address(self, number: int) -> str:
         return f"10.77.0.{11 + number}"
 
-    def at_hub(self) -> list[str]:
-        """What a command is to be run by, to be there."""
+    def enter_hub(self) -> list[str]:
+        """Return the command that runs another one in the hub."""
         return ["nsenter", f"--net=/run/netns/{self.hub}"]
 
-    def at(self, number: int) -> list[str]:
+    def enter(self, number: int) -> list[str]:
         return ["nsenter", f"--net=/run/netns/{self.hosts[number]}"]
 
     def cut(self, number: int) -> float:
-        """Nothing reaches the host any more, nor says so. Gives the time."""
+        """Drop all of the host's traffic, without a notice; return the time."""
         _ip("-n", self.hub, "link", "set", f"host{number}", "down")
         return time.time()
 
-    def mend(self, number: int) -> None:
+    def restore(self, number: int) -> None:
         _ip("-n", self.hub, "link", "set", f"host{number}", "up")
 
     def pids(self, name: str) -> list[int]:
-        told = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
-        return [int(pid) for pid in told.split()]
+        output = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
+        return [int(pid) for pid in output.split()]
 
 
 def _ip(*arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""A SLURM of two nodes, both this machine: munged, slurmctld and two slurmd, of Debian's packages slurm-wlm and munge. It takes root."""
+"""A SLURM cluster of two nodes, both this machine: munged, slurmctld and two slurmd of Debian's slurm-wlm and munge. Needs root."""
 
 import os
 import shutil
@@ -11,16 +11,16 @@ from typing import Self
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 
 
-def missing() -> str | None:
-    """Why it can not be started here."""
+def why_unavailable() -> str | None:
+    """Return why this machine can not start it; None if it can."""
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
         return f"no {', '.join(absent)} on this machine: install slurm-wlm and munge"
-    return None if os.geteuid() == 0 else "slurmd starts jobs as their users: it wants root"
+    return None if os.geteuid() == 0 else "slurmd starts jobs as their users: it requires root"
 
 
 class SlurmCluster:
-    """In force between enter and exit. `environment` has SLURM's commands speak to it."""
+    """Context manager. `environment` makes SLURM's commands use it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,21 +48,21 @@ class SlurmCluster:
             process.wait(20)
 
     def ask(self, *command: str) -> str:
-        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+        result = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, check=False)
+        return result.stdout.strip()
 
     def state(self, job: str) -> str:
-        told = self.ask("scontrol", "--oneliner", "show", "job", job)
-        return next((word.partition("=")[2] for word in told.split() if word.startswith("JobState=")), "")
+        output = self.ask("scontrol", "--oneliner", "show", "job", job)
+        return next((word.partition("=")[2] for word in output.split() if word.startswith("JobState=")), "")
 
     def _start(self, *command: str) -> None:
         name = "-".join(command).replace("-", "")
         with (self.folder / "log" / name).open("w") as log:
-            started = subprocess.Popen(command, env=os.environ | self.environment, stdout=log, stderr=log, start_new_session=True)
-        self._processes.append(started)
+            process = subprocess.Popen(command, env=os.environ | self.environment, stdout=log, stderr=log, start_new_session=True)
+        self._processes.append(process)
 
     def _munge(self) -> None:
-        """One is enough for the machine, whoever started it."""
+        """Start munged unless the machine already runs one."""
         if subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0:
             return
         for folder in ("/run/munge", "/var/log/munge", "/var/lib/munge", "/etc/munge"):

@@ -14,7 +14,7 @@ from parity import LINEAR, batch, model, optimizer_config, rows
 from spmd import spmd
 
 from manta.cluster.supervise.event_log import read_events
-from manta.cluster.supervise.failure import Cause, Failure, GiveUp, Policy, Restart, decide
+from manta.cluster.supervise.failure import Cause, Failure, GiveUp, Restart, RestartPolicy, decide
 from manta.trainer.config.training import ParallelConfig, TrainConfig
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
@@ -196,9 +196,9 @@ def test_another_corruption_is_another_error_and_the_very_same_at_the_same_step_
     first, second = (
         Failure(cause=Cause.EXCEPTION, rank=2, step=7, message=f"ReplicaError: step 8: {verdict(held(1, 1, bits))[1]}") for bits in (2, 3)
     )
-    assert isinstance(decide([first], Policy()), Restart)
-    assert isinstance(decide([first, second], Policy()), Restart)
-    assert isinstance(decide([first, first], Policy()), GiveUp)
+    assert isinstance(decide([first], RestartPolicy()), Restart)
+    assert isinstance(decide([first, second], RestartPolicy()), Restart)
+    assert isinstance(decide([first, first], RestartPolicy()), GiveUp)
 
 
 FLIPPING = """

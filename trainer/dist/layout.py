@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from manta.cluster.protocol import Env
 from manta.data.errors import InputError
 from manta.trainer.config.training import ParallelConfig, TrainConfig
-
-VARIABLE = "MANTA_LAYOUT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +55,7 @@ class Layout:
 
     def to_environment(self) -> dict[str, str]:
         """Return the variable that hands this layout to the ranks."""
-        return {VARIABLE: _ADAPTER.dump_json(self).decode()}
+        return {Env.LAYOUT: _ADAPTER.dump_json(self).decode()}
 
     def suits(self, train: TrainConfig, parallel: ParallelConfig, ranks: int) -> bool:
         """Whether these ranks can train this config under this layout, possibly with smaller tensor, sequence and expert sizes."""
@@ -82,16 +81,16 @@ def layout_from_environment(train: TrainConfig, parallel: ParallelConfig, ranks:
 
     Raises InputError if it does not suit the config or the number of ranks.
     """
-    text = os.environ.get(VARIABLE)
+    text = os.environ.get(Env.LAYOUT)
     if text is None:
         return layout_for(train, parallel, ranks)
     try:
         layout = _ADAPTER.validate_json(text)
     except ValidationError as error:
-        raise InputError(f"{VARIABLE}: expected a layout in JSON, got {text!r}. Start the ranks with `manta train`.") from error
+        raise InputError(f"{Env.LAYOUT}: expected a layout in JSON, got {text!r}. Start the ranks with `manta train`.") from error
     if not layout.suits(train, parallel, ranks):
         raise InputError(
-            f"{VARIABLE}: expected a layout of {ranks} ranks that suits config.yaml, got {layout}. Start the ranks with `manta train`."
+            f"{Env.LAYOUT}: expected a layout of {ranks} ranks that suits config.yaml, got {layout}. Start the ranks with `manta train`."
         )
     return layout
 

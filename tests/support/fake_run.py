@@ -1,4 +1,4 @@
-"""A controller in a process of its own, with fake ranks, watched from outside."""
+"""A run of fake ranks under a real controller, in a process of its own, observed from outside."""
 
 import json
 import os
@@ -12,19 +12,20 @@ import psutil
 
 from manta.cluster.supervise.event_log import read_events
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parent
 PYTHON = sys.executable
 
 
-class Scene:
+class FakeRun:
     def __init__(self, directory, plan, *, cluster=None, cwd=None, program=None, sizes=(2,)):
+        """plan: what fake_rank.py does."""
         self.directory = directory
         directory.mkdir(exist_ok=True)
-        plan = {**plan, "scene": str(directory)}
-        program = program or ["-P", str(HERE / "cluster_fake_rank.py")]
+        plan = {**plan, "run": str(directory)}  # `processes` finds it in their environment
+        program = program or ["-P", str(SUPPORT / "fake_rank.py")]
         with (directory / "controller.log").open("w") as output:
             self.process = subprocess.Popen(
-                [PYTHON, "-P", "-W", "error", str(HERE / "cluster_controller.py"), str(directory), *program],
+                [PYTHON, "-P", "-W", "error", str(SUPPORT / "fake_run_controller.py"), str(directory), *program],
                 env={
                     **os.environ,
                     "CUDA_VISIBLE_DEVICES": "0,1",
@@ -42,6 +43,7 @@ class Scene:
         return read_events(self.directory / "events.jsonl")
 
     def event(self, kind, attempt=1, *, within=30.0):
+        """Wait for an event."""
         deadline = time.monotonic() + within
         while time.monotonic() < deadline:
             for event in self.events():
@@ -58,10 +60,10 @@ class Scene:
         os.killpg(self.process.pid, number)
 
     def end(self, within=30.0):
-        """The exit code; no process of the scene may be left."""
+        """Wait for the exit code. No process of the run may remain."""
         code = self.process.wait(within)
-        left = self.processes()
-        assert not left, left
+        remaining = self.processes()
+        assert not remaining, remaining
         return code
 
     def output(self):
@@ -75,22 +77,22 @@ class Scene:
         return json.loads(line.removeprefix("environment "))
 
     def processes(self):
-        """Every living process of the scene, Ray's own among them: pid -> command line."""
-        found = {}
+        """Every living process of the run, Ray's included: pid -> command line."""
+        commands = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 if str(self.directory).encode() in (entry / "environ").read_bytes() and int(entry.name) != self.process.pid:
-                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+                    commands[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-        return found
+        return commands
 
     def ranks(self):
-        """Ranks and spares."""
-        return {pid for pid, command in self.processes().items() if "cluster_fake_rank" in command and "leash" not in command}
+        """Ranks and standby processes."""
+        return {pid for pid, command in self.processes().items() if "fake_rank" in command and "die_with_parent" not in command}
 
     def agent(self, attempt=1):
-        """The one that has the ranks of an attempt: another, with the spares, may stand by."""
+        """The agent that has the ranks of an attempt; a standby agent is another one."""
         (pid,) = {psutil.Process(rank).ppid() for rank in self.pids(attempt)}
         assert self.processes()[pid].startswith("ray::NodeAgent")
         return pid

@@ -1,7 +1,7 @@
-"""A rank without a model: follows the contract of manta.cluster, counts steps with sleeps, and misbehaves when told to.
+"""A rank without a model: follows cluster/protocol.py, counts steps by sleeping, and injects faults into itself.
 
-FAKE is a JSON dict in the environment: steps, step_time, warm_time, faults, each tied to an attempt and a rank, and slow: a rank, and
-from which step to which it works twice as long as the others, who wait for it.
+FAKE is a JSON object in the environment: steps, step_time, warm_time, faults (each for an attempt and a rank), and slow: a rank, and the
+steps between which it works twice as long as the others, who wait for it.
 """
 
 import faulthandler
@@ -14,12 +14,12 @@ import traceback
 from pathlib import Path
 
 
-class Leave(BaseException):
+class StopRequested(BaseException):
     pass
 
 
-def leave(*_):
-    raise Leave
+def stop(*_):
+    raise StopRequested
 
 
 def main():
@@ -33,25 +33,25 @@ def main():
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, stop)
     file = os.open(os.environ["MANTA_HEARTBEAT"], os.O_WRONLY | os.O_CREAT)
     progress, work = {"step": 0, "phase": "start"}, {}
 
-    def beat(step, phase, **told):
+    def beat(step, phase, **new_work):
         progress.update(step=step, phase=phase)
-        work.update(told)
+        work.update(new_work)
         os.pwrite(file, json.dumps({**progress, "time": time.monotonic(), **work}).encode().ljust(256), 0)
 
     beat(0, "start")
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         run(plan, beat)
-    except Leave:
+    except StopRequested:
         if plan.get("save_fails"):
             sys.exit(143)
         time.sleep(plan.get("save_time", 0))
         sys.exit(75)
-    except Exception as error:  # noqa: BLE001  whatever it is, it is to be reported
+    except Exception as error:  # noqa: BLE001  every error is reported
         report = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc(), **progress}
         report["category"] = "input" if isinstance(error, LookupError) else "exception"
         Path(os.environ["MANTA_ERROR"]).write_text(json.dumps(report))
@@ -60,7 +60,7 @@ def main():
 
 def run(plan, beat):
     rank, attempt = int(os.environ["RANK"]), int(os.environ["MANTA_ATTEMPT"])
-    faults = {int(step): fault for step, who, fault in plan.get("faults", []) if rank == who[1] and attempt in who[0]}
+    faults = {int(step): fault for step, where, fault in plan.get("faults", []) if rank == where[1] and attempt in where[0]}
     start = plan.get("every", 0) * (attempt - 1)
     beat(start, "load")
     sys.stdout.write(f"environment {json.dumps(dict(os.environ))}\n")
@@ -79,15 +79,15 @@ def run(plan, beat):
             case number:
                 os.kill(os.getpid(), signal.Signals[number])
         time.sleep(plan.get("step_time", 0.02))
-        beat(step + 1, "step", **worked(plan, rank, step))
+        beat(step + 1, "step", **work_of(plan, rank, step))
     beat(plan.get("steps", 10), "done")
 
 
-def worked(plan, rank, step):
-    if "slow" not in plan:  # as ranks that do not know it
+def work_of(plan, rank, step):
+    if "slow" not in plan:  # like ranks that do not measure it
         return {}
-    who, first, last = plan["slow"]
-    return {"work": 0.4 if rank == who and first <= step < last else 0.2}
+    slow_rank, first, last = plan["slow"]
+    return {"work": 0.4 if rank == slow_rank and first <= step < last else 0.2}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A controller in a process of its own: `cluster_controller.py DIRECTORY COMMAND…`; CLUSTER is its config, FAKE goes to the ranks."""
+"""Run a controller: `fake_run_controller.py DIRECTORY COMMAND…`. CLUSTER is its config, FAKE is passed on to the ranks."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A rank that hangs in a collective says so when it is asked, though nothing of its own code can run."""
+"""A rank that hangs in a collective logs it when asked by a signal, although its own code can not run."""
 
 import signal
 import socket
@@ -9,7 +9,7 @@ import time
 RANK = """
 import signal, sys, time
 from manta.trainer import stack_traces
-stack_traces.answer(signal.SIGUSR2)
+stack_traces.dump_on_signal(signal.SIGUSR2)
 import torch, torch.distributed as dist
 rank, port = map(int, sys.argv[1:])
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -22,7 +22,7 @@ dist.all_reduce(torch.ones(2, 3))
 """
 
 
-def test_a_rank_that_waits_for_a_peer_tells_which_collective_it_is_in_and_where():
+def test_a_hung_rank_logs_its_pending_collective_and_its_stacks():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -38,7 +38,7 @@ def test_a_rank_that_waits_for_a_peer_tells_which_collective_it_is_in_and_where(
     finally:
         for rank in ranks:
             rank.kill()
-    told = [rank.communicate()[1] for rank in ranks]
-    assert "collectives of group 0 (default_pg): 4 begun, the last, gloo:all_reduce of [[2, 3]], is waited for" in told[0]
-    assert "collectives of group 0 (default_pg): 3 begun, the last, gloo:all_reduce of [[4]], is done" in told[1]
-    assert all("Current thread" in text or "Thread 0x" in text for text in told)
+    logs = [rank.communicate()[1] for rank in ranks]
+    assert "process group 0 (default_pg): collective 4, gloo:all_reduce of [[2, 3]], is pending" in logs[0]
+    assert "process group 0 (default_pg): collective 3, gloo:all_reduce of [[4]], is done" in logs[1]
+    assert all("Current thread" in text or "Thread 0x" in text for text in logs)

@@ -1,0 +1,42 @@
+"""What a node's agent reports to the controller."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from manta.cluster.protocol import RankError, RankPhase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """`versions`: of the requested packages, None if not installed. `seal`: content of the seal file, "" if the node does not see it."""
+
+    host: str
+    address: str
+    interface: str
+    versions: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    seal: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStatus:
+    """The state of one rank. `phase`, `step` and `work` are those of its last heartbeat; `quiet`: seconds since then.
+
+    `code`: exit code; None while it runs, negative if a signal ended it. `intervals`: how many intervals between two heartbeats in phase
+    "step" were measured; `longest`: the longest of them, in seconds.
+    """
+
+    rank: int
+    pid: int
+    step: int
+    phase: RankPhase | Literal[""]
+    quiet: float
+    has_stepped: bool
+    state: str = ""
+    code: int | None = None
+    exited_at: float = 0.0
+    error: RankError | None = None
+    tail: str = ""
+    work: float = 0.0
+    intervals: int = 0
+    longest: float = 0.0

@@ -1,0 +1,202 @@
+"""A private Ray for one run: its own processes, token and directory; nothing of it remains when the run ends.
+
+Ray reads its environment when it is imported, so no module may import it before `private_ray` has been entered.
+"""
+
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from manta.cluster.ray.hosts import OBJECT_STORE_BYTES
+
+TEMPORARY = Path("/tmp")  # noqa: S108  ignores TMPDIR: Ray's socket paths must fit into 107 bytes
+PREFIX = "manta-ray-"
+TOKEN = "token"  # noqa: S105  the name of its file
+HEALTH = {  # a lost node is noticed after about 10 s, not after a minute
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",  # seconds after which a node that lost its head gives up, with all its ranks
+}
+# Ray's autoscaler, log forwarder and web server: 1.2 s of processor time to start, 1.3 s to stop, and not used here.
+UNUSED_SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
+
+
+def gcs_address() -> str:
+    """Return the address at which nodes join the Ray that this process is connected to."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address
+
+
+@contextlib.contextmanager
+def private_ray(address: str, *, cpus: int) -> Generator[Path]:
+    """Start a Ray that listens at `address`, with one agent per CPU; yield its private directory (0700), removed at the end."""
+    _remove_stale_directories()
+    scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=TEMPORARY))
+    try:
+        with _token_file(scratch) as token, _environment(token), quiet_ray():
+            import ray
+
+            try:
+                _start(scratch, address, cpus)
+                yield scratch
+            finally:
+                sessions = _sessions()
+                with quiet_warnings():
+                    ray.shutdown()
+                _kill_sessions(sessions)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def quiet_ray() -> Generator[None]:
+    """Suppress what Ray prints to stdout, in colour, about a lost worker: the event log has it."""
+    from ray._private import worker
+
+    with _replaced(worker, "_worker_logs_enabled", False):
+        yield
+
+
+def quiet_warnings() -> contextlib.AbstractContextManager[Any]:
+    return warnings.catch_warnings(action="ignore")
+
+
+@contextlib.contextmanager
+def keep_sigterm_handler() -> Generator[None]:
+    """Restore the SIGTERM handler, which Ray replaces when it starts."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _start(scratch: Path, address: str, cpus: int) -> None:
+    import ray
+    from ray._private import node, services
+
+    # Ray's processes get a session of their own: a hang-up, Ctrl-C or `timeout` signals the whole group of the terminal, and ranks
+    # without a raylet could not save.
+    detached = functools.partial(services.ConsolePopen, start_new_session=True)
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(
+            contextlib.chdir(scratch)
+        )  # workers import from here first: in the user's directory a data.py would shadow ours
+        patches.enter_context(keep_sigterm_handler())
+        patches.enter_context(_replaced(services, "ConsolePopen", detached))
+        patches.enter_context(_replaced(services, "resolve_ip_for_localhost", _unresolved))
+        for service in UNUSED_SERVICES:
+            patches.enter_context(_replaced(node.Node, service, _start_nothing))
+        patches.enter_context(quiet_warnings())
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=0,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            _temp_dir=str(scratch / "ray"),  # Ray makes this directory readable by everyone; its parent stays private
+            _node_ip_address=address,
+        )
+
+
+def _start_nothing(*_: object, **__: object) -> None:
+    pass
+
+
+def _unresolved(address: str) -> str:
+    return address
+
+
+def _sessions() -> set[int]:
+    """Return the session ids of the Ray that this process started: each of Ray's processes leads one."""
+    from ray._private import worker
+
+    started = getattr(worker, "_global_node", None)
+    return {info.process.pid for infos in started.all_processes.values() for info in infos} if started else set()
+
+
+def _kill_sessions(sessions: set[int]) -> None:
+    """Kill what remains in the sessions: after a part of Ray was killed, its helpers and workers would linger for a minute."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) in sessions:
+                os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _replaced(owner: object, name: str, value: Any) -> Generator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _environment(token: Path) -> Generator[None]:
+    """Replace all RAY_ variables (an address, token or hook of another Ray) by this Ray's settings."""
+    before = dict(os.environ)
+    for name in [name for name in before if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.environ.update(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(token),
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # agents request no GPU, yet their ranks must see all
+        RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+        RAY_IGNORE_UNHANDLED_ERRORS="1",  # an agent's death is noticed by its sentinel
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_worker_niceness="0",  # else ranks, which agents start, yield to every other process of the machine
+        **HEALTH,
+    )
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@functools.cache
+def _secret() -> str:
+    """Return this process's token: Ray reads it once and keeps it, even if it is started again with another one."""
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _token_file(scratch: Path) -> Generator[Path]:
+    """Write the token, without which anyone who reaches Ray's ports could run code. Only its path is in an environment.
+
+    The file is locked while the run lasts: the lock tells a directory in use from one of a killed run.
+    """
+    path = scratch / TOKEN
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123  pathlib takes no mode
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(_secret())
+        file.flush()
+        yield path
+
+
+def _remove_stale_directories() -> None:
+    """Remove the directories of killed runs. Only those older than a minute: a younger one may not be locked yet."""
+    for token in TEMPORARY.glob(f"{PREFIX}*/{TOKEN}"):
+        with contextlib.suppress(OSError), token.open() as file:  # locked, another user's, or just removed
+            if time.time() - os.fstat(file.fileno()).st_mtime > 60:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(token.parent, ignore_errors=True)

@@ -1,0 +1,62 @@
+"""The cluster section, log retention, and the private parts of Ray that manta uses."""
+
+import math
+import subprocess
+import sys
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manta.cluster.config import ClusterConfig
+from manta.cluster.supervise.log_retention import expired_logs
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("3:50:00", 13_800), ("0:00:15", 15), ("2-01:00:00", 176_400), (None, math.inf)])
+def test_stop_after_is_hours_minutes_and_seconds(text, seconds):
+    assert ClusterConfig(stop_after=text).stop_after_seconds == seconds
+    for bad in ("90", "1:75:00", "10:00", "soon"):
+        with pytest.raises(pydantic.ValidationError, match="hours:minutes:seconds"):
+            ClusterConfig(stop_after=bad)
+
+
+def test_every_key_is_described_and_bad_values_are_refused():
+    assert all(field.description for field in ClusterConfig.model_fields.values())
+    for nodes in (0, "8..2", "two", "2..", -1, 1.5):
+        with pytest.raises(pydantic.ValidationError, match="nodes"):
+            ClusterConfig.model_validate({"nodes": nodes})
+    with pytest.raises(pydantic.ValidationError, match="step_timeout"):
+        ClusterConfig.model_validate({"step_timeout": float("nan")})
+
+
+@given(st.sets(st.integers(0, 12000)), st.integers(1, 12000), st.integers(1, 30))
+def test_logs_of_the_newest_attempts_are_kept(numbers, attempt, keep):
+    names = [f"attempt-{number:04d}" for number in numbers]
+    expired = expired_logs([*names, "controller.log", "attempt-0001.old", "attempts"], attempt=attempt, keep=keep)
+    kept = {number for number in numbers if f"attempt-{number:04d}" not in expired}
+    assert set(expired) <= set(names)
+    assert kept == {number for number in numbers if number > attempt - keep}
+    assert len(kept - {attempt}) < keep or max(kept) > attempt
+
+
+def test_ray_is_imported_only_by_a_run():
+    code = "import sys, manta.cluster.config, manta.cluster.supervise.controller; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_private_parts_of_ray_exist():
+    """private_ray.py and view.py use these and no other private part."""
+    code = """
+from ray._private import node, ray_constants, services, worker
+from ray._private.state import state
+import subprocess
+assert issubclass(services.ConsolePopen, subprocess.Popen)
+assert worker._worker_logs_enabled is True
+assert services.resolve_ip_for_localhost("127.0.0.2") == "127.0.0.2"
+assert all(callable(getattr(node.Node, name)) for name in ("start_monitor", "start_log_monitor", "start_api_server"))
+assert callable(state.get_draining_nodes)
+assert worker._global_node is None
+assert "gcs_server" == ray_constants.PROCESS_TYPE_GCS_SERVER
+"""
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

@@ -1,0 +1,70 @@
+"""The event log, and the state of a run that follows from it."""
+
+import math
+
+import pytest
+
+from manta.cluster.supervise.event_log import Event, EventLog, read_events
+from manta.cluster.supervise.run_state import advance, replay
+
+
+def test_the_log_continues_after_a_torn_line(tmp_path):
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        assert replay(read_events(path)).attempt == 0
+        log.write(Event(kind="attempt-started", attempt=3, time=1.0, details={"ranks": []}))
+    with path.open("ab") as file:
+        file.write(b'{"time": 2.0, "event": "attempt-stopped", "attempt": 3, "ranks": [{}')
+    assert [event["event"] for event in read_events(path)] == ["attempt-started"], "an incomplete line is skipped"
+    with EventLog(path) as log:
+        assert replay(read_events(path)).attempt == 3
+        log.write(Event(kind="run-started", attempt=0, time=3.0))
+    first, last = read_events(path)
+    assert first == {"time": 1.0, "event": "attempt-started", "attempt": 3, "ranks": []}
+    assert last["event"] == "run-started"
+
+
+def test_a_controller_resumes_from_the_event_log(tmp_path):
+    """A killed controller leaves its failures and suspects to the next one; a run that ended leaves none."""
+    written = [
+        ("run-started", 0, {}),
+        ("nodes-gathered", 0, {"ranks": 2, "nodes": []}),
+        ("attempt-started", 1, {"ranks": []}),
+        ("node-lost", 1, {"node": 1, "message": "gone", "machine": "m1", "suspect": True, "trusted_again": 60.0}),
+        ("attempt-stopped", 1, {"outcome": "failure"}),
+        ("decided", 1, {"decision": "restart", "after": 0, "leave_out": ["m2"]}),
+        ("nodes-gathered", 1, {"ranks": 1, "nodes": []}),
+        ("attempt-started", 2, {"ranks": []}),
+        ("rank-failed", 2, {"rank": 0, "cause": "SIGNAL", "message": "killed", "step": 7, "machine": "m0"}),
+    ]
+    with EventLog(tmp_path / "events") as log:
+        for kind, attempt, details in written:
+            log.write(Event(kind=kind, attempt=attempt, time=0.0, details=details))
+    state = replay(read_events(tmp_path / "events"))
+    assert (state.phase, state.attempt, state.step, state.suspects) == ("running", 2, 7, {"m1": 60.0, "m2": math.inf})
+    assert [failure.cause.name for failure in state.history] == ["NODE_LOST", "SIGNAL"]
+    after = advance(state, Event(kind="run-started", attempt=2, time=0.0))
+    assert (after.phase, after.history, after.suspects, after.has_started) == ("gathering", state.history, state.suspects, True)
+    with pytest.raises(ValueError, match="first-step: expected phase running, got gathering"):
+        advance(after, Event(kind="first-step", attempt=2, time=0.0))
+    ended = advance(after, Event(kind="run-ended", attempt=2, time=0.0))
+    restarted = advance(ended, Event(kind="run-started", attempt=2, time=0.0))
+    assert (restarted.attempt, restarted.history, restarted.suspects, restarted.has_started) == (2, (), {}, False)
+
+
+def test_a_machine_lost_twice_is_excluded_for_good():
+    lost = {"event": "node-lost", "attempt": 1, "time": 0.0, "node": 1, "message": "gone", "machine": "m1", "suspect": True}
+    assert replay([{**lost, "trusted_again": 60.0}]).suspects == {"m1": 60.0}
+    assert replay([{**lost, "trusted_again": 60.0}, {**lost, "trusted_again": None}]).suspects == {"m1": math.inf}
+
+
+def test_an_announced_loss_is_a_preemption():
+    details = {"node": 1, "message": "gone", "machine": "m1", "suspect": True, "announced": True}
+    state = replay([{"event": "node-lost", "attempt": 1, "time": 0.0, **details}])
+    assert [failure.cause.name for failure in state.history] == ["PREEMPTED"]
+
+
+def test_the_event_log_of_an_older_version_is_read():
+    kinds = ("run-started", "node-ready", "attempt-started", "first-step", "attempt-stopped", "run-ended")
+    state = replay({"event": kind, "attempt": int(number > 0), "time": 0.0} for number, kind in enumerate(kinds))
+    assert (state.phase, state.attempt) == ("ended", 1)
