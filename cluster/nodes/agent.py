@@ -69,7 +69,7 @@ class NodeAgent:
             Env.STANDBY: "1",
         }
         self._any_ended = asyncio.Event()
-        self._attempt = 0  # the newest whose ranks it was given
+        self._attempt = 0  # the newest that it has run ranks of
         self._started = 0
         self._standby: list[Process] = []
         self._ranks: list[_Rank] = []

@@ -19,7 +19,7 @@ from manta.cluster.nodes.placement import NodeAllocation, Placement
 from manta.cluster.nodes.report import NodeFacts, RankStatus
 from manta.cluster.ray.view import is_head_lost
 
-FEW = 16  # nodes whose answers are taken one by one
+FEW = 16  # nodes for which answers are taken one by one
 BATCH_TIME = 0.05  # seconds in which the answers of more nodes are collected
 AGENT_START_TIMEOUT = 30.0  # seconds
 SEE_ALL_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # an agent that reserves no GPU still passes all of them to its ranks

@@ -90,7 +90,7 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
     import ray
     from ray._private import node, services
 
-    # Ray's processes get a session of their own: a hang-up, Ctrl-C or `timeout` signals the whole group of the terminal, and ranks
+    # Ray's processes get their own session: a hang-up, Ctrl-C or `timeout` signals the whole group of the terminal, and ranks
     # without a raylet could not save.
     detached = functools.partial(services.ConsolePopen, start_new_session=True)
     with contextlib.ExitStack() as patches:
@@ -125,7 +125,7 @@ def _unresolved(address: str) -> str:
 
 
 def _sessions() -> set[int]:
-    """Return the session ids of the Ray that this process started: each of Ray's processes leads one."""
+    """Return the session ids of the Ray that this process started: each Ray process leads one."""
     from ray._private import worker
 
     started = getattr(worker, "_global_node", None)

@@ -15,7 +15,7 @@ REMAINING_SPACE = 1 << 16  # bytes by which a rank's files may still grow when i
 
 
 class FaultInjector:
-    """Written as a plain class: every method runs on one event loop, so that `clear` can end a fault that goes on."""
+    """Written as a plain class: every method runs on one event loop, so that `clear` can end a lasting fault."""
 
     def __init__(self) -> None:
         self._slowed: set[int] = set()

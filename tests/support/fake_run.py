@@ -1,4 +1,4 @@
-"""A run of fake ranks under a real controller, in a process of its own, observed from outside."""
+"""A run of fake ranks under a real controller, in its own process, observed from outside."""
 
 import json
 import os

@@ -53,7 +53,7 @@ def packed(headers: dict[str, str]) -> bytes:
 
 
 def methods() -> set[str]:
-    """Return every gRPC method of Ray's programs, as /service/method."""
+    """Return every gRPC method in Ray's programs, as /service/method."""
     package = Path(ray.__file__).parent
     names: set[str] = set()
     for program in ("core/src/ray/gcs/gcs_server", "core/src/ray/raylet/raylet", "_raylet.so"):
