@@ -1,17 +1,20 @@
-"""Pictures of letters: bars, and shares stacked over time. Each source has a colour and a shade, for where there are no colours."""
+"""Charts in text: bars, and shares stacked over time. Each source has a color, and a shade for terminals without color."""
 
 import os
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow", "bright_green")
+COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow", "bright_green")
 SHADES = "█▒░▓▚▞#+:="
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_WIDTH = 110  # where there is no terminal
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+_WIDTH = 110  # without a terminal
+_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_VISIBLE = _CONTROL_PICTURES | dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 def console() -> Console:
@@ -19,48 +22,52 @@ def console() -> Console:
     return Console(highlight=False, markup=False, emoji=False, width=None if wide else _WIDTH)
 
 
+def plain_table(*columns: str, left: Sequence[str] = ()) -> Table:
+    """Return a table without lines. Its columns are aligned right, except for those in `left`."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
 def bar(share: float, width: int) -> str:
-    """A share of 1, in eighths of a letter; what is more than nothing is seen."""
+    """Return a bar for a share of 1, in eighths of a character; any positive share is visible."""
     eighths = max(round(share * width * 8), 1 if share > 0 else 0)
-    whole, rest = divmod(eighths, 8)
-    return "█" * whole + (_EIGHTHS[rest] if rest else "")
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (_EIGHTHS[rest] if rest else "")
 
 
-def colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
+def color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
 
 
 def swatch(index: int) -> Text:
-    return Text(SHADES[index % len(SHADES)] * 2, style=colour(index))
+    return Text(SHADES[index % len(SHADES)] * 2, style=color(index))
 
 
 def stacked(columns: Sequence[Sequence[float]], height: int) -> list[Text]:
-    """Lines from the top down: in each column shares, which sum to 1, the first lowest."""
+    """Return lines, top first. Each column has shares that sum to 1, the first of them at the bottom."""
     lines: list[Text] = []
     for line in range(height):
         middle = 1 - (line + 0.5) / height
         drawn = Text()
         for shares in columns:
-            index = _at(shares, middle)
-            drawn.append(SHADES[index % len(SHADES)], style=colour(index))
+            index = _share_at(shares, middle)
+            drawn.append(SHADES[index % len(SHADES)], style=color(index))
         lines.append(drawn)
     return lines
 
 
 def visible(text: str) -> str:
-    """With a picture for each control character: a corpus may hold what would move a terminal's cursor."""
-    return text.translate(_PICTURES)
+    """Replace control characters, which a corpus may contain and which could move the terminal's cursor."""
+    return text.translate(_VISIBLE)
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share == 0 or share >= 0.0005 else "< 0.1 %"
 
 
-def _at(shares: Sequence[float], place: float) -> int:
-    """Whose share this place is in."""
-    end = 0.0
-    for index, share in enumerate(shares):
-        end += share
-        if place < end:
-            return index
-    return max(index for index, share in enumerate(shares) if share > 0)
+def _share_at(shares: Sequence[float], height: float) -> int:
+    """Return the index of the share that a height of the stack is in."""
+    ends = accumulate(shares)
+    return next((index for index, end in enumerate(ends) if height < end), max(i for i, share in enumerate(shares) if share > 0))

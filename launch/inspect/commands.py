@@ -1,114 +1,124 @@
 """The commands of `manta data`. Each imports what it needs when it runs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
 
+if TYPE_CHECKING:
+    from manta.launch.inspect.figures import FigureWriter
+
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="What is in the data: a corpus, its files, its mixture, the text of a step."
+    no_args_is_help=True, rich_markup_mode=None, help="Inspect the data: a corpus, its files, its mixture, the text of a step."
 )
 
-Where = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config, in YAML, or a run directory.", show_default=False)]
+Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config in YAML, or a run directory.", show_default=False)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the config: data.packing=best_fit", show_default=False)
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override config keys: data.packing=best_fit", show_default=False)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
-Png = Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Draw pictures into this directory, too.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Png = Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Also write charts as PNG into this directory.", show_default=False)]
 
 
-@app.command(epilog="For example: manta data inspect run.yaml data.sequence_length=4096 --png pictures")
+@app.command(epilog="For example: manta data inspect run.yaml data.sequence_length=4096 --png charts")
 def inspect(
-    where: Where,
+    target: Target,
     overrides: Overrides = None,
     *,
-    read: Annotated[int, typer.Option(min=0, help="Tokens to read for duplicates and overlaps, at most; 0 reads none.")] = 2_000_000_000,
+    read: Annotated[
+        int, typer.Option(min=0, help="Maximum number of tokens to read for duplicates and contamination; 0 skips both.")
+    ] = 2_000_000_000,
     png: Png = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a prepared corpus is made of.
+    """Describe a prepared corpus.
 
-    Documents, tokens and lengths by source; what cutting or packing makes of them; duplicates; validation text that train has, too.
+    Documents, tokens and lengths by source; the effect of cutting or packing; duplicates; validation text that is also in train.
     """
     from manta.launch.inspect import corpus, corpus_report
-    from manta.launch.inspect.resolve import opened
+    from manta.launch.inspect.resolve import resolve
 
-    told = corpus.inspect(opened(where, overrides or []), read=read, png=png)
-    if as_json:
-        typer.echo(json.dumps(told))
-    else:
-        corpus_report.show(told)
+    report = corpus.inspect_corpus(resolve(target, overrides or []), read=read, figures=_figure_writer(png))
+    _print(report, corpus_report.show, as_json=as_json)
 
 
 @app.command(epilog="For example: manta data verify runs/mine")
-def verify(where: Where, overrides: Overrides = None, *, as_json: AsJson = False) -> None:
-    """Read every byte of a prepared corpus, and tell of all that is damaged.
+def verify(target: Target, overrides: Overrides = None, *, as_json: AsJson = False) -> None:
+    """Read every byte of a prepared corpus, and report all damage.
 
-    Hashes, the counts of documents and tokens, and each id. Exit code 2 where anything is damaged.
+    Checks hashes, the counts of documents and tokens, and each token id. Exits with 2 if anything is damaged.
     """
-    from manta.launch.inspect import verify
-    from manta.launch.inspect.resolve import opened
+    from manta.launch.inspect.resolve import resolve
+    from manta.launch.inspect.verify import check, show
 
-    told = verify.check(opened(where, overrides or []))
-    if as_json:
-        typer.echo(json.dumps(told))
-    elif not told["damaged"]:
-        verify.show(told)
-    if told["damaged"]:
-        raise InputError("\n".join(told["damaged"]))
+    report = check(resolve(target, overrides or []))
+    if as_json or not report["damaged"]:
+        _print(report, show, as_json=as_json)
+    if report["damaged"]:
+        raise InputError("\n".join(report["damaged"]))
 
 
 @app.command(epilog="For example: manta data mixture run.yaml --steps 100000")
 def mixture(
-    where: Where,
+    target: Target,
     overrides: Overrides = None,
     *,
-    steps: Annotated[int | None, typer.Option(min=1, help="How far; train.steps where not given.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps to cover; default: train.steps.", show_default=False)] = None,
     png: Png = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which source gives how many tokens and epochs by when.
+    """Show the tokens and epochs of each source over the run.
 
-    Says, too, from which step on a source is read again, or more often than its epochs allow.
+    Also reports the step from which a source is repeated, or read more often than its epochs allow.
     """
-    from manta.launch.inspect import mixture
-    from manta.launch.inspect.resolve import opened
+    from manta.launch.inspect.mixture import mixture, show
+    from manta.launch.inspect.resolve import resolve
 
-    told = mixture.mixture(opened(where, overrides or []), steps=steps, png=png)
-    if as_json:
-        typer.echo(json.dumps(told))
-    else:
-        mixture.show(told)
+    _print(mixture(resolve(target, overrides or []), steps=steps, figures=_figure_writer(png)), show, as_json=as_json)
 
 
 @app.command("sample-at", epilog="For example: manta data sample-at runs/mine 1731 --rank 3")
 def sample_at(
     run: Run,
-    step: Annotated[int, typer.Argument(metavar="STEP", help="As metrics.jsonl counts: the first is 1.", show_default=False)],
+    step: Annotated[int, typer.Argument(metavar="STEP", help="As in metrics.jsonl: the first is 1.", show_default=False)],
     *,
-    slot: Annotated[int | None, typer.Option(min=0, help="That sample of the step alone.", show_default=False)] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="The samples of that data rank alone.", show_default=False)] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Deal the step out over so many data ranks.", show_default=False)] = None,
-    full: Annotated[bool, typer.Option("--full", help="Long samples are not shortened.")] = False,
+    slot: Annotated[int | None, typer.Option(min=0, help="Show only this sample of the step.", show_default=False)] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Show only this data rank's samples.", show_default=False)] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Distribute the step over this many data ranks.", show_default=False)] = None,
+    full: Annotated[bool, typer.Option("--full", help="Print long samples in full.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """The very text that a step was trained on.
+    """Show the text that a step was trained on.
 
-    By data rank, turn and slot: source, epoch, documents, special tokens, what was masked, padding. The digest that the run logged proves
-    it; exit code 1 where it is another one. Did the loss jump there? A new run leaves samples out by the numbers told here:
-    data.skip=[[FIRST,END]].
+    By data rank, turn and slot: source, epoch, documents, special tokens, masked tokens, padding. It is verified by the digest that the
+    run logged; exits with 1 if the digests differ. To exclude samples from a new run, for example after a loss spike, use the sample
+    numbers in data.skip=[[FIRST,END]].
     """
-    from manta.launch.inspect import sample_at as of_step
+    from manta.launch.inspect import sample_at as step_samples
 
-    told = of_step.sample_at(run, step, slot=slot, rank=rank, ranks=ranks)
-    if as_json:
-        typer.echo(json.dumps(told))
-    else:
-        of_step.show(told, full=full)
-    if told["digest"]["matches"] is False:
+    report = step_samples.sample_at(run, step, slot=slot, rank=rank, ranks=ranks)
+    _print(report, lambda report: step_samples.show(report, full=full), as_json=as_json)
+    if report["digest"]["matches"] is False:
         raise typer.Exit(ExitCode.FAILED)
+
+
+def _figure_writer(directory: Path | None) -> "FigureWriter | None":
+    """Raises InputError without matplotlib."""
+    if directory is None:
+        return None
+    from manta.launch.inspect.figures import FigureWriter
+
+    return FigureWriter(directory)
+
+
+def _print(report: dict[str, Any], show: Callable[[dict[str, Any]], None], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        show(report)

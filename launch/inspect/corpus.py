@@ -1,8 +1,11 @@
-"""`manta data inspect`: what a corpus is made of, what windows make of it, and what stands in it more than once."""
+"""`manta data inspect`: the contents of a corpus, the effect of packing, duplicates and contamination."""
 
+import operator
 import time
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,108 +16,97 @@ from manta.data.prepare.progress import progress
 from manta.data.sampling.windows import TokenStream
 from manta.data.shards import manifest
 from manta.data.shards.manifest import Manifest
-from manta.data.shards.statistics import Contents, Lengths, Packing, contents
+from manta.data.shards.statistics import Lengths, Packing, contents
 from manta.data.tokenizer.tokenizer import Tokenizer
-from manta.launch.inspect.resolve import Opened
+from manta.launch.inspect.resolve import DataTarget
 
-Told = dict[str, Any]
-_ROOM = 10_000  # tokens of it that are decoded, at most
-_SILENT = 50_000_000  # tokens, below which nobody waits to be told how far the reading is
+if TYPE_CHECKING:
+    from manta.launch.inspect.figures import FigureWriter
+
+Report = dict[str, Any]
+_MAX_DECODED = 10_000  # tokens of a repeated document
+_LEAST_PROGRESS = 50_000_000  # tokens; a smaller corpus is read too quickly for a progress bar
 
 
-def inspect(opened: Opened, *, read: int, png: Path | None) -> Told:
-    """All figures, as JSON has them. read: tokens that are read to find duplicates and overlaps, each; 0 finds none."""
-    config, prepared = opened.config, opened.prepared()
-    corpora = manifest.load_checked(prepared, config.data.cache)
-    shape, apart = window_shape(config.data), config.data.shuffle_shards is not None
-    found = [contents(home, corpus, shape, apart=apart) for home, corpus in corpora]
-    total = sum((one.lengths for one in found[1:]), start=found[0].lengths)
-    tokens = sum(corpus.train.tokens for _, corpus in corpora)
-    told: Told = {
-        "corpora": [home.root for home, _ in corpora],
-        "tokenizer": {"file": str(prepared.tokenizer), "vocabulary": max(corpus.vocabulary for _, corpus in corpora)},
-        "sources": [_source(corpus, one, tokens) for (_, corpus), one in zip(corpora, found, strict=True)],
-        "all": _all([corpus for _, corpus in corpora]),
-        "lengths": _lengths(total),
+def inspect_corpus(target: DataTarget, *, read: int, figures: "FigureWriter | None") -> Report:
+    """Return all figures. read: maximum number of tokens to read for duplicates and for contamination; 0 skips both."""
+    config, prepared = target.config, target.prepared()
+    data, train = config.data, config.train
+    opened = manifest.load_checked(prepared, data.cache)
+    corpora = [corpus for _, corpus in opened]
+    shape, by_shard = window_shape(data), data.shuffle_shards is not None
+    found = [contents(home, corpus, shape, apart=by_shard) for home, corpus in opened]
+    lengths = reduce(operator.add, (one.lengths for one in found))
+    total = _totals(corpora)
+    has_packing = data.objective == "causal" or data.pairs == "none"  # the parts of pairs are cut from running text
+    best_fit = _packing(reduce(operator.add, (one.best_fit for one in found)), lengths) if has_packing else None
+    report: Report = {
+        "corpora": [home.root for home, _ in opened],
+        "tokenizer": {"file": str(prepared.tokenizer), "vocabulary": max(corpus.vocabulary for corpus in corpora)},
+        "sources": [
+            {
+                "source": corpus.source,
+                **_totals([corpus]),
+                "share": corpus.train.tokens / max(total["tokens"], 1),
+                "lengths": _lengths(one.lengths),
+                "packing": {"cut": _packing(one.cut, one.lengths), "best_fit": _packing(one.best_fit, one.lengths)},
+            }
+            for corpus, one in zip(corpora, found, strict=True)
+        ],
+        "all": total,
+        "lengths": _lengths(lengths),
         "packing": {
-            "configured": config.data.packing,
-            "sequence_length": config.data.sequence_length,
-            "cut": _packing(sum((one.cut for one in found[1:]), start=found[0].cut), total),
-            # A pair's parts are cut from running text: nothing is packed there.
-            "best_fit": None
-            if config.data.objective == "masked" and config.data.pairs != "none"
-            else _packing(sum((one.best_fit for one in found[1:]), start=found[0].best_fit), total),
+            "configured": data.packing,
+            "sequence_length": data.sequence_length,
+            "cut": _packing(reduce(operator.add, (one.cut for one in found)), lengths),
+            "best_fit": best_fit,
         },
-        "mixed": bool(config.data.mixture),
+        "mixed": bool(data.mixture),
         "steps_per_epoch": None,
+        "train": {"steps": train.steps, "global_batch": train.global_batch, "batch_ramp": bool(train.batch_ramp)},
     }
-    if not config.data.mixture:  # else each source has epochs of its own
-        told["steps_per_epoch"] = told["packing"][config.data.packing]["samples"] / config.train.global_batch
-    told["train"] = {"steps": config.train.steps, "global_batch": config.train.global_batch, "batch_ramp": bool(config.train.batch_ramp)}
+    if not data.mixture:  # each source of a mixture has its own epochs
+        report["steps_per_epoch"] = report["packing"][data.packing]["samples"] / train.global_batch
     if read:
-        train = [TokenStream(home, corpus.train.shards) for home, corpus in corpora]
-        held_out = [TokenStream(home, corpus.validation.shards) for home, corpus in corpora]
+        streams = [TokenStream(home, corpus.train.shards) for home, corpus in opened]
+        validation = [TokenStream(home, corpus.validation.shards) for home, corpus in opened]
         tokenizer = Tokenizer(prepared.tokenizer, end_of_text=config.tokenizer.end_of_text)
-        told |= _repeated(train, held_out, tokenizer, read=read)
-    if png is not None:
-        from manta.launch.inspect import figures
-
-        names = [source["source"] for source in told["sources"]]
-        told["png"] = figures.corpus(png, told["sources"], dict(zip(names, (one.lengths for one in found), strict=True)), config.data)
-    return told
+        report |= _repetition(streams, validation, tokenizer, max_tokens=read)
+    if figures is not None:
+        by_source = {corpus.source: one.lengths for corpus, one in zip(corpora, found, strict=True)}
+        report["png"] = figures.write_corpus(report["sources"], by_source, data)
+    return report
 
 
-def _source(corpus: Manifest, found: Contents, tokens: int) -> Told:
-    return {
-        "source": corpus.source,
-        **_split(corpus),
-        "share": corpus.train.tokens / max(tokens, 1),
-        "left_out": corpus.left_out,
-        "lengths": _lengths(found.lengths),
-        "packing": {"cut": _packing(found.cut, found.lengths), "best_fit": _packing(found.best_fit, found.lengths)},
-    }
-
-
-def _split(corpus: Manifest) -> Told:
-    train, held_out = corpus.train, corpus.validation
-    written = train.text_bytes or None  # of ids that came as ids nobody knows the text
-    return {
-        "documents": train.documents,
-        "tokens": train.tokens,
-        "text_bytes": written,
-        "bytes_per_token": None if written is None else written / max(train.tokens, 1),
-        "validation": {"documents": held_out.documents, "tokens": held_out.tokens, "text_bytes": held_out.text_bytes or None},
-    }
-
-
-def _all(corpora: list[Manifest]) -> Told:
-    known = [corpus for corpus in corpora if corpus.train.text_bytes]
-    written, tokens = sum(corpus.train.text_bytes for corpus in known), sum(corpus.train.tokens for corpus in known)
-    left_out: dict[str, int] = {}
+def _totals(corpora: Sequence[Manifest]) -> Report:
+    """Return counts of the train documents, and of the validation documents. Sources of token ids have an unknown text size."""
+    with_text = [corpus.train for corpus in corpora if corpus.train.text_bytes]
+    text_bytes = sum(split.text_bytes for split in with_text) or None
+    excluded: Counter[str] = Counter()
     for corpus in corpora:
-        for reason, count in corpus.left_out.items():
-            left_out[reason] = left_out.get(reason, 0) + count
+        excluded.update(corpus.left_out)
     return {
         "documents": sum(corpus.train.documents for corpus in corpora),
         "tokens": sum(corpus.train.tokens for corpus in corpora),
-        "text_bytes": written if known else None,
-        "bytes_per_token": written / tokens if known else None,
-        "left_out": left_out,
+        "text_bytes": text_bytes,
+        "bytes_per_token": text_bytes and text_bytes / max(sum(split.tokens for split in with_text), 1),
+        "left_out": dict(excluded),
         "validation": {
             "documents": sum(corpus.validation.documents for corpus in corpora),
             "tokens": sum(corpus.validation.tokens for corpus in corpora),
+            "text_bytes": sum(corpus.validation.text_bytes for corpus in corpora) or None,
         },
     }
 
 
-def _lengths(lengths: Lengths) -> list[Told]:
-    drawn = lengths.by_octave()
-    edges = drawn.edges.tolist()
-    rows = zip(edges[:-1], edges[1:], drawn.documents.tolist(), drawn.tokens.tolist(), strict=True)
+def _lengths(lengths: Lengths) -> list[Report]:
+    octaves = lengths.by_octave()
+    edges = octaves.edges.tolist()
+    rows = zip(edges[:-1], edges[1:], octaves.documents.tolist(), octaves.tokens.tolist(), strict=True)
     return [{"from": first, "below": end, "documents": documents, "tokens": tokens} for first, end, documents, tokens in rows]
 
 
-def _packing(packing: Packing, lengths: Lengths) -> Told:
+def _packing(packing: Packing, lengths: Lengths) -> Report:
     return {
         "samples": packing.samples,
         "documents_cut": packing.cut,
@@ -124,33 +116,30 @@ def _packing(packing: Packing, lengths: Lengths) -> Told:
     }
 
 
-def _repeated(train: list[TokenStream], held_out: list[TokenStream], tokenizer: Tokenizer, *, read: int) -> Told:
-    tokens = sum(int(stream.starts[-1]) for stream in train)
-    both = sum(int(stream.starts[-1]) for stream in held_out) + 2 * tokens
+def _repetition(train: list[TokenStream], validation: list[TokenStream], tokenizer: Tokenizer, *, max_tokens: int) -> Report:
+    tokens, validation_tokens = (sum(int(stream.starts[-1]) for stream in streams) for streams in (train, validation))
+    both = validation_tokens + 2 * tokens
     width = max(np.dtype(shard.dtype).itemsize for stream in train for shard in stream.shards)
-    begun = time.perf_counter()
-    with progress("inspect", min(both, 2 * read) * width) as advance:
+    start = time.perf_counter()
+    with progress("inspect", min(both, 2 * max_tokens) * width) as advance:
 
-        def tell(new: int) -> None:
-            if both >= _SILENT:
-                advance(new * width)
+        def advance_tokens(count: int) -> None:
+            if both >= _LEAST_PROGRESS:
+                advance(count * width)
 
-        repeated = find_duplicates(train, held_out, max_tokens=read, advance=tell)
+        duplicates = find_duplicates(train, validation, max_tokens=max_tokens, advance=advance_tokens)
         between = time.perf_counter()
-        shared = find_contamination(train, held_out, max_tokens=read, advance=tell)
-    compared, searched_for = sum(repeated.tokens), sum(shared.searched_for)
+        contamination = find_contamination(train, validation, max_tokens=max_tokens, advance=advance_tokens)
+    all_compared = sum(duplicates.tokens) == tokens
+    all_searched, all_searched_for = contamination.searched == tokens, sum(contamination.searched_for) == validation_tokens
     return {
-        "duplicates": _duplicates(repeated, tokenizer) | {"seconds": between - begun, "all_compared": compared == tokens},
-        "overlap": _overlap(repeated, shared)
-        | {
-            "seconds": time.perf_counter() - between,
-            "all_searched": shared.searched == tokens,
-            "all_searched_for": searched_for == sum(int(stream.starts[-1]) for stream in held_out),
-        },
+        "duplicates": _duplicates(duplicates, tokenizer) | {"seconds": between - start, "all_compared": all_compared},
+        "overlap": _overlap(duplicates, contamination)
+        | {"seconds": time.perf_counter() - between, "all_searched": all_searched, "all_searched_for": all_searched_for},
     }
 
 
-def _duplicates(found: Duplicates, tokenizer: Tokenizer) -> Told:
+def _duplicates(found: Duplicates, tokenizer: Tokenizer) -> Report:
     documents, tokens = sum(found.documents), sum(found.tokens)
     return {
         "documents_compared": documents,
@@ -161,23 +150,24 @@ def _duplicates(found: Duplicates, tokenizer: Tokenizer) -> Told:
         "share_of_tokens": sum(found.repeated_tokens) / max(tokens, 1),
         "by_source": list(found.repeated),
         "most": [
-            {"count": one.count, "tokens": len(one.tokens), "text": tokenizer.decode(one.tokens[:_ROOM].tolist())}
+            {"count": one.count, "tokens": len(one.tokens), "text": tokenizer.decode(one.tokens[:_MAX_DECODED].tolist())}
             for one in found.most_frequent
         ],
     }
 
 
-def _overlap(found: Duplicates, shared: Contamination) -> Told:
+def _overlap(duplicates: Duplicates, contamination: Contamination) -> Report:
+    found, searched_for = contamination.found, contamination.searched_for
     return {
-        "validation_documents_compared": sum(found.validation_documents),
-        "documents": sum(found.validation_in_train),
+        "validation_documents_compared": sum(duplicates.validation_documents),
+        "documents": sum(duplicates.validation_in_train),
         "span": SPAN,
-        "validation_tokens_searched_for": sum(shared.searched_for),
-        "train_tokens_searched": shared.searched,
-        "tokens": sum(shared.found),
-        "share_of_tokens": sum(shared.found) / max(sum(shared.searched_for), 1),
+        "validation_tokens_searched_for": sum(searched_for),
+        "train_tokens_searched": contamination.searched,
+        "tokens": sum(found),
+        "share_of_tokens": sum(found) / max(sum(searched_for), 1),
         "by_source": [
-            {"documents": documents, "tokens": tokens, "share_of_tokens": tokens / max(of, 1)}
-            for documents, tokens, of in zip(found.validation_in_train, shared.found, shared.searched_for, strict=True)
+            {"documents": documents, "tokens": tokens, "share_of_tokens": tokens / max(total, 1)}
+            for documents, tokens, total in zip(duplicates.validation_in_train, found, searched_for, strict=True)
         ],
     }

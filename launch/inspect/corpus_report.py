@@ -1,4 +1,4 @@
-"""What `manta data inspect` prints."""
+"""The printed report of `manta data inspect`."""
 
 from typing import Any
 
@@ -6,70 +6,62 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from manta.launch.inspect.charts import bar, console, percent, swatch, visible
+from manta.launch.inspect.charts import bar, color, console, percent, plain_table, visible
 
-Told = dict[str, Any]
-_BAR = 26  # letters
-_SNIPPET = 80  # of a document that stands several times
+Report = dict[str, Any]
+_BAR = 26  # characters
+_SNIPPET = 80  # characters of a repeated document
 
 
-def show(told: Told) -> None:
+def show(report: Report) -> None:
     out = console()
-    out.print(_sources(told))
-    for source in told["sources"]:
+    out.print(_sources(report))
+    for source in report["sources"]:
         if source["left_out"]:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in source["left_out"].items())
-            out.print(f"left out of {source['source']}: {reasons}", soft_wrap=True)
+            out.print(f"excluded from {source['source']}: {reasons}", soft_wrap=True)
     out.print()
-    out.print(_histogram(told))
+    out.print(_histogram(report))
     out.print()
-    out.print(_ways(told))
-    if told["steps_per_epoch"] is not None:
-        out.print(_epochs(told))
+    out.print(_packing(report["packing"]))
+    if report["steps_per_epoch"] is not None:
+        out.print(_epochs(report["steps_per_epoch"], report["train"]))
     else:
-        out.print("mixed sources have epochs of their own: manta data mixture tells them")
-    if "duplicates" in told:
+        out.print("each source of a mixture has its own epochs: see manta data mixture")
+    if "duplicates" in report:
         out.print()
-        _show_repeated(out, told)
-    for path in told.get("png", ()):
-        out.print(f"drawn: {path}", soft_wrap=True)
+        _show_repetition(out, report["duplicates"], report["overlap"])
+    for path in report.get("png", ()):
+        out.print(f"wrote {path}", soft_wrap=True)
 
 
-def _sources(told: Told) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name in ("source", "documents", "tokens", "share", "", "text", "bytes/token", "held out"):
-        table.add_column(name, justify="left" if name in {"source", "", "held out"} else "right")
-    for index, source in enumerate(told["sources"]):
-        drawn = Text(bar(source["share"], 16), style=swatch(index).style)
-        table.add_row(source["source"], *_counts(source), percent(source["share"]), drawn, *_text(source), _held_out(source))
-    if len(told["sources"]) > 1:
-        table.add_row("all", *_counts(told["all"]), "", "", *_text(told["all"]), _held_out(told["all"]), style="bold")
+def _sources(report: Report) -> Table:
+    columns = ("source", "documents", "tokens", "share", "", "text", "bytes/token", "validation")
+    table = plain_table(*columns, left=("source", "", "validation"))
+    for index, source in enumerate(report["sources"]):
+        chart = Text(bar(source["share"], 16), style=color(index))
+        _add_source(table, source["source"], source, percent(source["share"]), chart)
+    if len(report["sources"]) > 1:
+        _add_source(table, "all", report["all"], "", "", style="bold")
     return table
 
 
-def _counts(source: Told) -> tuple[str, str]:
-    return f"{source['documents']:,}", f"{source['tokens']:,}"
+def _add_source(table: Table, name: str, source: Report, share: str, chart: Text | str, *, style: str | None = None) -> None:
+    has_text = source["text_bytes"] is not None
+    text = (f"{source['text_bytes'] / 1e6:,.1f} MB", f"{source['bytes_per_token']:.2f}") if has_text else ("?", "?")
+    validation = f"{source['validation']['tokens']:,} tokens of {source['validation']['documents']:,}"
+    table.add_row(name, f"{source['documents']:,}", f"{source['tokens']:,}", share, chart, *text, validation, style=style)
 
 
-def _text(source: Told) -> tuple[str, str]:
-    if source["text_bytes"] is None:
-        return "?", "?"
-    return f"{source['text_bytes'] / 1e6:,.1f} MB", f"{source['bytes_per_token']:.2f}"
-
-
-def _held_out(source: Told) -> str:
-    return f"{source['validation']['tokens']:,} tokens of {source['validation']['documents']:,}"
-
-
-def _histogram(told: Told) -> Table:
-    length = told["packing"]["sequence_length"]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+def _histogram(report: Report) -> Table:
+    length = report["packing"]["sequence_length"]
+    table = plain_table()
     table.add_column("tokens each", justify="right", no_wrap=True)
     for name in ("documents", "tokens"):
         table.add_column(name, justify="right")
         table.add_column("", width=_BAR)
     table.add_column("")
-    rows = told["lengths"]
+    rows = report["lengths"]
     sums = {name: max(sum(row[name] for row in rows), 1) for name in ("documents", "tokens")}
     highest = {name: max((row[name] / sums[name] for row in rows), default=1) for name in sums}
     for row in rows:
@@ -77,57 +69,53 @@ def _histogram(told: Told) -> Table:
         for name, total in sums.items():
             share = row[name] / total
             cells += [percent(share), bar(share / highest[name], _BAR)]
-        here = "◂ a sample" if row["from"] <= length < row["below"] else ""
-        ends = f"{row['from']:,}" if row["below"] - row["from"] == 1 else f"{row['from']:,} to {row['below'] - 1:,}"
-        table.add_row(ends, *cells, here)
+        mark = "◂ a sample" if row["from"] <= length < row["below"] else ""
+        bounds = f"{row['from']:,}" if row["below"] - row["from"] == 1 else f"{row['from']:,} to {row['below'] - 1:,}"
+        table.add_row(bounds, *cells, mark)
     return table
 
 
-def _ways(told: Told) -> Table:
-    packing = told["packing"]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name in (f"data.packing at {packing['sequence_length']:,}", "samples an epoch", "documents cut", "", "padding", ""):
-        table.add_column(name, justify="right" if name and "data" not in name else "left")
-    for way in ("cut", "best_fit"):
-        if (found := packing[way]) is not None:
-            name = f"{way} (as configured)" if way == packing["configured"] else way
-            cells = [(percent(found[key]), bar(found[key], 16)) for key in ("share_cut", "share_padding")]
-            table.add_row(name, f"{found['samples']:,}", *cells[0], *cells[1])
+def _packing(packing: Report) -> Table:
+    title = f"data.packing at {packing['sequence_length']:,}"
+    table = plain_table(title, "samples per epoch", "documents cut", "", "padding", "", left=(title, ""))
+    for name in ("cut", "best_fit"):
+        if (found := packing[name]) is not None:
+            label = f"{name} (as configured)" if name == packing["configured"] else name
+            cells = [cell for key in ("share_cut", "share_padding") for cell in (percent(found[key]), bar(found[key], 16))]
+            table.add_row(label, f"{found['samples']:,}", *cells)
     return table
 
 
-def _epochs(told: Told) -> str:
-    each, train = told["steps_per_epoch"], told["train"]
+def _epochs(steps_per_epoch: float, train: Report) -> str:
+    epoch = f"an epoch is {steps_per_epoch:,.1f} steps of {train['global_batch']:,} samples"
     if train["batch_ramp"]:
-        return f"an epoch is {each:,.1f} steps of {train['global_batch']:,} samples, once the batch has grown to that"
-    of_run = f"train.steps {train['steps']:,} are {train['steps'] / each:.2g} epochs"
-    return f"an epoch is {each:,.1f} steps of {train['global_batch']:,} samples; {of_run}"
+        return f"{epoch}, once the batch has grown to that"
+    return f"{epoch}; train.steps {train['steps']:,} are {train['steps'] / steps_per_epoch:.2g} epochs"
 
 
-def _show_repeated(out: Console, told: Told) -> None:
-    found, shared = told["duplicates"], told["overlap"]
-    of = f"{found['documents_compared']:,} documents" + ("" if found["all_compared"] else " compared")
-    remedy = "; to leave them out, of each source by itself: filter: {dedup: true}" if found["documents"] else ""
+def _show_repetition(out: Console, found: Report, overlap: Report) -> None:
+    total = f"{found['documents_compared']:,} documents" + ("" if found["all_compared"] else " compared")
+    remedy = "; to remove them within each source: filter: {dedup: true}" if found["documents"] else ""
     out.print(
-        f"duplicates: {found['documents']:,} of {of} ({percent(found['share_of_documents'])}) repeat an earlier one word for word,"
+        f"duplicates: {found['documents']:,} of {total} ({percent(found['share_of_documents'])}) are identical to an earlier one,"
         f" {percent(found['share_of_tokens'])} of tokens{remedy}",
         soft_wrap=True,
     )
     for one in found["most"]:
         text = visible(" ".join(one["text"].split()))
-        cut = f"{text[:_SNIPPET]}…" if len(text) > _SNIPPET else text
-        out.print(f"  {one['count']:,} times {one['tokens']:,} tokens: {cut}", no_wrap=True, overflow="ellipsis")
-    spans = f"{percent(shared['share_of_tokens'])} in spans of {shared['span']} or more that train has"
+        snippet = f"{text[:_SNIPPET]}…" if len(text) > _SNIPPET else text
+        out.print(f"  {one['count']:,} times {one['tokens']:,} tokens: {snippet}", no_wrap=True, overflow="ellipsis")
     out.print(
-        f"validation in train: {shared['documents']:,} of {shared['validation_documents_compared']:,} documents word for word;"
-        f" of {shared['validation_tokens_searched_for']:,} tokens {spans}",
+        f"validation in train: {overlap['documents']:,} of {overlap['validation_documents_compared']:,} documents are identical;"
+        f" {percent(overlap['share_of_tokens'])} of {overlap['validation_tokens_searched_for']:,} tokens are in spans of"
+        f" {overlap['span']} or more that train also has",
         soft_wrap=True,
     )
     if not found["all_compared"]:
-        out.print("  sampled: documents of some lengths only were compared, all documents of each; --read says how many tokens")
-    if not shared["all_searched_for"]:
-        out.print(f"  sampled: {shared['validation_tokens_searched_for']:,} validation tokens, in runs spread over all, were searched for")
-    if not shared["all_searched"]:
-        out.print(f"  sampled: {shared['train_tokens_searched']:,} train tokens were searched; more may be found in the others")
-    speeds = (found["tokens_compared"] / found["seconds"], shared["train_tokens_searched"] / shared["seconds"])
+        out.print("  sampled: all documents of some lengths were compared; --read sets how many tokens")
+    if not overlap["all_searched_for"]:
+        out.print(f"  sampled: {overlap['validation_tokens_searched_for']:,} validation tokens were searched for, in runs spread over all")
+    if not overlap["all_searched"]:
+        out.print(f"  sampled: {overlap['train_tokens_searched']:,} train tokens were searched; the others may have more")
+    speeds = (found["tokens_compared"] / found["seconds"], overlap["train_tokens_searched"] / overlap["seconds"])
     out.print(f"  read at {speeds[0] / 1e6:,.0f} Mtok/s for documents, {speeds[1] / 1e6:,.0f} Mtok/s for spans")

@@ -1,20 +1,24 @@
-"""What matplotlib draws, as PNG: the figures of `manta data` at a glance."""
+"""Charts of `manta data` as PNG, drawn by matplotlib, which is an optional dependency."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from manta.data.config import DataConfig
 from manta.data.errors import InputError
 from manta.data.shards.statistics import Lengths
 
-_COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#222255", "#225555", "#663333")
-"""Told apart by the colour-blind, too (Paul Tol's bright scheme, and three of his dark one)."""
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ModuleNotFoundError:
+    raise InputError("--png: expected matplotlib, which is not installed. Run pip install 'manta[plots]'.") from None
+
+_COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#222255", "#225555", "#663333")
+"""Safe for color-blind readers: Paul Tol's bright scheme, and three colors of his dark one."""
 _DPI = 130
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -29,45 +33,50 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def corpus(folder: Path, sources: Sequence[Mapping[str, Any]], lengths: Mapping[str, Lengths], data: DataConfig) -> list[str]:
-    """lengths.png and sources.png. Raises InputError where the directory can not be written."""
-    with mpl.rc_context(_STYLE):
-        return [_saved(_lengths(lengths, data.sequence_length), folder, "lengths.png"), _saved(_sources(sources), folder, "sources.png")]
+class FigureWriter:
+    """Writes charts into a directory. Raises InputError if it cannot be written."""
 
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
 
-def mixture(folder: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """mixture.png: shares over the run, and how often each source was read by then."""
-    with mpl.rc_context(_STYLE):
-        return _saved(_mixture(names, rows), folder, "mixture.png")
+    def write_corpus(self, sources: Sequence[Mapping[str, Any]], lengths: Mapping[str, Lengths], data: DataConfig) -> list[str]:
+        """Write lengths.png and sources.png. Returns their paths."""
+        with mpl.rc_context(_STYLE):
+            return [self._save(_lengths(lengths, data.sequence_length), "lengths.png"), self._save(_sources(sources), "sources.png")]
 
+    def write_mixture(self, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Write mixture.png: shares over the run, and the epochs of each source. Returns its path."""
+        with mpl.rc_context(_STYLE):
+            return [self._save(_mixture(names, rows), "mixture.png")]
 
-def _saved(figure: Figure, folder: Path, name: str) -> str:
-    path = folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=_DPI)
-    except OSError as error:
-        raise InputError(f"--png: got {folder} ({error.strerror}), wants a directory that can be written; choose another") from None
-    return str(path)
+    def _save(self, figure: Figure, name: str) -> str:
+        path = self._directory / name
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=_DPI)
+        except OSError as error:
+            wanted = "a directory that can be written"
+            raise InputError(f"--png: expected {wanted}, got {self._directory} ({error.strerror}). Choose another one.") from None
+        return str(path)
 
 
 def _lengths(lengths: Mapping[str, Lengths], sequence_length: int) -> Figure:
-    """Documents, and below them tokens, by length; sources on top of each other."""
+    """Documents and tokens by length, with sources stacked."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     edges = next(iter(lengths.values())).edges
-    some = np.flatnonzero(sum(one.documents for one in lengths.values()))
-    first, end = (int(some[0]), int(some[-1]) + 1) if len(some) else (0, 1)
-    for axis, what in zip(axes, ("documents", "tokens"), strict=True):
-        parts = {name: getattr(one, what)[first:end] for name, one in lengths.items()}
+    nonempty = np.flatnonzero(sum(one.documents for one in lengths.values()))
+    first, end = (int(nonempty[0]), int(nonempty[-1]) + 1) if len(nonempty) else (0, 1)
+    for axis, unit in zip(axes, ("documents", "tokens"), strict=True):
+        parts = {name: getattr(one, unit)[first:end] for name, one in lengths.items()}
         total, below = max(sum(int(part.sum()) for part in parts.values()), 1), np.zeros(end - first)
         for index, (name, part) in enumerate(parts.items()):
-            drawn = 100 * part / total
-            axis.bar(edges[first:end], drawn, np.diff(edges[first : end + 1]), below, align="edge", color=_colour(index), label=name, lw=0)
-            below += drawn
+            heights = 100 * part / total
+            axis.bar(edges[first:end], heights, np.diff(edges[first : end + 1]), below, align="edge", color=_color(index), label=name, lw=0)
+            below += heights
         axis.axvline(sequence_length, color="black", lw=1.2, ls="--")
-        axis.set_title(f"{total:,} {what} by {'length' if what == 'documents' else 'the length of their document'}")
-        axis.set_ylabel(f"% of {what}")
+        axis.set_title(f"{total:,} {unit} by {'length' if unit == 'documents' else 'length of their document'}")
+        axis.set_ylabel(f"% of {unit}")
         axis.grid(visible=False, axis="x")
     axes[0].annotate(
         f" data.sequence_length {sequence_length:,}", (sequence_length, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9
@@ -82,14 +91,14 @@ def _lengths(lengths: Mapping[str, Lengths], sequence_length: int) -> Figure:
 
 
 def _sources(sources: Sequence[Mapping[str, Any]]) -> Figure:
-    """Each source's share of tokens and of documents."""
+    """Each source's shares of tokens and documents."""
     figure = Figure(figsize=(9, 1.4 + 0.55 * len(sources)), layout="constrained")
     axis = figure.subplots()
     documents = max(sum(source["documents"] for source in sources), 1)
     for index, source in enumerate(sources):
         share, of_documents = 100 * source["share"], 100 * source["documents"] / documents
-        axis.barh(index - 0.17, share, 0.34, color=_colour(index))
-        axis.barh(index + 0.19, of_documents, 0.22, color=_colour(index), alpha=0.4)
+        axis.barh(index - 0.17, share, 0.34, color=_color(index))
+        axis.barh(index + 0.19, of_documents, 0.22, color=_color(index), alpha=0.4)
         axis.annotate(f" {source['tokens']:,} tokens", (share, index - 0.17), va="center", fontsize=9)
         axis.annotate(f" {source['documents']:,} documents", (of_documents, index + 0.19), va="center", fontsize=9)
     axis.set_yticks(range(len(sources)), [source["source"] for source in sources])
@@ -103,24 +112,24 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _mixture(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Shares as they are, in steps; epochs as they add up."""
+    """The shares of each step, and cumulative epochs."""
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in rows]
     shares = [[100 * row["sources"][name]["share"] for row in rows] for name in names]
-    above.stackplot(steps, shares, labels=names, colors=[_colour(index) for index in range(len(names))], step="post", lw=0)
+    above.stackplot(steps, shares, labels=names, colors=[_color(index) for index in range(len(names))], step="post", lw=0)
     above.set_ylim(0, 100)
     above.set_ylabel("% of samples")
-    above.set_title("what a step is mixed of")
+    above.set_title("shares of a step")
     for index, name in enumerate(names):
         epochs = [row["sources"][name]["epochs"] for row in rows]
-        below.plot(steps, epochs, color=_colour(index), lw=2, label=name)
-        below.annotate(f" {epochs[-1]:.2f}", (steps[-1], epochs[-1]), color=_colour(index), va="center", fontsize=9, annotation_clip=False)
+        below.plot(steps, epochs, color=_color(index), lw=2, label=name)
+        below.annotate(f" {epochs[-1]:.2f}", (steps[-1], epochs[-1]), color=_color(index), va="center", fontsize=9, annotation_clip=False)
     below.axhline(1, color="black", lw=1, ls="--")
     below.set_ylim(bottom=0)
     below.set_xlim(0, steps[-1])
     below.set_ylabel("epochs")
-    below.set_title("how often each source has been read")
+    below.set_title("epochs of each source")
     below.set_xlabel("steps done")
     below.xaxis.set_major_formatter("{x:,.0f}")
     _legend(figure, above, len(names))
@@ -131,5 +140,5 @@ def _legend(figure: Figure, axis: Axes, names: int) -> None:
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=min(names, 5), fontsize=9)
 
 
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+def _color(index: int) -> str:
+    return _COLORS[index % len(_COLORS)]

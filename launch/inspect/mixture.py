@@ -1,11 +1,11 @@
-"""`manta data mixture`: which source gives how much by when, known before the first step."""
+"""`manta data mixture`: the tokens and epochs of each source over a run, computed without running it."""
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -15,201 +15,198 @@ from manta.data.config import DataConfig
 from manta.data.sampling.sampler import Sampler
 from manta.data.sampling.timeline import Timeline
 from manta.data.shards.statistics import windows_by_stream
-from manta.launch.inspect.charts import console, percent, stacked, swatch
-from manta.launch.inspect.resolve import Opened
+from manta.launch.inspect.charts import console, percent, plain_table, stacked, swatch
+from manta.launch.inspect.resolve import DataTarget
 
-Told = dict[str, Any]
-_BETWEEN = 8  # rows, besides those where something changes
-_ACROSS = 3  # sources that a table has room for
-_WIDTH, _HEIGHT = 72, 12  # letters of the picture
+if TYPE_CHECKING:
+    from manta.launch.inspect.figures import FigureWriter
+
+Report = dict[str, Any]
+_ROWS = 8  # evenly spaced rows, besides those at which something changes
+_SOURCES_PER_TABLE = 3
+_WIDTH, _HEIGHT = 72, 12  # characters of the chart
 
 
-@dataclass(frozen=True, slots=True)
-class _Mix:
-    """Which source gives how much of a run, up to any step."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What a run reads of each source up to any step."""
 
     names: tuple[str, ...]
-    windows: tuple[int, ...]  # of each source: an epoch
-    caps: tuple[float | None, ...]
-    draws: Sampler
-    unskipped: Sampler  # as if nothing were skipped: what is passed over is gone all the same
+    windows: tuple[int, ...]  # of each source's epoch
+    max_epochs: tuple[float | None, ...]
+    sampler: Sampler
+    unskipped: Sampler  # without data.skip: skipped samples advance a source's epoch, too
     timeline: Timeline
     data: DataConfig
 
     def shares(self, step: int) -> list[float]:
-        """Of a step that so many were done before."""
+        """Return each source's share of a step, counted from 0."""
         if not self.data.mixture:
             return [windows / sum(self.windows) for windows in self.windows]
         weights = self.data.mixture[self.stage(step)].weights
         return [weights.get(name, 0.0) / sum(weights.values()) for name in self.names]
 
     def stage(self, step: int) -> int:
-        """Of the mixture, which one a step begins in that so many were done before. As `draws.build_mixture` has them."""
-        begins = [-(-stage.from_tokens // self.data.sequence_length) for stage in self.data.mixture]
-        return bisect_right(begins, self._reached(step)) - 1
+        """Return the stage of the mixture in which a step starts; see `sampler.build_mixture`."""
+        tokens = self._next_sample(step) * self.data.sequence_length
+        return sum(stage.from_tokens <= tokens for stage in self.data.mixture) - 1
 
-    def taken(self, step: int) -> list[float]:
-        """Samples of each source that so many steps have read."""
-        return self._by_source(self.draws.samples_by_source(self.timeline.first_sample(step)))
+    def samples(self, steps: int) -> list[float]:
+        """Return the samples of each source that the first `steps` steps read."""
+        return self._by_source(self.sampler.samples_by_source(self.timeline.first_sample(steps)))
 
-    def epochs(self, step: int) -> list[float]:
-        """How far so many steps have come in each source."""
-        passed = self._by_source(self.unskipped.samples_by_source(self._reached(step)))
+    def epochs(self, steps: int) -> list[float]:
+        """Return how many epochs of each source the first `steps` steps complete."""
+        passed = self._by_source(self.unskipped.samples_by_source(self._next_sample(steps)))
         return [samples / windows for samples, windows in zip(passed, self.windows, strict=True)]
 
-    def _reached(self, step: int) -> int:
-        """The first sample number that so many steps have not come to."""
-        return int(self.draws.sample_numbers(np.array([self.timeline.first_sample(step)]))[0])
+    def _next_sample(self, steps: int) -> int:
+        return int(self.sampler.sample_numbers(np.array([self.timeline.first_sample(steps)]))[0])
 
     def _by_source(self, samples: Sequence[int]) -> list[float]:
-        """Of one draw, each source has what is in proportion to its size."""
+        """Without a mixture, divide the samples in proportion to the sizes of the sources."""
         return list(map(float, samples)) if self.data.mixture else [samples[0] * windows / sum(self.windows) for windows in self.windows]
 
 
-def mixture(opened: Opened, *, steps: int | None, png: Path | None) -> Told:
-    """All figures, as JSON has them. steps: how far; as far as the run goes where not given."""
-    config = opened.config
+def mixture(target: DataTarget, *, steps: int | None, figures: "FigureWriter | None") -> Report:
+    """Return all figures. steps: how far; default: train.steps."""
+    config = target.config
     data, timeline, last = config.data, config.timeline(), steps or config.train.steps
-    draws = opened.samples().sampler
-    windows = [count for draw in draws.sources for count in windows_by_stream(draw).tolist()]
-    mix = _Mix(
+    sampler = target.samples().sampler
+    plan = _Plan(
         names=tuple(source.resolved_name for source in data.sources),
-        windows=tuple(windows),
-        caps=tuple(source.epochs for source in data.sources),
-        draws=draws,
-        unskipped=Sampler(draws.sources, data.model_copy(update={"skip": ()})),
+        windows=tuple(count for source in sampler.sources for count in windows_by_stream(source).tolist()),
+        max_epochs=tuple(source.epochs for source in data.sources),
+        sampler=sampler,
+        unskipped=Sampler(sampler.sources, data.model_copy(update={"skip": ()})),
         timeline=timeline,
         data=data,
     )
-    changes = _changes(mix, last)
-    told: Told = {
+    changes = _changes(plan, last)
+    rows = _row_steps(changes, last)
+    report: Report = {
         "steps": last,
         "tokens": timeline.tokens(last),
         "mixed": bool(data.mixture),
         "sources": [
-            {"source": name, "samples": count, "tokens": count * data.sequence_length, "most_epochs": cap}
-            for name, count, cap in zip(mix.names, mix.windows, mix.caps, strict=True)
+            {"source": name, "samples": count, "tokens": count * data.sequence_length, "most_epochs": limit}
+            for name, count, limit in zip(plan.names, plan.windows, plan.max_epochs, strict=True)
         ],
-        "rows": [_row(mix, step, changes.get(step, [])) for step in _steps(changes, last)],
-        "warnings": _warnings(mix, last, config.train.steps),
-        "shares": [mix.shares(min(last - 1, column * last // _WIDTH)) for column in range(_WIDTH)],
+        "rows": [_row(plan, step, changes.get(step, [])) for step in rows],
+        "warnings": _warnings(plan, last, config.train.steps),
+        "shares": [plan.shares(min(last - 1, column * last // _WIDTH)) for column in range(_WIDTH)],
     }
-    if png is not None:
-        from manta.launch.inspect import figures
-
-        every = sorted({*_steps(changes, last), *(point * last // 400 for point in range(401))})
-        told["png"] = [figures.mixture(png, mix.names, [_row(mix, step, []) for step in every])]
-    return told
+    if figures is not None:
+        points = sorted({*rows, *(point * last // 400 for point in range(401))})
+        report["png"] = figures.write_mixture(plan.names, [_row(plan, step, []) for step in points])
+    return report
 
 
-def _changes(mix: _Mix, last: int) -> dict[int, list[str]]:
-    """By steps done: what begins with the next one."""
-    found: dict[int, list[str]] = {}
-    for before, phase in pairwise(mix.timeline.stages):
-        if before.global_batch != phase.global_batch:
-            found.setdefault(phase.first_step, []).append(f"batch {phase.global_batch:,}")
-        if before.sequence_length != phase.sequence_length:
-            found.setdefault(phase.first_step, []).append(f"length {phase.sequence_length:,}")
-    for number in range(1, len(mix.data.mixture)):
-        step = _first(last, lambda step, number=number: mix.stage(step) >= number)
+def _changes(plan: _Plan, last: int) -> dict[int, list[str]]:
+    """Return what starts at each step, counted from 0."""
+    changes: defaultdict[int, list[str]] = defaultdict(list)
+    for before, stage in pairwise(plan.timeline.stages):
+        if before.global_batch != stage.global_batch:
+            changes[stage.first_step].append(f"batch {stage.global_batch:,}")
+        if before.sequence_length != stage.sequence_length:
+            changes[stage.first_step].append(f"length {stage.sequence_length:,}")
+    for number in range(1, len(plan.data.mixture)):
+        step = _first(last, lambda step, number=number: plan.stage(step) >= number)
         if step is not None:
-            found.setdefault(step, []).append(f"stage {number + 1}")
-    return {step: what for step, what in found.items() if step < last}
+            changes[step].append(f"stage {number + 1}")
+    return {step: starts for step, starts in changes.items() if step < last}
 
 
-def _first(last: int, holds: Callable[[int], bool]) -> int | None:
-    """The first number up to `last` for which it holds; for all beyond one, it does too."""
-    if not holds(last):
-        return None
-    return bisect_left(range(last + 1), 1, key=holds)
+def _first(last: int, condition: Callable[[int], bool]) -> int | None:
+    """Return the first number up to `last` that meets a condition, which all later numbers meet, too."""
+    return bisect_left(range(last + 1), 1, key=condition) if condition(last) else None
 
 
-def _steps(changes: dict[int, list[str]], last: int) -> list[int]:
-    """The beginning, the end, where something changes, and some between that are not next to these."""
-    kept = {0, last, *changes}
-    near = last / (2 * _BETWEEN)
-    between = (part * last // _BETWEEN for part in range(1, _BETWEEN))
-    return sorted(kept | {step for step in between if min(abs(step - other) for other in kept) >= near})
+def _row_steps(changes: dict[int, list[str]], last: int) -> list[int]:
+    """Return the first and last step, those of changes, and evenly spaced ones that are not close to these."""
+    fixed = {0, last, *changes}
+    between = (part * last // _ROWS for part in range(1, _ROWS))
+    return sorted(fixed | {step for step in between if min(abs(step - other) for other in fixed) >= last / (2 * _ROWS)})
 
 
-def _row(mix: _Mix, step: int, begins: list[str]) -> Told:
-    """After so many steps; the share is of the next one."""
-    last = mix.timeline.stage(step)
-    columns = zip(mix.names, mix.shares(step), mix.taken(step), mix.epochs(step), strict=True)
+def _row(plan: _Plan, steps: int, starts: list[str]) -> Report:
+    """Return what the first `steps` steps read, and the shares of the next one."""
+    stage = plan.timeline.stage(steps)
+    columns = zip(plan.names, plan.shares(steps), plan.samples(steps), plan.epochs(steps), strict=True)
     return {
-        "step": step,
-        "tokens": mix.timeline.tokens(step),
-        "begins": begins,
-        "global_batch": last.global_batch,
-        "sequence_length": last.sequence_length,
+        "step": steps,
+        "tokens": plan.timeline.tokens(steps),
+        "begins": starts,
+        "global_batch": stage.global_batch,
+        "sequence_length": stage.sequence_length,
         "sources": {
-            name: {"share": share, "tokens": round(samples * mix.data.sequence_length), "epochs": epochs}
+            name: {"share": share, "tokens": round(samples * plan.data.sequence_length), "epochs": epochs}
             for name, share, samples, epochs in columns
         },
     }
 
 
-def _warnings(mix: _Mix, last: int, run: int) -> list[Told]:
-    """Where a source begins again, and where it would be read more often than it may. The step is that of metrics.jsonl."""
-    found: list[Told] = []
-    for index, (name, cap) in enumerate(zip(mix.names, mix.caps, strict=True)):
-        ends = [(1.0, "again")] if cap is None else [(cap, "cap"), *([(1.0, "again")] if cap > 1 else [])]
-        for limit, kind in ends:
-            step = _first(last, lambda step, index=index, limit=limit: mix.epochs(step)[index] > limit)
+def _warnings(plan: _Plan, last: int, run: int) -> list[Report]:
+    """Return the steps, as in metrics.jsonl, from which a source is repeated or read more often than it may be."""
+    found: list[Report] = []
+    for index, (name, limit) in enumerate(zip(plan.names, plan.max_epochs, strict=True)):
+        limits = {1.0: "again"} if limit is None else {limit: "cap"} if limit <= 1 else {limit: "cap", 1.0: "again"}
+        for epochs, kind in limits.items():
+            step = _first(last, lambda step, index=index, epochs=epochs: plan.epochs(step)[index] > epochs)
             if step is not None:
-                found.append({"source": name, "step": step, "kind": kind, "epochs": limit, "in_run": step <= run})
+                found.append({"source": name, "step": step, "kind": kind, "epochs": epochs, "in_run": step <= run})
     return sorted(found, key=lambda warning: (warning["step"], warning["source"]))
 
 
-def show(told: Told) -> None:
+def show(report: Report) -> None:
     out = console()
-    names = [source["source"] for source in told["sources"]]
-    if not told["mixed"]:
-        out.print("no data.mixture: all sources are read as one, each in proportion to its size")
-    for first in range(0, len(names), _ACROSS):
-        out.print(_table(told, names[first : first + _ACROSS]))
+    names = [source["source"] for source in report["sources"]]
+    if not report["mixed"]:
+        out.print("no data.mixture: each source is read in proportion to its size")
+    for first in range(0, len(names), _SOURCES_PER_TABLE):
+        out.print(_table(report, names[first : first + _SOURCES_PER_TABLE]))
         out.print()
-    for index, (line, drawn) in enumerate(zip(range(_HEIGHT), stacked(told["shares"], _HEIGHT), strict=True)):
-        label = {0: "100 %", _HEIGHT // 2: " 50 %", _HEIGHT - 1: "  0 %"}.get(line, "")
-        legend = Text.assemble("  ", swatch(len(names) - 1 - index), f" {names[len(names) - 1 - index]}") if index < len(names) else Text()
-        out.print(Text.assemble(f"{label:>6} ", drawn, legend), no_wrap=True, overflow="ellipsis")
-    end = f"step {told['steps']:,}"
+    labels = {0: "100 %", _HEIGHT // 2: " 50 %", _HEIGHT - 1: "  0 %"}
+    for line, chart in enumerate(stacked(report["shares"], _HEIGHT)):
+        source = len(names) - 1 - line
+        legend = Text.assemble("  ", swatch(source), f" {names[source]}") if source >= 0 else Text()
+        out.print(Text.assemble(f"{labels.get(line, ''):>6} ", chart, legend), no_wrap=True, overflow="ellipsis")
+    end = f"step {report['steps']:,}"
     out.print(f"       step 1{end:>{_WIDTH - 6}}")
-    for warning in told["warnings"]:
-        out.print(_warned(warning), soft_wrap=True, style="bold")
-    for path in told.get("png", ()):
-        out.print(f"drawn: {path}", soft_wrap=True)
+    for warning in report["warnings"]:
+        out.print(_warning_text(warning), soft_wrap=True, style="bold")
+    for path in report.get("png", ()):
+        out.print(f"wrote {path}", soft_wrap=True)
 
 
-def _warned(warning: Told) -> str:
+def _warning_text(warning: Report) -> str:
     name, step = warning["source"], warning["step"]
     if warning["kind"] == "again":
-        return f"{name}: read once by step {step:,}; from there on its text comes again"
-    return (
-        f"{name}: read more than its epochs {warning['epochs']:g} from step {step:,} on: shorten the run, lower its weight, or raise epochs"
-    )
+        return f"{name}: read once by step {step:,}, and repeated from there"
+    remedy = "shorten the run, lower its weight, or raise epochs"
+    return f"{name}: read more than its epochs {warning['epochs']:g} from step {step:,}: {remedy}"
 
 
-def _table(told: Told, names: Sequence[str]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+def _table(report: Report, names: Sequence[str]) -> Table:
+    table = plain_table()
     for name in ("steps done", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in names:
         table.add_column(f"{name}\nshare", justify="right")
         table.add_column("\ntokens", justify="right", no_wrap=True)
         table.add_column("\nepochs", justify="right", no_wrap=True)
-    table.add_column("begins here")
-    for row in told["rows"]:
+    table.add_column("starts here")
+    for row in report["rows"]:
         cells: list[str] = []
         for name in names:
-            of = row["sources"][name]
-            cells += [percent(of["share"]), _short(of["tokens"]), f"{of['epochs']:.2f}"]
+            source = row["sources"][name]
+            cells += [percent(source["share"]), _short(source["tokens"]), f"{source['epochs']:.2f}"]
         table.add_row(f"{row['step']:,}", _short(row["tokens"]), *cells, ", ".join(row["begins"]))
     return table
 
 
 def _short(tokens: int) -> str:
-    """As people say it: 999, 12.3 k, 1.25 M."""
+    """Format a count in three digits: 999, 12.3 k, 1.25 M."""
     for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
         if tokens >= size:
             return f"{tokens / size:.3g} {unit}" if tokens < 999.5 * size else f"{tokens / size:,.0f} {unit}"

@@ -1,4 +1,4 @@
-"""FILE or RUN: whose data a person asks about, and where it lies."""
+"""Resolve FILE or RUN to a config and the corpus that it reads."""
 
 import shlex
 from collections.abc import Sequence
@@ -16,62 +16,68 @@ from manta.trainer.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
+class DataTarget:
     config: RunConfig
-    home: RunDirectory | None
-    """Where a run was named."""
+    run: RunDirectory | None
+    """If a run was named."""
     typed: str
-    """What makes its corpus anew, as a person can type it: FILE [KEY=VALUE]..."""
+    """Arguments of `manta prepare` for its corpus: FILE [KEY=VALUE]..."""
 
     @property
-    def begun(self) -> Prepared | None:
-        """What a run reads."""
-        return None if self.home is None or not self.home.manifest_file.exists() else self.home.prepared()
+    def run_corpus(self) -> Prepared | None:
+        """The corpus that the run started with."""
+        return None if self.run is None or not self.run.manifest_file.exists() else self.run.prepared()
 
     def prepared(self) -> Prepared:
-        """Raises InputError where the corpus is not prepared; how it is packed does not matter here."""
-        cut = self.config.data.model_copy(update={"packing": "cut"})
-        found = self.begun or prepare.find_prepared(cut, self.config.tokenizer)
+        """Return the corpus, packed or not. Raises InputError if it is not prepared."""
+        unpacked = self.config.data.model_copy(update={"packing": "cut"})
+        found = self.run_corpus or prepare.find_prepared(unpacked, self.config.tokenizer)
         if found is None:
             raise InputError(self._not_prepared)
         return found
 
-    def places(self) -> tuple[Path, list[Home], str | None]:
-        """Where the tokenizer and the corpora lie, damaged or not; and of a run, the fingerprint of what it was begun with.
+    def paths(self) -> tuple[Path, list[Home], str | None]:
+        """Return the tokenizer's path, the corpus directories, damaged or not, and the fingerprint that a run expects.
 
-        Raises InputError where nothing is prepared.
+        Raises InputError if nothing is prepared.
         """
-        if self.begun is not None:
-            return self.begun.tokenizer, [Home(root, self.config.data.cache) for root in self.begun.corpora], self.begun.fingerprint
+        if (corpus := self.run_corpus) is not None:
+            return corpus.tokenizer, [Home(root, self.config.data.cache) for root in corpus.corpora], corpus.fingerprint
         found = prepare.find_directories(self.config.data, self.config.tokenizer)
         if found is None:
             raise InputError(self._not_prepared)
         return found[0].copy("tokenizer.json"), found[1], None
 
-    def samples(self) -> Samples:
-        return Samples(self.prepared(), self.config.data, self.config.tokenizer, seed=self.config.run.seed)
+    def samples(self, *, separate_documents: bool | None = None) -> Samples:
+        """separate_documents: instead of the config's."""
+        data = self.config.data
+        if separate_documents is not None:
+            data = data.model_copy(update={"separate_documents": separate_documents})
+        return Samples(self.prepared(), data, self.config.tokenizer, seed=self.config.run.seed)
 
     @property
     def _not_prepared(self) -> str:
-        return f"{self.typed}: its corpus is not prepared; run: manta prepare {self.typed}"
+        return f"{self.typed}: expected a prepared corpus, got none. Run: manta prepare {self.typed}"
 
 
-def opened(where: Path, overrides: Sequence[str]) -> Opened:
-    """Raises InputError where the config is wrong, or tells of data that nobody prepares."""
-    file = resume_config(where) if where.is_dir() else where
+def resolve(path: Path, overrides: Sequence[str]) -> DataTarget:
+    """Return the target of FILE or RUN. Raises InputError if the config is wrong, or its data is never prepared."""
+    file = resume_config(path) if path.is_dir() else path
     config = configs.load(file, overrides)
     if config.data.live:
-        raise InputError("data.live: got true, and text that is tokenized while it is read is not at hand before; wants a prepared corpus")
-    home = RunDirectory(where.absolute()) if where.is_dir() else None
-    if home is not None and overrides and _other_corpus(configs.load(file), config):
-        home = None
-    return Opened(config=config, home=home, typed=shlex.join([str(file), *overrides]))
+        raise InputError("data.live: expected a prepared corpus to inspect, got true. Set data.live=false, and run `manta prepare`.")
+    run = RunDirectory(path.absolute()) if path.is_dir() else None
+    if run is not None and overrides and not _reads_same_tokens(configs.load(file), config):
+        run = None
+    return DataTarget(config=config, run=run, typed=shlex.join([str(file), *overrides]))
 
 
-def _other_corpus(begun: RunConfig, now: RunConfig) -> bool:
-    """Whether what is laid over a run's config asks for other tokens than the run reads."""
-    keys = ("directory", "text_field", "validation", "bad_rows")
-    same_sources = [source.model_dump(exclude={"name", "epochs"}) for source in begun.data.sources] == [
-        source.model_dump(exclude={"name", "epochs"}) for source in now.data.sources
-    ]
-    return not same_sources or begun.tokenizer != now.tokenizer or any(getattr(begun.data, key) != getattr(now.data, key) for key in keys)
+def _reads_same_tokens(started: RunConfig, changed: RunConfig) -> bool:
+    """Whether a run's config, changed by overrides, still has the corpus that the run reads."""
+
+    def corpus_keys(config: RunConfig) -> list[object]:
+        keys = ("directory", "text_field", "validation", "bad_rows")
+        sources = [source.model_dump(exclude={"name", "epochs"}) for source in config.data.sources]
+        return [sources, config.tokenizer, *(getattr(config.data, key) for key in keys)]
+
+    return corpus_keys(started) == corpus_keys(changed)

@@ -1,10 +1,11 @@
-"""`manta data sample-at`: the very text that a step was trained on, and proof that it is.
+"""`manta data sample-at`: the text that a step was trained on.
 
-The proof is the digest that the run logged: of all token ids and targets of the step, computed here once more from the corpus.
+It is verified by the digest that the run logged: a hash of all token ids and targets of the step, computed again from the corpus.
 """
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,231 +15,211 @@ from rich.text import Text
 
 from manta.data.errors import InputError
 from manta.data.objectives.examples import DIGEST_BITS, Examples
-from manta.data.objectives.render import Passage, Speller
+from manta.data.objectives.render import RenderedDocument, Renderer
 from manta.data.sampling.sampler import Sampler
-from manta.data.sampling.samples import Samples
 from manta.data.shards.statistics import stream_of
 from manta.launch.inspect.charts import console, visible
-from manta.launch.inspect.resolve import Opened, opened
+from manta.launch.inspect.resolve import DataTarget, resolve
 from manta.trainer.config.supported import divisors
-from manta.trainer.config.training import TrainConfig
 from manta.trainer.dist.layout import Layout, layout_for, max_data_ranks
 from manta.trainer.metrics import Line, read_metrics
 
-Told = dict[str, Any]
-_LETTERS, _DOCUMENTS, _SEQUENCES = 320, 5, 4  # of a document, of a sequence and of a sample, where not all is shown
+Report = dict[str, Any]
+_CHARACTERS, _DOCUMENTS, _SEQUENCES = 320, 5, 4  # shown of a document, of a sequence and of a sample, without --full
 _STYLES = {"special": "magenta", "hidden": "bold yellow", "replaced": "bold red", "kept": "bold green"}
 _PAIRS = {
-    "next_sentence": {0: "B follows A", 1: "B is from elsewhere"},
-    "sentence_order": {0: "A and B as they stood", 1: "A and B swapped"},
+    "next_sentence": ("B follows A", "B is from elsewhere"),
+    "sentence_order": ("A and B in order", "A and B swapped"),
 }
 
 
-def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks: int | None) -> Told:
-    """All of it, as JSON has it. step: counted from 1, as metrics.jsonl does. ranks: data ranks to deal the step out over."""
+def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks: int | None) -> Report:
+    """Return the samples of a step, counted from 1 as in metrics.jsonl. ranks: data ranks to distribute the step over."""
     if not run.is_dir():
-        raise InputError(f"{run}: got no directory, wants a run directory; start a run with: manta train FILE")
-    whose = opened(run, [])
-    config, timeline = whose.config, whose.config.timeline()
+        raise InputError(f"{run}: expected a run directory, got no directory. Start a run with: manta train FILE")
+    target = resolve(run, [])
+    assert target.run is not None
+    config, timeline, lines = target.config, target.config.timeline(), read_metrics(target.run.metrics_file)
     if not 1 <= step <= config.train.steps:
-        raise InputError(f"STEP: got {step}, wants 1 to {config.train.steps}, the run's train.steps; metrics.jsonl counts so")
-    lines = _lines(whose)
-    phase, first = timeline.stage(step - 1), timeline.first_sample(step - 1)
-    layout = _layout(run, whose, lines, ranks)
-    turns = layout.accumulation(phase.global_batch)
-    slots = range(phase.global_batch)
-    if slot is not None and slot not in slots:
-        raise InputError(f"--slot: got {slot}, wants 0 to {phase.global_batch - 1}: step {step} has {phase.global_batch} samples")
-    if rank is not None and rank not in range(layout.data):
-        raise InputError(f"--rank: got {rank}, wants 0 to {layout.data - 1}: the step is dealt out over {layout.data} data ranks")
-    wanted = [at for at in slots if slot in {None, at} and rank in {None, at // layout.micro_batch % layout.data}]
-    samples, apart = whose.samples(), _kept_apart(whose)
-    speller = Speller(whose.prepared().tokenizer, end_of_text=config.tokenizer.end_of_text, masked=config.data.objective == "masked")
-    digest = 0
-    shown: list[Told] = []
-    for begin in range(0, phase.global_batch, layout.micro_batch):
-        count = np.arange(first + begin, first + begin + layout.micro_batch)
-        examples = samples.train(count, sequence_length=phase.sequence_length)
+        raise InputError(f"STEP: expected 1 to {config.train.steps}, the run's train.steps, got {step}. Use a step of metrics.jsonl.")
+    stage, first = timeline.stage(step - 1), timeline.first_sample(step - 1)
+    layout = _layout(target, lines, ranks)
+    if slot is not None and slot >= stage.global_batch:
+        raise InputError(f"--slot: expected 0 to {stage.global_batch - 1}, the samples of step {step}, got {slot}. Lower it.")
+    if rank is not None and rank >= layout.data:
+        raise InputError(f"--rank: expected 0 to {layout.data - 1}, the step's data ranks, got {rank}. Lower it.")
+    samples, separated = target.samples(), target.samples(separate_documents=True)  # separated documents show where they end
+    is_masked = config.data.objective == "masked"
+    renderer = Renderer(target.prepared().tokenizer, end_of_text=config.tokenizer.end_of_text, masked=is_masked)
+    names = [source.resolved_name for source in config.data.sources]
+    digest, shown = 0, list[Report]()
+    for start in range(0, stage.global_batch, layout.micro_batch):
+        turn, data_rank = divmod(start // layout.micro_batch, layout.data)
+        read_indices = np.arange(first + start, first + start + layout.micro_batch)
+        examples = samples.train(read_indices, sequence_length=stage.sequence_length)
         digest += examples.digest()
-        here = [at for at in wanted if begin <= at < begin + layout.micro_batch]
-        if here:
-            other = apart.train(count, sequence_length=phase.sequence_length)
-            each = len(examples.tokens) // layout.micro_batch
-            for at in here:
-                rows = slice((at - begin) * each, (at - begin + 1) * each)
-                place = _place(samples.sampler, first + at, [source.resolved_name for source in config.data.sources])
-                turn, of = divmod(at // layout.micro_batch, layout.data)
-                sequences = _sequences(_rows(examples, rows), _rows(other, rows), speller, config.data.pairs)
-                shown.append({"rank": of, "turn": turn, "slot": at, **place, "sequences": sequences})
+        slots = [at for at in range(start, start + layout.micro_batch) if slot in {None, at} and rank in {None, data_rank}]
+        if slots:
+            other = separated.train(read_indices, sequence_length=stage.sequence_length)
+            parts = len(examples.tokens) // layout.micro_batch  # sequences per sample
+            for at in slots:
+                rows = slice((at - start) * parts, (at - start + 1) * parts)
+                sequences = _sequences(_rows(examples, rows), _rows(other, rows), renderer, config.data.pairs)
+                location = _locate(samples.sampler, first + at, names)
+                shown.append({"rank": data_rank, "turn": turn, "slot": at, **location, "sequences": sequences})
     logged = next((line for line in lines if line["step"] == step), None)
     return {
         "run": str(run),
         "step": step,
         "tokens_before": timeline.tokens(step - 1),
-        "global_batch": phase.global_batch,
-        "sequence_length": phase.sequence_length,
+        "global_batch": stage.global_batch,
+        "sequence_length": stage.sequence_length,
         "layout": str(layout),
         "data_ranks": layout.data,
         "micro_batch": layout.micro_batch,
-        "turns": turns,
+        "turns": layout.accumulation(stage.global_batch),
         "ranks_from": "--ranks" if ranks else f"attempt {lines[-1]['attempt']}" if lines else "nothing logged yet",
         "ranks_per_data_rank": layout.ranks // layout.data,
-        "digest": _digest(digest % 2**DIGEST_BITS, logged, config.track.every_steps),
+        "digest": _compare_digest(digest % 2**DIGEST_BITS, logged, config.track.every_steps),
         "samples": shown,
     }
 
 
-def _lines(whose: Opened) -> list[Line]:
-    assert whose.home is not None, "a run was asked for"
-    return read_metrics(whose.home.metrics_file)
-
-
-def _layout(run: Path, whose: Opened, lines: list[Line], ranks: int | None) -> Layout:
-    """The one that the newest attempt has; or over so many data ranks. What each step reads does not depend on it, only who does."""
-    train, parallel = whose.config.train, whose.config.parallel
+def _layout(target: DataTarget, lines: list[Line], ranks: int | None) -> Layout:
+    """Return the newest attempt's layout, or one for `ranks` data ranks. It decides which rank reads a sample, never what a step reads."""
+    train, parallel = target.config.train, target.config.parallel
     if ranks is not None:
-        _check_ranks(train, ranks)
+        limit = max_data_ranks(train)
+        if limit % ranks:
+            wanted = f"a divisor of train.global_batch / train.micro_batch ({limit})"
+            raise InputError(f"--ranks: expected {wanted}, got {ranks}. Use {divisors(limit)}.")
         return Layout(data=ranks, micro_batch=train.micro_batch)
     if not lines:
         return Layout(data=1, micro_batch=train.micro_batch)
-    world, layout = lines[-1]["world_size"], None
+    world, logged = lines[-1]["world_size"], lines[-1]["layout"]
     with suppress(InputError):
         layout = layout_for(train, parallel, world, may_shrink=True)
-    if layout is None or str(layout) != lines[-1]["layout"]:
-        got = f"config.yaml that was changed since its newest step was done on {world} ranks ({lines[-1]['layout']})"
-        raise InputError(f"{run}: got a {got}, wants the data ranks to deal a step out over; give --ranks")
-    return layout
+        if str(layout) == logged:
+            return layout
+    wanted = f"the config of the newest step, which ran on {world} ranks ({logged})"
+    raise InputError(f"{target.config.run.dir}: config.yaml: expected {wanted}, got a changed one. Use --ranks.")
 
 
-def _check_ranks(train: TrainConfig, ranks: int) -> None:
-    turns = max_data_ranks(train)
-    if turns % ranks:
-        raise InputError(f"--ranks: got {ranks}, wants a divisor of train.global_batch / train.micro_batch {turns}; use {divisors(turns)}")
-
-
-def _kept_apart(whose: Opened) -> Samples:
-    """The same samples with documents kept apart: it is they that say where documents end."""
-    config = whose.config
-    data = config.data.model_copy(update={"separate_documents": True})
-    return Samples(whose.prepared(), data, config.tokenizer, seed=config.run.seed)
-
-
-def _place(draws: Sampler, count: int, names: list[str]) -> Told:
-    """Where in the corpus the sample stands that a run reads as its `count`th."""
-    number = draws.sample_numbers(np.array([count]))
-    at, own = draws.locate(number)
-    draw = draws.sources[int(at[0])]
-    epoch, window = (int(found[0]) for found in draw.order(own))
-    source = names[int(at[0])] if len(draws.sources) > 1 else names[stream_of(draw, window)]
-    return {"sample": int(number[0]), "source": source, "epoch": epoch + 1, "window": window, "windows": len(draw.dataset)}
+def _locate(sampler: Sampler, read_index: int, names: list[str]) -> Report:
+    """Return where in the corpus the sample is that the run reads at this index."""
+    numbers = sampler.sample_numbers(np.array([read_index]))
+    (index,), own = sampler.locate(numbers)
+    source = sampler.sources[index]
+    epoch, window = (int(found[0]) for found in source.order(own))
+    name = names[index] if len(sampler.sources) > 1 else names[stream_of(source, window)]
+    return {"sample": int(numbers[0]), "source": name, "epoch": epoch + 1, "window": window, "windows": len(source.dataset)}
 
 
 def _rows(examples: Examples, rows: slice) -> Examples:
-    """Some of them."""
-    fields = ("tokens", "targets", "positions", "samples", "part", "documents", "segments", "next_sentence")
-    return Examples(**{name: array[rows] for name in fields if (array := getattr(examples, name)) is not None})
+    arrays = {field.name: getattr(examples, field.name) for field in fields(examples)}
+    return Examples(**{name: array[rows] for name, array in arrays.items() if array is not None})
 
 
-def _sequences(examples: Examples, apart: Examples, speller: Speller, pairs: str) -> list[Told]:
-    found: list[Told] = []
-    for at, row in enumerate(speller.rows(examples, apart)):
-        spelled = speller(row)
-        pair = None if examples.next_sentence is None else _PAIRS[pairs][int(examples.next_sentence[at])]
-        documents = [_document(passage) for passage in spelled.passages]
-        found.append({"ids": examples.tokens[at].tolist(), "pair": pair, "documents": documents, "padding": spelled.padding})
+def _sequences(examples: Examples, separated: Examples, renderer: Renderer, pairs: str) -> list[Report]:
+    found: list[Report] = []
+    for row, rendered in enumerate(renderer(examples, separated)):
+        pair = None if examples.next_sentence is None else _PAIRS[pairs][int(examples.next_sentence[row])]
+        documents = [_document(document) for document in rendered.documents]
+        found.append({"ids": examples.tokens[row].tolist(), "pair": pair, "documents": documents, "padding": rendered.padding})
     return found
 
 
-def _document(passage: Passage) -> Told:
-    pieces = [
-        {"kind": piece.kind, "text": piece.text} | ({} if piece.wanted is None else {"wanted": piece.wanted}) for piece in passage.pieces
-    ]
-    return {"tokens": passage.tokens, "text": passage.text, "pieces": pieces}
+def _document(document: RenderedDocument) -> Report:
+    pieces = [{"kind": span.kind, "text": span.text} | ({} if span.target is None else {"wanted": span.target}) for span in document.spans]
+    return {"tokens": document.tokens, "text": document.text, "pieces": pieces}
 
 
-def _digest(computed: int, logged: Line | None, every: int) -> Told:
+def _compare_digest(computed: int, logged: Line | None, every: int) -> Report:
     if logged is None:
-        why = f"track.every_steps is {every}" if every > 1 else "the run has not come to it, or went back before it"
+        why = f"track.every_steps is {every}" if every > 1 else "the run has not reached it, or resumed before it"
         return {"computed": computed, "logged": None, "matches": None, "why": why}
     return {"computed": computed, "logged": logged["data/digest"], "matches": computed == logged["data/digest"]}
 
 
-def show(told: Told, *, full: bool) -> None:
+def show(report: Report, *, full: bool) -> None:
     out = console()
-    length, batch = told["sequence_length"], told["global_batch"]
-    out.print(f"step {told['step']:,} of {told['run']}: {batch:,} samples, in sequences of {length:,} tokens", soft_wrap=True)
-    out.print(_proof(told["digest"]), soft_wrap=True)
-    ranks = "1 data rank" if told["data_ranks"] == 1 else f"{told['data_ranks']} data ranks"
-    each = f" of {told['ranks_per_data_rank']} ranks" if told["ranks_per_data_rank"] > 1 else ""
-    turns = "1 turn" if told["turns"] == 1 else f"{told['turns']} turns"
-    out.print(f"dealt out over {ranks}{each} x micro batch {told['micro_batch']} x {turns} ({told['ranks_from']})", soft_wrap=True)
-    for sample in told["samples"]:
+    length, batch = report["sequence_length"], report["global_batch"]
+    out.print(f"step {report['step']:,} of {report['run']}: {batch:,} samples, in sequences of {length:,} tokens", soft_wrap=True)
+    out.print(_digest_text(report["digest"]), soft_wrap=True)
+    each = f" of {report['ranks_per_data_rank']} ranks" if report["ranks_per_data_rank"] > 1 else ""
+    ranks, turns = _count(report["data_ranks"], "data rank"), _count(report["turns"], "turn")
+    out.print(f"distributed over {ranks}{each} x micro batch {report['micro_batch']} x {turns} ({report['ranks_from']})", soft_wrap=True)
+    for sample in report["samples"]:
         out.print()
-        out.rule(_head(sample), align="left", characters="─", style="dim")
+        out.rule(_heading(sample), align="left", characters="─", style="dim")
         sequences = sample["sequences"]
         for number, sequence in enumerate(sequences if full else sequences[:_SEQUENCES], 1):
             if len(sequences) > 1:
                 out.print(f"sequence {number} of {len(sequences)}", style="dim")
             _show_sequence(out, sequence, full=full)
         if not full and len(sequences) > _SEQUENCES:
-            out.print(f"  ⋮  {len(sequences) - _SEQUENCES:,} sequences more; --full shows all", style="dim")
+            out.print(f"  ⋮  {len(sequences) - _SEQUENCES:,} more sequences; --full shows all", style="dim")
 
 
-def _proof(digest: Told) -> Text:
+def _digest_text(digest: Report) -> Text:
     if digest["matches"] is None:
-        return Text(f"digest {digest['computed']}: nothing to hold it against, the step is not in metrics.jsonl ({digest['why']})")
+        return Text(f"digest {digest['computed']}: cannot be verified, the step is not in metrics.jsonl ({digest['why']})")
     if digest["matches"]:
-        return Text(f"digest {digest['computed']}, as the run logged it: this is what was trained on", style="green")
-    told = f"DIGEST {digest['computed']}, AND THE RUN LOGGED {digest['logged']}: THIS IS NOT WHAT WAS TRAINED ON"
-    return Text(f"{told}; is the corpus the one it was begun with? manta data verify tells", style="bold red")
+        return Text(f"digest {digest['computed']}, as the run logged: this is what was trained on", style="green")
+    message = f"DIGEST {digest['computed']}, BUT THE RUN LOGGED {digest['logged']}: THIS IS NOT WHAT WAS TRAINED ON"
+    return Text(f"{message}; use manta data verify to check the corpus", style="bold red")
 
 
-def _head(sample: Told) -> str:
-    who = f"rank {sample['rank']} · turn {sample['turn']} · slot {sample['slot']}"
+def _heading(sample: Report) -> str:
+    reader = f"rank {sample['rank']} · turn {sample['turn']} · slot {sample['slot']}"
     window = f"window {sample['window']:,} of {sample['windows']:,}"
-    return f"{who} · sample {sample['sample']:,} · {sample['source']} · epoch {sample['epoch']} · {window}"
+    return f"{reader} · sample {sample['sample']:,} · {sample['source']} · epoch {sample['epoch']} · {window}"
 
 
-def _show_sequence(out: Console, sequence: Told, *, full: bool) -> None:
+def _show_sequence(out: Console, sequence: Report, *, full: bool) -> None:
     if sequence["pair"]:
         out.print(sequence["pair"], style="dim")
     documents = sequence["documents"]
     for number, document in enumerate(documents, 1):
         if not full and number == _DOCUMENTS < len(documents):
-            more = documents[number - 1 : -1]
-            out.print(f"  ⋮  {len(more):,} documents more, {sum(one['tokens'] for one in more):,} tokens; --full shows all", style="dim")
+            skipped = documents[number - 1 : -1]
+            tokens = sum(one["tokens"] for one in skipped)
+            out.print(f"  ⋮  {len(skipped):,} more documents, {tokens:,} tokens; --full shows all", style="dim")
         if full or number < _DOCUMENTS or number == len(documents):
-            text = Text.assemble(*_shortened(document["pieces"], full=full))
+            text = Text.assemble(*_shorten(document["pieces"], full=full))
             for line, part in enumerate(text.split("\n", allow_blank=not text.plain.endswith("\n"))):
                 out.print(Text.assemble((f"{number:>3} ┃ " if line == 0 else "    ┃ ", "cyan"), part), soft_wrap=True)
     if sequence["padding"]:
-        count = sequence["padding"]
-        out.print(f"    ┃ {count:,} token{'s' if count > 1 else ''} of padding", style="dim")
+        out.print(f"    ┃ {_count(sequence['padding'], 'token')} of padding", style="dim")
 
 
-def _shortened(pieces: list[Told], *, full: bool) -> Iterator[tuple[str, str]]:
-    """(text, style) of the pieces; of a long document its beginning and its end."""
-    drawn = [_drawn(piece) for piece in pieces]
-    letters = sum(len(text) for text, _ in drawn)
-    if full or letters <= 2 * _LETTERS:
-        yield from drawn
+def _shorten(pieces: list[Report], *, full: bool) -> Iterator[tuple[str, str]]:
+    """Yield (text, style) of the pieces: the start and the end of a long document."""
+    styled = [_styled(piece) for piece in pieces]
+    length = sum(len(text) for text, _ in styled)
+    if full or length <= 2 * _CHARACTERS:
+        yield from styled
         return
-    head, tail = 3 * _LETTERS // 4, letters - _LETTERS // 4
-    begin = 0
-    for text, style in drawn:
-        end = begin + len(text)
-        if begin < head:
-            yield text[: head - begin], style
-        if begin <= head < end:
+    head, tail = 3 * _CHARACTERS // 4, length - _CHARACTERS // 4
+    start = 0
+    for text, style in styled:
+        end = start + len(text)
+        if start < head:
+            yield text[: head - start], style
+        if start <= head < end:
             yield f" ⋯ {tail - head:,} characters ⋯ ", "dim"
         if end > tail:
-            yield text[max(0, tail - begin) :], style
-        begin = end
+            yield text[max(0, tail - start) :], style
+        start = end
 
 
-def _drawn(piece: Told) -> tuple[str, str]:
-    """What is more than text stands in brackets, so that no text can be taken for it."""
-    kind, text, wanted = piece["kind"], visible(piece["text"]), visible(piece.get("wanted") or "")
+def _styled(piece: Report) -> tuple[str, str]:
+    """Put everything but plain text in brackets, so that the two cannot be confused."""
+    kind, text, target = piece["kind"], visible(piece["text"]), visible(piece.get("wanted") or "")
     if kind == "text":
         return text, ""
-    return f"⟦{text}→{wanted}⟧" if kind in {"hidden", "replaced"} else f"⟦{text}⟧", _STYLES[kind]
+    return f"⟦{text}→{target}⟧" if kind in {"hidden", "replaced"} else f"⟦{text}⟧", _STYLES[kind]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,4 +1,4 @@
-"""`manta data verify`: every byte of a prepared corpus read, and all that is damaged told."""
+"""`manta data verify`: read every byte of a prepared corpus and report all damage."""
 
 import time
 from pathlib import Path
@@ -13,68 +13,66 @@ from manta.data.shards.manifest import Manifest
 from manta.data.shards.verify import Damage, size, verify
 from manta.data.tokenizer import tokenizer
 from manta.launch.inspect.charts import console
-from manta.launch.inspect.resolve import Opened
-
-Told = dict[str, Any]
+from manta.launch.inspect.resolve import DataTarget
 
 
-def check(opened: Opened) -> Told:
-    """What was verified, and under `damaged` a line for each thing that is wrong."""
-    file, homes, fingerprint = opened.places()
+def check(target: DataTarget) -> dict[str, Any]:
+    """Return what was verified, and in `damaged` a line for each error."""
+    tokenizer_file, directories, fingerprint = target.paths()
     corpora: list[tuple[Home, Manifest]] = []
     damaged: list[str] = []
-    for home in homes:
+    for directory in directories:
         try:
-            corpora.append((home, manifest.load(home)))
+            corpora.append((directory, manifest.load(directory)))
         except InputError as error:
             damaged.append(str(error))
-    damaged += _tokenizer(file, corpora)
-    if fingerprint is not None and len(corpora) == len(homes):
-        got = manifest.joint_fingerprint(tuple(corpus for _, corpus in corpora))
-        if got != fingerprint:
-            wants = f"{fingerprint}, what the run was begun with"
-            damaged.append(f"{', '.join(home.root for home in homes)}: fingerprint: got {got}, wants {wants}; bring that corpus back")
-    shape = window_shape(opened.config.data)
+    damaged += _check_tokenizer(tokenizer_file, corpora)
+    if fingerprint is not None and len(corpora) == len(directories):
+        found = manifest.joint_fingerprint(tuple(corpus for _, corpus in corpora))
+        if found != fingerprint:
+            names = ", ".join(directory.root for directory in directories)
+            damaged.append(f"{names}: fingerprint: expected {fingerprint}, as the run started with, got {found}. Restore that corpus.")
+    shape = window_shape(target.config.data)
     files, total = size(corpora, shape)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with progress("verify", total) as advance:
-        damaged += [_line(damage, opened.typed, homes) for damage in verify(corpora, shape, tell=advance)]
-    seconds = time.perf_counter() - begun
+        damaged += [_describe(damage, target.typed, directories) for damage in verify(corpora, shape, tell=advance)]
+    splits = [split for _, corpus in corpora for split in (corpus.train, corpus.validation)]
     return {
-        "corpora": [home.root for home in homes],
+        "corpora": [directory.root for directory in directories],
         "files": files,
         "bytes": total,
-        "tokens": sum(corpus.train.tokens + corpus.validation.tokens for _, corpus in corpora),
-        "documents": sum(corpus.train.documents + corpus.validation.documents for _, corpus in corpora),
+        "tokens": sum(split.tokens for split in splits),
+        "documents": sum(split.documents for split in splits),
         "vocabulary": max((corpus.vocabulary for _, corpus in corpora), default=None),
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
         "damaged": damaged,
     }
 
 
-def _tokenizer(file: Path, corpora: list[tuple[Home, Manifest]]) -> list[str]:
+def _check_tokenizer(file: Path, corpora: list[tuple[Home, Manifest]]) -> list[str]:
     try:
-        got = tokenizer.fingerprint(tokenizer.read_tokenizer(file))
+        found = tokenizer.fingerprint(tokenizer.read_tokenizer(file))
     except InputError as error:
         return [str(error)]
-    others = {corpus.tokenizer for _, corpus in corpora} - {got}
-    return [f"{file}: got xxh3 {got}, wants {other}: it is not what the corpus was written with; bring that back" for other in others]
+    others = {corpus.tokenizer for _, corpus in corpora} - {found}
+    return [f"{file}: expected {other}, as the corpus was written with, got xxh3 {found}. Restore that file." for other in others]
 
 
-def _line(damage: Damage, typed: str, homes: list[Home]) -> str:
-    ours = any(damage.path.startswith(f"{home.root}/") for home in homes)
-    remedy = f"make it again: manta prepare {typed}" if ours else "it is read where it lies: bring back what it was"
-    return f"{damage.path}: got {damage.got}, wants {damage.wanted}; {remedy}"
+def _describe(damage: Damage, typed: str, directories: list[Home]) -> str:
+    is_ours = any(damage.path.startswith(f"{directory.root}/") for directory in directories)
+    remedy = f"Prepare it again: manta prepare {typed}" if is_ours else "Restore it: it is a source file, which is read in place."
+    return f"{damage.path}: expected {damage.wanted}, got {damage.got}. {remedy}"
 
 
-def show(told: Told) -> None:
-    """Where nothing is damaged."""
-    rate = told["bytes"] / max(told["seconds"], 1e-9) / 1e9
+def show(report: dict[str, Any]) -> None:
+    """Print the report of an undamaged corpus."""
+    rate = report["bytes"] / max(report["seconds"], 1e-9) / 1e9
     out = console()
-    for corpus in told["corpora"]:
+    for corpus in report["corpora"]:
         out.print(corpus, soft_wrap=True)
     out.print(
-        f"verified: {told['files']:,} files, {told['bytes'] / 1e6:,.1f} MB, {rate:.1f} GB/s; {told['documents']:,} documents,"
-        f" {told['tokens']:,} tokens, each id below {told['vocabulary']:,}",
+        f"verified: {report['files']:,} files, {report['bytes'] / 1e6:,.1f} MB, {rate:.1f} GB/s; {report['documents']:,} documents,"
+        f" {report['tokens']:,} tokens, each id below {report['vocabulary']:,}",
         soft_wrap=True,
     )

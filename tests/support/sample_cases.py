@@ -1,15 +1,20 @@
-"""Ways to read a corpus: mixtures, packing, blocks and objectives, each opened by a config."""
+"""Ways to read a corpus: mixtures, packing, blocks and objectives, each as overrides of a config."""
 
+from dataclasses import fields
 from pathlib import Path
 
-from corpora import SMALL
+import numpy as np
+from corpora import SMALL, documents, write_lines
 
-from manta.data.config import DataConfig, TokenizerConfig
+from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
+from manta.data.objectives.examples import Examples
 from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
+from manta.data.sampling.windows import TokenStream
+from manta.data.shards.corpus_directory import Home
+from manta.data.shards.shard import ShardWriter
 
 T = 16
-
 
 WAYS = {
     "one": {},
@@ -36,3 +41,29 @@ def config_of(folder: Path, **more) -> DataConfig:
 def open_way(folder: Path, tokens: TokenizerConfig = SMALL, **more) -> Samples:
     data = config_of(folder, **more)
     return Samples(prepare.prepare(data, tokens), data, tokens, seed=7)
+
+
+def write_sources(folder: Path, *, shards: int = 3, code_documents: int = 20) -> Path:
+    """Write two sources: `web` in several files, `code` in one."""
+    (folder / "web").mkdir()
+    for part in range(shards):
+        write_lines(folder / "web" / f"{part}.jsonl", documents(12, seed=part))
+    write_lines(folder / "code.jsonl", documents(code_documents, seed=9))
+    return folder
+
+
+def write_stream(folder: Path, *shards: list[list[int]], dtype: type = np.uint16) -> TokenStream:
+    """Write shards of documents, and return them as a stream."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for index, shard in enumerate(shards):
+        with ShardWriter(folder / f"{index}", np.dtype(dtype)) as writer:
+            for document in shard:
+                writer.append(np.array(document), 0)
+            written.append(writer.commit())
+    return TokenStream(Home(str(folder), CacheConfig()), written)
+
+
+def same_examples(a: Examples, b: Examples) -> bool:
+    pairs = ((getattr(a, field.name), getattr(b, field.name)) for field in fields(Examples))
+    return all((x is None and y is None) or np.array_equal(x, y) for x, y in pairs)
