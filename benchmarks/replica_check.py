@@ -22,7 +22,7 @@ from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 
 RANKS, LENGTH, VOCABULARY = 2, 128, 4096
 MODELS: list[tuple[dict[str, Any], Precision]] = [
@@ -46,7 +46,7 @@ def rank(number: int, rounds: int) -> None:
     world = World.from_environment()
     world.join()
     for sizes, precision in MODELS:
-        model = build(ModelConfig(**sizes), vocabulary=VOCABULARY, sequence_length=LENGTH)
+        model = build_model(ModelConfig(**sizes), vocabulary=VOCABULARY, sequence_length=LENGTH)
         model.initialize(1)
         layout = layout_for(TrainConfig(steps=1, global_batch=32, micro_batch=16), ParallelConfig(), RANKS)
         engine = Engine(model, mesh=world.mesh(layout), optimizer=OptimizerConfig(), precision=precision)
@@ -59,7 +59,7 @@ def rank(number: int, rounds: int) -> None:
             engine.step([batch], learning_rate=1e-4)
             dist.barrier()
             between = time.perf_counter()
-            engine.replicas.look(1)
+            engine.replica_check.run(1)
             steps.append(between - begun)
             looks.append(time.perf_counter() - between)
         if number == 0:

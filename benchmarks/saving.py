@@ -34,7 +34,7 @@ from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 
 LENGTH, VOCABULARY = 128, 8192
 WANTED = {"blocking save / torch.save": 1.2, "load / torch.load": 1.2, "stall / step": 1.0, "hashes and manifest / save": 0.1}
@@ -61,7 +61,7 @@ class Comparison:
     def __init__(self, scratch: Path, *, width: int, layers: int) -> None:
         world = World.from_environment()
         world.join()
-        model = build(ModelConfig(layers=layers, width=width, heads=width // 64), vocabulary=VOCABULARY, sequence_length=LENGTH)
+        model = build_model(ModelConfig(layers=layers, width=width, heads=width // 64), vocabulary=VOCABULARY, sequence_length=LENGTH)
         model.initialize(1)
         layout = layout_for(TrainConfig(steps=1, global_batch=1, micro_batch=1), ParallelConfig(), 1)
         self.engine = Engine(model, mesh=world.mesh(layout), optimizer=OptimizerConfig(), precision="bf16")

@@ -21,7 +21,7 @@ from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.world import World
-from manta.trainer.engine.deepspeed import Engine, Outcome
+from manta.trainer.engine.deepspeed import Engine, UpdateResult
 from manta.trainer.metrics import Line, MetricsLog, format_line
 from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.run_directory import RunDirectory
@@ -125,23 +125,23 @@ class Loop:
         terms_K = self.engine.accumulate(data.batches)
         every = self.config.guard.replica_check_every_steps
         if every and (step + 1) % every == 0:
-            self.engine.replicas.look(step + 1)
+            self.engine.replica_check.run(step + 1)
         outcome = self.engine.update(terms_K, learning_rate=rate)
         totals = self._reduce(outcome, data, saves)
         seconds = time.perf_counter() - start
-        self.heartbeat.work = data.wait + self.engine.work.take()
+        self.heartbeat.work = data.wait + self.engine.compute_timer.take_seconds()
         line = self._line(step, outcome, totals, learning_rate=rate, seconds=seconds, wait=data.wait)
         if saves.failures:
             line["checkpoint/failures"] = saves.failures
         return StepResult(line=line, totals=totals)
 
-    def _line(self, step: int, outcome: Outcome, totals: StepTotals, *, learning_rate: float, seconds: float, wait: float) -> Line:
+    def _line(self, step: int, outcome: UpdateResult, totals: StepTotals, *, learning_rate: float, seconds: float, wait: float) -> Line:
         """Return a step's line of metrics.jsonl. Raises FloatingPointError if training has diverged."""
         loss = self.engine.loss(totals.terms)
         # fp16 skips a step whose gradients overflow and retries with a smaller loss scale; nothing helps a loss that is not finite.
-        if not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.norm))):
+        if not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.grad_norm))):
             raise FloatingPointError(
-                f"step {step + 1}: expected finite numbers, got loss {loss} and gradient norm {outcome.norm}."
+                f"step {step + 1}: expected finite numbers, got loss {loss} and gradient norm {outcome.grad_norm}."
                 " Lower optimizer.learning_rate or lengthen the warmup."
             )
         stage = self.timeline.stage(step)
@@ -156,7 +156,7 @@ class Loop:
             "global_batch": stage.global_batch,
             "sequence_length": stage.sequence_length,
             "learning_rate": learning_rate,
-            "grad_norm": None if outcome.skipped else outcome.norm,
+            "grad_norm": None if outcome.skipped else outcome.grad_norm,
             "tokens_per_second": round(speed, 1),
             "mfu": peak and round(speed * self.flops_per_token[stage.sequence_length] / peak, 4),
             "data_wait": round(wait, 6),
@@ -169,7 +169,7 @@ class Loop:
         }
         if self.engine.loss_scale is not None:
             line |= {"loss_scale": self.engine.loss_scale, "skipped": outcome.skipped}
-        return line | {f"load/{name}": [round(share, 4) for share in load_E.tolist()] for name, load_E in self.engine.loads.items()}
+        return line | {f"load/{name}": [round(share, 4) for share in load_E.tolist()] for name, load_E in self.engine.expert_loads.items()}
 
     def _read(self, step: int) -> StepData:
         """Read all micro batches of a step: each is weighted by what the whole step holds."""
@@ -185,7 +185,7 @@ class Loop:
         self._compiled_lengths.add(length)
         return StepData(batches=batches, digest=digest, wait=wait)
 
-    def _reduce(self, outcome: Outcome, data: StepData, saves: SavePolicy) -> StepTotals:
+    def _reduce(self, outcome: UpdateResult, data: StepData, saves: SavePolicy) -> StepTotals:
         status = saves.poll()
         digest = data.digest if self.engine.mesh.is_first_of_sample else 0  # each sample's digest counts once
         flags = (self.stop.is_made, status.is_due, status.has_failed)

@@ -25,12 +25,12 @@ from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import layout_from_environment
 from manta.trainer.dist.world import Mesh, World
 from manta.trainer.engine.deepspeed import Engine
-from manta.trainer.hardware.compiler import ask_for_compiler
+from manta.trainer.hardware.compiler import require_compiler
 from manta.trainer.hardware.peak_flops import peak_flops
 from manta.trainer.loop import Loop
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
-from manta.trainer.parallel.fp8 import ask_for_gpu
+from manta.trainer.parallel.fp8 import require_fp8_gpu
 from manta.trainer.run_directory import RunDirectory, origin_of, tokenizer_of
 from manta.trainer.stop_request import StopRequest
 
@@ -50,14 +50,14 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     config, corpus = run_dir.config(), run_dir.prepared()
     layout = layout_from_environment(config.train, config.parallel, world.size)
     if config.precision == "fp8":
-        ask_for_gpu(world.device)
+        require_fp8_gpu(world.device)
     world.join()
     log.info("joined %d ranks on %s", world.size, world.device)
     mesh = world.mesh(layout)
     reading = {"seed": config.run.seed, "held_out": config.evaluate.samples, "rank": mesh.data_rank, "ranks": layout.data}
     samples = open_samples(corpus, config.data, config.tokenizer, **reading)
 
-    model = build_model(config, samples.tokenizer_vocabulary, run_dir.code)
+    model = initial_model(config, samples.tokenizer_vocabulary, run_dir.code)
     flops_per_token = {length: model.flops_per_token(length) for length in {stage.sequence_length for stage in config.timeline().stages}}
     engine = build_engine(model, config, mesh, world.device)
     checkpoints = run_dir.checkpoints
@@ -92,9 +92,9 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     return exit_code(is_done=step == config.train.steps, stop=stop)
 
 
-def build_model(config: TrainingConfig, tokenizer_vocabulary: int, code: Path) -> Transformer:
+def initial_model(config: TrainingConfig, tokenizer_vocabulary: int, code: Path) -> Transformer:
     """Return the model with its initial weights."""
-    model = build(config.model, vocabulary=tokenizer_vocabulary, sequence_length=config.data.sequence_length, code=code)
+    model = build_model(config.model, vocabulary=tokenizer_vocabulary, sequence_length=config.data.sequence_length, code=code)
     model.initialize(config.run.seed)
     return model
 
@@ -106,7 +106,7 @@ def build_engine(model: Transformer, config: TrainingConfig, mesh: Mesh, device:
         mesh=mesh,
         optimizer=config.optimizer,
         precision=config.precision,
-        recompute=config.train.activation_checkpointing,
+        checkpointing=config.train.activation_checkpointing,
         compile_blocks=should_compile(config, device),
     )
     log.info("built %s parameters in %s: %s", f"{parameters:,}", config.precision, mesh.layout)
@@ -120,7 +120,7 @@ def should_compile(config: TrainingConfig, device: torch.device) -> bool:
     if device.type != "cuda" or not compiles(config.parallel):
         return False
     try:
-        ask_for_compiler(device.type)
+        require_compiler(device.type)
     except InputError as error:
         log.warning("blocks are not compiled, so training is slower: %s", error)
         return False

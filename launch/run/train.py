@@ -178,9 +178,9 @@ def check_own_model(home: RunDirectory, config: RunConfig) -> dict[str, str]:
     """What the manifest remembers of a model of the user's own: where it is looked for. Raises InputError where it can not be had."""
     if ":" not in config.model.family:
         return {}
-    from manta.trainer.model.build import own  # torch: a second and a half, for those alone who need it
+    from manta.trainer.model.build import load_class  # torch: a second and a half, for those alone who need it
 
-    own(config.model.family, home.code)
+    load_class(config.model.family, home.code)
     return {"code": str(home.code)}
 
 

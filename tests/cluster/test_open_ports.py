@@ -260,7 +260,8 @@ def join_error(address: str, port: int, **environment: str) -> str:
 def test_a_taken_port_and_a_foreign_address_are_reported():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert spmd(join_error, 1, "127.0.0.1", port)[0].startswith(f"MASTER_ADDR, MASTER_PORT: got 127.0.0.1, {port}, wants an address of")
+        message = f"MASTER_ADDR, MASTER_PORT: expected an address of rank 0's machine and a free port there, got 127.0.0.1, {port}: "
+        assert spmd(join_error, 1, "127.0.0.1", port)[0].startswith(message)
     assert spmd(join_error, 1, "192.0.2.1", port)[0].endswith("Cannot assign requested address")
 
 

@@ -105,7 +105,7 @@ def logits(made: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     ("name", "packing", "objective", "width"), CASES, ids=[f"{name}-{p.__name__}-{o.__name__}" for name, p, o, _ in CASES]
 )
 def test_no_token_attends_across_a_document(name, packing, objective, width, kernel, models, monkeypatch):
-    monkeypatch.setattr(attention, "PLAIN_LIMIT", 0 if kernel == "sdpa" else 256)
+    monkeypatch.setattr(attention, "MATMUL_LIMIT", 0 if kernel == "sdpa" else 256)
     batch = Batch.from_examples(objective(*packing(width)), seed=SEED)
     assert batch.documents is not None
     (before, pairs_before), (together, pairs_together) = (logits(models[name], given) for given in (batch, replace(batch, documents=None)))

@@ -10,7 +10,7 @@ import yaml
 from manta.data.config_history import RENAMED
 from manta.data.errors import InputError
 from manta.launch import config
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 
 BAD = {
     "an unknown key": ("train:\n  step: 4\n", "train.step", "unknown key", "did you mean steps?"),
@@ -324,7 +324,7 @@ def test_each_preset_is_a_model_of_the_size_that_it_says(workspace, name):
     own = {"gpt2": (50257, 1024), "bert": (30522, 512)}
     vocabulary, length = (128, 128) if "tiny" in name else own.get(model.family, (50257 if "moe" in name else 32000, 1024))
     with torch.device("meta"):
-        made = build(model, vocabulary=vocabulary, sequence_length=length)
+        made = build_model(model, vocabulary=vocabulary, sequence_length=length)
     parameters = sum(parameter.numel() for parameter in made.parameters())
     assert parameters == pytest.approx(PRESETS[name], rel=0.01)
 

@@ -25,10 +25,10 @@ from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine import deepspeed as engines
 from manta.trainer.engine.deepspeed import Engine
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim.optimizers import build_optimizer
-from manta.trainer.parallel.fp8 import multiply_in_fp8
+from manta.trainer.parallel.fp8 import convert_to_fp8
 
 VOCABULARY, LENGTH, STEPS, SEED = 250, 32, 10, 7
 GLOBAL_BATCH, TURNS = 16, 2  # every layout accumulates two micro batches
@@ -40,7 +40,7 @@ DECAY = {"adamw": 0.1, "sgd": 0.0}  # SGD's would hide what becomes of small gra
 SILENT = re.compile(r".*\.k_proj\.bias")  # softmax does not see it: its gradient is zero but for rounding
 
 PIECES = 10_000  # weights, of 100,000 and more
-SETTINGS = engines._settings
+SETTINGS = engines.deepspeed_config
 LINEAR = torch.nn.functional.linear  # ZeRO-3 puts its own in this place, for all that run in the process after it
 
 SIZES: dict[str, Any] = {"layers": 2, "width": 64, "heads": 8, "mlp_width": 128}
@@ -73,17 +73,17 @@ class Cell:
     ranks: int
     precision: Precision = "fp32"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    recompute: str = "none"
+    checkpointing: str = "none"
 
     def __str__(self) -> str:
         given = self.parallel.model_dump(exclude_defaults=True)
         layout = " ".join(f"{key}={value}" for key, value in given.items()) or "zero=1"
-        again = "" if self.recompute == "none" else f" recompute={self.recompute}"
+        again = "" if self.checkpointing == "none" else f" recompute={self.checkpointing}"
         return f"{self.model} {self.precision} {self.ranks} ranks {layout}{again}"
 
     @property
     def refusal(self) -> str | None:
-        return refusal(MODELS[self.model], self.parallel, self.precision, sequence_length=LENGTH, recompute=self.recompute)
+        return refusal(MODELS[self.model], self.parallel, self.precision, sequence_length=LENGTH, recompute=self.checkpointing)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def model(name: str) -> Transformer:
     """Begun as a run begins, but for two things: queries and keys are so large that attention attends, and has gradients worth comparing;
     and no vector is 0 or 1 throughout, so that a bias that is added twice, or not at all, is felt.
     """
-    made = build(MODELS[name], vocabulary=VOCABULARY, sequence_length=LENGTH)
+    made = build_model(MODELS[name], vocabulary=VOCABULARY, sequence_length=LENGTH)
     made.initialize(seed=SEED)
     for number, (weight, parameter) in enumerate(made.named_parameters()):
         if weight.endswith(("q_proj.weight", "k_proj.weight")):
@@ -203,7 +203,7 @@ def plain(name: str, precision: Precision, optimizer: str, turns: int = TURNS) -
     masters.load_state_dict({key: weight.float() for key, weight in trained.state_dict().items()})
     if precision == "fp8":
         for block in trained.blocks:
-            multiply_in_fp8(block, emulate=True)
+            convert_to_fp8(block, emulate=True)
     config = optimizer_config(optimizer, precision)
     steps = build_optimizer(masters.parameters(), config)
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-autocast" else nullcontext()
@@ -225,7 +225,7 @@ def plain(name: str, precision: Precision, optimizer: str, turns: int = TURNS) -
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.parameters(), config.gradient_clipping)))
         steps.step()
         for _, router in trained.routers():
-            router.settle(router.load.float())
+            router.end_step(router.load.float())
         with torch.no_grad():
             for master, weight in zip(masters.parameters(), trained.parameters(), strict=True):
                 weight.copy_(master)
@@ -278,13 +278,13 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
     train = TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH // (TURNS * data))
     layout = layout_for(train, cell.parallel, world.size)
     mesh = world.mesh(layout)
-    with patch.object(engines, "_settings", in_pieces):
+    with patch.object(engines, "deepspeed_config", in_pieces):
         engine = Engine(
             model(cell.model),
             mesh=mesh,
             optimizer=optimizer_config(optimizer, cell.precision),
             precision=cell.precision,
-            recompute=cell.recompute,
+            checkpointing=cell.checkpointing,
             compile_blocks=compiled,
         )
     if fault is not None:
@@ -298,7 +298,7 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
         terms = outcome.terms.double()
         dist.all_reduce(terms, group=mesh.replicas)
         losses.append(float(terms.sum()))
-        norms.append(outcome.norm)
+        norms.append(outcome.grad_norm)
     unknown = layout.zero == 0 and cell.refusal is not None  # to checkpoints, and whole on every rank
     weights, drifted = (dict(engine.module.named_parameters()), []) if unknown else gathered(engine)
     return Trace(losses, norms, moved(cell.model, cell.precision, weights), drifted)

@@ -80,7 +80,7 @@ def layout_name(cell: Cell) -> str:
     parallel = cell.parallel
     shares = [f"{name} {size}" for name in ("tensor", "sequence", "expert") if (size := getattr(parallel, name)) > 1]
     data = cell.ranks // (parallel.tensor * parallel.sequence)
-    extra = [*(["offload"] if parallel.offload else []), *([] if cell.recompute == "none" else [f"recompute {cell.recompute}"])]
+    extra = [*(["offload"] if parallel.offload else []), *([] if cell.checkpointing == "none" else [f"recompute {cell.checkpointing}"])]
     return ", ".join([*([f"data {data}"] if data > 1 or not shares else []), *shares, f"ZeRO-{parallel.zero}", *extra])
 
 
@@ -148,7 +148,7 @@ def doubled(engine: Engine, weight: str = "embedding.weight") -> None:
 
 def unreduced(engine: Engine) -> None:
     """Each rank keeps to its own gradients."""
-    engine.zero.average_tensor = lambda *_, **__: None
+    engine.zero_optimizer.average_tensor = lambda *_, **__: None
 
 
 def head_norms_unreduced(engine: Engine) -> None:

@@ -15,7 +15,7 @@ from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.convert.huggingface.export import export
 from manta.trainer.dataloader.batch import IGNORED, Batch
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.model.decoder import Decoder
 from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.pretrained.weights import model_tensors
@@ -86,7 +86,7 @@ def random_run(directory: Path, name: str = "run", **changes) -> RunDirectory:
     )
     metrics = ({"step": step, "train/loss": 9 - step, "eval/loss": 8 - step} for step in range(1, 6))
     run_directory.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    model = build(model_config(**changes), vocabulary=tokenizer.Tokenizer(file).vocabulary, sequence_length=32)
+    model = build_model(model_config(**changes), vocabulary=tokenizer.Tokenizer(file).vocabulary, sequence_length=32)
     torch.manual_seed(1)
     weights = {f"master/{name}": TensorViews.from_whole(tensor.normal_(std=0.2)) for name, tensor in model_tensors(model).items()}
     CheckpointWriter(run_directory.checkpoints, identity={}, attempt=1).save(

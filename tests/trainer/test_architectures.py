@@ -13,7 +13,7 @@ from manta.trainer.architectures.families import ARCHITECTURES, architecture_for
 from manta.trainer.architectures.gpt2 import GPT2
 from manta.trainer.architectures.tensor_map import bind
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.pretrained.weights import model_tensors
 
 UNBIASED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM"}
@@ -66,7 +66,7 @@ def test_every_key_of_a_model_is_mapped_required_or_for_training():
 
 
 def test_a_tensor_without_a_row_is_an_error():
-    model = build(model_config(family="gpt2"), vocabulary=9, sequence_length=4)
+    model = build_model(model_config(family="gpt2"), vocabulary=9, sequence_length=4)
     with pytest.raises(AssertionError, match=r"no row for \['norm.bias', 'norm.weight'\]"):
         bind([row for row in GPT2.tensors if "ln_f" not in row.hf], model_tensors(model), layers=2, experts=0)
 

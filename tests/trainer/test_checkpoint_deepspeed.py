@@ -37,7 +37,7 @@ from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.metrics import read_metrics
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim.optimizers import build_optimizer
 from manta.trainer.run_directory import RunDirectory
@@ -103,7 +103,7 @@ def global_batch(name: str, step: int) -> Batch:
 
 
 def manta_model(name: str) -> Transformer:
-    model = build(CONFIGS[name], vocabulary=VOCABULARY, sequence_length=LENGTH, code=EXAMPLE)
+    model = build_model(CONFIGS[name], vocabulary=VOCABULARY, sequence_length=LENGTH, code=EXAMPLE)
     model.initialize(seed=1)
     return model
 
@@ -498,7 +498,7 @@ def test_differing_settings_are_reported(copied):
 
 def deepspeed_run(directory: Path, config: TrainingConfig, tokens: int, batches: list[Batch], saved: int) -> list[float]:
     """Train a config with plain DeepSpeed, and only our model and batches."""
-    trained = build(config.model, vocabulary=tokens, sequence_length=config.data.sequence_length)
+    trained = build_model(config.model, vocabulary=tokens, sequence_length=config.data.sequence_length)
     trained.initialize(config.run.seed)
     engine = deepspeed_engine(trained, Setup("llama", 2), config.optimizer, len(batches[0].tokens) // dist.get_world_size())
     losses = []

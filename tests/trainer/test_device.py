@@ -1,4 +1,4 @@
-"""A rank computes on the GPU that is there, and says so where torch can not."""
+"""A rank computes on the GPU if there is one, and fails if torch cannot use it."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from manta.data.errors import InputError
 from manta.trainer.hardware.device import check_gpus, device_type
 
 
-def test_deepspeed_s_word_for_the_cpu_holds_for_all_of_us(monkeypatch):
+def test_ds_accelerator_selects_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert device_type() == "cpu"
@@ -16,7 +16,7 @@ def test_deepspeed_s_word_for_the_cpu_holds_for_all_of_us(monkeypatch):
 
 
 @pytest.mark.parametrize("visible", [None, "0"])
-def test_gpus_that_torch_does_not_see_are_told(visible, tmp_path, monkeypatch):
+def test_gpus_that_torch_cannot_use_are_an_error(visible, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -24,14 +24,16 @@ def test_gpus_that_torch_does_not_see_are_told(visible, tmp_path, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     for name in ("nvidia0", "nvidia1", "nvidiactl", "null"):
         (tmp_path / name).touch()
-    with pytest.raises(InputError, match=r"this machine has 2 GPUs, and torch .* sees none of them; install torch's CUDA build"):
+    with pytest.raises(
+        InputError, match=r"expected torch to find this machine's 2 GPUs, got none from torch .*\. Install torch's CUDA build"
+    ):
         check_gpus(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     check_gpus(tmp_path)
 
 
 @pytest.mark.parametrize("visible", ["", "-1"])
-def test_gpus_that_are_hidden_are_not_missed(visible, tmp_path, monkeypatch):
+def test_hidden_gpus_are_ignored(visible, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     (tmp_path / "nvidia0").touch()

@@ -1,4 +1,4 @@
-"""Products in 8 bits: refused where they can not be had, and a token's result hangs on no other token. Parity is proven on the table."""
+"""fp8 products: refused without a suitable GPU, and a token's result depends on no other token. The parity table covers parity."""
 
 import pytest
 import torch
@@ -8,39 +8,39 @@ from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.config.supported import refusal
 from manta.trainer.config.training import ParallelConfig
 from manta.trainer.model.layers import MLP
-from manta.trainer.parallel.fp8 import ask_for_gpu, multiply_in_fp8
+from manta.trainer.parallel.fp8 import convert_to_fp8, require_fp8_gpu
 
 SIZES = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 128}
 
 
-def layer() -> MLP:
+def fp8_layer() -> MLP:
     torch.manual_seed(0)
-    made = MLP(64, 128, approximate="tanh").bfloat16()
-    multiply_in_fp8(made, emulate=True)
-    return made
+    layer = MLP(64, 128, approximate="tanh").bfloat16()
+    convert_to_fp8(layer, emulate=True)
+    return layer
 
 
-def test_products_are_in_8_bits():
-    made, exact = layer(), MLP(64, 128, approximate="tanh").bfloat16()
-    exact.load_state_dict(made.state_dict())
+def test_products_are_in_fp8():
+    layer, exact = fp8_layer(), MLP(64, 128, approximate="tanh").bfloat16()
+    exact.load_state_dict(layer.state_dict())
     x = torch.randn(4, 64).bfloat16()
-    difference = (made(x) - exact(x)).float().norm() / exact(x).float().norm()
+    difference = (layer(x) - exact(x)).float().norm() / exact(x).float().norm()
     assert 5e-3 < difference < 1e-1, "e4m3 keeps four bits: it is neither bf16 nor noise"
 
 
-def test_a_tokens_result_and_gradient_hang_on_no_other_token():
-    made, x = layer(), torch.randn(8, 64).bfloat16()
-    x[4:] *= 1000  # a scale for the whole tensor would leave the others no bits
-    together, alone = x.clone().requires_grad_(), x[:4].clone().requires_grad_()
-    ours, theirs = made(together), made(alone)
-    assert torch.equal(ours[:4], theirs)
-    ours.sum().backward()
-    theirs.sum().backward()
-    assert torch.equal(together.grad[:4], alone.grad)
+def test_a_tokens_result_and_gradient_depend_on_no_other_token():
+    layer, x = fp8_layer(), torch.randn(8, 64).bfloat16()
+    x[4:] *= 1000  # one scale for the whole tensor would leave the other tokens no bits
+    batched, alone = x.clone().requires_grad_(), x[:4].clone().requires_grad_()
+    batched_output, output = layer(batched), layer(alone)
+    assert torch.equal(batched_output[:4], output)
+    batched_output.sum().backward()
+    output.sum().backward()
+    assert torch.equal(batched.grad[:4], alone.grad)
 
 
 @pytest.mark.parametrize(
-    ("model", "parallel", "told"),
+    ("model", "parallel", "reason"),
     [
         ({}, {"zero": 0}, "parallel.zero: got 0, which goes wrong in fp8"),
         ({}, {"zero": 3}, "parallel.zero: got 3, and fp8 would keep whole"),
@@ -51,29 +51,27 @@ def test_a_tokens_result_and_gradient_hang_on_no_other_token():
         ({"family": "mine:Model"}, {}, "precision: got fp8, not proven with a model of your own"),
     ],
 )
-def test_what_is_not_run_in_fp8_gives_its_reason(model, parallel, told):
+def test_unsupported_fp8_configs_are_refused(model, parallel, reason):
     config = ModelConfig(**{**SIZES, **model})
-    assert refusal(config, ParallelConfig(**parallel), "fp8", sequence_length=32).startswith(told)
+    assert refusal(config, ParallelConfig(**parallel), "fp8", sequence_length=32).startswith(reason)
     assert refusal(ModelConfig(**SIZES), ParallelConfig(), "fp8", sequence_length=32) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU on this machine")
-def test_a_run_without_a_gpu_is_refused_before_anything_is_made(workspace):
+def test_an_fp8_run_without_a_gpu_is_refused_at_once(workspace):
     done = workspace.manta("train", workspace.config_file.name, "run.dir=never", "precision=fp8")
     assert (done.returncode, done.stderr) == (2, "manta: precision: got fp8, which wants GPUs, and this machine has none; use bf16\n")
     assert not (workspace.directory / "never").exists()
 
 
-def test_without_a_gpu_that_has_them_they_are_refused(monkeypatch):
-    with pytest.raises(
-        InputError, match=r"got fp8, which wants a GPU of compute capability 9\.0 or newer, and this rank has none; use bf16"
-    ):
-        ask_for_gpu(torch.device("cpu"))
+def test_fp8_needs_a_hopper_gpu_and_torchao(monkeypatch):
+    with pytest.raises(InputError, match=r"expected a GPU of compute capability 9\.0 or newer for fp8, got no GPU on this rank\. Use bf16"):
+        require_fp8_gpu(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an A100")
-    with pytest.raises(InputError, match=r"an A100 has 8\.0; use bf16"):
-        ask_for_gpu(torch.device("cuda"))
+    with pytest.raises(InputError, match=r"got an A100 with 8\.0\. Use bf16"):
+        require_fp8_gpu(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("manta.trainer.parallel.fp8.find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"pip install torchao, or use bf16"):
-        ask_for_gpu(torch.device("cuda"))
+    with pytest.raises(InputError, match=r"expected torchao for fp8, got none\. Run pip install torchao, or use bf16"):
+        require_fp8_gpu(torch.device("cuda"))

@@ -26,9 +26,9 @@ from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.engine.replica_check import sum_of_bits
 from manta.trainer.model import losses
-from manta.trainer.model.attention import Visibility, attend
-from manta.trainer.model.build import build
-from manta.trainer.model.dropout import AttentionDropout, Dropout, Noise, name_dropouts
+from manta.trainer.model.attention import AttentionMask, attend
+from manta.trainer.model.build import build_model
+from manta.trainer.model.dropout import AttentionDropout, Dropout, DropoutKeys, name_dropouts
 from manta.trainer.model.losses import cross_entropy
 from manta.trainer.model.moe import MixtureOfExperts
 from manta.trainer.parallel.fp8 import CAPABILITY
@@ -102,7 +102,7 @@ TRAINED = [
     Cell("llama", 1, "fp16"),
     Cell("llama", 1, "bf16", ParallelConfig(offload=True)),
     Cell("gpt2", 1, "fp32", ParallelConfig(zero=0)),
-    Cell("gpt2", 1, "bf16-autocast", recompute="selective"),
+    Cell("gpt2", 1, "bf16-autocast", checkpointing="selective"),
     Cell("bert", 1, "bf16", ParallelConfig(zero=2)),
     Cell("moe", 1, "fp32"),
     Cell("moe", 1, "bf16"),
@@ -122,8 +122,8 @@ COMPILED = [
     Cell("wide", 1, "fp32"),
     *FP8,
     Cell("wide", 1, "bf16"),
-    Cell("gpt2", 1, "fp32", recompute="selective"),
-    Cell("bert", 1, "bf16", recompute="full"),
+    Cell("gpt2", 1, "fp32", checkpointing="selective"),
+    Cell("bert", 1, "bf16", checkpointing="full"),
     Cell("moe", 1, "fp32"),
     Cell("moe", 1, "bf16-autocast"),
 ]
@@ -144,7 +144,7 @@ def overflowing() -> tuple[list[bool], list[float | None]]:
     skipped, scales = [], []
     for step in range(2):
         if step == 1:
-            engine.zero.loss_scaler.cur_scale = 2.0**40
+            engine.zero_optimizer.loss_scaler.cur_scale = 2.0**40
         whole = parity.batch("llama", step)
         taken = [parity.rows(whole, layout.samples(first=0, turn=turn, rank=0)) for turn in range(len(whole.tokens) // layout.micro_batch)]
         skipped.append(engine.step(taken, learning_rate=1e-3).skipped)
@@ -167,7 +167,7 @@ def looked_at() -> tuple[list[float], int, int]:
         whole = parity.batch("llama", step)
         taken = [parity.rows(whole, layout.samples(first=0, turn=turn, rank=0)) for turn in range(len(whole.tokens) // layout.micro_batch)]
         engine.step(taken, learning_rate=1e-3)
-        work.append(engine.work.take())
+        work.append(engine.compute_timer.take_seconds())
     weight = engine.module.embedding.weight
     return work, int(sum_of_bits(weight)), int(sum_of_bits(weight.cpu()))
 
@@ -193,10 +193,10 @@ def test_attention_sees_what_it_sees_on_a_cpu(causal, window, documents, dtype):
 
     def run(device, dtype):
         leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
-        visible = Visibility(causal=causal, window=window, documents=None if cuts is None else cuts.to(device))
-        visible.draw(T, T, torch.device(device))
-        for _ in range(2):  # as two layers: the second finds what the first has drawn
-            out = attend(*leaves, visible)
+        mask = AttentionMask(causal=causal, window=window, documents=None if cuts is None else cuts.to(device))
+        mask.prepare(T, T, torch.device(device))
+        for _ in range(2):  # as two layers: the second reuses the first's mask
+            out = attend(*leaves, mask)
         return out.detach(), *torch.autograd.grad(out, leaves, grad.to(device, dtype))
 
     bound = 1e-4 if dtype == torch.float32 else 1e-2
@@ -250,11 +250,11 @@ def test_dropout_drops_the_same_on_a_gpu_as_on_a_cpu(compiled):
 
     keys_B, positions_BT = torch.tensor([5, -(2**62)]), torch.arange(70).expand(2, -1)
     inputs = torch.ones(2, 70, 48), torch.ones(2, 4, 70, 70)
-    wanted = Parts()(*inputs, Noise(keys_B, positions_BT))
+    wanted = Parts()(*inputs, DropoutKeys(keys_B, positions_BT))
     parts = Parts().to(DEVICE)
     if compiled and DEVICE == "cuda":
         parts.compile()
-    got = parts(*(x.to(DEVICE) for x in inputs), Noise(keys_B.to(DEVICE), positions_BT.to(DEVICE)))
+    got = parts(*(x.to(DEVICE) for x in inputs), DropoutKeys(keys_B.to(DEVICE), positions_BT.to(DEVICE)))
     for ours, theirs in zip(got, wanted, strict=True):
         assert torch.equal(ours.cpu() == 0, theirs == 0)
 
@@ -284,10 +284,12 @@ def two_steps(preset, changes, compiled) -> tuple[list[float], list[float]]:
     vocabulary, length = (50257, 512) if torch.cuda.is_available() else (500, 64)
     world, train = World.from_environment(), TrainConfig(steps=2, global_batch=4, micro_batch=2)
     layout = layout_for(train, ParallelConfig(), 1)
-    made = build(config, vocabulary=vocabulary, sequence_length=length)
+    made = build_model(config, vocabulary=vocabulary, sequence_length=length)
     made.initialize(1)
     optimizer = OptimizerConfig(learning_rate=1e-4)
-    engine = Engine(made, mesh=world.mesh(layout), optimizer=optimizer, precision="bf16", recompute="selective", compile_blocks=compiled)
+    engine = Engine(
+        made, mesh=world.mesh(layout), optimizer=optimizer, precision="bf16", checkpointing="selective", compile_blocks=compiled
+    )
     generator = torch.Generator().manual_seed(0)
     text_BT = torch.randint(0, vocabulary, (4, length + 1), generator=generator)
     tokens, targets = text_BT[:, :-1].contiguous(), text_BT[:, 1:].contiguous()
@@ -303,7 +305,7 @@ def two_steps(preset, changes, compiled) -> tuple[list[float], list[float]]:
         sums, counts = engine.evaluate(taken[0])
         assert torch.isfinite(sums).all()
         assert (counts > 0).all()
-        told.append((engine.loss(outcome.terms.tolist()), outcome.norm))
+        told.append((engine.loss(outcome.terms.tolist()), outcome.grad_norm))
     return tuple(map(list, zip(*told, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""The fused loss is softmax and likelihood as torch takes them, in value and gradient, however it is cut."""
+"""The fused loss equals torch's cross-entropy in value and gradient, for any chunk size and vocabulary shard."""
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from manta.trainer.dataloader.batch import IGNORED
 from manta.trainer.model import losses
-from manta.trainer.model.losses import classify, cross_entropy
+from manta.trainer.model.losses import classification_loss, cross_entropy
+from manta.trainer.parallel.tensor import vocabulary_shard
 
 TOKENS, WIDTH, ROWS, VOCABULARY = 23, 8, 24, 21  # three rows are padding
 OPTIONS = [
@@ -24,16 +25,16 @@ OPTIONS = [
 
 
 @pytest.fixture
-def chunks_of(monkeypatch):
+def set_chunk_size(monkeypatch):
     def set_to(tokens: int) -> None:
         monkeypatch.setattr(losses, "CHUNK", {"cpu": 1, "cuda": 1})
-        monkeypatch.setattr(losses, "LEAST", tokens)
+        monkeypatch.setattr(losses, "MIN_TOKENS", tokens)
 
     return set_to
 
 
 def inputs(dtype=torch.float64, *, rows=ROWS, vocabulary=VOCABULARY, tokens=TOKENS, bias=True):
-    """-> the leaves (x, weight and, if asked for, bias) and targets of which a third are ignored."""
+    """Return the leaves (x, weight, and bias if requested) and targets, a third of which are ignored."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(tokens, WIDTH), (rows, WIDTH), (rows,)]
     leaves = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
@@ -42,13 +43,13 @@ def inputs(dtype=torch.float64, *, rows=ROWS, vocabulary=VOCABULARY, tokens=TOKE
     return leaves if bias else leaves[:2], targets
 
 
-def ours(leaves, targets, *, vocabulary=VOCABULARY, **options):
+def fused_loss(leaves, targets, *, vocabulary=VOCABULARY, **options):
     bias = leaves[2] if len(leaves) == 3 else None
     return cross_entropy(*leaves[:2], targets, vocabulary=vocabulary, bias_V=bias, **options)
 
 
-def theirs(leaves, targets, *, vocabulary=VOCABULARY, soft_cap=None, smoothing=0.0, z_weight=0.0):
-    """The same by torch's own functions, with all logits held at once."""
+def torch_loss(leaves, targets, *, vocabulary=VOCABULARY, soft_cap=None, smoothing=0.0, z_weight=0.0):
+    """The same by torch's functions, with all logits in memory."""
     logits = F.linear(*leaves)[:, :vocabulary]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if soft_cap is not None:
@@ -68,26 +69,26 @@ def with_gradients(loss, leaves, *arguments, **options):
 @pytest.mark.parametrize("chunk", [1, 7, TOKENS, 256])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_value_and_gradients_are_those_of_torch(options, bias, chunk, chunks_of):
-    chunks_of(chunk)
+def test_value_and_gradients_equal_torchs(options, bias, chunk, set_chunk_size):
+    set_chunk_size(chunk)
     leaves, targets = inputs(bias=bias)
-    got, wanted = (with_gradients(loss, leaves, targets, **options) for loss in (ours, theirs))
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    assert not got[1].requires_grad
+    result, expected = (with_gradients(loss, leaves, targets, **options) for loss in (fused_loss, torch_loss))
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    assert not result[1].requires_grad
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_gradients_are_those_of_finite_differences(options, bias, chunks_of):
-    chunks_of(7)
+def test_gradients_match_finite_differences(options, bias, set_chunk_size):
+    set_chunk_size(7)
     leaves, targets = inputs(bias=bias)
-    assert torch.autograd.gradcheck(lambda *leaves: ours(leaves, targets, **options)[0], leaves)
+    assert torch.autograd.gradcheck(lambda *leaves: fused_loss(leaves, targets, **options)[0], leaves)
 
 
-def test_a_wrong_gradient_is_told_from_a_right_one():
+def test_gradcheck_detects_a_wrong_gradient():
     leaves, targets = inputs()
     with pytest.raises(GradcheckError):
-        torch.autograd.gradcheck(lambda *leaves: Doubled.apply(ours(leaves, targets)[0]), leaves)
+        torch.autograd.gradcheck(lambda *leaves: Doubled.apply(fused_loss(leaves, targets)[0]), leaves)
 
 
 class Doubled(torch.autograd.Function):
@@ -100,49 +101,49 @@ class Doubled(torch.autograd.Function):
         return 2 * grad
 
 
-def test_a_gradient_of_the_gradient_is_refused():
+def test_double_backward_is_refused():
     leaves, targets = inputs()
-    (grad,) = torch.autograd.grad(ours(leaves, targets)[0] ** 2, leaves[0], create_graph=True)
+    (grad,) = torch.autograd.grad(fused_loss(leaves, targets)[0] ** 2, leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_lesser_precisions_lose_no_more_than_their_rounding(options, dtype, bound):
+def test_low_precision_error_is_bounded_by_rounding(options, dtype, bound):
     leaves, targets = inputs(dtype)
-    got = with_gradients(ours, leaves, targets, **options)
-    wanted = with_gradients(theirs, [leaf.double() for leaf in leaves], targets, **options)
-    assert got[0].dtype == got[1].dtype == torch.float32
-    for mine, exact in zip(got, wanted, strict=True):
-        assert (mine - exact).norm() <= bound * exact.norm()
-    assert all(grad.dtype == dtype for grad in got[2:])
+    result = with_gradients(fused_loss, leaves, targets, **options)
+    expected = with_gradients(torch_loss, [leaf.double() for leaf in leaves], targets, **options)
+    assert result[0].dtype == result[1].dtype == torch.float32
+    for value, exact in zip(result, expected, strict=True):
+        assert (value - exact).norm() <= bound * exact.norm()
+    assert all(grad.dtype == dtype for grad in result[2:])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_under_autocast_products_are_narrow_and_the_rest_is_wide(options):
+def test_autocast_applies_to_products_only(options):
     leaves, targets = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, wanted = ours(leaves, targets, **options), theirs(leaves, targets, **options)
-    assert got[0].dtype == torch.float32
-    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
-    assert (got[0] - ours(leaves, targets, **options)[0]).abs() > 1e-4 * got[0]  # the products were narrow indeed
-    gradients, others = (torch.autograd.grad(value[0], leaves) for value in (got, wanted))
-    for mine, other in zip(gradients, others, strict=True):
-        assert mine.dtype == torch.float32
-        assert (mine - other).norm() <= 1e-2 * other.norm()
+        result, expected = fused_loss(leaves, targets, **options), torch_loss(leaves, targets, **options)
+    assert result[0].dtype == torch.float32
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+    assert (result[0] - fused_loss(leaves, targets, **options)[0]).abs() > 1e-4 * result[0]  # the products were in bf16 indeed
+    gradients, expected_gradients = (torch.autograd.grad(value[0], leaves) for value in (result, expected))
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected_gradient).norm() <= 1e-2 * expected_gradient.norm()
 
 
-def test_autocast_leaves_fp64_alone():
+def test_autocast_does_not_change_fp64():
     leaves, targets = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = ours(leaves, targets)
-    assert torch.equal(got[0], ours(leaves, targets)[0])
+        result = fused_loss(leaves, targets)
+    assert torch.equal(result[0], fused_loss(leaves, targets)[0])
 
 
-def test_the_weight_s_gradient_is_summed_in_fp32(chunks_of):
-    """In bf16, a sum of many small parts stands still once it is 256 times as large as a part."""
-    chunks_of(1)
+def test_the_weights_gradient_is_accumulated_in_fp32(set_chunk_size):
+    """In bf16, a sum of many equal terms stops growing at 256 times a term."""
+    set_chunk_size(1)
     x = torch.ones(2000, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     objective, _ = cross_entropy(x, weight, torch.zeros(2000, dtype=torch.int64), vocabulary=2)
@@ -151,105 +152,106 @@ def test_the_weight_s_gradient_is_summed_in_fp32(chunks_of):
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
-def test_what_needs_no_gradient_changes_nothing_for_the_rest(missing):
+def test_inputs_without_gradient_do_not_affect_other_gradients(missing):
     leaves, targets = inputs()
-    wanted = with_gradients(theirs, leaves, targets)
+    expected = with_gradients(torch_loss, leaves, targets)
     leaves[missing].requires_grad_(False)
-    objective, _ = ours(leaves, targets)
+    objective, _ = fused_loss(leaves, targets)
     (objective * 3).backward()
     assert leaves[missing].grad is None
     for index in {0, 1, 2} - {missing}:
-        torch.testing.assert_close(leaves[index].grad, wanted[2 + index])
+        torch.testing.assert_close(leaves[index].grad, expected[2 + index])
 
 
-def test_without_gradients_none_is_taken():
+def test_no_gradient_is_computed_under_no_grad():
     leaves, targets = inputs()
     with torch.no_grad():
-        objective, z = ours(leaves, targets, z_weight=0.1)
+        objective, z = fused_loss(leaves, targets, z_weight=0.1)
     assert not objective.requires_grad
-    wanted = ours([leaf.detach() for leaf in leaves], targets, z_weight=0.1)
-    torch.testing.assert_close((objective, z), wanted)
-    torch.testing.assert_close((objective, z), theirs(leaves, targets, z_weight=0.1), check_device=False)
+    expected = fused_loss([leaf.detach() for leaf in leaves], targets, z_weight=0.1)
+    torch.testing.assert_close((objective, z), expected)
+    torch.testing.assert_close((objective, z), torch_loss(leaves, targets, z_weight=0.1), check_device=False)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_padding_takes_no_part_whatever_it_holds(options):
+def test_padding_rows_do_not_affect_the_loss(options):
     leaves, targets = inputs()
-    wanted = with_gradients(ours, leaves, targets, **options)
+    expected = with_gradients(fused_loss, leaves, targets, **options)
     with torch.no_grad():
         leaves[1][VOCABULARY:], leaves[2][VOCABULARY:] = torch.inf, torch.nan
-    got = with_gradients(ours, leaves, targets, **options)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
-    assert not got[3][VOCABULARY:].any()
-    assert not got[4][VOCABULARY:].any()
+    result = with_gradients(fused_loss, leaves, targets, **options)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    assert not result[3][VOCABULARY:].any()
+    assert not result[4][VOCABULARY:].any()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("tokens", [0, TOKENS])
-def test_nothing_to_predict_costs_nothing(options, tokens):
+def test_ignored_targets_give_zero_loss_and_gradients(options, tokens):
     leaves, targets = inputs(torch.float32, tokens=tokens)
-    objective, z, *gradients = with_gradients(ours, leaves, targets.fill_(IGNORED), **options)
+    objective, z, *gradients = with_gradients(fused_loss, leaves, targets.fill_(IGNORED), **options)
     assert objective == z == 0
-    assert not any(grad.any() for grad in gradients)  # NaN is not 0 either
+    assert not any(grad.any() for grad in gradients)  # also not NaN
 
 
 def test_large_logits_do_not_overflow():
     leaves, targets = inputs(torch.float32, bias=False)
     leaves = [leaf.detach() * 100 for leaf in leaves]
-    got, wanted = (with_gradients(loss, leaves, targets, smoothing=0.1) for loss in (ours, theirs))
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+    result, expected = (with_gradients(loss, leaves, targets, smoothing=0.1) for loss in (fused_loss, torch_loss))
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("target", [-1, VOCABULARY, ROWS])
-def test_a_target_that_is_no_class_is_an_error(target):
+def test_a_target_out_of_range_is_an_error(target):
     leaves, targets = inputs()
     targets[1] = target
     with pytest.raises(RuntimeError, match="out of bounds"):
-        ours(leaves, targets)
+        fused_loss(leaves, targets)
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation made."""
+    """Records the bytes of the largest tensor that any operation returns."""
 
     bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        made = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.bytes = max([self.bytes, *made])
+        sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.bytes = max([self.bytes, *sizes])
         return result
 
 
-def test_all_logits_are_never_held_at_once(monkeypatch):
+def test_logits_of_all_tokens_are_never_in_memory_at_once(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", {"cpu": 2**18, "cuda": 2**18})
     tokens = rows = 4096
     leaves, targets = inputs(torch.float32, rows=rows, vocabulary=rows, tokens=tokens)
-    seen = {}
-    for loss in (ours, theirs):
+    largest_bytes = {}
+    for loss in (fused_loss, torch_loss):
         with Largest() as largest:
             with_gradients(loss, leaves, targets, vocabulary=rows, smoothing=0.1, z_weight=0.1, soft_cap=9.0)
-        seen[loss] = largest.bytes
-    assert seen[theirs] >= tokens * rows * 4
-    assert seen[ours] == 4 * max(2**18, losses.LEAST * rows)  # a sixteenth
+        largest_bytes[loss] = largest.bytes
+    assert largest_bytes[torch_loss] >= tokens * rows * 4
+    assert largest_bytes[fused_loss] == 4 * max(2**18, losses.MIN_TOKENS * rows)  # a sixteenth
 
 
-def cut(ranks, options, vocabulary, rows, dtype):
-    """On a rank: its part of the weight against the whole of it. Groups of `ranks` ranks beside each other do the same."""
-    losses.CHUNK, losses.LEAST = {"cpu": 1, "cuda": 1}, 7
-    me, groups = dist.get_rank(), dist.get_world_size() // ranks
-    group = [dist.new_group(range(g * ranks, (g + 1) * ranks)) for g in range(groups)][me // ranks]
+def sharded(ranks, options, vocabulary, rows, dtype):
+    """Compare this rank's shard of the weight with the whole weight. Several groups of `ranks` ranks do the same."""
+    losses.CHUNK, losses.MIN_TOKENS = {"cpu": 1, "cuda": 1}, 7
+    rank, groups = dist.get_rank(), dist.get_world_size() // ranks
+    group = [dist.new_group(range(g * ranks, (g + 1) * ranks)) for g in range(groups)][rank // ranks]
     leaves, targets = inputs(dtype, rows=rows, vocabulary=vocabulary)
-    mine = slice(me % ranks * rows // ranks, (me % ranks + 1) * rows // ranks)
-    part = [leaves[0], leaves[1][mine], leaves[2][mine]]
-    objective, z, of_x, *others = with_gradients(ours, part, targets, vocabulary=vocabulary, group=group, **options)
-    partial = of_x.clone()
-    dist.all_reduce(of_x, group=group)
-    whole = with_gradients(ours, leaves, targets, vocabulary=vocabulary, **options)
-    wanted = *whole[:3], *(grad[mine] for grad in whole[3:])
+    local = slice(rank % ranks * rows // ranks, (rank % ranks + 1) * rows // ranks)
+    local_leaves = [leaves[0], leaves[1][local], leaves[2][local]]
+    shard = vocabulary_shard(group)
+    objective, z, grad_x, *others = with_gradients(fused_loss, local_leaves, targets, vocabulary=vocabulary, shard=shard, **options)
+    partial = grad_x.clone()
+    dist.all_reduce(grad_x, group=group)
+    whole = with_gradients(fused_loss, leaves, targets, vocabulary=vocabulary, **options)
+    expected = *whole[:3], *(grad[local] for grad in whole[3:])
     bound = 1e-6 if dtype == torch.float32 else 1e-14
-    for got, of_whole in zip((objective, z, of_x, *others), wanted, strict=True):
-        assert (got - of_whole).norm() <= bound * of_whole.norm()
-    return torch.equal(partial, of_x), float(objective)
+    for value, expected_value in zip((objective, z, grad_x, *others), expected, strict=True):
+        assert (value - expected_value).norm() <= bound * expected_value.norm()
+    return torch.equal(partial, grad_x), float(objective)
 
 
 @pytest.mark.parametrize(
@@ -257,40 +259,40 @@ def cut(ranks, options, vocabulary, rows, dtype):
     [
         (2, 2, VOCABULARY, ROWS),
         (4, 4, VOCABULARY, ROWS),
-        (4, 4, 10, ROWS),  # the third rank's last rows are padding, and all of the fourth's
-        (4, 2, 12, ROWS),  # two groups; all of the second ranks' rows are padding
+        (4, 4, 10, ROWS),  # padding: the last rows of the third rank, and all of the fourth's
+        (4, 2, 12, ROWS),  # two groups; all rows of the second ranks are padding
     ],
 )
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_vocabulary_cut_over_ranks_gives_what_the_whole_gives(options, world, ranks, vocabulary, rows):
-    told = spmd(cut_in_both_precisions, world, ranks, options, vocabulary, rows)
-    assert len({value for answers in told for _, value in answers}) == 2  # one a precision: all ranks have the same, to the bit
+def test_a_sharded_vocabulary_gives_the_loss_of_the_whole(options, world, ranks, vocabulary, rows):
+    results = spmd(sharded_in_both_precisions, world, ranks, options, vocabulary, rows)
+    assert len({value for result in results for _, value in result}) == 2  # one per precision: all ranks have bitwise the same
     has_classes = [rank % ranks * (rows // ranks) < vocabulary for rank in range(world)]
-    if sum(has_classes[:ranks]) > 1:  # a part is not the whole
-        assert not any(same for answers in told for same, _ in answers)
+    if sum(has_classes[:ranks]) > 1:  # a partial gradient differs from the sum
+        assert not any(same for result in results for same, _ in result)
 
 
-def cut_in_both_precisions(*arguments):
-    told = [cut(*arguments, dtype) for dtype in (torch.float32, torch.float64)]
-    dist.barrier()  # the first rank keeps the store by which the other groups still meet
-    return told
+def sharded_in_both_precisions(*arguments):
+    results = [sharded(*arguments, dtype) for dtype in (torch.float32, torch.float64)]
+    dist.barrier()  # the first rank's store must outlive the rendezvous of the other groups
+    return results
 
 
-def test_without_a_gradient_the_ranks_agree_too():
-    told = spmd(evaluated, 2)
+def test_shards_agree_without_gradients():
+    results = spmd(evaluated, 2)
     leaves, targets = inputs()
-    assert told == pytest.approx([float(ours(leaves, targets)[0].detach())] * 2, rel=1e-12)
+    assert results == pytest.approx([float(fused_loss(leaves, targets)[0].detach())] * 2, rel=1e-12)
 
 
 def evaluated():
     leaves, targets = inputs()
-    mine = slice(dist.get_rank() * ROWS // 2, (dist.get_rank() + 1) * ROWS // 2)
+    local = slice(dist.get_rank() * ROWS // 2, (dist.get_rank() + 1) * ROWS // 2)
     with torch.no_grad():
-        return float(ours([leaves[0], leaves[1][mine], leaves[2][mine]], targets, group=dist.group.WORLD)[0])
+        return float(fused_loss([leaves[0], leaves[1][local], leaves[2][local]], targets, shard=vocabulary_shard(dist.group.WORLD))[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_sequences_are_classified_by_weight(dtype):
+def test_classification_loss_weights_sequences(dtype):
     logits = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 5.0]], dtype=dtype)
-    got = classify(logits, torch.tensor([0, IGNORED, 1]), torch.tensor([1.0, 1.0, 3.0]))
-    assert float(got) == pytest.approx(0.126928 + 3 * 0.018150, rel=1e-4)
+    result = classification_loss(logits, torch.tensor([0, IGNORED, 1]), torch.tensor([1.0, 1.0, 3.0]))
+    assert float(result) == pytest.approx(0.126928 + 3 * 0.018150, rel=1e-4)

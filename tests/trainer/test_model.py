@@ -10,7 +10,7 @@ from manta.data.errors import InputError
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.dataloader.batch import IGNORED, Batch
 from manta.trainer.model.bert import Bert
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.model.decoder import Decoder
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.serve.generate import Sampling, generate, sample
@@ -20,7 +20,7 @@ DECODERS = ["llama", "gpt2", "moe", "gpt2-moe"]
 
 
 def llama(seed: int = 3, **changes) -> Decoder:
-    made = build(CONFIG.model_copy(update=changes), vocabulary=200, sequence_length=64)
+    made = build_model(CONFIG.model_copy(update=changes), vocabulary=200, sequence_length=64)
     made.initialize(seed)
     return made
 
@@ -132,7 +132,7 @@ def test_a_weight_s_first_value_depends_on_seed_and_name_alone():
 
 
 def test_models_begin_as_their_papers_say():
-    gpt2, bert = (build(MODELS[name], vocabulary=VOCABULARY, sequence_length=LENGTH) for name in ("gpt2", "bert"))
+    gpt2, bert = (build_model(MODELS[name], vocabulary=VOCABULARY, sequence_length=LENGTH) for name in ("gpt2", "bert"))
     for made in (gpt2, bert):
         made.initialize(seed=1)
     assert gpt2.get_parameter("blocks.0.mlp.up_proj.weight").detach().std().item() == pytest.approx(0.02, rel=0.05)
@@ -155,7 +155,7 @@ def test_an_untied_head_has_a_weight_of_its_own():
 def test_a_mixture_counts_the_flops_of_the_experts_that_a_token_uses():
     dense = ModelConfig(layers=2, width=64, heads=4, mlp_width=128)
     mixture = ModelConfig(layers=2, width=64, heads=4, experts={"experts": 8, "top_k": 2, "width": 64})
-    made = [build(config, vocabulary=256, sequence_length=32) for config in (dense, mixture)]
+    made = [build_model(config, vocabulary=256, sequence_length=32) for config in (dense, mixture)]
     router = 6.0 * 2 * 8 * 64
     assert made[1].flops_per_token(32) == made[0].flops_per_token(32) + router
 
@@ -202,7 +202,7 @@ def test_bert_predicts_masked_tokens_and_pairs_alone():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match=r"model.positions: got 16, wants at least data.sequence_length 32"):
-        build(ModelConfig(family="gpt2", layers=1, width=8, heads=1, positions=16), vocabulary=9, sequence_length=32)
-    with pytest.raises(InputError, match=r"model.vocabulary: got 8, wants at least the tokenizer's 9"):
-        build(CONFIG.model_copy(update={"vocabulary": 8}), vocabulary=9, sequence_length=32)
+    with pytest.raises(InputError, match=r"model.positions: expected at least data.sequence_length 32, got 16"):
+        build_model(ModelConfig(family="gpt2", layers=1, width=8, heads=1, positions=16), vocabulary=9, sequence_length=32)
+    with pytest.raises(InputError, match=r"model.vocabulary: expected at least the tokenizer's 9, got 8"):
+        build_model(CONFIG.model_copy(update={"vocabulary": 8}), vocabulary=9, sequence_length=32)

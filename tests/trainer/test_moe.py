@@ -216,7 +216,7 @@ def test_the_bias_moves_load_towards_balance():
     for _ in range(200):
         router(x)
         worst.append(float(router.load.max()) / float(router.load.float().mean()))
-        router.settle(router.load)
+        router.end_step(router.load)
     assert worst[0] > 1.8
     assert max(worst[-20:]) < 1.15
 
@@ -224,11 +224,11 @@ def test_the_bias_moves_load_towards_balance():
 def test_settling_goes_by_the_sign_alone_and_begins_a_new_count():
     router = Router(WIDTH, CONFIG.model_copy(update={"balance": "bias", "bias_update_speed": 0.25}))
     router.load += 7
-    router.settle(torch.tensor([10.0, 2.0, 6.0, 6.0]))
+    router.end_step(torch.tensor([10.0, 2.0, 6.0, 6.0]))
     assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     assert router.load.tolist() == [0, 0, 0, 0]
     router.load += 7
-    router.settle(torch.tensor([10.0, 2.0, 6.0, 6.0]), learned=False)  # a step that was left out, as fp16 does
+    router.end_step(torch.tensor([10.0, 2.0, 6.0, 6.0]), skipped=True)  # a step that was left out, as fp16 does
     assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     assert router.load.tolist() == [0, 0, 0, 0]
 

@@ -1,4 +1,4 @@
-"""A model of the user's own is trained as ours are. docs/models.md says how: what it shows is what runs here."""
+"""A user's model class trains like the built-in models. docs/models.md shows how, and its example is what these tests run."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from manta.launch import config
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import ParallelConfig
 from manta.trainer.metrics import read_metrics
-from manta.trainer.model.build import build, own
+from manta.trainer.model.build import build_model, load_class
 from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
 
@@ -33,67 +33,66 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def desk(workspace) -> Path:
-    """Where the document's commands are given: the example lies below, among files with the names of our rooms."""
-    there = workspace.directory / "examples/own_model"
-    shutil.copytree(EXAMPLE, there, ignore=shutil.ignore_patterns("runs", "corpora", "__pycache__"))
+def checkout(workspace) -> Path:
+    """The directory in which the document's commands run. The example is in it, among files named like our packages."""
+    example = workspace.directory / "examples/own_model"
+    shutil.copytree(EXAMPLE, example, ignore=shutil.ignore_patterns("runs", "corpora", "__pycache__"))
     for name in ("data.py", "cluster.py", "launch.py", "manta.py", "typing.py", "torch.py"):
-        (there / name).write_text("raise SystemExit('the user\\'s own file was imported')\n")
-    shutil.copytree(workspace.directory / "trainer", there / "trainer")
+        (example / name).write_text("raise SystemExit('the user\\'s own file was imported')\n")
+    shutil.copytree(workspace.directory / "trainer", example / "trainer")
     return workspace.directory
 
 
 @pytest.fixture(scope="module")
-def trained(workspace, desk) -> RunDirectory:
-    """The document's commands, on a smaller corpus and for fewer steps."""
+def trained(workspace, checkout) -> RunDirectory:
+    """Run the document's commands on a smaller corpus and for fewer steps."""
     smaller = yaml.safe_load(workspace.config_file.read_text())
-    smaller["data"]["directory"] = str(workspace.directory / "corpora")  # where it has been prepared
-    (desk / "examples/own_model/documents").symlink_to(workspace.directory / "documents")
+    smaller["data"]["directory"] = str(workspace.directory / "corpora")  # already prepared
+    (checkout / "examples/own_model/documents").symlink_to(workspace.directory / "documents")
     overrides = [f"{section}={json.dumps(smaller[section])}" for section in ("data", "tokenizer", "train", "cluster", "checkpoint")]
     overrides += ["train.steps=8", "schedule.warmup_steps=2", "model.width=64", "model.mlp_width=128"]
     (commands,) = [block for block in BLOCKS if block.startswith("cd examples/own_model\n")]
-    here = desk
+    directory = checkout
     for line in commands.splitlines():
         program, *arguments = shlex.split(line, comments=True)
         if program == "cd":
-            here = here / arguments[0]
+            directory = directory / arguments[0]
             continue
         assert program == "manta"
-        given = [re.sub(r"train\.steps=\d+", "train.steps=12", argument) for argument in arguments]
-        done = subprocess.run(
-            [MANTA, *given, *(overrides if "train" in given else [])], cwd=here, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 0, (line, done.stderr)
-        if "generate" in given:
-            assert done.stdout.startswith(given[2])
-            assert len(done.stdout) > len(given[2]) + 1
-    return RunDirectory(desk / "examples/own_model/runs/parallel")
+        arguments = [re.sub(r"train\.steps=\d+", "train.steps=12", argument) for argument in arguments]
+        command = [MANTA, *arguments, *(overrides if "train" in arguments else [])]
+        result = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, (line, result.stderr)
+        if "generate" in arguments:
+            assert result.stdout.startswith(arguments[2])
+            assert len(result.stdout) > len(arguments[2]) + 1
+    return RunDirectory(checkout / "examples/own_model/runs/parallel")
 
 
 @pytest.mark.slow
-def test_the_document_s_commands_train_a_model_of_one_s_own_and_go_on_from_elsewhere(trained, desk):
+def test_the_documents_commands_train_the_example_and_resume_elsewhere(trained, checkout):
     lines = read_metrics(trained.metrics_file)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["world_size"] for line in lines] == [2] * 8 + [1] * 4
     assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.1
-    assert trained.manifest()["code"] == str(desk / "examples/own_model")
+    assert trained.manifest()["code"] == str(checkout / "examples/own_model")
 
 
 @pytest.mark.slow
-def test_a_rank_alone_finds_it_too(trained, desk):
-    home = desk / "own by hand"
-    shutil.copytree(trained.path, home)
-    shutil.rmtree(home / "checkpoints/step-00000012")
-    command = [MANTA.with_name("python"), "-P", "-m", "manta.trainer", str(home)]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=desk, env=alone, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    ours, theirs = ([line["train/loss"] for line in read_metrics(RunDirectory(place).metrics_file)] for place in (home, trained.path))
-    assert ours == theirs  # of the last steps, done anew: bit by bit
+def test_a_rank_without_a_launcher_finds_the_class(trained, checkout):
+    copy = checkout / "own without a launcher"
+    shutil.copytree(trained.path, copy)
+    shutil.rmtree(copy / "checkpoints/step-00000012")
+    command = [MANTA.with_name("python"), "-P", "-m", "manta.trainer", str(copy)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    losses, expected = ([line["train/loss"] for line in read_metrics(RunDirectory(path).metrics_file)] for path in (copy, trained.path))
+    assert losses == expected  # the last steps again, bitwise
 
 
 @pytest.mark.slow
-def test_its_cache_and_its_head_are_those_of_any_decoder(trained):
+def test_its_cache_and_head_work_like_any_decoders(trained):
     model = load_pretrained(trained).model
     tokens = torch.randint(0, 200, (1, 12))
     changed = tokens.clone()
@@ -103,79 +102,82 @@ def test_its_cache_and_its_head_are_those_of_any_decoder(trained):
 
 
 @pytest.mark.slow
-def test_where_the_code_lay_is_gone_it_is_looked_for_here(trained, tmp_path, monkeypatch):
+def test_a_missing_code_directory_falls_back_to_the_current_one(trained, tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps(trained.manifest() | {"code": str(tmp_path / "gone")}))
     monkeypatch.chdir(EXAMPLE)
     assert RunDirectory(tmp_path).code == EXAMPLE
 
 
-def test_a_class_that_is_not_there_is_told_before_anything_starts(workspace):
+def test_a_missing_class_is_refused_before_anything_starts(workspace):
     model = {"family": "nowhere.at_all:Model", **SIZES}
-    done = workspace.manta("train", str(workspace.config_file), "run.dir=own never", f"model={json.dumps(model)}")
-    assert done.returncode == 2
-    remedy = "install the package, or start manta from where the module lies"
-    told = f"and there is no module nowhere, installed or in {workspace.directory}; {remedy}"
-    assert done.stderr == f"manta: model.family: got 'nowhere.at_all:Model', {told}\n"
+    result = workspace.manta("train", str(workspace.config_file), "run.dir=own never", f"model={json.dumps(model)}")
+    assert result.returncode == 2
+    problem = f"there is no module nowhere, installed or in {workspace.directory}"
+    remedy = "Install the package, or start manta from the module's directory."
+    assert result.stderr == f"manta: model.family: expected a model class, got 'nowhere.at_all:Model': {problem}. {remedy}\n"
     assert not (workspace.directory / "own never").exists()
 
 
 MODULES = {
-    "model_empty": ("", "which is nothing in .*model_empty.py, wants a class that derives from manta"),
+    "model_empty": ("", r"it is missing in .*model_empty.py\. Derive a class from manta"),
     "model_missing": ("import no_such_package\nMine = 1\n", "there is no module no_such_package, installed or in"),
-    "model_broken": ("def (:\n", r"its import ends with SyntaxError: .*model_broken.py, line 1\); mend it"),
-    "model_raising": ("\nraise ValueError('no\\nluck')\n", r"its import ends with ValueError: no luck \(.*model_raising.py:2\); mend it"),
-    "model_instance": ("Mine = 1\n", "which is 1 in .*model_instance.py, wants a class that derives from manta.trainer.model.transformer"),
-    "model_module": ("import torch\nclass Mine(torch.nn.Module): pass\n", "which is <class 'model_module.Mine'> in"),
+    "model_broken": ("def (:\n", r"its import raises SyntaxError: .*model_broken.py, line 1\)\. Fix the module\."),
+    "model_raising": (
+        "\nraise ValueError('no\\nluck')\n",
+        r"its import raises ValueError: no luck \(.*model_raising.py:2\)\. Fix the module\.",
+    ),
+    "model_instance": ("Mine = 1\n", r"it is 1 in .*model_instance.py\. Derive a class from manta.trainer.model.transformer"),
+    "model_module": ("import torch\nclass Mine(torch.nn.Module): pass\n", "it is <class 'model_module.Mine'> in"),
     "model_unfinished": (
         "from manta.trainer.model.transformer import Transformer\nclass Mine(Transformer): pass\n",
-        r"in .*model_unfinished.py, which lacks counts, forward; define them, as docs/models.md shows",
+        r"the class in .*model_unfinished.py does not define counts, forward\. docs/models\.md shows an example",
     ),
     "model_signature": (
         "from manta.trainer.model.decoder import Decoder\nclass Mine(Decoder):\n    embed = None\n",
-        r"wants __init__\(config, \*, vocabulary, sequence_length\): got an unexpected keyword argument 'sequence_length'",
+        r"cannot be built with \(config, vocabulary=.*\): got an unexpected keyword argument 'sequence_length'",
     ),
 }
 
 
-def test_an_installed_package_is_taken_before_a_file_of_the_same_name(tmp_path):
+def test_an_installed_package_takes_precedence_over_a_file(tmp_path):
     (tmp_path / "yaml.py").write_text("raise AssertionError\n")
-    with pytest.raises(InputError, match=r"which is nothing in .*site-packages/yaml/__init__\.py"):
-        own("yaml:Mine", tmp_path)
+    with pytest.raises(InputError, match=r"it is missing in .*site-packages/yaml/__init__\.py"):
+        load_class("yaml:Mine", tmp_path)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_class_that_is_no_model_is_told_in_a_line(module, tmp_path):
-    text, told = MODULES[module]
+def test_an_unusable_class_is_refused_in_one_line(module, tmp_path):
+    text, message = MODULES[module]
     (tmp_path / f"{module}.py").write_text(text)
-    with pytest.raises(InputError, match=told) as caught:
-        own(f"{module}:Mine", tmp_path)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=message) as error:
+        load_class(f"{module}:Mine", tmp_path)
+    assert "\n" not in str(error.value)
 
 
-def test_a_class_without_terms_and_blocks_is_told_once_it_is_built(tmp_path):
+def test_a_class_without_terms_and_blocks_is_refused_when_built(tmp_path):
     (tmp_path / "model_bare.py").write_text(
         "from manta.trainer.model.transformer import Transformer\n"
         "class Mine(Transformer):\n"
         "    def __init__(self, config, *, vocabulary, sequence_length): super().__init__()\n"
         "    forward = counts = None\n"
     )
-    with pytest.raises(InputError, match=r"got 'model_bare:Mine', whose __init__ sets no terms and no blocks; docs/models\.md shows how"):
-        build(mine().model_copy(update={"family": "model_bare:Mine"}), vocabulary=9, sequence_length=8, code=tmp_path)
+    with pytest.raises(InputError, match=r"got 'model_bare:Mine': its __init__ sets no terms and no blocks\. docs/models\.md shows"):
+        build_model(mine().model_copy(update={"family": "model_bare:Mine"}), vocabulary=9, sequence_length=8, code=tmp_path)
 
 
 @pytest.mark.parametrize("family", [":Mine", "mine:", ".mine:Mine", "mine:Outer.Mine"])
-def test_a_name_that_python_would_not_take_is_told(family):
-    with pytest.raises(InputError, match=r"wants package\.module:Class, as Python names them"):
-        own(family)
+def test_an_invalid_class_path_is_refused(family):
+    with pytest.raises(InputError, match=r"expected package\.module:Class, got .*\. Use valid Python names"):
+        load_class(family)
 
 
-def test_an_option_that_the_example_can_not_use_is_told():
-    own(FAMILY, EXAMPLE)
-    with pytest.raises(InputError, match=r"model\.options\.power: got 'two', wants a whole number"):
-        build(mine(options={"power": "two"}), vocabulary=9, sequence_length=8, code=EXAMPLE)
+def test_an_invalid_option_of_the_example_is_refused():
+    load_class(FAMILY, EXAMPLE)
+    with pytest.raises(InputError, match=r"model\.options\.power: expected a whole number, got 'two'"):
+        build_model(mine(options={"power": "two"}), vocabulary=9, sequence_length=8, code=EXAMPLE)
 
 
-def test_what_is_proven_for_our_layers_alone_is_refused(workspace):
+def test_parallelism_that_needs_our_layers_is_refused(workspace):
     for share in ("tensor", "sequence"):
         with pytest.raises(InputError, match="a model of your own is proven under ZeRO alone; leave out tensor, sequence and expert"):
             config.load(workspace.config_file, [f"model={json.dumps({'family': FAMILY, **SIZES})}", f"parallel.{share}=2"])
@@ -186,14 +188,17 @@ def mine(**changes) -> ModelConfig:
 
 
 def with_mine(function, *arguments):
-    """In a process of its own: the table's models stay what they are."""
-    own(FAMILY, EXAMPLE)
+    """In a forked process, so that MODELS does not change for other tests."""
+    load_class(FAMILY, EXAMPLE)
     MODELS["mine"] = mine()
     return function(*arguments)
 
 
 CELLS = [
-    *(Cell("mine", 2, "fp32", ParallelConfig(zero=zero), again) for zero, again in ((0, "none"), (2, "selective"), (3, "full"))),
+    *(
+        Cell("mine", 2, "fp32", ParallelConfig(zero=zero), checkpointing)
+        for zero, checkpointing in ((0, "none"), (2, "selective"), (3, "full"))
+    ),
     Cell("mine", 2, "fp32", ParallelConfig(zero=1, offload=True)),
     Cell("mine", 2, "bf16", ParallelConfig(zero=1)),
     Cell("mine", 2, "bf16-autocast", ParallelConfig(zero=2)),
@@ -202,26 +207,26 @@ CELLS = [
 
 
 @pytest.fixture(scope="module")
-def plainly():
+def plain_traces():
     return spmd(with_mine, 1, plain_all, [("mine", precision) for precision in sorted({cell.precision for cell in CELLS})])[0]
 
 
 @pytest.mark.slow
-def test_under_zero_it_equals_one_plain_process(plainly):
+def test_the_example_has_parity_under_zero(plain_traces):
     for traces in spmd(with_mine, 2, under_all, CELLS):
         for cell, trace in zip(CELLS, traces, strict=True):
             for optimizer in OPTIMIZERS:
-                assert trace[optimizer].differs(plainly["mine", cell.precision, optimizer]).within(BOUNDS[cell.precision]), cell
+                assert trace[optimizer].differs(plain_traces["mine", cell.precision, optimizer]).within(BOUNDS[cell.precision]), cell
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [doubled, unreduced])
-def test_the_comparison_notices_a_fault_in_it(plainly, fault):
+def test_the_parity_comparison_detects_a_fault_in_it(plain_traces, fault):
     trace = spmd(with_mine, 2, under, Cell("mine", 2, "fp32"), "sgd", fault)[0]
-    assert not trace.differs(plainly["mine", "fp32", "sgd"]).within(BOUNDS["fp32"])
+    assert not trace.differs(plain_traces["mine", "fp32", "sgd"]).within(BOUNDS["fp32"])
 
 
-def test_the_document_shows_the_example_as_it_is():
+def test_the_document_shows_the_examples_files():
     assert (EXAMPLE / "parallel.py").read_text() in BLOCKS
     assert f"model:\n{yaml_section('model')}" in DOCUMENT
 
@@ -231,15 +236,15 @@ def yaml_section(name: str) -> str:
     return "".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith(" "))])
 
 
-def test_the_document_lists_each_preset_with_its_size():
+def test_the_document_lists_each_preset_with_its_parameters():
     rows = re.findall(r"^\| `([\w.-]+)` \|.*\| ([\d,]+) \| [\d,]+ \| ([\d,]+) \|", DOCUMENT, re.MULTILINE)
     assert {name for name, *_ in rows} == {path.stem for path in (ROOT / "launch/presets").glob("*.yaml")}
     for name, *sizes in rows:
-        vocabulary, told = (int(size.replace(",", "")) for size in sizes)
+        vocabulary, expected = (int(size.replace(",", "")) for size in sizes)
         model = ModelConfig.model_validate(config.preset(name, EXAMPLE))
         with torch.device("meta"):
-            made = build(model, vocabulary=vocabulary, sequence_length=positions(name))
-        assert sum(parameter.numel() for parameter in made.parameters()) == told, name
+            built = build_model(model, vocabulary=vocabulary, sequence_length=positions(name))
+        assert sum(parameter.numel() for parameter in built.parameters()) == expected, name
 
 
 def positions(name: str) -> int:

@@ -65,7 +65,7 @@ def test_what_is_quick_of_it_has_each_model_precision_stage_and_kind_of_share():
     assert {cell.precision for cell in QUICK} == set(PRECISIONS)
     assert {cell.parallel.zero for cell in QUICK} == {0, 1, 2, 3}
     assert {cell.ranks for cell in QUICK} == {1, 2, 4}
-    assert {cell.recompute for cell in QUICK} == {"none", "selective", "full"}
+    assert {cell.checkpointing for cell in QUICK} == {"none", "selective", "full"}
     for kind in ("tensor", "sequence", "expert", "offload"):
         assert any(getattr(cell.parallel, kind) > 1 or getattr(cell.parallel, kind) is True for cell in QUICK), kind
 
@@ -73,7 +73,7 @@ def test_what_is_quick_of_it_has_each_model_precision_stage_and_kind_of_share():
 def test_the_slice_touches_each_model_and_each_row_and_column_of_the_table():
     assert {cell.model for cell in SLICE} == MODELS.keys()
     assert {cell.precision for cell in SLICE} == set(PRECISIONS)
-    layers = {(cell.parallel.zero, cell.parallel.offload, cell.recompute) for cell in SLICE}
+    layers = {(cell.parallel.zero, cell.parallel.offload, cell.checkpointing) for cell in SLICE}
     assert layers == {*STAGES, *MORE} - {(3, False, "selective")}, "which is refused"
     shared = {(cell.ranks, cell.parallel.tensor, cell.parallel.sequence, cell.parallel.expert) for cell in SLICE}
     assert shared == {
@@ -113,7 +113,7 @@ def test_the_comparison_notices_bf16_without_zero():
 
 def wrong_under_zero_3() -> tuple[Trace, Trace]:
     plainly = Cell("gpt2", 1, "fp32", ParallelConfig(zero=3))
-    again = replace(plainly, recompute="selective")
+    again = replace(plainly, checkpointing="selective")
     assert again.refusal is not None
     return under(plainly, "sgd"), under(again, "sgd")
 

@@ -124,7 +124,7 @@ def plain(cell: Cell, optimizer: str) -> Trace:
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.parameters(), config.gradient_clipping)))
         steps.step()
         for _, router in trained.routers():
-            router.settle(router.load.float())
+            router.end_step(router.load.float())
         with torch.no_grad():
             for master, weight in zip(masters.parameters(), trained.parameters(), strict=True):
                 weight.copy_(master)
@@ -140,13 +140,13 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
     train = TrainConfig(steps=len(SHAPES), global_batch=BATCHES[-1], batch_ramp=stages, micro_batch=TURN // data)
     layout = layout_for(train, cell.parallel, world.size)
     mesh = world.mesh(layout)
-    with patch.object(engines, "_settings", in_pieces):
+    with patch.object(engines, "deepspeed_config", in_pieces):
         engine = Engine(
             model(cell.model),
             mesh=mesh,
             optimizer=optimizer_config(optimizer, cell.precision),
             precision=cell.precision,
-            recompute=cell.recompute,
+            checkpointing=cell.checkpointing,
             compile_blocks=compiled,
         )
     if fault is not None:
@@ -160,7 +160,7 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
         terms = outcome.terms.double()
         dist.all_reduce(terms, group=mesh.replicas)
         told.append(float(terms.sum()))
-        norms.append(outcome.norm)
+        norms.append(outcome.grad_norm)
     weights, drifted = gathered(engine)
     return Trace(told, norms, moved(cell.model, cell.precision, weights), drifted)
 

@@ -20,7 +20,7 @@ from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.metrics import read_metrics
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.run_directory import RunDirectory
 
 CHECKPOINT = "checkpoints/step-00000010"
@@ -45,7 +45,7 @@ def loaded_parts(run: str) -> tuple[list, dict[str, np.ndarray], int]:
     """On each rank: what it holds of masters and optimizer state, its weights, and the optimizer's step count."""
     home, world = RunDirectory(Path(run)), World.from_environment()
     config = home.config()
-    model = build(config.model, vocabulary=VOCABULARY, sequence_length=config.data.sequence_length)
+    model = build_model(config.model, vocabulary=VOCABULARY, sequence_length=config.data.sequence_length)
     mesh = world.mesh(layout_for(config.train, config.parallel, world.size))
     engine = Engine(model, mesh=mesh, optimizer=config.optimizer, precision=config.precision)
     checkpoint = catalog.restore_newest(home.checkpoints, lambda found: restore(home.checkpoints, found, engine))

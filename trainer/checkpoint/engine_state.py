@@ -22,7 +22,7 @@ from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS, Checkpoint, Pr
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.dist import sharding
 from manta.trainer.engine.deepspeed import Engine
-from manta.trainer.optim.optimizers import STATES
+from manta.trainer.optim.optimizers import STATE_KEYS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,8 @@ def logical_state(engine: Engine) -> dict[str, TensorViews]:
     state: dict[str, TensorViews] = {}
     for fragment in _fragments(engine):
         local_shape, start = fragment.local_shape, fragment.start
-        shape, offsets = sharding.whole(fragment.name, local_shape, engine.mesh.part)
-        tensors = {"master": fragment.master.data} | {key: optimizer.state[fragment.master][key] for key in STATES[type(optimizer)]}
+        shape, offsets = sharding.global_shape(fragment.name, local_shape, engine.mesh.shard)
+        tensors = {"master": fragment.master.data} | {key: optimizer.state[fragment.master][key] for key in STATE_KEYS[type(optimizer)]}
         for key, tensor in tensors.items():
             flat = tensor.view(-1).narrow(0, fragment.offset, fragment.count)
             state[f"{key}/{fragment.name}"] = TensorViews.from_flat(shape, flat, local_shape=local_shape, offsets=offsets, start=start)
@@ -56,8 +56,8 @@ def logical_state(engine: Engine) -> dict[str, TensorViews]:
 def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """Return the whole shape of every tensor in a checkpoint of this model, over all ranks."""
     parameters = engine.module.named_parameters()
-    whole_shapes = {name: sharding.whole(name, _local_shape(parameter), engine.mesh.part)[0] for name, parameter in parameters}
-    keys = ("master", *STATES[type(_optimizer(engine))])
+    whole_shapes = {name: sharding.global_shape(name, _local_shape(parameter), engine.mesh.shard)[0] for name, parameter in parameters}
+    keys = ("master", *STATE_KEYS[type(_optimizer(engine))])
     shapes = {f"{key}/{name}": shape for name, shape in whole_shapes.items() for key in keys}
     return shapes | {f"master/{name}": tuple(bias_E.shape) for name, bias_E in _router_biases(engine)}
 
@@ -66,7 +66,7 @@ def engine_progress(engine: Engine, *, step: int, samples_consumed: int, cursors
     """cursors: each data rank's position, if samples are read live."""
     counts = {int(state["step"]) for state in _optimizer(engine).state.values() if "step" in state}
     assert len(counts) <= 1, f"groups have counted {counts} steps"
-    scaler = {name: getattr(engine.zero.loss_scaler, name) for name in LOSS_SCALER_FIELDS} if engine.precision == "fp16" else None
+    scaler = {name: getattr(engine.zero_optimizer.loss_scaler, name) for name in LOSS_SCALER_FIELDS} if engine.precision == "fp16" else None
     return Progress(
         step=step, samples_consumed=samples_consumed, optimizer_steps=next(iter(counts), 0), loss_scaler=scaler, cursors=cursors
     )
@@ -87,7 +87,7 @@ def finish_restore(progress: Progress, engine: Engine) -> None:
             state["step"] = torch.full_like(state["step"], float(progress.optimizer_steps))
     if engine.precision == "fp16":
         for name, value in (progress.loss_scaler or {}).items():
-            setattr(engine.zero.loss_scaler, name, value)
+            setattr(engine.zero_optimizer.loss_scaler, name, value)
     refresh_weights(engine)
 
 
@@ -102,7 +102,7 @@ def load_weights(backend: CheckpointBackend, checkpoint: Checkpoint, engine: Eng
 
 def refresh_weights(engine: Engine) -> None:
     """Compute the working weights from the masters. All ranks call this together."""
-    zero = engine.zero
+    zero = engine.zero_optimizer
     match engine.layout.zero:
         case 0:
             pass  # they are the same
@@ -122,7 +122,7 @@ def _masters_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def _fragments(engine: Engine) -> Iterator[Fragment]:
     """Yield a fragment of each parameter that this rank holds a part of."""
     for name, parameter in engine.module.named_parameters():
-        local_shape, zero, annotated = _local_shape(parameter), engine.zero, _annotated(parameter)
+        local_shape, zero, annotated = _local_shape(parameter), engine.zero_optimizer, _annotated(parameter)
         match engine.layout.zero:
             case 0:
                 count = parameter.numel()
@@ -148,13 +148,13 @@ def _masters(engine: Engine) -> list[Tensor]:
         case 0:
             return list(engine.module.parameters())
         case 1 | 2:
-            return engine.zero.single_partition_of_fp32_groups
+            return engine.zero_optimizer.single_partition_of_fp32_groups
         case _:
-            return engine.zero.fp32_partitioned_groups_flat
+            return engine.zero_optimizer.fp32_partitioned_groups_flat
 
 
 def _optimizer(engine: Engine) -> torch.optim.Optimizer:
-    return engine.zero if engine.layout.zero == 0 else engine.zero.optimizer
+    return engine.zero_optimizer if engine.layout.zero == 0 else engine.zero_optimizer.optimizer
 
 
 def _optimizer_with_state(engine: Engine) -> torch.optim.Optimizer:
@@ -162,7 +162,7 @@ def _optimizer_with_state(engine: Engine) -> torch.optim.Optimizer:
     optimizer = _optimizer(engine)
     for master in _masters(engine):
         state = optimizer.state[master]
-        for name in STATES[type(optimizer)]:
+        for name in STATE_KEYS[type(optimizer)]:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(master)
         if isinstance(optimizer, torch.optim.AdamW) and "step" not in state:

@@ -67,7 +67,7 @@ class SavePolicy:
         """
         self.finish()
         if self._config.guard.replica_check_every_steps:
-            self._engine.replicas.look(step)
+            self._engine.replica_check.run(step)
         about: dict[str, Any] = {
             "layout": str(self._engine.layout),
             "ranks": dist.get_world_size(),

@@ -1,1 +1,1 @@
-"""Ranks: process groups, layout and collectives."""
+"""Ranks: layouts, sharding, process groups and collectives."""

@@ -1,7 +1,7 @@
-"""Which weight is cut over which ranks, on which dimension: the one table that sharding, checkpoints and memory estimates read.
+"""Sharding specs: which weights are split over which ranks. Parallel layers, checkpoints and memory estimates all read this table.
 
-It goes by the names that our layers give their weights. A weight that no line names is whole on every rank. A model of your own is not cut:
-who gave a weight a name of these may have meant something else by it.
+Specs match the names of our layers' weights. A weight that matches none is whole on every rank. A user's model is not sharded: its
+weights may have these names with another meaning.
 """
 
 import re
@@ -9,69 +9,65 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Over = Literal["tensor", "expert"]
+Axis = Literal["tensor", "expert"]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """Weights whose whole name this matches are cut into equal parts on `dimension`."""
+class ShardingSpec:
+    """Weights whose full name matches `pattern` are split into equal shards on `dimension`, over the ranks of `axis`."""
 
-    name: str
-    over: Over
+    pattern: str
+    axis: Axis
     dimension: int
 
 
-CUTS = (
+SPECS = (
     # Megatron-LM (Shoeybi et al. 2019), section 3: columns, then rows, so that each half of a block needs one all-reduce.
-    Cut(r".*\.(q|k|v|gate|up)_proj\.(weight|bias)", "tensor", 0),
-    Cut(r".*\.(o|down)_proj\.weight", "tensor", 1),
+    ShardingSpec(r".*\.(q|k|v|gate|up)_proj\.(weight|bias)", "tensor", 0),
+    ShardingSpec(r".*\.(o|down)_proj\.weight", "tensor", 1),
     # The vocabulary: embedding and head, tied or not.
-    Cut(r"(embedding|head)\.(weight|bias)", "tensor", 0),
-    # A mixture: whole experts (GShard, Lepikhin et al. 2021, section 3.2), and each expert as the MLP that it is.
-    Cut(r".*\.experts\.(gate|up|down)_proj", "expert", 0),
-    Cut(r".*\.experts\.(gate|up)_proj", "tensor", 1),
-    Cut(r".*\.experts\.down_proj", "tensor", 2),
+    ShardingSpec(r"(embedding|head)\.(weight|bias)", "tensor", 0),
+    # A mixture: by experts (GShard, Lepikhin et al. 2021, section 3.2), and each expert like an MLP.
+    ShardingSpec(r".*\.experts\.(gate|up|down)_proj", "expert", 0),
+    ShardingSpec(r".*\.experts\.(gate|up)_proj", "tensor", 1),
+    ShardingSpec(r".*\.experts\.down_proj", "tensor", 2),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One rank's place among those that share weights: index and size, over each."""
+class WeightShard:
+    """Which shard of the weights a rank holds: (index, number of shards) on each axis."""
 
     tensor: tuple[int, int] = (0, 1)
     expert: tuple[int, int] = (0, 1)
 
 
-def cuts(name: str) -> list[Cut]:
-    return [cut for cut in CUTS if re.fullmatch(cut.name, name)]
+def specs_of(name: str) -> list[ShardingSpec]:
+    return [spec for spec in SPECS if re.fullmatch(spec.pattern, name)]
 
 
-def is_cut(name: str, part: Part, over: Over) -> bool:
-    """Whether this weight lies in parts over these ranks."""
-    return getattr(part, over)[1] > 1 and any(cut.over == over for cut in cuts(name))
+def is_sharded(name: str, shard: WeightShard, axis: Axis) -> bool:
+    """Whether this weight is split over the ranks of this axis."""
+    return getattr(shard, axis)[1] > 1 and any(spec.axis == axis for spec in specs_of(name))
 
 
-def local(name: str, whole: Sequence[int], part: Part) -> tuple[slice, ...]:
-    """What of a weight of shape `whole` lies on this rank."""
-    slices = [slice(0, size) for size in whole]
-    for cut in cuts(name):
-        index, of = getattr(part, cut.over)
-        if of == 1:
-            continue
-        size, rest = divmod(whole[cut.dimension], of)
-        if rest:
-            raise ValueError(f"{name}: dimension {cut.dimension} of {tuple(whole)} can not be cut into {of} equal parts")
-        slices[cut.dimension] = slice(index * size, (index + 1) * size)
+def local_slices(name: str, shape: Sequence[int], shard: WeightShard) -> tuple[slice, ...]:
+    """Return the part of a weight of global `shape` that this shard holds. Raises ValueError if it does not split evenly."""
+    slices = [slice(0, size) for size in shape]
+    for spec in specs_of(name):
+        index, count = getattr(shard, spec.axis)
+        size, remainder = divmod(shape[spec.dimension], count)
+        if remainder:
+            raise ValueError(f"{name}: expected dimension {spec.dimension} of {tuple(shape)} to split into {count} equal shards.")
+        slices[spec.dimension] = slice(index * size, (index + 1) * size)
     return tuple(slices)
 
 
-def whole(name: str, held: Sequence[int], part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """From the shape of what lies on this rank: the shape of the whole, and where in it that begins."""
-    shape, offsets = list(held), [0] * len(held)
-    for cut in cuts(name):
-        index, of = getattr(part, cut.over)
-        if of == 1:
-            continue
-        shape[cut.dimension] *= of
-        offsets[cut.dimension] = index * held[cut.dimension]
+def global_shape(name: str, local_shape: Sequence[int], shard: WeightShard) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the global shape of a weight, and the offsets of this shard in it."""
+    shape, offsets = list(local_shape), [0] * len(local_shape)
+    for spec in specs_of(name):
+        index, count = getattr(shard, spec.axis)
+        shape[spec.dimension] *= count
+        offsets[spec.dimension] = index * local_shape[spec.dimension]
     return tuple(shape), tuple(offsets)

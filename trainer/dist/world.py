@@ -1,4 +1,4 @@
-"""Where this process stands among its peers, and how it joins them."""
+"""This process among all ranks: how it joins the others, and its process groups."""
 
 import ipaddress
 import os
@@ -15,16 +15,16 @@ from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore  # pyri
 
 from manta.cluster.protocol import Env
 from manta.data.errors import InputError
-from manta.trainer.hardware.device import check_gpus, device_type
 from manta.trainer.dist.layout import Layout
-from manta.trainer.dist.sharding import Part
+from manta.trainer.dist.sharding import WeightShard
+from manta.trainer.hardware.device import check_gpus, device_type
 
-SOON = 5.0  # seconds in which rank 0 is asked for often
+FAST_POLLING = 5.0  # seconds during which a rank polls for rank 0 more often than torch does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """One rank's place. `attempt` counts the starts of a run under supervision; 0 without it."""
+    """One rank among all. `attempt` counts the starts of a supervised run; 0 without a supervisor."""
 
     rank: int
     size: int
@@ -33,92 +33,96 @@ class World:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """From the variables that torchrun sets too; a process started alone is rank 0 of 1."""
+        """Read the variables that torchrun sets as well. A process started alone is rank 0 of 1."""
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", Env.ATTEMPT: "0"}
         try:
-            rank, size, local, attempt = (
-                int(os.environ.get(name, default))
-                for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), (Env.ATTEMPT, "0"))
-            )
+            rank, size, local_rank, attempt = (int(os.environ.get(name, default)) for name, default in names.items())
         except ValueError as error:
-            raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK, {Env.ATTEMPT}: {error}; unset them or let a launcher set them") from None
+            raise InputError(f"{', '.join(names)}: expected whole numbers: {error}. Unset them or let a launcher set them.") from None
         if not 0 <= rank < size:
-            raise InputError(f"RANK: got {rank} of WORLD_SIZE {size}, wants 0 <= RANK < WORLD_SIZE; let a launcher set them")
-        return cls(rank=rank, size=size, local_rank=local, attempt=attempt)
+            raise InputError(f"RANK: expected 0 <= RANK < WORLD_SIZE, got {rank} of {size}. Let a launcher set them.")
+        return cls(rank=rank, size=size, local_rank=local_rank, attempt=attempt)
 
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if device_type() == "cuda" else torch.device("cpu")
 
     def join(self, *, timeout: timedelta = timedelta(minutes=30)) -> None:
-        """Meets the other ranks. Gloo carries what lies on the CPU (checkpoint planning), NCCL what lies on GPUs."""
+        """Create the process group of all ranks: gloo for CPU tensors (checkpoint planning), NCCL for GPU tensors."""
         check_gpus()
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in os.environ:
             if self.size > 1:
-                raise InputError("MASTER_PORT: not set, wants a free port of rank 0's node; start the ranks with `manta train` or torchrun")
+                raise InputError(
+                    "MASTER_PORT: expected a free port of rank 0's node, got nothing. Start the ranks with `manta train` or torchrun."
+                )
             os.environ["MASTER_PORT"] = str(_free_port())
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         backend = "gloo"
         if self.device.type == "cuda":
-            if self.local_rank >= torch.cuda.device_count():
-                wants = f"one rank a GPU, of which this node has {torch.cuda.device_count()}"
-                raise InputError(f"LOCAL_RANK: got {self.local_rank}, wants {wants}; lower cluster.ranks_per_node")
+            if self.local_rank >= (gpus := torch.cuda.device_count()):
+                raise InputError(
+                    f"LOCAL_RANK: expected one rank per GPU, of which this node has {gpus}, got {self.local_rank}."
+                    " Lower cluster.ranks_per_node."
+                )
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        store = self._rendezvous(timeout) if self.rank == 0 else None
-        if self.rank > 0:
-            _await_first(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        store = None
+        if self.rank == 0:
+            store = self._listen(address, port, timeout)
+        else:
+            _wait_for_rank_0(address, port)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
-    def _rendezvous(self, timeout: timedelta) -> Store | None:
-        """Where the ranks meet, listening at MASTER_ADDR alone: torch would have it listen at every address that this machine has.
+    def _listen(self, address: str, port: int, timeout: timedelta) -> Store | None:
+        """Return a store that listens only on MASTER_ADDR: torch's own would listen on every address of this machine.
 
-        None leaves it to torch: torchrun's agent may have one already, and a name may mean another address to each node.
+        None leaves it to torch: torchrun's agent may have a store already, and each node may resolve a host name to another address.
         """
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not _is_address(address):
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not _is_ip_address(address):
             return None
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.socket(family) as door:
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                door.bind((address, port))
+                listener.bind((address, port))
             except OSError as error:
-                wants = "an address of this machine, which has rank 0, and a port that is free there"
-                raise OSError(f"MASTER_ADDR, MASTER_PORT: got {address}, {port}, wants {wants}: {error.strerror}") from error
-            store = TCPStore(address, port, self.size, is_master=True, timeout=timeout, master_listen_fd=door.detach())
-        return PrefixStore("default_pg", store)  # as torch names it: the other ranks come by MASTER_ADDR and MASTER_PORT
+                expected = "expected an address of rank 0's machine and a free port there"
+                raise OSError(f"MASTER_ADDR, MASTER_PORT: {expected}, got {address}, {port}: {error.strerror}") from error
+            store = TCPStore(address, port, self.size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
+        return PrefixStore("default_pg", store)  # torch's name: the other ranks join by MASTER_ADDR and MASTER_PORT
 
     def mesh(self, layout: Layout) -> "Mesh":
-        """The groups of this layout. All ranks call this together, once they have joined."""
+        """Create the process groups of this layout. All ranks call this together, after they have joined."""
         tensor, sequence, expert = layout.tensor, layout.sequence, layout.expert
         ranks = range(self.size)
-        lanes = [list(ranks[lane::tensor]) for lane in range(tensor)]  # ranks that hold the same part of each matrix
+        replicas = [list(ranks[index::tensor]) for index in range(tensor)]  # ranks with the same tensor shard
         return Mesh(
             data_rank=self.rank // (tensor * sequence),
             sequence_rank=self.rank // tensor % sequence,
             tensor_rank=self.rank % tensor,
             expert_rank=self.rank // tensor % expert,
             layout=layout,
-            tensor=self._mine(list(ranks[first : first + tensor]) for first in range(0, self.size, tensor)),
-            sequence=self._mine(lane[first : first + sequence] for lane in lanes for first in range(0, len(lane), sequence)),
-            replicas=self._mine(lanes),
-            expert=self._mine(lane[first : first + expert] for lane in lanes for first in range(0, len(lane), expert)),
-            expert_replicas=self._mine(lane[first::expert] for lane in lanes for first in range(expert)),
+            tensor=self._own_group(list(ranks[first : first + tensor]) for first in range(0, self.size, tensor)),
+            sequence=self._own_group(same[first : first + sequence] for same in replicas for first in range(0, len(same), sequence)),
+            replicas=self._own_group(replicas),
+            expert=self._own_group(same[first : first + expert] for same in replicas for first in range(0, len(same), expert)),
+            expert_replicas=self._own_group(same[first::expert] for same in replicas for first in range(expert)),
         )
 
-    def _mine(self, groups: Iterable[list[int]]) -> ProcessGroup:
-        """Of groups that hold every rank once, the one that this rank is in. Its own ranks alone make it: it costs the same at any size."""
-        mine = next(ranks for ranks in groups if self.rank in ranks)
-        group: Any = dist.group.WORLD if len(mine) == self.size else dist.new_group(mine, use_local_synchronization=True)
+    def _own_group(self, groups: Iterable[list[int]]) -> ProcessGroup:
+        """Create this rank's group, of groups that partition the ranks. Only its members take part: the cost does not grow with ranks."""
+        own = next(ranks for ranks in groups if self.rank in ranks)
+        group: Any = dist.group.WORLD if len(own) == self.size else dist.new_group(own, use_local_synchronization=True)
         return group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """One rank's place in a layout, and the groups it is in. Ranks count tensor first, then sequence, then data.
+    """One rank's indices in a layout, and its process groups. Ranks are numbered tensor first, then sequence, then data.
 
-    It is DeepSpeed's `mpu` as well: what that names data parallel are all ranks that hold the same weights.
+    It also serves as DeepSpeed's `mpu`, whose "data parallel" ranks are all ranks that hold the same weights.
     """
 
     data_rank: int
@@ -126,15 +130,15 @@ class Mesh:
     tensor_rank: int
     expert_rank: int
     layout: Layout
-    tensor: ProcessGroup  # share each matrix
-    sequence: ProcessGroup  # share each sequence
-    replicas: ProcessGroup  # hold the same weights, experts apart: data x sequence
-    expert: ProcessGroup  # share the experts: consecutive replicas
-    expert_replicas: ProcessGroup  # hold the same experts
+    tensor: ProcessGroup  # ranks that share each matrix
+    sequence: ProcessGroup  # ranks that share each sequence
+    replicas: ProcessGroup  # ranks that hold the same weights, experts excepted: data x sequence
+    expert: ProcessGroup  # ranks that share the experts: consecutive replicas
+    expert_replicas: ProcessGroup  # ranks that hold the same experts
 
     @property
-    def part(self) -> Part:
-        return Part(tensor=(self.tensor_rank, self.layout.tensor), expert=(self.expert_rank, self.layout.expert))
+    def shard(self) -> WeightShard:
+        return WeightShard(tensor=(self.tensor_rank, self.layout.tensor), expert=(self.expert_rank, self.layout.expert))
 
     @property
     def is_first_of_sample(self) -> bool:
@@ -160,7 +164,7 @@ class Mesh:
         return self.data_rank * self.layout.sequence + self.sequence_rank
 
 
-def _is_address(host: str) -> bool:
+def _is_ip_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -168,13 +172,13 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _await_first(address: str, port: int) -> None:
-    """Until rank 0 listens, some seconds at most. torch asks too, but sleeps half a second where it has come a moment early."""
-    deadline, wait = time.monotonic() + SOON, 0.005
+def _wait_for_rank_0(address: str, port: int) -> None:
+    """Return once rank 0 listens, or after some seconds. torch polls too, but sleeps half a second if rank 0 is a moment late."""
+    deadline, wait = time.monotonic() + FAST_POLLING, 0.005
     while time.monotonic() < deadline:
         try:
-            with socket.create_connection((address, port), timeout=1.0) as door:
-                if door.getsockname() != door.getpeername():  # else it has met itself: the port was its own for this moment
+            with socket.create_connection((address, port), timeout=1.0) as connection:
+                if connection.getsockname() != connection.getpeername():  # else it is connected to itself, over its own ephemeral port
                     return
         except OSError:
             time.sleep(wait)

@@ -1,1 +1,1 @@
-"""DeepSpeed, the device and what watches both."""
+"""Training with DeepSpeed, its memory, and its checks."""

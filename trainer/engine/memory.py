@@ -1,15 +1,14 @@
-"""How much of a rank's memory the model's state takes: ZeRO's formula, as code that estimates go by.
+"""Memory of the model's state on each rank, by ZeRO's formula.
 
 ZeRO (Rajbhandari et al. 2020), sections 3.1 and 5: with P weights trained in 16 bits by Adam, a rank holds 2P bytes of weights, 2P of
-gradients and KP, K = 12, of what the optimizer needs: 4 for the fp32 master copy, 4 for each moment. On N ranks
+gradients and KP, K = 12, of optimizer state: 4 for the fp32 master copy, 4 for each moment. On N ranks
 
     stage 0: 2P + 2P + KP       stage 1: 2P + 2P + KP/N       stage 2: 2P + (2 + K)P/N       stage 3: (2 + 2 + K)P/N
 
-The paper speaks of mixed precision alone. In fp32, and so under autocast, the same counting gives 4P, 4P and K = 12 still: DeepSpeed
-keeps a master copy of fp32 weights too, but for stage 0, where a weight is its own master and K = 8. SGD's momentum is one moment. P is
-what tensor ranks (Megatron-LM) and expert ranks leave of the whole, and N counts the ranks that hold the same weights, which are fewer for
-experts. With ZeRO-Offload (Ren et al. 2021), what K stands for lies in CPU memory. Activations, buckets and what a step needs for a moment
-come on top.
+The paper considers only mixed precision. In fp32, and with autocast, weights and gradients take 4P each and K is still 12: DeepSpeed
+keeps a master copy of fp32 weights as well. In stage 0 a weight is its own master, and K = 8. SGD's momentum is one moment. P counts this
+rank's shard under tensor (Megatron-LM) and expert parallelism. N is the number of ranks that hold the same weights, fewer for experts.
+With ZeRO-Offload (Ren et al. 2021) the KP bytes are in CPU memory. Activations, buckets and temporary buffers are not included.
 """
 
 import math
@@ -19,18 +18,18 @@ from typing import Literal
 
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import Precision
-from manta.trainer.dist import sharding
 from manta.trainer.dist.layout import Layout
+from manta.trainer.dist.sharding import WeightShard, is_sharded, local_slices
 
 MOMENTS = {"adamw": 2, "sgd": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Bytes that one rank holds."""
+class MemoryEstimate:
+    """Bytes on one rank."""
 
     weights: int
-    gradients: int  # from backward to the optimizer's step
+    gradients: int  # from the backward pass to the optimizer's step
     masters: int  # the fp32 copy
     optimizer: int  # the moments
     offloaded: bool = False
@@ -41,7 +40,7 @@ class Memory:
 
     @property
     def host(self) -> int:
-        """Of the total, what lies in CPU memory beside a GPU."""
+        """The part of the total in CPU memory beside a GPU."""
         return self.masters + self.optimizer if self.offloaded else 0
 
     @property
@@ -49,37 +48,34 @@ class Memory:
         return self.total - self.host
 
 
-def estimate(
-    shapes: Mapping[str, Sequence[int]],
-    layout: Layout,
-    precision: Precision,
-    optimizer: Literal["adamw", "sgd"],
-) -> Memory:
-    """shapes: of each weight, by its name, the whole one. What one rank holds of the model's state; every rank holds as much."""
-    part = sharding.Part(tensor=(0, layout.tensor), expert=(0, layout.expert))
-    held, shares = 0, 0  # elements: all ZeRO replicas hold them, or each its share
-    for name, whole in shapes.items():
-        size = math.prod(there.stop - there.start for there in sharding.local(name, whole, part))
-        replicas = layout.replicas // (layout.expert if sharding.is_cut(name, part, "expert") else 1)
-        held += size
-        shares += -(-size // replicas)
-    exact = precision in ("fp32", "bf16-autocast")
-    width = 4 if exact else 2
-    return Memory(
-        weights=width * (shares if layout.zero >= 3 else held),
-        gradients=width * (shares if layout.zero >= 2 else held),
-        masters=4 * shares if layout.zero >= 1 else 0 if exact else 4 * held,
-        optimizer=4 * MOMENTS[optimizer] * (shares if layout.zero >= 1 else held),
+def estimate_memory(
+    shapes: Mapping[str, Sequence[int]], layout: Layout, precision: Precision, optimizer: Literal["adamw", "sgd"]
+) -> MemoryEstimate:
+    """Return the memory of the model's state on one rank, the same for every rank. shapes: each weight's global shape, by name."""
+    shard = WeightShard(tensor=(0, layout.tensor), expert=(0, layout.expert))
+    whole, partitioned = 0, 0  # elements on this rank: without, and with ZeRO's partitioning over replicas
+    for name, shape in shapes.items():
+        size = math.prod(local.stop - local.start for local in local_slices(name, shape, shard))
+        replicas = layout.replicas // (layout.expert if is_sharded(name, shard, "expert") else 1)
+        whole += size
+        partitioned += -(-size // replicas)
+    is_fp32 = precision in ("fp32", "bf16-autocast")
+    width = 4 if is_fp32 else 2
+    return MemoryEstimate(
+        weights=width * (partitioned if layout.zero >= 3 else whole),
+        gradients=width * (partitioned if layout.zero >= 2 else whole),
+        masters=4 * partitioned if layout.zero >= 1 else 0 if is_fp32 else 4 * whole,
+        optimizer=4 * MOMENTS[optimizer] * (partitioned if layout.zero >= 1 else whole),
         offloaded=layout.offload,
     )
 
 
-def shapes(config: ModelConfig, *, vocabulary: int, sequence_length: int) -> dict[str, tuple[int, ...]]:
-    """Of each weight, by its name, the whole shape. Nothing is allocated: the model is built on the meta device."""
+def weight_shapes(config: ModelConfig, *, vocabulary: int, sequence_length: int) -> dict[str, tuple[int, ...]]:
+    """Return the global shape of each weight, by name. The model is built on the meta device, which allocates nothing."""
     import torch
 
-    from manta.trainer.model.build import build
+    from manta.trainer.model.build import build_model
 
     with torch.device("meta"):
-        model = build(config, vocabulary=vocabulary, sequence_length=sequence_length)
+        model = build_model(config, vocabulary=vocabulary, sequence_length=sequence_length)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

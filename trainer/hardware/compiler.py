@@ -1,4 +1,4 @@
-"""What torch.compile needs that pip does not bring."""
+"""What torch.compile needs beyond pip packages."""
 
 import os
 import shlex
@@ -10,20 +10,21 @@ import torch
 
 from manta.data.errors import InputError
 
+REMEDY = "Install g++ and python3-dev (Debian), or set train.compile=false."
 
-def ask_for_compiler(device: str) -> None:
-    """Raises InputError where torch.compile could write code for this kind of device, and nothing here could build it."""
-    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++",))  # what Triton looks for, and Inductor
-    given = os.environ.get(variable)
-    names = tuple(shlex.split(given)[:1]) if given else known
-    remedy = "install them (Debian: g++ and python3-dev), or set train.compile=false"
+
+def require_compiler(device: str) -> None:
+    """Raise InputError if the code that torch.compile writes for this kind of device cannot be built here."""
+    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++",))  # Triton's choice, and Inductor's
+    value = os.environ.get(variable)
+    names = tuple(shlex.split(value)[:1]) if value else known
     if not any(map(shutil.which, names)):
-        raise InputError(f"train.compile wants a compiler, and there is no {' or '.join(names)} on PATH; {remedy}")
+        raise InputError(f"train.compile: expected a compiler on PATH, got no {' or '.join(names)}. {REMEDY}")
     if device == "cpu" and " " in torch.__file__:
-        home = Path(torch.__file__).parent
         raise InputError(
-            f"train.compile can not be had: torch's headers lie in {home}, a path with a space; install elsewhere or leave it out"
+            f"train.compile: expected torch's headers in a path without spaces, got {Path(torch.__file__).parent}."
+            " Install it elsewhere, or omit train.compile."
         )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
-        raise InputError(f"train.compile wants Python's headers, and there is no {header}; {remedy}")
+        raise InputError(f"train.compile: expected Python's headers, got no {header}. {REMEDY}")

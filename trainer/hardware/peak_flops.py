@@ -1,4 +1,4 @@
-"""What the device could do at best, in floating point operations a second: what MFU is measured against."""
+"""The device's peak floating-point operations per second, the reference for MFU."""
 
 import time
 
@@ -18,20 +18,20 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """A GPU's bf16 figure by its name, None where we do not know it or the dtype is another.
+    """Return a GPU's bf16 peak by its name; None if it is not listed, or for another dtype.
 
-    A CPU's as a matrix product finds it, in `dtype` or fp32, whichever is faster: without AMX bf16 is the slower one.
+    A CPU's peak is measured by matrix products in `dtype` and in fp32, and the faster counts: without AMX bf16 is slower than fp32.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for key, peak in PEAKS.items() if key in name), None) if dtype is torch.bfloat16 else None
     side = 512
-    seconds = min(_seconds(torch.ones(side, side, dtype=kind)) for _ in range(12) for kind in {dtype, torch.float32})
+    seconds = min(_product_seconds(torch.ones(side, side, dtype=kind)) for _ in range(12) for kind in {dtype, torch.float32})
     return 2 * side**3 / seconds
 
 
-def _seconds(square: torch.Tensor) -> float:
-    """Of a product short enough to fall between what else the machine does."""
+def _product_seconds(square: torch.Tensor) -> float:
+    """Time one product, short enough to fall between interruptions by other processes."""
     start = time.perf_counter()
     torch.mm(square, square)
     return time.perf_counter() - start

@@ -1,1 +1,1 @@
-"""Transformers as their papers write them: single-device code that knows no ranks."""
+"""Transformers as in their papers: single-device code, independent of ranks."""

@@ -1,6 +1,6 @@
-"""BERT (Devlin et al. 2019): a post-norm encoder, with the two heads it is pretrained by.
+"""BERT (Devlin et al. 2019): a post-norm encoder with the two heads of its pretraining.
 
-Shapes: B batch, T time, D model width, V vocabulary, M masked tokens.
+Shapes: B batch, T time, D model width, V vocabulary, N tokens (batch and time flattened), K loss terms.
 """
 
 import torch
@@ -9,34 +9,27 @@ from torch import Tensor, nn
 
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.dataloader.batch import IGNORED, Batch
-from manta.trainer.model.attention import Visibility
-from manta.trainer.model.dropout import Dropout, Noise
-from manta.trainer.model.layers import MLP, Attention, Embedding, Head, Pass
-from manta.trainer.model.losses import classify
-from manta.trainer.model.transformer import Transformer, padded, predicted
+from manta.trainer.model.attention import AttentionMask
+from manta.trainer.model.dropout import Dropout
+from manta.trainer.model.layers import MLP, Attention, Embedding, ForwardContext, Head
+from manta.trainer.model.losses import classification_loss
+from manta.trainer.model.transformer import Transformer, count_targets, padded_vocabulary
 
 
-class Block(nn.Module):
-    """Post-norm, as in the first Transformer (Vaswani et al. 2017): each half adds to the stream and normalizes the sum."""
+class EncoderBlock(nn.Module):
+    """A post-norm block, as in the first Transformer (Vaswani et al. 2017): each half adds to the stream and normalizes the sum."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention = Attention(
-            config.width,
-            heads=config.heads,
-            kv_heads=config.heads,
-            head_width=config.each_head,
-            bias=True,
-            dropout=config.attention_dropout,
-        )
-        self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
+        self.attention = Attention(config, bias=True)
+        self.attention_norm = nn.LayerNorm(config.width, config.norm_epsilon)
         self.mlp = MLP(config.width, config.inner, approximate="none")
-        self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
+        self.mlp_norm = nn.LayerNorm(config.width, config.norm_epsilon)
         self.attention_dropout, self.mlp_dropout = Dropout(config.dropout), Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, told: Pass) -> Tensor:
-        x_BTD = self.attention_norm(x_BTD + self.attention_dropout(self.attention(x_BTD, told), told.noise))
-        return self.mlp_norm(x_BTD + self.mlp_dropout(self.mlp(x_BTD), told.noise))
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        x_BTD = self.attention_norm(x_BTD + self.attention_dropout(self.attention(x_BTD, context), context.dropout_keys))
+        return self.mlp_norm(x_BTD + self.mlp_dropout(self.mlp(x_BTD), context.dropout_keys))
 
 
 class Bert(Transformer):
@@ -44,72 +37,69 @@ class Bert(Transformer):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         width, epsilon = config.width, config.norm_epsilon
-        self.embedding = Embedding(padded(vocabulary), width)
+        self.embedding = Embedding(padded_vocabulary(vocabulary), width)
         self.position_embedding = nn.Embedding(config.positions or sequence_length, width)
         self.segment_embedding = nn.Embedding(2, width)
-        self.embedding_norm = nn.LayerNorm(width, eps=epsilon)
+        self.embedding_norm = nn.LayerNorm(width, epsilon)
         self.embedding_dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
         self.transform = nn.Linear(width, width)
-        self.transform_norm = nn.LayerNorm(width, eps=epsilon)
-        weight = self.embedding.weight if config.tied_head else nn.Parameter(torch.empty_like(self.embedding.weight))
-        self.head = Head(weight, vocabulary=vocabulary, bias=True, soft_cap=None, smoothing=config.label_smoothing, z_loss=config.z_loss)
+        self.transform_norm = nn.LayerNorm(width, epsilon)
+        self.head = Head(config, self.embedding.weight, vocabulary=vocabulary, bias=True)
         self.pooler = nn.Linear(width, width)
         self.next_sentence = nn.Linear(width, 2)
         self.terms = ("masked_language", "next_sentence", *(("z_loss",) if config.z_loss else ()))
-        self.named()
+        self.finish()
 
     def forward(self, batch: Batch, divisors_K: Tensor) -> Tensor:
-        """-> (masked language, next sentence), in nats a masked token and a sequence, then what keeps logits in bounds, weighted."""
+        """Return terms_K: masked language and next sentence in nats per masked token and per sequence, then the weighted z-loss."""
         targets_N = batch.targets.flatten()
-        masked = (targets_N != IGNORED).nonzero()[:, 0]  # how many is asked of the device: before it has all the rest to do
+        masked = (targets_N != IGNORED).nonzero()[:, 0]  # waits for the device: at this point its queue is still empty
         x_BTD = self.hidden(batch)
         objective, z = self.head(self.transformed(x_BTD.flatten(0, 1)[masked]), targets_N[masked])
-        language = objective - z  # its gradient is of both
-        follows = language.detach() * 0
+        language = objective - z  # its gradient includes the z-loss's
+        sentence = language.detach() * 0
         if batch.next_sentence is not None:
-            begins = float(batch.offset == 0)  # of a sequence cut over ranks, only the first part holds its first token
-            follows = classify(self.follows(x_BTD), batch.next_sentence, torch.full_like(batch.keys, begins, dtype=torch.float32))
-        return torch.stack([language, follows, *([z] if self.config.z_loss else [])]) / divisors_K
+            has_first_token = float(batch.offset == 0)  # if sequences are split over ranks, only the first part has it
+            weights_B = torch.full_like(batch.keys, has_first_token, dtype=torch.float32)
+            sentence = classification_loss(self.next_sentence_logits(x_BTD), batch.next_sentence, weights_B)
+        return torch.stack([language, sentence, *([z] if self.config.z_loss else [])]) / divisors_K
 
     def counts(self, batch: Batch) -> Tensor:
-        tokens = predicted(batch.targets).cpu()
-        pairs = torch.tensor(0) if batch.next_sentence is None else predicted(batch.next_sentence).cpu()
+        tokens = count_targets(batch.targets).cpu()
+        pairs = torch.tensor(0) if batch.next_sentence is None else count_targets(batch.next_sentence).cpu()
         return torch.stack([tokens, pairs, *([tokens] if self.config.z_loss else [])])
 
     def hidden(self, batch: Batch) -> Tensor:
-        """x_BTD of each token, seen from both sides."""
+        """Return x_BTD of the last block. Tokens attend to both sides."""
         segments_BT = torch.zeros_like(batch.tokens) if batch.segments is None else batch.segments
-        noise = Noise(batch.keys, batch.token_indices) if self.drops else None
-        told = Pass(visible=Visibility(causal=False, documents=batch.documents), noise=noise)
-        dropped = noise is not None and self.config.attention_dropout > 0
-        told.visible.draw(batch.length, batch.length, batch.tokens.device, dropped=dropped)
+        context = self.context(batch, AttentionMask(causal=False, documents=batch.documents))
         x_BTD = self.embedding(batch.tokens) + self.position_embedding(batch.positions) + self.segment_embedding(segments_BT)
-        x_BTD = self.embedding_dropout(self.embedding_norm(x_BTD), noise)
+        x_BTD = self.embedding_dropout(self.embedding_norm(x_BTD), context.dropout_keys)
         for block in self.blocks:
-            x_BTD = block(x_BTD, told)
+            x_BTD = block(x_BTD, context)
         return x_BTD
 
     def transformed(self, x: Tensor) -> Tensor:
-        """What the masked-language head reads."""
+        """Return the masked-language head's input."""
         return self.transform_norm(F.gelu(self.transform(x)))
 
-    def follows(self, x_BTD: Tensor) -> Tensor:
-        """Logits [B, 2] of: the second part follows the first; it does not. Read off the first token."""
+    def next_sentence_logits(self, x_BTD: Tensor) -> Tensor:
+        """Return logits [B, 2] from the first token: the second part follows the first; it does not."""
         return self.next_sentence(torch.tanh(self.pooler(x_BTD[:, 0])))
 
     def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """-> logits_BTV of each token, and those [B, 2] of the pair."""
+        """Return logits_BTV of each token, and the next-sentence logits [B, 2]."""
         x_BTD = self.hidden(batch)
-        return self.head.logits(self.transformed(x_BTD)), self.follows(x_BTD)
+        return self.head.logits(self.transformed(x_BTD)), self.next_sentence_logits(x_BTD)
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """The heads see the masked tokens alone, 15 % of them in the paper, and of each sequence its first."""
+        """The heads compute on masked tokens only, 15 % in the paper, and on the first token of each sequence."""
         language = self.head.weight.numel() + self.transform.weight.numel()
         sentence = self.pooler.weight.numel() + self.next_sentence.weight.numel()
         return super().flops_per_token(sequence_length) - 6.0 * (0.85 * language + (1 - 1 / sequence_length) * sentence)
 
     def initialize_matrix(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
-        """As its authors did: a normal of deviation 0.02, cut off at two deviations."""
+        """Fill from a normal of deviation 0.02, truncated at two deviations, like BERT's authors."""
         del name
         nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04, generator=generator)

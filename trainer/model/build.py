@@ -1,4 +1,4 @@
-"""From the model section of a config to a model."""
+"""Build a model from the config's model section."""
 
 import importlib
 import inspect
@@ -14,64 +14,66 @@ from manta.trainer.model.llama import Llama
 from manta.trainer.model.transformer import Transformer
 
 FAMILIES: dict[str, type[Transformer]] = {"llama": Llama, "gpt2": GPT2, "bert": Bert}
+MANUAL = "docs/models.md shows an example."
 
 
-def build(config: ModelConfig, *, vocabulary: int, sequence_length: int, code: Path | None = None) -> Transformer:
-    """vocabulary: the tokenizer's size. code: as in `own`.
+def build_model(config: ModelConfig, *, vocabulary: int, sequence_length: int, code: Path | None = None) -> Transformer:
+    """Return a model whose weights are not initialized. vocabulary: the tokenizer's size. code: see `load_class`.
 
-    Raises InputError where the sizes do not fit, or a class of the user's can not be had.
+    Raises InputError if the sizes do not fit, or the user's class is not usable.
     """
     rows = config.vocabulary or vocabulary
     if rows < vocabulary:
-        raise InputError(f"model.vocabulary: got {rows}, wants at least the tokenizer's {vocabulary}; raise it or leave it out")
+        raise InputError(f"model.vocabulary: expected at least the tokenizer's {vocabulary}, got {rows}. Raise it or omit it.")
     if config.positions is not None and config.positions < sequence_length:
-        wants = f"at least data.sequence_length {sequence_length}"
-        raise InputError(f"model.positions: got {config.positions}, wants {wants}; shorten the sequences or raise it")
-    family = FAMILIES.get(config.family) or own(config.family, code)
-    made = family(config, vocabulary=rows, sequence_length=sequence_length)  # type: ignore[call-arg]  the signature that docs/models.md asks for
-    if missing := [name for name in ("terms", "blocks") if not hasattr(made, name)]:
         raise InputError(
-            f"model.family: got {config.family!r}, whose __init__ sets no {' and no '.join(missing)}; docs/models.md shows how"
+            f"model.positions: expected at least data.sequence_length {sequence_length}, got {config.positions}."
+            " Raise it or shorten the sequences."
         )
-    return made
+    family = FAMILIES.get(config.family) or load_class(config.family, code)
+    model = family(config, vocabulary=rows, sequence_length=sequence_length)  # type: ignore[call-arg]  load_class checks the signature
+    if missing := [name for name in ("terms", "blocks") if not hasattr(model, name)]:
+        raise _unusable(config.family, f"its __init__ sets no {' and no '.join(missing)}")
+    return model
 
 
-def own(path: str, code: Path | None = None) -> type[Transformer]:
-    """The user's class at package.module:Class: of an installed package, else of a file in `code`, the working directory where None.
+def load_class(path: str, code: Path | None = None) -> type[Transformer]:
+    """Return the user's class `package.module:Class`, from an installed package or else from a file in `code`.
 
-    Raises InputError where it can not be imported, or is no model.
+    code: the working directory if None. Raises InputError if the class cannot be imported, or is not a model.
     """
-    module, _, name = path.partition(":")
-    if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        raise InputError(f"model.family: got {path!r}, wants package.module:Class, as Python names them")
-    place = str(code or Path.cwd())
-    sys.path.append(place)  # last, and for this import alone: a file of the user's shadows nothing of ours
+    module_name, _, name = path.partition(":")
+    if not (name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
+        raise InputError(f"model.family: expected package.module:Class, got {path!r}. Use valid Python names.")
+    directory = str(code or Path.cwd())
+    sys.path.append(directory)  # last, and only for this import: a user's file shadows no module of ours
     try:
-        found = importlib.import_module(module)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        remedy = "install the package, or start manta from where the module lies"
-        raise InputError(f"model.family: got {path!r}, and there is no module {error.name}, installed or in {place}; {remedy}") from error
+        remedy = "Install the package, or start manta from the module's directory."
+        raise _unusable(path, f"there is no module {error.name}, installed or in {directory}", remedy) from error
     except Exception as error:
-        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        seen = "" if isinstance(error, SyntaxError) else f" ({where.filename}:{where.lineno})"
-        raise InputError(f"model.family: got {path!r}, and its import ends with {told}{seen}; mend it") from error
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        position = "" if isinstance(error, SyntaxError) else f" ({at.filename}:{at.lineno})"  # a SyntaxError names its own
+        message = " ".join(str(error).split())
+        raise _unusable(path, f"its import raises {type(error).__name__}: {message}{position}", "Fix the module.") from error
     finally:
-        sys.path.remove(place)
-    return _checked(path, getattr(found, name, None), where=getattr(found, "__file__", None) or module)
+        sys.path.remove(directory)
+    return _check_class(path, getattr(module, name, None), file=getattr(module, "__file__", None) or module_name)
 
 
-def _checked(path: str, found: object, *, where: str) -> type[Transformer]:
+def _check_class(path: str, found: object, *, file: str) -> type[Transformer]:
     if not (isinstance(found, type) and issubclass(found, Transformer)):
-        got = "nothing" if found is None else repr(found)
-        wants = "a class that derives from manta.trainer.model.transformer.Transformer"
-        raise InputError(f"model.family: got {path!r}, which is {got} in {where}, wants {wants}")
+        got = "missing" if found is None else repr(found)
+        raise _unusable(path, f"it is {got} in {file}", "Derive a class from manta.trainer.model.transformer.Transformer.")
     if missing := sorted(found.__abstractmethods__):
-        raise InputError(f"model.family: got {path!r} in {where}, which lacks {', '.join(missing)}; define them, as docs/models.md shows")
+        raise _unusable(path, f"the class in {file} does not define {', '.join(missing)}")
     try:
         inspect.signature(found).bind(None, vocabulary=1, sequence_length=1)
     except TypeError as error:
-        raise InputError(
-            f"model.family: got {path!r} in {where}, wants __init__(config, *, vocabulary, sequence_length): {error}"
-        ) from None
+        raise _unusable(path, f"the class in {file} cannot be built with (config, vocabulary=..., sequence_length=...): {error}") from None
     return found
+
+
+def _unusable(path: str, problem: str, remedy: str = MANUAL) -> InputError:
+    return InputError(f"model.family: expected a model class, got {path!r}: {problem}. {remedy}")

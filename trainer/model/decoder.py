@@ -1,122 +1,109 @@
-"""What decoders share: a causal stack of blocks, a head over the vocabulary, and the terms of their loss.
+"""What decoders share: a causal stack of blocks, a head over the vocabulary, and their loss terms.
 
-Shapes: B batch, T time, D model width, V vocabulary, K terms of the loss.
+Shapes: B batch, T time, D model width, V vocabulary, K loss terms.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.dataloader.batch import Batch
-from manta.trainer.model.attention import Cache, Visibility
-from manta.trainer.model.dropout import Noise
-from manta.trainer.model.layers import Embedding, Head, Pass
+from manta.trainer.model.attention import AttentionMask, KVCache
+from manta.trainer.model.dropout import Dropout
+from manta.trainer.model.layers import Attention, Embedding, ForwardContext, Head
 from manta.trainer.model.moe import MixtureOfExperts
-from manta.trainer.model.transformer import Transformer, padded, predicted
+from manta.trainer.model.transformer import Transformer, count_targets, padded_vocabulary
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm: each half reads a norm of the residual stream and adds to it. A subclass builds the four parts and the dropouts."""
+    """A pre-norm block: each half normalizes the residual stream and adds its output to it."""
 
-    attention_norm: nn.Module
-    attention: nn.Module
-    mlp_norm: nn.Module
-    mlp: nn.Module
-    attention_dropout: nn.Module
-    mlp_dropout: nn.Module
+    def __init__(
+        self, config: ModelConfig, *, norm: Callable[[int, float], nn.Module], mlp: Callable[[], nn.Module], bias: bool = False
+    ) -> None:
+        """mlp: builds the MLP; a mixture of experts replaces it if the config has one. bias: of the attention's projections."""
+        super().__init__()
+        self.attention_norm = norm(config.width, config.norm_epsilon)
+        self.attention = Attention(config, bias=bias)
+        self.mlp_norm = norm(config.width, config.norm_epsilon)
+        self.mlp = mlp() if config.experts is None else MixtureOfExperts(config.width, config.experts)
+        self.attention_dropout, self.mlp_dropout = Dropout(config.dropout), Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, told: Pass, cache: Cache | None = None) -> tuple[Tensor, Tensor | None]:
-        """-> x_BTD and, from a mixture, the sums (balance, router z)."""
-        x_BTD = x_BTD + self.attention_dropout(self.attention(self.attention_norm(x_BTD), told, cache), told.noise)
-        branch = self.mlp(self.mlp_norm(x_BTD), told.real) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(self.mlp_norm(x_BTD))
-        y_BTD, sums = branch if isinstance(branch, tuple) else (branch, None)
-        return x_BTD + self.mlp_dropout(y_BTD, told.noise), sums
+    def forward(self, x_BTD: Tensor, context: ForwardContext, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return x_BTD and, from a mixture, the loss sums (balance, router z)."""
+        keys = context.dropout_keys
+        x_BTD = x_BTD + self.attention_dropout(self.attention(self.attention_norm(x_BTD), context, cache), keys)
+        if isinstance(self.mlp, MixtureOfExperts):
+            y_BTD, loss_sums = self.mlp(self.mlp_norm(x_BTD), context.token_mask)
+        else:
+            y_BTD, loss_sums = self.mlp(self.mlp_norm(x_BTD)), None
+        return x_BTD + self.mlp_dropout(y_BTD, keys), loss_sums
 
 
 class Decoder(Transformer):
-    """A subclass builds `blocks`, `norm` and what its positions need, then calls `finish`."""
+    """The base class of decoders. A subclass sets `blocks` and `norm`, defines `embed`, and ends its constructor with `finish()`."""
 
     norm: nn.Module
 
     def __init__(self, config: ModelConfig, *, vocabulary: int) -> None:
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
-        self.embedding = Embedding(padded(vocabulary), config.width)
+        self.embedding = Embedding(padded_vocabulary(vocabulary), config.width)
 
     def finish(self) -> None:
-        config, tied = self.config, self.embedding.weight
-        weight = tied if config.tied_head else nn.Parameter(torch.empty_like(tied))
-        self.head = Head(
-            weight,
-            vocabulary=self.vocabulary,
-            bias=False,
-            soft_cap=config.logit_soft_cap,
-            smoothing=config.label_smoothing,
-            z_loss=config.z_loss,
-        )
+        self.head = Head(self.config, self.embedding.weight, vocabulary=self.vocabulary, bias=False)
         self.has_mixture = any(isinstance(module, MixtureOfExperts) for module in self.modules())
-        mixture = ("balance", "router_z") if self.has_mixture else ()
-        self.terms = ("loss", *(("z_loss",) if config.z_loss else ()), *mixture)
-        self.named()
+        self.terms = ("loss", *(("z_loss",) if self.config.z_loss else ()), *(("balance", "router_z") if self.has_mixture else ()))
+        super().finish()
 
     def forward(self, batch: Batch, divisors_K: Tensor) -> Tensor:
-        """-> terms_K: loss in nats a token, then what keeps logits, load and router in bounds, weighted."""
-        config = self.config
+        """Return terms_K: the loss in nats per token, then the weighted z-loss, balance loss and router z-loss."""
         x_BTD, mixture = self.hidden(batch)
         objective, z = self.head(x_BTD.flatten(0, 1), batch.targets.flatten())
-        sums = [objective - z]  # its gradient is of both
-        if config.z_loss:
+        sums = [objective - z]  # its gradient includes the z-loss's
+        if self.config.z_loss:
             sums.append(z)
         if mixture is not None:
-            assert config.experts is not None, "a mixture was built by it"
+            experts = self.config.experts
+            assert experts is not None, "the mixture was built from it"
             balance, router_z = mixture
-            sums += [config.experts.balance_weight * balance if config.experts.balance == "loss" else balance.detach() * 0]
-            sums += [config.experts.router_z_loss * router_z]
+            sums += [experts.balance_weight * balance if experts.balance == "loss" else balance.detach() * 0]
+            sums += [experts.router_z_loss * router_z]
         assert len(sums) == len(self.terms), "each term has its divisor"
         return torch.stack(sums) / divisors_K
 
     def counts(self, batch: Batch) -> Tensor:
-        tokens = predicted(batch.targets)
-        counts = [tokens] * (1 + bool(self.config.z_loss))
+        targets = count_targets(batch.targets)
+        counts = [targets] * (1 + bool(self.config.z_loss))
         if self.has_mixture:
             tokens = torch.tensor(batch.tokens.numel()) if batch.real is None else batch.real.sum()
             counts += [torch.tensor(len(batch.tokens)), tokens]
         return torch.stack([count.cpu() for count in counts])
 
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What the head reads, x_BTD, and a mixture's sums over all blocks."""
-        visible = Visibility(window=self.config.sliding_window, documents=batch.documents)
-        noise = Noise(batch.keys, batch.token_indices) if self.drops else None
-        dropped = noise is not None and self.config.attention_dropout > 0
-        visible.draw(batch.length, batch.length, batch.tokens.device, dropped=dropped)
-        return self.stack(batch.tokens, batch.positions, visible, noise=noise, real=batch.real)
+        """Return the head's input x_BTD, and a mixture's loss sums over all blocks."""
+        mask = AttentionMask(window=self.config.sliding_window, documents=batch.documents)
+        return self.run_blocks(batch.tokens, batch.positions, self.context(batch, mask))
 
-    def logits(self, tokens_BT: Tensor, *, first: int = 0, caches: Sequence[Cache] | None = None) -> Tensor:
-        """-> logits_BTV. `first`: the position of the first token; `caches`, one a block, hold what came before it."""
+    def logits(self, tokens_BT: Tensor, *, first: int = 0, caches: Sequence[KVCache] | None = None) -> Tensor:
+        """Return logits_BTV. first: the position of the first token. caches: one per block, with the keys and values before it."""
         positions_BT = torch.arange(first, first + tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        x_BTD, _ = self.stack(tokens_BT, positions_BT, Visibility(window=self.config.sliding_window), caches=caches)
-        return self.head.logits(x_BTD)
+        context = ForwardContext(mask=AttentionMask(window=self.config.sliding_window))
+        return self.head.logits(self.run_blocks(tokens_BT, positions_BT, context, caches)[0])
 
-    def stack(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor,
-        visible: Visibility,
-        *,
-        noise: Noise | None = None,
-        real: Tensor | None = None,
-        caches: Sequence[Cache] | None = None,
+    def run_blocks(
+        self, tokens_BT: Tensor, positions_BT: Tensor, context: ForwardContext, caches: Sequence[KVCache] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        x_BTD, told = self.embed(tokens_BT, positions_BT, Pass(visible=visible, noise=noise, real=real))
+        x_BTD, context = self.embed(tokens_BT, positions_BT, context)
         sums: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            x_BTD, mixture = block(x_BTD, told, None if caches is None else caches[index])
-            sums += [] if mixture is None else [mixture]
+            x_BTD, loss_sums = block(x_BTD, context, None if caches is None else caches[index])
+            sums += [] if loss_sums is None else [loss_sums]
         return self.norm(x_BTD), torch.stack(sums).sum(dim=0) if sums else None
 
     @abstractmethod
-    def embed(self, tokens_BT: Tensor, positions_BT: Tensor, told: Pass) -> tuple[Tensor, Pass]:
-        """x_BTD, and what the blocks are told of positions."""
+    def embed(self, tokens_BT: Tensor, positions_BT: Tensor, context: ForwardContext) -> tuple[Tensor, ForwardContext]:
+        """Return x_BTD, and the context with what the blocks need of positions."""

@@ -1,8 +1,8 @@
-"""A mixture of experts (Shazeer et al. 2017) that drops no token, however unevenly experts are chosen: rows are sorted by expert and
-each expert multiplies its own stretch of them, as in MegaBlocks (Gale et al. 2022).
+"""Dropless mixture of experts (Shazeer et al. 2017): rows are sorted by expert, and each expert multiplies its contiguous rows, as in
+MegaBlocks (Gale et al. 2022). No token is dropped, however uneven the choice.
 
-Shapes: B batch, T time, D model width, E experts, F inner width of an expert, K experts a token, N tokens (batch and time in one),
-M = N K rows, one for each pair of a token and an expert that it chose. It knows no ranks: what others hold is asked for from outside.
+Shapes: B batch, T time, D model width, E experts, F inner width of an expert, K experts per token, N tokens (batch and time flattened),
+M = N K rows, one for each pair of a token and one of its experts.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from manta.trainer.config.model import ExpertsConfig
 from manta.trainer.model.layers import SwiGLU
 
-BLACKWELL = 10  # whose grouped product leaves unwritten what an expert without tokens has (pytorch issue 172439)
-ALIGNMENT = 16  # bytes: what grouped products ask of rows and of a tensor's start
+BLACKWELL = 10  # its grouped product does not write the output of an expert without tokens (pytorch issue 172439)
+ALIGNMENT = 16  # bytes: grouped products require it of rows and of a tensor's start
 
 
 class MixtureOfExperts(nn.Module):
-    """In place of a block's MLP. `experts` may be replaced by anything that is called as Experts is: nothing else touches their weights."""
+    """Replaces a block's MLP. Only `experts` uses the experts' weights, so that expert parallelism can wrap it."""
 
     def __init__(self, width: int, config: ExpertsConfig) -> None:
         super().__init__()
@@ -29,29 +29,29 @@ class MixtureOfExperts(nn.Module):
         self.shared = SwiGLU(width, config.shared * config.width) if config.shared else None
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """-> y_BTD and the sums (balance, z) of Router. mask_BT is False for padding, which is routed but counts for nothing."""
-        weights_NK, chosen_NK, auxiliary = self.router(x_BTD, mask_BT)
+        """Return y_BTD and the router's loss sums (balance, z). mask_BT is False for padding, which is routed but not counted."""
+        weights_NK, chosen_NK, loss_sums = self.router(x_BTD, mask_BT)
         chosen_M = chosen_NK.flatten()
         order_M = chosen_M.argsort(stable=True)
-        place_NK = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device)).view_as(chosen_NK)
+        row_NK = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device)).view_as(chosen_NK)
         counts_E = chosen_M.new_zeros(self.router.experts).scatter_add_(0, chosen_M, torch.ones_like(chosen_M))
-        x_MD = _Dispatch.apply(x_BTD.flatten(0, 1), order_M, place_NK)
-        y_ND: Tensor = _Combine.apply(self.experts(x_MD, counts_E), weights_NK, order_M, place_NK)
+        x_MD = _Dispatch.apply(x_BTD.flatten(0, 1), order_M, row_NK)
+        y_ND: Tensor = _Combine.apply(self.experts(x_MD, counts_E), weights_NK, order_M, row_NK)
         y_BTD = y_ND.view_as(x_BTD)
-        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), auxiliary
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), loss_sums
 
 
 class Router(nn.Module):
-    """Chooses experts, and measures how evenly.
+    """Chooses each token's experts, and measures how evenly they are loaded.
 
-    Both auxiliary losses are sums, so that they do not depend on how sequences are dealt to ranks and micro batches:
+    Both auxiliary losses are sums, so that they do not depend on how sequences are split over ranks and micro batches:
 
-    - balance, over sequences: E sum_e f_e P_e, where f_e is the share of a sequence's choices that fell on expert e and P_e its mean
-      probability (Switch transformer, Fedus et al. 2022, section 2.2; a sequence at a time as in DeepSeek-V3, section 2.1.2). 1 when even.
-      Zero unless config.balance is "loss".
-    - z, over tokens: the squared logsumexp of the logits (ST-MoE, Zoph et al. 2022, section 3.2).
+    - balance, summed over sequences: E sum_e f_e P_e, where f_e is expert e's share of the sequence's choices and P_e its mean probability
+      (Switch transformer, Fedus et al. 2022, section 2.2; per sequence as in DeepSeek-V3, section 2.1.2). 1 if even. Zero unless
+      config.balance is "loss".
+    - z, summed over tokens: the squared logsumexp of the logits (ST-MoE, Zoph et al. 2022, section 3.2).
 
-    With config.balance "bias" a bias on the choice, not on the weights, keeps experts even (Wang et al. 2024).
+    With config.balance "bias", a bias on the choice but not on the weights balances the load (Wang et al. 2024).
     """
 
     bias: Tensor | None
@@ -62,14 +62,14 @@ class Router(nn.Module):
         self.config, self.experts, self.top_k = config, config.experts, config.top_k
         self.weight = nn.Parameter(torch.empty(config.experts, width))
         nn.init.normal_(self.weight, std=0.02)
-        # neither is a buffer, which mixed precision would cast, and neither is made on the meta device; both follow the weight when used
-        self.load = torch.zeros(config.experts, dtype=torch.int64, device="cpu")  # tokens that chose each expert since settle()
+        # No buffers, which mixed precision would cast, and never on the meta device. Both move to the weight's device when used.
+        self.load = torch.zeros(config.experts, dtype=torch.int64, device="cpu")  # tokens that chose each expert in this step
         self.bias = torch.zeros(config.experts, dtype=torch.float32, device="cpu") if config.balance == "bias" else None
-        # where a sequence lies on several ranks: sums what they hold of it, and which share of its loss is counted here
-        self.sum_over_sequence, self.sequence_share = _alone, 1.0
+        # If a sequence is split, Ulysses sets the sum over its parts, and the share of its balance loss to count for each part.
+        self.sum_over_sequence, self.sequence_share = _identity, 1.0
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """-> weights_NK, chosen_NK and the sums (balance, z). In fp32 at least: a rounded logit sends a token elsewhere."""
+        """Return weights_NK, chosen_NK and the loss sums (balance, z). At least in fp32: a rounded logit changes a token's experts."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             precision = torch.promote_types(torch.promote_types(x_BTD.dtype, self.weight.dtype), torch.float32)
             logits_BTE = F.linear(x_BTD.to(precision), self.weight.to(precision))
@@ -81,20 +81,20 @@ class Router(nn.Module):
                 weights_BTK = _normalized(weights_BTK)
             if mask_BT is None:
                 mask_BT = torch.ones_like(chosen_BTK[..., 0], dtype=torch.bool)
-            taken_BE = chosen_BTK.new_zeros(len(chosen_BTK), self.experts)
-            taken_BE.scatter_add_(1, chosen_BTK.flatten(1), mask_BT.to(taken_BE.dtype).repeat_interleave(chosen_BTK.shape[-1], dim=1))
+            counts_BE = chosen_BTK.new_zeros(len(chosen_BTK), self.experts)
+            counts_BE.scatter_add_(1, chosen_BTK.flatten(1), mask_BT.to(counts_BE.dtype).repeat_interleave(chosen_BTK.shape[-1], dim=1))
             if self.training and not _recomputing():
-                self.load = self.load.to(taken_BE.device)
-                self.load += taken_BE.sum(dim=0)
+                self.load = self.load.to(counts_BE.device)
+                self.load += counts_BE.sum(dim=0)
             z = (logits_BTE.logsumexp(dim=-1).square() * mask_BT).sum()
             balance = torch.zeros_like(z)
             if self.config.balance == "loss":
-                balance = self._balance(scores_BTE if softmax else _normalized(scores_BTE), taken_BE, mask_BT)
+                balance = self._balance(scores_BTE if softmax else _normalized(scores_BTE), counts_BE, mask_BT)
         return (weights_BTK * self.config.scale).flatten(0, 1), chosen_BTK.flatten(0, 1), torch.stack((balance, z))
 
-    def settle(self, load_E: Tensor, *, learned: bool = True) -> None:
-        """After an optimizer step. load_E: `load`, summed over all ranks. learned: False where the step was left out."""
-        if self.bias is not None and learned:
+    def end_step(self, load_E: Tensor, *, skipped: bool = False) -> None:
+        """Update the bias after an optimizer step and reset `load`. load_E: `load` summed over all ranks. skipped: keep the bias."""
+        if self.bias is not None and not skipped:
             load_E = load_E.to(torch.int64)
             below_mean = load_E.sum() - self.experts * load_E
             self.bias += self.config.bias_update_speed * below_mean.sign().to(self.bias)
@@ -106,17 +106,17 @@ class Router(nn.Module):
             scores_BTE = scores_BTE + self.bias
         return scores_BTE.topk(self.top_k, dim=-1).indices
 
-    def _balance(self, probabilities_BTE: Tensor, taken_BE: Tensor, mask_BT: Tensor) -> Tensor:
+    def _balance(self, probabilities_BTE: Tensor, counts_BE: Tensor, mask_BT: Tensor) -> Tensor:
         sums_BE = (probabilities_BTE * mask_BT[..., None]).sum(dim=1)
         tokens_B1 = mask_BT.sum(dim=1, keepdim=True)
-        whole = self.sum_over_sequence(torch.cat((sums_BE, taken_BE.to(sums_BE), tokens_B1.to(sums_BE)), dim=1))
-        sums_BE, shares_BE, tokens_B1 = whole.split((self.experts, self.experts, 1), dim=1)
-        tokens_B1 = tokens_B1.clamp_min(1)  # a row of padding alone
-        return self.experts * (sums_BE / tokens_B1 * shares_BE / (self.top_k * tokens_B1)).sum() * self.sequence_share
+        totals = self.sum_over_sequence(torch.cat((sums_BE, counts_BE.to(sums_BE), tokens_B1.to(sums_BE)), dim=1))
+        sums_BE, choices_BE, tokens_B1 = totals.split((self.experts, self.experts, 1), dim=1)
+        tokens_B1 = tokens_B1.clamp_min(1)  # for a row of padding
+        return self.experts * (sums_BE / tokens_B1 * choices_BE / (self.top_k * tokens_B1)).sum() * self.sequence_share
 
 
 class Experts(nn.Module):
-    """E gated MLPs (SwiGLU, Shazeer 2020), or as many of them as are held here: the weights tell."""
+    """E gated MLPs (SwiGLU, Shazeer 2020). Under expert parallelism E is this rank's share."""
 
     def __init__(self, experts: int, width: int, inner_width: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Experts(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
-        """x_MD: rows sorted by expert, of which expert e has counts_E[e] -> y_MD in the same order."""
+        """Return y_MD for rows x_MD sorted by expert: counts_E[e] rows belong to expert e."""
         weights = (self.gate_proj, self.up_proj, self.down_proj)
         device = x_MD.device.type
         if torch.is_autocast_enabled(device) and x_MD.dtype != torch.float64:
@@ -137,99 +137,101 @@ class Experts(nn.Module):
 
 
 class _ExpertSwiGLU(torch.autograd.Function):
-    """Keeps half of what autograd would, takes weights' gradients in their own layout, and saves the weights themselves, not views."""
+    """Keeps half of the activations that autograd would, computes weights' gradients in the weights' layout, and saves no views."""
 
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
         gate_EFD, up_EFD, down_EDF = weights
-        gate_MF = _each(x_MD, gate_EFD.transpose(1, 2), ends_E)
-        up_MF = _each(x_MD, up_EFD.transpose(1, 2), ends_E)
+        gate_MF = _grouped_mm(x_MD, gate_EFD.transpose(1, 2), ends_E)
+        up_MF = _grouped_mm(x_MD, up_EFD.transpose(1, 2), ends_E)
         ctx.save_for_backward(x_MD, ends_E, *weights, gate_MF, up_MF)
-        return _each(F.silu(gate_MF).mul_(up_MF), down_EDF.transpose(1, 2), ends_E)
+        return _grouped_mm(F.silu(gate_MF).mul_(up_MF), down_EDF.transpose(1, 2), ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_MD, ends_E, gate_EFD, up_EFD, down_EDF, gate_MF, up_MF = ctx.saved_tensors
-        grad_MD = grads[0].contiguous()  # the gradient of a sum comes expanded
+        grad_MD = grads[0].contiguous()  # the gradient of a sum is an expanded tensor
         silu_MF = F.silu(gate_MF)
-        grad_hidden_MF = _each(grad_MD, down_EDF, ends_E)
-        grad_down = _outer(grad_MD, silu_MF * up_MF, ends_E)
+        grad_hidden_MF = _grouped_mm(grad_MD, down_EDF, ends_E)
+        grad_down = _grouped_outer(grad_MD, silu_MF * up_MF, ends_E)
         grad_up_MF = silu_MF.mul_(grad_hidden_MF)
         grad_gate_MF = torch.ops.aten.silu_backward(grad_hidden_MF.mul_(up_MF), gate_MF)
-        grad_x_MD = _each(grad_gate_MF, gate_EFD, ends_E).add_(_each(grad_up_MF, up_EFD, ends_E)) if ctx.needs_input_grad[0] else None
-        return grad_x_MD, None, _outer(grad_gate_MF, x_MD, ends_E), _outer(grad_up_MF, x_MD, ends_E), grad_down
+        grad_x_MD = (
+            _grouped_mm(grad_gate_MF, gate_EFD, ends_E).add_(_grouped_mm(grad_up_MF, up_EFD, ends_E)) if ctx.needs_input_grad[0] else None
+        )
+        return grad_x_MD, None, _grouped_outer(grad_gate_MF, x_MD, ends_E), _grouped_outer(grad_up_MF, x_MD, ends_E), grad_down
 
 
 class _Dispatch(torch.autograd.Function):
-    """x_MD: each token's row, once for each of its experts. Backwards, rows are fetched, not scattered: the same sum every time."""
+    """x_MD: each token's row, once for each of its experts. The backward pass gathers rows instead of scattering: it is deterministic."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, order_M: Tensor, place_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(place_NK)
-        return x_ND.index_select(0, order_M // place_NK.shape[1])
+    def forward(ctx: Any, x_ND: Tensor, order_M: Tensor, row_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(row_NK)
+        return x_ND.index_select(0, order_M // row_NK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (place_NK,) = ctx.saved_tensors
-        total_ND = grads[0].index_select(0, place_NK[:, 0])
-        for place_N in place_NK[:, 1:].unbind(dim=1):  # one at a time: a sum over K of all rows at once reads and writes them twice
-            total_ND += grads[0].index_select(0, place_N)
+        (row_NK,) = ctx.saved_tensors
+        total_ND = grads[0].index_select(0, row_NK[:, 0])
+        for row_N in row_NK[:, 1:].unbind(dim=1):  # one at a time: a sum over K of all rows at once reads and writes them twice
+            total_ND += grads[0].index_select(0, row_N)
         return total_ND, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """y_ND: what a token's experts gave, weighed and summed in the router's precision."""
+    """y_ND: the weighted sum of each token's experts, in the router's precision."""
 
     @staticmethod
-    def forward(ctx: Any, y_MD: Tensor, weights_NK: Tensor, order_M: Tensor, place_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(y_MD, weights_NK, order_M, place_NK)
+    def forward(ctx: Any, y_MD: Tensor, weights_NK: Tensor, order_M: Tensor, row_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_MD, weights_NK, order_M, row_NK)
         total_ND = weights_NK.new_zeros(len(weights_NK), y_MD.shape[1])
-        for place_N, weight_N in zip(place_NK.unbind(dim=1), weights_NK.unbind(dim=1), strict=True):
-            total_ND.addcmul_(y_MD.index_select(0, place_N), weight_N[:, None])
+        for row_N, weight_N in zip(row_NK.unbind(dim=1), weights_NK.unbind(dim=1), strict=True):
+            total_ND.addcmul_(y_MD.index_select(0, row_N), weight_N[:, None])
         return total_ND.to(y_MD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_MD, weights_NK, order_M, place_NK = ctx.saved_tensors
-        grad_MD = grads[0].index_select(0, order_M // place_NK.shape[1])
+        y_MD, weights_NK, order_M, row_NK = ctx.saved_tensors
+        grad_MD = grads[0].index_select(0, order_M // row_NK.shape[1])
         grad_weights_M = (grad_MD * y_MD).sum(dim=1, dtype=weights_NK.dtype)
-        return grad_MD.mul_(weights_NK.flatten()[order_M, None]), grad_weights_M[place_NK], None, None
+        return grad_MD.mul_(weights_NK.flatten()[order_M, None]), grad_weights_M[row_NK], None, None
 
 
-def _each(x_MI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """-> y_MO: every expert's rows times its weight. Expert e's rows end before ends_E[e]."""
-    if _groups(x_MI) and _groups(weight_EIO) and weight_EIO.shape[2] * x_MI.element_size() % ALIGNMENT == 0:
+def _grouped_mm(x_MI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Return y_MO, every expert's rows times its weight. Expert e's rows end before ends_E[e]."""
+    if _is_groupable(x_MI) and _is_groupable(weight_EIO) and weight_EIO.shape[2] * x_MI.element_size() % ALIGNMENT == 0:
         return F.grouped_mm(x_MI, weight_EIO, offs=ends_E)
-    parts = x_MI.tensor_split(ends_E[:-1].tolist())
-    return torch.cat([x_mI @ weight_IO for x_mI, weight_IO in zip(parts, weight_EIO, strict=True)])
+    rows = x_MI.tensor_split(ends_E[:-1].tolist())
+    return torch.cat([x_mI @ weight_IO for x_mI, weight_IO in zip(rows, weight_EIO, strict=True)])
 
 
-def _outer(x_MI: Tensor, y_MO: Tensor, ends_E: Tensor) -> Tensor:
-    """-> x^T y for every expert's rows, EIO: zeros where it has none."""
-    if _groups(x_MI) and _groups(y_MO):
+def _grouped_outer(x_MI: Tensor, y_MO: Tensor, ends_E: Tensor) -> Tensor:
+    """Return x^T y of every expert's rows, [E, I, O]; zeros for an expert without rows."""
+    if _is_groupable(x_MI) and _is_groupable(y_MO):
         product_EIO = F.grouped_mm(x_MI.T, y_MO, offs=ends_E)
         if x_MI.is_cuda and torch.cuda.get_device_capability(x_MI.device)[0] >= BLACKWELL:
             product_EIO.masked_fill_((ends_E.diff(prepend=ends_E.new_zeros(1)) == 0)[:, None, None], 0)
         return product_EIO
-    cuts = ends_E[:-1].tolist()
-    return torch.stack([x_mI.T @ y_mO for x_mI, y_mO in zip(x_MI.tensor_split(cuts), y_MO.tensor_split(cuts), strict=True)])
+    ends = ends_E[:-1].tolist()
+    return torch.stack([x_mI.T @ y_mO for x_mI, y_mO in zip(x_MI.tensor_split(ends), y_MO.tensor_split(ends), strict=True)])
 
 
-def _groups(tensor: Tensor) -> bool:
-    """Whether the grouped product takes it."""
-    strides = sorted(tensor.stride())[1:]  # the least is 1
+def _is_groupable(tensor: Tensor) -> bool:
+    """Whether the grouped product supports this tensor."""
+    strides = sorted(tensor.stride())[1:]  # the smallest is 1
     aligned = all(stride * tensor.element_size() % ALIGNMENT == 0 for stride in strides) and tensor.data_ptr() % ALIGNMENT == 0
     return tensor.dtype != torch.float64 and tensor.numel() > 0 and aligned
 
 
 def _normalized(scores: Tensor) -> Tensor:
-    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be zero
+    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # all sigmoids may be zero
 
 
-def _alone(sums: Tensor) -> Tensor:
+def _identity(sums: Tensor) -> Tensor:
     return sums
 
 
 def _recomputing() -> bool:
-    """Whether a backward pass is under way, which runs a checkpointed forward pass again: its tokens have been counted."""
+    """Whether a backward pass is running, which repeats a checkpointed forward pass: its tokens are counted already."""
     return torch._C._current_graph_task_id() != -1  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]

@@ -1,4 +1,4 @@
-"""The optimizer: fused AdamW, or SGD, with decay on matrices only."""
+"""The optimizer: fused AdamW or SGD, with weight decay on matrices only."""
 
 from collections.abc import Iterable
 
@@ -7,25 +7,24 @@ from torch import nn
 
 from manta.trainer.config.training import OptimizerConfig
 
+STATE_KEYS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+}
+"""An optimizer's state for each weight. All of it is element-wise, and zero before the first step."""
+
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Groups: matrices, which decay, and the rest, which do not; apart for each expert group that DeepSpeed knows a weight by."""
+    """Build it with parameter groups: matrices decay, other weights do not. DeepSpeed needs separate groups for each expert group."""
     groups: dict[tuple[bool, str | None], list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
             groups.setdefault((parameter.ndim >= 2, getattr(parameter, "group_name", None)), []).append(parameter)
     described = [
-        {"params": held, "weight_decay": config.weight_decay if decays else 0.0, **({"moe": True, "name": expert} if expert else {})}
-        for (decays, expert), held in groups.items()
+        {"params": weights, "weight_decay": config.weight_decay if decays else 0.0, **({"moe": True, "name": expert} if expert else {})}
+        for (decays, expert), weights in groups.items()
     ]
     if config.name == "sgd":
         return torch.optim.SGD(described, lr=config.learning_rate, momentum=config.beta1, fused=True)
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(described, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
-
-
-STATES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
-    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
-    torch.optim.SGD: ("momentum_buffer",),
-}
-"""What an optimizer keeps for each weight; all of it element-wise, and all of it zero before the first step."""

@@ -1,1 +1,1 @@
-"""How a model lies on ranks: which weight is cut where, and what is exchanged for it."""
+"""Parallel layers: the collectives that each kind of parallelism adds to a model."""

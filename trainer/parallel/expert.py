@@ -1,8 +1,8 @@
-"""Expert parallelism (GShard, Lepikhin et al. 2021): each rank of a group holds some of the experts, and tokens travel to them.
+"""Expert parallelism (GShard, Lepikhin et al. 2021): each rank of a group holds some of the experts, and tokens are sent to them.
 
-The router, its losses and its load are the model's own on every rank; only the experts' work is dealt out, and no token is dropped.
+The router, its losses and its load stay the model's own on every rank; only the experts' computation is distributed. No token is dropped.
 
-Shapes: M tokens sorted by expert, D model width, E experts, L = E / P of them here, P ranks of the group.
+Shapes: M tokens sorted by expert, D model width, E experts, L = E / P experts per rank, P ranks of the group.
 """
 
 from collections.abc import Callable
@@ -12,30 +12,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from manta.trainer.dist.collectives import exchange
+from manta.trainer.dist.collectives import all_to_all
 from manta.trainer.model.moe import MixtureOfExperts
 
 
-def share(model: nn.Module, group: ProcessGroup) -> None:
+def apply_expert_parallel(model: nn.Module, group: ProcessGroup) -> None:
     for module in list(model.modules()):
         if isinstance(module, MixtureOfExperts):
-            module.experts.forward = TravellingTokens(module.experts.forward, group)
+            module.experts.forward = TokenExchange(module.experts.forward, group)
 
 
-class TravellingTokens:
-    """Sends each token to the rank that holds its expert, and brings back what the expert made of it."""
+class TokenExchange:
+    """Sends each token to the rank that holds its expert, and returns the expert's output."""
 
-    def __init__(self, work: Callable[[Tensor, Tensor], Tensor], group: ProcessGroup) -> None:
-        self.work, self.group, self.ranks = work, group, dist.get_world_size(group)
+    def __init__(self, experts: Callable[[Tensor, Tensor], Tensor], group: ProcessGroup) -> None:
+        self.experts, self.group, self.ranks = experts, group, dist.get_world_size(group)
 
     def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
-        counts_PL = counts_E.view(self.ranks, -1)  # for each rank's experts
-        came_PL = torch.empty_like(counts_PL)  # from each rank, for our experts
-        dist.all_to_all_single(came_PL, counts_PL.contiguous(), group=self.group)
-        sent, received = torch.stack((counts_PL, came_PL)).sum(dim=2).tolist()  # the one time that the host waits
-        arrived = exchange(x_MD, sent, received, self.group)
-        # They come rank by rank, each sorted by expert; our experts want them expert by expert.
-        experts = torch.arange(came_PL.shape[1], device=x_MD.device).repeat(self.ranks)
-        order = experts.repeat_interleave(came_PL.flatten(), output_size=sum(received)).argsort(stable=True)
-        worked = self.work(arrived[order], came_PL.sum(dim=0))
-        return exchange(worked[order.argsort()], received, sent, self.group)
+        sent_PL = counts_E.view(self.ranks, -1)  # to each rank's experts
+        received_PL = torch.empty_like(sent_PL)  # from each rank, for the local experts
+        dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=self.group)
+        sent, received = torch.stack((sent_PL, received_PL)).sum(dim=2).tolist()  # the only wait for the device
+        local_MD = all_to_all(x_MD, sent, received, self.group)
+        # Rows arrive rank by rank, each sorted by expert; the local experts need them sorted by expert.
+        experts = torch.arange(received_PL.shape[1], device=x_MD.device).repeat(self.ranks)
+        order = experts.repeat_interleave(received_PL.flatten(), output_size=sum(received)).argsort(stable=True)
+        y_MD = self.experts(local_MD[order], received_PL.sum(dim=0))
+        return all_to_all(y_MD[order.argsort()], received, sent, self.group)

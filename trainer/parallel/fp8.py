@@ -1,8 +1,8 @@
-"""Products in 8 bits (Micikevicius et al. 2022), by torchao: the linear layers of every block, weights bf16 and their masters fp32 as ever.
+"""Matrix products in fp8 (Micikevicius et al. 2022) by torchao, in the linear layers of every block. Weights stay bf16, masters fp32.
 
-Each row of what is multiplied has a scale of its own (on the way back a weight has one for all), and weights' gradients are made in bf16:
-so a token's result hangs on no other token, and how sequences are dealt to ranks and micro batches changes nothing but the order of
-sums. Without a GPU the products can be emulated, rounded as on one: for proofs. `ask_for_gpu` keeps people from training so.
+Each row of an operand has its own scale (in the backward pass a weight has one for all rows), and weights' gradients are computed in bf16.
+A token's result therefore depends on no other token, and how sequences are split over ranks and micro batches changes only the order of
+sums. Without a GPU the products can be emulated, rounded as on a GPU, for parity tests; `require_fp8_gpu` prevents training that way.
 """
 
 from dataclasses import replace
@@ -13,24 +13,27 @@ from torch import nn
 
 from manta.data.errors import InputError
 
-CAPABILITY = (9, 0)  # with a scale for each row, from NVIDIA's Hopper on
+CAPABILITY = (9, 0)  # row scales need NVIDIA's Hopper or newer
 
 
-def ask_for_gpu(device: torch.device) -> None:
-    """Raises InputError where products in 8 bits can not be had."""
-    wants = f"precision: got fp8, which wants a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer"
+def require_fp8_gpu(device: torch.device) -> None:
+    """Raise InputError if this device or installation has no fp8 products."""
     if device.type != "cuda":
-        raise InputError(f"{wants}, and this rank has none; use bf16")
+        raise _refusal("no GPU on this rank")
     if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        raise InputError(f"{wants}, and {name} has {capability[0]}.{capability[1]}; use bf16")
+        raise _refusal(f"{torch.cuda.get_device_name(device)} with {capability[0]}.{capability[1]}")
     if find_spec("torchao") is None:
-        raise InputError("precision: got fp8, which wants torchao; pip install torchao, or use bf16")
+        raise InputError("precision: expected torchao for fp8, got none. Run pip install torchao, or use bf16.")
 
 
-def multiply_in_fp8(block: nn.Module, *, emulate: bool) -> None:
-    """Puts products in 8 bits in the place of the block's linear layers. Weights stay what they are, and where."""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # two seconds, for those alone who need it
+def _refusal(got: str) -> InputError:
+    expected = f"a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer for fp8"
+    return InputError(f"precision: expected {expected}, got {got}. Use bf16.")
+
+
+def convert_to_fp8(block: nn.Module, *, emulate: bool) -> None:
+    """Replace the block's linear layers by layers with fp8 products. Weights keep their type and place."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # takes two seconds to import
 
     config = Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp")
     convert_to_float8_training(block, config=replace(config, emulate=emulate))

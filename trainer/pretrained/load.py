@@ -14,7 +14,7 @@ from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.manifest import Checkpoint
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.pretrained.source import ImportSource, read_source
 from manta.trainer.pretrained.weights import fill_weights
@@ -58,7 +58,7 @@ def load_pretrained(run_directory: RunDirectory) -> Pretrained:
     file = run_directory.tokenizer_file if run_directory.tokenizer_file.exists() else run_directory.prepared().tokenizer
     tokenizer = Tokenizer(file, end_of_text=end_of_text)
     with torch.device("meta"):
-        model = build(config, vocabulary=tokenizer.vocabulary, sequence_length=sequence_length, code=run_directory.code)
+        model = build_model(config, vocabulary=tokenizer.vocabulary, sequence_length=sequence_length, code=run_directory.code)
     fill_weights(model, weights, checkpoint.location)
     return Pretrained(
         run_directory=run_directory,

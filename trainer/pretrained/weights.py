@@ -11,7 +11,7 @@ from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import first_difference
 from manta.trainer.checkpoint.token_rows import TOKEN_ROWS
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.run_directory import origin_of
 
@@ -48,7 +48,7 @@ def start_difference(
     assert name is not None, f"{start}: not the name of one checkpoint"
     shapes = catalog.read_manifest(storage, name).shapes
     with torch.device("meta"):
-        expected = _shapes(build(config, vocabulary=vocabulary, sequence_length=sequence_length, code=code))
+        expected = _shapes(build_model(config, vocabulary=vocabulary, sequence_length=sequence_length, code=code))
     found = {key.removeprefix("master/"): shape for key, shape in shapes.items() if key.startswith("master/")}
     if match_tokens:
         rows = [key for key in found.keys() & expected.keys() if TOKEN_ROWS.fullmatch(f"master/{key}")]

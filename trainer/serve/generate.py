@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manta.data.errors import InputError
-from manta.trainer.model.attention import Cache
+from manta.trainer.model.attention import KVCache
 from manta.trainer.model.decoder import Decoder
 from manta.trainer.model.gpt2 import GPT2
 from manta.trainer.pretrained.load import load_pretrained
@@ -66,11 +66,11 @@ def generate(model: Decoder, prompt: list[int], *, count: int, vocabulary: int, 
     generator = torch.Generator(device).manual_seed(sampling.seed)
     limit = model.position_embedding.num_embeddings if isinstance(model, GPT2) else None
     ids, cached = list(prompt), 0
-    caches = [Cache() for _ in model.blocks]
+    caches = [KVCache() for _ in model.blocks]
     for _ in range(count):
         if limit is not None and len(ids) > limit:
             ids, cached = ids[-max(1, limit // 2) :], 0
-            caches = [Cache() for _ in model.blocks]
+            caches = [KVCache() for _ in model.blocks]
         tokens_BT = torch.tensor([ids[cached:]], device=device)
         logits_V = model.logits(tokens_BT, first=cached, caches=caches)[0, -1, :vocabulary].float()
         cached = len(ids)

@@ -19,15 +19,15 @@ from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.convert.deepspeed.load import MASTER, DeepSpeedCheckpoint, States
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
-from manta.trainer.optim.optimizers import STATES
+from manta.trainer.optim.optimizers import STATE_KEYS
 from manta.trainer.pretrained.weights import model_tensors
 
 Names = Literal["manta", "huggingface"]
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of another engine's wrapper, and of torch.compile
 FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
-OPTIMIZERS = {"adamw": STATES[torch.optim.AdamW], "sgd": STATES[torch.optim.SGD]}
+OPTIMIZERS = {"adamw": STATE_KEYS[torch.optim.AdamW], "sgd": STATE_KEYS[torch.optim.SGD]}
 
 
 def logical_state(
@@ -38,7 +38,7 @@ def logical_state(
     Raises InputError with the first tensor that is missing, surplus or of another shape.
     """
     with torch.device("meta"):
-        model = build(config.model, vocabulary=vocabulary, sequence_length=config.data.sequence_length, code=code)
+        model = build_model(config.model, vocabulary=vocabulary, sequence_length=config.data.sequence_length, code=code)
     return _Renamer(source, config, model, config.model.vocabulary or vocabulary, names).state()
 
 

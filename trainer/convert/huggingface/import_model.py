@@ -26,7 +26,7 @@ from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.convert.huggingface.directory import CONFIG, TOKENIZER, check_import, read_json, staged
 from manta.trainer.convert.huggingface.weight_files import DTYPES, WeightFiles, open_weights
-from manta.trainer.model.build import build
+from manta.trainer.model.build import build_model
 from manta.trainer.pretrained.source import KEPT_FILES, SOURCE_FILE, ImportSource
 from manta.trainer.pretrained.weights import model_tensors
 
@@ -78,7 +78,7 @@ class _WeightReader:
             expected = f"at least {tokens}, the tokens of {TOKENIZER}"
             raise InputError(f"{directory}: vocab_size: expected {expected}, got {config.vocabulary}. Fetch the files of one model.")
         with torch.device("meta"):
-            model = build(config, vocabulary=tokens, sequence_length=1)
+            model = build_model(config, vocabulary=tokens, sequence_length=1)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
         self._vocabulary = config.vocabulary
         self._mappings = map_tensors(architecture, config, self._shapes)
