@@ -1,8 +1,8 @@
-"""What a person's own input can be wrong about, told in one line."""
+"""Errors in the user's input."""
 
 
 class InputError(ValueError):
-    """Bad input: where it stands (file and line, or dotted key), what was got, what is wanted, what to do.
+    """Bad input, in one line: `KEY: expected A, got B. Do C.` KEY is a dotted config key, or a file and line.
 
-    The command line prints the message as it is and leaves with exit code 2, so it is one line and needs no traceback.
+    The command line prints the message without a traceback and exits with code 2.
     """

@@ -1,6 +1,6 @@
-"""Numbers that look drawn and are computed: each a hash of what it is for, so that anybody can ask for any of them, in any order.
+"""Counter-based random numbers: each is a hash of a seed and counters, so any of them can be computed alone, in any order.
 
-splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), counters folded in one by one.
+splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), with one round per counter.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ Hashes = NDArray[np.uint64]
 
 
 def hashed(seed: int, *counters: ArrayLike) -> Hashes:
-    """A hash of the seed (its low 64 bits) and of the counters, which broadcast against one another; at least one dimension."""
+    """Return the hash of the seed (its low 64 bits) and of the counters, which broadcast; at least one dimension."""
     state = mix(np.array([seed & (2**64 - 1)], dtype=np.uint64) + GOLDEN)
     for counter in counters:
         state = fold(state, counter)
@@ -20,7 +20,7 @@ def hashed(seed: int, *counters: ArrayLike) -> Hashes:
 
 
 def fold(state: Hashes, counter: ArrayLike) -> Hashes:
-    """Goes on from a hash with one counter more. Mixed between, so that counter c + 1 of one state is not counter c of the next."""
+    """Add a counter to a hash. Mixing keeps counter c + 1 of one state apart from counter c of the next."""
     return mix(state + np.atleast_1d(np.asarray(counter, dtype=np.uint64)) * GOLDEN)
 
 

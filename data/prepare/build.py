@@ -130,7 +130,7 @@ def complete_corpus(home: Home, *, contents: bool) -> Manifest | None:
 
 
 def _complete_record(task: SplitTask, home: Home) -> SplitRecord | None:
-    """Return the record of a split whose shards are complete: by every byte on a disk, by their sizes in an object store."""
+    """Return the record of a split with complete shards, checked by every byte on a disk, and by size in an object store."""
     try:
         record = SplitRecord.model_validate_json(home.read(record_file(task.index)))
     except (FileNotFoundError, ValidationError):

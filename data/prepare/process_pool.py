@@ -27,12 +27,10 @@ class WorkerProcess:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, remote = cast("tuple[Connection, Connection]", context.Pipe())
-        lifeline, self._lifeline = cast("tuple[Connection, Connection]", context.Pipe(duplex=False))
         self._position: c_int64 = context.RawValue(c_int64, _NO_POSITION)  # in shared memory, which outlives the process
-        self._process = context.Process(target=_serve, args=(remote, lifeline, self._position), daemon=True)
+        self._process = context.Process(target=_serve, args=(remote, self._position), daemon=True)
         self._process.start()
         remote.close()
-        lifeline.close()
 
     def start(self, work: Work[T], task: SplitTask) -> None:
         """Start a task. If the process is dead, `result` raises."""
@@ -62,7 +60,6 @@ class WorkerProcess:
         self._process.kill()
         self._process.join()
         self.connection.close()
-        self._lifeline.close()
 
 
 def run_in_processes(work: Work[T], tasks: Sequence[SplitTask], count: int) -> Iterator[tuple[SplitTask, T]]:
@@ -92,11 +89,11 @@ def run_in_processes(work: Work[T], tasks: Sequence[SplitTask], count: int) -> I
             worker.close()
 
 
-def _serve(connection: Connection, lifeline: Connection, position: c_int64) -> None:
-    """Do tasks until the other end of the lifeline is closed, also by its death, so that no worker outlives its parent."""
+def _serve(connection: Connection, position: c_int64) -> None:
+    """Do tasks until the parent kills this process or dies."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread per worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    Thread(target=_exit_with, args=(lifeline,), daemon=True).start()
+    Thread(target=_exit_with_parent, daemon=True).start()
     while True:
         work, task = connection.recv()
         position.value = _NO_POSITION
@@ -120,8 +117,10 @@ def _picklable(error: Exception) -> Exception:
     return error
 
 
-def _exit_with(lifeline: Connection) -> None:
-    lifeline.poll(None)
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

@@ -64,7 +64,7 @@ def _run(ray: Any, actors: list[Any], work: Work[T], tasks: Sequence[SplitTask])
         actor, task = running.pop(done)
         try:
             result = ray.get(done)
-        except ray.exceptions.RayActorError as error:  # Ray restarts the actor where there are free cores
+        except ray.exceptions.RayActorError as error:  # Ray restarts the actor on free cores
             losses[task.index] += 1
             if losses[task.index] == _MAX_LOSSES:
                 raise RuntimeError(f"{task.split.name}: lost {_MAX_LOSSES} times with its node: {_first_line(error)}") from None
@@ -87,7 +87,7 @@ def _connect(address: str) -> Any:
             socket.create_connection((host, int(port)), timeout=5).close()
         os.chdir("/")  # Ray puts the driver's directory first on its workers' path, where a data.py would hide another package
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except (OSError, ValueError, RuntimeError) as error:  # a ConnectionError of Ray's is an OSError
+    except (OSError, ValueError, RuntimeError) as error:  # Ray raises ConnectionError, an OSError
         problem = f"expected the address of a running Ray cluster, or auto on one of its nodes, got {address!r} ({_first_line(error)})"
         raise InputError(f"data.ray_address: {problem}. Start one with ray start.") from None
     finally:

@@ -1,4 +1,4 @@
-"""The config of one source of documents: where it is, how it is read, and which documents are kept."""
+"""The config of one source of documents: its path, how to read it, and which documents to keep."""
 
 import re
 from string import Formatter

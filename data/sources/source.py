@@ -17,9 +17,8 @@ from pathlib import Path
 from manta.data.config_history import as_version_1
 from manta.data.errors import InputError
 from manta.data.sources.config import SourceConfig
-from manta.data.sources.files import without_dataset_metadata
 from manta.data.sources.formats import SUFFIXES, TEXT, configured_format, format_of
-from manta.data.sources.streams import COMPRESSION, format_suffix, read_error
+from manta.data.sources.streams import COMPRESSION, format_suffix, reading
 from manta.data.storage.local import walk
 from manta.data.storage.location import StoredFile
 from manta.data.storage.store import open_store
@@ -64,17 +63,15 @@ def source_files(source: SourceConfig) -> list[StoredFile]:
         dataset, _ = dataset_name(source)
         return [open_store(path).stat() for path in walk(dataset)] if Path(dataset).is_dir() else []
     location = _location(source)
-    try:
+    with reading(location):
         listing = open_store(location).find()
         is_directory = listing.is_directory
         if not listing.files and configured_format(source) == "tokens":  # a pair of shards is often named without its suffixes
             listing, is_directory = open_store(f"{glob.escape(location)}.*").find(), True
-        paths = without_dataset_metadata(location, list(listing.files))
+        paths = _without_dataset_metadata(location, list(listing.files))
         files = [listing.files[path] or open_store(path).stat() for path in (_known(paths, source) if is_directory else paths)]
         for file in files:
             _check_file(file, source)
-    except OSError as error:
-        raise read_error(location, error) from None
     if not files:
         problem = (
             f"expected text, JSONL, Parquet or Arrow files, or token shards, got {'none of them' if is_directory else 'no such files'}"
@@ -89,7 +86,7 @@ def ignored_files(source: SourceConfig) -> list[str]:
         return []
     location = _location(source)
     listing = open_store(location).find()
-    paths = without_dataset_metadata(location, list(listing.files))
+    paths = _without_dataset_metadata(location, list(listing.files))
     return sorted({*paths} - {*_known(paths, source)}) if listing.is_directory else []
 
 
@@ -104,6 +101,27 @@ def dataset_name(source: SourceConfig) -> tuple[str, str | None]:
     if not dataset:
         raise InputError(f"data.sources: {source.path!r}: expected hf:name, hf:name:config or hf:/local/dir, got no dataset. Name one.")
     return dataset, config or None
+
+
+def _without_dataset_metadata(location: str, paths: list[str]) -> list[str]:
+    """Remove what `datasets` saves beside a dataset's tables: JSON metadata, and cached tables computed from them.
+
+    Raises InputError for a dataset that was saved in several splits.
+    """
+    by_folder: dict[str, set[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        by_folder.setdefault(folder, set()).add(name)
+    for folder, names in by_folder.items():
+        if "dataset_dict.json" in names:
+            splits = ", ".join(sorted(other.rpartition("/")[2] for other, saved in by_folder.items() if "state.json" in saved))
+            raise InputError(
+                f"data.sources: {location!r}: expected one split of a dataset, got several. Name a folder of {folder}: {splits}."
+            )
+    metadata = {"state.json", "dataset_info.json"}
+    saved = {folder for folder, names in by_folder.items() if metadata <= names and any(name.endswith(".arrow") for name in names)}
+    parts = [(path, *path.rpartition("/")[::2]) for path in paths]
+    return [path for path, folder, name in parts if folder not in saved or (name not in metadata and not name.startswith("cache-"))]
 
 
 def _known(paths: list[str], source: SourceConfig) -> list[str]:

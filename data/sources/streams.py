@@ -31,11 +31,18 @@ def _split_suffix(path: str) -> tuple[str, str]:
     return (stem, dot + suffix) if stem else (name, "")
 
 
-def read_error(path: str, error: Exception) -> InputError:
-    """Return the InputError for a file that cannot be read."""
-    if isinstance(error, PermissionError):
-        return InputError(f"{path}: expected read access, got {one_line(error)}. Change its permissions.")
-    return InputError(f"{path}: expected a readable file, got {one_line(error)}; it may be truncated or damaged. Download it again.")
+@contextmanager
+def reading(path: str, *errors: type[Exception]) -> Generator[None]:
+    """Raise InputError for an OSError or one of these errors: the file cannot be read, or not to its end."""
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(f"{path}: expected read access, got {one_line(error)}. Change its permissions.") from None
+    except InputError:
+        raise
+    except (OSError, *errors) as error:
+        problem = f"expected a readable file, got {one_line(error)}; it may be truncated or damaged"
+        raise InputError(f"{path}: {problem}. Download it again.") from None
 
 
 def one_line(error: Exception) -> str:
@@ -49,18 +56,15 @@ def open_bytes(path: str) -> Generator[BinaryIO]:
     pyarrow's decompressors, unlike zstandard's, reject a truncated file, whatever its compression.
     """
     compression = compression_of(path)
-    try:
-        with open_store(path).open() as raw:
-            if compression is None:
-                yield raw
-                return
-            import pyarrow as pa
+    with reading(path), open_store(path).open() as raw:
+        if compression is None:
+            yield raw
+            return
+        import pyarrow as pa
 
-            decompressed = cast("io.RawIOBase", pa.input_stream(raw, compression=compression))
-            with io.BufferedReader(decompressed, _BUFFER) as stream:
-                yield stream
-    except OSError as error:
-        raise read_error(path, error) from None
+        decompressed = cast("io.RawIOBase", pa.input_stream(raw, compression=compression))
+        with io.BufferedReader(decompressed, _BUFFER) as stream:
+            yield stream
 
 
 @contextmanager

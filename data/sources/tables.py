@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from manta.data.errors import InputError
 from manta.data.sources.input_split import BadRow, Document, ReadOptions
 from manta.data.sources.rows import Content, FieldReader, RowError, RowReader, UndecodableValue, missing_field
-from manta.data.sources.streams import one_line, read_error
+from manta.data.sources.streams import one_line, reading
 from manta.data.storage.location import StoredFile
 from manta.data.storage.store import open_store
 
@@ -134,12 +134,8 @@ class HuggingFaceSplit:
         from datasets.exceptions import DatasetsError
 
         stream: Iterable[dict[str, Any]] = _open_dataset(self.dataset, self.config).shard(self.count, self.index)
-        try:
+        with reading(self.name, ValueError, DatasetsError):
             yield from _documents((_content(row, self.options.reader) for row in stream), self, first_row=0)
-        except InputError:
-            raise
-        except (OSError, ValueError, DatasetsError) as error:
-            raise read_error(self.name, error) from None
 
     def location(self, position: int) -> str:
         return f"{self.name}, row {position + 1}"
@@ -161,11 +157,12 @@ def _open_dataset(dataset: str, config: str | None) -> Any:
 def _open_parquet(path: str) -> Generator[Any]:
     from pyarrow import ArrowException, parquet
 
-    try:
-        with open_store(path).open_arrow() as source, parquet.ParquetFile(source) as table:
-            yield table
-    except (OSError, ArrowException, UnicodeDecodeError) as error:  # the last of a column's name
-        raise read_error(path, error) from None
+    with (
+        reading(path, ArrowException, UnicodeDecodeError),  # the last for a column's name
+        open_store(path).open_arrow() as source,
+        parquet.ParquetFile(source) as table,
+    ):
+        yield table
 
 
 @contextmanager
@@ -173,20 +170,17 @@ def _open_arrow(path: str) -> Generator[tuple[list[str], Iterator[Any]]]:
     """Open an Arrow file as its column names and its batches. Raises InputError unless it was written to its end."""
     import pyarrow as pa
 
-    try:
-        with open_store(path).open_arrow(mapped=True) as file:
-            if file.read(6) == b"ARROW1":
-                reader = pa.ipc.open_file(file)
-                yield reader.schema.names, (reader.get_batch(index) for index in range(reader.num_record_batches))
-                return
-            file.seek(max(0, file.size() - 8))
-            if file.read(8) != b"\xff\xff\xff\xff\0\0\0\0":  # only these bytes show that a stream is complete
-                raise InputError(f"{path}: expected an Arrow file that was written to its end, got none. Download it again.")
-            file.seek(0)
-            reader = pa.ipc.open_stream(file)
-            yield reader.schema.names, iter(reader)
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last of a column's name
-        raise read_error(path, error) from None
+    with reading(path, pa.ArrowException, UnicodeDecodeError), open_store(path).open_arrow(mapped=True) as file:
+        if file.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(file)
+            yield reader.schema.names, (reader.get_batch(index) for index in range(reader.num_record_batches))
+            return
+        file.seek(max(0, file.size() - 8))
+        if file.read(8) != b"\xff\xff\xff\xff\0\0\0\0":  # only these bytes show that a stream is complete
+            raise InputError(f"{path}: expected an Arrow file that was written to its end, got none. Download it again.")
+        file.seek(0)
+        reader = pa.ipc.open_stream(file)
+        yield reader.schema.names, iter(reader)
 
 
 def _slices(batches: Iterable[Any], first: int, end: int | None) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Train tokenizers. The same texts give the same bytes, on any number of cores."""
+"""Train tokenizers. The same texts always produce the same bytes, on any number of cores."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -67,7 +67,7 @@ def _unigram(texts: list[str], vocabulary: int, special: list[str]) -> Any:
     seeds = _bpe(texts, _SEEDS * vocabulary, [], max_length=unigram.MAX_PIECE)
     words: Counter[str] = Counter()
     for text in texts:
-        words.update(word for word, _ in seeds.pre_tokenizer.pre_tokenize_str(text))
+        words.update(piece for piece, _ in seeds.pre_tokenizer.pre_tokenize_str(text))
     letters = byte_letters()
     byte = {letter: value for value, letter in letters.items()}
     counts = {bytes(byte[letter] for letter in word): count for word, count in words.items()}

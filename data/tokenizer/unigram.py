@@ -1,6 +1,6 @@
 """A unigram language model of word pieces (Kudo 2018, section 3.2), trained by expectation-maximization and pruning.
 
-The trainer of `tokenizers` sums in hash map order, which differs each time; here the same words always give the same pieces.
+The trainer of `tokenizers` sums in hash map order, which differs each time; here the same words always produce the same pieces.
 
 Legend: W words, B their concatenated bytes, G gaps (a word of n bytes has n + 1), E edges, P pieces. An edge is a piece between two gaps
 of a word; a path of edges from its first gap to its last is one segmentation of the word.

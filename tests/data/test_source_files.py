@@ -20,7 +20,7 @@ LINES = b'{"text": "one"}\n{"text": "two"}\n'
 
 @contextmanager
 def as_unprivileged_user():
-    """Root can read everything, so become the user nobody for a while."""
+    """Drop root's privileges for a while: root can read everything."""
     if root := os.geteuid() == 0:
         os.seteuid(65534)
     try:

@@ -132,11 +132,11 @@ def test_a_tokenizer_without_fim_tokens_is_refused(any_file, tmp_path):
 
 def words_of(tokenizer: Tokenizer, text: str) -> list[str]:
     """Return the tokens of a text, joined into words by +."""
-    begins = tokenizer.special_tokens(whole_words=True).begins_word
+    begins_word = tokenizer.special_tokens(whole_words=True).begins_word
     words: list[str] = []
     for number in tokenizer.encode([text])[0]:
         token = tokenizer._reference.id_to_token(int(number))
-        words.extend([token] if begins[number] or not words else [f"{words.pop()}+{token}"])
+        words.extend([token] if begins_word[number] or not words else [f"{words.pop()}+{token}"])
     return words
 
 

@@ -1,4 +1,4 @@
-"""Helpers for tests of worker pools: tasks for one input split, and splits whose reader hangs or dies."""
+"""Helpers for tests of worker pools: tasks for one input split, and splits that hang or kill their reader."""
 
 import multiprocessing
 import os
