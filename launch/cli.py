@@ -95,10 +95,10 @@ def drill(file: File, overrides: Overrides = None, *, on: On = "local", insecure
     """Do to a short run, beside it, what will happen to a long one, fault by fault, and see that it learns the same."""
     from manta.launch import config
     from manta.launch.drill.drill import DRILL_DEFAULTS, drill
-    from manta.launch.targets.dispatch import ray_of
+    from manta.launch.targets.dispatch import connect
 
     loaded = config.load(file, [*DRILL_DEFAULTS, *(overrides or [])])
-    raise typer.Exit(drill(loaded, ray_of(loaded, on, insecure=insecure)))
+    raise typer.Exit(drill(loaded, connect(loaded, on, insecure=insecure)))
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -109,9 +109,9 @@ def at(
     insecure: Insecure = False,
 ) -> None:
     """Give a command on a node of a Ray elsewhere, which sees what this machine does not: at http://head:8265 status /shared/run."""
-    from manta.launch.targets.ray_job import ask
+    from manta.launch.targets.ray_job import run_command
 
-    raise typer.Exit(ask(address, command, insecure=insecure))
+    raise typer.Exit(run_command(address, command, insecure=insecure))
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Where a run is launched, as `--on` names it: this machine, or a cluster."""
+"""Launch targets: where a run is launched, as `--on` names it. New targets: dispatch.py."""

@@ -1,7 +1,7 @@
-"""`python -m manta.launch.targets.pre_stop RUN.YAML RUN SECONDS`: what a pod does before it is taken down.
+"""`python -m manta.launch.targets.pre_stop RUN.YAML RUN SECONDS`: the preStop hook of a pod.
 
-Kubernetes ends a pod by a SIGTERM to Ray, which takes the ranks with it. A preStop hook comes before: here the run's controller, where
-it is in this pod, is told to leave, and the pod waits until neither controller nor ranks are left, so that they can save.
+Kubernetes ends a pod with a SIGTERM to Ray, which kills the ranks. The hook runs before that: it sends SIGTERM to the run's controller,
+if that is in this pod, and waits until controller and ranks have exited, so that they can save.
 """
 
 import signal
@@ -12,21 +12,21 @@ from contextlib import suppress
 
 import psutil
 
-LOOK = 0.1  # seconds between two looks at what still runs
+POLL = 0.1  # seconds
 
 
-def leave(file: str, run: str, seconds: float) -> None:
-    """`file`: the config that the controller was started with; `run`: the directory that ranks were started with."""
+def stop_run(file: str, run: str, seconds: float) -> None:
+    """file: the config in the controller's arguments; run: the directory in those of the ranks."""
     deadline = time.monotonic() + seconds
     for controller in processes("manta.launch", file):
         with suppress(psutil.NoSuchProcess):
             controller.send_signal(signal.SIGTERM)
     while time.monotonic() < deadline and (any(processes("manta.launch", file)) or any(processes("manta.trainer", run))):
-        time.sleep(LOOK)
+        time.sleep(POLL)
 
 
 def processes(module: str, argument: str) -> Iterator[psutil.Process]:
-    """Those that were started as `python -m MODULE … ARGUMENT …`, and still run."""
+    """Yield the running processes that were started as `python -m MODULE … ARGUMENT …`."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             arguments = process.cmdline()
@@ -35,4 +35,4 @@ def processes(module: str, argument: str) -> Iterator[psutil.Process]:
 
 
 if __name__ == "__main__":
-    leave(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    stop_run(sys.argv[1], sys.argv[2], float(sys.argv[3]))

@@ -1,6 +1,7 @@
-"""A run as a job of SLURM's: a script for sbatch, and, in the job that comes of it, a Ray of the run's own on its nodes.
+"""SLURM: a script for sbatch, and a private Ray on the nodes of the job.
 
-The script starts the controller on the job's first node. SLURM tells the script, and it the controller, when the job's time is nearly up.
+The script starts the controller on the job's first node. SLURM signals the script shortly before the job's time is up, and the script
+signals the controller.
 """
 
 import os
@@ -23,57 +24,57 @@ from manta.data.storage.atomic import write_atomically
 from manta.launch.config import RunConfig
 from manta.launch.run.display import say
 
-FOLDER = "slurm"  # of the run directory: what was handed over
+FOLDER = "slurm"  # in the run directory: the submitted files
 
 
-def launch(config: RunConfig, *, dry_run: bool) -> int:
-    """Hands the script to sbatch, or prints it. Gives the exit code. Raises InputError where the job could not run."""
+def submit(config: RunConfig, *, dry_run: bool) -> int:
+    """Submit the script with sbatch, or print it, and return the exit code. Raises InputError if the job could not run."""
     check(config)
     folder = config.run.dir.absolute() / FOLDER
     script = render(config, folder / "run.yaml")
     if dry_run:
         sys.stdout.write(script)
-        return 0
+        return ExitCode.DONE
     if shutil.which("sbatch") is None:
-        raise InputError("--on slurm: got no sbatch on PATH, wants a machine that submits jobs; or add --dry-run")
+        raise InputError("--on slurm: expected sbatch on PATH, got none. Use a machine that submits jobs, or add --dry-run.")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "run.yaml", config.to_yaml().encode())
     write_atomically(folder / "job.sh", script.encode())
-    done = subprocess.run(["sbatch", "--parsable", str(folder / "job.sh")], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
+    result = subprocess.run(["sbatch", "--parsable", str(folder / "job.sh")], stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
         return ExitCode.FAILED
-    job = done.stdout.strip().partition(";")[0]
+    job = result.stdout.strip().partition(";")[0]
     say(f"{config.run.dir}: submitted as job {job}; see: manta status {shlex.quote(str(config.run.dir))}, {folder}/job-{job}.log")
     sys.stdout.write(f"{job}\n")
-    return 0
+    return ExitCode.DONE
 
 
 def check(config: RunConfig) -> None:
-    """Raises InputError where what is asked of SLURM can not be kept."""
-    slurm = config.cluster.slurm
-    if slurm.warning <= config.cluster.grace_period:
-        wants = f"more than cluster.grace_period {config.cluster.grace_period:g} s"
-        raise InputError(f"cluster.slurm.warning: got {slurm.warning} s, wants {wants}; lower cluster.grace_period, or raise it")
+    """Raises InputError if settings of cluster.slurm contradict each other."""
+    slurm, grace = config.cluster.slurm, config.cluster.grace_period
+    if slurm.warning <= grace:
+        expected = f"more than cluster.grace_period ({grace:g} s)"
+        raise InputError(f"cluster.slurm.warning: expected {expected}, got {slurm.warning} s. Raise it, or lower cluster.grace_period.")
     if slurm.mounts and slurm.container is None:
-        raise InputError("cluster.slurm.mounts: got some, and no container to mount them in; name cluster.slurm.container")
+        raise InputError("cluster.slurm.mounts: expected none without a container, got some. Set cluster.slurm.container.")
 
 
 def render(config: RunConfig, file: Path) -> str:
-    """The script. `file`: where the job finds the run's config."""
+    """Return the script. file: where the job finds the run's config."""
     slurm = config.cluster.slurm
     python = shlex.quote(slurm.python or sys.executable)
     modules = "".join(f"module load {shlex.quote(module)}\n" for module in slurm.modules)
     directives = "".join(f"#SBATCH {line}\n" for line in _directives(config, file.parent))
-    again = 'scontrol requeue "$SLURM_JOB_ID"' if slurm.requeue else "echo 'its time is up; go on with the same command'"
+    requeue = 'scontrol requeue "$SLURM_JOB_ID"' if slurm.requeue else "echo 'The time is up. Run the same command again to resume.'"
     return f"""#!/bin/bash
 {directives}
 set -u
 {modules}
-# The controller, on the first node. It reaches the others by srun.
+# The controller runs on the first node, and starts the others with srun.
 {python} -P -m manta.launch train {shlex.quote(str(file))} --on allocation &
 run=$!
 
-# SLURM tells this script alone. Only where the time is up does the job queue again: not where somebody cancels it.
+# SLURM signals only this script. The job is requeued if its time is up, but not if it is canceled.
 time_is_up=no
 trap 'time_is_up=yes; kill -USR1 "$run"' USR1
 trap 'kill -TERM "$run"' TERM
@@ -84,8 +85,8 @@ while kill -0 "$run" 2>/dev/null; do
     code=$?
 done
 
-if [ "$code" = {ExitCode.SAVED} ] && [ "$time_is_up" = yes ]; then
-    {again}
+if [ "$code" = 75 ] && [ "$time_is_up" = yes ]; then
+    {requeue}
 fi
 exit "$code"
 """
@@ -98,10 +99,9 @@ def _directives(config: RunConfig, folder: Path) -> Iterator[str]:
     yield "--ntasks-per-node=1"
     if slurm.exclusive:
         yield "--exclusive"
-    if slurm.gpus_per_node is not None:
-        yield f"--gpus-per-node={slurm.gpus_per_node}"
-    asked = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time, "constraint": slurm.constraint}
-    yield from (f"--{option}={value}" for option, value in asked.items() if value is not None)
+    optional = {"gpus-per-node": slurm.gpus_per_node, "partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
+    optional |= {"time": slurm.time, "constraint": slurm.constraint}
+    yield from (f"--{option}={value}" for option, value in optional.items() if value is not None)
     yield f"--signal=B:USR1@{slurm.warning}"
     yield "--requeue" if slurm.requeue else "--no-requeue"
     yield f'--output="{folder / "job-%j.log"}"'
@@ -110,27 +110,28 @@ def _directives(config: RunConfig, folder: Path) -> Iterator[str]:
 
 
 def ray_of_allocation(cluster: ClusterConfig) -> HostsRay:
-    """The Ray of the nodes of the job that this process is in. Raises InputError outside of one."""
+    """Return a Ray on the nodes of the job that this process is in. Raises InputError outside of a job."""
     if "SLURM_JOB_ID" not in os.environ:
-        raise InputError("--on allocation: got no SLURM_JOB_ID, wants to be run in a job of SLURM's; submit one with: --on slurm")
+        raise InputError("--on allocation: expected SLURM_JOB_ID in the environment of a SLURM job, got none. Submit one with --on slurm.")
     nodes, slurm = os.environ["SLURM_JOB_NUM_NODES"], cluster.slurm
-    # One step with a task a node. What it is told on standard input all of them hear; one that fails does not end the others.
+    # One step with a task per node. All tasks read the same standard input, and one that fails does not end the others.
     reach = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap"]
     reach += ["--input=all", "--kill-on-bad-exit=0", "--no-kill", "--quit-on-interrupt"]
     if slurm.container is not None:
         reach += [f"--container-image={slurm.container}", *([f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else [])]
     host = Host(name=f"job {os.environ['SLURM_JOB_ID']}", reach=tuple(reach), python=slurm.python or sys.executable)
-    return HostsRay((host,), address=_own_address(), grace=cluster.grace_period)
+    return HostsRay((host,), address=_node_address(), grace=cluster.grace_period)
 
 
-def _own_address() -> str:
-    """This node's, as those of the job reach it: its name's. Where that is one of the loopback's, as Debian's /etc/hosts has it, the one
-    on the way out.
+def _node_address() -> str:
+    """Return the address under which the job's other nodes reach this one.
+
+    That is its name's, unless /etc/hosts maps the name to loopback, as Debian's does: then that of the outgoing route.
     """
     named = socket.gethostbyname(socket.gethostname())
     if not named.startswith("127."):
         return named
     try:
-        return address_towards("192.0.2.1")  # nobody's
+        return address_towards("192.0.2.1")  # reserved for documentation: no host has it
     except OSError:
         return LOOPBACK

@@ -17,11 +17,11 @@
 set -u
 module load cuda/13.0
 
-# The controller, on the first node. It reaches the others by srun.
+# The controller runs on the first node, and starts the others with srun.
 /opt/manta/bin/python -P -m manta.launch train '/shared/my runs/first/slurm/run.yaml' --on allocation &
 run=$!
 
-# SLURM tells this script alone. Only where the time is up does the job queue again: not where somebody cancels it.
+# SLURM signals only this script. The job is requeued if its time is up, but not if it is canceled.
 time_is_up=no
 trap 'time_is_up=yes; kill -USR1 "$run"' USR1
 trap 'kill -TERM "$run"' TERM

@@ -58,5 +58,5 @@ def test_a_run_whose_losses_change_after_a_fault_fails(workspace):
 def test_a_drill_is_refused_on_targets_that_take_over_the_run(workspace, target, where):
     refused = workspace.manta("drill", str(workspace.config_file), "--on", target)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert f"--on: got {target}, to which only a whole run is handed over; give the command {where}" in refused.stderr
+    assert f"got {target}, which runs only whole jobs. Run the command {where}" in refused.stderr
     assert not list(workspace.directory.glob("run-drill*"))

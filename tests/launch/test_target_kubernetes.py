@@ -1,7 +1,7 @@
-"""A run as a RayJob: the manifest is what KubeRay takes, holds what a run needs and no secret, and is refused where pods could not run it.
+"""RayJobs of KubeRay: a manifest that KubeRay accepts, without secrets, and a refusal of configs that pods could not run.
 
-The manifest in golden_rayjob.yaml is written anew by: MANTA_WRITE_GOLDEN=1 python -m pytest tests/test_target_kubernetes.py -k golden
-KubeRay's schema of a RayJob is not ours to keep: MANTA_RAYJOB_SCHEMA names it, or it lies in ../shared/kuberay beside the repository.
+Write golden_rayjob.yaml with: MANTA_WRITE_GOLDEN=1 python -m pytest tests/launch/test_target_kubernetes.py -k golden
+KubeRay's schema of a RayJob is not in the repository: set MANTA_RAYJOB_SCHEMA, or put it into ../shared/kuberay.
 """
 
 import json
@@ -56,11 +56,11 @@ def file(tmp_path) -> Path:
 
 
 def rendered(file: Path, *overrides: str, nodes: int = 1) -> tuple[dict, dict]:
-    return tuple(yaml.safe_load_all(kubernetes.render(config.load(file, overrides), nodes=nodes)))
+    return tuple(yaml.safe_load_all(kubernetes.render(config.load(file, [*overrides, f"cluster.nodes={nodes}"]))))
 
 
 def pods(job: dict) -> tuple[dict, dict]:
-    """Of the head, and of a node."""
+    """The head's, and a node's."""
     cluster = job["spec"]["rayClusterSpec"]
     return cluster["headGroupSpec"]["template"]["spec"], cluster["workerGroupSpecs"][0]["template"]["spec"]
 
@@ -69,17 +69,17 @@ def environment(pod: dict) -> dict[str, str]:
     return {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
 
 
-def test_the_manifest_is_the_golden_one(file):
-    around, _, rest = kubernetes.render(config.load(file, EVERYTHING), nodes=4).partition("run.yaml: |\n")
+def test_the_manifest_matches_the_golden_file(file):
+    start, _, rest = kubernetes.render(config.load(file, [*EVERYTHING, "cluster.nodes=4"])).partition("run.yaml: |\n")
     _, end, job = rest.partition("---\n")
-    manifest = f"{around}run.yaml: that of the run, every key of it\n{end}{job}"
+    manifest = f"{start}run.yaml: every key of the config\n{end}{job}"
     if "MANTA_WRITE_GOLDEN" in os.environ:
         GOLDEN.write_text(manifest)
     assert manifest == GOLDEN.read_text()
 
 
 def closed(schema: object) -> object:
-    """The same schema, which refuses keys that it does not name, as `kubectl apply` does. int-or-string: any."""
+    """The schema, but refusing unknown keys, as `kubectl apply` does. int-or-string: any."""
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
@@ -98,8 +98,8 @@ def kuberay() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(closed(json.loads(SCHEMA.read_text())))
 
 
-@pytest.mark.parametrize("overrides", [[], EVERYTHING, ["cluster.kubernetes.gpus=0"]], ids=["least", "everything", "on CPUs"])
-def test_the_schema_of_kuberay_takes_the_manifest(file, kuberay, overrides):
+@pytest.mark.parametrize("overrides", [[], EVERYTHING, ["cluster.kubernetes.gpus=0"]], ids=["minimum", "everything", "on CPUs"])
+def test_the_schema_of_kuberay_accepts_the_manifest(file, kuberay, overrides):
     kuberay.validate(rendered(file, *overrides, nodes=4)[1])
 
 
@@ -119,22 +119,22 @@ def unknown_key(job: dict) -> None:
     pods(job)[0]["containers"][0]["lifecycle"]["prestop"] = {}
 
 
-@pytest.mark.parametrize("spoil", [wrong_type, wrong_choice, wrong_depth, unknown_key])
-def test_the_schema_of_kuberay_refuses_a_spoilt_manifest(file, kuberay, spoil):
+@pytest.mark.parametrize("damage", [wrong_type, wrong_choice, wrong_depth, unknown_key])
+def test_the_schema_of_kuberay_refuses_a_wrong_manifest(file, kuberay, damage):
     job = rendered(file, *EVERYTHING)[1]
-    spoil(job)
+    damage(job)
     with pytest.raises(jsonschema.ValidationError):
         kuberay.validate(job)
 
 
-def test_the_run_of_the_manifest_is_the_run_of_the_config(file, tmp_path):
+def test_the_manifest_contains_the_config(file, tmp_path):
     overrides = [*EVERYTHING, "train.steps=7"]
-    (tmp_path / "there.yaml").write_text(rendered(file, *overrides)[0]["data"]["run.yaml"])
-    there, here = config.load(tmp_path / "there.yaml"), config.load(file, [*overrides, "cluster.ranks_per_node=8"])
-    assert there == here
+    (tmp_path / "in_pod.yaml").write_text(rendered(file, *overrides)[0]["data"]["run.yaml"])
+    in_pod, expected = config.load(tmp_path / "in_pod.yaml"), config.load(file, [*overrides, "cluster.nodes=1", "cluster.ranks_per_node=8"])
+    assert in_pod == expected
 
 
-def test_the_head_sees_the_config_where_its_command_looks_for_it(file):
+def test_the_head_mounts_the_config_that_its_command_names(file):
     run, job = rendered(file)
     head, node = pods(job)
     assert job["spec"]["entrypoint"] == "/usr/local/bin/python3 -P -m manta.launch train /manta/run.yaml --on auto"
@@ -145,7 +145,7 @@ def test_the_head_sees_the_config_where_its_command_looks_for_it(file):
         assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
 
 
-def test_only_nodes_train(file):
+def test_the_head_has_no_gpu_and_trains_nothing(file):
     job = rendered(file, nodes=4)[1]
     head, node = pods(job)
     assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 4
@@ -156,7 +156,7 @@ def test_only_nodes_train(file):
     assert "NVIDIA_VISIBLE_DEVICES" not in environment(node)
 
 
-def test_ranks_a_node_are_its_gpus_either_way_round(file, tmp_path):
+def test_ranks_per_node_and_gpus_default_to_each_other(file, tmp_path):
     unset = tmp_path / "unset.yaml"
     unset.write_text(RUN.replace(", gpus: 8", ""))
     _, job = rendered(unset, "cluster.ranks_per_node=4")
@@ -166,108 +166,144 @@ def test_ranks_a_node_are_its_gpus_either_way_round(file, tmp_path):
     assert "nvidia.com/gpu" not in pods(on_cpus)[1]["containers"][0]["resources"]["limits"]
 
 
-def test_a_pod_waits_longer_than_the_run_may_take_to_leave(file):
+def test_a_pod_waits_longer_than_the_grace_period(file):
     head, node = pods(rendered(file, "cluster.grace_period=90.5")[1])
-    assert environment(head)["RAY_JOB_STOP_WAIT_TIME_S"] == "106"  # Ray's own would be 3
+    assert environment(head)["RAY_JOB_STOP_WAIT_TIME_S"] == "106"  # Ray's default is 3
     for pod in (head, node):
         command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         assert command[3:] == ["manta.launch.targets.pre_stop", "/manta/run.yaml", "/mnt/manta/runs/mine", "106"]
         assert pod["terminationGracePeriodSeconds"] > 106
 
 
-def test_runs_of_two_directories_have_two_names(file):
-    names = [rendered(file, f"run.dir=/mnt/manta/{place}")[1]["metadata"]["name"] for place in ("a/Mine_1", "b/Mine_1", f"a/{'x' * 99}")]
+def test_two_directories_have_two_job_names(file):
+    names = [rendered(file, f"run.dir=/mnt/manta/{path}")[1]["metadata"]["name"] for path in ("a/Mine_1", "b/Mine_1", f"a/{'x' * 99}")]
     assert names[0].startswith("run-mine-1-")
     assert len(set(names)) == 3
     assert max(map(len, names)) <= 47
 
 
-def test_a_text_that_others_read_as_a_number_is_quoted(file):
-    manifest = kubernetes.render(config.load(file, ['cluster.kubernetes.node_selector={a: "1e3", b: "y", c: "0o7"}']), nodes=1)
+def test_strings_that_look_like_numbers_are_quoted(file):
+    manifest = kubernetes.render(config.load(file, ['cluster.kubernetes.node_selector={a: "1e3", b: "y", c: "0o7"}']))
     assert 'a: "1e3"\n' in manifest
     assert 'b: "y"\n' in manifest
     assert 'c: "0o7"\n' in manifest
 
 
 BAD = {
-    "no image": ("cluster.kubernetes.image=null", "cluster.kubernetes.image: got nothing, wants an image", "try cluster.kubernetes.image="),
-    "no claim": ("cluster.kubernetes.claim=null", "cluster.kubernetes.claim: got nothing", "name it"),
-    "no GPUs told": ("cluster.kubernetes.gpus=null", "cluster.kubernetes.gpus: got nothing", "or 0 to train on CPUs"),
-    "more ranks than GPUs": ("cluster.ranks_per_node=9", "cluster.ranks_per_node: got 9, wants at most one a GPU", "lower it"),
+    "no image": (
+        "cluster.kubernetes.image=null",
+        "cluster.kubernetes.image: expected an image with manta, got none",
+        "Set cluster.kubernetes.image=",
+    ),
+    "no claim": ("cluster.kubernetes.claim=null", "cluster.kubernetes.claim: expected the PersistentVolumeClaim", "Set it"),
+    "no GPUs set": (
+        "cluster.kubernetes.gpus=null",
+        "cluster.kubernetes.gpus: expected the GPUs of a node, got none",
+        "or to 0 to train on CPUs",
+    ),
+    "more ranks than GPUs": (
+        "cluster.ranks_per_node=9",
+        "cluster.ranks_per_node: expected at most cluster.kubernetes.gpus (8), got 9",
+        "Lower it",
+    ),
     "a run on the laptop": (
         "run.dir=runs/mine",
-        "run.dir: got runs/mine, wants a path below /mnt/manta",
-        "do not see this machine's files",
+        "run.dir: expected a path below /mnt/manta",
+        "got runs/mine. Copy it there: pods do not see files of this machine.",
     ),
-    "a run in a bucket": ("run.dir=s3://bucket/run", "run.dir: got s3:/bucket/run, wants a path below /mnt/manta", "the claim;"),
-    "a run beside the claim": ("run.dir=/mnt/manta/../run", "run.dir: got /mnt/manta/../run, wants a path below", ""),
-    "a run that is the claim": ("run.dir=/mnt/manta", "run.dir: got /mnt/manta, wants a path below", ""),
-    "a claim that lies elsewhere": ("cluster.kubernetes.mount=/data", "run.dir: got /mnt/manta/runs/mine, wants a path below /data", ""),
+    "a run in a bucket": ("run.dir=s3://bucket/run", "run.dir: expected a path below /mnt/manta", "mount the claim, got s3:/bucket/run."),
+    "a run beside the claim": ("run.dir=/mnt/manta/../run", "run.dir: expected a path below /mnt/manta", "got /mnt/manta/../run."),
+    "a run that is the claim": ("run.dir=/mnt/manta", "run.dir: expected a path below /mnt/manta", "got /mnt/manta."),
+    "a claim mounted elsewhere": ("cluster.kubernetes.mount=/data", "run.dir: expected a path below /data", "got /mnt/manta/runs/mine."),
     "text on the laptop": (
         "data.sources=[text/*.txt]",
-        "data.sources: got text/*.txt, wants a path below /mnt/manta",
-        "or a URL such as s3://",
+        "data.sources: expected a path below /mnt/manta",
+        "or a URL such as s3://bucket/mine, got text/*.txt.",
     ),
-    "validation on the laptop": ("data.sources=[{path: 'hf:name', validation: v.txt}]", "data.sources: got v.txt", ""),
-    "a data set on the laptop": ("data.sources=['hf:/home/me/set']", "data.sources: got /home/me/set", ""),
-    "a corpus on the laptop": ("data.directory=corpora", "data.directory: got corpora, wants a path below /mnt/manta", "or a URL"),
-    "a tokenizer on the laptop": ("tokenizer.file=tokenizer.json", "tokenizer.file: got tokenizer.json", "or a URL"),
-    "weights on the laptop": ("run.start_from=/imported/gpt2", "run.start_from: got /imported/gpt2", "or a URL"),
-    "checkpoints on the laptop": ("checkpoint.directory=/ssd/mine", "checkpoint.directory: got /ssd/mine, wants a path below", "or a URL"),
-    "a cache from wherever": ("data.cache.directory=cache", "data.cache.directory: got cache, wants an absolute path", "change it"),
-    "a name that is none": (
+    "validation on the laptop": (
+        "data.sources=[{path: 'hf:name', validation: v.txt}]",
+        "data.sources: expected a path below /mnt/manta",
+        "got v.txt.",
+    ),
+    "a data set on the laptop": ("data.sources=['hf:/home/me/set']", "data.sources: expected a path below /mnt/manta", "got /home/me/set."),
+    "a corpus on the laptop": (
+        "data.directory=corpora",
+        "data.directory: expected a path below /mnt/manta",
+        "or a URL such as s3://bucket/mine, got corpora.",
+    ),
+    "a tokenizer on the laptop": (
+        "tokenizer.file=tokenizer.json",
+        "tokenizer.file: expected a path below /mnt/manta",
+        "mine, got tokenizer.json.",
+    ),
+    "weights on the laptop": (
+        "run.start_from=/imported/gpt2",
+        "run.start_from: expected a path below /mnt/manta",
+        "mine, got /imported/gpt2.",
+    ),
+    "checkpoints on the laptop": (
+        "checkpoint.directory=/ssd/mine",
+        "checkpoint.directory: expected a path below /mnt/manta",
+        "mine, got /ssd/mine.",
+    ),
+    "a relative cache": (
+        "data.cache.directory=cache",
+        "data.cache.directory: expected an absolute path, or one below ~, got cache",
+        "Change it",
+    ),
+    "an invalid name": (
         "cluster.kubernetes.name=Mine",
         "cluster.kubernetes.name: expected at most 47 of a-z, 0-9 and -, starting with a letter, got 'Mine'",
         "Change it.",
     ),
-    "a name that is long": (f"cluster.kubernetes.name={'x' * 48}", "cluster.kubernetes.name: expected at most 47", "got 'xxx"),
-    "a namespace that is none": (
+    "a long name": (f"cluster.kubernetes.name={'x' * 48}", "cluster.kubernetes.name: expected at most 47", "got 'xxx"),
+    "an invalid namespace": (
         "cluster.kubernetes.namespace=a.b",
         "cluster.kubernetes.namespace: expected a namespace of at most 63 of a-z, 0-9 and -, got 'a.b'",
         "Change it.",
     ),
-    "a claim that is none": (
+    "an invalid claim": (
         "cluster.kubernetes.claim=my_claim",
         "cluster.kubernetes.claim: expected an object's name of a-z, 0-9, - and ., got 'my_claim'",
         "Change it.",
     ),
-    "a secret that is none": (
+    "an invalid secret": (
         "cluster.kubernetes.secrets=[KEY=x]",
         "cluster.kubernetes.secrets.0: expected an object's name of a-z, 0-9, - and ., got 'KEY=x'",
         "Change it.",
     ),
-    "memory as others spell it": (
+    "an unknown unit of memory": (
         "cluster.kubernetes.memory=64GB",
         "cluster.kubernetes.memory: expected a quantity of memory, got '64GB'",
         "64Gi",
     ),
     "no memory": ("cluster.kubernetes.head_memory=0Gi", "cluster.kubernetes.head_memory: expected a quantity of memory, got '0Gi'", "64Gi"),
-    "shared memory beyond all": (
+    "shared memory that fills memory": (
         "cluster.kubernetes.shared_memory=64Gi",
         "cluster.kubernetes.shared_memory: expected less than memory (64Gi), got 64Gi",
         "Lower it.",
     ),
-    "a label that is no text": (
+    "a label that is a number": (
         "cluster.kubernetes.node_selector={pool: 3}",
         "cluster.kubernetes.node_selector: expected a string for 'pool', got 3",
         "quotes",
     ),
-    "a taint that is none": (
+    "an invalid taint": (
         "cluster.kubernetes.tolerations=['a b']",
         "cluster.kubernetes.tolerations.0: expected the key of a taint, such as nvidia.com/gpu, got 'a b'",
         "Change it.",
     ),
-    "an interpreter of the path": (
+    "a relative interpreter": (
         "cluster.kubernetes.python=python3",
         "cluster.kubernetes.python: expected an absolute path of letters, digits and . _ + -, got 'python3'",
         "Change it.",
     ),
-    "a shell's work": (
+    "an interpreter with shell syntax": (
         "cluster.kubernetes.python='/bin/sh;ls'",
         "cluster.kubernetes.python: expected an absolute path of letters, digits and . _ + -, got '/bin/sh;ls'",
         "Change it.",
     ),
-    "a claim over the config": (
+    "a mount over the config": (
         "cluster.kubernetes.mount=/manta",
         "cluster.kubernetes.mount: expected a directory that pods do not use, got '/manta'",
         "Try /mnt/manta.",
@@ -277,16 +313,16 @@ BAD = {
 
 
 @pytest.mark.parametrize("mistake", BAD)
-def test_bad_input_is_told_before_anything_is_rendered(file, mistake):
-    override, told, remedy = BAD[mistake]
+def test_bad_input_is_refused_by_key(file, mistake):
+    override, message, remedy = BAD[mistake]
     with pytest.raises(InputError) as error:
         rendered(file, override)
-    lines = [line for line in str(error.value).splitlines() if told in line]
+    lines = [line for line in str(error.value).splitlines() if message in line]
     assert len(lines) == 1, str(error.value)
     assert remedy in lines[0]
 
 
-def test_a_batch_that_the_nodes_can_not_share_is_told(file):
+def test_a_batch_that_nodes_cannot_share_is_refused(file):
     assert rendered(file, "parallel.tensor=2", nodes=2)
     with pytest.raises(InputError, match=r"parallel\.tensor"):
         rendered(file, "parallel.tensor=2", "cluster.ranks_per_node=1", "cluster.kubernetes.gpus=1")
@@ -295,61 +331,64 @@ def test_a_batch_that_the_nodes_can_not_share_is_told(file):
 def test_a_password_in_a_url_is_refused_and_not_repeated(file):
     with pytest.raises(InputError) as error:
         rendered(file, "data.sources=['sftp://me:hunter2@host/text']")
-    assert "data.sources: got a password in a URL of host" in str(error.value)
+    assert "data.sources: expected a URL without a password, got one for host" in str(error.value)
     assert "hunter2" not in str(error.value)
 
 
 def test_a_dry_run_prints_the_manifest_and_does_nothing(workspace, file, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    done = workspace.manta(
+    result = workspace.manta(
         "train", str(file), *EVERYTHING, "--on", "kubernetes", "--dry-run", AWS_SECRET_ACCESS_KEY="hunter2", PATH="/nowhere"
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == kubernetes.render(config.load(file, EVERYTHING), nodes=1)
-    assert "hunter2" not in done.stdout
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == kubernetes.render(config.load(file, EVERYTHING))
+    assert "hunter2" not in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def kubectl(folder: Path, *, code: int = 0, told: str = "created") -> str:
-    """A stand-in that keeps what it is given; the PATH on which it is found."""
+def kubectl(folder: Path, *, code: int = 0, status: str = "created") -> str:
+    """Write a kubectl that stores its arguments and input, and return the PATH that finds it."""
     folder.mkdir()
-    kept = f'echo "$@" > {folder}/arguments; cat > {folder}/stdin'
-    (folder / "kubectl").write_text(f"#!/bin/sh\n{kept}\necho 'configmap/x {told}'\necho 'rayjob.ray.io/x {told}'\nexit {code}\n")
+    store = f'echo "$@" > {folder}/arguments; cat > {folder}/stdin'
+    (folder / "kubectl").write_text(f"#!/bin/sh\n{store}\necho 'configmap/x {status}'\necho 'rayjob.ray.io/x {status}'\nexit {code}\n")
     (folder / "kubectl").chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
 
 
 def test_the_manifest_is_applied_by_kubectl(workspace, file, tmp_path):
-    done = workspace.manta("train", str(file), *EVERYTHING, "--on", "kubernetes", PATH=kubectl(tmp_path / "bin"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "configmap/x created\nrayjob.ray.io/x created\n"
+    result = workspace.manta("train", str(file), *EVERYTHING, "--on", "kubernetes", PATH=kubectl(tmp_path / "bin"))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "configmap/x created\nrayjob.ray.io/x created\n"
     assert (tmp_path / "bin" / "arguments").read_text() == "apply -f -\n"
-    assert (tmp_path / "bin" / "stdin").read_text() == kubernetes.render(config.load(file, EVERYTHING), nodes=1)
+    assert (tmp_path / "bin" / "stdin").read_text() == kubernetes.render(config.load(file, EVERYTHING))
 
 
-def test_a_job_that_was_there_is_said_not_to_begin_again(file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", kubectl(tmp_path / "bin", told="unchanged"))
+def test_an_existing_job_is_reported_as_not_started(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", kubectl(tmp_path / "bin", status="unchanged"))
     assert launch(config.load(file, EVERYTHING), "kubernetes", dry_run=False) == 0
-    assert "kubectl delete rayjob mine --namespace training, then" in capsys.readouterr().err
+    assert "run kubectl delete rayjob mine --namespace training, then" in capsys.readouterr().err
 
 
-def test_what_kubectl_refuses_has_failed(file, tmp_path, monkeypatch):
+def test_a_refusal_of_kubectl_is_exit_code_1(file, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", kubectl(tmp_path / "bin", code=7))
     assert launch(config.load(file), "kubernetes", dry_run=False) == 1
 
 
-def test_without_kubectl_the_command_says_what_to_do(workspace, file):
-    done = workspace.manta("train", str(file), "--on", "kubernetes", PATH="/nowhere")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "got no kubectl on PATH, wants it to hand the job over; install it, or add --dry-run" in done.stderr
+def test_without_kubectl_the_command_is_refused(workspace, file):
+    result = workspace.manta("train", str(file), "--on", "kubernetes", PATH="/nowhere")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--on kubernetes: expected kubectl on PATH, got none. Install it, or add --dry-run" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("on", "dry_run", "told"),
-    [("kubernets", False, "--on: got 'kubernets', wants one of local, ssh:FILE"), ("local", True, "--dry-run: got it with --on local")],
+    ("on", "dry_run", "message"),
+    [
+        ("kubernets", False, "--on: expected one of local, ssh:FILE.*, got 'kubernets'"),
+        ("local", True, "--dry-run: expected --on slurm or kubernetes, got local"),
+    ],
 )
-def test_a_target_that_there_is_not_is_bad_input(file, on, dry_run, told):
-    with pytest.raises(InputError, match=told):
+def test_an_unsupported_target_is_refused(file, on, dry_run, message):
+    with pytest.raises(InputError, match=message):
         launch(config.load(file), on, dry_run=dry_run)
 
 
@@ -363,7 +402,7 @@ time.sleep(60)
 
 @contextmanager
 def python(*arguments: str) -> Iterator[subprocess.Popen]:
-    """A process that was started as one of ours would be, takes half a second to leave, and is gone in the end."""
+    """A process with the arguments of controller or rank, which takes half a second to exit."""
     with subprocess.Popen([sys.executable, "-c", STAND_IN, *arguments], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         try:
@@ -372,29 +411,29 @@ def python(*arguments: str) -> Iterator[subprocess.Popen]:
             process.kill()
 
 
-def leave(*arguments: str) -> float:
-    """Seconds that it took."""
-    began = time.monotonic()
+def pre_stop(*arguments: str) -> float:
+    """Run the hook and return its seconds."""
+    start = time.monotonic()
     subprocess.run([sys.executable, "-P", "-m", "manta.launch.targets.pre_stop", *arguments], check=True, timeout=30)
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
-def test_a_pod_tells_its_controller_to_leave_and_waits_for_it(tmp_path):
+def test_a_pod_stops_its_controller_and_waits_for_it(tmp_path):
     file, run = str(tmp_path / "run.yaml"), str(tmp_path / "run")
     with (
         python("-m", "manta.launch", "train", file, "--on", "auto") as controller,
         python("-m", "manta.launch", "train", f"{file}.other", "--on", "auto") as other,
     ):
-        leave(file, run, "20")
-        assert controller.poll() == 75, "it came back before the controller had left"
+        pre_stop(file, run, "20")
+        assert controller.poll() == 75, "the hook returned before the controller had exited"
         assert other.poll() is None
 
 
-def test_a_pod_waits_for_its_ranks_but_not_for_ever(tmp_path):
+def test_a_pod_waits_for_its_ranks_but_not_forever(tmp_path):
     file, run = str(tmp_path / "run.yaml"), str(tmp_path / "run")
     with python("-m", "manta.trainer", run) as rank:
-        assert leave(file, run, "1") >= 1
-        assert rank.poll() is None, "it is for the controller to end ranks"
+        assert pre_stop(file, run, "1") >= 1
+        assert rank.poll() is None, "only the controller ends ranks"
         rank.send_signal(signal.SIGTERM)
-        leave(file, run, "20")
+        pre_stop(file, run, "20")
         assert rank.poll() == 75

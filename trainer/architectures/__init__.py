@@ -1,1 +1,1 @@
-"""Model classes of transformers that have an equal of ours: the names of their config keys and tensors. New classes: families.py."""
+"""Model classes of transformers that our models equal: their config keys and tensor names. New classes: families.py."""

@@ -1,6 +1,6 @@
 """The model classes of transformers that compute exactly what one of our models computes. Any other class is refused.
 
-To add one: a row in dense.py, moe.py or a file of its own, and its name here.
+To add one: a row in dense.py, moe.py or a new file, and its name here.
 """
 
 from collections.abc import Collection, Iterator

@@ -89,7 +89,7 @@ def bind(rows: Iterable[TensorRow], names: Collection[str], *, layers: int, expe
 
 
 def hf_shapes(mappings: Iterable[TensorMapping], shapes: Mapping[str, tuple[int, ...]], vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of transformers' tensors by name. `shapes`: of ours."""
+    """Return the shapes of transformers' tensors by name. `shapes`: our tensors'."""
     found: dict[str, tuple[int, ...]] = {}
     for mapping in mappings:
         ours = {name: torch.empty(shapes[name], device="meta") for name in mapping.ours}

@@ -23,7 +23,7 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def fill_weights(model: Transformer, weights: dict[str, Tensor], location: str) -> None:
-    """Give a model on the meta device its weights. Raises CheckpointError if they are another model's."""
+    """Load weights into a model on the meta device. Raises CheckpointError if they are another model's."""
     expected, found = _shapes(model), {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
         raise CheckpointError(f"{location}: {first_difference(expected, found)}")

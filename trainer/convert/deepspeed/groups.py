@@ -71,7 +71,7 @@ def _only_match(
     for name, step in zip(reversed(list(weights)), reversed(steps), strict=True):
         group = step[taken][0]
         if len(step[taken]) > 1 and must_be_unique:
-            remedy = "Save under ZeRO 1, 2 or 3, whose files name them, or give the optimizer named_parameters()."
+            remedy = "Save under ZeRO 1, 2 or 3, or construct the optimizer from named_parameters()."
             raise InputError(f"{folder}: {name}: expected one group of the optimizer that fits, got several. {remedy}")
         taken = _moved(taken, group, -1)
         yield name, numbers[group][taken[group]]

@@ -33,7 +33,7 @@ OPTIMIZERS = {"adamw": STATE_KEYS[torch.optim.AdamW], "sgd": STATE_KEYS[torch.op
 def logical_state(
     source: DeepSpeedCheckpoint, config: TrainingConfig, *, vocabulary: int, code: Path, names: Names | None
 ) -> dict[str, TensorViews]:
-    """Return the tensors of a checkpoint of ours. vocabulary: the tokenizer's size. names: by default those that fit more tensors.
+    """Return the tensors of our checkpoint. vocabulary: the tokenizer's size. names: by default those that fit more tensors.
 
     Raises InputError with the first tensor that is missing, surplus or of another shape.
     """

@@ -1,4 +1,4 @@
-"""A Ray that is there already: joined where it asks for a token, and refused where it does not."""
+"""A Ray that runs already: joined if it requires a token, and refused otherwise."""
 
 import os
 import secrets
@@ -12,8 +12,8 @@ import pytest
 from manta.trainer.metrics import read_metrics
 
 
-class Started:
-    """`ray start --head`, as its owner would."""
+class RunningRay:
+    """`ray start --head`, as its owner runs it."""
 
     def __init__(self, folder: Path, *, token: bool) -> None:
         file = folder / "token"
@@ -22,9 +22,9 @@ class Started:
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)} if token else {"RAY_AUTH_MODE": "disabled"}
         command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--port=0"]
         command += ["--node-ip-address=127.0.0.5", "--num-cpus=1", "--num-gpus=0", "--include-dashboard=false", f"--temp-dir={folder}"]
-        there = os.environ | self.environment | {"RAY_USAGE_STATS_ENABLED": "0"}
+        environment = os.environ | self.environment | {"RAY_USAGE_STATS_ENABLED": "0"}
         with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen(command, cwd=folder, env=there, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
         address = folder / "ray_current_cluster"
         deadline = time.monotonic() + 60
         while not address.exists():
@@ -39,38 +39,39 @@ class Started:
 
 
 @pytest.fixture(params=["with a token", "open"])
-def there(request, tmp_path_factory):
-    started = Started(tmp_path_factory.mktemp("ray"), token=request.param == "with a token")
-    yield request.param, started
-    started.close()
+def running(request, tmp_path_factory):
+    ray = RunningRay(tmp_path_factory.mktemp("ray"), token=request.param == "with a token")
+    yield request.param, ray
+    ray.close()
 
 
 @pytest.mark.slow
-def test_a_ray_is_joined_that_asks_for_a_token_and_no_other(workspace, there):
-    kind, ray = there
+def test_only_a_ray_with_token_is_joined(workspace, running):
+    kind, ray = running
     arguments = ("train", str(workspace.config_file), f"run.dir=joined {kind}", "--on", ray.address)
     if kind == "open":
         refused = workspace.manta(*arguments, **ray.environment)
         assert refused.returncode == 2
         assert f"expected a Ray that requires a token, got {ray.address}" in refused.stderr
-        done = workspace.manta(*arguments, "--insecure", **ray.environment)
+        result = workspace.manta(*arguments, "--insecure", **ray.environment)
     else:
         refused = workspace.manta(*arguments, RAY_AUTH_MODE="disabled")
         assert refused.returncode == 2
         assert f"expected the address of a Ray that this machine is a node of, got {ray.address}" in refused.stderr
-        done = workspace.manta(*arguments, **ray.environment)
-    assert done.returncode == 0, done.stderr
+        result = workspace.manta(*arguments, **ray.environment)
+    assert result.returncode == 0, result.stderr
     assert len(read_metrics(workspace.directory / f"joined {kind}/metrics.jsonl")) == 40
-    assert ray.process.poll() is None, "it stays"
+    assert ray.process.poll() is None, "the run does not end it"
 
 
-def test_a_ray_that_is_not_there_is_told(workspace):
-    done = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "--on", "127.0.0.1:1")
-    assert done.returncode == 2
-    assert "--on: expected the address of a Ray that this machine is a node of, got 127.0.0.1:1" in done.stderr
+def test_an_unreachable_ray_is_refused(workspace):
+    result = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "--on", "127.0.0.1:1")
+    assert result.returncode == 2
+    assert "--on: expected the address of a Ray that this machine is a node of, got 127.0.0.1:1" in result.stderr
 
 
-def test_a_target_that_is_none_is_told(workspace):
-    done = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "--on", "the moon")
-    assert done.returncode == 2
-    assert "--on: got 'the moon', wants one of local, ssh:FILE" in done.stderr
+def test_an_unknown_target_is_refused(workspace):
+    result = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "--on", "the moon")
+    assert result.returncode == 2
+    assert "--on: expected one of local, ssh:FILE" in result.stderr
+    assert "got 'the moon'" in result.stderr
