@@ -29,11 +29,8 @@ class NodeLostError(RuntimeError):
     """A node's agent has died, and its ranks with it; or, if `is_silent`, it does not answer."""
 
     def __init__(self, node: int, reason: str, *, is_silent: bool = False) -> None:
-        super().__init__(node, reason)
+        super().__init__(f"node {node}: {reason}")
         self.node, self.reason, self.is_silent = node, reason, is_silent
-
-    def __str__(self) -> str:
-        return f"node {self.node}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +63,10 @@ class _Node:
     pending: Any = None  # the answer to the last poll
     polled_at: float = 0.0
     statuses: tuple[RankStatus, ...] = ()
+
+    @property
+    def agents(self) -> list[_Agent]:
+        return [self.agent] if self.standby is None else [self.agent, self.standby]
 
     @property
     def ended_ranks(self) -> int:
@@ -153,10 +154,8 @@ class NodeGroup:
 
     def terminate(self) -> None:
         """Ask the ranks to save and exit."""
-        for node in self._nodes:
-            node.agent.actor.terminate.remote()
-            if node.standby is not None:
-                node.standby.actor.terminate.remote()
+        for agent in [agent for node in self._nodes for agent in node.agents]:
+            agent.actor.terminate.remote()
 
     def dump_stacks(self) -> set[int]:
         """Have all ranks log their stack traces; return the ranks that wait in a collective."""
@@ -211,8 +210,7 @@ class NodeGroup:
 
     def close(self) -> None:
         """End all agents and their processes, whatever state they are in."""
-        nodes, self._nodes = self._nodes, []
-        self._close_nodes(nodes)
+        self._close_nodes(self._nodes)
 
     def _start_node(self, allocation: NodeAllocation, ranks_on_host: int) -> _Node:
         agent = self._orphaned.pop(allocation.machine.id, None) or self._start_agent(allocation, ranks_on_host, reserves=True)
@@ -242,7 +240,7 @@ class NodeGroup:
 
     @staticmethod
     def _close_nodes(nodes: list[_Node]) -> None:
-        agents = [agent for node in nodes for agent in (node.agent, node.standby) if agent is not None]
+        agents = [agent for node in nodes for agent in node.agents]
         closing = [agent.actor.close.remote() for agent in agents]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=2.0)

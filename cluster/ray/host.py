@@ -26,6 +26,7 @@ import psutil
 
 from manta.cluster.nodes.machine import address_towards, nvlink_domain
 from manta.cluster.protocol import ExitCode
+from manta.cluster.ray.hosts import NVLINK_DOMAIN_LABEL, OBJECT_STORE_BYTES
 
 TEMPORARY = Path("/tmp")  # noqa: S108  ignores TMPDIR: Ray's socket paths must fit into 107 bytes
 PREFIX = "manta-host-"
@@ -121,11 +122,11 @@ def _raylet_command(settings: Mapping[str, Any], directory: Path) -> list[str]:
         "--include-log-monitor=false",
     ]
     command += [f"--address={settings['gcs']}", f"--node-ip-address={address}", "--num-cpus=1", f"--temp-dir={directory}"]
-    command += [f"--object-store-memory={settings['object_store_memory']}"]
+    command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     if settings["gpus"] is not None:
         command += [f"--num-gpus={settings['gpus']}"]
     if domain := nvlink_domain():
-        command += [f"--labels={settings['nvlink_domain_label']}={domain}"]
+        command += [f"--labels={NVLINK_DOMAIN_LABEL}={domain}"]
     return command
 
 

@@ -9,11 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 80_000_000  # nothing large passes through it; this is close to Ray's minimum
@@ -44,61 +42,49 @@ class Host:
         return [*self.reach, shlex.join(python)] if self.has_shell else [*self.reach, *python]
 
 
-class Hosts:
-    """Context manager that keeps host.py running on every host.
+@contextlib.contextmanager
+def running(hosts: Sequence[Host], gcs: str, token: Path, *, grace: float) -> Generator[None]:
+    """Keep host.py running on every host.
 
-    grace: seconds that a host waits, after a signal to end, for the ranks to save.
+    gcs: the address of Ray's head. grace: seconds that a host waits, after a signal to end, for the ranks to save.
     """
-
-    def __init__(self, hosts: Sequence[Host], gcs: str, token: Path, *, grace: float) -> None:
-        self._hosts, self._gcs, self._token, self._grace = hosts, gcs, token, grace
-        self._closing = threading.Event()
-        self._threads: list[threading.Thread] = []
-
-    def __enter__(self) -> Self:
-        self._threads = [threading.Thread(target=self._supervise, args=(host,), name=host.name, daemon=True) for host in self._hosts]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._closing.set()
+    environment = {name: value for name, value in os.environ.items() if name.startswith("RAY_") and "AUTH" not in name}
+    settings = {"gcs": gcs, "token": token.read_text(), "grace": grace, "environment": environment}
+    closing = threading.Event()
+    threads = [threading.Thread(target=_supervise, args=(host, settings, closing), name=host.name, daemon=True) for host in hosts]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT
-        for thread in self._threads:
+        for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _supervise(self, host: Host) -> None:
-        backoff = MIN_BACKOFF
-        while not self._closing.is_set():
-            started = time.monotonic()
-            code = self._run(host)
-            if self._closing.is_set():
-                return
+
+def _supervise(host: Host, settings: dict[str, object], closing: threading.Event) -> None:
+    backoff = MIN_BACKOFF
+    while not closing.is_set():
+        started = time.monotonic()
+        code = _run(host, settings, closing)
+        if not closing.is_set():
             backoff = MIN_BACKOFF if time.monotonic() - started > MAX_BACKOFF else min(MAX_BACKOFF, 2 * backoff)
             log.warning("%s: ended with %s; starting it again in %.0f s", host.name, code, backoff)
-            self._closing.wait(backoff)
+            closing.wait(backoff)
 
-    def _run(self, host: Host) -> int:
-        """Run host.py on the host until it or the run ends; return its exit code."""
-        settings = {
-            "gcs": self._gcs,
-            "token": self._token.read_text(),
-            "address": host.address,
-            "gpus": host.gpus,
-            "grace": self._grace,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "nvlink_domain_label": NVLINK_DOMAIN_LABEL,
-            "environment": {name: value for name, value in os.environ.items() if name.startswith("RAY_") and "AUTH" not in name},
-        }
-        with subprocess.Popen(host.command("-P", "-m", "manta.cluster.ray.host"), stdin=subprocess.PIPE, start_new_session=True) as process:
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(settings).encode() + b"\n")
-                process.stdin.flush()
-                while process.poll() is None and not self._closing.wait(0.2):
-                    pass
-                process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(SHUTDOWN_TIMEOUT)
-            process.kill()
-        return process.returncode
+
+def _run(host: Host, settings: dict[str, object], closing: threading.Event) -> int:
+    """Run host.py on the host until it or the run ends; return its exit code."""
+    with subprocess.Popen(host.command("-P", "-m", "manta.cluster.ray.host"), stdin=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps({**settings, "address": host.address, "gpus": host.gpus}).encode() + b"\n")
+            process.stdin.flush()
+            while process.poll() is None and not closing.wait(0.2):
+                pass
+            process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SHUTDOWN_TIMEOUT)
+        process.kill()
+    return process.returncode

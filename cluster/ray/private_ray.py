@@ -99,7 +99,7 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
         )  # workers import from here first: in the user's directory a data.py would shadow ours
         patches.enter_context(keep_sigterm_handler())
         patches.enter_context(_replaced(services, "ConsolePopen", detached))
-        patches.enter_context(_replaced(services, "resolve_ip_for_localhost", _unresolved))
+        patches.enter_context(_replaced(services, "resolve_ip_for_localhost", str))
         for service in UNUSED_SERVICES:
             patches.enter_context(_replaced(node.Node, service, _start_nothing))
         patches.enter_context(quiet_warnings())
@@ -118,10 +118,6 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
 
 def _start_nothing(*_: object, **__: object) -> None:
     pass
-
-
-def _unresolved(address: str) -> str:
-    return address
 
 
 def _sessions() -> set[int]:

@@ -10,28 +10,15 @@ import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from manta.cluster.ray.hosts import Host, Hosts
+from manta.cluster.ray import hosts
+from manta.cluster.ray.hosts import Host
 from manta.cluster.ray.private_ray import TOKEN, gcs_address, keep_sigterm_handler, private_ray, quiet_ray, quiet_warnings
 
 ONE_NODE_ADDRESS = "127.0.0.1"  # with this address Ray listens on it alone; with any other it listens on all of the machine's
 # The head's address for nodes on this machine. They would replace 127.0.0.1 by the outward address, which a laptop loses on a new network.
 LOOPBACK = "127.0.0.2"
 LOCAL_GRACE = 5.0  # seconds: a local host gets no signal to end but the controller's
-
-
-class Ray(Protocol):
-    """Where nodes come from."""
-
-    @property
-    def on_one_node(self) -> bool:
-        """Whether the run's only node is also the head's: without it Ray must be started again."""
-        ...
-
-    def connected(self) -> contextlib.AbstractContextManager[Path | None]:
-        """Connect to Ray. Yields a private directory (0700) for agents; None if agents must make one."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +29,19 @@ class LocalRay:
 
     @property
     def on_one_node(self) -> bool:
+        """Whether the run's only node is also the head's: without it Ray must be started again."""
         return self.nodes == 1
 
     @contextlib.contextmanager
     def connected(self) -> Generator[Path]:
+        """Connect to Ray. Yields a private directory (0700) for agents; the other kinds yield None, and agents make one."""
         if self.on_one_node:
             with private_ray(ONE_NODE_ADDRESS, cpus=1) as scratch:
                 yield scratch
             return
         addresses = [f"127.0.0.{3 + node}" for node in range(self.nodes)]
-        hosts = [Host(name=address, address=address, gpus=0) for address in addresses]
-        with private_ray(LOOPBACK, cpus=0) as scratch, Hosts(hosts, gcs_address(), scratch / TOKEN, grace=LOCAL_GRACE):
+        nodes = [Host(name=address, address=address, gpus=0) for address in addresses]
+        with private_ray(LOOPBACK, cpus=0) as scratch, hosts.running(nodes, gcs_address(), scratch / TOKEN, grace=LOCAL_GRACE):
             yield scratch
 
 
@@ -67,7 +56,7 @@ class HostsRay:
 
     @contextlib.contextmanager
     def connected(self) -> Generator[None]:
-        with private_ray(self.address, cpus=0) as scratch, Hosts(self.hosts, gcs_address(), scratch / TOKEN, grace=self.grace):
+        with private_ray(self.address, cpus=0) as scratch, hosts.running(self.hosts, gcs_address(), scratch / TOKEN, grace=self.grace):
             yield
 
 
@@ -81,7 +70,7 @@ class JoinedRay:
 
     @contextlib.contextmanager
     def connected(self) -> Generator[None]:
-        """Raises OpenClusterError if Ray requires no token, unless `insecure`."""
+        """Raises NoClusterError if there is no such Ray, or it requires no token and `insecure` is not set."""
         if ":" in self.address:
             host, _, port = self.address.rpartition(":")
             try:
@@ -92,19 +81,14 @@ class JoinedRay:
             import ray
             from ray.exceptions import AuthenticationError
 
-            with (
-                tempfile.TemporaryDirectory() as empty,
-                contextlib.chdir(empty),
-                keep_sigterm_handler(),
-                quiet_warnings(),
-            ):
+            with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty), keep_sigterm_handler(), quiet_warnings():
                 try:
                     ray.init(address=self.address, log_to_driver=False, logging_level=logging.CRITICAL)
                 except (ConnectionError, AuthenticationError) as error:
                     raise self._unusable((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
             try:
                 if not self.insecure and is_open(gcs_address()):
-                    raise OpenClusterError(f"expected a Ray that requires a token, got {self.address}. Start it with RAY_AUTH_MODE=token.")
+                    raise NoClusterError(f"expected a Ray that requires a token, got {self.address}. Start it with RAY_AUTH_MODE=token.")
                 yield
             finally:
                 with quiet_warnings():
@@ -116,12 +100,12 @@ class JoinedRay:
         )
 
 
+Ray = LocalRay | HostsRay | JoinedRay
+"""Where nodes come from."""
+
+
 class NoClusterError(RuntimeError):
-    """No Ray answers at the address, or it denies access."""
-
-
-class OpenClusterError(NoClusterError):
-    """The Ray requires no token, so anyone may run code on it."""
+    """No Ray answers at the address, it denies access, or it requires no token, so that anyone may run code on it."""
 
 
 def is_open(gcs: str) -> bool:

@@ -1,7 +1,5 @@
 """One attempt: from starting the ranks to an outcome. It yields what it observes as events; the controller decides what follows."""
 
-import bisect
-import itertools
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,16 +11,7 @@ from manta.cluster.nodes.placement import Machine, NodeAllocation
 from manta.cluster.nodes.report import NodeFacts, RankStatus
 from manta.cluster.protocol import Env, ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
-from manta.cluster.supervise.failure import (
-    STOPPED,
-    Cause,
-    Failure,
-    HangLimits,
-    detect_hang,
-    failure_of,
-    first_failure,
-    is_peer_failure,
-)
+from manta.cluster.supervise.failure import STOPPED, Cause, Failure, HangLimits, detect_hang, failure_of, first_failure, is_peer_failure
 from manta.cluster.supervise.requests import StopRequests
 from manta.cluster.supervise.stragglers import WorkHistory, find_stragglers, hang_limits
 
@@ -91,7 +80,7 @@ class Attempt:
                 return (yield from self._hang(statuses, limits))
             history, stragglers = find_stragglers(statuses, history)
             for straggler in stragglers:
-                yield self._event("rank-slow", node=self.nodes.facts[self._node_of(straggler.rank)].host, **asdict(straggler))
+                yield self._event("rank-slow", node=self.nodes.facts[self._node_by_rank[straggler.rank]].host, **asdict(straggler))
             yield self._progress(statuses)
 
     def _check_new_nodes(self) -> Generator[Event, None, Failure | None]:
@@ -107,8 +96,7 @@ class Attempt:
         allocations = self.nodes.allocations
         environments = rank_environments(self.job, self.number, allocations, self.nodes.facts, self.nodes.free_port())
         pids = self.nodes.start(self.number, environments)
-        nodes = [node for node, allocation in enumerate(allocations) for _ in range(allocation.ranks)]
-        ranks = [{"rank": rank, "pid": pid, "node": node} for rank, (pid, node) in enumerate(zip(pids, nodes, strict=True))]
+        ranks = [{"rank": rank, "pid": pid, "node": node} for rank, (pid, node) in enumerate(zip(pids, self._node_by_rank, strict=True))]
         return self._event("attempt-started", ranks=ranks)
 
     def _end(self, statuses: Sequence[RankStatus]) -> Generator[Event, None, Outcome | None]:
@@ -136,9 +124,8 @@ class Attempt:
     def _hang(self, statuses: Sequence[RankStatus], limits: HangLimits) -> Generator[Event, None, Failure]:
         failure = detect_hang(statuses, limits, waiting=self.nodes.dump_stacks())
         assert failure is not None
-        assert failure.rank is not None
         self.nodes.kill()
-        yield self._event("rank-failed", code=None, **_details(failure), **self._location(failure.rank))
+        yield self._event("rank-failed", code=None, **self._failure_details(failure))
         return failure
 
     def _stop(self) -> Generator[Event, None, Completed | Stopped]:
@@ -181,19 +168,20 @@ class Attempt:
             "rank-failed",
             code=status.code,
             phase=status.phase,
-            **_details(failure_of(status)),
-            **self._location(status.rank),
+            **self._failure_details(failure_of(status)),
             traceback=status.error.traceback if status.error else status.tail,
             noticed_after=round(noticed - status.exited_at, 3),
         )
 
-    def _node_of(self, rank: int) -> int:
-        """Return the number of the node that a rank is on."""
-        ends = list(itertools.accumulate(node.ranks for node in self.nodes.allocations))
-        return bisect.bisect_right(ends, rank)
+    @property
+    def _node_by_rank(self) -> list[int]:
+        return [number for number, node in enumerate(self.nodes.allocations) for _ in range(node.ranks)]
 
-    def _location(self, rank: int) -> dict[str, str]:
-        return location(self.nodes.allocations[self._node_of(rank)].machine)
+    def _failure_details(self, failure: Failure) -> dict[str, Any]:
+        """Return an event's fields about a failure and the machine of its rank."""
+        machine = self.nodes.allocations[self._node_by_rank[failure.rank or 0]].machine
+        about = {"rank": failure.rank, "cause": failure.cause.name, "message": failure.message, "step": failure.step}
+        return about | location(machine)
 
     @property
     def _poll_interval(self) -> float:
@@ -213,10 +201,6 @@ def location(machine: Machine) -> dict[str, str]:
 
 def _failed(statuses: Sequence[RankStatus]) -> list[RankStatus]:
     return [status for status in statuses if status.code not in STOPPED | {None, ExitCode.DONE}]
-
-
-def _details(failure: Failure) -> dict[str, Any]:
-    return {"rank": failure.rank, "cause": failure.cause.name, "message": failure.message, "step": failure.step}
 
 
 def version_differences(job: Job, facts: NodeFacts) -> list[str]:
