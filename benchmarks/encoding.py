@@ -1,11 +1,11 @@
-"""What text costs to become tokens on disk: `manta prepare` on one core, beside datasets.map with tokenizers.
+"""Cost of tokenizing text to disk: `manta prepare` on one core, compared with datasets.map and tokenizers.
 
 python benchmarks/encoding.py [--rounds 2] [--vocabularies 4096 32768]
 
-The text is `stdlib:`, some 30 MB, the tokenizer is trained beforehand, and each is told in MB of text by second of CPU time, user and
-system, of its process and those that it starts, from when its libraries are imported. Ours finds the files, reads, splits, encodes,
-writes, hashes and proves its encoder; the other has its documents in an Arrow file already, and map's own cache file is what it
-writes. They take turns, each time in a new process, and have to make the same ids. Exits with 1 where a goal is missed.
+The text is `stdlib:`, about 30 MB, and the tokenizer is trained before. The result is MB of text per second of CPU time (user and system,
+child processes included) after imports. manta finds, reads, splits, encodes, writes and hashes the files, and proves its encoder;
+datasets.map reads documents from an Arrow file and writes its cache file. Each round runs both, each in a new process; their ids must be
+the same. Exits with 1 if a goal is missed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.prepare.prepare import prepare
 from manta.data.shards.manifest import Prepared
 
-GOAL, RATIO = 10.0, 3.5  # MB by CPU-second, and as much of the other's
+GOAL, RATIO = 10.0, 3.5  # MB per CPU-second, and the ratio to datasets.map
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -41,29 +41,29 @@ def main() -> int:
 
 
 def compare(folder: Path, vocabulary: int, rounds: int) -> int:
-    """How many goals are missed."""
+    """Return the number of missed goals."""
     tokenizer = write_texts(folder, vocabulary)
-    told: dict[str, list[dict[str, Any]]] = {"ours": [], "datasets": []}
+    results: dict[str, list[dict[str, Any]]] = {"ours": [], "datasets": []}
     for turn in range(rounds):
-        for name, runs in told.items():
+        for name, runs in results.items():
             runs.append(in_a_process(name, folder, str(folder / f"{name}-{turn}"), tokenizer))
-    ids = {(run["tokens"], run["sum"]) for runs in told.values() for run in runs}
+    ids = {(run["tokens"], run["sum"]) for runs in results.values() for run in runs}
     if len(ids) > 1:
-        print(f"vocabulary {vocabulary}: the ids differ, by number and sum: {ids}")
+        print(f"vocabulary {vocabulary}: the ids differ in number or sum: {ids}")
         return 1
-    rates = {name: [run["megabytes"] / run["seconds"] for run in runs] for name, runs in told.items()}
+    rates = {name: [run["megabytes"] / run["seconds"] for run in runs] for name, runs in results.items()}
     ratio = statistics.median(our / their for our, their in zip(rates["ours"], rates["datasets"], strict=True))
     ours, theirs = (statistics.median(rate) for rate in rates.values())
     met = ours >= GOAL and ratio >= RATIO
     print(
-        f"vocabulary {vocabulary:6}: ours {ours:5.2f} MB by CPU-second, datasets.map {theirs:5.2f}: {ratio:.2f} times as much"
-        f" ({'met' if met else 'missed'}: wanted {GOAL:g} and {RATIO:g} times)"
+        f"vocabulary {vocabulary:6}: manta {ours:5.2f} MB per CPU-second, datasets.map {theirs:5.2f}: {ratio:.2f} times as fast"
+        f" ({'met' if met else 'missed'}: goal {GOAL:g} and {RATIO:g} times)"
     )
     return 0 if met else 1
 
 
 def write_texts(folder: Path, vocabulary: int) -> Path:
-    """The very documents that ours makes of the text, for the other to encode; the tokenizer's file."""
+    """Write the documents that manta makes of the text, for datasets.map to encode. Return the tokenizer's file."""
     import datasets
     import tokenizers
 
@@ -96,12 +96,12 @@ def ours(_folder: Path, target: Path, tokenizer: Path) -> dict[str, Any]:
     start = cpu_seconds()
     prepared = prepare(data, TokenizerConfig(file=tokenizer, end_of_text=END_OF_TEXT))
     seconds = cpu_seconds() - start
-    made = json.loads(Path(prepared.corpora[0], "manifest.json").read_bytes())
-    documents = made["train"]["documents"] + made["validation"]["documents"]
+    manifest = json.loads(Path(prepared.corpora[0], "manifest.json").read_bytes())
+    documents = manifest["train"]["documents"] + manifest["validation"]["documents"]
     tokens = [tokens_of(path) for path in shard_files(prepared)]
     end = tokens[0][-1]
-    count, total = sum(map(len, tokens)) - documents, sum(int(one.sum(dtype=np.int64)) for one in tokens) - documents * int(end)
-    return {"seconds": seconds, "megabytes": made["text_bytes"] / 1e6, "tokens": count, "sum": total}
+    count, total = sum(map(len, tokens)) - documents, sum(int(shard.sum(dtype=np.int64)) for shard in tokens) - documents * int(end)
+    return {"seconds": seconds, "megabytes": manifest["text_bytes"] / 1e6, "tokens": count, "sum": total}
 
 
 def datasets_map(folder: Path, target: Path, tokenizer: Path) -> dict[str, Any]:
@@ -111,10 +111,10 @@ def datasets_map(folder: Path, target: Path, tokenizer: Path) -> dict[str, Any]:
     datasets.disable_progress_bars()
     texts = datasets.load_from_disk(str(folder / "texts"))
     encoder = tokenizers.Tokenizer.from_file(str(tokenizer))
-    encoder.encode_special_tokens = True  # a document that spells one means its letters
+    encoder.encode_special_tokens = True  # the name of a special token in a document is text
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"input_ids": [one.ids for one in encoder.encode_batch_fast(batch["text"], add_special_tokens=False)]}
+        return {"input_ids": [encoding.ids for encoding in encoder.encode_batch_fast(batch["text"], add_special_tokens=False)]}
 
     target.mkdir()
     kept = {"load_from_cache_file": False, "cache_file_name": str(target / "encoded.arrow")}

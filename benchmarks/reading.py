@@ -1,14 +1,13 @@
-"""What a sample costs to read: ours by number, beside litdata and `datasets`, each in its own process, from a file cache that is warm.
+"""Cost of reading samples: manta's by number, compared with litdata and `datasets`, each in its own process, with a warm file cache.
 
 python benchmarks/reading.py [--tokens 100000000] [--seconds 2] [--rounds 5]
 
-All read the same tokens, laid down each in its own format, in samples of 1,024 and the token after them, shuffled, and hand over int64
-arrays [K, 1024] of tokens and of targets, K being what suits each best. Each reads an epoch first, from which it is seen that it hands
-over every sample of the corpus once. Then they take turns; what is told is tokens by second of CPU time of the whole process, threads
-and all. Exits with 1 where a goal is missed.
+All read the same tokens, each from its own format, as shuffled samples of 1,024 tokens and the next one. They return int64 arrays [K, 1024]
+of tokens and targets, with the K that suits each best. Each first reads one epoch, which must contain every sample once. Then rounds
+measure tokens per second of CPU time of the whole process, with all its threads. Exits with 1 if a goal is missed.
 
 litdata iterates over a StreamingDataset with a TokensLoader, which on a local disk is three times as fast as indexing it. `datasets`
-reads rows by number in its numpy format. The last one is `datasets` too, its Arrow tables taken apart by hand: as fast as it gets.
+reads rows by number in its numpy format; "datasets by hand" takes its Arrow tables apart, which is as fast as it gets.
 """
 
 import argparse
@@ -33,25 +32,26 @@ from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.prepare.prepare import prepare
 from manta.data.sampling.samples import Samples
 from manta.data.shards.shard import ShardWriter
+from manta.data.tokenizer.train import train
 
 T = 1024
-GOAL = 150e6  # tokens by CPU-second
-RATIOS = {"litdata": 1.3, "datasets": 2.0}  # as much of ours as of theirs
+GOAL = 150e6  # tokens per CPU-second
+RATIOS = {"litdata": 1.3, "datasets": 2.0}  # of manta to each
 LITDATA = "litdata>=0.2.76,<0.3"
-END, VOCABULARY = 0, 257  # a byte-level tokenizer that has merged nothing
-CHUNK = 16 * 1024 * (T + 1)  # tokens a file, of ours and of litdata's
+END, VOCABULARY = 0, 257  # of a byte-level tokenizer without merges
+CHUNK = 16 * 1024 * (T + 1)  # tokens per file, for manta and litdata
 Batches = Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]  # tokens [K, T], targets [K, T]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
+class Contestant:
     write: Callable[[Path], None]
-    """Lays tokens.npy down in its format."""
+    """Writes tokens.npy in its format."""
     read: Callable[[Path, int], Batches]
-    """Epoch after epoch, in batches of K."""
+    """Yields epoch after epoch, in batches of K."""
     batch: int
     stride: int
-    """From one sample to the next, in tokens: T where neighbours share one."""
+    """Tokens from one sample to the next: T if neighbors share a token."""
 
 
 def main() -> int:
@@ -60,48 +60,48 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    apart = environment("peers", LITDATA)
+    litdata_python = environment("peers", LITDATA)
     tokens = make_tokens(options.tokens)
-    rates: dict[str, list[float]] = {name: [] for name in READERS}
+    rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "tokens.npy"), tokens)
-        started = {name: start(name, folder, apart if name == "litdata" else sys.executable) for name in READERS}
+        started = {name: start(name, folder, litdata_python if name == "litdata" else sys.executable) for name in CONTESTANTS}
         try:
             for name, process in started.items():
-                if answer(process)["identity"] != identity(windows(tokens, READERS[name].stride)):
-                    print(f"{name}: what it reads is not the corpus, each sample once")
+                if answer(process)["identity"] != identity(windows(tokens, CONTESTANTS[name].stride)):
+                    print(f"{name}: an epoch does not contain each sample once")
                     return 1
             for _ in range(options.rounds):
                 for name, process in started.items():
-                    told = answer(process, options.seconds)
-                    rates[name].append(told["tokens"] / told["seconds"])
+                    result = answer(process, options.seconds)
+                    rates[name].append(result["tokens"] / result["seconds"])
         finally:
             for process in started.values():
                 process.kill()
                 process.wait()
-    each = f"the median of {options.rounds} times {options.seconds:g} s"
-    print(f"{len(tokens) // T:,} samples of {T:,} tokens; million tokens by CPU-second, {each}:")
-    return tell(rates)
+    median = f"the median of {options.rounds} times {options.seconds:g} s"
+    print(f"{len(tokens) // T:,} samples of {T:,} tokens; million tokens per CPU-second, {median}:")
+    return report(rates)
 
 
-def tell(rates: dict[str, list[float]]) -> int:
-    met = statistics.median(rates["ours"]) >= GOAL
+def report(rates: dict[str, list[float]]) -> int:
+    met = statistics.median(rates["manta"]) >= GOAL
     for name, found in rates.items():
-        told = f"  {name:16} {statistics.median(found) / 1e6:7.1f}  ({min(found) / 1e6:.1f} to {max(found) / 1e6:.1f})"
-        if name == "ours":
-            print(f"{told}  wanted {GOAL / 1e6:g}")
+        row = f"  {name:16} {statistics.median(found) / 1e6:7.1f}  ({min(found) / 1e6:.1f} to {max(found) / 1e6:.1f})"
+        if name == "manta":
+            print(f"{row}  goal {GOAL / 1e6:g}")
             continue
-        ratio = statistics.median(our / their for our, their in zip(rates["ours"], found, strict=True))
+        ratio = statistics.median(our / their for our, their in zip(rates["manta"], found, strict=True))
         met &= ratio >= RATIOS.get(name, 0)
-        print(f"{told}  ours is {ratio:.2f} times as fast" + (f", wanted {RATIOS[name]:g}" if name in RATIOS else ""))
+        print(f"{row}  manta is {ratio:.2f} times as fast" + (f", goal {RATIOS[name]:g}" if name in RATIOS else ""))
     print("met" if met else "missed")
     return 0 if met else 1
 
 
-def make_tokens(wanted: int) -> NDArray[np.uint16]:
-    """Documents about as long as the web's, as many tokens as are whole samples for all, and one more: the last target of ours."""
+def make_tokens(count: int) -> NDArray[np.uint16]:
+    """Return documents about as long as those of web text. Their tokens are whole samples for all, and one more for manta's last target."""
     whole, randomness = T * (T + 1), np.random.default_rng(0)
-    tokens = randomness.integers(1, VOCABULARY, -(-wanted // whole) * whole + 1, dtype=np.uint16)
+    tokens = randomness.integers(1, VOCABULARY, -(-count // whole) * whole + 1, dtype=np.uint16)
     ends = np.cumsum(randomness.lognormal(6.2, 1.1, len(tokens) // 100).astype(np.int64) + 2)
     tokens[ends[ends < len(tokens)]] = END
     return tokens
@@ -112,7 +112,7 @@ def windows(tokens: NDArray[Any], stride: int) -> NDArray[Any]:
 
 
 def identity(samples: NDArray[Any]) -> int:
-    """Of samples [K, T + 1], in any order."""
+    """Return a hash of samples [K, T + 1] that does not depend on their order."""
     return sum(xxhash.xxh3_64_intdigest(np.ascontiguousarray(sample, dtype=np.uint16)) for sample in samples) % 2**64
 
 
@@ -121,7 +121,7 @@ def start(name: str, folder: str, python: Path | str) -> subprocess.Popen[str]:
     command = [python, __file__]
     written = subprocess.run([*command, "write", name, folder], env=environ, capture_output=True, text=True, check=False)
     if written.returncode:
-        sys.exit(f"{name}: its corpus could not be written:\n{written.stderr}")
+        sys.exit(f"{name}: cannot write its corpus:\n{written.stderr}")
     return subprocess.Popen([*command, "read", name, folder], env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -135,16 +135,16 @@ def answer(process: subprocess.Popen[str], seconds: float | None = None) -> dict
 
 
 def serve(name: str, folder: Path) -> None:
-    """In a process of its own: one epoch's identity, then, as often as asked for, some seconds of reading."""
-    reader = READERS[name]
-    batches = reader.read(folder, reader.batch)
-    left = (np.load(folder / "tokens.npy", mmap_mode="r").size - 1) // reader.stride
+    """Print the identity of one epoch, and then the result of each measurement that is requested on stdin."""
+    contestant = CONTESTANTS[name]
+    batches = contestant.read(folder, contestant.batch)
+    remaining = (np.load(folder / "tokens.npy", mmap_mode="r").size - 1) // contestant.stride
     found = 0
-    while left > 0:
+    while remaining > 0:
         tokens, targets = next(batches)
         found += identity(np.concatenate([tokens, targets[:, -1:]], axis=1))
-        left -= len(tokens)
-        assert left >= 0, "a batch reaches over the end of an epoch"
+        remaining -= len(tokens)
+        assert remaining >= 0, "a batch crosses the end of an epoch"
         assert tokens.dtype == targets.dtype == np.int64
         assert np.array_equal(tokens[:, 1:], targets[:, :-1])
     print(json.dumps({"identity": found % 2**64}), flush=True)
@@ -155,14 +155,14 @@ def serve(name: str, folder: Path) -> None:
         print(json.dumps({"tokens": read, "seconds": time.process_time() - spent}), flush=True)
 
 
-def write_ours(folder: Path) -> None:
-    """Shards of Megatron's format, with documents about as long as the web's."""
+def write_manta(folder: Path) -> None:
+    """Write shards in Megatron's format."""
     tokens = np.load(folder / "tokens.npy")
     for at in range(0, len(tokens), CHUNK):
         write_shard(folder / "train" / f"{at // CHUNK:03d}", tokens[at : at + CHUNK])
     write_shard(folder / "held-out" / "000", tokens[:CHUNK])
-    write_tokenizer(folder / "tokenizer.json")
-    prepared_by(folder)
+    (folder / "tokenizer.json").write_text(train([], vocabulary=VOCABULARY, end_of_text="<|endoftext|>"))
+    open_prepared(folder)
 
 
 def write_shard(prefix: Path, tokens: NDArray[np.uint16]) -> None:
@@ -174,26 +174,15 @@ def write_shard(prefix: Path, tokens: NDArray[np.uint16]) -> None:
         writer.commit()
 
 
-def write_tokenizer(file: Path) -> None:
-    """One that knows bytes and the end of text, which is 0."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False))
-    tokenizer.save(str(file))
-
-
-def prepared_by(folder: Path) -> Samples:
+def open_prepared(folder: Path) -> Samples:
     source = {"path": str(folder / "train"), "validation": str(folder / "held-out"), "format": "megatron"}
     data = DataConfig(sources=(source,), sequence_length=T, directory=str(folder / "prepared"), workers=1)
     tokens = TokenizerConfig(file=folder / "tokenizer.json")
     return Samples(prepare(data, tokens), data, tokens, seed=0)
 
 
-def read_ours(folder: Path, batch: int) -> Batches:
-    samples, first = prepared_by(folder), 0
+def read_manta(folder: Path, batch: int) -> Batches:
+    samples, first = open_prepared(folder), 0
     while True:
         for numbers in in_batches(np.arange(first, first + count(folder, T)), batch):
             examples = samples.train(numbers)
@@ -217,7 +206,7 @@ def write_litdata(folder: Path) -> None:
 
 
 def rows_for_litdata(part: tuple[str, int]) -> Iterator[Any]:
-    """Whole samples, so that no file of it ends within one, and none is lost; where documents end, its TokensLoader does not keep."""
+    """Yield whole samples, so that no file ends within one. TokensLoader does not keep the ends of documents."""
     import torch
 
     file, end = part
@@ -246,10 +235,10 @@ def write_datasets(folder: Path) -> None:
     import datasets
     import pyarrow as pa
 
-    if (folder / "datasets").exists():  # two readers share it
+    if (folder / "datasets").exists():  # two contestants share it
         return
     ids = np.load(folder / "tokens.npy")[: count(folder, T + 1) * (T + 1)]
-    rows = pa.FixedSizeListArray.from_arrays(pa.array(ids), T + 1)  # the narrowest type and a fixed length: its fastest
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(ids), T + 1)  # the narrowest type and a fixed length are its fastest
     datasets.Dataset(pa.table({"input_ids": rows})).save_to_disk(str(folder / "datasets"))
 
 
@@ -271,7 +260,7 @@ def read_arrow(folder: Path, batch: int) -> Batches:
 
 
 def shuffled(folder: Path, batch: int) -> Iterator[NDArray[np.int64]]:
-    """Row numbers of epoch after epoch."""
+    """Yield shuffled row numbers, epoch after epoch."""
     randomness = np.random.default_rng(0)
     while True:
         yield from in_batches(randomness.permutation(count(folder, T + 1)), batch)
@@ -282,7 +271,7 @@ def in_batches(numbers: NDArray[np.int64], batch: int) -> Iterator[NDArray[np.in
 
 
 def count(folder: Path, stride: int) -> int:
-    """Samples of an epoch."""
+    """Return the number of samples in an epoch."""
     return (np.load(folder / "tokens.npy", mmap_mode="r").size - 1) // stride
 
 
@@ -290,17 +279,17 @@ def split(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return ids[:, :-1], ids[:, 1:]
 
 
-READERS = {
-    "ours": Reader(write=write_ours, read=read_ours, batch=256, stride=T),
-    "litdata": Reader(write=write_litdata, read=read_litdata, batch=64, stride=T + 1),
-    "datasets": Reader(write=write_datasets, read=read_datasets, batch=256, stride=T + 1),
-    "datasets by hand": Reader(write=write_datasets, read=read_arrow, batch=256, stride=T + 1),
+CONTESTANTS = {
+    "manta": Contestant(write=write_manta, read=read_manta, batch=256, stride=T),
+    "litdata": Contestant(write=write_litdata, read=read_litdata, batch=64, stride=T + 1),
+    "datasets": Contestant(write=write_datasets, read=read_datasets, batch=256, stride=T + 1),
+    "datasets by hand": Contestant(write=write_datasets, read=read_arrow, batch=256, stride=T + 1),
 }
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["write", name, folder]:
-            READERS[name].write(Path(folder))
+            CONTESTANTS[name].write(Path(folder))
         case ["read", name, folder]:
             serve(name, Path(folder))
         case _:
