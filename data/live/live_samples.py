@@ -1,9 +1,9 @@
-"""Text tokenized while it is read, with no preparation: `data.live`.
+"""Samples tokenized while training, without preparation: `data.live`.
 
-Pieces of the sources come in a keyed order, another one each epoch, and documents in the files' own. Each data rank reads a share of its
-own: every n-th piece where there are as many for each of n ranks, of about one size, else every n-th document of each piece. What a rank
-reads is fixed by config and n alone, so a run that comes back on as many ranks goes on with the very samples it would have read; on
-another number there is no telling which were read, and it is refused. A cursor says where a rank stands: checkpoints hold each one's.
+Each epoch reads the input splits in a different pseudo-random order, and the documents of a split in file order. If the splits can be
+divided evenly over n data ranks and have similar sizes, each rank reads every n-th split; otherwise it reads every n-th document of each
+split. What a rank reads depends only on the config and n, so a run that resumes on n data ranks continues with exactly the same samples.
+On another number, which documents have been read is unknown, and the run is refused. Checkpoints store a cursor for each data rank.
 """
 
 import logging
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.hashing import hashed
-from manta.data.live.live_sources import Part, parts_of, prepare_live, with_absolute_paths
+from manta.data.live.live_sources import LiveSplit, live_splits, prepare_live, with_absolute_paths
 from manta.data.objectives.examples import Examples
 from manta.data.objectives.objective import Objective
 from manta.data.prepare.encode import sample_text
 from manta.data.sampling.order import Permutation
 from manta.data.sampling.samples import Samples, entropy
-from manta.data.sampling.windows import Windows
+from manta.data.sampling.windows import Windows, check_indices
 from manta.data.shards.manifest import Prepared
 from manta.data.sources.config import FilterConfig
 from manta.data.sources.input_split import BadRow
@@ -32,8 +32,8 @@ from manta.data.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_PROOF_BYTES, _PROOF_PIECES = 1_000_000, 8  # text on which a faster encoder must equal the reference: of few pieces, for each is opened
-_ABOUT_ONE_SIZE = 1.25  # the largest piece over the mean, up to which ranks take whole pieces
+_ENCODER_TEST_BYTES, _ENCODER_TEST_SPLITS = 1_000_000, 8  # text on which the fast encoder must equal the reference; each split is opened
+_MAX_SIZE_RATIO = 1.25  # largest split over the mean, up to which each rank reads its own splits
 
 Numbers = NDArray[np.int64]
 Ids = NDArray[np.uint32]
@@ -41,164 +41,163 @@ Ids = NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """Where a rank's next sample begins."""
+    """Where a rank's next sample starts. Checkpoints store these fields by name."""
 
     epoch: int = 0
     piece: int = 0
-    """In the epoch's order."""
+    """The split, by its position in the epoch's order."""
     document: int = 0
-    """Of the piece, counted over all ranks and whatever is left out."""
+    """In the split, counting the documents of all ranks and those that are not read."""
     token: int = 0
-    """Of the document."""
+    """In the document."""
 
 
 class LiveSamples:
-    """One data rank's samples, asked for in the order in which a run reads them."""
+    """The samples of one data rank, which must be read in order."""
 
     def __init__(
         self, prepared: Prepared, data: DataConfig, tokens: TokenizerConfig, *, seed: int, held_out: int, rank: int = 0, ranks: int = 1
     ) -> None:
-        """held_out: validation samples wanted, which are read here and now.
+        """held_out: validation samples to read, which happens here.
 
-        Raises InputError where there are none, where the sources or the tokenizer are not those that `prepared` tells, or where the
-        tokenizer lacks what the objective needs.
+        Raises InputError if there are none, if the sources or the tokenizer have changed since `prepared`, or if the tokenizer lacks
+        tokens that the objective needs.
         """
         data = with_absolute_paths(data)
-        if (got := prepare_live(prepared.tokenizer, data, tokens).fingerprint) != prepared.fingerprint:
-            raise InputError(
-                f"data.sources: fingerprint {got}; the run wants {prepared.fingerprint}: the corpus is another one than the run began with"
-            )
+        if (fingerprint := prepare_live(prepared.tokenizer, data, tokens).fingerprint) != prepared.fingerprint:
+            expected = f"fingerprint {prepared.fingerprint}, of the text that the run started with"
+            raise InputError(f"data.sources: expected {expected}, got {fingerprint}. Restore that text, or start a new run.")
         self._seed, self._rank, self._ranks = seed, rank, ranks
         self._tokenizer = Tokenizer(prepared.tokenizer, end_of_text=tokens.end_of_text)
         self._objective = Objective(data, self._tokenizer)
-        by_source = [parts_of(source, data) for source in data.sources]
-        self._parts = [part for parts, _ in by_source for part in parts]
-        self._takes_pieces = _as_many_for_each([part.piece.size for part in self._parts], ranks)
-        self._tokenizer.choose_encoder(_some_text(self._parts))
-        self._malformed = 0
-        self._read = -1
+        by_source = [live_splits(source, data) for source in data.sources]
+        self._splits = [split for train, _ in by_source for split in train]
+        self._reads_whole_splits = _divides_evenly([split.split.size for split in self._splits], ranks)
+        self._tokenizer.choose_encoder(_encoder_test_text(self._splits))
+        self._bad_rows = 0
+        self._last_read = -1
         self.seek(Cursor())
         self.sequence_length = data.sequence_length
         self.tokenizer_vocabulary = self._tokenizer.vocabulary
-        self._validation = self._first_held_out([parts for _, parts in by_source], held_out, share=data.validation)
+        self._validation = self._read_validation([splits for _, splits in by_source], held_out, share=data.validation)
         self.validation_windows = len(self._validation)
 
-    def train(self, count: NDArray[np.integer], *, sequence_length: int | None = None) -> Examples:
-        """What this rank reads next; `count` [K] are the numbers that these samples have in the run, which rise from call to call."""
-        samples = np.asarray(count, dtype=np.int64)
+    def train(self, read_indices: NDArray[np.integer], *, sequence_length: int | None = None) -> Examples:
+        """Return this rank's next samples. read_indices [K]: their numbers in the run, which rise from call to call."""
+        samples = np.asarray(read_indices, dtype=np.int64)
         rows: list[Numbers] = []
         for number in samples.tolist():
-            assert number > self._read, f"sample {number} after {self._read}"
+            assert number > self._last_read, f"sample {number} after {self._last_read}"
             row, self._cursor = next(self._windows)
             rows.append(row)
-            self._read = number
+            self._last_read = number
         return self._objective(Windows(tokens=np.stack(rows)), samples, seed=self._seed, sequence_length=sequence_length)
 
     def validation(self, indices: NDArray[np.integer]) -> Examples:
-        """Those of the validation windows [K] in range(validation_windows), the same for every seed and on every rank."""
+        """Return validation examples [K] in range(validation_windows), which are the same for every seed and on every rank."""
         samples = np.asarray(indices, dtype=np.int64)
         return self._objective(self.validation_text(samples), samples, seed=None)
 
     def validation_text(self, indices: NDArray[np.integer]) -> Windows:
-        """Validation windows [K] as they stand in the files."""
-        indices = np.asarray(indices)
-        if indices.size and (indices.min() < 0 or indices.max() >= self.validation_windows):
-            raise IndexError(f"validation: expected indices below {self.validation_windows}, got {indices.min()} to {indices.max()}")
+        """Return the text of validation windows [K]."""
+        check_indices(indices, self.validation_windows)
         return Windows(tokens=self._validation[indices])
 
     def validation_unigram_entropy(self, indices: NDArray[np.integer]) -> float:
-        """As `Samples.validation_unigram_entropy`."""
+        """See `Samples.validation_unigram_entropy`."""
         tokens = self.validation_text(indices).tokens[:, -self._objective.shape.stride :]
         return entropy(np.bincount(tokens.ravel(), minlength=self.tokenizer_vocabulary))
 
     @property
     def cursor(self) -> Cursor:
-        """Where this rank's next sample begins."""
+        """Where this rank's next sample starts."""
         return self._cursor
 
     def seek(self, cursor: Cursor) -> None:
-        """As if all before it had been read."""
-        assert cursor.piece < max(1, len(self._parts)), f"{cursor} of {len(self._parts)} pieces"
+        """Continue from a cursor."""
+        assert cursor.piece < max(1, len(self._splits)), f"{cursor} of {len(self._splits)} splits"
         self._cursor = cursor
         self._windows = self._windows_from(cursor)
 
     def _windows_from(self, cursor: Cursor) -> Iterator[tuple[Numbers, Cursor]]:
-        """This rank's windows, each with the cursor after it. Without end: epochs follow one another."""
+        """Yield this rank's windows, each with the cursor after it, without end."""
         width, stride = self._objective.shape.width, self._objective.shape.stride
-        held: deque[tuple[Cursor, Ids]] = deque()  # documents; of the first, what is left of it
+        buffer: deque[tuple[Cursor, Ids]] = deque()  # documents, or the rest of the first one
         size = 0
-        for begin, ids in self._documents_from(cursor):
-            held.append((begin, ids))
+        for start, ids in self._documents_from(cursor):
+            buffer.append((start, ids))
             size += len(ids)
             while size >= width:
-                row = _first(held, width)
+                row = _first_tokens(buffer, width)
                 size -= stride
-                yield row, _pass_over(held, stride)
+                yield row, _drop(buffer, stride)
 
     def _documents_from(self, cursor: Cursor) -> Iterator[tuple[Cursor, Ids]]:
-        """The ids of this rank's documents to train on, the first from the cursor's token on."""
+        """Yield the ids of this rank's train documents, epoch after epoch. The first one starts at the cursor's token."""
         for epoch in count(cursor.epoch):
-            order = Permutation(len(self._parts), int(hashed(self._seed, epoch)[0]))(np.arange(len(self._parts))).tolist()
-            found = False
-            for place in range(cursor.piece if epoch == cursor.epoch else 0, len(order)):
-                resumed = (epoch, place) == (cursor.epoch, cursor.piece)
-                for number, text in self._own(self._parts[order[place]], place, cursor.document if resumed else 0):
+            order = Permutation(len(self._splits), int(hashed(self._seed, epoch)[0]))(np.arange(len(self._splits))).tolist()
+            is_empty = True
+            for position in range(cursor.piece if epoch == cursor.epoch else 0, len(order)):
+                resumed = (epoch, position) == (cursor.epoch, cursor.piece)
+                for number, text in self._own_documents(self._splits[order[position]], position, cursor.document if resumed else 0):
                     token = cursor.token if resumed and number == cursor.document else 0
-                    yield Cursor(epoch=epoch, piece=place, document=number, token=token), self._encoded(text)[token:]
-                    found = True
-            if not found and epoch > cursor.epoch:  # the first one may have been all but done
+                    yield Cursor(epoch=epoch, piece=position, document=number, token=token), self._encode(text)[token:]
+                    is_empty = False
+            if is_empty and epoch > cursor.epoch:  # the first epoch may have been resumed close to its end
                 raise InputError(
-                    f"data.sources: got no document for data rank {self._rank} in a whole epoch, wants one for each of {self._ranks} ranks;"
-                    " give more documents, or use fewer ranks"
+                    f"data.sources: expected a document for each of {self._ranks} data ranks, got none for rank {self._rank} in an epoch."
+                    " Add documents, or use fewer ranks."
                 )
 
-    def _own(self, part: Part, place: int, first: int) -> Iterator[tuple[int, str]]:
-        """Of a piece that stands at this place of an epoch: what this rank trains on, from document `first` on, with its number."""
-        if self._takes_pieces and place % self._ranks != self._rank:
+    def _own_documents(self, split: LiveSplit, position: int, first: int) -> Iterator[tuple[int, str]]:
+        """Yield this rank's train documents of the split at this position of an epoch, from number `first` on, with their numbers."""
+        if self._reads_whole_splits and position % self._ranks != self._rank:
             return
-        for number, found in enumerate(part.piece.documents()):
-            # Which rank the first document falls to depends on the place: pieces may be of a single one.
-            if number < first or not (self._takes_pieces or (number + place) % self._ranks == self._rank):
+        for number, document in enumerate(split.split.documents()):
+            # The rank of the first document depends on the position, because a split may have a single document.
+            if number < first or not (self._reads_whole_splits or (number + position) % self._ranks == self._rank):
                 continue
-            if isinstance(found, BadRow):
-                self._tell(found)
-            if (text := part.text(found)) is not None and not part.holds_out(text):
+            if isinstance(document, BadRow):
+                self._log_bad_row(document)
+            if (text := split.text(document)) is not None and not split.holds_out(text):
                 yield number, text
 
-    def _tell(self, refused: BadRow) -> None:
-        """The first malformed row, and again each time there are twice as many."""
-        self._malformed += 1
-        if self._malformed & (self._malformed - 1) == 0:
-            log.warning("malformed rows are left out, %d so far, the last: %s", self._malformed, refused.message)
+    def _log_bad_row(self, row: BadRow) -> None:
+        """Log the first bad row, and again each time their number has doubled."""
+        self._bad_rows += 1
+        if self._bad_rows & (self._bad_rows - 1) == 0:
+            log.warning("skipped %d malformed rows so far, most recently: %s", self._bad_rows, row.message)
 
-    def _first_held_out(self, by_source: Sequence[Sequence[Part]], wanted: int, *, share: float) -> Numbers:
-        """The first validation windows, of the first documents that each source holds out, in turn: [<= wanted, W]."""
+    def _read_validation(self, by_source: Sequence[Sequence[LiveSplit]], requested: int, *, share: float) -> Numbers:
+        """Return up to `requested` validation windows [<= requested, W], from the validation documents of all sources in turn."""
         width, stride = self._objective.shape.width, self._objective.shape.stride
         texts: list[Ids] = []
         size = 0
-        for text in _in_turn(chain.from_iterable(part.held_out() for part in parts) for parts in by_source):
-            texts.append(self._encoded(text))
+        for text in _alternate(chain.from_iterable(split.validation_texts() for split in splits) for splits in by_source):
+            texts.append(self._encode(text))
             size += len(texts[-1])
-            if size >= width + (wanted - 1) * stride:
+            if size >= width + (requested - 1) * stride:
                 break
-        count = min(wanted, max(0, size - width + stride) // stride)
-        if not count:
-            wants = f"a sample of {self.sequence_length} wants {width}"
-            raise InputError(f"data.validation: {size} tokens are held out; {wants}: raise it from {share:g}, or give more documents")
+        windows = min(requested, max(0, size - width + stride) // stride)
+        if not windows:
+            expected = f"at least {width} for a sample of {self.sequence_length}"
+            raise InputError(
+                f"data.validation: expected {expected}, got {size} validation tokens. Raise it from {share:g}, or add documents."
+            )
         tokens = np.concatenate(texts).astype(np.int64)
-        return np.lib.stride_tricks.sliding_window_view(tokens, width)[::stride][:count].copy()
+        return np.lib.stride_tricks.sliding_window_view(tokens, width)[::stride][:windows].copy()
 
-    def _encoded(self, text: str) -> Ids:
-        """A batch of documents is encoded no faster than one by one: measured, with either library."""
+    def _encode(self, text: str) -> Ids:
+        """Encode one document. Batches are not faster with either library (measured)."""
         return np.append(self._tokenizer.encode([text])[0], np.uint32(self._tokenizer.end_of_text))
 
 
 def open_samples(
     prepared: Prepared, data: DataConfig, tokens: TokenizerConfig, *, seed: int, held_out: int = 1, rank: int = 0, ranks: int = 1
 ) -> Samples | LiveSamples:
-    """What data rank `rank` of `ranks` reads. held_out: how many validation samples are wanted; of a prepared corpus all can be had.
+    """Open the samples of data rank `rank` of `ranks`. held_out: validation samples to read if they are live.
 
-    Raises InputError as `Samples` and `LiveSamples` do.
+    Raises InputError; see `Samples` and `LiveSamples`.
     """
     if data.live:
         return LiveSamples(prepared, data, tokens, seed=seed, held_out=held_out, rank=rank, ranks=ranks)
@@ -206,58 +205,60 @@ def open_samples(
 
 
 def check_data_ranks(cursors: Sequence[object] | None, ranks: int) -> None:
-    """Raises InputError where a checkpoint of a live run is to go on with more or fewer data ranks than it has cursors."""
+    """Raise InputError if a checkpoint of a live run is to resume on another number of data ranks than it has cursors."""
     saved = len(cursors or ())
     if saved != ranks:
-        wants = f"{saved}: so many have read its text, each a share of its own"
-        remedy = "start as many (cluster.ranks_per_node), or begin a new run without data.live, from these weights by run.start_from"
-        raise InputError(f"data.live: got {ranks} data rank{'s' if ranks > 1 else ''}, wants {wants}; {remedy}")
+        plural = "" if saved == 1 else "s"
+        raise InputError(
+            f"data.live: expected {saved} data rank{plural}, which have each read a share of the text, got {ranks}. Start {saved}"
+            f" (cluster.ranks_per_node), or start a new run without data.live from these weights (run.start_from)."
+        )
 
 
-def _as_many_for_each(sizes: Sequence[int], ranks: int) -> bool:
-    """Whether ranks take whole pieces, so that each reads its own files only. Else some would be through an epoch much sooner than others.
+def _divides_evenly(sizes: Sequence[int], ranks: int) -> bool:
+    """Whether each rank can read the same number of splits of similar size, so that all ranks finish an epoch at about the same time.
 
-    Shards of a stream tell no size: all of them 0.
+    The shards of a stream have unknown sizes: all are 0.
     """
-    return bool(sizes) and len(sizes) % ranks == 0 and max(sizes) * len(sizes) <= _ABOUT_ONE_SIZE * sum(sizes)
+    return bool(sizes) and len(sizes) % ranks == 0 and max(sizes) * len(sizes) <= _MAX_SIZE_RATIO * sum(sizes)
 
 
-def _some_text(parts: Sequence[Part]) -> list[str]:
-    spread = parts[:: max(1, len(parts) // _PROOF_PIECES)][:_PROOF_PIECES]
-    return list(sample_text([(part.piece, FilterConfig()) for part in spread], _PROOF_BYTES))
+def _encoder_test_text(splits: Sequence[LiveSplit]) -> list[str]:
+    spread = splits[:: max(1, len(splits) // _ENCODER_TEST_SPLITS)][:_ENCODER_TEST_SPLITS]
+    return list(sample_text([(split.split, FilterConfig()) for split in spread], _ENCODER_TEST_BYTES))
 
 
-def _first(held: Iterable[tuple[Cursor, Ids]], width: int) -> Numbers:
-    """The first tokens of all that is held [W]."""
+def _first_tokens(buffer: Iterable[tuple[Cursor, Ids]], width: int) -> Numbers:
+    """Return the first `width` tokens of the buffer."""
     row, filled = np.empty(width, dtype=np.int64), 0
-    for _, ids in held:
-        taken = ids[: width - filled]
-        row[filled : filled + len(taken)] = taken
-        filled += len(taken)
+    for _, ids in buffer:
+        part = ids[: width - filled]
+        row[filled : filled + len(part)] = part
+        filled += len(part)
         if filled == width:
             break
     return row
 
 
-def _pass_over(held: deque[tuple[Cursor, Ids]], count: int) -> Cursor:
-    """Lets go of so many tokens. Gives where what follows begins."""
+def _drop(buffer: deque[tuple[Cursor, Ids]], count: int) -> Cursor:
+    """Remove the first `count` tokens. Returns the cursor of the next token."""
     while True:
-        at, ids = held.popleft()
+        cursor, ids = buffer.popleft()
         if count < len(ids):
-            at = replace(at, token=at.token + count)
-            held.appendleft((at, ids[count:]))
-            return at
+            cursor = replace(cursor, token=cursor.token + count)
+            buffer.appendleft((cursor, ids[count:]))
+            return cursor
         count -= len(ids)
-        if not held:  # with whichever document comes next
-            return replace(at, document=at.document + 1, token=0)
+        if not buffer:  # continue with whichever document is next
+            return replace(cursor, document=cursor.document + 1, token=0)
 
 
-def _in_turn(streams: Iterable[Iterator[str]]) -> Iterator[str]:
-    """One of each, then again, until all are at their ends."""
+def _alternate(streams: Iterable[Iterator[str]]) -> Iterator[str]:
+    """Yield one item of each stream in turn, until all have ended."""
     waiting = deque(streams)
     while waiting:
         stream = waiting.popleft()
-        for one in stream:
-            yield one
+        for item in stream:
+            yield item
             waiting.append(stream)
             break

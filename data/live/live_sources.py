@@ -1,4 +1,4 @@
-"""What live runs read: sources as they stand in config become pieces of text, and what tells that they are still the same."""
+"""The sources of a live run: their input splits, and the fingerprint that shows whether they have changed."""
 
 import glob
 from collections.abc import Iterator
@@ -19,90 +19,86 @@ from manta.data.sources.splits import input_splits
 from manta.data.storage.location import local_path
 from manta.data.tokenizer import tokenizer
 
-VERSION = 1  # of the order in which ranks read; another one is another corpus
+VERSION = 1  # of the order in which ranks read; part of the fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A piece, and which of its documents are taken and held out."""
+class LiveSplit:
+    """An input split, with the filter and the validation share of its source."""
 
-    piece: InputSplit
+    split: InputSplit
     filter: Filter
-    held_out_below: int
+    threshold: int
+    """Documents whose hash is below it are validation documents."""
 
-    def text(self, found: Document | BadRow) -> str | None:
-        """None where it is left out. Raises InputError for token ids."""
-        if isinstance(found, BadRow):
+    def text(self, document: Document | BadRow) -> str | None:
+        """Return the text, or None if it is a bad row or filtered. Raises InputError for token ids."""
+        if isinstance(document, BadRow):
             return None
-        if not isinstance(found.content, str):
-            raise InputError(_told_of_ids(self.piece.name))
-        return found.content if self.filter.rejection(found.content) is None else None
+        if not isinstance(document.content, str):
+            raise _token_ids_error(self.split.name)
+        return document.content if self.filter.rejection(document.content) is None else None
 
     def holds_out(self, text: str) -> bool:
-        """By its text, as prepared corpora do: a document that stands twice is held out twice."""
-        return xxhash.xxh3_64_intdigest(text.encode()) < self.held_out_below
+        """Whether a prepared corpus would hold this text out for validation; equal texts are on the same side."""
+        return xxhash.xxh3_64_intdigest(text.encode()) < self.threshold
 
-    def held_out(self) -> Iterator[str]:
-        for found in self.piece.documents():
-            if (text := self.text(found)) is not None and self.holds_out(text):
+    def validation_texts(self) -> Iterator[str]:
+        for document in self.split.documents():
+            if (text := self.text(document)) is not None and self.holds_out(text):
                 yield text
 
 
-def parts_of(source: SourceConfig, data: DataConfig) -> tuple[list[Part], list[Part]]:
-    """A source's pieces to train on, and those among which its validation documents are."""
-    taken, apart = Filter(source.filter), validation_source(source)
+def live_splits(source: SourceConfig, data: DataConfig) -> tuple[list[LiveSplit], list[LiveSplit]]:
+    """Return a source's train splits, and the splits that contain its validation documents."""
+    document_filter, validation = Filter(source.filter), validation_source(source)
 
-    def parts(of: SourceConfig, share: float) -> list[Part]:
-        return [Part(piece=piece, filter=taken, held_out_below=validation_threshold(share)) for piece in input_splits(of, data)]
+    def splits(of: SourceConfig, share: float) -> list[LiveSplit]:
+        return [LiveSplit(split=split, filter=document_filter, threshold=validation_threshold(share)) for split in input_splits(of, data)]
 
-    if apart is not None:
-        return parts(source, 0.0), parts(apart, 1.0)
-    both = parts(source, data.validation)
+    if validation is not None:
+        return splits(source, 0.0), splits(validation, 1.0)
+    both = splits(source, data.validation)
     return both, both
 
 
 def prepare_live(tokenizer_file: Path, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
-    """What stands for a prepared corpus: the tokenizer, and what tells whether the sources are still the same, and are read the same way.
+    """Return what replaces a prepared corpus: the tokenizer, and a fingerprint of the sources and of how they are read.
 
-    Raises InputError where a source does not exist, or holds token ids.
+    Raises InputError if a source does not exist or has token ids.
     """
     data = with_absolute_paths(data)
     _refuse_token_files(data)
     sources = [identity(source) for source in data.sources]
-    read = [
-        data.text_field,
-        data.bad_rows,
-        data.validation,
-        tokens.end_of_text,
-        tokenizer.fingerprint(tokenizer.read_tokenizer(tokenizer_file)),
-    ]
-    return Prepared(tokenizer=tokenizer_file, corpora=(), fingerprint=digest(["live", VERSION, sources, *read]))
+    tokenizer_hash = tokenizer.fingerprint(tokenizer.read_tokenizer(tokenizer_file))
+    options = [data.text_field, data.bad_rows, data.validation, tokens.end_of_text, tokenizer_hash]
+    return Prepared(tokenizer=tokenizer_file, corpora=(), fingerprint=digest(["live", VERSION, sources, *options]))
 
 
 def refuse_token_ids(data: DataConfig) -> None:
-    """Raises InputError where a source holds token ids, in files of their own or in its first row."""
+    """Raise InputError if a source has token ids, as token files or in its first row."""
     _refuse_token_files(data)
     for source in data.sources:
-        for part in parts_of(source, data)[0][:1]:
-            for found in part.piece.documents():
-                part.text(found)
+        for split in live_splits(source, data)[0][:1]:
+            for document in split.split.documents():
+                split.text(document)
                 break
 
 
 def with_absolute_paths(data: DataConfig) -> DataConfig:
-    """With local paths made absolute: ranks stand elsewhere, and so may whoever resumes a run."""
+    """Make local paths absolute: ranks, and users who resume a run, may be in other directories."""
 
-    def of(source: SourceConfig) -> SourceConfig:
-        held_out = None if source.validation is None else _absolute(source.validation)
-        return source.model_copy(update={"path": _absolute(source.path), "validation": held_out})
+    def absolute(source: SourceConfig) -> SourceConfig:
+        validation = None if source.validation is None else _absolute(source.validation)
+        return source.model_copy(update={"path": _absolute(source.path), "validation": validation})
 
-    return data.model_copy(update={"sources": tuple(map(of, data.sources))})
+    return data.model_copy(update={"sources": tuple(map(absolute, data.sources))})
 
 
 def _refuse_token_files(data: DataConfig) -> None:
     for source in data.sources:
         if holds_token_files(source):
-            raise InputError(_told_of_ids(source.resolved_name))
+            raise _token_ids_error(source.resolved_name)
 
 
 def _absolute(path: str) -> str:
@@ -111,9 +107,9 @@ def _absolute(path: str) -> str:
     if path.startswith("hf:"):
         dataset, colon, config = path.removeprefix("hf:").partition(":")
         return f"hf:{Path(dataset).absolute()}{colon}{config}" if Path(dataset).is_dir() else path
-    here = Path(path.removeprefix("file://"))
-    return str(here.absolute() if here.exists() else Path(glob.escape(str(Path.cwd()))) / here)
+    local = Path(path.removeprefix("file://"))
+    return str(local.absolute() if local.exists() else Path(glob.escape(str(Path.cwd()))) / local)
 
 
-def _told_of_ids(name: str) -> str:
-    return f"data.sources: {name!r}: got token ids beside data.live, wants text: ids need no tokenizing; leave data.live out"
+def _token_ids_error(name: str) -> InputError:
+    return InputError(f"data.sources: {name!r}: expected text with data.live, got token ids. Remove data.live.")

@@ -20,7 +20,7 @@ from manta.data.objectives.objective import Objective
 from manta.data.sampling.order import Order, Permutation
 from manta.data.sampling.packed_windows import PackedDataset, ShardPacking, load_packing
 from manta.data.sampling.sampler import Sampler, SourceSampler
-from manta.data.sampling.windows import CutDataset, TokenStream, WindowDataset, Windows, WindowShape
+from manta.data.sampling.windows import CutDataset, TokenStream, WindowDataset, Windows, WindowShape, check_indices
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import Home
 from manta.data.shards.manifest import Manifest, Prepared
@@ -74,8 +74,7 @@ class Samples:
         return entropy(np.bincount(tokens.ravel(), minlength=self.tokenizer_vocabulary))
 
     def _validation_numbers(self, indices: NDArray[np.integer]) -> Numbers:
-        if indices.size and (indices.min() < 0 or indices.max() >= self.validation_windows):
-            raise IndexError(f"validation: expected indices below {self.validation_windows}, got {indices.min()} to {indices.max()}")
+        check_indices(indices, self.validation_windows)
         return self._validation_order(indices).astype(np.int64)
 
     def _read_source(self, index: int, own: Numbers, samples: Numbers) -> Windows:

@@ -88,6 +88,12 @@ class TokenStream:
         return np.concatenate(parts).astype(np.int64)
 
 
+def check_indices(indices: NDArray[np.integer], count: int) -> None:
+    """Raise IndexError unless all indices are in range(count)."""
+    if indices.size and (indices.min() < 0 or indices.max() >= count):
+        raise IndexError(f"windows: expected indices below {count}, got {indices.min()} to {indices.max()}")
+
+
 class WindowDataset(ABC):
     """Windows numbered through parts: shards or streams."""
 
@@ -113,8 +119,7 @@ class WindowDataset(ABC):
     def _locate(self, windows: NDArray[np.integer]) -> tuple[Numbers, Numbers]:
         """Return the part of each window [K], and its number in the part [K]. Raises IndexError if one is out of range."""
         windows = np.asarray(windows, dtype=np.int64)
-        if windows.size and (windows.min() < 0 or windows.max() >= self._len):
-            raise IndexError(f"windows: expected numbers below {self._len}, got {windows.min()} to {windows.max()}")
+        check_indices(windows, len(self))
         parts = np.searchsorted(self._ends, windows, side="right")
         return parts, windows - self._firsts[parts]
 
