@@ -19,6 +19,7 @@ from manta.launch.run.resume_check import refuse_another_run
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
+from manta.trainer.pretrained.load import _imported_config
 from manta.trainer.run_directory import RunDirectory
 
 
@@ -175,3 +176,12 @@ def test_keys_of_version_1_are_all_still_there():
     assert version_1_keys("model.experts") == identifying_keys(experts, "model.experts").keys()
     assert version_1_keys("model") <= ModelConfig.model_fields.keys()
     assert version_1_keys("data.sources.filter") == FilterConfig.model_fields.keys()
+
+
+def test_the_model_of_an_old_import_is_read(tmp_path):
+    file = tmp_path / "model.yaml"
+    file.write_text("{layers: 1, width: 8, heads: 2, experts: {experts: 4, width: 8, router_z: 0.0}}")
+    model = _imported_config(tmp_path)
+    assert model.experts is not None
+    assert model.experts.router_z_loss == 0
+    assert RunDirectory(tmp_path).differs_in_model(model) == []
