@@ -28,7 +28,7 @@ VOCABULARY = 300
 
 
 def stored_tensors(run: Path) -> dict[str, np.ndarray]:
-    """Read a checkpoint as its format is documented, with nothing of ours."""
+    """Read a checkpoint as its format is documented, without importing manta."""
     manifest = json.loads((run / CHECKPOINT / "manifest.json").read_bytes())
     files = [(run / CHECKPOINT / name).read_bytes() for name, _, _ in manifest["files"]]
     tensors = {}
