@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.config.training import OptimizerConfig, ParallelConfig, Precision, TrainConfig
+from manta.trainer.config.sections import OptimizerConfig, ParallelConfig, Precision, TrainConfig
 from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World

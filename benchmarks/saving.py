@@ -29,7 +29,7 @@ from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, name_of_step, t
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.config.training import OptimizerConfig, ParallelConfig, TrainConfig
+from manta.trainer.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
 from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World

@@ -1,8 +1,22 @@
 """Errors in the user's input."""
 
+import json
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Bad input, in one line: `KEY: expected A, got B. Do C.` KEY is a dotted config key, or a file and line.
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class InvalidValueError(ValueError):
+    """A config value that a validator rejects because of another key's value. pydantic collects it.
+
+    `key` and `related`, the other keys, are relative to the section that raises it.
+    """
+
+    def __init__(self, key: str, *, expected: str, got: object, remedy: str, related: Sequence[str] = ()) -> None:
+        super().__init__(f"{key}: expected {expected}, got {json.dumps(got, default=str)}. {remedy}")
+        self.keys = (key, *related)

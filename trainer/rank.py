@@ -20,7 +20,7 @@ from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, S
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.writer import CheckpointWriter
-from manta.trainer.config.supported import compiles
+from manta.trainer.config.supported import supports_compile
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import layout_from_environment
 from manta.trainer.dist.world import Mesh, World
@@ -117,7 +117,7 @@ def should_compile(config: TrainingConfig, device: torch.device) -> bool:
     """Return train.compile. If it is omitted: on a GPU, if the layout supports it and a compiler is installed."""
     if config.train.compile is not None:
         return config.train.compile
-    if device.type != "cuda" or not compiles(config.parallel):
+    if device.type != "cuda" or not supports_compile(config.parallel):
         return False
     try:
         require_compiler(device.type)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
@@ -21,6 +20,7 @@ from manta.trainer.checkpoint.backend import CheckpointBackend, open_backend
 from manta.trainer.checkpoint.manifest import step_of_name
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import TrainingConfig
+from manta.trainer.config.yaml_file import read_yaml
 
 
 def origin_of(start: str) -> tuple[CheckpointBackend, str | None]:
@@ -74,8 +74,8 @@ class RunDirectory:
     def checkpoints(self) -> CheckpointBackend:
         """Where they lie: beside the rest, or where the config says."""
         try:
-            told = upgrade(yaml.safe_load(self.config_file.read_text()))["checkpoint"]["directory"]
-        except (OSError, yaml.YAMLError, TypeError, KeyError):
+            told = upgrade(read_yaml(self.config_file))["checkpoint"]["directory"]
+        except (InputError, TypeError, KeyError):
             told = None  # an import, or nothing yet; what is wrong with a config is told by who reads it
         return self.checkpoints_of(told)
 
@@ -116,10 +116,10 @@ class RunDirectory:
     def config(self) -> TrainingConfig:
         """The config that every rank of the run reads; where the ranks are placed is not its matter."""
         try:
-            sections = upgrade(yaml.safe_load(_read(self.config_file)))
+            sections = upgrade(read_yaml(self.config_file))
             sections.pop("cluster", None)
             return TrainingConfig.model_validate_json(json.dumps(sections), strict=True)
-        except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
+        except (AttributeError, TypeError, ValidationError) as error:
             raise InputError(f"{self.config_file}: {_one_line(error)}; wants the config that manta wrote there") from None
 
     def manifest(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class RunDirectory:
     def differs_in_model(self, model: ModelConfig) -> list[str]:
         """What weights trained or imported here were trained as, and this model is not; shapes aside, which tell by themselves."""
         file = self.path / "model.yaml"
-        there = ModelConfig.model_validate(upgrade(yaml.safe_load(_read(file)), "model")) if file.exists() else self.config().model
+        there = ModelConfig.model_validate(upgrade(read_yaml(file), "model")) if file.exists() else self.config().model
         before, now = _mathematics(there), _mathematics(model)
         return [f"model.{key} {before[key]} -> {now[key]}" for key in now if now[key] != before[key]]
 

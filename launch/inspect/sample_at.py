@@ -20,7 +20,7 @@ from manta.data.sampling.sampler import Sampler
 from manta.data.shards.statistics import stream_of
 from manta.launch.inspect.charts import console, visible
 from manta.launch.inspect.resolve import DataTarget, resolve
-from manta.trainer.config.supported import divisors
+from manta.trainer.config.divisors import divisors_text
 from manta.trainer.dist.layout import Layout, layout_for, max_data_ranks
 from manta.trainer.metrics import Line, read_metrics
 
@@ -92,7 +92,7 @@ def _layout(target: DataTarget, lines: list[Line], ranks: int | None) -> Layout:
         limit = max_data_ranks(train)
         if limit % ranks:
             wanted = f"a divisor of train.global_batch / train.micro_batch ({limit})"
-            raise InputError(f"--ranks: expected {wanted}, got {ranks}. Use {divisors(limit)}.")
+            raise InputError(f"--ranks: expected {wanted}, got {ranks}. Use {divisors_text(limit)}.")
         return Layout(data=ranks, micro_batch=train.micro_batch)
     if not lines:
         return Layout(data=1, micro_batch=train.micro_batch)

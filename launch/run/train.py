@@ -144,9 +144,7 @@ def ranks_per_node(config: RunConfig) -> int:
     if asked is None:
         return default_ranks()
     if 0 < gpus() < asked:
-        raise InputError(
-            f"cluster.ranks_per_node: got {asked}, wants at most one a GPU, of which there are {gpus()}; lower it or leave it out"
-        )
+        raise InputError(f"cluster.ranks_per_node: expected at most one per GPU ({gpus()}), got {asked}. Lower or omit it.")
     return asked
 
 
@@ -202,10 +200,7 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
     samples = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises where shards are not as written
     if isinstance(samples, Samples):
         check_reading(samples, config)
-    room = config.model.vocabulary
-    if room is not None and room < samples.tokenizer_vocabulary:
-        wants = f"at least the tokenizer's {samples.tokenizer_vocabulary}"
-        raise InputError(f"model.vocabulary: got {room}, wants {wants}; raise it or leave it out")
+    config.model.embedding_rows(samples.tokenizer_vocabulary)  # raises InputError if it is too small
     return prepared
 
 

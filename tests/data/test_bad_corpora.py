@@ -115,7 +115,7 @@ def test_impossible_weights_and_epochs_are_refused(home, monkeypatch, capsys):
         ("data.mixture={web: 0}", r"data\.mixture.*: expected weights above 0, got 0 for 'web'"),
         ("data.mixture={wep: 1}", r"mixture: expected names of sources, got 'wep'\. Use web\."),
         ("data.mixture=[{from_tokens: 5, weights: {web: 1}}]", r"mixture: expected a first stage with from_tokens 0, got 5"),
-        ("data.sources={web: {path: x.jsonl, epochs: 0}}", r"epochs: .*got 0"),
+        ("data.sources={web: {path: x.jsonl, epochs: 0}}", r"epochs: expected a number greater than 0 .*, got 0"),
         ("data.skip=[[5, 5]]", r"skip: expected ascending ranges .*, got \[5, 5\]"),
         ("data.sources={web: {path: x.jsonl, filter: {matching: '('}}}", r"filter\.matching: expected a regular expression, got '\(' "),
         ("data.sources={web: {path: x.jsonl, template: 'no field'}}", r"template: expected text with fields in braces.*, got 'no field'"),
@@ -205,4 +205,4 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(home, monkeypatch, ca
     (home / "run.yaml").write_text(CONFIG.replace("SOURCES", "[x.jsonl]"))
     code, err = run(monkeypatch, capsys, "train", "run.yaml", "model.vocabulary=300")
     assert code == 2
-    assert re.search(r"manta: model\.vocabulary: got 300, wants at least the tokenizer's 400; raise it", err)
+    assert re.search(r"manta: model\.vocabulary: expected at least the tokenizer's 400, got 300\. Raise or omit it", err)

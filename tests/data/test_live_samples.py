@@ -33,7 +33,7 @@ from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.checkpoint.writer import CheckpointWriter
-from manta.trainer.config.training import ParallelConfig, TrainConfig
+from manta.trainer.config.sections import ParallelConfig, TrainConfig
 from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.layout import largest_layout
 

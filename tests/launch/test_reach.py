@@ -91,7 +91,7 @@ def test_a_run_in_the_background_is_watched_read_and_stopped(workspace, backgrou
 def test_bad_input_is_told_before_anything_goes_into_the_background(workspace):
     refused = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "train.stepz=3", "--detach")
     assert refused.returncode == 2
-    assert "train.stepz: got an unknown key" in refused.stderr
+    assert "train.stepz: expected a key of train" in refused.stderr
     assert not (workspace.directory / "nowhere").exists()
 
 

@@ -308,7 +308,11 @@ BAD = {
         "cluster.kubernetes.mount: expected a directory that pods do not use, got '/manta'",
         "Try /mnt/manta.",
     ),
-    "an unknown key": ("cluster.kubernetes.imagee=x", "cluster.kubernetes.imagee: got an unknown key", "did you mean image?"),
+    "an unknown key": (
+        "cluster.kubernetes.imagee=x",
+        "cluster.kubernetes.imagee: expected a key of cluster.kubernetes",
+        "Did you mean image?",
+    ),
 }
 
 

@@ -18,8 +18,7 @@ import torch.distributed as dist
 
 from manta.trainer.checkpoint.engine_state import logical_shapes, logical_state
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
-from manta.trainer.config.supported import refusal
-from manta.trainer.config.training import OptimizerConfig, ParallelConfig, Precision, TrainConfig
+from manta.trainer.config.sections import OptimizerConfig, ParallelConfig, Precision, TrainConfig
 from manta.trainer.dataloader.batch import IGNORED, Batch
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
@@ -83,7 +82,9 @@ class Cell:
 
     @property
     def refusal(self) -> str | None:
-        return refusal(MODELS[self.model], self.parallel, self.precision, sequence_length=LENGTH, recompute=self.checkpointing)
+        model, checkpointing = MODELS[self.model], self.checkpointing
+        errors = unsupported(model, self.parallel, self.precision, sequence_length=LENGTH, activation_checkpointing=checkpointing)
+        return next(map(str, errors), None)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from parity import BOUNDS, MODELS, OPTIMIZERS, SILENT, TURNS, Cell, Difference, Trace, model, plain, plain_all, under, under_all
 from spmd import spmd
 
-from manta.trainer.config.training import ParallelConfig, Precision
+from manta.trainer.config.sections import ParallelConfig, Precision
 from manta.trainer.engine.deepspeed import Engine
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16-autocast", "bf16", "fp16", "fp8")

@@ -24,7 +24,7 @@ from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS
 from manta.trainer.checkpoint.rectangles import TensorViews, rectangles
 from manta.trainer.checkpoint.writer import CheckpointWriter
-from manta.trainer.config.training import ParallelConfig, TrainConfig
+from manta.trainer.config.sections import ParallelConfig, TrainConfig
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine import deepspeed as engines

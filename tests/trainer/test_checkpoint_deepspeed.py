@@ -29,7 +29,8 @@ from manta.trainer.checkpoint.engine_state import finish_restore, restore
 from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS, Progress
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
-from manta.trainer.config.training import OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
+from manta.trainer.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
+from manta.trainer.config.training import TrainingConfig
 from manta.trainer.convert.deepspeed.load import load_deepspeed
 from manta.trainer.convert.deepspeed.rename import differences, logical_state, progress
 from manta.trainer.dataloader.batch import IGNORED, Batch

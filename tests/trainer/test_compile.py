@@ -9,7 +9,7 @@ from parity import BOUNDS, Cell, Trace, plain, under
 from spmd import spmd
 
 from manta.data.errors import InputError
-from manta.trainer.config.training import ParallelConfig
+from manta.trainer.config.sections import ParallelConfig
 from manta.trainer.hardware.compiler import require_compiler
 
 needs_compiler = pytest.mark.skipif(

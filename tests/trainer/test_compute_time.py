@@ -10,7 +10,7 @@ from live_run import LiveRun, exactly
 from parity import GLOBAL_BATCH, MODELS, batch, model, optimizer_config, rows
 from spmd import spmd
 
-from manta.trainer.config.training import ParallelConfig, TrainConfig
+from manta.trainer.config.sections import ParallelConfig, TrainConfig
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine

@@ -12,7 +12,7 @@ from parity import LINEAR, Cell, model, optimizer_config
 from spmd import spmd
 
 from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS
-from manta.trainer.config.training import ParallelConfig, TrainConfig
+from manta.trainer.config.sections import ParallelConfig, TrainConfig
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine

@@ -5,8 +5,8 @@ import torch
 
 from manta.data.errors import InputError
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
-from manta.trainer.config.supported import refusal
-from manta.trainer.config.training import ParallelConfig
+from manta.trainer.config.sections import ParallelConfig
+from manta.trainer.config.supported import unsupported
 from manta.trainer.model.layers import MLP
 from manta.trainer.parallel.fp8 import convert_to_fp8, require_fp8_gpu
 
@@ -42,19 +42,23 @@ def test_a_tokens_result_and_gradient_depend_on_no_other_token():
 @pytest.mark.parametrize(
     ("model", "parallel", "reason"),
     [
-        ({}, {"zero": 0}, "parallel.zero: got 0, which goes wrong in fp8"),
-        ({}, {"zero": 3}, "parallel.zero: got 3, and fp8 would keep whole"),
-        ({}, {"tensor": 2}, "parallel.tensor: got 2, not proven in fp8"),
-        ({"mlp_width": 100}, {}, "model.mlp_width: got 100, wants a multiple of 16 in fp8"),
-        ({"heads": 8, "kv_heads": 1, "head_width": 8}, {}, "model.kv_heads x head_width: got 8, wants a multiple of 16 in fp8"),
-        ({"experts": ExpertsConfig(experts=4, top_k=2, width=24, shared=1)}, {}, "model.experts.shared x width: got 24"),
-        ({"family": "mine:Model"}, {}, "precision: got fp8, not proven with a model of your own"),
+        ({}, {"zero": 0}, "parallel.zero: expected 1 or 2 in fp8, because DeepSpeed without ZeRO"),
+        ({}, {"zero": 3}, "parallel.zero: expected 1 or 2 in fp8, which would keep whole"),
+        ({}, {"tensor": 2}, "parallel.tensor: expected 1 in fp8"),
+        ({"mlp_width": 100}, {}, "model.mlp_width: expected a multiple of 16 in fp8, got 100"),
+        ({"heads": 8, "kv_heads": 1, "head_width": 8}, {}, "model.kv_heads x head_width: expected a multiple of 16 in fp8, got 8"),
+        (
+            {"experts": ExpertsConfig(experts=4, top_k=2, width=24, shared=1)},
+            {},
+            "model.experts.shared x width: expected a multiple of 16 in fp8, got 24",
+        ),
+        ({"family": "mine:Model"}, {}, "precision: expected another one for your own model, which is not proven in fp8"),
     ],
 )
 def test_unsupported_fp8_configs_are_refused(model, parallel, reason):
     config = ModelConfig(**{**SIZES, **model})
-    assert refusal(config, ParallelConfig(**parallel), "fp8", sequence_length=32).startswith(reason)
-    assert refusal(ModelConfig(**SIZES), ParallelConfig(), "fp8", sequence_length=32) is None
+    assert str(next(unsupported(config, ParallelConfig(**parallel), "fp8", sequence_length=32))).startswith(reason)
+    assert not list(unsupported(ModelConfig(**SIZES), ParallelConfig(), "fp8", sequence_length=32))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU on this machine")

@@ -19,7 +19,7 @@ import yaml
 from parity import OPTIMIZERS, Cell, Difference, Trace, plain, under
 
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
-from manta.trainer.config.training import OptimizerConfig, ParallelConfig, TrainConfig
+from manta.trainer.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
 from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World

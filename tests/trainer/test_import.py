@@ -212,8 +212,8 @@ def test_an_imported_model_is_a_preset_and_a_checkpoint_at_step_zero(tmp_path, m
     ("content", "message"),
     [
         (None, "is no file"),
-        ("run: {dir: x}", "wants the keys of a model section"),
-        ("layerz: 3", "mine.yaml: model.layerz: got an unknown key"),
+        ("run: {dir: x}", "expected the keys of a model section"),
+        ("layerz: 3", "mine.yaml: model.layerz: expected a key of model"),
     ],
 )
 def test_a_wrong_preset_file_is_refused(content, message, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from manta.data.errors import InputError
-from manta.trainer.config.training import BatchConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from manta.trainer.config.sections import BatchConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from manta.trainer.dist.layout import Layout, largest_layout, layout_for, layout_from_environment, layouts, shrunk_layouts
 from manta.trainer.optim.schedules import learning_rate
 

@@ -11,7 +11,7 @@ from spmd import spmd
 from torch import Tensor
 
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
-from manta.trainer.config.training import OptimizerConfig, ParallelConfig, Precision, TrainConfig
+from manta.trainer.config.sections import OptimizerConfig, ParallelConfig, Precision, TrainConfig
 from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import Layout, layout_for
 from manta.trainer.dist.world import World

@@ -19,7 +19,7 @@ from spmd import spmd
 from manta.data.errors import InputError
 from manta.launch import config
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.config.training import ParallelConfig
+from manta.trainer.config.sections import ParallelConfig
 from manta.trainer.metrics import read_metrics
 from manta.trainer.model.build import build_model, load_class
 from manta.trainer.pretrained.load import load_pretrained

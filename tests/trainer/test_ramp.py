@@ -49,7 +49,7 @@ from manta.launch import config as configs
 from manta.launch.run.train import steps_in_words
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import open_backend
-from manta.trainer.config.training import BatchConfig, ParallelConfig, TrainConfig
+from manta.trainer.config.sections import BatchConfig, ParallelConfig, TrainConfig
 from manta.trainer.dataloader.batch import _NOISE, Batch
 from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.layout import Layout, layout_for

@@ -15,7 +15,7 @@ from spmd import spmd
 
 from manta.cluster.supervise.event_log import read_events
 from manta.cluster.supervise.failure import Cause, Failure, GiveUp, Restart, RestartPolicy, decide
-from manta.trainer.config.training import ParallelConfig, TrainConfig
+from manta.trainer.config.sections import ParallelConfig, TrainConfig
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine import replica_check

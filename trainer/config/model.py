@@ -1,11 +1,12 @@
-"""The `model` section of a run's config: a transformer's family and shape, and a mixture of experts in it."""
+"""The `model` section of a config: the family and shape of a transformer, with or without a mixture of experts."""
 
 from typing import Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from manta.data.errors import InputError, InvalidValueError
 from manta.data.sources.config import Section
-from manta.trainer.config.supported import divisors
+from manta.trainer.config.divisors import divisors_text
 
 
 class ExpertsConfig(Section):
@@ -14,43 +15,47 @@ class ExpertsConfig(Section):
     experts: int = Field(ge=2, examples=[8])
     """Number of routed experts."""
     top_k: int = Field(default=2, ge=1)
-    """Experts that each token goes to; none is ever dropped."""
+    """Experts that each token is routed to; no token is dropped."""
     width: int = Field(ge=1, examples=[1024])
     """Inner width of each expert (SwiGLU)."""
     shared: int = Field(default=0, ge=0)
-    """Experts that every token goes to besides."""
+    """Additional experts that process every token."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """How the router's logits become scores."""
     normalize: bool = True
-    """Whether the chosen scores are divided by their sum."""
+    """Whether the scores of the selected experts are divided by their sum."""
     scale: float = Field(default=1.0, gt=0)
-    """Factor on what the routed experts give."""
+    """Factor on the output of the routed experts."""
     balance: Literal["loss", "bias", "none"] = "loss"
-    """How experts are kept evenly loaded: an auxiliary loss for each sequence, or a bias on the choice alone."""
+    """Load balancing of the experts: an auxiliary loss per sequence, or a bias that affects only the selection."""
     balance_weight: float = Field(default=0.01, ge=0)
-    """Weight of the auxiliary loss."""
+    """Weight of the auxiliary load-balancing loss."""
     bias_update_speed: float = Field(default=0.001, gt=0)
     """How far the bias moves in each step."""
     router_z_loss: float = Field(default=0.001, ge=0)
     """Weight of the router z-loss, which keeps the router's logits small."""
 
     @model_validator(mode="after")
-    def _enough(self) -> "ExpertsConfig":
+    def _check_routing(self) -> "ExpertsConfig":
         if self.top_k > self.experts:
-            raise ValueError(f"top_k: got {self.top_k}, wants at most experts {self.experts}; lower it")
-        if self.top_k == 1 and self.normalize:  # a score divided by itself is 1, and has no gradient
-            raise ValueError("normalize: got true, and with top_k 1 a router then never learns; set it to false")
+            expected = f"at most experts ({self.experts})"
+            raise InvalidValueError("top_k", expected=expected, got=self.top_k, remedy="Lower it.", related=["experts"])
+        if self.top_k == 1 and self.normalize:  # a score divided by itself is 1, which has no gradient
+            expected = "false with top_k 1, because the router would learn nothing"
+            raise InvalidValueError("normalize", expected=expected, got=True, remedy="Set it to false.", related=["top_k"])
         for key, balance in (("balance_weight", "loss"), ("bias_update_speed", "bias")):
-            if self.balance != balance and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: got {getattr(self, key)}, and balance {self.balance} has none; leave it out")
+            value = getattr(self, key)
+            if self.balance != balance and value != type(self).model_fields[key].default:
+                expected = f"no value with balance {self.balance}"
+                raise InvalidValueError(key, expected=expected, got=value, remedy="Remove it.", related=["balance"])
         return self
 
 
 class ModelConfig(Section):
-    """A transformer of one of the families, or a model of your own."""
+    """A transformer of one of the families, or your own model class."""
 
     preset: str | None = None
-    """A named model to start from; every other key of this section overrides it."""
+    """A named model, or a YAML file, whose values the other keys of this section override."""
     family: str = Field(default="llama", examples=["llama", "gpt2", "bert", "mine.model:Mine"])
     """llama, gpt2, bert, or the dotted path of your own class, package.module:Class (docs/models.md)."""
     layers: int = Field(ge=1, examples=[12])
@@ -60,15 +65,15 @@ class ModelConfig(Section):
     heads: int = Field(ge=1, examples=[12])
     """Number of query heads."""
     kv_heads: int | None = Field(default=None, ge=1, examples=[12])
-    """Number of key and value heads (grouped-query attention, llama); divides heads; as many as heads where left out."""
+    """Number of key and value heads (grouped-query attention, llama), a divisor of heads. Default: heads."""
     head_width: int | None = Field(default=None, ge=1)
-    """Width of each head; width / heads where left out."""
+    """Width of each head. Default: width / heads."""
     mlp_width: int | None = Field(default=None, ge=1, examples=[2048])
-    """Inner width of the MLP, where there are no experts; 4 x width where left out."""
+    """Inner width of the MLP; unused with experts. Default: 4 x width."""
     positions: int | None = Field(default=None, ge=1)
-    """Learned positions (gpt2, bert); data.sequence_length where left out."""
+    """Number of learned positions (gpt2, bert). Default: data.sequence_length."""
     vocabulary: int | None = Field(default=None, ge=1)
-    """Tokens that the embedding has room for; the tokenizer's vocabulary where left out."""
+    """Number of tokens that the embedding holds. Default: the tokenizer's vocabulary."""
     rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary position embedding (llama)."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
@@ -76,15 +81,15 @@ class ModelConfig(Section):
     tied_head: bool = True
     """Whether the output head shares the embedding's weight."""
     qk_norm: bool = False
-    """Whether queries and keys are normalized, each head (llama)."""
+    """Whether the queries and keys of each head are normalized (llama)."""
     logit_soft_cap: float | None = Field(default=None, gt=0)
-    """Logits are bent to lie within plus and minus this (llama); none where left out."""
+    """Soft cap: tanh bounds the logits to plus and minus this value (llama). Default: no cap."""
     sliding_window: int | None = Field(default=None, ge=1)
-    """A token sees so many tokens back, itself among them (llama); all where left out."""
+    """Number of tokens that a token attends to, itself and those before it (llama). Default: all."""
     dropout: float = Field(default=0.0, ge=0, le=0.99)
-    """Share of the embedding's and each residual branch's channels that are dropped."""
+    """Dropout rate of the embedding and of each residual branch."""
     attention_dropout: float = Field(default=0.0, ge=0, le=0.99)
-    """Share of the attention weights that are dropped."""
+    """Dropout rate of the attention weights."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target's probability that is spread over all tokens."""
     z_loss: float = Field(default=0.0, ge=0)
@@ -92,7 +97,7 @@ class ModelConfig(Section):
     experts: ExpertsConfig | None = None
     """A mixture of experts in place of each MLP (llama, gpt2)."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
-    """Whatever your own class wants to know."""
+    """Options for your own model class."""
 
     @property
     def kv(self) -> int:
@@ -106,30 +111,44 @@ class ModelConfig(Section):
     def inner(self) -> int:
         return self.mlp_width or 4 * self.width
 
+    def embedding_rows(self, tokenizer_vocabulary: int) -> int:
+        """Return the number of tokens that the embedding holds. Raises InputError if the tokenizer has more."""
+        if self.vocabulary is not None and self.vocabulary < tokenizer_vocabulary:
+            raise InputError(
+                f"model.vocabulary: expected at least the tokenizer's {tokenizer_vocabulary}, got {self.vocabulary}. Raise or omit it."
+            )
+        return self.vocabulary or tokenizer_vocabulary
+
     @model_validator(mode="after")
-    def _divides(self) -> "ModelConfig":
+    def _check_heads(self) -> "ModelConfig":
         if self.heads % self.kv:
-            raise ValueError(f"kv_heads: got {self.kv_heads}, wants a divisor of heads {self.heads}; use {divisors(self.heads)}")
+            expected, remedy = f"a divisor of heads ({self.heads})", f"Use {divisors_text(self.heads)}."
+            raise InvalidValueError("kv_heads", expected=expected, got=self.kv_heads, remedy=remedy, related=["heads"])
         if self.head_width is None and self.width % self.heads:
-            wants = f"a divisor of width {self.width}, or head_width set"
-            raise ValueError(f"heads: got {self.heads}, wants {wants}; use {divisors(self.width)}")
+            expected, remedy = f"a divisor of width ({self.width})", f"Use {divisors_text(self.width)}, or set head_width."
+            raise InvalidValueError("heads", expected=expected, got=self.heads, remedy=remedy, related=["width"])
         if self.family == "llama" and self.head_width is not None and self.head_width % 2:
-            raise ValueError(f"head_width: got {self.head_width}, wants an even one: rotation turns pairs; use {self.head_width + 1}")
+            expected, remedy = "an even number, because rotation turns pairs", f"Use {self.head_width + 1}."
+            raise InvalidValueError("head_width", expected=expected, got=self.head_width, remedy=remedy)
         if self.family == "llama" and self.each_head % 2:
-            wants = f"width / heads to be even (rotation turns pairs), got width {self.width}"
-            raise ValueError(f"heads: got {self.heads}, wants {wants}; use {divisors(self.width // 2)}")
+            expected = f"an even width / heads, because rotation turns pairs (width is {self.width})"
+            remedy = f"Use {divisors_text(self.width // 2)}."
+            raise InvalidValueError("heads", expected=expected, got=self.heads, remedy=remedy, related=["width"])
         return self
 
     @model_validator(mode="after")
-    def _family_has_it(self) -> "ModelConfig":
+    def _check_family(self) -> "ModelConfig":
         if self.family not in FAMILY_KEYS:
             if ":" not in self.family:
-                raise ValueError(f"family: got {self.family!r}, wants {', '.join(FAMILY_KEYS)} or package.module:Class; name one of them")
+                expected = f"{', '.join(FAMILY_KEYS)} or package.module:Class"
+                raise InvalidValueError("family", expected=expected, got=self.family, remedy="Use one of them.")
             return self
-        foreign = (set().union(*FAMILY_KEYS.values()) | {"options"}) - FAMILY_KEYS[self.family]
-        for key in sorted(foreign):
-            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
-                raise ValueError(f"{key}: got {getattr(self, key)!r}, and family {self.family} has none; leave it out")
+        for key in sorted(set().union(*FAMILY_KEYS.values(), {"options"}) - FAMILY_KEYS[self.family]):
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].get_default(call_default_factory=True):
+                got = value.model_dump() if isinstance(value, Section) else value
+                expected = f"no value for family {self.family}"
+                raise InvalidValueError(key, expected=expected, got=got, remedy="Remove it.", related=["family"])
         return self
 
 

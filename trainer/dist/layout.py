@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from manta.cluster.protocol import Env
 from manta.data.errors import InputError
-from manta.trainer.config.training import ParallelConfig, TrainConfig
+from manta.trainer.config.divisors import divisors
+from manta.trainer.config.sections import ParallelConfig, TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +140,7 @@ def layouts(train: TrainConfig, parallel: ParallelConfig) -> dict[int, Layout]:
         zero=parallel.zero,
         offload=parallel.offload,
     )
-    candidates = (replace(one, data=data) for data in _divisors(max_data_ranks(train)))
+    candidates = (replace(one, data=data) for data in divisors(max_data_ranks(train)))
     return {layout.ranks: layout for layout in candidates if layout.replicas % layout.expert == 0}
 
 
@@ -150,7 +151,7 @@ def shrunk_layouts(train: TrainConfig, parallel: ParallelConfig) -> dict[int, La
     each rank holds as little more as possible.
     """
     least, found = min(layouts(train, parallel), default=1), dict[int, Layout]()
-    for tensor, sequence, expert in product(*(_divisors(size)[::-1] for size in (parallel.tensor, parallel.sequence, parallel.expert))):
+    for tensor, sequence, expert in product(*(divisors(size)[::-1] for size in (parallel.tensor, parallel.sequence, parallel.expert))):
         smaller = parallel.model_copy(update={"tensor": tensor, "sequence": sequence, "expert": expert})
         for ranks, layout in layouts(train, smaller).items():
             if ranks < least:
@@ -168,8 +169,3 @@ def micro_batches_text(train: TrainConfig) -> str:
     batches = ", ".join(map(str, dict.fromkeys(train.batches)))
     dividend = f"each of train.batch_ramp's {batches}" if train.batch_ramp else f"train.global_batch {batches}"
     return f"{dividend} / train.micro_batch {train.micro_batch}"
-
-
-def _divisors(number: int) -> list[int]:
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return sorted({*small, *(number // divisor for divisor in small)})

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from manta.trainer.config.training import OptimizerConfig, Precision
+from manta.trainer.config.sections import OptimizerConfig, Precision
 from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import Layout
 from manta.trainer.dist.sharding import is_sharded

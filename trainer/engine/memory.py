@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from manta.trainer.config.model import ModelConfig
-from manta.trainer.config.training import Precision
+from manta.trainer.config.sections import Precision
 from manta.trainer.dist.layout import Layout
 from manta.trainer.dist.sharding import WeightShard, is_sharded, local_slices
 

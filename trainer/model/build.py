@@ -22,14 +22,7 @@ def build_model(config: ModelConfig, *, vocabulary: int, sequence_length: int, c
 
     Raises InputError if the sizes do not fit, or the user's class is not usable.
     """
-    rows = config.vocabulary or vocabulary
-    if rows < vocabulary:
-        raise InputError(f"model.vocabulary: expected at least the tokenizer's {vocabulary}, got {rows}. Raise it or omit it.")
-    if config.positions is not None and config.positions < sequence_length:
-        raise InputError(
-            f"model.positions: expected at least data.sequence_length {sequence_length}, got {config.positions}."
-            " Raise it or shorten the sequences."
-        )
+    rows = config.embedding_rows(vocabulary)
     family = FAMILIES.get(config.family) or load_class(config.family, code)
     model = family(config, vocabulary=rows, sequence_length=sequence_length)  # type: ignore[call-arg]  load_class checks the signature
     if missing := [name for name in ("terms", "blocks") if not hasattr(model, name)]:

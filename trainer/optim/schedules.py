@@ -2,7 +2,7 @@
 
 import math
 
-from manta.trainer.config.training import ScheduleConfig
+from manta.trainer.config.sections import ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, *, peak: float, step: int, steps: int) -> float:

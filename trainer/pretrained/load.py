@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from manta.data.config_history import upgrade
@@ -14,6 +13,7 @@ from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.manifest import Checkpoint
 from manta.trainer.config.model import ModelConfig
+from manta.trainer.config.yaml_file import read_yaml
 from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.pretrained.source import ImportSource, read_source
@@ -76,6 +76,6 @@ def load_pretrained(run_directory: RunDirectory) -> Pretrained:
 def _imported_config(directory: Path) -> ModelConfig:
     file = directory / "model.yaml"
     try:
-        return ModelConfig.model_validate_json(json.dumps(upgrade(yaml.safe_load(file.read_text()), "model")), strict=True)
-    except (OSError, yaml.YAMLError, TypeError, ValidationError) as error:
+        return ModelConfig.model_validate_json(json.dumps(upgrade(read_yaml(file), "model")), strict=True)
+    except (InputError, TypeError, ValidationError) as error:
         raise InputError(f"{file}: expected the file that manta import wrote: {' '.join(str(error).split())}. Import again.") from None

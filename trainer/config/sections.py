@@ -1,0 +1,173 @@
+"""The sections of a config that a rank reads, apart from `data`, `tokenizer` and `model`. Each field's sentence is its documentation."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from manta.data.config import WholeNumber, check_stages
+from manta.data.errors import InvalidValueError
+from manta.data.sources.config import Section
+from manta.data.storage.location import absolute
+from manta.trainer.config.divisors import divisors_text
+
+Precision = Literal["fp32", "bf16", "bf16-autocast", "fp16", "fp8"]
+
+
+class RunSection(Section):
+    dir: Path = Field(examples=["runs/mine"])
+    """The run directory: config, metrics, logs and checkpoints are stored in it."""
+    start_from: str | None = Field(default=None, examples=["imported/gpt2"])
+    """Initial weights of a new run: a run directory, what `manta import` wrote, or one checkpoint. Nothing but weights is read from it."""
+    match_tokens: bool = False
+    """Whether rows of the vocabulary are taken from start_from by token, for another tokenizer; rows of new tokens are initialized."""
+    seed: int = Field(default=1, ge=0, lt=2**63)
+    """Determines the initial weights and the order of samples."""
+
+    @field_validator("dir")
+    @classmethod
+    def _check_path(cls, value: Path) -> Path:
+        if "\0" in str(value):
+            raise ValueError(f"expected a path, got {str(value)!r}. Remove the NUL.")
+        return value
+
+    @field_validator("start_from")
+    @classmethod
+    def _make_absolute(cls, value: str | None) -> str | None:
+        return value if value is None else absolute(value)
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd (with momentum beta1)."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak learning rate, reached after warmup."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Weight decay of matrices, not of norms and biases; decoupled under adamw."""
+    gradient_clipping: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+
+
+class ScheduleConfig(Section):
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate decays from the end of warmup to the last step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warmup."""
+    minimum_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the last step, as a share of the peak."""
+
+
+class BatchConfig(Section):
+    """One stage of a batch-size ramp."""
+
+    from_tokens: WholeNumber = Field(default=0, ge=0)
+    """Tokens read before this stage, which starts at the next step; 0 for the first stage."""
+    global_batch: int = Field(ge=1, le=2**20, examples=[32])
+    """Samples per optimizer step, a multiple of train.micro_batch; train.global_batch in the last stage."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(ge=1, examples=[1000])
+    """Optimizer steps of the whole run."""
+    global_batch: int = Field(ge=1, le=2**20, examples=[256])
+    """Samples, of data.sequence_length tokens, per optimizer step: data ranks x micro batch x gradient accumulation."""
+    batch_ramp: tuple[BatchConfig, ...] = ()
+    """Stages of other global batches before the last one; only gradient accumulation changes, and the schedule still counts steps."""
+    micro_batch: int = Field(ge=1, examples=[8])
+    """Samples per rank in one forward pass; lower it if memory is short."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes instead of keeping it. selective: all but matrix products; full: every block."""
+    compile: bool | None = None
+    """Whether each block is compiled by torch.compile. Default: on GPUs if the layout supports it, never on CPUs."""
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """All global batches of the run, the final one last."""
+        return tuple(stage.global_batch for stage in self.batch_ramp) or (self.global_batch,)
+
+    @model_validator(mode="after")
+    def _check_micro_batch(self) -> "TrainConfig":
+        if self.global_batch % self.micro_batch:
+            expected, remedy = f"a divisor of global_batch ({self.global_batch})", f"Use {divisors_text(self.global_batch)}."
+            raise InvalidValueError("micro_batch", expected=expected, got=self.micro_batch, remedy=remedy, related=["global_batch"])
+        return self
+
+    @model_validator(mode="after")
+    def _check_ramp(self) -> "TrainConfig":
+        key = "batch_ramp"
+        check_stages(key, [stage.from_tokens for stage in self.batch_ramp])
+        for batch in self.batches:
+            if batch % self.micro_batch:
+                expected = f"global batches that are multiples of micro_batch ({self.micro_batch})"
+                remedy = f"Change it, or use micro_batch {divisors_text(math.gcd(*self.batches))}."
+                raise InvalidValueError(key, expected=expected, got=batch, remedy=remedy, related=["micro_batch"])
+        if self.batches[-1] != self.global_batch:
+            expected = f"train.global_batch ({self.global_batch}) in the last stage"
+            remedy = "Change it, or add a stage."
+            raise InvalidValueError(key, expected=expected, got=self.batches[-1], remedy=remedy, related=["global_batch"])
+        return self
+
+
+class ParallelConfig(Section):
+    """The layout of model and samples on the ranks. Combinations that are not in the parity table (docs/parity.md) are refused."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share each matrix, with its heads, and the vocabulary (Megatron-LM's tensor parallelism)."""
+    expert: int = Field(default=1, ge=1)
+    """Ranks that share the experts of a mixture, but no samples."""
+    sequence: int = Field(default=1, ge=1)
+    """Ranks that share each sequence (Ulysses; not Megatron-LM's sequence parallelism)."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: what is partitioned over the data ranks. 1: optimizer state and masters; 2: gradients too; 3: weights too; 0: nothing."""
+    offload: bool = False
+    """Whether optimizer state and masters are kept in CPU memory."""
+
+
+class CheckpointConfig(Section):
+    directory: str | None = Field(default=None, examples=["s3://bucket/mine"])
+    """Directory, or URL in an object store, of the checkpoints. Default: run.dir/checkpoints."""
+    every_steps: int = Field(default=500, ge=1)
+    """Steps between checkpoints; one is also written at the end and after a stop request."""
+    every_minutes: float | None = Field(default=None, gt=0, examples=[30.0])
+    """Longest time in minutes between checkpoints."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints to keep; two, so that one is left if the newest is damaged."""
+    keep_best: int = Field(default=0, ge=0)
+    """Checkpoints of the lowest validation loss to keep as well, among the steps that were evaluated."""
+    keep_every: int | None = Field(default=None, ge=1, examples=[10000])
+    """Keep checkpoints of steps that are multiples of this forever."""
+    asynchronous: bool = True
+    """Whether training continues while a checkpoint is written, from a copy of the rank's part in CPU memory."""
+    max_failed_saves: int = Field(default=2, ge=0)
+    """Consecutive saves that may fail, for lack of space for example, while training continues; one more stops the run."""
+    verify: Literal["full", "sizes"] = "full"
+    """What is checked before a run resumes from a checkpoint: the hash of every byte, or only the sizes of files."""
+
+    @field_validator("directory")
+    @classmethod
+    def _make_absolute(cls, value: str | None) -> str | None:
+        return value if value is None else absolute(value)
+
+
+class GuardConfig(Section):
+    replica_check_every_steps: int = Field(default=100, ge=0)
+    """Steps between checks that replicas of a weight are bitwise the same; also checked before each checkpoint. 0: never."""
+
+
+class EvaluateConfig(Section):
+    every_steps: int = Field(default=250, ge=1)
+    """Steps between evaluations; the last step is always evaluated."""
+    samples: int = Field(default=256, ge=1)
+    """Validation sequences per evaluation: the first ones, the same each time."""
+
+
+class TrackConfig(Section):
+    every_steps: int = Field(default=1, ge=1)
+    """Steps between lines of metrics.jsonl."""
