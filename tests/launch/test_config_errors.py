@@ -95,7 +95,7 @@ INVALID = {
     ),
     "fp8 under ZeRO-3": (
         "parallel:\n  zero: 3\nprecision: fp8\n",
-        ": parallel.zero: expected 1 or 2 in fp8, which would keep whole what ZeRO-3 gathers, got 3. Use 1 or 2.",
+        ": parallel.zero: expected 1 or 2 in fp8, which keeps the weights that ZeRO-3 gathers, got 3. Use 1 or 2.",
     ),
     "key of another model family": (
         "model:\n  family: gpt2\n",

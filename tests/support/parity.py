@@ -19,6 +19,7 @@ import torch.distributed as dist
 from manta.trainer.checkpoint.engine_state import logical_shapes, logical_state
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.config.sections import OptimizerConfig, ParallelConfig, Precision, TrainConfig
+from manta.trainer.config.supported import unsupported
 from manta.trainer.dataloader.batch import IGNORED, Batch
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World

@@ -43,7 +43,7 @@ def test_a_tokens_result_and_gradient_depend_on_no_other_token():
     ("model", "parallel", "reason"),
     [
         ({}, {"zero": 0}, "parallel.zero: expected 1 or 2 in fp8, because DeepSpeed without ZeRO"),
-        ({}, {"zero": 3}, "parallel.zero: expected 1 or 2 in fp8, which would keep whole"),
+        ({}, {"zero": 3}, "parallel.zero: expected 1 or 2 in fp8, which keeps the weights"),
         ({}, {"tensor": 2}, "parallel.tensor: expected 1 in fp8"),
         ({"mlp_width": 100}, {}, "model.mlp_width: expected a multiple of 16 in fp8, got 100"),
         ({"heads": 8, "kv_heads": 1, "head_width": 8}, {}, "model.kv_heads x head_width: expected a multiple of 16 in fp8, got 8"),

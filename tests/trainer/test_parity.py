@@ -148,7 +148,7 @@ def test_each_refused_cell_gives_its_reason():
     for start in (
         "parallel.zero: expected 1, 2 or 3 in bf16",
         "parallel.zero: expected 1, 2 or 3 in fp16",
-        "parallel.zero: expected 1 or 2 in fp8, which would keep whole",
+        "parallel.zero: expected 1 or 2 in fp8, which keeps the weights",
         "train.activation_checkpointing: expected none or full under ZeRO-3",
         "parallel.tensor: expected 1 in fp8",
         "parallel.expert: expected 1 for a model without experts",

@@ -95,7 +95,7 @@ def _unproven(model: ModelConfig, parallel: ParallelConfig, precision: Precision
 def _not_in_fp8(model: ModelConfig, parallel: ParallelConfig) -> Iterator[InvalidValueError]:
     """fp8 products keep the weights that ZeRO-3 gathers until the backward pass, and do not know products that ranks share."""
     if parallel.zero == 3:
-        expected = "1 or 2 in fp8, which would keep whole what ZeRO-3 gathers"
+        expected = "1 or 2 in fp8, which keeps the weights that ZeRO-3 gathers"
         yield _error("parallel.zero", expected, 3, "Use 1 or 2.", "precision")
     if parallel.tensor > 1:
         expected = "1 in fp8, because no parity test proves both"
