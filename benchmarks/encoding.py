@@ -22,7 +22,7 @@ import numpy as np
 
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.prepare.prepare import prepare
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.manifest import PreparedData
 
 GOAL, RATIO = 10.0, 3.5  # MB per CPU-second, and the ratio to datasets.map
 END_OF_TEXT = "<|endoftext|>"
@@ -131,7 +131,7 @@ def cpu_seconds() -> float:
     return spent.user + spent.system + spent.children_user + spent.children_system
 
 
-def shard_files(prepared: Prepared) -> list[Path]:
+def shard_files(prepared: PreparedData) -> list[Path]:
     return [path for folder in prepared.corpora for path in sorted(Path(folder).glob("*.bin"))]
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from manta.data.config_history import upgrade
 from manta.data.errors import InputError
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.manifest import PreparedData
 from manta.data.storage.location import local_path
 from manta.trainer.checkpoint.backend import CheckpointBackend, open_backend
 from manta.trainer.checkpoint.manifest import step_of_name
@@ -136,9 +136,9 @@ class RunDirectory:
         before, now = _mathematics(there), _mathematics(model)
         return [f"model.{key} {before[key]} -> {now[key]}" for key in now if now[key] != before[key]]
 
-    def prepared(self) -> Prepared:
+    def prepared(self) -> PreparedData:
         """The corpus and tokenizer that the run reads."""
-        prepared = Prepared.from_json(self.manifest()["corpus"])
+        prepared = PreparedData.from_json(self.manifest()["corpus"])
         return replace(prepared, tokenizer=self.tokenizer_file) if self.tokenizer_file.exists() else prepared
 
     @property

@@ -25,7 +25,7 @@ from manta.data.prepare.encode import sample_text
 from manta.data.sampling.order import Permutation
 from manta.data.sampling.samples import Samples, entropy
 from manta.data.sampling.windows import Windows, check_indices
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.manifest import PreparedData
 from manta.data.sources.config import FilterConfig
 from manta.data.sources.input_split import BadRow
 from manta.data.tokenizer.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class LiveSamples:
     """The samples of one data rank, which must be read in order."""
 
     def __init__(
-        self, prepared: Prepared, data: DataConfig, tokens: TokenizerConfig, *, seed: int, held_out: int, rank: int = 0, ranks: int = 1
+        self, prepared: PreparedData, data: DataConfig, tokens: TokenizerConfig, *, seed: int, held_out: int, rank: int = 0, ranks: int = 1
     ) -> None:
         """held_out: validation samples to read, which happens here.
 
@@ -193,7 +193,7 @@ class LiveSamples:
 
 
 def open_samples(
-    prepared: Prepared, data: DataConfig, tokens: TokenizerConfig, *, seed: int, held_out: int = 1, rank: int = 0, ranks: int = 1
+    prepared: PreparedData, data: DataConfig, tokens: TokenizerConfig, *, seed: int, held_out: int = 1, rank: int = 0, ranks: int = 1
 ) -> Samples | LiveSamples:
     """Open the samples of data rank `rank` of `ranks`. held_out: validation samples to read if they are live.
 

@@ -10,7 +10,7 @@ import xxhash
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.prepare.encode import validation_threshold
-from manta.data.shards.manifest import Prepared, digest
+from manta.data.shards.manifest import PreparedData, digest
 from manta.data.sources.config import SourceConfig
 from manta.data.sources.filters import Filter
 from manta.data.sources.input_split import BadRow, Document, InputSplit
@@ -62,7 +62,7 @@ def live_splits(source: SourceConfig, data: DataConfig) -> tuple[list[LiveSplit]
     return both, both
 
 
-def prepare_live(tokenizer_file: Path, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
+def prepare_live(tokenizer_file: Path, data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
     """Return what replaces a prepared corpus: the tokenizer, and a fingerprint of the sources and of how they are read.
 
     Raises InputError if a source does not exist or has token ids.
@@ -72,7 +72,7 @@ def prepare_live(tokenizer_file: Path, data: DataConfig, tokens: TokenizerConfig
     sources = [identity(source) for source in data.sources]
     tokenizer_hash = tokenizer.fingerprint(tokenizer.read_tokenizer(tokenizer_file))
     options = [data.text_field, data.bad_rows, data.validation, tokens.end_of_text, tokenizer_hash]
-    return Prepared(tokenizer=tokenizer_file, corpora=(), fingerprint=digest(["live", VERSION, sources, *options]))
+    return PreparedData(tokenizer=tokenizer_file, corpora=(), fingerprint=digest(["live", VERSION, sources, *options]))
 
 
 def refuse_token_ids(data: DataConfig) -> None:

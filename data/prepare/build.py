@@ -15,8 +15,8 @@ from manta.data.prepare.progress import report
 from manta.data.prepare.token_files import index_token_file, token_file_splits
 from manta.data.sampling.samples import entropy
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
-from manta.data.shards.manifest import Manifest, Split, SplitRecord
+from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.manifest import CorpusSplit, Manifest, SplitRecord
 from manta.data.shards.shard import Shard
 from manta.data.sources.config import SourceConfig
 from manta.data.sources.input_split import InputSplit
@@ -35,10 +35,10 @@ class BuiltShards:
 
 
 def build_shards(
-    source: SourceConfig, home: Home, data: DataConfig, tokenizer: Tokenizer, *, tokenizer_file: str, end_of_text: str
+    source: SourceConfig, home: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, *, tokenizer_file: str, end_of_text: str
 ) -> BuiltShards:
     """Write the shards of all splits, except those that are complete already."""
-    home.delete(manifest.NAME)
+    home.store.delete(manifest.MANIFEST)
     home.store.create()
     validation, is_tokens = validation_source(source), holds_token_files(source)
 
@@ -76,7 +76,7 @@ def build_shards(
     return BuiltShards(encoder=encoder, records=[records[task.index] for task in tasks])
 
 
-def write_manifest(source: SourceConfig, home: Home, data: DataConfig, tokenizer: Tokenizer, built: BuiltShards) -> Manifest:
+def write_manifest(source: SourceConfig, home: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, built: BuiltShards) -> Manifest:
     """Write the manifest, which completes a corpus. Raises InputError if there are no documents."""
     train = tuple(record.train for record in built.records if record.train)
     validation = tuple(record.validation for record in built.records if record.validation)
@@ -97,11 +97,11 @@ def write_manifest(source: SourceConfig, home: Home, data: DataConfig, tokenizer
         encoder=built.encoder,
         text_bytes=sum(shard.text_bytes for shard in (*train, *validation)),
         left_out=dict(sorted(removed.items())),
-        train=Split.of(train),
-        validation=Split.of(validation, _unigram_entropy(home, validation, tokenizer.vocabulary)),
-        fingerprint=manifest.content_identity(train, validation),
+        train=CorpusSplit.of(train),
+        validation=CorpusSplit.of(validation, _unigram_entropy(home, validation, tokenizer.vocabulary)),
+        fingerprint=manifest.content_fingerprint(train, validation),
     )
-    home.write(manifest.NAME, corpus.model_dump_json(indent=1).encode())
+    home.store.write(manifest.MANIFEST, corpus.model_dump_json(indent=1).encode())
     if removed[MALFORMED]:
         first = next(record.refused for record in built.records if record.refused)
         report(f"prepare: skipped {removed[MALFORMED]:,} malformed rows, first {first}")
@@ -112,10 +112,10 @@ def write_manifest(source: SourceConfig, home: Home, data: DataConfig, tokenizer
     return corpus
 
 
-def complete_corpus(home: Home, *, contents: bool) -> Manifest | None:
+def complete_corpus(home: CorpusDirectory, *, contents: bool) -> Manifest | None:
     """Return the manifest of a complete and undamaged corpus, else None. contents: check every byte, not only sizes."""
     try:
-        home.read(manifest.NAME)
+        home.store.read(manifest.MANIFEST)
     except FileNotFoundError:
         return None
     try:
@@ -129,13 +129,13 @@ def complete_corpus(home: Home, *, contents: bool) -> Manifest | None:
     return corpus
 
 
-def _complete_record(task: SplitTask, home: Home) -> SplitRecord | None:
+def _complete_record(task: SplitTask, home: CorpusDirectory) -> SplitRecord | None:
     """Return the record of a split with complete shards, checked by every byte on a disk, and by size in an object store."""
     try:
-        record = SplitRecord.model_validate_json(home.read(record_file(task.index)))
+        record = SplitRecord.model_validate_json(home.store.read(record_file(task.index)))
     except (FileNotFoundError, ValidationError):
         return None
-    return None if any(home.problem(shard, contents=home.store.is_local) for shard in record.shards()) else record
+    return None if any(home.shard_problem(shard, contents=home.store.is_local) for shard in record.shards()) else record
 
 
 def _mark_duplicates(source: SourceConfig, tasks: list[SplitTask], data: DataConfig) -> list[SplitTask]:
@@ -148,7 +148,7 @@ def _mark_duplicates(source: SourceConfig, tasks: list[SplitTask], data: DataCon
     return [replace(task, duplicates=np.packbits(part).tobytes()) for task, part in zip(tasks, marks, strict=True)]
 
 
-def _unigram_entropy(home: Home, shards: Sequence[Shard], vocabulary: int) -> float | None:
+def _unigram_entropy(home: CorpusDirectory, shards: Sequence[Shard], vocabulary: int) -> float | None:
     if not shards:
         return None
     counts = (np.bincount(home.tokens(shard), minlength=vocabulary) for shard in shards)

@@ -17,7 +17,7 @@ from manta.data.config import CacheConfig
 from manta.data.errors import InputError
 from manta.data.hashing import hashed
 from manta.data.sampling.order import Permutation
-from manta.data.shards.corpus_directory import Home
+from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import SplitRecord
 from manta.data.shards.shard import Shard, ShardWriter, dtype_for
 from manta.data.sources.config import FilterConfig
@@ -55,15 +55,15 @@ class SplitTask:
         return f"piece-{self.index:05d}"
 
     @property
-    def home(self) -> Home:
-        return Home(self.directory, self.cache)
+    def home(self) -> CorpusDirectory:
+        return CorpusDirectory(self.directory, self.cache)
 
     def open_tokenizer(self) -> Tokenizer:
         return _open_tokenizer(self.tokenizer, self.cache, self.end_of_text, self.encoder)
 
     def write_record(self, record: SplitRecord) -> SplitRecord:
         """Write the record of a split, which says that its shards are complete."""
-        self.home.write(record_file(self.index), record.model_dump_json(indent=1).encode())
+        self.home.store.write(record_file(self.index), record.model_dump_json(indent=1).encode())
         return record
 
 
@@ -127,7 +127,7 @@ def validation_threshold(share: float) -> int:
 @lru_cache(maxsize=1)
 def _open_tokenizer(location: str, cache: CacheConfig, end_of_text: str, encoder: Encoder) -> Tokenizer:
     directory, _, name = location.rpartition("/")
-    return Tokenizer(Home(directory, cache).copy(name), end_of_text=end_of_text, encoder=encoder)
+    return Tokenizer(CorpusDirectory(directory, cache).local_copy(name), end_of_text=end_of_text, encoder=encoder)
 
 
 class _SelectedDocuments:

@@ -27,8 +27,8 @@ from manta.data.prepare.progress import report
 from manta.data.sampling.packed_windows import find_packing, pack_corpus
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
-from manta.data.shards.manifest import Manifest, Prepared, digest
+from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.manifest import Manifest, PreparedData, digest
 from manta.data.sources.config import SourceConfig
 from manta.data.sources.source import identity
 from manta.data.sources.splits import input_splits
@@ -39,7 +39,7 @@ from manta.data.tokenizer.train import train
 _TOKENIZER = "tokenizer.json"
 
 
-def find_prepared(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
+def find_prepared(data: DataConfig, tokens: TokenizerConfig) -> PreparedData | None:
     """Return what is prepared already, or None if anything is missing. Checks names, sizes and times only.
 
     Raises InputError if a source or the tokenizer's file does not exist.
@@ -51,7 +51,7 @@ def find_prepared(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
         return None
     tokenizer_home, homes = found
     if data.live:
-        return live_sources.prepare_live(tokenizer_home.copy(_TOKENIZER), data, tokens)
+        return live_sources.prepare_live(tokenizer_home.local_copy(_TOKENIZER), data, tokens)
     corpora = [corpus for home in homes if (corpus := complete_corpus(home, contents=False))]
     if len(corpora) < len(homes):
         return None
@@ -62,17 +62,17 @@ def find_prepared(data: DataConfig, tokens: TokenizerConfig) -> Prepared | None:
     return _prepared(tokenizer_home, homes, corpora)
 
 
-def find_directories(data: DataConfig, tokens: TokenizerConfig) -> tuple[Home, list[Home]] | None:
+def find_directories(data: DataConfig, tokens: TokenizerConfig) -> tuple[CorpusDirectory, list[CorpusDirectory]] | None:
     """Return the directory of the tokenizer and those of the corpora, which may not exist; None if there is no tokenizer yet."""
     tokenizer_home = _tokenizer_home(data, tokens)
     try:
-        content = tokenizer_home.read(_TOKENIZER).decode()
+        content = tokenizer_home.store.read(_TOKENIZER).decode()
     except FileNotFoundError:
         return None
     return tokenizer_home, [_corpus_home(data, source, tokens, fingerprint(content)) for source in data.sources]
 
 
-def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
+def prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
     """Make what is missing, and check every byte of what exists. A second preparation at the same time waits for the first.
 
     Raises InputError for a bad source or tokenizer file, or if there is too little text for a sample.
@@ -97,8 +97,8 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> Prepared:
     return prepared
 
 
-def _prepare_live(tokenizer_home: Home, data: DataConfig, tokens: TokenizerConfig) -> Prepared:
-    prepared = live_sources.prepare_live(tokenizer_home.copy(_TOKENIZER), data, tokens)
+def _prepare_live(tokenizer_home: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
+    prepared = live_sources.prepare_live(tokenizer_home.local_copy(_TOKENIZER), data, tokens)
     LiveSamples(prepared, data, tokens, seed=0, held_out=1)  # raises InputError if there is no sample
     report(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {tokenizer_home.root}")
     return prepared
@@ -126,11 +126,11 @@ def _special_tokens(data: DataConfig) -> tuple[str, ...]:
     return FIM_TOKENS if data.fill_in_the_middle else ()
 
 
-def _find_tokenizer(home: Home, tokens: TokenizerConfig) -> str | None:
+def _find_tokenizer(home: CorpusDirectory, tokens: TokenizerConfig) -> str | None:
     """Return the text of an existing tokenizer; None if there is none, or a damaged one."""
     try:
-        content = home.read(_TOKENIZER)
-        Tokenizer(home.copy(_TOKENIZER), end_of_text=tokens.end_of_text)
+        content = home.store.read(_TOKENIZER)
+        Tokenizer(home.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
     except FileNotFoundError:
         return None
     except InputError as error:
@@ -139,7 +139,7 @@ def _find_tokenizer(home: Home, tokens: TokenizerConfig) -> str | None:
     return content.decode()
 
 
-def _make_tokenizer(home: Home, data: DataConfig, tokens: TokenizerConfig) -> str:
+def _make_tokenizer(home: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig) -> str:
     if tokens.file:
         content = read_tokenizer(tokens.file)
     else:
@@ -154,25 +154,27 @@ def _make_tokenizer(home: Home, data: DataConfig, tokens: TokenizerConfig) -> st
             special_tokens=_special_tokens(data),
         )
     home.store.create()
-    home.write(_TOKENIZER, content.encode())
+    home.store.write(_TOKENIZER, content.encode())
     return content
 
 
-def _build(source: SourceConfig, home: Home, data: DataConfig, tokens: TokenizerConfig, tokenizer_home: Home) -> Manifest:
+def _build(
+    source: SourceConfig, home: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig, tokenizer_home: CorpusDirectory
+) -> Manifest:
     if corpus := complete_corpus(home, contents=home.store.is_local):
         return corpus
-    tokenizer = Tokenizer(tokenizer_home.copy(_TOKENIZER), end_of_text=tokens.end_of_text)
-    file = tokenizer_home.at(_TOKENIZER)
+    tokenizer = Tokenizer(tokenizer_home.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
+    file = tokenizer_home.location(_TOKENIZER)
     built = build_shards(source, home, data, tokenizer, tokenizer_file=file, end_of_text=tokens.end_of_text)
     if _corpus_home(data, source, tokens, tokenizer.fingerprint).root != home.root:
         for index in range(len(built.records)):  # else they would count as complete if the file is restored
-            home.delete(record_file(index))
+            home.store.delete(record_file(index))
         problem = "expected files that do not change, got one that changed while it was read"
         raise InputError(f"data.sources: {source.resolved_name!r}: {problem}. Prepare again.")
     return write_manifest(source, home, data, tokenizer, built)
 
 
-def _tokenizer_home(data: DataConfig, tokens: TokenizerConfig) -> Home:
+def _tokenizer_home(data: DataConfig, tokens: TokenizerConfig) -> CorpusDirectory:
     if tokens.file:
         return _home(data, "tokenizer", [fingerprint(read_tokenizer(tokens.file))])
     config = as_version_1(identifying_keys(tokens, "tokenizer"), "tokenizer")
@@ -181,7 +183,7 @@ def _tokenizer_home(data: DataConfig, tokens: TokenizerConfig) -> Home:
     return _home(data, "tokenizer", [trained_on, data.text_field, config, *_special_tokens(data)])
 
 
-def _corpus_home(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig, tokenizer: str) -> Home:
+def _corpus_home(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig, tokenizer: str) -> CorpusDirectory:
     config = as_version_1(identifying_keys(source, "data.sources"), "data.sources")
     del config["name"], config["epochs"]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", source.resolved_name).strip("-")[-40:].strip("-") or "corpus"
@@ -189,15 +191,15 @@ def _corpus_home(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig
     return _home(data, slug, content)
 
 
-def _home(data: DataConfig, name: str, content: Sequence[object]) -> Home:
+def _home(data: DataConfig, name: str, content: Sequence[object]) -> CorpusDirectory:
     """Return the directory that is named by a hash of what determines its content."""
     key = digest([manifest.FORMAT, *content])[:12]
-    return Home(join(absolute(data.directory), f"{name}-{key}"), data.cache)
+    return CorpusDirectory(join(absolute(data.directory), f"{name}-{key}"), data.cache)
 
 
-def _prepared(tokenizer_home: Home, homes: Sequence[Home], corpora: Sequence[Manifest]) -> Prepared:
-    return Prepared(
-        tokenizer=tokenizer_home.copy(_TOKENIZER),
+def _prepared(tokenizer_home: CorpusDirectory, homes: Sequence[CorpusDirectory], corpora: Sequence[Manifest]) -> PreparedData:
+    return PreparedData(
+        tokenizer=tokenizer_home.local_copy(_TOKENIZER),
         corpora=tuple(home.root for home in homes),
         fingerprint=manifest.joint_fingerprint(tuple(corpora)),
     )

@@ -16,7 +16,7 @@ from manta.data.errors import InputError
 from manta.data.sampling import packing
 from manta.data.sampling.packing import Bins, best_fit
 from manta.data.sampling.windows import TokenStream, WindowDataset, Windows, WindowShape
-from manta.data.shards.corpus_directory import Home
+from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.shard import Shard
 
@@ -72,12 +72,12 @@ class PackedDataset(WindowDataset):
 
     def _map(self, shard: int) -> Bins:
         packed = self._packings[shard]
-        raw = self._shards[shard][0].home.mapped(packed.file, size=packed.bytes, xxh3=packed.xxh3)
+        raw = self._shards[shard][0].home.map_file(packed.file, size=packed.bytes, xxh3=packed.xxh3)
         edges, starts, lengths = np.split(raw, np.cumsum([8 * (packed.bins + 1), 8 * packed.pieces]))
         return Bins(edges=edges.view(np.int64), starts=starts.view(np.int64), lengths=lengths.view(np.int32))
 
 
-def find_packing(home: Home, corpus: Manifest, shape: WindowShape, *, contents: bool = False) -> CorpusPacking | None:
+def find_packing(home: CorpusDirectory, corpus: Manifest, shape: WindowShape, *, contents: bool = False) -> CorpusPacking | None:
     """Return a corpus's packing, or None if it is missing, damaged, or another corpus's. contents: verify hashes, not only sizes."""
     found = recorded_packing(home, shape)
     if found is None or found.fingerprint != corpus.fingerprint:
@@ -86,40 +86,40 @@ def find_packing(home: Home, corpus: Manifest, shape: WindowShape, *, contents: 
     return None if any(home.file_problem(one.file, one.bytes, one.xxh3, contents=contents) for one in files) else found
 
 
-def recorded_packing(home: Home, shape: WindowShape) -> CorpusPacking | None:
+def recorded_packing(home: CorpusDirectory, shape: WindowShape) -> CorpusPacking | None:
     """Return the packing's record, whether or not its files are intact."""
     try:
-        return CorpusPacking.model_validate_json(home.read(_record(shape)))
+        return CorpusPacking.model_validate_json(home.store.read(_record(shape)))
     except (FileNotFoundError, ValidationError):
         return None
 
 
-def load_packing(home: Home, corpus: Manifest, shape: WindowShape) -> CorpusPacking:
+def load_packing(home: CorpusDirectory, corpus: Manifest, shape: WindowShape) -> CorpusPacking:
     """Return a corpus's packing. Raises InputError if the corpus is not packed for this shape."""
     found = find_packing(home, corpus, shape)
     if found is None:
         raise InputError(
-            f"{home.at(_record(shape))}: expected the corpus packed for this sequence length, got nothing or damaged files."
+            f"{home.location(_record(shape))}: expected the corpus packed for this sequence length, got nothing or damaged files."
             " Run `manta prepare`."
         )
     return found
 
 
-def pack_corpus(home: Home, corpus: Manifest, shape: WindowShape) -> None:
+def pack_corpus(home: CorpusDirectory, corpus: Manifest, shape: WindowShape) -> None:
     """Pack each shard for this shape, unless already done."""
     if find_packing(home, corpus, shape, contents=home.store.is_local) is None:
         train, validation = (
             tuple(_pack_shard(home, shard, shape) for shard in split.shards) for split in (corpus.train, corpus.validation)
         )
         record = CorpusPacking(fingerprint=corpus.fingerprint, train=train, validation=validation)
-        home.write(_record(shape), record.model_dump_json(indent=1).encode())
+        home.store.write(_record(shape), record.model_dump_json(indent=1).encode())
 
 
-def _pack_shard(home: Home, shard: Shard, shape: WindowShape) -> ShardPacking:
-    bins = best_fit(home.index(shard).document_lengths(), shape.width, overlap=shape.width - shape.stride)
+def _pack_shard(home: CorpusDirectory, shard: Shard, shape: WindowShape) -> ShardPacking:
+    bins = best_fit(home.read_index(shard).document_lengths(), shape.width, overlap=shape.width - shape.stride)
     content = bins.edges.tobytes() + bins.starts.tobytes() + bins.lengths.astype(np.int32).tobytes()
     name = f"{shard.index.removesuffix('.idx')}.{_record(shape).removesuffix('.json')}.bin"
-    home.write(name, content)
+    home.store.write(name, content)
     return ShardPacking(file=name, bins=len(bins), pieces=len(bins.starts), xxh3=xxhash.xxh3_64_hexdigest(content))
 
 

@@ -50,7 +50,7 @@ class SourceSampler:
         shards = [(stream, shard) for stream in self.streams for shard in stream.shards]
         upcoming = range(len(shards)) if isinstance(self.order, Order) else self.order.upcoming_shards(number)
         for stream in self.streams:
-            stream.home.ahead(shards[index][1] for index in upcoming if shards[index][0] is stream)
+            stream.home.prefetch(shards[index][1] for index in upcoming if shards[index][0] is stream)
 
 
 class Sampler:

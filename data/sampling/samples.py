@@ -22,23 +22,23 @@ from manta.data.sampling.packed_windows import PackedDataset, ShardPacking, load
 from manta.data.sampling.sampler import Sampler, SourceSampler
 from manta.data.sampling.windows import CutDataset, TokenStream, WindowDataset, Windows, WindowShape, check_indices
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
-from manta.data.shards.manifest import Manifest, Prepared
+from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.manifest import Manifest, PreparedData
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 Numbers = NDArray[np.int64]
-OpenCorpora = Sequence[tuple[Home, Manifest]]
+OpenCorpora = Sequence[tuple[CorpusDirectory, Manifest]]
 
 
 class Samples:
     """A run's samples. Opening reads the manifests and the sizes of the shards; a shard is mapped on first use."""
 
-    def __init__(self, prepared: Prepared, data: DataConfig, tokens: TokenizerConfig, *, seed: int) -> None:
+    def __init__(self, prepared: PreparedData, data: DataConfig, tokens: TokenizerConfig, *, seed: int) -> None:
         """Raises InputError if a shard is missing, truncated or another run's, if there is too little text for a sample, or if the
         tokenizer lacks tokens that the objective needs.
         """
         self._seed = seed
-        corpora = manifest.load_checked(prepared, data.cache)
+        corpora = manifest.load_corpora(prepared, data.cache)
         _check_cache(data, corpora)
         tokenizer = Tokenizer(prepared.tokenizer, end_of_text=tokens.end_of_text)
         self._objective = Objective(data, tokenizer)
@@ -147,8 +147,8 @@ def _check_text(data: DataConfig, corpora: OpenCorpora, windows: Sequence[int], 
 
 def _check_cache(data: DataConfig, corpora: OpenCorpora) -> None:
     """Raise InputError if the cache is too small for the corpus or, with data.shuffle_shards, for two blocks."""
-    sizes = [size for home, corpus in corpora for shard in corpus.train.shards if (size := home.remote_bytes(shard))]
-    validation = sum(home.remote_bytes(shard) for home, corpus in corpora for shard in corpus.validation.shards)
+    sizes = [size for home, corpus in corpora for shard in corpus.train.shards if (size := home.cached_bytes(shard))]
+    validation = sum(home.cached_bytes(shard) for home, corpus in corpora for shard in corpus.validation.shards)
     if data.shuffle_shards is None:
         needed, remedy = sum(sizes), "Raise it, or set data.shuffle_shards to shuffle fewer shards at a time."
     else:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from manta.data.shards.corpus_directory import Home
+from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.shard import Shard
 
 _OPEN_SHARDS = 256  # shards mapped at a time: each holds a file descriptor
@@ -48,7 +48,7 @@ class Windows:
 class TokenStream:
     """The tokens of one split of one corpus: its shards end to end."""
 
-    def __init__(self, home: Home, shards: Sequence[Shard]) -> None:
+    def __init__(self, home: CorpusDirectory, shards: Sequence[Shard]) -> None:
         self.home = home
         self.shards = tuple(shards)
         self.starts = np.array([0, *accumulate(shard.tokens for shard in shards)], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Where a prepared corpus lies: a directory, or a URL whose files come into the node's cache when they are read."""
+"""The directory of a prepared corpus. If it is a URL, a file is downloaded into the node's cache when it is first read."""
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -11,41 +11,28 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data.config import CacheConfig
-from manta.data.shards.shard import Index, Shard, map_tokens, read_index
+from manta.data.shards.shard import DocumentIndex, Shard, map_tokens, read_index
 from manta.data.storage.atomic import write_atomically
 from manta.data.storage.cache import CachedFile, ShardCache
 from manta.data.storage.location import join
 from manta.data.storage.store import open_store
 
 
-class Home:
-    """A folder of files with names."""
-
+class CorpusDirectory:
     def __init__(self, root: str, config: CacheConfig) -> None:
         self.root, self.store = root, open_store(root)
         self._config = config
-        self._listed: dict[str, int] | None = None
+        self._remote_sizes: dict[str, int] | None = None
 
-    def at(self, name: str) -> str:
-        """A file's path or URL; one that is whole already stays as it is."""
+    def location(self, name: str) -> str:
+        """Return a file's path or URL. Shards that are read in place have names that are absolute."""
         return join(self.root, name)
 
-    def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError where it is missing."""
-        return self.store.read(name)
-
-    def write(self, name: str, content: bytes) -> None:
-        """There whole or not at all."""
-        self.store.write(name, content)
-
-    def delete(self, name: str) -> None:
-        self.store.delete(name)
-
-    def copy(self, name: str) -> Path:
-        """A small file on this node's disk."""
+    def local_copy(self, name: str) -> Path:
+        """Return the path of a small file on this node's disk."""
         if self.store.is_local:
-            return Path(self.at(name))
-        content = self.read(name)
+            return Path(self.location(name))
+        content = self.store.read(name)
         folder = self._config.directory.expanduser() / "small"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{xxhash.xxh3_128_hexdigest(content)}-{name}"
@@ -54,79 +41,75 @@ class Home:
         return path
 
     def tokens(self, shard: Shard) -> NDArray[Any]:
-        """A shard's ids, mapped; a remote one is fetched, and its hash verified."""
-        with self._file(self._tokens_of(shard)) as path:
+        """Return a shard's ids, memory-mapped. Downloads are checked against their hash."""
+        with self._local_file(self._token_file(shard)) as path:
             return map_tokens(path, shard)
 
-    def mapped(self, name: str, *, size: int, xxh3: str) -> NDArray[Any]:
-        """The bytes of any file of which size and hash are known."""
-        with self._file(CachedFile(url=self.at(name), size=size, xxh3=xxh3)) as path:
+    def map_file(self, name: str, *, size: int, xxh3: str) -> NDArray[Any]:
+        """Return the bytes of a file, memory-mapped."""
+        with self._local_file(CachedFile(url=self.location(name), size=size, xxh3=xxh3)) as path:
             return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
 
-    def index(self, shard: Shard) -> Index:
-        with self._file(CachedFile(url=self.at(shard.index), size=shard.idx_bytes, xxh3=shard.idx_xxh3)) as path:
+    def read_index(self, shard: Shard) -> DocumentIndex:
+        with self._local_file(CachedFile(url=self.location(shard.index), size=shard.idx_bytes, xxh3=shard.idx_xxh3)) as path:
             return read_index(path)
 
-    def ahead(self, shards: Iterable[Shard]) -> None:
-        """These will be asked for next, in this order: fetched in the background, where they are remote."""
-        files = [file for shard in shards if not open_store((file := self._tokens_of(shard)).url).is_local]
+    def prefetch(self, shards: Iterable[Shard]) -> None:
+        """Download the shards that are read next, in this order, in the background. Does nothing for local ones."""
+        files = [self._token_file(shard) for shard in shards if self.cached_bytes(shard)]
         if files:
-            _cache(self._config).ahead(files)
+            _cache(self._config).prefetch(files)
 
-    def remote_bytes(self, shard: Shard) -> int:
-        """What it takes of the cache, once read."""
-        return 0 if open_store(self.at(shard.file)).is_local else shard.bin_bytes
+    def cached_bytes(self, shard: Shard) -> int:
+        """Return the bytes that a shard takes in the cache: 0 if it is local."""
+        return 0 if open_store(self.location(shard.file)).is_local else shard.bin_bytes
 
-    def problem(self, shard: Shard, *, contents: bool) -> str | None:
-        """What is wrong with a shard's files, if anything: there and of their size, and where asked, their hashes."""
+    def shard_problem(self, shard: Shard, *, contents: bool) -> str | None:
+        """Return what is wrong with a shard's files, if anything. contents: check their hashes, not their sizes alone."""
         return self.file_problem(shard.file, shard.bin_bytes, shard.bin_xxh3, contents=contents) or self.file_problem(
             shard.index, shard.idx_bytes, shard.idx_xxh3, contents=contents
         )
 
-    def file_problem(self, name: str, size: int, digest: str, *, contents: bool) -> str | None:
-        """What is wrong with one file, if anything."""
-        at = self.at(name)
+    def file_problem(self, name: str, size: int, xxh3: str, *, contents: bool) -> str | None:
+        location = self.location(name)
         try:
-            got = self._size(at)
+            found = self._size(location)
         except FileNotFoundError:
-            return f"{at}: missing"
-        if got != size:
-            return f"{at}: {got} bytes; wants {size}"
-        if contents and _xxh3(at, size) != digest:
-            return f"{at}: its content has changed since it was written"
+            return f"{location}: missing"
+        if found != size:
+            return f"{location}: expected {size} bytes, got {found}"
+        if contents:
+            digest = xxhash.xxh3_64()
+            for block in open_store(location).blocks(size):
+                digest.update(block)
+            if digest.hexdigest() != xxh3:
+                return f"{location}: its content has changed since it was written"
         return None
 
-    def _size(self, at: str) -> int:
-        """Of a bucket's files all are asked for at once: a corpus has thousands."""
-        if self.store.is_local or not at.startswith(f"{self.root}/"):
-            return open_store(at).stat().size
-        if self._listed is None:
-            self._listed = {path: file.size for path, file in self.store.find().files.items() if file}
-        if at not in self._listed:
-            raise FileNotFoundError(at)
-        return self._listed[at]
+    def _size(self, location: str) -> int:
+        """Return a file's size. An object store is asked for all sizes at once: a corpus has thousands of files."""
+        if self.store.is_local or not location.startswith(f"{self.root}/"):
+            return open_store(location).stat().size
+        if self._remote_sizes is None:
+            self._remote_sizes = {url: file.size for url, file in self.store.find().files.items() if file}
+        if location not in self._remote_sizes:
+            raise FileNotFoundError(location)
+        return self._remote_sizes[location]
 
-    def _tokens_of(self, shard: Shard) -> CachedFile:
-        return CachedFile(url=self.at(shard.file), size=shard.bin_bytes, xxh3=shard.bin_xxh3)
+    def _token_file(self, shard: Shard) -> CachedFile:
+        return CachedFile(url=self.location(shard.file), size=shard.bin_bytes, xxh3=shard.bin_xxh3)
 
     @contextmanager
-    def _file(self, file: CachedFile) -> Generator[Path]:
-        """Nobody removes it before it is opened."""
+    def _local_file(self, file: CachedFile) -> Generator[Path]:
+        """Yield the path of a file on this node, which is not evicted before this ends."""
         if open_store(file.url).is_local:
             yield Path(file.url)
             return
-        with _cache(self._config).held(file.url, size=file.size, xxh3=file.xxh3) as path:
+        with _cache(self._config).hold(file) as path:
             yield path
 
 
 @cache
 def _cache(config: CacheConfig) -> ShardCache:
-    """One a process: it has threads."""
+    """Return the process's only cache: it has threads."""
     return ShardCache(config.directory, config.bytes)
-
-
-def _xxh3(at: str, size: int) -> str:
-    digest = xxhash.xxh3_64()
-    for block in open_store(at).blocks(size):
-        digest.update(block)
-    return digest.hexdigest()

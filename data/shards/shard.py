@@ -1,10 +1,10 @@
-"""Token shards on disk: Megatron-LM's indexed dataset, so that what we write its tools read, and the other way round.
+"""Token shards on disk, in the format of Megatron-LM's indexed dataset, so that its tools read ours, and we read theirs.
 
-`x.bin` is token ids end to end. `x.idx` is a header, then of each document its length in tokens (int32) and the byte at which it
-starts (int64), then the documents' own boundaries (int64); one document is one sequence here and ends with the end-of-text id.
+`x.bin` is token ids end to end. `x.idx` is a header, then each document's length in tokens (int32) and first byte (int64), then the
+documents' boundaries (int64). One document is one sequence here, and ends with the end-of-text id.
 (NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py)
 
-A shard appears under its name only when it is whole: it is written beside it, synced, and renamed.
+A shard appears under its name once it is complete: it is written to a temporary file, synced, and renamed.
 """
 
 import os
@@ -36,12 +36,12 @@ DTYPES = {
 
 
 class Shard(BaseModel, frozen=True, extra="forbid"):
-    """A range of token ids in a file, and the lengths of its documents in another, as the manifest knows them."""
+    """A range of token ids in a file, and their documents' lengths in another, as the manifest records them."""
 
     file: str
-    """Beside the manifest; or, of a corpus that is read where it lies, an absolute path or a URL."""
+    """Name beside the manifest; an absolute path or a URL if token files are read in place."""
     index: str
-    """Beside the manifest."""
+    """Name beside the manifest."""
     dtype: str
     offset: int = 0
     """Bytes of the file before the first token."""
@@ -56,27 +56,27 @@ class Shard(BaseModel, frozen=True, extra="forbid"):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Index:
-    """What an .idx holds, of S sequences and D documents."""
+class DocumentIndex:
+    """The content of an .idx file with S sequences and D documents."""
 
     dtype: np.dtype[Any]
-    lengths: NDArray[np.int32]
-    pointers: NDArray[np.int64]
-    documents: NDArray[np.int64]
+    lengths: NDArray[np.int32]  # [S]
+    pointers: NDArray[np.int64]  # [S]
+    documents: NDArray[np.int64]  # [D + 1]
 
     def document_lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document [D], which may be several sequences."""
+        """Return the tokens of each document [D], which may be several sequences."""
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
         return np.diff(ends[self.documents])
 
 
 def dtype_for(vocabulary: int) -> np.dtype[Any]:
-    """The narrowest type for these ids that the format and its readers have."""
+    """Return the narrowest type for these ids that the format supports."""
     return DTYPES[8] if vocabulary <= 2**16 else DTYPES[4]
 
 
 class ShardWriter:
-    """Writes `<prefix>.bin` and `<prefix>.idx`; what is not committed leaves nothing behind."""
+    """Writes `<prefix>.bin` and `<prefix>.idx`. Without a commit no file is left."""
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
         self._prefix = prefix
@@ -98,11 +98,11 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
     def append(self, tokens: NDArray[np.integer], text_bytes: int) -> None:
-        """One document, its end-of-text id included."""
+        """Append one document, including its end-of-text id."""
         self.extend(tokens, np.array([len(tokens)], dtype=np.int64), text_bytes)
 
     def extend(self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], text_bytes: int) -> None:
-        """Documents end to end, and how many tokens each of them is."""
+        """Append documents end to end, with these lengths in tokens."""
         raw = tokens.astype(self._dtype, copy=False).data.cast("B")
         self._hash.update(raw)
         self._bin.write(raw)
@@ -110,82 +110,72 @@ class ShardWriter:
         self._text_bytes += text_bytes
 
     def commit(self) -> Shard | None:
-        """Make the shard appear; None, and no file, where it holds no document (nobody can map an empty file)."""
+        """Publish the shard. Without documents return None and write nothing, because an empty file cannot be mapped."""
         lengths = np.concatenate([np.zeros(0, np.int64), *self._lengths])
         if not len(lengths):
             return None
         self._bin.flush()
         os.fsync(self._bin.fileno())
-        written = self._bin.tell()
+        bin_bytes = self._bin.tell()
         index = index_bytes(lengths, self._dtype)
-        write_atomically(with_suffix(self._prefix, ".idx"), index)
-        self._temporary.replace(with_suffix(self._prefix, ".bin"))
-        return Shard(
+        shard = Shard(
             file=f"{self._prefix.name}.bin",
             index=f"{self._prefix.name}.idx",
             dtype=self._dtype.name,
             tokens=int(lengths.sum()),
             documents=len(lengths),
             text_bytes=self._text_bytes,
-            bin_bytes=written,
+            bin_bytes=bin_bytes,
             idx_bytes=len(index),
             bin_xxh3=self._hash.hexdigest(),
             idx_xxh3=xxhash.xxh3_64_hexdigest(index),
         )
+        write_atomically(self._prefix.with_name(shard.index), index)
+        self._temporary.replace(self._prefix.with_name(shard.file))
+        return shard
 
 
 def index_bytes(lengths: NDArray[np.integer], dtype: np.dtype[Any]) -> bytes:
-    """The .idx of documents of these lengths in tokens, end to end. Raises ValueError where one is longer than the format can say."""
+    """Return the .idx file of documents with these lengths in tokens. Raises ValueError for a longer one than the format allows."""
     if lengths.max(initial=0) > LONGEST:
-        raise ValueError(f"a document of {lengths.max()} tokens; a Megatron index wants at most {LONGEST}")
+        raise ValueError(f"a document: expected at most {LONGEST} tokens, as a Megatron index allows, got {lengths.max()}")
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     pointers = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
     documents = np.arange(len(lengths) + 1, dtype=np.int64)
-    code = next((code for code, known in DTYPES.items() if known == dtype), 4)  # uint32 has none, and its ids fit an int32
+    code = next((code for code, known in DTYPES.items() if known == dtype), 4)  # uint32 has no code, and its ids fit an int32
     header = HEADER.pack(MAGIC, VERSION, code, len(lengths), len(documents))
     return header + lengths.astype(np.int32).tobytes() + pointers.tobytes() + documents.tobytes()
 
 
-def read_index(path: Path) -> Index:
-    """An .idx, ours or Megatron's. Raises InputError where it is none."""
+def read_index(path: Path) -> DocumentIndex:
+    """Return the content of an .idx file, ours or Megatron's. Raises InputError if it is damaged or of another format."""
     return parse_index(path.read_bytes(), str(path))
 
 
-def parse_index(raw: bytes, path: str) -> Index:
-    """path: for the message."""
+def parse_index(raw: bytes, path: str) -> DocumentIndex:
+    """path: for the error message."""
     if len(raw) < HEADER.size or not raw.startswith(MAGIC):
-        raise InputError(f"{path}: not a Megatron index; wants one that begins with MMIDIDX")
+        raise InputError(f"{path}: expected a Megatron index, which starts with MMIDIDX, got another file. Use Megatron's .idx.")
     _, version, code, sequences, documents = HEADER.unpack_from(raw)
     if version != VERSION or code not in DTYPES:
-        raise InputError(f"{path}: version {version}, dtype code {code}; wants version {VERSION}, code {' or '.join(map(str, DTYPES))}")
-    wanted = HEADER.size + sequences * 12 + documents * 8
-    if len(raw) not in (wanted, wanted + sequences):  # a multimodal one has a byte more for each sequence
-        raise InputError(f"{path}: {len(raw)} bytes; wants {wanted}: the file is truncated or damaged")
-    at = HEADER.size
-    index = Index(
+        expected = f"version {VERSION} and dtype code {' or '.join(map(str, DTYPES))}"
+        raise InputError(f"{path}: expected {expected}, got version {version} and dtype code {code}. Write it again with Megatron's tools.")
+    size = HEADER.size + sequences * 12 + documents * 8
+    if len(raw) not in (size, size + sequences):  # a multimodal index has one more byte for each sequence
+        raise InputError(f"{path}: expected {size} bytes, got {len(raw)}. Download it again: it is truncated or damaged.")
+    start = HEADER.size
+    index = DocumentIndex(
         dtype=DTYPES[code],
-        lengths=np.frombuffer(raw, np.int32, sequences, at),
-        pointers=np.frombuffer(raw, np.int64, sequences, at + sequences * 4),
-        documents=np.frombuffer(raw, np.int64, documents, at + sequences * 12),
+        lengths=np.frombuffer(raw, np.int32, sequences, start),
+        pointers=np.frombuffer(raw, np.int64, sequences, start + sequences * 4),
+        documents=np.frombuffer(raw, np.int64, documents, start + sequences * 12),
     )
     bounds = index.documents
     if index.lengths.min(initial=0) < 0 or not len(bounds) or bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any():
-        raise InputError(f"{path}: its lengths or bounds of documents make no sense: the file is damaged: fetch it again")
+        raise InputError(f"{path}: expected ascending document boundaries, got others. Download it again: it is damaged.")
     return index
 
 
 def map_tokens(path: Path, shard: Shard) -> NDArray[Any]:
-    """A shard's token stream [tokens], mapped and not read; a plain array, because a memmap costs microseconds to slice."""
+    """Return a shard's ids [tokens], memory-mapped; as a plain array, because a memmap takes microseconds to slice."""
     return np.asarray(np.memmap(path, dtype=shard.dtype, mode="r", offset=shard.offset, shape=(shard.tokens,)))
-
-
-def xxh3(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def with_suffix(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(prefix.name + suffix)

@@ -1,13 +1,13 @@
-"""Files that are there whole or not at all, also after a power cut."""
+"""Files that are complete or absent, also after a power cut."""
 
 import os
 from pathlib import Path
 
-TEMPORARY = ".tmp"  # what is still being written ends in this
+TEMPORARY = ".tmp"  # suffix of files that are still being written
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Raises OSError where the disk says so; then what was there stays."""
+    """Raises OSError if the disk fails; then the old content remains."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     with temporary.open("wb") as stream:
         stream.write(content)
@@ -18,7 +18,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """A rename lives in its directory, and so do those of files before it."""
+    """Make renames in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

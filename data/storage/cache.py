@@ -1,11 +1,11 @@
-"""A node's cache of remote files: each is downloaded once, whatever number of processes asks, and what lies there under its name is whole.
+"""A node's cache of remote files: each is downloaded once, however many processes ask, and every file in it is complete.
 
-    <directory>/<xxh3>-<size>.bin        a file, named by its content
-    <directory>/.<xxh3>-<size>.bin.tmp   one that is being downloaded; it has its full size from the start, so that it counts
+    <directory>/<xxh3>-<size>.bin        a file, named after its content
+    <directory>/.<xxh3>-<size>.bin.tmp   a download; it has its full size from the start, so that it counts towards the limit
 
-Locks are the kernel's, on these files themselves, so that they end with their holder, however it ends: a download holds its temporary
-exclusively (others wait for it, then find the file), `held` a file in common with others, and who evicts can have neither. A temporary
-that nobody holds is a dead process's, and is removed. The directory's own lock is held by who counts, evicts or renames.
+Locks are the kernel's, on these files themselves, so they end with their process. A download locks its temporary file exclusively: other
+processes wait for it, then find the file. `hold` locks a file shared, and eviction needs an exclusive lock of either. A temporary file
+without a lock belongs to a dead process, and is deleted. The directory's own lock is held to count, evict or rename files.
 """
 
 import errno
@@ -31,17 +31,17 @@ from manta.data.storage.store import open_store
 
 log = logging.getLogger(__name__)
 
-DOWNLOADS = 3  # at a time, of those read ahead
-BAD_DOWNLOADS = 3  # in a row: then the object itself is taken to be damaged
-PATIENCE = 10.0  # seconds to wait for others to let go of files, where only these, and no downloads, stand against the limit
+DOWNLOADS = 3  # prefetched at a time
+BAD_DOWNLOADS = 3  # in a row: then the object itself is considered damaged
+PATIENCE = 10.0  # seconds to wait for other processes to release files, if only these, and no downloads, keep the cache full
 
-_NAME = re.compile(r"[0-9a-f]{16}-\d+(\.\w{1,16})?")  # nothing else in the directory is ours to remove
+_NAME = re.compile(r"[0-9a-f]{16}-\d+(\.\w{1,16})?")  # other files in the directory are not the cache's to delete
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedFile:
-    """An object: its number of bytes, and their hash as manta.data.shards.shard computes it. `name` is that of its local file."""
+    """A remote file, with its size and hash."""
 
     url: str
     size: int
@@ -49,87 +49,88 @@ class CachedFile:
 
     @property
     def name(self) -> str:
+        """Its name in the cache."""
         suffix = PurePosixPath(self.url).suffix
         name = f"{self.xxh3}-{self.size}"
         return name + suffix if _NAME.fullmatch(name + suffix) else name
 
 
 class ShardCache:
-    """One of these a process (it holds threads); any number of them share a directory. Both directory and limit are of data.cache."""
+    """One per process, because it has threads. Processes share the directory, with the same limit in bytes."""
 
     def __init__(self, directory: Path, limit: int) -> None:
-        """Raises InputError where the directory can not be written."""
+        """Raises InputError if the directory cannot be written."""
         self._directory = directory.expanduser().absolute()
         self._limit = limit
-        self._guard = threading.Lock()
-        self._wanted: deque[CachedFile] = deque()
+        self._queue_lock = threading.Lock()
+        self._queue: deque[CachedFile] = deque()
         self._workers = 0
-        wants = "wants a directory on a local disk that can be written"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            with self._alone():
-                self._evict(0)  # the limit may have come down, and a process may have died
+            with self._locked():
+                self._evict(0)  # the limit may be lower than before, and a process may have died
+            problem = None if os.access(self._directory, os.W_OK) else "not writable"
         except OSError as error:
-            raise InputError(f"data.cache.directory: {self._directory}: {error.strerror}; {wants}") from None
-        if not os.access(self._directory, os.W_OK):
-            raise InputError(f"data.cache.directory: {self._directory}: not writable; {wants}")
+            problem = error.strerror
+        if problem:
+            expected = "expected a directory on a local disk that can be written"
+            raise InputError(f"data.cache.directory: {expected}, got {self._directory} ({problem}). Choose another.")
 
-    def fetch(self, url: str, *, size: int, xxh3: str, verify: bool = False) -> Path:
-        """The local file of an object, downloaded where it is not there. Another process may evict it at any time: see held().
+    def fetch(self, file: CachedFile, *, verify: bool = False) -> Path:
+        """Return the local path of a file, which is downloaded if necessary. Another process may evict it at any time: see hold().
 
-        A file that is there is trusted by its name and size; `verify` reads it whole, and downloads it anew where it is damaged.
-        Raises InputError where the object is damaged or larger than the limit, OSError where the store or the disk fails.
+        A file in the cache is trusted by its name and size. verify: read it whole, and download it again if it is damaged. Raises
+        InputError if the object is damaged or larger than the limit, OSError if the store or the disk fails.
         """
-        with self.held(url, size=size, xxh3=xxh3, verify=verify) as path:
+        with self.hold(file, verify=verify) as path:
             return path
 
     @contextmanager
-    def held(self, url: str, *, size: int, xxh3: str, verify: bool = False) -> Generator[Path]:
-        """fetch(), and no process evicts the file before this ends. What is open or mapped by then stays readable for ever."""
-        file = CachedFile(url=url, size=size, xxh3=xxh3)
+    def hold(self, file: CachedFile, *, verify: bool = False) -> Generator[Path]:
+        """Like fetch(), but no process evicts the file inside the block. What is opened or mapped there stays readable afterwards."""
         while True:
-            with self._held_if_there(file, verify=verify) as there:
-                if there:
+            with self._hold_if_present(file, verify=verify) as is_present:
+                if is_present:
                     yield self._directory / file.name
                     return
             self._download(file)
 
-    def ahead(self, files: Iterable[CachedFile]) -> None:
-        """Fetch these in the background, in this order, as many as the limit holds; what was asked for before and has not begun is dropped.
+    def prefetch(self, files: Iterable[CachedFile]) -> None:
+        """Download these files in the background, in this order, as far as the limit allows. Replaces files that are still queued.
 
-        Returns at once. What fails is logged, and tried again by fetch().
+        Returns at once. Errors are logged, and raised again by fetch().
         """
-        wanted: deque[CachedFile] = deque()
+        queue: deque[CachedFile] = deque()
         total = 0
         for file in dict.fromkeys(files):
             total += file.size
             if total > self._limit:
                 break
-            wanted.append(file)
-        for file in reversed(wanted):
+            queue.append(file)
+        for file in reversed(queue):
             with suppress(FileNotFoundError):
-                _touch(self._directory / file.name)  # what is there already is to make way for none of the others
-        with self._guard:
-            self._wanted = wanted
-            while self._workers < min(DOWNLOADS, len(wanted)):
+                _touch(self._directory / file.name)  # so that none of these is evicted for another
+        with self._queue_lock:
+            self._queue = queue
+            while self._workers < min(DOWNLOADS, len(queue)):
                 self._workers += 1
-                threading.Thread(target=self._work, name="read-ahead", daemon=True).start()
+                threading.Thread(target=self._work, name="prefetch", daemon=True).start()
 
     def _work(self) -> None:
         while True:
-            with self._guard:
-                if not self._wanted:
+            with self._queue_lock:
+                if not self._queue:
                     self._workers -= 1
                     return
-                file = self._wanted.popleft()
+                file = self._queue.popleft()
             try:
-                self.fetch(file.url, size=file.size, xxh3=file.xxh3)
-            except Exception as error:  # noqa: BLE001  whoever needs the file tries again, and gets the error
-                log.warning("reading ahead: %s", error)
+                self.fetch(file)
+            except Exception as error:  # noqa: BLE001  raised again when the file is needed
+                log.warning("prefetch: %s", error)
 
     @contextmanager
-    def _held_if_there(self, file: CachedFile, *, verify: bool) -> Generator[bool]:
-        """Whether the file is there and sound, which then holds while this lasts. One that is damaged is removed."""
+    def _hold_if_present(self, file: CachedFile, *, verify: bool) -> Generator[bool]:
+        """Yield whether the file is present and sound, and if so, hold it. A damaged file is deleted."""
         path = self._directory / file.name
         with ExitStack() as stack:
             try:
@@ -142,7 +143,7 @@ class ShardCache:
                 yield False
             elif problem := _problem(stream, file, verify=verify):
                 log.warning("%s: %s; it is downloaded again", path, problem)
-                with self._alone():
+                with self._locked():
                     if _is_at(stream, path):
                         path.unlink()
                 yield False
@@ -151,7 +152,7 @@ class ShardCache:
                 yield True
 
     def _download(self, file: CachedFile) -> None:
-        """Make the file appear, or find that another process or thread did, or gave up."""
+        """Download the file, or wait until another process or thread has done so, or has failed."""
         path, temporary = self._directory / file.name, self._directory / f".{file.name}{TEMPORARY}"
         with open(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as stream:  # noqa: PTH123  pathlib truncates
             fcntl.flock(stream, fcntl.LOCK_EX)
@@ -163,58 +164,58 @@ class ShardCache:
                     return
                 self._reserve(stream, file)
                 _fill(stream, file)
-                with self._alone():
+                with self._locked():
                     temporary.replace(path)
             except BaseException as error:
                 temporary.unlink(missing_ok=True)
                 if isinstance(error, OSError) and error.errno in _FULL:
-                    told = f"no room for the {file.size} bytes of {file.url}: free some, or lower data.cache.bytes"
-                    raise OSError(error.errno, told, str(path)) from None
+                    message = f"no space for the {file.size} bytes of {file.url}. Free some, or lower data.cache.bytes."
+                    raise OSError(error.errno, message, str(path)) from None
                 raise
 
     def _reserve(self, stream: FileIO, file: CachedFile) -> None:
-        """Evict until the file fits, and let its temporary count with all of its bytes. Raises InputError where it can not be."""
+        """Evict files until this one fits, and extend its temporary file to its size. Raises InputError if it cannot fit."""
         if file.size > self._limit:
-            raise InputError(f"data.cache.bytes: got {self._limit}, wants at least {file.size} for {file.url}; raise it")
+            raise InputError(f"data.cache.bytes: expected at least {file.size} for {file.url}, got {self._limit}. Raise it.")
         deadline = time.monotonic() + PATIENCE
         while True:
-            with self._alone():
+            with self._locked():
                 total, downloads = self._evict(file.size)
                 if total + file.size <= self._limit:
                     os.ftruncate(stream.fileno(), file.size)
                     return
             if downloads:
-                deadline = time.monotonic() + PATIENCE  # they end, and can be evicted
+                deadline = time.monotonic() + PATIENCE  # they will end, and can be evicted
             if time.monotonic() > deadline:
-                wants = f"wants at least {total + file.size} for these and {file.url}"
-                raise InputError(f"data.cache.bytes: got {self._limit}, and files in use take {total}; {wants}; raise it")
+                expected = f"expected at least {total + file.size}: {total} for files in use, the rest for {file.url}"
+                raise InputError(f"data.cache.bytes: {expected}; got {self._limit}. Raise it.")
             time.sleep(0.05)
 
-    def _evict(self, wanted: int) -> tuple[int, int]:
-        """Remove dead temporaries, and files, the least recently used first, until `wanted` bytes more fit.
+    def _evict(self, needed: int) -> tuple[int, int]:
+        """Delete dead temporary files, and then the least recently used files, until `needed` more bytes fit.
 
-        Returns the bytes that remain, and how many of these belong to downloads under way.
+        Returns the bytes that remain, and how many of these belong to downloads in progress.
         """
         downloads = total = 0
         files: list[tuple[int, int, Path]] = []
         for path in self._directory.iterdir():
-            with suppress(FileNotFoundError):  # a download that fails takes no lock of the directory
+            with suppress(FileNotFoundError):  # a download that fails does not lock the directory
                 status = path.stat()
                 if path.name.startswith(".") and path.name.endswith(TEMPORARY) and _NAME.fullmatch(path.name[1 : -len(TEMPORARY)]):
-                    downloads += 0 if _drop(path) else status.st_size
+                    downloads += 0 if _delete_unlocked(path) else status.st_size
                 elif _NAME.fullmatch(path.name):
                     total += status.st_size
                     files.append((status.st_mtime_ns, status.st_size, path))
         total += downloads
         for _, size, path in sorted(files):
-            if total + wanted <= self._limit:
+            if total + needed <= self._limit:
                 break
-            total -= size if _drop(path) else 0
+            total -= size if _delete_unlocked(path) else 0
         return total, downloads
 
     @contextmanager
-    def _alone(self) -> Generator[None]:
-        """Who counts or removes files does so alone in the directory."""
+    def _locked(self) -> Generator[None]:
+        """Hold the directory's lock."""
         descriptor = os.open(self._directory, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -224,48 +225,45 @@ class ShardCache:
 
 
 def _fill(stream: FileIO, file: CachedFile) -> None:
-    """The object's bytes, once they are the ones that are wanted."""
+    """Write the object's bytes, until size and hash are correct."""
     got = ""
     for _ in range(BAD_DOWNLOADS):
         digest, count = xxhash.xxh3_64(), 0
         stream.seek(0)
         for block in open_store(file.url).blocks(file.size):
-            _write(stream, block)
+            rest = block
+            while rest:
+                rest = rest[stream.write(rest) :]
             digest.update(block)
             count += len(block)
         if (count, digest.hexdigest()) == (file.size, file.xxh3):
             return
         got = f"{count} bytes of xxh3 {digest.hexdigest()}"
-        log.warning("%s: got %s, wants %d of %s", file.url, got, file.size, file.xxh3)
-    wants = f"wants {file.size} bytes of {file.xxh3}"
-    raise InputError(f"{file.url}: got {got}, {BAD_DOWNLOADS} times; {wants}: the object is damaged, prepare the corpus again")
-
-
-def _write(stream: FileIO, block: memoryview) -> None:
-    while block:
-        block = block[stream.write(block) :]
+        log.warning("%s: expected %d bytes of xxh3 %s, got %s", file.url, file.size, file.xxh3, got)
+    expected = f"expected {file.size} bytes of xxh3 {file.xxh3}"
+    raise InputError(f"{file.url}: {expected}, got {got}, {BAD_DOWNLOADS} times. Prepare the corpus again: the object is damaged.")
 
 
 def _problem(stream: BufferedReader, file: CachedFile, *, verify: bool) -> str | None:
     size = os.fstat(stream.fileno()).st_size
     if size != file.size:
-        return f"{size} bytes, wants {file.size}"
+        return f"expected {file.size} bytes, got {size}"
     if not verify:
         return None
     digest = xxhash.xxh3_64()
     while block := stream.read(1 << 22):
         digest.update(block)
-    return None if digest.hexdigest() == file.xxh3 else f"xxh3 {digest.hexdigest()}, wants {file.xxh3}"
+    return None if digest.hexdigest() == file.xxh3 else f"expected xxh3 {file.xxh3}, got {digest.hexdigest()}"
 
 
 def _touch(path: Path) -> None:
-    """The least recently used files go first. The kernel's own time would be the same for some milliseconds."""
+    """Mark a file as just used. The kernel's own time would be the same for some milliseconds."""
     now = time.time_ns()
     os.utime(path, ns=(now, now))
 
 
-def _drop(path: Path) -> bool:
-    """Remove a file that nobody holds; whether it is gone."""
+def _delete_unlocked(path: Path) -> bool:
+    """Delete a file unless a process holds it. Return whether it is gone."""
     try:
         stream = path.open("rb")
     except FileNotFoundError:
@@ -281,7 +279,7 @@ def _drop(path: Path) -> bool:
 
 
 def _is_at(stream: FileIO | BufferedReader, path: Path) -> bool:
-    """Whether what is open is still what the path names: it may have been removed or renamed while its lock was waited for."""
+    """Return whether the open file still has this path: it may have been deleted or renamed while its lock was waited for."""
     try:
         return samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:

@@ -16,7 +16,7 @@ from manta.data.prepare.progress import progress
 from manta.data.sampling.windows import TokenStream
 from manta.data.shards import manifest
 from manta.data.shards.manifest import Manifest
-from manta.data.shards.statistics import Lengths, Packing, contents
+from manta.data.shards.statistics import LengthHistogram, PackingStatistics, corpus_statistics
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.launch.inspect.resolve import DataTarget
 
@@ -32,10 +32,10 @@ def inspect_corpus(target: DataTarget, *, read: int, figures: "FigureWriter | No
     """Return all figures. read: maximum number of tokens to read for duplicates and for contamination; 0 skips both."""
     config, prepared = target.config, target.prepared()
     data, train = config.data, config.train
-    opened = manifest.load_checked(prepared, data.cache)
+    opened = manifest.load_corpora(prepared, data.cache)
     corpora = [corpus for _, corpus in opened]
     shape, by_shard = window_shape(data), data.shuffle_shards is not None
-    found = [contents(home, corpus, shape, apart=by_shard) for home, corpus in opened]
+    found = [corpus_statistics(home, corpus, shape, apart=by_shard) for home, corpus in opened]
     lengths = reduce(operator.add, (one.lengths for one in found))
     total = _totals(corpora)
     has_packing = data.objective == "causal" or data.pairs == "none"  # the parts of pairs are cut from running text
@@ -99,14 +99,14 @@ def _totals(corpora: Sequence[Manifest]) -> Report:
     }
 
 
-def _lengths(lengths: Lengths) -> list[Report]:
+def _lengths(lengths: LengthHistogram) -> list[Report]:
     octaves = lengths.by_octave()
     edges = octaves.edges.tolist()
     rows = zip(edges[:-1], edges[1:], octaves.documents.tolist(), octaves.tokens.tolist(), strict=True)
     return [{"from": first, "below": end, "documents": documents, "tokens": tokens} for first, end, documents, tokens in rows]
 
 
-def _packing(packing: Packing, lengths: Lengths) -> Report:
+def _packing(packing: PackingStatistics, lengths: LengthHistogram) -> Report:
     return {
         "samples": packing.samples,
         "documents_cut": packing.cut,

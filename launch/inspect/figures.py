@@ -8,7 +8,7 @@ import numpy as np
 
 from manta.data.config import DataConfig
 from manta.data.errors import InputError
-from manta.data.shards.statistics import Lengths
+from manta.data.shards.statistics import LengthHistogram
 
 try:
     import matplotlib as mpl
@@ -39,7 +39,7 @@ class FigureWriter:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def write_corpus(self, sources: Sequence[Mapping[str, Any]], lengths: Mapping[str, Lengths], data: DataConfig) -> list[str]:
+    def write_corpus(self, sources: Sequence[Mapping[str, Any]], lengths: Mapping[str, LengthHistogram], data: DataConfig) -> list[str]:
         """Write lengths.png and sources.png. Returns their paths."""
         with mpl.rc_context(_STYLE):
             return [self._save(_lengths(lengths, data.sequence_length), "lengths.png"), self._save(_sources(sources), "sources.png")]
@@ -60,7 +60,7 @@ class FigureWriter:
         return str(path)
 
 
-def _lengths(lengths: Mapping[str, Lengths], sequence_length: int) -> Figure:
+def _lengths(lengths: Mapping[str, LengthHistogram], sequence_length: int) -> Figure:
     """Documents and tokens by length, with sources stacked."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from manta.data.errors import InputError
 from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
-from manta.data.shards.corpus_directory import Home
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.manifest import PreparedData
 from manta.launch import config as configs
 from manta.launch.config import RunConfig, resume_config
 from manta.trainer.run_directory import RunDirectory
@@ -24,11 +24,11 @@ class DataTarget:
     """Arguments of `manta prepare` for its corpus: FILE [KEY=VALUE]..."""
 
     @property
-    def run_corpus(self) -> Prepared | None:
+    def run_corpus(self) -> PreparedData | None:
         """The corpus that the run started with."""
         return None if self.run is None or not self.run.manifest_file.exists() else self.run.prepared()
 
-    def prepared(self) -> Prepared:
+    def prepared(self) -> PreparedData:
         """Return the corpus, packed or not. Raises InputError if it is not prepared."""
         unpacked = self.config.data.model_copy(update={"packing": "cut"})
         found = self.run_corpus or prepare.find_prepared(unpacked, self.config.tokenizer)
@@ -36,17 +36,17 @@ class DataTarget:
             raise InputError(self._not_prepared)
         return found
 
-    def paths(self) -> tuple[Path, list[Home], str | None]:
+    def paths(self) -> tuple[Path, list[CorpusDirectory], str | None]:
         """Return the tokenizer's path, the corpus directories, damaged or not, and the fingerprint that a run expects.
 
         Raises InputError if nothing is prepared.
         """
         if (corpus := self.run_corpus) is not None:
-            return corpus.tokenizer, [Home(root, self.config.data.cache) for root in corpus.corpora], corpus.fingerprint
+            return corpus.tokenizer, [CorpusDirectory(root, self.config.data.cache) for root in corpus.corpora], corpus.fingerprint
         found = prepare.find_directories(self.config.data, self.config.tokenizer)
         if found is None:
             raise InputError(self._not_prepared)
-        return found[0].copy("tokenizer.json"), found[1], None
+        return found[0].local_copy("tokenizer.json"), found[1], None
 
     def samples(self, *, separate_documents: bool | None = None) -> Samples:
         """separate_documents: instead of the config's."""

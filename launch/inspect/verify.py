@@ -8,9 +8,9 @@ from manta.data.errors import InputError
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare.progress import progress
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
+from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
-from manta.data.shards.verify import Damage, size, verify
+from manta.data.shards.verify import Damage, corpus_size, verify
 from manta.data.tokenizer import tokenizer
 from manta.launch.inspect.charts import console
 from manta.launch.inspect.resolve import DataTarget
@@ -19,7 +19,7 @@ from manta.launch.inspect.resolve import DataTarget
 def check(target: DataTarget) -> dict[str, Any]:
     """Return what was verified, and in `damaged` a line for each error."""
     tokenizer_file, directories, fingerprint = target.paths()
-    corpora: list[tuple[Home, Manifest]] = []
+    corpora: list[tuple[CorpusDirectory, Manifest]] = []
     damaged: list[str] = []
     for directory in directories:
         try:
@@ -33,10 +33,10 @@ def check(target: DataTarget) -> dict[str, Any]:
             names = ", ".join(directory.root for directory in directories)
             damaged.append(f"{names}: fingerprint: expected {fingerprint}, as the run started with, got {found}. Restore that corpus.")
     shape = window_shape(target.config.data)
-    files, total = size(corpora, shape)
+    files, total = corpus_size(corpora, shape)
     start = time.perf_counter()
     with progress("verify", total) as advance:
-        damaged += [_describe(damage, target.typed, directories) for damage in verify(corpora, shape, tell=advance)]
+        damaged += [_describe(damage, target.typed, directories) for damage in verify(corpora, shape, advance=advance)]
     splits = [split for _, corpus in corpora for split in (corpus.train, corpus.validation)]
     return {
         "corpora": [directory.root for directory in directories],
@@ -50,7 +50,7 @@ def check(target: DataTarget) -> dict[str, Any]:
     }
 
 
-def _check_tokenizer(file: Path, corpora: list[tuple[Home, Manifest]]) -> list[str]:
+def _check_tokenizer(file: Path, corpora: list[tuple[CorpusDirectory, Manifest]]) -> list[str]:
     try:
         found = tokenizer.fingerprint(tokenizer.read_tokenizer(file))
     except InputError as error:
@@ -59,10 +59,10 @@ def _check_tokenizer(file: Path, corpora: list[tuple[Home, Manifest]]) -> list[s
     return [f"{file}: expected {other}, as the corpus was written with, got xxh3 {found}. Restore that file." for other in others]
 
 
-def _describe(damage: Damage, typed: str, directories: list[Home]) -> str:
+def _describe(damage: Damage, typed: str, directories: list[CorpusDirectory]) -> str:
     is_ours = any(damage.path.startswith(f"{directory.root}/") for directory in directories)
     remedy = f"Prepare it again: manta prepare {typed}" if is_ours else "Restore it: it is a source file, which is read in place."
-    return f"{damage.path}: expected {damage.wanted}, got {damage.got}. {remedy}"
+    return f"{damage.path}: expected {damage.expected}, got {damage.got}. {remedy}"
 
 
 def show(report: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from manta.data.errors import InputError
 from manta.data.live.live_samples import open_samples
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.manifest import PreparedData
 from manta.data.tokenizer.tokenizer import fingerprint, read_tokenizer, read_vocabulary
 from manta.launch.config import RunConfig
 from manta.launch.run.display import say
@@ -36,7 +36,7 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
     return {"start_from": found}
 
 
-def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prepared: Prepared) -> None:
+def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prepared: PreparedData) -> None:
     """Raises InputError where the weights are not of this model's shapes: ranks would say so too, once they all stand."""
     from manta.trainer.pretrained.weights import start_difference  # imports torch: 1.5 s
 
@@ -51,7 +51,7 @@ def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prep
         raise InputError(f"run.start_from: {found}: {told}; {remedy}")
 
 
-def tell_of_another_tokenizer(found: str, config: RunConfig, prepared: Prepared) -> None:
+def tell_of_another_tokenizer(found: str, config: RunConfig, prepared: PreparedData) -> None:
     """Weights whose tokens mean something else begin worse than none: it is said, and not refused, for some are trained on purpose so."""
     if config.run.match_tokens:
         theirs, ours = read_vocabulary(tokenizer_of(origin_of(found)[0])), read_vocabulary(prepared.tokenizer)

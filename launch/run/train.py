@@ -21,7 +21,7 @@ from manta.data.live.live_samples import open_samples
 from manta.data.live.live_sources import prepare_live, with_absolute_paths
 from manta.data.prepare.prepare import find_prepared, prepare
 from manta.data.sampling.samples import Samples
-from manta.data.shards.manifest import Prepared, is_there
+from manta.data.shards.manifest import PreparedData, is_complete
 from manta.data.storage.atomic import write_atomically
 from manta.data.storage.store import open_store
 from manta.launch import __version__
@@ -58,7 +58,7 @@ class Ready:
     home: RunDirectory
     config: RunConfig
     ray: Ray
-    prepared: Prepared
+    prepared: PreparedData
     layout: Layout
     layouts: dict[int, Layout]
     each: int | None
@@ -118,7 +118,7 @@ def ready_to_train(config: RunConfig, ray: Ray) -> Ready | None:
     return Ready(home=home, config=config, ray=ray, prepared=prepared, layout=layout, layouts=fitting, each=each, told=code | start)
 
 
-def lay_out(home: RunDirectory, config: RunConfig, prepared: Prepared, told: dict[str, str]) -> None:
+def lay_out(home: RunDirectory, config: RunConfig, prepared: PreparedData, told: dict[str, str]) -> None:
     """Writes what ranks begin with into a claimed directory. told: what the manifest remembers besides of a run that begins."""
     begun = home.manifest() if home.has_trained else manifest(config)
     write_atomically(home.manifest_file, json.dumps(begun | told | {"corpus": prepared.to_json()}, indent=1).encode())
@@ -182,7 +182,7 @@ def check_own_model(home: RunDirectory, config: RunConfig) -> dict[str, str]:
     return {"code": str(home.code)}
 
 
-def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
+def corpus(home: RunDirectory, config: RunConfig) -> PreparedData:
     """What the run reads: what it was begun with, where that is still there, even if its sources are not; else found or prepared.
 
     Live, the sources are what it reads: they have to be there, and the same.
@@ -190,7 +190,7 @@ def corpus(home: RunDirectory, config: RunConfig) -> Prepared:
     Raises InputError where it is damaged, or other tokens than the run was begun with.
     """
     begun = home.prepared() if home.has_trained else None
-    if begun is not None and is_there(begun, config.data.cache):
+    if begun is not None and is_complete(begun, config.data.cache):
         prepared = prepare_live(begun.tokenizer, config.data, config.tokenizer) if config.data.live else begun
     else:
         prepared = find_prepared(config.data, config.tokenizer) or prepare(config.data, config.tokenizer)

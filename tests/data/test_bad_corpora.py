@@ -12,7 +12,7 @@ import pytest
 from corpora import documents, write_lines
 from token_file_writers import write_tokenizer
 
-from manta.data.shards.manifest import NAME
+from manta.data.shards.manifest import MANIFEST
 from manta.launch import cli
 
 CONFIG = """
@@ -96,7 +96,7 @@ def prepare_error(home: Path, monkeypatch, capsys, *overrides: str) -> str:
     errors = [line for line in err.splitlines() if line.startswith("manta: ")]
     assert len(errors) == 1, err
     assert err.splitlines()[-1] == errors[0]
-    assert not list(home.glob(f"corpora/*/{NAME}"))
+    assert not list(home.glob(f"corpora/*/{MANIFEST}"))
     return errors[0]
 
 

@@ -9,7 +9,7 @@ from sample_cases import WAYS, open_way, write_sources
 from manta.data.sampling.packing import best_fit
 from manta.data.sampling.windows import WindowShape
 from manta.data.shards import manifest
-from manta.data.shards.statistics import Lengths, contents, documents_cut, stream_of, windows_by_stream
+from manta.data.shards.statistics import LengthHistogram, corpus_statistics, documents_cut, stream_of, windows_by_stream
 
 lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 
@@ -17,7 +17,7 @@ lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 @settings(deadline=None)
 @given(lengths)
 def test_a_histogram_counts_each_document_and_token_once(some):
-    octaves = Lengths.of(np.array(some)).by_octave()
+    octaves = LengthHistogram.of(np.array(some)).by_octave()
     rows = zip(octaves.edges[:-1], octaves.edges[1:], octaves.documents, octaves.tokens, strict=True)
     for first, end, documents, tokens in rows:
         inside = [length for length in some if first <= length < end]
@@ -32,7 +32,7 @@ def test_a_document_in_two_windows_counts_as_cut(some, length, overlap, start):
     inputs = np.repeat(np.arange(len(some)), some)
     windows = (start + np.arange(len(inputs))) // length
     several = sum(len(set(windows[inputs == document].tolist())) > 1 for document in range(len(some)))
-    assert documents_cut(np.array(some), WindowShape(width=length + overlap, stride=length), begin=start) == several
+    assert documents_cut(np.array(some), WindowShape(width=length + overlap, stride=length), start=start) == several
 
 
 @pytest.mark.parametrize("by_shard", [False, True])
@@ -41,7 +41,7 @@ def test_packing_statistics_equal_those_of_the_samples(tmp_path, way, by_shard):
     samples = open_way(write_sources(tmp_path), **WAYS[way] | ({"shuffle_shards": 2} if by_shard else {}))
     shape = WindowShape(width=17, stride=16) if way == "one" else WindowShape(width=14, stride=14)
     (source,) = samples.sampler.sources
-    found = [contents(stream.home, manifest.load(stream.home), shape, apart=by_shard) for stream in source.streams]
+    found = [corpus_statistics(stream.home, manifest.load(stream.home), shape, apart=by_shard) for stream in source.streams]
     packings = [one.cut if way == "one" else one.best_fit for one in found]
     assert sum(packing.samples for packing in packings) == len(source.dataset)
     if way != "one":

@@ -10,17 +10,17 @@ from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare import prepare
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
-from manta.data.shards.manifest import Prepared
-from manta.data.shards.verify import Damage, size, verify
+from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.manifest import PreparedData
+from manta.data.shards.verify import Damage, corpus_size, verify
 
 
-def find_damage(prepared: Prepared, data: DataConfig) -> list[Damage]:
-    corpora = [(home := Home(root, CacheConfig()), manifest.load(home)) for root in prepared.corpora]
+def find_damage(prepared: PreparedData, data: DataConfig) -> list[Damage]:
+    corpora = [(home := CorpusDirectory(root, CacheConfig()), manifest.load(home)) for root in prepared.corpora]
     read = []
-    found = verify(corpora, window_shape(data), tell=read.append)
+    found = verify(corpora, window_shape(data), advance=read.append)
     if not found:
-        assert sum(read) == size(corpora, window_shape(data))[1]
+        assert sum(read) == corpus_size(corpora, window_shape(data))[1]
     return found
 
 
@@ -48,7 +48,7 @@ def test_a_damaged_packing_is_found_and_prepare_repairs_it(tmp_path):
 def test_a_file_of_several_shards_is_read_once(tmp_path, change):
     """One of llm.c's files, with a header before the ids, has both train and validation shards."""
     prepared = prepare.prepare(config(tmp_path / "corpora", write_lines(tmp_path / "some.jsonl", documents(80))), SMALL)
-    home = Home(prepared.corpora[0], CacheConfig())
+    home = CorpusDirectory(prepared.corpora[0], CacheConfig())
     ids = np.concatenate([home.tokens(shard) for shard in manifest.load(home).train.shards])
     header = np.zeros(256, np.int32)
     header[:3] = 20240520, 1, len(ids)
@@ -65,13 +65,13 @@ def test_a_file_of_several_shards_is_read_once(tmp_path, change):
 def test_wrong_ids_and_counts_are_found_despite_intact_hashes(tmp_path):
     data = config(tmp_path / "corpora", write_lines(tmp_path / "some.jsonl", documents(80)))
     prepared = prepare.prepare(data, SMALL)
-    home = Home(prepared.corpora[0], CacheConfig())
+    home = CorpusDirectory(prepared.corpora[0], CacheConfig())
     corpus, shape = manifest.load(home), window_shape(data)
     (shard,) = corpus.train.shards
-    (small,) = verify([(home, corpus.model_copy(update={"vocabulary": 100}))], shape, tell=lambda _: None)[:1]
-    assert (small.path, small.wanted) == (home.at(shard.file), "ids below 100")
+    (small,) = verify([(home, corpus.model_copy(update={"vocabulary": 100}))], shape, advance=lambda _: None)[:1]
+    assert (small.path, small.expected) == (home.location(shard.file), "ids below 100")
     fewer = shard.model_copy(update={"documents": shard.documents - 1})
     other = corpus.model_copy(update={"train": corpus.train.model_copy(update={"shards": (fewer,)})})
-    counts, index = verify([(home, other)], shape, tell=lambda _: None)
-    assert (counts.path, counts.wanted) == (home.at("manifest.json"), f"{shard.documents - 1:,}, the sum of its shards")
-    assert (index.path, index.got) == (home.at(shard.index), f"{shard.documents:,} documents")
+    counts, index = verify([(home, other)], shape, advance=lambda _: None)
+    assert (counts.path, counts.expected) == (home.location("manifest.json"), f"{shard.documents - 1:,}, the sum of its shards")
+    assert (index.path, index.got) == (home.location(shard.index), f"{shard.documents:,} documents")

@@ -15,7 +15,7 @@ from manta.data.objectives.objective import window_shape
 from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
+from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.verify import verify
 from manta.data.storage.store import open_store
 
@@ -140,7 +140,7 @@ def test_a_corrupted_object_is_told_and_never_read(bucket, store):
         with pytest.raises(AssertionError, match=r"piece-00003\.train\.bin: got .* wants"):
             read(data)
         (root,) = prepare.find_prepared(data, SMALL).corpora
-        damage = verify([(home := Home(root, data.cache), manifest.load(home))], window_shape(data), tell=lambda _: None)
+        damage = verify([(home := CorpusDirectory(root, data.cache), manifest.load(home))], window_shape(data), advance=lambda _: None)
         assert [one.path for one in damage] == [f"{root}/piece-00003.train.bin"]
     finally:
         store[0].put(key, whole)
@@ -164,7 +164,7 @@ def test_a_preparation_into_a_bucket_that_is_broken_off_goes_on(bucket):
 
 def _keys(data: DataConfig) -> list[str]:
     (root,) = prepare.find_prepared(data, SMALL).corpora
-    made = manifest.load(Home(root, data.cache))
+    made = manifest.load(CorpusDirectory(root, data.cache))
     return [f"{root.removeprefix(f's3://{BUCKET}/')}/{shard.file}" for shard in (*made.train.shards, *made.validation.shards)]
 
 

@@ -16,7 +16,7 @@ from manta.data.objectives.examples import IGNORED, Examples, merge_documents, n
 from manta.data.prepare import prepare
 from manta.data.sampling.order import Order
 from manta.data.sampling.samples import Samples
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.manifest import PreparedData
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 END = 0
@@ -59,7 +59,7 @@ def settings_of(source, tmp_path_factory) -> dict[str, DataConfig]:
 
 
 @pytest.fixture(scope="module")
-def prepared(settings_of) -> dict[str, Prepared]:
+def prepared(settings_of) -> dict[str, PreparedData]:
     return {name: prepare.prepare(data, SMALL) for name, data in settings_of.items()}
 
 

@@ -75,7 +75,7 @@ def file(store, key, seed=None, size=100_000):
 
 
 def fetch(cached, file, **options):
-    return cached.fetch(file.url, size=file.size, xxh3=file.xxh3, **options)
+    return cached.fetch(file, **options)
 
 
 def files_in(directory):
@@ -104,7 +104,8 @@ def python(script, *arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-FETCH = "print(ShardCache(Path(sys.argv[1]), 10**9).fetch(sys.argv[2], size=int(sys.argv[3]), xxh3=sys.argv[4]).read_bytes()[:0])"
+FILE = "CachedFile(url=sys.argv[2], size=int(sys.argv[3]), xxh3=sys.argv[4])"
+FETCH = f"print(ShardCache(Path(sys.argv[1]), 10**9).fetch({FILE}).read_bytes()[:0])"
 
 
 def test_each_object_is_downloaded_once_and_found_again_without_a_store(store, elsewhere, tmp_path):
@@ -146,7 +147,7 @@ def test_the_least_recently_read_files_go_first(store, tmp_path):
 
 def test_a_file_larger_than_the_limit_is_told_with_the_limit_it_wants(store, tmp_path):
     each = file(store, "huge.bin")
-    with pytest.raises(InputError, match=r"data.cache.bytes: got 99999, wants at least 100000 for s3://corpus/huge.bin; raise it"):
+    with pytest.raises(InputError, match=r"data.cache.bytes: expected at least 100000 for s3://corpus/huge.bin, got 99999\. Raise it\."):
         fetch(ShardCache(tmp_path, 99_999), each)
     assert files_in(tmp_path) == []
 
@@ -155,13 +156,13 @@ def test_a_held_file_stays_and_an_evicted_one_stays_mapped(store, tmp_path, monk
     monkeypatch.setattr(cache, "PATIENCE", 0.3)
     first, second, third = (file(store, f"held/{index}.bin") for index in range(3))
     mine, others = ShardCache(tmp_path, 200_000), ShardCache(tmp_path, 200_000)
-    with mine.held(first.url, size=first.size, xxh3=first.xxh3) as path, fetch(mine, second).open("rb") as stream:
+    with mine.hold(first) as path, fetch(mine, second).open("rb") as stream:
         fetch(others, third)
         assert files_in(tmp_path) == sorted([path.name, third.name])
         assert stream.read() == content("held/1.bin")
         with (
-            others.held(third.url, size=third.size, xxh3=third.xxh3),
-            pytest.raises(InputError, match=r"data.cache.bytes: got 200000, and files in use take 200000; wants at least 300000"),
+            others.hold(third),
+            pytest.raises(InputError, match=r"data.cache.bytes: expected at least 300000: 200000 for files in use, .*; got 200000\."),
         ):
             fetch(others, second)
         releases = Thread(target=lambda: (time.sleep(0.1), fetch(mine, third)))
@@ -185,7 +186,7 @@ def test_a_bit_flipped_on_the_way_is_noticed_and_mended(store, proxy, tmp_path, 
     proxy.flip("flipped.bin", at=77_777, times=2)
     assert fetch(ShardCache(tmp_path, PLENTY), each).read_bytes() == content("flipped.bin")
     assert proxy.gets["flipped.bin"] == 3
-    assert caplog.text.count(f"wants 100000 of {each.xxh3}") == 2
+    assert caplog.text.count(f"expected 100000 bytes of xxh3 {each.xxh3}") == 2
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "longer"])
@@ -196,14 +197,15 @@ def test_a_damaged_object_is_told_and_leaves_no_file(store, proxy, tmp_path, dam
         body[5] ^= 1
     body = body[:99_000] if damage == "cut short" else body
     store.put("damaged.bin", bytes(body))
-    got = f"got {len(body)} bytes of xxh3 {xxhash.xxh3_64_hexdigest(bytes(body))}, 3 times; wants 100000 bytes of {each.xxh3}"
+    got = f"{len(body)} bytes of xxh3 {xxhash.xxh3_64_hexdigest(bytes(body))}"
+    expected = f"expected 100000 bytes of xxh3 {each.xxh3}, got {got}, 3 times"
     if damage == "longer":  # what was asked for is there
         store.put("damaged.bin", bytes(body) + b"more")
         assert fetch(ShardCache(tmp_path, PLENTY), each).read_bytes() == body
         return
     with pytest.raises(InputError) as told:
         fetch(ShardCache(tmp_path, PLENTY), each)
-    assert str(told.value) == f"s3://corpus/damaged.bin: {got}: the object is damaged, prepare the corpus again"
+    assert str(told.value) == f"s3://corpus/damaged.bin: {expected}. Prepare the corpus again: the object is damaged."
     assert proxy.gets["damaged.bin"] == 3
     assert files_in(tmp_path) == []
 
@@ -212,7 +214,7 @@ def test_an_object_that_ends_at_a_block_is_short_too(store, tmp_path, monkeypatc
     monkeypatch.setattr(remote, "BLOCK", 50_000)
     each = file(store, "short.bin")
     store.put("short.bin", content("short.bin")[:50_000])
-    with pytest.raises(InputError, match="got 50000 bytes of xxh3"):
+    with pytest.raises(InputError, match=r"expected 100000 bytes of xxh3 .*, got 50000 bytes of xxh3"):
         fetch(ShardCache(tmp_path, PLENTY), each)
 
 
@@ -260,7 +262,7 @@ def test_processes_and_threads_that_ask_at_once_share_one_download(store, proxy,
     script = (
         "cached = ShardCache(Path(sys.argv[1]), 10**9)\n"
         "for url, size, xxh3 in zip(*[iter(sys.argv[2:])] * 3):\n"
-        "    assert cached.fetch(url, size=int(size), xxh3=xxh3).stat().st_size == int(size)"
+        "    assert cached.fetch(CachedFile(url=url, size=int(size), xxh3=xxh3)).stat().st_size == int(size)"
     )
     arguments = [part for each in files for part in (each.url, each.size, each.xxh3)]
     processes = [python(script, tmp_path, *arguments) for _ in range(2)]
@@ -324,7 +326,7 @@ def test_a_file_that_was_truncated_or_damaged_in_the_cache_is_replaced(store, pr
     assert proxy.gets["rotten.bin"] == 3
     assert fetch(cached, each, verify=True)
     assert proxy.gets["rotten.bin"] == 3
-    assert "99000 bytes, wants 100000; it is downloaded again" in caplog.text
+    assert "expected 100000 bytes, got 99000; it is downloaded again" in caplog.text
 
 
 def test_reading_ahead_fetches_in_order_what_fits_and_drops_what_is_no_longer_wanted(store, proxy, tmp_path, monkeypatch):
@@ -333,13 +335,13 @@ def test_reading_ahead_fetches_in_order_what_fits_and_drops_what_is_no_longer_wa
     cached = ShardCache(tmp_path, 300_000)
     fetch(cached, files[5])
     proxy.stall("ahead/0.bin", at=10)
-    cached.ahead(files[:2])
+    cached.prefetch(files[:2])
     assert proxy.stalled.wait(10)
-    cached.ahead([files[2], files[5], files[3]])  # 0 has begun, 1 has not
+    cached.prefetch([files[2], files[5], files[3]])  # 0 has begun, 1 has not
     proxy.go()
     assert settled(cached, tmp_path, [files[2], files[5], files[3]])
     assert fetch(cached, files[3]).read_bytes() == content("ahead/3.bin")
-    cached.ahead(files)
+    cached.prefetch(files)
     assert settled(cached, tmp_path, files[:3])  # as many as fit
     assert proxy.gets == {f"ahead/{index}.bin": count for index, count in ((0, 2), (1, 1), (2, 1), (3, 1), (5, 1))}
 
@@ -356,9 +358,9 @@ def test_an_error_in_reading_ahead_is_logged_and_shows_where_the_file_is_asked_f
     each, after = file(store, "bad-ahead.bin"), file(store, "after.bin")
     store.delete("bad-ahead.bin")
     cached = ShardCache(tmp_path, PLENTY)
-    cached.ahead([each, after])
+    cached.prefetch([each, after])
     assert settled(cached, tmp_path, [after])
-    assert "reading ahead: " in caplog.text
+    assert "prefetch: " in caplog.text
     with pytest.raises(FileNotFoundError, match=r"s3://corpus/bad-ahead\.bin"):
         fetch(cached, each)
 
@@ -366,7 +368,7 @@ def test_an_error_in_reading_ahead_is_logged_and_shows_where_the_file_is_asked_f
 def test_a_process_ends_though_it_reads_ahead(store, proxy, tmp_path):
     each = file(store, "endless.bin")
     proxy.stall("endless.bin", at=50_000)
-    script = "ShardCache(Path(sys.argv[1]), 10**9).ahead([CachedFile(url=sys.argv[2], size=int(sys.argv[3]), xxh3=sys.argv[4])])\ninput()"
+    script = f"ShardCache(Path(sys.argv[1]), 10**9).prefetch([{FILE}])\ninput()"
     process = python(script, tmp_path, each.url, each.size, each.xxh3, stdin=subprocess.PIPE)
     assert proxy.stalled.wait(20)
     begin = time.monotonic()
@@ -381,15 +383,15 @@ def test_a_full_disk_is_told_with_path_and_bytes(store, tmp_path):
     limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))}
     told, errors = python(script, tmp_path, each.url, each.size, each.xxh3, **limited).communicate(timeout=20)
     assert errors == ""
-    assert f"no room for the 100000 bytes of s3://corpus/full.bin: free some, or lower data.cache.bytes: '{tmp_path / each.name}'" in told
+    assert f"no space for the 100000 bytes of s3://corpus/full.bin. Free some, or lower data.cache.bytes.: '{tmp_path / each.name}'" in told
     assert files_in(tmp_path) == []
 
 
 def test_a_directory_that_can_not_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"^data.cache.directory: .*/file: .*; wants a directory on a local disk that can be written"):
+    with pytest.raises(InputError, match=r"^data.cache.directory: expected a directory on a local disk .*, got .*/file \(.*\)\."):
         ShardCache(tmp_path / "file", PLENTY)
-    with pytest.raises(InputError, match=r"^data.cache.directory: /proc/.*wants a directory"):
+    with pytest.raises(InputError, match=r"^data.cache.directory: expected a directory .*, got /proc/"):
         ShardCache(Path("/proc/cache"), PLENTY)
 
 

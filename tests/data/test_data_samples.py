@@ -16,14 +16,14 @@ from manta.data.sampling import windows as data_stream
 from manta.data.sampling.order import Order
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.manifest import PreparedData
 
 T = 16
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Prepared:
+def prepared(tmp_path_factory) -> PreparedData:
     """Two sources, the first of fifteen shards."""
     folder = tmp_path_factory.mktemp("source")
     (folder / "many").mkdir()
@@ -33,7 +33,7 @@ def prepared(tmp_path_factory) -> Prepared:
     return prepare.prepare(config(folder / "corpora", folder / "many", one), SMALL)
 
 
-def open_samples(prepared: Prepared, *, seed: int = 0, sequence_length: int = T, **more) -> Samples:
+def open_samples(prepared: PreparedData, *, seed: int = 0, sequence_length: int = T, **more) -> Samples:
     return Samples(prepared, config(Path("corpora"), "unread", sequence_length=sequence_length, **more), SMALL, seed=seed)
 
 
@@ -49,11 +49,11 @@ def total(opened: Samples) -> int:
 
 
 def stream(root: str, split: str) -> np.ndarray:
-    home = Home(root, CacheConfig())
+    home = CorpusDirectory(root, CacheConfig())
     return np.concatenate([home.tokens(shard) for shard in getattr(manifest.load(home), split).shards])
 
 
-def windows(prepared: Prepared, split: str) -> list[list[int]]:
+def windows(prepared: PreparedData, split: str) -> list[list[int]]:
     """By the definition: T + 1 tokens every T, of each source's tokens end to end."""
     found = []
     for root in prepared.corpora:
@@ -98,7 +98,7 @@ def test_a_sample_longer_than_a_shard_runs_across_several(prepared):
     length = 2500
     opened = open_samples(prepared, sequence_length=length)
     tokens = stream(prepared.corpora[0], "train")
-    assert max(shard.tokens for shard in manifest.load(Home(prepared.corpora[0], CacheConfig())).train.shards) < length
+    assert max(shard.tokens for shard in manifest.load(CorpusDirectory(prepared.corpora[0], CacheConfig())).train.shards) < length
     order = Order(total(opened), seed=0)(np.arange(total(opened)))[1]
     first = int(np.flatnonzero(order == 0)[0])
     assert np.array_equal(text(opened.train(np.array([first])))[0], tokens[: length + 1])
@@ -120,16 +120,16 @@ def test_the_unigram_entropy_is_that_of_the_targets(prepared):
 
 
 @pytest.fixture
-def damaged(prepared, tmp_path) -> Prepared:
+def damaged(prepared, tmp_path) -> PreparedData:
     """A copy that a test may harm."""
     target = tmp_path / "copy"
     target.mkdir()
     for path in Path(prepared.corpora[0]).iterdir():
         (target / path.name).write_bytes(path.read_bytes())
-    return Prepared(tokenizer=prepared.tokenizer, corpora=(str(target), prepared.corpora[1]), fingerprint=prepared.fingerprint)
+    return PreparedData(tokenizer=prepared.tokenizer, corpora=(str(target), prepared.corpora[1]), fingerprint=prepared.fingerprint)
 
 
-def refused(prepared: Prepared) -> str:
+def refused(prepared: PreparedData) -> str:
     with pytest.raises(InputError) as caught:
         open_samples(prepared)
     assert "\n" not in str(caught.value)
@@ -141,27 +141,27 @@ def test_a_truncated_or_missing_shard_is_refused(damaged):
     path = Path(damaged.corpora[0]) / "piece-00002.train.bin"
     whole = path.read_bytes()
     os.truncate(path, len(whole) - 2)
-    assert refused(damaged) == f"{path}: {len(whole) - 2} bytes; wants {len(whole)}; run `manta prepare` again"
+    assert refused(damaged) == f"{path}: expected {len(whole)} bytes, got {len(whole) - 2}. Run `manta prepare` again."
     path.unlink()
-    assert refused(damaged) == f"{path}: missing; run `manta prepare` again"
+    assert refused(damaged) == f"{path}: missing. Run `manta prepare` again."
 
 
 def test_a_manifest_that_is_missing_older_or_altered_is_refused(damaged):
-    path = Path(damaged.corpora[0]) / manifest.NAME
+    path = Path(damaged.corpora[0]) / manifest.MANIFEST
     spec = json.loads(path.read_bytes())
     path.write_text(json.dumps(spec | {"format": 0}))
-    assert "format 0; this version reads 2" in refused(damaged)
+    assert "format: expected 2, got 0" in refused(damaged)
     path.write_text(json.dumps(spec | {"surplus": 1}))
     assert "1 fields are wrong" in refused(damaged)
     path.write_text(json.dumps(spec | {"fingerprint": "0"}))
-    assert "fingerprint is not that of its shards" in refused(damaged)
+    assert "fingerprint does not match its shards" in refused(damaged)
     path.unlink()
     assert "not prepared, or only in part" in refused(damaged)
 
 
 def test_another_corpus_or_tokenizer_than_the_runs_is_refused(prepared, tmp_path):
-    turned = Prepared(tokenizer=prepared.tokenizer, corpora=prepared.corpora[::-1], fingerprint=prepared.fingerprint)
+    turned = PreparedData(tokenizer=prepared.tokenizer, corpora=prepared.corpora[::-1], fingerprint=prepared.fingerprint)
     assert "another one than the run began with" in refused(turned)
     other = tmp_path / "tokenizer.json"
     other.write_text(prepared.tokenizer.read_text(encoding="utf-8") + " ", encoding="utf-8")
-    assert "not the tokenizer" in refused(Prepared(tokenizer=other, corpora=prepared.corpora, fingerprint=prepared.fingerprint))
+    assert "not the tokenizer" in refused(PreparedData(tokenizer=other, corpora=prepared.corpora, fingerprint=prepared.fingerprint))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from manta.data.config import CacheConfig
 from manta.data.errors import InputError
-from manta.data.shards.corpus_directory import Home
+from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.shard import ShardWriter, dtype_for, map_tokens, read_index
 
 documents = st.lists(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20), min_size=1, max_size=10)
@@ -37,7 +37,7 @@ def test_documents_come_back(tmp_path_factory, documents, vocabulary):
     assert [tokens[at : at + n].tolist() for at, n in zip(starts, index.lengths, strict=True)] == documents
     assert (shard.tokens, shard.documents, shard.text_bytes) == (len(tokens), len(documents), 3 * len(documents))
     assert index.document_lengths().tolist() == index.lengths.tolist()
-    assert Home(str(prefix.parent), CacheConfig()).problem(shard, contents=True) is None
+    assert CorpusDirectory(str(prefix.parent), CacheConfig()).shard_problem(shard, contents=True) is None
 
 
 def test_the_bytes_are_megatrons(tmp_path):
@@ -57,15 +57,15 @@ def test_what_is_not_committed_leaves_nothing(tmp_path):
 
 def test_damage_is_noticed(tmp_path):
     shard = write(tmp_path / "x.train", [[1, 2, 0]])
-    home, path = Home(str(tmp_path), CacheConfig()), tmp_path / "x.train.bin"
+    home, path = CorpusDirectory(str(tmp_path), CacheConfig()), tmp_path / "x.train.bin"
     whole = path.read_bytes()
     path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    assert home.problem(shard, contents=False) is None
-    assert home.problem(shard, contents=True) == f"{path}: its content has changed since it was written"
+    assert home.shard_problem(shard, contents=False) is None
+    assert home.shard_problem(shard, contents=True) == f"{path}: its content has changed since it was written"
     path.write_bytes(whole[:-1])
-    assert home.problem(shard, contents=False) == f"{path}: 5 bytes; wants 6"
+    assert home.shard_problem(shard, contents=False) == f"{path}: expected 6 bytes, got 5"
     path.unlink()
-    assert home.problem(shard, contents=False) == f"{path}: missing"
+    assert home.shard_problem(shard, contents=False) == f"{path}: missing"
 
 
 def test_a_bad_index_is_told(tmp_path):
@@ -73,8 +73,8 @@ def test_a_bad_index_is_told(tmp_path):
     path = tmp_path / "x.idx"
     whole = path.read_bytes()
     for content, words in (
-        (b"hello" * 20, "not a Megatron index"),
-        (whole[:-3], "truncated or damaged"),
+        (b"hello" * 20, "expected a Megatron index"),
+        (whole[:-3], "expected [0-9]+ bytes, got [0-9]+.*truncated or damaged"),
         (whole.replace(b"\x08", b"\x07", 1), "dtype code 7"),
     ):
         path.write_bytes(content)

@@ -14,8 +14,8 @@ from manta.data.errors import InputError
 from manta.data.prepare import build, prepare
 from manta.data.prepare.encode import encode_split
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.manifest import PreparedData
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 
@@ -25,7 +25,7 @@ def lines(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(lines, tmp_path_factory) -> Prepared:
+def undisturbed(lines, tmp_path_factory) -> PreparedData:
     return prepare.prepare(config(tmp_path_factory.mktemp("corpora"), lines), SMALL)
 
 
@@ -57,7 +57,7 @@ def test_many_workers_write_the_same_bytes_as_one(lines, undisturbed, tmp_path, 
 
 
 def test_the_manifest_adds_up(undisturbed):
-    home = Home(undisturbed.corpora[0], CacheConfig())
+    home = CorpusDirectory(undisturbed.corpora[0], CacheConfig())
     corpus = manifest.load(home)
     assert corpus.encoder.startswith("tiktoken: same ids as tokenizers on")
     assert corpus.tokenizer == Tokenizer(undisturbed.tokenizer).fingerprint
@@ -75,7 +75,7 @@ def test_a_prepared_corpus_is_found_and_not_made_again(lines, undisturbed):
     assert prepare.find_prepared(data, SMALL) == undisturbed
     assert prepare.prepare(data, SMALL) == undisturbed
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
-    assert Prepared.from_json(json.loads(json.dumps(undisturbed.to_json()))) == undisturbed
+    assert PreparedData.from_json(json.loads(json.dumps(undisturbed.to_json()))) == undisturbed
 
 
 def test_other_settings_or_files_are_another_corpus(lines, undisturbed, tmp_path):

@@ -15,7 +15,7 @@ from corpora import SMALL, config, content, write_source
 from split_tasks import HangingSplit
 
 from manta.data.prepare import build, prepare
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.manifest import PreparedData
 from manta.data.sources.splits import input_splits
 
 
@@ -25,7 +25,7 @@ def lines(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(lines, tmp_path_factory) -> Prepared:
+def undisturbed(lines, tmp_path_factory) -> PreparedData:
     return prepare.prepare(config(tmp_path_factory.mktemp("corpora"), lines), SMALL)
 
 

@@ -12,7 +12,7 @@ from manta.data.errors import InputError
 from manta.data.prepare import build, prepare
 from manta.data.prepare.encode import encode_split
 from manta.data.prepare.process_pool import run_in_processes
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.manifest import PreparedData
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def lines(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(lines, tmp_path_factory) -> Prepared:
+def prepared(lines, tmp_path_factory) -> PreparedData:
     return prepare.prepare(config(tmp_path_factory.mktemp("corpora"), lines), SMALL)
 
 

@@ -16,8 +16,8 @@ from manta.data.errors import InputError
 from manta.data.prepare.prepare import find_prepared, prepare
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.manifest import PreparedData
 
 END, T = 0, 16
 SPLIT = {"train", "validation"}
@@ -52,15 +52,15 @@ def config(tmp_path: Path, path: Path, **source) -> DataConfig:
     return DataConfig(sources=(section,), sequence_length=T, directory=str(tmp_path / "corpora"), workers=1, validation=0.1)
 
 
-def documents_by_side(prepared: Prepared) -> dict[str, list[list[int]]]:
+def documents_by_side(prepared: PreparedData) -> dict[str, list[list[int]]]:
     """Return the documents of train and of validation, as attention and packing see them."""
-    home = Home(prepared.corpora[0], CacheConfig())
+    home = CorpusDirectory(prepared.corpora[0], CacheConfig())
     made = manifest.load(home)
     found: dict[str, list[list[int]]] = {}
     for side in sorted(SPLIT):
         shards = getattr(made, side).shards
         found[side] = [
-            part.tolist() for shard in shards for part in np.split(home.tokens(shard), np.cumsum(home.index(shard).lengths)[:-1])
+            part.tolist() for shard in shards for part in np.split(home.tokens(shard), np.cumsum(home.read_index(shard).lengths)[:-1])
         ]
     return found
 

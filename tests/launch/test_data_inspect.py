@@ -14,7 +14,7 @@ from object_store import ObjectStore
 from manta.data.config import CacheConfig
 from manta.data.sampling.timeline import Timeline
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
+from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.launch.inspect.charts import visible
 from manta.trainer.metrics import read_metrics
 
@@ -57,8 +57,8 @@ def steps(workspace, run) -> list[dict]:
         return list(both.map(lambda step: step_json(workspace, run, step), range(1, STEPS + 1)))
 
 
-def corpora(workspace, run: str) -> list[tuple[Home, manifest.Manifest]]:
-    homes = [Home(root, CacheConfig()) for root in data_json(workspace, "verify", run)["corpora"]]
+def corpora(workspace, run: str) -> list[tuple[CorpusDirectory, manifest.Manifest]]:
+    homes = [CorpusDirectory(root, CacheConfig()) for root in data_json(workspace, "verify", run)["corpora"]]
     return [(home, manifest.load(home)) for home in homes]
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
 from manta.data.shards import manifest
-from manta.data.shards.corpus_directory import Home
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.manifest import PreparedData
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 SMALL = TokenizerConfig(vocabulary=400, train_bytes=100_000)
@@ -38,18 +38,18 @@ def write_source(folder: Path) -> Path:
     return folder
 
 
-def content(prepared: Prepared) -> dict[str, bytes]:
+def content(prepared: PreparedData) -> dict[str, bytes]:
     """Return the bytes of every file of a prepared corpus."""
     return {path.name: path.read_bytes() for path in sorted(Path(prepared.corpora[0]).iterdir())}
 
 
-def texts_of(prepared: Prepared, split: str) -> list[str]:
+def texts_of(prepared: PreparedData, split: str) -> list[str]:
     tokenizer = Tokenizer(prepared.tokenizer)
     texts = []
     for root in prepared.corpora:
-        home = Home(root, CacheConfig())
+        home = CorpusDirectory(root, CacheConfig())
         for shard in getattr(manifest.load(home), split).shards:
-            for document in np.split(home.tokens(shard), np.cumsum(home.index(shard).lengths)[:-1]):
+            for document in np.split(home.tokens(shard), np.cumsum(home.read_index(shard).lengths)[:-1]):
                 assert document[-1] == tokenizer.end_of_text
                 texts.append(tokenizer.decode(document[:-1]))
     return texts

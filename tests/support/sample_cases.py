@@ -11,7 +11,7 @@ from manta.data.objectives.examples import Examples
 from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
 from manta.data.sampling.windows import TokenStream
-from manta.data.shards.corpus_directory import Home
+from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.shard import ShardWriter
 
 T = 16
@@ -61,7 +61,7 @@ def write_stream(folder: Path, *shards: list[list[int]], dtype: type = np.uint16
             for document in shard:
                 writer.append(np.array(document), 0)
             written.append(writer.commit())
-    return TokenStream(Home(str(folder), CacheConfig()), written)
+    return TokenStream(CorpusDirectory(str(folder), CacheConfig()), written)
 
 
 def same_examples(a: Examples, b: Examples) -> bool:

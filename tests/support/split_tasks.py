@@ -10,7 +10,7 @@ from corpora import config
 
 from manta.data.config import CacheConfig
 from manta.data.prepare.encode import SplitTask
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.manifest import PreparedData
 from manta.data.sources.config import SourceConfig
 from manta.data.sources.input_split import InputSplit
 from manta.data.sources.splits import input_splits
@@ -55,7 +55,7 @@ def first_split(path: Path) -> InputSplit:
     return input_splits(SourceConfig(path=str(path)), config(path.parent, path))[0]
 
 
-def task_of(split: InputSplit, prepared: Prepared, directory: Path, index: int = 0) -> SplitTask:
+def task_of(split: InputSplit, prepared: PreparedData, directory: Path, index: int = 0) -> SplitTask:
     return SplitTask(
         split=split,
         index=index,

@@ -5,11 +5,11 @@ import json
 
 from manta.data.config_history import as_version_1
 from manta.data.sampling import mixture, order, packing
-from manta.data.shards.manifest import Prepared
+from manta.data.shards.manifest import PreparedData
 from manta.trainer.config.training import TrainingConfig
 
 
-def identity_of(config: TrainingConfig, prepared: Prepared) -> dict[str, str]:
+def identity_of(config: TrainingConfig, prepared: PreparedData) -> dict[str, str]:
     """Of the run of this config over this corpus."""
     identity = {"corpus": prepared.fingerprint, "config": _digest(as_version_1(config.identity())), "order": str(order.VERSION)}
     if config.data.mixture:
