@@ -161,7 +161,7 @@ def test_a_manifest_that_is_missing_older_or_altered_is_refused(damaged):
 
 def test_another_corpus_or_tokenizer_than_the_runs_is_refused(prepared, tmp_path):
     turned = PreparedData(tokenizer=prepared.tokenizer, corpora=prepared.corpora[::-1], fingerprint=prepared.fingerprint)
-    assert "another one than the run began with" in refused(turned)
+    assert "with which the run started, got" in refused(turned)
     other = tmp_path / "tokenizer.json"
     other.write_text(prepared.tokenizer.read_text(encoding="utf-8") + " ", encoding="utf-8")
     assert "not the tokenizer" in refused(PreparedData(tokenizer=other, corpora=prepared.corpora, fingerprint=prepared.fingerprint))
