@@ -45,7 +45,7 @@ def test_packing_statistics_equal_those_of_the_samples(tmp_path, way, by_shard):
     packings = [one.cut if way == "one" else one.best_fit for one in found]
     assert sum(packing.samples for packing in packings) == len(source.dataset)
     if way != "one":
-        by_shard_lengths = [stream.home.index(shard).document_lengths() for stream in source.streams for shard in stream.shards]
+        by_shard_lengths = [stream.home.read_index(shard).document_lengths() for stream in source.streams for shard in stream.shards]
         bins = [best_fit(lengths, shape.width, overlap=0) for lengths in by_shard_lengths]
         assert sum(packing.padding for packing in packings) == sum(len(one) * shape.width - int(one.lengths.sum()) for one in bins)
         assert sum(packing.cut for packing in packings) == sum(int((lengths > shape.width).sum()) for lengths in by_shard_lengths)

@@ -147,7 +147,7 @@ def test_a_bad_token_file_is_refused_in_one_line(tmp_path, tokens):
     os.truncate(headed, headed.stat().st_size - 1)
     assert "tokens of its header, got " in error_of(tmp_path, tokens, headed)
     indexed.with_suffix(".idx").write_bytes(b"hello")
-    assert error_of(tmp_path, tokens, indexed).startswith(f"{indexed.with_suffix('.idx')}: not a Megatron index")
+    assert error_of(tmp_path, tokens, indexed).startswith(f"{indexed.with_suffix('.idx')}: expected a Megatron index")
 
 
 def test_the_index_is_part_of_a_corpus_and_half_a_pair_is_refused(tmp_path, tokens):
@@ -160,7 +160,7 @@ def test_the_index_is_part_of_a_corpus_and_half_a_pair_is_refused(tmp_path, toke
     other = prepare(config(tmp_path, path), tokens)
     assert other.corpora != one.corpora
     path.with_suffix(".idx").write_bytes(spec[:-8] + (10**6).to_bytes(8, "little"))
-    assert "bounds of documents make no sense" in error_of(tmp_path / "bad", tokens, path)
+    assert "expected ascending document boundaries" in error_of(tmp_path / "bad", tokens, path)
     path.with_suffix(".idx").write_bytes(spec)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "y.idx").write_bytes(spec)
