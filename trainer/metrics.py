@@ -59,7 +59,7 @@ def format_line(line: Line) -> str:
 
 
 def loss_terms(line: Line, split: str) -> dict[str, float]:
-    """Return the terms that sum to the loss of `train` or `eval`. Empty if there is a single term."""
+    """Return what is logged beside the loss of `train` or `eval`: its terms, if there are several, and metrics."""
     named = {key.removeprefix(f"{split}/"): value for key, value in line.items() if key.startswith(f"{split}/")}
     return {name: value for name, value in named.items() if name not in {"loss"} | AUXILIARY}
 

@@ -119,8 +119,9 @@ class Engine:
         return sums_K.double(), counts_K.to(self.device)
 
     def loss(self, terms: Sequence[float]) -> float:
-        """Return the loss to report: the sum of all terms that are not auxiliary."""
-        return sum(term for name, term in zip(self.module.terms, terms, strict=True) if name not in self.module.auxiliary)
+        """Return the loss to report: the sum of all terms that are neither auxiliary nor metrics."""
+        excluded = self.module.auxiliary | self.module.metrics
+        return sum(term for name, term in zip(self.module.terms, terms, strict=True) if name not in excluded)
 
     @property
     def loss_scale(self) -> float | None:

@@ -30,8 +30,11 @@ class Transformer(nn.Module, ABC):
     """
 
     terms: tuple[str, ...]
-    """Names of the K loss terms. train/loss is the sum of those not in `auxiliary`."""
+    """Names of the K loss terms. train/loss is the sum of those in neither `auxiliary` nor `metrics`."""
     auxiliary: ClassVar[frozenset[str]] = AUXILIARY
+    """Terms that are minimized, but are not part of the reported loss; logged in training only."""
+    metrics: ClassVar[frozenset[str]] = frozenset()
+    """Terms that are only measured, without a gradient; logged in training and in evaluation."""
     blocks: nn.ModuleList
     """Activation checkpointing and compilation apply to each block separately."""
 
