@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import documents, write_lines
+from small_corpora import documents, write_lines
 from token_file_writers import write_tokenizer
 
 from manta.data.shards.manifest import MANIFEST

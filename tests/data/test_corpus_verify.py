@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import SMALL, config, documents, write_lines
+from small_corpora import SMALL, config, documents, write_lines
 
 from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
 from manta.data.objectives.objective import window_shape

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import SMALL, documents, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_cases import WAYS, T, config_of, open_way
+from small_corpora import SMALL, documents, write_lines
 
 from manta.data.config import TokenizerConfig
 from manta.data.errors import InputError

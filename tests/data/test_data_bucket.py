@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from corpora import SMALL, config, documents, write_lines
 from object_store import BUCKET, ObjectStore, Proxy
+from small_corpora import SMALL, config, documents, write_lines
 
 from manta.data.config import CacheConfig, DataConfig
 from manta.data.errors import InputError

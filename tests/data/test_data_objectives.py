@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from corpora import SMALL, config, documents, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_corpora import SMALL, config, documents, write_lines
 
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError

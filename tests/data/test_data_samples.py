@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import SMALL, config, documents, write_lines
+from small_corpora import SMALL, config, documents, write_lines
 
 from manta.data.config import CacheConfig
 from manta.data.errors import InputError

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpora import SMALL, documents, texts_of, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from sample_cases import same_examples
+from small_corpora import SMALL, documents, texts_of, write_lines
 from source_reading import write_arrow, write_file, write_parquet
 
 from manta.data.config import DataConfig, TokenizerConfig

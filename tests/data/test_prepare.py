@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import SMALL, config, content, documents, texts_of, write_lines, write_source
+from small_corpora import SMALL, config, content, documents, texts_of, write_lines, write_source
 
 from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
 from manta.data.errors import InputError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from corpora import SMALL, config, content, write_source
+from small_corpora import SMALL, config, content, write_source
 from split_tasks import HangingSplit
 
 from manta.data.prepare import build, prepare

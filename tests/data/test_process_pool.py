@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from corpora import SMALL, config, documents, write_lines
+from small_corpora import SMALL, config, documents, write_lines
 from split_tasks import DeadlySplit, HangingSplit, first_split, task_of
 
 from manta.data.errors import InputError

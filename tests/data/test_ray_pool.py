@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from corpora import SMALL, config, content, write_source
+from small_corpora import SMALL, config, content, write_source
 from split_tasks import DeadlySplit, first_split, task_of
 
 from manta.data.errors import InputError

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from corpora import SMALL
 from sample_cases import WAYS, config_of, open_way, write_sources
+from small_corpora import SMALL
 
 from manta.data.objectives.examples import IGNORED
 from manta.data.objectives.render import Renderer

@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-from corpora import SMALL, documents, write_lines
+from small_corpora import SMALL, documents, write_lines
 
 from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
 from manta.data.objectives.examples import Examples

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpora import config
+from small_corpora import config
 
 from manta.data.config import CacheConfig
 from manta.data.prepare.encode import SplitTask
