@@ -266,8 +266,8 @@ def _trained(run: Path) -> "RunDirectory":
     if (home.path / "source.json").exists():
         return home
     config.load(config.resume_config(run))
-    if not home.saved_step:
-        raise InputError(f"{run}: got no checkpoint, wants one; train first: manta resume {home.typed}")
+    if not home.saved_step():
+        raise InputError(f"{run}: got no checkpoint, wants one; train first: manta resume {home.quoted}")
     return home
 
 

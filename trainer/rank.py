@@ -31,7 +31,7 @@ from manta.trainer.loop import Loop
 from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.parallel.fp8 import require_fp8_gpu
-from manta.trainer.run_directory import RunDirectory, origin_of, tokenizer_of
+from manta.trainer.run_directory import RunDirectory, resolve_start_from, tokenizer_beside
 from manta.trainer.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def run(directory: Path, heartbeat: HeartbeatWriter, stop: StopRequest) -> ExitC
     """Train until the last step or a stop request. Errors are raised."""
     run_dir, world = RunDirectory(directory.absolute()), World.from_environment()
     # A supervisor holds the run's lock. Without a supervisor, rank 0 takes it.
-    with nullcontext() if heartbeat.is_supervised or world.rank > 0 else run_dir.claim():
+    with nullcontext() if heartbeat.is_supervised or world.rank > 0 else run_dir.lock():
         return train(run_dir, world, heartbeat, stop)
 
 
@@ -60,7 +60,7 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     model = initial_model(config, samples.tokenizer_vocabulary, run_dir.code)
     flops_per_token = {length: model.flops_per_token(length) for length in {stage.sequence_length for stage in config.timeline().stages}}
     engine = build_engine(model, config, mesh, world.device)
-    checkpoints = run_dir.checkpoints
+    checkpoints = run_dir.open_checkpoints()
     identity = identity_of(config, corpus)
     saver = open_saver(checkpoints, config, identity, world)
     progress = resume(engine, checkpoints, identity, verify=config.checkpoint.verify)
@@ -176,9 +176,9 @@ def load_initial_weights(engine: Engine, start_from: str, tokenizer: Path | None
 
     tokenizer: this run's, if rows of the vocabulary are matched by token.
     """
-    checkpoints, name = origin_of(start_from)
+    checkpoints, name = resolve_start_from(start_from)
     matches = (
-        None if tokenizer is None else token_rows.shared_ranges(read_vocabulary(tokenizer_of(checkpoints)), read_vocabulary(tokenizer))
+        None if tokenizer is None else token_rows.shared_ranges(read_vocabulary(tokenizer_beside(checkpoints)), read_vocabulary(tokenizer))
     )
 
     def load(checkpoint: Checkpoint) -> None:

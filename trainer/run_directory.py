@@ -1,4 +1,4 @@
-"""A run directory: what lies where. Whoever sees it can say all about the run."""
+"""A run directory: the files of a run and its lock."""
 
 import fcntl
 import json
@@ -22,23 +22,9 @@ from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.config.yaml_file import read_yaml
 
-
-def origin_of(start: str) -> tuple[CheckpointBackend, str | None]:
-    """What run.start_from names: one checkpoint, by its name; or the newest of a run or an import, which has no name yet."""
-    above, _, name = start.rstrip("/").rpartition("/")
-    if step_of_name(name) is not None:
-        return open_backend(above), name
-    path = local_path(start)
-    return open_backend(start) if path is None else RunDirectory(path).checkpoints, None
-
-
-def tokenizer_of(checkpoints: CheckpointBackend) -> Path:
-    """What the run, or the import, whose checkpoints lie there reads with. Raises InputError where it is not beside them."""
-    file = Path(str(checkpoints)).parent / "tokenizer.json"
-    if not file.exists():
-        wants = "weights beside which lies their tokenizer.json, in RUN/checkpoints"
-        raise InputError(f"run.match_tokens: got weights in {checkpoints}, wants {wants}; put it at {file}")
-    return file
+MATH_KEYS = ("family", "heads", "rope_theta", "norm_epsilon", "qk_norm", "logit_soft_cap", "sliding_window")
+MATH_KEYS_OF_EXPERTS = ("top_k", "score", "normalize", "scale", "shared")
+"""Keys of a model section that change what its weights compute, and not their shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +49,7 @@ class RunDirectory:
 
     @property
     def tokenizer_file(self) -> Path:
-        """What the run reads with, kept beside its weights: they are worth little without."""
+        """A copy of the run's tokenizer: weights are of little use without it."""
         return self.path / "tokenizer.json"
 
     @property
@@ -71,107 +57,104 @@ class RunDirectory:
         return self.path / "lock"
 
     @property
-    def checkpoints(self) -> CheckpointBackend:
-        """Where they lie: beside the rest, or where the config says."""
-        try:
-            told = upgrade(read_yaml(self.config_file))["checkpoint"]["directory"]
-        except (InputError, TypeError, KeyError):
-            told = None  # an import, or nothing yet; what is wrong with a config is told by who reads it
-        return self.checkpoints_of(told)
-
-    def checkpoints_of(self, directory: str | None) -> CheckpointBackend:
-        """Where they lie under this checkpoint.directory."""
-        return open_backend(directory or self.path / "checkpoints")
-
-    @property
-    def request_file(self) -> Path:
-        """Whoever makes it asks for a checkpoint now; the run takes it away once there is one."""
+    def save_request_file(self) -> Path:
+        """A client creates it to request a checkpoint; the run deletes it when the checkpoint is written."""
         return self.path / "save-now"
 
     @property
-    def stop_file(self) -> Path:
-        """Whoever makes it asks the run to save and leave; its controller takes it away when it has left."""
+    def stop_request_file(self) -> Path:
+        """A client creates it to have the run save and exit; the run's controller deletes it."""
         return self.path / "stop-now"
 
     @property
     def logs(self) -> Path:
-        """A directory an attempt, a file a rank."""
+        """A directory per attempt, with a file per rank."""
         return self.path / "logs"
 
     @property
-    def typed(self) -> str:
-        """The path as a person can type it."""
+    def quoted(self) -> str:
+        """The path as a shell reads it."""
         return shlex.quote(str(self.path))
 
-    @property
+    def open_checkpoints(self) -> CheckpointBackend:
+        """Return the run's checkpoints, at the checkpoint.directory of its config."""
+        try:
+            directory = upgrade(read_yaml(self.config_file))["checkpoint"]["directory"]
+        except (InputError, TypeError, KeyError):
+            directory = None  # an import or a new run; `config` reports an invalid config
+        return self.checkpoints_in(directory)
+
+    def checkpoints_in(self, directory: str | None) -> CheckpointBackend:
+        """Return the checkpoints at this checkpoint.directory. None: its default, in the run directory."""
+        return open_backend(directory or self.path / "checkpoints")
+
     def saved_step(self) -> int:
-        """The step of the newest committed checkpoint, whose content nobody has looked at; 0 where there is none."""
-        return next((step for name in self.checkpoints.names() if (step := step_of_name(name))), 0)
+        """Return the step of the newest committed checkpoint, whose content is not checked; 0 if there is none."""
+        return next((step for name in self.open_checkpoints().names() if (step := step_of_name(name))), 0)
 
     @property
     def has_trained(self) -> bool:
-        """Whether a step was ever taken here: from then on it is one run, of one config and one corpus."""
-        return self.metrics_file.exists() or bool(self.checkpoints.names())
+        """Whether the run has taken a step. From then on its config and corpus are fixed."""
+        return self.metrics_file.exists() or bool(self.open_checkpoints().names())
 
     def config(self) -> TrainingConfig:
-        """The config that every rank of the run reads; where the ranks are placed is not its matter."""
+        """Return the sections that a rank reads: all but `cluster`."""
         try:
             sections = upgrade(read_yaml(self.config_file))
             sections.pop("cluster", None)
             return TrainingConfig.model_validate_json(json.dumps(sections), strict=True)
-        except (AttributeError, TypeError, ValidationError) as error:
-            raise InputError(f"{self.config_file}: {_one_line(error)}; wants the config that manta wrote there") from None
+        except (TypeError, ValidationError) as error:
+            raise _not_written_by_manta(self.config_file, error) from None
 
     def manifest(self) -> dict[str, Any]:
-        """What the run was begun with."""
+        """Return what was recorded when the run started."""
         try:
-            return json.loads(_read(self.manifest_file))
-        except ValueError as error:
-            raise InputError(f"{self.manifest_file}: {_one_line(error)}; wants the manifest that manta wrote there") from None
+            return json.loads(self.manifest_file.read_text())
+        except (OSError, ValueError) as error:
+            raise _not_written_by_manta(self.manifest_file, error) from None
 
-    def differs_in_model(self, model: ModelConfig) -> list[str]:
-        """What weights trained or imported here were trained as, and this model is not; shapes aside, which tell by themselves."""
+    def model_differences(self, model: ModelConfig) -> list[str]:
+        """Return how `model` differs from the model that was trained or imported here. Shapes are not compared: loading compares them."""
         file = self.path / "model.yaml"
-        there = ModelConfig.model_validate(upgrade(read_yaml(file), "model")) if file.exists() else self.config().model
-        before, now = _mathematics(there), _mathematics(model)
+        trained = ModelConfig.model_validate(upgrade(read_yaml(file), "model")) if file.exists() else self.config().model
+        before, now = _math(trained), _math(model)
         return [f"model.{key} {before[key]} -> {now[key]}" for key in now if now[key] != before[key]]
 
     def prepared(self) -> PreparedData:
-        """The corpus and tokenizer that the run reads."""
+        """Return the corpus and tokenizer that the run reads."""
         prepared = PreparedData.from_json(self.manifest()["corpus"])
         return replace(prepared, tokenizer=self.tokenizer_file) if self.tokenizer_file.exists() else prepared
 
     @property
     def code(self) -> Path:
-        """Where a model of the user's own is looked for, beside installed packages: where the run was begun, or if that is gone, here."""
-        begun = self.manifest().get("code") if self.manifest_file.exists() else None
-        return Path(begun) if begun and Path(begun).is_dir() else Path.cwd()
+        """Where the user's own model is imported from: the directory the run was started in; if that is gone, the working directory."""
+        recorded = self.manifest().get("code") if self.manifest_file.exists() else None
+        return Path(recorded) if recorded and Path(recorded).is_dir() else Path.cwd()
 
     @contextmanager
-    def claim(self) -> Generator[None]:
-        """Makes the directory, and holds it against a second run. The claim ends with this process, however it ends.
+    def lock(self) -> Generator[None]:
+        """Create the directory and lock it against a second run. The lock ends with this process, however that ends.
 
-        Raises InputError where it can not be made, or another process holds it.
+        Raises InputError if the directory cannot be created, or if another process holds the lock.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.lock_file)
-            lock.acquire(timeout=1)  # a moment of patience: `manta status` holds it for an instant
+            lock.acquire(timeout=1)  # `is_locked` of another process holds it for an instant
+        except Timeout:
+            remedy = f"Wait for it, or stop it: manta stop {self.quoted}"
+            raise InputError(f"{self.path}: expected a run that is not running, got one that another manta is running. {remedy}") from None
         except OSError as error:
-            if isinstance(error, Timeout):
-                remedy = f"wait for it or stop it first: manta status {self.typed}"
-                raise InputError(f"{self.path}: another manta is running it; {remedy}") from None
-            raise InputError(
-                f"run.dir: got {self.path} ({error.strerror}), wants a directory that can be written; choose another"
-            ) from None
+            expected = "a directory that can be written"
+            raise InputError(f"run.dir: expected {expected}, got {self.path}: {error.strerror}. Use another directory.") from None
         try:
             yield
         finally:
             lock.release()
 
     @property
-    def is_claimed(self) -> bool:
-        """Whether some process holds the run. Reading is enough to ask: it may be another user's."""
+    def is_locked(self) -> bool:
+        """Whether a process is running the run. Only reads, because the run may belong to another user."""
         if not self.lock_file.exists():
             return False
         with self.lock_file.open() as lock:
@@ -182,23 +165,34 @@ class RunDirectory:
         return False
 
 
-def _mathematics(model: ModelConfig) -> dict[str, object]:
-    """Of a model section what decides which function its weights are."""
-    keys = ("family", "heads", "rope_theta", "norm_epsilon", "qk_norm", "logit_soft_cap", "sliding_window")
-    of_experts = ("top_k", "score", "normalize", "scale", "shared")
-    experts: dict[str, object] = {f"experts.{key}": getattr(model.experts, key, None) for key in of_experts}
-    return experts | {key: getattr(model, key) for key in keys} | {"kv_heads": model.kv, "head_width": model.each_head}
+def resolve_start_from(start: str) -> tuple[CheckpointBackend, str | None]:
+    """Return the checkpoints that run.start_from refers to, and the name of one of them; None means the newest valid one."""
+    parent, _, name = start.rstrip("/").rpartition("/")
+    if step_of_name(name) is not None:
+        return open_backend(parent), name
+    path = local_path(start)
+    return open_backend(start) if path is None else RunDirectory(path).open_checkpoints(), None
 
 
-def _one_line(error: Exception) -> str:
+def tokenizer_beside(checkpoints: CheckpointBackend) -> Path:
+    """Return the tokenizer of the run, or import, that wrote the checkpoints. Raises InputError if it is not stored beside them."""
+    file = Path(str(checkpoints)).parent / "tokenizer.json"
+    if not file.exists():
+        expected = "weights in RUN/checkpoints, beside their tokenizer.json"
+        raise InputError(f"run.match_tokens: expected {expected}, got weights in {checkpoints}. Copy the tokenizer to {file}.")
+    return file
+
+
+def _math(model: ModelConfig) -> dict[str, object]:
+    experts: dict[str, object] = {f"experts.{key}": getattr(model.experts, key, None) for key in MATH_KEYS_OF_EXPERTS}
+    return experts | {key: getattr(model, key) for key in MATH_KEYS} | {"kv_heads": model.kv, "head_width": model.each_head}
+
+
+def _not_written_by_manta(file: Path, error: Exception) -> InputError:
+    message = " ".join(str(error).split())
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
-        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-    return " ".join(str(error).split())
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, wants the file of a run directory; make one with `manta train FILE`") from None
+        message = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    if isinstance(error, OSError):
+        return InputError(f"{file}: expected a file of a run directory, got an error: {error.strerror}. Start a run with manta train FILE.")
+    return InputError(f"{file}: expected the file that manta wrote, got an error: {message}. Restore it.")

@@ -28,7 +28,7 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
         raise InputError(f"--names: got {names!r}, wants {' or '.join(NAMES)}; leave it out to have the files tell")
     home = RunDirectory(config.run.dir.absolute())
     check_places(home, config)
-    where = home.checkpoints_of(config.checkpoint.directory)
+    where = home.checkpoints_in(config.checkpoint.directory)
     if home.has_trained or where.names():
         raise InputError(f"{home.path}: holds a run that has trained already, wants a new directory; choose another run.dir")
     _refuse(config)
@@ -39,7 +39,7 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     prepared = corpus(home, config)
     vocabulary = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
     state = logical_state(saved, config, vocabulary=vocabulary, code=home.code, names=NAMES[names] if names else None)
-    with home.claim():
+    with home.lock():
         lay_out(home, config, prepared, code)
         told = {"layout": f"DeepSpeed, ZeRO-{saved.stage}", "ranks": saved.ranks, "config": config.model_dump(mode="json")}
         CheckpointWriter(where, identity=identity_of(config, prepared), attempt=0).save(state, progress(saved, config), about=told)

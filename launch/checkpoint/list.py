@@ -9,14 +9,14 @@ from manta.launch.inspect.charts import console
 from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint, from_bytes
-from manta.trainer.run_directory import origin_of
+from manta.trainer.run_directory import resolve_start_from
 
 Told = dict[str, Any]
 
 
 def found(where: str) -> tuple[CheckpointBackend, list[str]]:
     """Where they lie, and the names of those that are meant, newest first. Raises InputError where there are none."""
-    place, name = origin_of(where)
+    place, name = resolve_start_from(where)
     names = place.names()
     if name is not None:
         names = [name] if name in names else []

@@ -14,7 +14,7 @@ def prune(where: str, *, keep: int, best: int, every: int | None, bad: bool, dry
     """Gives each name as it goes. Raises InputError while the run is running, CheckpointError where no checkpoint is valid."""
     place, _ = found(where)
     home = RunDirectory(Path(where).absolute())
-    with home.claim() if home.config_file.exists() and not dry_run else nullcontext():
+    with home.lock() if home.config_file.exists() and not dry_run else nullcontext():
         newest = catalog.newest_valid(place)
         assert newest is not None, "there are names"
         name = newest.name

@@ -22,14 +22,14 @@ def attach(run: Path) -> int:
     """
     home = RunDirectory(resume_config(run).absolute().parent)
     try:
-        while home.is_claimed and _ended(home):
+        while home.is_locked and _ended(home):
             time.sleep(LOOK)  # its controller is about to begin
-        if not home.is_claimed:
+        if not home.is_locked:
             _tell_of_the_past(home)
         config = home.config()
         code = follow(_events(home), Display(home, config.train.steps, config.timeline()))
     except KeyboardInterrupt:
-        say(f"{home.path}: goes on; to see it again: manta attach {home.typed}; to stop it: manta stop {home.typed}")
+        say(f"{home.path}: goes on; to see it again: manta attach {home.quoted}; to stop it: manta stop {home.quoted}")
         return 0
     if not _ended(home):
         say(f"broken off; {stands(home)}")
@@ -39,7 +39,7 @@ def attach(run: Path) -> int:
 def _events(home: RunDirectory) -> Iterator[Event]:
     log, running = Tail(home.events_file), True
     while running:
-        running = home.is_claimed  # asked before the reading, so that the last words are read
+        running = home.is_locked  # asked before the reading, so that the last words are read
         new = [event_of(line) for line in parse_events(log.lines())]
         starts = [index for index, event in enumerate(new) if event.kind == "run-started"]
         for event in new[starts[-1] if starts else 0 :]:
@@ -53,7 +53,7 @@ def _events(home: RunDirectory) -> Iterator[Event]:
 def _tell_of_the_past(home: RunDirectory) -> None:
     events = read_events(home.events_file)
     if not events:
-        raise InputError(f"{home.path}: got a run that was never started, wants one that was; start it: manta resume {home.typed}")
+        raise InputError(f"{home.path}: got a run that was never started, wants one that was; start it: manta resume {home.quoted}")
     codes = [event["exit_code"] for event in events[-1:] if event["event"] == "run-ended"]
     say(f"{home.path}: is not running" + (f"; it ended with exit code {codes[0]}" if codes else ""))
 

@@ -20,12 +20,12 @@ def logs(run: Path, *, rank: int, attempt: int | None, follow: bool) -> Iterator
     Raises InputError where there is no such log.
     """
     home = RunDirectory(resume_config(run).absolute().parent)
-    while follow and home.is_claimed and _may_come(home, rank, attempt):
+    while follow and home.is_locked and _may_come(home, rank, attempt):
         time.sleep(LOOK)
     number = _asked(home, rank, attempt)
     tail = Tail(_written(home)[number][rank])
     while True:
-        ended = not (follow and home.is_claimed)  # asked before the reading, so that the last words are read
+        ended = not (follow and home.is_locked)  # asked before the reading, so that the last words are read
         after = [later for later, ranks in sorted(_written(home).items()) if later > number and rank in ranks]
         yield tail.new()
         if follow and after:
@@ -52,7 +52,7 @@ def _may_come(home: RunDirectory, rank: int, attempt: int | None) -> bool:
 def _asked(home: RunDirectory, rank: int, attempt: int | None) -> int:
     written = _written(home)
     if not written:
-        raise InputError(f"{home.path}: got no rank's log yet, wants a run that has started; how it stands: manta status {home.typed}")
+        raise InputError(f"{home.path}: got no rank's log yet, wants a run that has started; how it stands: manta status {home.quoted}")
     number = max(written) if attempt is None else attempt
     if number not in written:
         raise InputError(f"--attempt: got {number}, wants one whose logs are kept: {_in_words(written)}")

@@ -35,7 +35,7 @@ def status(directory: Path) -> dict[str, Any]:
     config = home.config()
     steps, timeline = config.train.steps, config.timeline()
     evaluated = [line for line in lines if "eval/loss" in line]
-    checkpoints = home.checkpoints.names()
+    checkpoints = home.open_checkpoints().names()
     done = newest.get("step", 0)
     return {
         "run": str(home.path),
@@ -87,11 +87,11 @@ def show(told: dict[str, Any]) -> None:
 
 
 def _state(home: RunDirectory, events: list[dict[str, Any]]) -> str:
-    if home.is_claimed:
+    if home.is_locked:
         return "running"
     ended = [event for event in events if event["event"] in {"run-started", "run-ended"}][-1:]
     if not ended or ended[0]["event"] == "run-started":
-        return f"broken off; go on with: manta resume {home.typed}"
+        return f"broken off; go on with: manta resume {home.quoted}"
     return ENDS.get(ended[0]["exit_code"], "failed")
 
 

@@ -20,29 +20,31 @@ def stop(run: Path, *, at_once: bool, timeout: float) -> str:
     Raises InputError where nothing is running there that could be told, TimeoutError where it does not leave.
     """
     home = RunDirectory(resume_config(run).absolute().parent)
-    if not home.is_claimed:
-        raise InputError(f"{run}: got a run that is not running, wants one that is; how it stands: manta status {home.typed}")
+    if not home.is_locked:
+        raise InputError(f"{run}: got a run that is not running, wants one that is; how it stands: manta status {home.quoted}")
     before = len(read_events(home.events_file))
     _ask(home, at_once=at_once)
     deadline = time.monotonic() + timeout
-    while home.is_claimed and not _codes(home, before):
+    while home.is_locked and not _codes(home, before):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{home.path}: was told, and has not left within {timeout:.0f} s; wait longer (--timeout), or --at-once")
-        if not home.stop_file.exists():  # it was only beginning, and took this for what an earlier run had left
+        if not home.stop_request_file.exists():  # it was only beginning, and took this for what an earlier run had left
             _ask(home, at_once=at_once)
         time.sleep(LOOK)
-    home.stop_file.unlink(missing_ok=True)
+    home.stop_request_file.unlink(missing_ok=True)
     return _told(home, _codes(home, before))
 
 
 def _ask(home: RunDirectory, *, at_once: bool) -> None:
     try:
         if at_once:
-            home.stop_file.write_bytes(AT_ONCE)
+            home.stop_request_file.write_bytes(AT_ONCE)
         else:
-            home.stop_file.touch()  # what was told to leave at once stays so
+            home.stop_request_file.touch()  # what was told to leave at once stays so
     except OSError as error:
-        raise InputError(f"{home.stop_file}: {error.strerror}; wants a directory that you may write to: the run is told there") from None
+        raise InputError(
+            f"{home.stop_request_file}: {error.strerror}; wants a directory that you may write to: the run is told there"
+        ) from None
 
 
 def _codes(home: RunDirectory, before: int) -> list[int]:
@@ -54,4 +56,4 @@ def _told(home: RunDirectory, codes: list[int]) -> str:
     if codes[:1] == [ExitCode.DONE]:
         return "done: it had come to its last step"
     how: dict[int, str] = {ExitCode.SAVED: "", ExitCode.INTERRUPTED: "", ExitCode.UNSAVED: "could not save as it left; "}
-    return (how.get(codes[0], f"failed, as manta attach {home.typed} shows; ") if codes else "broken off; ") + stands(home)
+    return (how.get(codes[0], f"failed, as manta attach {home.quoted} shows; ") if codes else "broken off; ") + stands(home)

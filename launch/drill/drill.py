@@ -145,7 +145,7 @@ def _by_fault(results: Sequence[FaultResult], lines: Sequence[Line]) -> list[Seq
 
 
 def _remove(directory: Path, *runs: RunDirectory) -> None:
-    for checkpoints in [run.checkpoints for run in runs]:
+    for checkpoints in [run.open_checkpoints() for run in runs]:
         for name in [*checkpoints.names(), *checkpoints.bad()]:
             checkpoints.delete(name)
         if (path := local_path(str(checkpoints))) is not None:

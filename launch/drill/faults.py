@@ -117,7 +117,7 @@ class FaultScript:
 
     def _bit_flipped(self, result: FaultResult) -> Script[None]:
         """Flip a bit in the newest checkpoint, and kill a rank, so that the run loads it."""
-        checkpoints, attempt = self._monitor.run.checkpoints, self._monitor.attempt
+        checkpoints, attempt = self._monitor.run.open_checkpoints(), self._monitor.attempt
         bad = set(checkpoints.bad())
         _, when = self._inject("kill")
         time.sleep(COMMIT_TIME)

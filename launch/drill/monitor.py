@@ -54,7 +54,7 @@ class RunMonitor:
     @property
     def newest_checkpoint(self) -> str:
         """Its name; "" if there is none."""
-        return next(iter(self.run.checkpoints.names()), "")
+        return next(iter(self.run.open_checkpoints().names()), "")
 
     def event_after(self, when: float, *kinds: str) -> Event | None:
         """Return the first event of these kinds after a time."""

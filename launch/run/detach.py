@@ -18,7 +18,7 @@ def detach(home: RunDirectory, arguments: Sequence[str]) -> int:
 
     Raises InputError where the directory can not be claimed.
     """
-    with home.claim():
+    with home.lock():
         home.logs.mkdir(exist_ok=True)
         before = len(read_events(home.events_file))
     file = home.logs / "controller.log"
@@ -37,5 +37,5 @@ def detach(home: RunDirectory, arguments: Sequence[str]) -> int:
         return there.returncode if there.returncode >= 0 else 128 - there.returncode
     say(f"{home.path}: goes on in the background; what it has to say is in {file}")
     for what, command in (("see it", "attach"), ("its ranks' logs", "logs --follow"), ("stop it", "stop")):
-        say(f"  {what}: manta {command} {home.typed}")
+        say(f"  {what}: manta {command} {home.quoted}")
     return 0

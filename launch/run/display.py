@@ -38,8 +38,8 @@ def say(text: str) -> None:
 
 def stands(home: RunDirectory) -> str:
     """Where a run that has left goes on, and how."""
-    saved = f"step {home.saved_step} is saved" if home.saved_step else "nothing is saved yet"
-    return f"{saved}; go on with: manta resume {home.typed}"
+    saved = f"step {home.saved_step()} is saved" if home.saved_step() else "nothing is saved yet"
+    return f"{saved}; go on with: manta resume {home.quoted}"
 
 
 class Display:
@@ -52,13 +52,13 @@ class Display:
         if self._console.is_terminal:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task("", total=steps, completed=home.saved_step, told="starting")
+            self._task = self._bar.add_task("", total=steps, completed=home.saved_step(), told="starting")
         self._metrics = Tail(home.metrics_file, end_of_last_line(home.metrics_file))
         self._pace: float | None = None
         self._spoke = 0.0
         self._begun = time.time()
         self._failed: Event | None = None  # what ended the newest attempt, where a rank did
-        self._bad = set(home.checkpoints.bad())
+        self._bad = set(home.open_checkpoints().bad())
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -149,7 +149,7 @@ class Display:
 
     def _passed_over(self) -> str:
         """What the ranks found bad, and named so."""
-        bad = sorted(set(self._home.checkpoints.bad()) - self._bad)
+        bad = sorted(set(self._home.open_checkpoints().bad()) - self._bad)
         return f"; passed over {', '.join(bad)}: {self._home.path / 'logs'} says why" if bad else ""
 
     def _log(self, failed: Event) -> Path:
@@ -161,7 +161,7 @@ class Display:
         if code == ExitCode.DONE:
             took = format_duration(event.time - self._begun)
             writes = home.config().model.family in {"llama", "gpt2"}
-            return f"done: {self._steps} steps, {took} since this start; try: manta {'generate' if writes else 'status'} {home.typed}"
+            return f"done: {self._steps} steps, {took} since this start; try: manta {'generate' if writes else 'status'} {home.quoted}"
         if code in {ExitCode.SAVED, ExitCode.UNSAVED, ExitCode.INTERRUPTED}:
             return f"left; {stands(home)}"
         return self._last_words(self._failed) if self._failed and code == ExitCode.FAILED else None

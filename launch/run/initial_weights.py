@@ -10,7 +10,7 @@ from manta.data.tokenizer.tokenizer import fingerprint, read_tokenizer, read_voc
 from manta.launch.config import RunConfig
 from manta.launch.run.display import say
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.run_directory import RunDirectory, origin_of, tokenizer_of
+from manta.trainer.run_directory import RunDirectory, resolve_start_from, tokenizer_beside
 
 
 def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
@@ -21,7 +21,7 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
     start = config.run.start_from
     if start is None or home.has_trained:
         return {}  # of a run that has begun the manifest says it already
-    where, named = origin_of(start)
+    where, named = resolve_start_from(start)
     names = where.names()
     if not names or (named or names[0]) not in names:
         foreign = (Path(start) / "config.json").exists()
@@ -31,7 +31,7 @@ def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
     found = where.location(named or names[0])
     origin = RunDirectory(Path(found).parent.parent)
     known = origin.config_file.exists() or (origin.path / "model.yaml").exists()  # else it was copied out of its run
-    if known and (differ := origin.differs_in_model(config.model)):
+    if known and (differ := origin.model_differences(config.model)):
         say(f"run.start_from: the weights were trained as another model: {'; '.join(differ)}")
     return {"start_from": found}
 
@@ -54,7 +54,7 @@ def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prep
 def tell_of_another_tokenizer(found: str, config: RunConfig, prepared: PreparedData) -> None:
     """Weights whose tokens mean something else begin worse than none: it is said, and not refused, for some are trained on purpose so."""
     if config.run.match_tokens:
-        theirs, ours = read_vocabulary(tokenizer_of(origin_of(found)[0])), read_vocabulary(prepared.tokenizer)
+        theirs, ours = read_vocabulary(tokenizer_beside(resolve_start_from(found)[0])), read_vocabulary(prepared.tokenizer)
         both = len(theirs.keys() & ours.keys())
         say(f"run.match_tokens: {both:,} of {len(ours):,} tokens have a row in the weights, {len(ours) - both:,} begin anew")
         return

@@ -27,12 +27,12 @@ def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
     differ = _differences(old.identity(), config.identity())
     if config.train.steps < old.train.steps:
         differ.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
-    reached = sample_numbers(old.data.skip, np.array([old.timeline().first_sample(home.saved_step or 0)]))[0]
+    reached = sample_numbers(old.data.skip, np.array([old.timeline().first_sample(home.saved_step() or 0)]))[0]
     read = [[span for span in data.skip if span[0] < reached] for data in (old.data, config.data)]
     if read[0] != read[1]:
         differ.append(f"data.skip {json.dumps(old.data.skip)} -> {json.dumps(config.data.skip)} (may change from sample {reached} on)")
     if differ:
-        remedy = "choose another run.dir, or go on as it is: manta resume " + home.typed
+        remedy = "choose another run.dir, or go on as it is: manta resume " + home.quoted
         raise InputError(f"{home.path}: holds a run of another config: {'; '.join(differ)}; {remedy}")
     refuse_lost_checkpoints(home, config)
     shape = config.schedule.shape
@@ -52,7 +52,7 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> lis
 
 def refuse_lost_checkpoints(home: RunDirectory, config: RunConfig) -> None:
     """Raises InputError where the run's checkpoints are now looked for at a place that has none: it would begin anew, over them."""
-    before, now = home.checkpoints, home.checkpoints_of(config.checkpoint.directory)
+    before, now = home.open_checkpoints(), home.checkpoints_in(config.checkpoint.directory)
     if str(now) != str(before) and before.names() and not now.names():
         remedy = f"copy them there, or leave it at {before}"
         raise InputError(f"checkpoint.directory: got {now}, where there is no checkpoint, wants those of the run; {remedy}")
@@ -60,7 +60,7 @@ def refuse_lost_checkpoints(home: RunDirectory, config: RunConfig) -> None:
 
 def refuse_other_ranks(home: RunDirectory, layout: Layout) -> None:
     """Raises InputError where a live run has been saved by more or fewer data ranks; of a damaged checkpoint ranks have the last word."""
-    where = home.checkpoints
+    where = home.open_checkpoints()
     for name in where.names()[:1]:
         with suppress(OSError, CheckpointError):
             check_data_ranks(from_bytes(where.manifest(name), where.location(name)).progress.cursors, layout.data)
@@ -69,6 +69,6 @@ def refuse_other_ranks(home: RunDirectory, layout: Layout) -> None:
 def is_done(home: RunDirectory, config: RunConfig) -> bool:
     """Whether the run has ended well, at the last step, and nothing is left to do."""
     events = read_events(home.events_file)
-    if home.saved_step != config.train.steps or not events:
+    if home.saved_step() != config.train.steps or not events:
         return False
     return events[-1]["event"] == "run-ended" and events[-1]["exit_code"] == ExitCode.DONE

@@ -68,7 +68,7 @@ class Ready:
     def begun(self) -> Generator[Controller]:
         """Its controller; the run is claimed as long as this lasts."""
         home, config, layout = self.home, self.config, self.layout
-        with home.claim():
+        with home.lock():
             lay_out(home, config, self.prepared, self.told)
             self._say()
             shrunk = {} if config.data.live else shrunk_layouts(config.train, config.parallel)

@@ -140,7 +140,7 @@ def test_a_run_that_trains_is_saved_on_request(workspace):
             assert done.returncode == 0, done.stderr
             refused = workspace.manta("checkpoint", "prune", "asked")
             assert refused.returncode == 2
-            assert "another manta is running it" in refused.stderr
+            assert "another manta is running" in refused.stderr
         finally:
             running.terminate()
             running.communicate(timeout=60)

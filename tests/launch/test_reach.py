@@ -42,14 +42,14 @@ def background(workspace):
         homes.append(RunDirectory(workspace.directory / run))
         done = workspace.manta(*arguments, "--detach")
         assert done.returncode == 0, done.stderr
-        assert f"manta attach {homes[-1].typed}\n" in done.stderr
+        assert f"manta attach {homes[-1].quoted}\n" in done.stderr
         return homes[-1]
 
     yield start
     for home in homes:
         until = time.monotonic() + 60
-        while home.is_claimed and time.monotonic() < until:
-            home.stop_file.write_bytes(b"at once")
+        while home.is_locked and time.monotonic() < until:
+            home.stop_request_file.write_bytes(b"at once")
             time.sleep(0.2)
 
 
@@ -60,7 +60,7 @@ def steps(home: RunDirectory) -> int:
 def test_a_run_in_the_background_is_watched_read_and_stopped(workspace, background):
     home = RunDirectory(workspace.directory / "away")
     home.path.mkdir()
-    home.stop_file.touch()  # of an earlier run that was killed
+    home.stop_request_file.touch()  # of an earlier run that was killed
     background("train", str(workspace.config_file), "run.dir=away", *ENDLESS, run="away")
     with (
         workspace.start("attach", "away") as watching,
@@ -71,19 +71,19 @@ def test_a_run_in_the_background_is_watched_read_and_stopped(workspace, backgrou
         leaving.send_signal(signal.SIGINT)
         code, _, told = ended(leaving)
         assert (code, "goes on" in told) == (0, True)
-        assert home.is_claimed
+        assert home.is_locked
         stopped = workspace.manta("stop", "away")
         code, _, told = ended(watching)
         read = ended(reading)
     assert stopped.returncode == 0, stopped.stderr
-    assert stopped.stdout == f"step {steps(home)} is saved; go on with: manta resume {home.typed}\n"
+    assert stopped.stdout == f"step {steps(home)} is saved; go on with: manta resume {home.quoted}\n"
     assert code == 75
     assert "step " in told, "its metrics are shown"
     assert told.splitlines()[-2:] == ["told to leave: saving", f"left; {stopped.stdout.strip()}"]
     assert read == (0, (home.logs / "attempt-0001/rank-0001.log").read_text(), "")
     assert "attempt 1 rank 1" in read[1]
     assert told.splitlines()[-1] in (home.logs / "controller.log").read_text()
-    assert not home.stop_file.exists()
+    assert not home.stop_request_file.exists()
     with pytest.raises(InputError, match="got a run that is not running"):
         stop(home.path, at_once=False, timeout=1)
 
@@ -129,7 +129,7 @@ def test_the_logs_of_each_rank_and_attempt_are_found_and_others_named(workspace,
 def test_a_rank_that_is_yet_to_take_its_log_is_waited_for(past):
     (past.logs / "attempt-0001").mkdir()
     (past.logs / "attempt-0001/rank-0000.log").touch()
-    with past.claim():
+    with past.lock():
         add(past, "attempt-started", 1, ranks=[{"rank": 0, "pid": 1}, {"rank": 1, "pid": 2}])
         with pytest.raises(InputError, match="got 2, wants one that attempt 1 had"):
             next(logs(past.path, rank=2, attempt=None, follow=True))
@@ -144,7 +144,7 @@ def test_logs_are_followed_from_attempt_to_attempt_until_the_run_ends(workspace,
         (past.logs / f"attempt-{attempt:04d}").mkdir(exist_ok=True)
         return (past.logs / f"attempt-{attempt:04d}/rank-0000.log").open("a", buffering=1)
 
-    with past.claim():
+    with past.lock():
         reading = workspace.start("logs", str(past.path), "--follow", bufsize=1)
         with log(1) as first:
             first.write("one\n")
@@ -191,7 +191,7 @@ def test_a_run_that_gave_up_ends_with_the_error_of_the_rank_that_is_to_blame(wor
 def test_what_broke_off_is_told_as_such(workspace, past):
     shown = workspace.manta("attach", str(past.path))
     assert shown.returncode == 1
-    assert shown.stderr.splitlines()[-1] == f"broken off; nothing is saved yet; go on with: manta resume {past.typed}"
+    assert shown.stderr.splitlines()[-1] == f"broken off; nothing is saved yet; go on with: manta resume {past.quoted}"
     past.events_file.unlink()
     with pytest.raises(InputError, match="was never started"):
         attach(past.path)
@@ -227,7 +227,7 @@ def test_a_resumed_run_is_stopped_at_once_and_old_logs_are_gone(workspace, backg
     home = background("resume", "long", *ENDLESS, "cluster.keep_logs=1", run="long")
     wait_for(lambda: steps(home) > 5)
     done = workspace.manta("stop", "long", "--at-once", "--timeout", "20")
-    assert (done.returncode, done.stdout) == (0, f"step 3 is saved; go on with: manta resume {home.typed}\n")
+    assert (done.returncode, done.stdout) == (0, f"step 3 is saved; go on with: manta resume {home.quoted}\n")
     assert read_events(home.events_file)[-1]["exit_code"] == 130
     assert [path.name for path in sorted(home.logs.iterdir())] == ["attempt-0002", "controller.log"]
 
@@ -240,9 +240,9 @@ def test_a_run_that_does_not_leave_in_time_is_told_of(workspace, background):
     for rank in started["ranks"]:
         os.kill(rank["pid"], signal.SIGSTOP)
     second = workspace.manta("resume", "stubborn", "--detach")
-    assert (second.returncode, "another manta is running it" in second.stderr) == (2, True)
+    assert (second.returncode, "another manta is running" in second.stderr) == (2, True)
     late = workspace.manta("stop", "stubborn", "--timeout", "2")
     assert (late.returncode, "has not left within 2 s" in late.stderr) == (1, True)
     done = workspace.manta("stop", "stubborn", "--at-once")
     assert done.returncode == 0, done.stderr
-    assert not home.is_claimed
+    assert not home.is_locked

@@ -210,7 +210,7 @@ def test_a_run_survives_a_bad_checkpoint_a_moved_corpus_and_a_second_manta(works
     with workspace.start("train", str(workspace.config_file), "run.dir=survivor", "train.steps=2000") as running:
         wait_for_step(workspace, "survivor", 50, running)
         second = workspace.train("survivor", "train.steps=2000", code=2)
-        assert "another manta is running it" in second.stderr
+        assert "another manta is running" in second.stderr
         assert json.loads(workspace.manta("status", "survivor", "--json").stdout)["state"] == "running"
         running.stderr.close()  # as when `| tee log` dies of the same Ctrl-C
         running.send_signal(signal.SIGINT)

@@ -89,7 +89,7 @@ def random_run(directory: Path, name: str = "run", **changes) -> RunDirectory:
     model = build_model(model_config(**changes), vocabulary=tokenizer.Tokenizer(file).vocabulary, sequence_length=32)
     torch.manual_seed(1)
     weights = {f"master/{name}": TensorViews.from_whole(tensor.normal_(std=0.2)) for name, tensor in model_tensors(model).items()}
-    CheckpointWriter(run_directory.checkpoints, identity={}, attempt=1).save(
+    CheckpointWriter(run_directory.open_checkpoints(), identity={}, attempt=1).save(
         weights, Progress(step=4, samples_consumed=16, optimizer_steps=4)
     )
     return run_directory

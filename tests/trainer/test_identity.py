@@ -43,8 +43,8 @@ def test_identity_of_an_old_config_is_unchanged(run, name):
 
 
 def test_identity_of_the_old_run_is_the_stored_one(run):
-    [name] = run.checkpoints.names()
-    stored = from_bytes(run.checkpoints.manifest(name), name).identity
+    [name] = run.open_checkpoints().names()
+    stored = from_bytes(run.open_checkpoints().manifest(name), name).identity
     assert identity_of(run.config(), run.prepared()) == stored
     assert identity_of(load(run.config_file), run.prepared()) == stored
     changed = load(run.config_file, ["data.sources=[{name: prose, path: text/prose.jsonl}, {name: code, path: text/code.jsonl}]"])
@@ -184,4 +184,4 @@ def test_the_model_of_an_old_import_is_read(tmp_path):
     model = _imported_config(tmp_path)
     assert model.experts is not None
     assert model.experts.router_z_loss == 0
-    assert RunDirectory(tmp_path).differs_in_model(model) == []
+    assert RunDirectory(tmp_path).model_differences(model) == []

@@ -48,7 +48,7 @@ def loaded_parts(run: str) -> tuple[list, dict[str, np.ndarray], int]:
     model = build_model(config.model, vocabulary=VOCABULARY, sequence_length=config.data.sequence_length)
     mesh = world.mesh(layout_for(config.train, config.parallel, world.size))
     engine = Engine(model, mesh=mesh, optimizer=config.optimizer, precision=config.precision)
-    checkpoint = catalog.restore_newest(home.checkpoints, lambda found: restore(home.checkpoints, found, engine))
+    checkpoint = catalog.restore_newest(home.open_checkpoints(), lambda found: restore(home.open_checkpoints(), found, engine))
     assert checkpoint is not None
     finish_restore(checkpoint.progress, engine)
     state = logical_state(engine)

@@ -98,7 +98,7 @@ def test_a_vocabulary_that_has_grown_keeps_the_rows_of_its_tokens(workspace):
     done = workspace.train("grown", *frozen, "--weights-only", "imported/gpt2", "run.match_tokens=true", "parallel.zero=3")
     assert f"run.match_tokens: {len(there):,} of {len(order):,} tokens have a row in the weights, 70 begin anew" in done.stderr
     (_, ours), (_, theirs) = (
-        catalog.load_newest_weights(RunDirectory(workspace.directory / run).checkpoints) for run in ("grown", "imported/gpt2")
+        catalog.load_newest_weights(RunDirectory(workspace.directory / run).open_checkpoints()) for run in ("grown", "imported/gpt2")
     )
     rows = torch.tensor([there[name] for name in order[:-70]])
     assert torch.allclose(ours["embedding.weight"][: len(rows)], theirs["embedding.weight"][rows], atol=1e-6)

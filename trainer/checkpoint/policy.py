@@ -57,7 +57,7 @@ class SavePolicy:
         if self._is_requested or now - self._last_poll < POLL:
             return False
         self._last_poll = now
-        self._is_requested = self._directory.request_file.exists()
+        self._is_requested = self._directory.save_request_file.exists()
         return self._is_requested
 
     def save(self, step: int, line: Line, *, wait: bool) -> None:
@@ -117,7 +117,7 @@ class SavePolicy:
 
     def _clear_request(self) -> None:
         if dist.get_rank() == 0:
-            self._directory.request_file.unlink(missing_ok=True)
+            self._directory.save_request_file.unlink(missing_ok=True)
         self._is_requested = False
 
     def _progress(self, step: int) -> Progress:

@@ -50,10 +50,10 @@ def load_pretrained(run_directory: RunDirectory) -> Pretrained:
         config, end_of_text, sequence_length = run.model, run.tokenizer.end_of_text, run.data.sequence_length
     else:
         config, end_of_text, sequence_length = _imported_config(run_directory.path), source.end_of_text, source.sequence_length
-    newest = catalog.load_newest_weights(run_directory.checkpoints)
+    newest = catalog.load_newest_weights(run_directory.open_checkpoints())
     if newest is None:
-        remedy = f"Run manta resume {run_directory.typed} first." if source is None else "Import again."
-        raise InputError(f"{run_directory.checkpoints}: expected a checkpoint, got none. {remedy}")
+        remedy = f"Run manta resume {run_directory.quoted} first." if source is None else "Import again."
+        raise InputError(f"{run_directory.open_checkpoints()}: expected a checkpoint, got none. {remedy}")
     checkpoint, weights = newest
     file = run_directory.tokenizer_file if run_directory.tokenizer_file.exists() else run_directory.prepared().tokenizer
     tokenizer = Tokenizer(file, end_of_text=end_of_text)

@@ -13,7 +13,7 @@ from manta.trainer.checkpoint.token_rows import TOKEN_ROWS
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
-from manta.trainer.run_directory import origin_of
+from manta.trainer.run_directory import resolve_start_from
 
 
 def model_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def start_difference(
 
     match_tokens: the vocabularies may differ. Raises CheckpointError if there is no such checkpoint.
     """
-    storage, name = origin_of(start)
+    storage, name = resolve_start_from(start)
     assert name is not None, f"{start}: not the name of one checkpoint"
     shapes = catalog.read_manifest(storage, name).shapes
     with torch.device("meta"):
