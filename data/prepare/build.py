@@ -114,19 +114,16 @@ def write_manifest(source: SourceConfig, home: CorpusDirectory, data: DataConfig
 
 def complete_corpus(home: CorpusDirectory, *, contents: bool) -> Manifest | None:
     """Return the manifest of a complete and undamaged corpus, else None. contents: check every byte, not only sizes."""
-    try:
-        home.store.read(manifest.MANIFEST)
-    except FileNotFoundError:
+    if not home.store.exists(manifest.MANIFEST):
         return None
     try:
         corpus = manifest.load(home)
-        damage = corpus.problem(home, contents=contents)
+        if not (damage := corpus.problem(home, contents=contents)):
+            return corpus
     except InputError as error:
-        corpus, damage = None, str(error)
-    if damage:
-        report(f"prepare: {damage}; it is made again")
-        return None
-    return corpus
+        damage = str(error)
+    report(f"prepare: {damage}; it is made again")
+    return None
 
 
 def _complete_record(task: SplitTask, home: CorpusDirectory) -> SplitRecord | None:
