@@ -68,22 +68,17 @@ def run_in_processes(work: Work[T], tasks: Sequence[SplitTask], count: int) -> I
         yield from ((task, work(task, c_int64())) for task in tasks)
         return
     workers = [WorkerProcess() for _ in range(min(count, len(tasks)))]
-    pending, running = list(reversed(tasks)), dict[Connection, tuple[WorkerProcess, SplitTask]]()
-
-    def start_next(worker: WorkerProcess) -> None:
-        if pending:
-            running[worker.connection] = worker, pending.pop()
-            worker.start(work, running[worker.connection][1])
-
+    pending, idle, running = list(reversed(tasks)), list(workers), dict[Any, tuple[WorkerProcess, SplitTask]]()
     try:
-        for worker in workers:
-            start_next(worker)
-        while running:
+        while pending or running:
+            while pending and idle:
+                worker, task = idle.pop(), pending.pop()
+                worker.start(work, task)
+                running[worker.connection] = worker, task
             for connection in wait([*running]):
-                worker, task = running.pop(cast("Connection", connection))
-                result = worker.result()
-                start_next(worker)
-                yield task, result
+                worker, task = running.pop(connection)
+                yield task, worker.result()
+                idle.append(worker)
     finally:
         for worker in workers:
             worker.close()

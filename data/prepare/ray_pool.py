@@ -7,7 +7,7 @@ reported with its file and line. If a node is lost, another one does its splits.
 import logging
 import os
 import socket
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,18 +50,14 @@ def run_on_ray(work: Work[T], tasks: Sequence[SplitTask], address: str) -> Itera
 
 def _run(ray: Any, actors: list[Any], work: Work[T], tasks: Sequence[SplitTask]) -> Iterator[tuple[SplitTask, T]]:
     pending, losses = list(reversed(tasks)), Counter[int]()
-    running: dict[Any, tuple[Any, SplitTask]] = {}
-
-    def start_next(actor: Any) -> None:
-        if pending:
-            task = pending.pop()
+    idle, running = deque(actors * _QUEUE), dict[Any, tuple[Any, SplitTask]]()
+    while pending or running:
+        while pending and idle:
+            actor, task = idle.popleft(), pending.pop()
             running[actor.run.remote(work, task)] = actor, task
-
-    for actor in actors * _QUEUE:
-        start_next(actor)
-    while running:
         done = ray.wait(list(running), num_returns=1)[0][0]
         actor, task = running.pop(done)
+        idle.append(actor)  # last: an actor that was idle before takes a lost split, not the one that lost it
         try:
             result = ray.get(done)
         except ray.exceptions.RayActorError as error:  # Ray restarts the actor on free cores
@@ -74,7 +70,6 @@ def _run(ray: Any, actors: list[Any], work: Work[T], tasks: Sequence[SplitTask])
             raise error.cause from None
         else:
             yield task, result
-        start_next(actor)
 
 
 def _connect(address: str) -> Any:
