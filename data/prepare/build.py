@@ -35,11 +35,11 @@ class BuiltShards:
 
 
 def build_shards(
-    source: SourceConfig, home: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, *, tokenizer_file: str, end_of_text: str
+    source: SourceConfig, directory: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, *, tokenizer_file: str, end_of_text: str
 ) -> BuiltShards:
     """Write the shards of all splits, except those that are complete already."""
-    home.store.delete(manifest.MANIFEST)
-    home.store.create()
+    directory.store.delete(manifest.MANIFEST)
+    directory.store.create()
     validation, is_tokens = validation_source(source), holds_token_files(source)
 
     def splits(part: SourceConfig) -> Sequence[InputSplit]:
@@ -55,7 +55,7 @@ def build_shards(
         SplitTask(
             split=split,
             index=index,
-            directory=home.root,
+            root=directory.root,
             cache=data.cache,
             tokenizer=tokenizer_file,
             end_of_text=end_of_text,
@@ -65,7 +65,7 @@ def build_shards(
         )
         for index, (split, share) in enumerate(shares)
     ]
-    records = {task.index: record for task in tasks if (record := _complete_record(task, home))}
+    records = {task.index: record for task in tasks if (record := _complete_record(task, directory))}
     missing = [task for task in tasks if task.index not in records]
     if records and missing:
         report(f"prepare {source.resolved_name}: {len(records)} of {len(tasks)} splits are complete")
@@ -76,7 +76,9 @@ def build_shards(
     return BuiltShards(encoder=encoder, records=[records[task.index] for task in tasks])
 
 
-def write_manifest(source: SourceConfig, home: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, built: BuiltShards) -> Manifest:
+def write_manifest(
+    source: SourceConfig, directory: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, built: BuiltShards
+) -> Manifest:
     """Write the manifest, which completes a corpus. Raises InputError if there are no documents."""
     train = tuple(record.train for record in built.records if record.train)
     validation = tuple(record.validation for record in built.records if record.validation)
@@ -98,27 +100,27 @@ def write_manifest(source: SourceConfig, home: CorpusDirectory, data: DataConfig
         text_bytes=sum(shard.text_bytes for shard in (*train, *validation)),
         left_out=dict(sorted(removed.items())),
         train=CorpusSplit.of(train),
-        validation=CorpusSplit.of(validation, _unigram_entropy(home, validation, tokenizer.vocabulary)),
+        validation=CorpusSplit.of(validation, _unigram_entropy(directory, validation, tokenizer.vocabulary)),
         fingerprint=manifest.content_fingerprint(train, validation),
     )
-    home.store.write(manifest.MANIFEST, corpus.model_dump_json(indent=1).encode())
+    directory.store.write(manifest.MANIFEST, corpus.model_dump_json(indent=1).encode())
     if removed[MALFORMED]:
         first = next(record.refused for record in built.records if record.refused)
         report(f"prepare: skipped {removed[MALFORMED]:,} malformed rows, first {first}")
     report(
         f"prepared {source.resolved_name!r}: {corpus.train.tokens:,} train and {corpus.validation.tokens:,} validation tokens"
-        f" of {corpus.text_bytes / 1e6:.1f} MB text in {home.root} ({built.encoder}){summary}"
+        f" of {corpus.text_bytes / 1e6:.1f} MB text in {directory.root} ({built.encoder}){summary}"
     )
     return corpus
 
 
-def complete_corpus(home: CorpusDirectory, *, contents: bool) -> Manifest | None:
+def complete_corpus(directory: CorpusDirectory, *, contents: bool) -> Manifest | None:
     """Return the manifest of a complete and undamaged corpus, else None. contents: check every byte, not only sizes."""
-    if not home.store.exists(manifest.MANIFEST):
+    if not directory.store.exists(manifest.MANIFEST):
         return None
     try:
-        corpus = manifest.load(home)
-        if not (damage := corpus.problem(home, contents=contents)):
+        corpus = manifest.load(directory)
+        if not (damage := corpus.problem(directory, contents=contents)):
             return corpus
     except InputError as error:
         damage = str(error)
@@ -126,13 +128,13 @@ def complete_corpus(home: CorpusDirectory, *, contents: bool) -> Manifest | None
     return None
 
 
-def _complete_record(task: SplitTask, home: CorpusDirectory) -> SplitRecord | None:
+def _complete_record(task: SplitTask, directory: CorpusDirectory) -> SplitRecord | None:
     """Return the record of a split with complete shards, checked by every byte on a disk, and by size in an object store."""
     try:
-        record = SplitRecord.model_validate_json(home.store.read(record_file(task.index)))
+        record = SplitRecord.model_validate_json(directory.store.read(record_file(task.index)))
     except (FileNotFoundError, ValidationError):
         return None
-    return None if any(home.shard_problem(shard, contents=home.store.is_local) for shard in record.shards()) else record
+    return None if any(directory.shard_problem(shard, contents=directory.store.is_local) for shard in record.shards()) else record
 
 
 def _mark_duplicates(source: SourceConfig, tasks: list[SplitTask], data: DataConfig) -> list[SplitTask]:
@@ -145,8 +147,8 @@ def _mark_duplicates(source: SourceConfig, tasks: list[SplitTask], data: DataCon
     return [replace(task, duplicates=np.packbits(part).tobytes()) for task, part in zip(tasks, marks, strict=True)]
 
 
-def _unigram_entropy(home: CorpusDirectory, shards: Sequence[Shard], vocabulary: int) -> float | None:
+def _unigram_entropy(directory: CorpusDirectory, shards: Sequence[Shard], vocabulary: int) -> float | None:
     if not shards:
         return None
-    counts = (np.bincount(home.tokens(shard), minlength=vocabulary) for shard in shards)
+    counts = (np.bincount(directory.tokens(shard), minlength=vocabulary) for shard in shards)
     return entropy(sum(counts, start=np.zeros(vocabulary, dtype=np.int64)))

@@ -38,7 +38,8 @@ class SplitTask:
 
     split: InputSplit
     index: int
-    directory: str
+    root: str
+    """Path or URL of the corpus directory."""
     cache: CacheConfig
     tokenizer: str
     """Path or URL of a tokenizer.json."""
@@ -55,15 +56,15 @@ class SplitTask:
         return f"piece-{self.index:05d}"
 
     @property
-    def home(self) -> CorpusDirectory:
-        return CorpusDirectory(self.directory, self.cache)
+    def directory(self) -> CorpusDirectory:
+        return CorpusDirectory(self.root, self.cache)
 
     def open_tokenizer(self) -> Tokenizer:
         return _open_tokenizer(self.tokenizer, self.cache, self.end_of_text, self.encoder)
 
     def write_record(self, record: SplitRecord) -> SplitRecord:
         """Write the record of a split, which says that its shards are complete."""
-        self.home.store.write(record_file(self.index), record.model_dump_json(indent=1).encode())
+        self.directory.store.write(record_file(self.index), record.model_dump_json(indent=1).encode())
         return record
 
 
@@ -75,7 +76,7 @@ def encode_split(task: SplitTask, position: c_int64) -> SplitRecord:
     """Write the shards of a split, and last its record. position: set to the position of the current document."""
     tokenizer, documents = task.open_tokenizer(), _SelectedDocuments(task)
     threshold = validation_threshold(task.validation)
-    store = task.home.store
+    store = task.directory.store
     with store.staging() as folder:
         with (
             _ShufflingWriter(folder / f"{task.stem}.train", tokenizer.vocabulary, key=2 * task.index) as train,

@@ -49,27 +49,27 @@ def find_prepared(data: DataConfig, tokens: TokenizerConfig) -> PreparedData | N
     found = find_directories(data, tokens)
     if found is None:
         return None
-    tokenizer_home, homes = found
+    tokenizer_directory, directories = found
     if data.live:
-        return live_sources.prepare_live(tokenizer_home.local_copy(_TOKENIZER), data, tokens)
-    corpora = [corpus for home in homes if (corpus := complete_corpus(home, contents=False))]
-    if len(corpora) < len(homes):
+        return live_sources.prepare_live(tokenizer_directory.local_copy(_TOKENIZER), data, tokens)
+    corpora = [corpus for directory in directories if (corpus := complete_corpus(directory, contents=False))]
+    if len(corpora) < len(directories):
         return None
     if data.packing == "best_fit":
         shape = window_shape(data)
-        if not all(find_packing(home, corpus, shape) for home, corpus in zip(homes, corpora, strict=True)):
+        if not all(find_packing(directory, corpus, shape) for directory, corpus in zip(directories, corpora, strict=True)):
             return None
-    return _prepared(tokenizer_home, homes, corpora)
+    return _prepared(tokenizer_directory, directories, corpora)
 
 
 def find_directories(data: DataConfig, tokens: TokenizerConfig) -> tuple[CorpusDirectory, list[CorpusDirectory]] | None:
     """Return the directory of the tokenizer and those of the corpora, which may not exist; None if there is no tokenizer yet."""
-    tokenizer_home = _tokenizer_home(data, tokens)
+    tokenizer_directory = _tokenizer_directory(data, tokens)
     try:
-        content = tokenizer_home.store.read(_TOKENIZER).decode()
+        content = tokenizer_directory.store.read(_TOKENIZER).decode()
     except FileNotFoundError:
         return None
-    return tokenizer_home, [_corpus_home(data, source, tokens, fingerprint(content)) for source in data.sources]
+    return tokenizer_directory, [_corpus_directory(data, source, tokens, fingerprint(content)) for source in data.sources]
 
 
 def prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
@@ -80,27 +80,30 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
     if data.live:
         data = live_sources.with_absolute_paths(data)
         live_sources.refuse_token_ids(data)
-    tokenizer_home = _tokenizer_home(data, tokens)
+    tokenizer_directory = _tokenizer_directory(data, tokens)
     _check_tokenizer(data, tokens)
     check_sources(data, tokens)
     with _lock(data):
-        content = _find_tokenizer(tokenizer_home, tokens) or _make_tokenizer(tokenizer_home, data, tokens)
+        content = _find_tokenizer(tokenizer_directory, tokens) or _make_tokenizer(tokenizer_directory, data, tokens)
         if data.live:
-            return _prepare_live(tokenizer_home, data, tokens)
-        homes = [_corpus_home(data, source, tokens, fingerprint(content)) for source in data.sources]
-        corpora = [_build(source, home, data, tokens, tokenizer_home) for source, home in zip(data.sources, homes, strict=True)]
+            return _prepare_live(tokenizer_directory, data, tokens)
+        directories = [_corpus_directory(data, source, tokens, fingerprint(content)) for source in data.sources]
+        corpora = [
+            _build(source, directory, data, tokens, tokenizer_directory)
+            for source, directory in zip(data.sources, directories, strict=True)
+        ]
         if data.packing == "best_fit":
-            for home, corpus in zip(homes, corpora, strict=True):
-                pack_corpus(home, corpus, window_shape(data))
-    prepared = _prepared(tokenizer_home, homes, corpora)
+            for directory, corpus in zip(directories, corpora, strict=True):
+                pack_corpus(directory, corpus, window_shape(data))
+    prepared = _prepared(tokenizer_directory, directories, corpora)
     Samples(prepared, data, tokens, seed=0)  # raises InputError if there is no sample
     return prepared
 
 
-def _prepare_live(tokenizer_home: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
-    prepared = live_sources.prepare_live(tokenizer_home.local_copy(_TOKENIZER), data, tokens)
+def _prepare_live(tokenizer_directory: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
+    prepared = live_sources.prepare_live(tokenizer_directory.local_copy(_TOKENIZER), data, tokens)
     LiveSamples(prepared, data, tokens, seed=0, held_out=1)  # raises InputError if there is no sample
-    report(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {tokenizer_home.root}")
+    report(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {tokenizer_directory.root}")
     return prepared
 
 
@@ -126,11 +129,11 @@ def _special_tokens(data: DataConfig) -> tuple[str, ...]:
     return FIM_TOKENS if data.fill_in_the_middle else ()
 
 
-def _find_tokenizer(home: CorpusDirectory, tokens: TokenizerConfig) -> str | None:
+def _find_tokenizer(directory: CorpusDirectory, tokens: TokenizerConfig) -> str | None:
     """Return the text of an existing tokenizer; None if there is none, or a damaged one."""
     try:
-        content = home.store.read(_TOKENIZER)
-        Tokenizer(home.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
+        content = directory.store.read(_TOKENIZER)
+        Tokenizer(directory.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
     except FileNotFoundError:
         return None
     except InputError as error:
@@ -139,7 +142,7 @@ def _find_tokenizer(home: CorpusDirectory, tokens: TokenizerConfig) -> str | Non
     return content.decode()
 
 
-def _make_tokenizer(home: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig) -> str:
+def _make_tokenizer(directory: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig) -> str:
     if tokens.file:
         content = read_tokenizer(tokens.file)
     else:
@@ -153,54 +156,54 @@ def _make_tokenizer(home: CorpusDirectory, data: DataConfig, tokens: TokenizerCo
             end_of_text=tokens.end_of_text,
             special_tokens=_special_tokens(data),
         )
-    home.store.create()
-    home.store.write(_TOKENIZER, content.encode())
+    directory.store.create()
+    directory.store.write(_TOKENIZER, content.encode())
     return content
 
 
 def _build(
-    source: SourceConfig, home: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig, tokenizer_home: CorpusDirectory
+    source: SourceConfig, directory: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig, tokenizer_directory: CorpusDirectory
 ) -> Manifest:
-    if corpus := complete_corpus(home, contents=home.store.is_local):
+    if corpus := complete_corpus(directory, contents=directory.store.is_local):
         return corpus
-    tokenizer = Tokenizer(tokenizer_home.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
-    file = tokenizer_home.location(_TOKENIZER)
-    built = build_shards(source, home, data, tokenizer, tokenizer_file=file, end_of_text=tokens.end_of_text)
-    if _corpus_home(data, source, tokens, tokenizer.fingerprint).root != home.root:
+    tokenizer = Tokenizer(tokenizer_directory.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
+    file = tokenizer_directory.location(_TOKENIZER)
+    built = build_shards(source, directory, data, tokenizer, tokenizer_file=file, end_of_text=tokens.end_of_text)
+    if _corpus_directory(data, source, tokens, tokenizer.fingerprint).root != directory.root:
         for index in range(len(built.records)):  # else they would count as complete if the file is restored
-            home.store.delete(record_file(index))
+            directory.store.delete(record_file(index))
         problem = "expected files that do not change, got one that changed while it was read"
         raise InputError(f"data.sources: {source.resolved_name!r}: {problem}. Prepare again.")
-    return write_manifest(source, home, data, tokenizer, built)
+    return write_manifest(source, directory, data, tokenizer, built)
 
 
-def _tokenizer_home(data: DataConfig, tokens: TokenizerConfig) -> CorpusDirectory:
+def _tokenizer_directory(data: DataConfig, tokens: TokenizerConfig) -> CorpusDirectory:
     if tokens.file:
-        return _home(data, "tokenizer", [fingerprint(read_tokenizer(tokens.file))])
+        return _directory(data, "tokenizer", [fingerprint(read_tokenizer(tokens.file))])
     config = as_version_1(identifying_keys(tokens, "tokenizer"), "tokenizer")
     del config["file"]
     trained_on = [identity(source) for source in data.sources]
-    return _home(data, "tokenizer", [trained_on, data.text_field, config, *_special_tokens(data)])
+    return _directory(data, "tokenizer", [trained_on, data.text_field, config, *_special_tokens(data)])
 
 
-def _corpus_home(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig, tokenizer: str) -> CorpusDirectory:
+def _corpus_directory(data: DataConfig, source: SourceConfig, tokens: TokenizerConfig, tokenizer: str) -> CorpusDirectory:
     config = as_version_1(identifying_keys(source, "data.sources"), "data.sources")
     del config["name"], config["epochs"]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", source.resolved_name).strip("-")[-40:].strip("-") or "corpus"
     content = [identity(source), config, tokenizer, tokens.end_of_text, data.validation, data.text_field, data.bad_rows]
-    return _home(data, slug, content)
+    return _directory(data, slug, content)
 
 
-def _home(data: DataConfig, name: str, content: Sequence[object]) -> CorpusDirectory:
+def _directory(data: DataConfig, name: str, content: Sequence[object]) -> CorpusDirectory:
     """Return the directory that is named by a hash of what determines its content."""
     key = digest([manifest.FORMAT, *content])[:12]
     return CorpusDirectory(join(absolute(data.directory), f"{name}-{key}"), data.cache)
 
 
-def _prepared(tokenizer_home: CorpusDirectory, homes: Sequence[CorpusDirectory], corpora: Sequence[Manifest]) -> PreparedData:
+def _prepared(tokenizer_directory: CorpusDirectory, directories: Sequence[CorpusDirectory], corpora: Sequence[Manifest]) -> PreparedData:
     return PreparedData(
-        tokenizer=tokenizer_home.local_copy(_TOKENIZER),
-        corpora=tuple(home.root for home in homes),
+        tokenizer=tokenizer_directory.local_copy(_TOKENIZER),
+        corpora=tuple(directory.root for directory in directories),
         fingerprint=manifest.joint_fingerprint(tuple(corpora)),
     )
 

@@ -225,5 +225,5 @@ def _write_shard(task: SplitTask, file: _ScannedFile, side: str, lengths_D: Leng
         bin_xxh3=file.xxh3,
         idx_xxh3=xxhash.xxh3_64_hexdigest(index),
     )
-    task.home.store.write(shard.index, index)
+    task.directory.store.write(shard.index, index)
     return shard

@@ -59,7 +59,7 @@ def task_of(split: InputSplit, prepared: PreparedData, directory: Path, index: i
     return SplitTask(
         split=split,
         index=index,
-        directory=str(directory),
+        root=str(directory),
         cache=CacheConfig(),
         tokenizer=str(prepared.tokenizer),
         end_of_text="<|endoftext|>",
