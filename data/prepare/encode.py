@@ -76,21 +76,17 @@ def encode_split(task: SplitTask, position: c_int64) -> SplitRecord:
     """Write the shards of a split, and last its record. position: set to the position of the current document."""
     tokenizer, documents = task.open_tokenizer(), _SelectedDocuments(task)
     threshold = validation_threshold(task.validation)
-    store = task.directory.store
-    with store.staging() as folder:
-        with (
-            _ShufflingWriter(folder / f"{task.stem}.train", tokenizer.vocabulary, key=2 * task.index) as train,
-            _ShufflingWriter(folder / f"{task.stem}.validation", tokenizer.vocabulary, key=2 * task.index + 1) as validation,
-        ):
-            for batch in documents.batches(position):
-                for ids, raw in _encode(batch, tokenizer, task.split):
-                    # By its text, not its position: a repeated document is on one side only.
-                    writer = validation if xxhash.xxh3_64_intdigest(raw) < threshold else train
-                    writer.append(ids, len(raw) if isinstance(raw, bytes) else 0)
-            shards = train.commit(), validation.commit()
-        for shard in shards:
-            for name in (shard.file, shard.index) if shard else ():
-                store.upload(folder / name, name)
+    with (
+        task.directory.store.staging() as folder,
+        _ShufflingWriter(folder / f"{task.stem}.train", tokenizer.vocabulary, key=2 * task.index) as train,
+        _ShufflingWriter(folder / f"{task.stem}.validation", tokenizer.vocabulary, key=2 * task.index + 1) as validation,
+    ):
+        for batch in documents.batches(position):
+            for ids, raw in _encode(batch, tokenizer, task.split):
+                # By its text, not its position: a repeated document is on one side only.
+                writer = validation if xxhash.xxh3_64_intdigest(raw) < threshold else train
+                writer.append(ids, len(raw) if isinstance(raw, bytes) else 0)
+        shards = train.commit(), validation.commit()
     removed = dict(sorted(documents.removed.items()))
     return task.write_record(SplitRecord(train=shards[0], validation=shards[1], left_out=removed, refused=documents.first_bad_row))
 

@@ -25,14 +25,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 LONGEST = 2**31 - 1  # tokens of a document
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
-DTYPES = {
-    1: np.dtype(np.uint8),
-    2: np.dtype(np.int8),
-    3: np.dtype(np.int16),
-    4: np.dtype(np.int32),
-    5: np.dtype(np.int64),
-    8: np.dtype(np.uint16),
-}
+DTYPES = {code: np.dtype(name) for code, name in {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}.items()}
 
 
 class Shard(BaseModel, frozen=True, extra="forbid"):

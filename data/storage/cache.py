@@ -76,20 +76,15 @@ class ShardCache:
             expected = "expected a directory on a local disk that can be written"
             raise InputError(f"data.cache.directory: {expected}, got {self._directory} ({problem}). Choose another.")
 
-    def fetch(self, file: CachedFile, *, verify: bool = False) -> Path:
-        """Return the local path of a file, which is downloaded if necessary. Another process may evict it at any time: see hold().
-
-        A file in the cache is trusted by its name and size. verify: read it whole, and download it again if it is damaged. Raises
-        InputError if the object is damaged or larger than the limit, OSError if the store or the disk fails.
-        """
-        with self.hold(file, verify=verify) as path:
-            return path
-
     @contextmanager
-    def hold(self, file: CachedFile, *, verify: bool = False) -> Generator[Path]:
-        """Like fetch(), but no process evicts the file inside the block. What is opened or mapped there stays readable afterwards."""
+    def hold(self, file: CachedFile) -> Generator[Path]:
+        """Yield the local path of a file, which is downloaded if necessary.
+
+        No process evicts it inside the block. What is opened or mapped there stays readable afterwards. A file in the cache is trusted by
+        its name and size. Raises InputError if the object is damaged or larger than the limit, OSError if the store or the disk fails.
+        """
         while True:
-            with self._hold_if_present(file, verify=verify) as is_present:
+            with self._hold_if_present(file) as is_present:
                 if is_present:
                     yield self._directory / file.name
                     return
@@ -98,7 +93,7 @@ class ShardCache:
     def prefetch(self, files: Iterable[CachedFile]) -> None:
         """Download these files in the background, in this order, as far as the limit allows. Replaces files that are still queued.
 
-        Returns at once. Errors are logged, and raised again by fetch().
+        Returns at once. Errors are logged, and raised again by hold().
         """
         queue: deque[CachedFile] = deque()
         total = 0
@@ -124,13 +119,14 @@ class ShardCache:
                     return
                 file = self._queue.popleft()
             try:
-                self.fetch(file)
+                with self.hold(file):
+                    pass
             except Exception as error:  # noqa: BLE001  raised again when the file is needed
                 log.warning("prefetch: %s", error)
 
     @contextmanager
-    def _hold_if_present(self, file: CachedFile, *, verify: bool) -> Generator[bool]:
-        """Yield whether the file is present and sound, and if so, hold it. A damaged file is deleted."""
+    def _hold_if_present(self, file: CachedFile) -> Generator[bool]:
+        """Yield whether the file is present, and if so, hold it. A file of another size is deleted."""
         path = self._directory / file.name
         with ExitStack() as stack:
             try:
@@ -141,8 +137,8 @@ class ShardCache:
                 fcntl.flock(stream, fcntl.LOCK_SH)
             if stream is None or not _is_at(stream, path):
                 yield False
-            elif problem := _problem(stream, file, verify=verify):
-                log.warning("%s: %s; it is downloaded again", path, problem)
+            elif (size := os.fstat(stream.fileno()).st_size) != file.size:
+                log.warning("%s: expected %d bytes, got %d; it is downloaded again", path, file.size, size)
                 with self._locked():
                     if _is_at(stream, path):
                         path.unlink()
@@ -242,18 +238,6 @@ def _fill(stream: FileIO, file: CachedFile) -> None:
         log.warning("%s: expected %d bytes of xxh3 %s, got %s", file.url, file.size, file.xxh3, got)
     expected = f"expected {file.size} bytes of xxh3 {file.xxh3}"
     raise InputError(f"{file.url}: {expected}, got {got}, {BAD_DOWNLOADS} times. Prepare the corpus again: the object is damaged.")
-
-
-def _problem(stream: BufferedReader, file: CachedFile, *, verify: bool) -> str | None:
-    size = os.fstat(stream.fileno()).st_size
-    if size != file.size:
-        return f"expected {file.size} bytes, got {size}"
-    if not verify:
-        return None
-    digest = xxhash.xxh3_64()
-    while block := stream.read(1 << 22):
-        digest.update(block)
-    return None if digest.hexdigest() == file.xxh3 else f"expected xxh3 {file.xxh3}, got {digest.hexdigest()}"
 
 
 def _touch(path: Path) -> None:

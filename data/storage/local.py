@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from manta.data.errors import InputError
-from manta.data.storage.atomic import TEMPORARY, sync_directory, write_atomically
+from manta.data.storage.atomic import TEMPORARY, write_atomically
 from manta.data.storage.location import FileListing, StoredFile
 
 BLOCK = 1 << 22  # bytes of a block, a multiple of any token id's
@@ -89,17 +89,6 @@ class LocalStore:
     @contextmanager
     def staging(self) -> Generator[Path]:
         yield self.path
-
-    def upload(self, file: Path, name: str) -> None:
-        path = self.path / name
-        if file == path:
-            return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-        shutil.copyfile(file, temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
 
     def delete(self, name: str = "") -> None:
         (self.path / name).unlink(missing_ok=True)

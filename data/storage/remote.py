@@ -152,6 +152,8 @@ class RemoteStore:
     def staging(self) -> Generator[Path]:
         with tempfile.TemporaryDirectory(prefix="manta-prepare-") as folder:
             yield Path(folder)
+            for file in sorted(Path(folder).iterdir()):
+                self.upload(file, file.name)
 
     def upload(self, file: Path, name: str) -> None:
         """Holds some 100 MB in memory at most."""

@@ -70,11 +70,7 @@ class Store(Protocol):
         ...
 
     def staging(self) -> AbstractContextManager[Path]:
-        """Yield a local directory to write files into that `upload` publishes: the root, or a temporary one for an object store."""
-        ...
-
-    def upload(self, file: Path, name: str) -> None:
-        """Publish a local file, whole or not at all."""
+        """Yield a local directory for new files, which are in the store after the block: the root itself, or a temporary directory."""
         ...
 
     def delete(self, name: str = "") -> None:

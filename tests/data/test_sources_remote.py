@@ -92,7 +92,7 @@ def bucket(monkeypatch):
         for name, value in proxy.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(remote_requests, "WAIT", 0.01)
-        object_store.forget()
+        object_store.close_connections()
         yield store, proxy
 
 

@@ -1,10 +1,11 @@
-"""An S3 server on loopback, and a proxy before it that breaks answers the way networks and disks do.
+"""An S3 server on loopback, and a proxy in front of it that injects the faults of networks and disks.
 
-The server is moto's, a process of its own; it ends with the one that started it. Everything a client needs to reach it is in `environment`.
+The server is moto's, in a child process that ends with its parent. `environment` is what a client needs to reach it.
 """
 
 import gc
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -19,11 +20,11 @@ from typing import Literal, Self
 from urllib.parse import unquote, urlsplit
 
 BUCKET = "corpus"
-PASSING = {"accept-encoding", "connection", "keep-alive", "transfer-encoding"}  # between neighbours, not end to end
+HOP_BY_HOP = {"accept-encoding", "connection", "keep-alive", "transfer-encoding"}  # headers that are not forwarded
 
 
 class ObjectStore:
-    """One bucket. `port` is the server's own; a test that wants answers broken or counted goes through a Proxy instead."""
+    """One bucket. Tests that break or count responses use a Proxy's port instead of this one."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-P", __file__]
@@ -41,10 +42,10 @@ class ObjectStore:
     def stop(self) -> None:
         self._server.kill()
         self._server.communicate()
-        forget()
+        close_connections()
 
     def put(self, key: str, content: bytes) -> str:
-        """The URL of an object with this content."""
+        """Put an object, and return its URL."""
         self._request("PUT", f"/{BUCKET}/{key}", content)
         return url(key)
 
@@ -52,28 +53,31 @@ class ObjectStore:
         self._request("DELETE", f"/{BUCKET}/{key}")
 
     def check_keys(self, *, on: bool) -> None:
-        """Whether requests want the keys of a user that may read; nobody has any, so that all are turned away."""
+        """Set whether requests need valid keys. There are none, so that all requests are refused then."""
         self._request("POST", "/moto-api/reset-auth", b"0" if on else json.dumps(float("inf")).encode())
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> None:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
-            connection.request(method, path, body, {"Authorization": "AWS nobody:nothing"})  # asked for, and not looked at
-            answer = connection.getresponse()
-            told = answer.read()
-            assert answer.status < 300, told
+            connection.request(method, path, body, {"Authorization": "AWS user:key"})  # required, and not checked
+            response = connection.getresponse()
+            content = response.read()
+            assert response.status < 300, content
         finally:
             connection.close()
 
 
-def forget() -> None:
-    """Close connections to a store that is gone, or that the environment names no longer; a forked child that collects them would wait
-    for their loop.
-    """
+def close_connections() -> None:
+    """Close connections to a server that has stopped or is no longer used: a forked child that collects them would wait for their loop."""
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
     gc.collect()
+
+
+def content(seed: str, size: int = 100_000) -> bytes:
+    """Return random bytes for an object."""
+    return random.Random(seed).randbytes(size)
 
 
 def url(key: str) -> str:
@@ -95,7 +99,7 @@ def environment(port: int) -> dict[str, str]:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` answers that carry byte `at` of an object, or where it refuses, have status `at` instead."""
+    """What happens to the next `times` responses that contain byte `at` of an object; a refusal responds with status `at` instead."""
 
     kind: Literal["cut", "flip", "stall", "refuse"]
     at: int
@@ -103,19 +107,15 @@ class Fault:
 
 
 class Proxy:
-    """Hands requests to a server and its answers back; counts GETs by object, and breaks what it is told to break."""
+    """Forwards requests and responses, counts GETs by object, and injects faults."""
 
     def __init__(self, port: int) -> None:
         self.reset()
         self._guard = threading.Lock()
         self.connections: set[socket] = set()
-        proxy = self
+        handler = type("Handler", (_Handler,), {"server_port": port, "proxy": self})
 
-        class Handler(_Handler):
-            behind = port
-            front = proxy
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.environment = environment(self._server.server_port)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
@@ -124,17 +124,17 @@ class Proxy:
         self.gets: Counter[str] = Counter()
         self.requests = 0
         self.ranges: list[str | None] = []
-        self.stalled = threading.Event()  # an answer has come to its stall
-        self._go = threading.Event()
+        self.stalled = threading.Event()  # set once a response stalls
+        self._resumed = threading.Event()
         self._faults: dict[str, list[Fault]] = {}
         self._hang_ups: list[Fault] = []
-        self.hung_up = 0
+        self.hang_up_count = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._go.set()
+        self._resumed.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -143,31 +143,31 @@ class Proxy:
                 connection.shutdown(SHUT_RDWR)
 
     def cut(self, key: str, *, at: int, times: int = 1) -> None:
-        """The connection ends before byte `at`, though the answer has promised all of them."""
+        """End the connection before byte `at`, after the headers have announced all bytes."""
         self._faults.setdefault(key, []).append(Fault("cut", at, times))
 
     def flip(self, key: str, *, at: int, times: int = 1) -> None:
-        """Byte `at` arrives with a bit changed."""
+        """Flip a bit of byte `at`."""
         self._faults.setdefault(key, []).append(Fault("flip", at, times))
 
     def stall(self, key: str, *, at: int) -> None:
-        """The answer stands still before byte `at`, until go()."""
+        """Stall the response before byte `at`, until resume()."""
         self._faults.setdefault(key, []).append(Fault("stall", at, 1))
 
     def refuse(self, key: str, *, status: int, times: int) -> None:
-        """Any request for the object, whatever its method, is answered by this status."""
+        """Respond with this status to any request for the object."""
         self._faults.setdefault(key, []).append(Fault("refuse", status, times))
 
     def hang_up(self, *, at: int, times: int) -> None:
-        """The connection ends once byte `at` of an upload has come; the next `times` uploads that are so large."""
+        """End the connection after `at` bytes of an upload, for the next `times` uploads that are larger."""
         self._hang_ups = [Fault("cut", at, times)]
 
-    def go(self) -> None:
-        self._go.set()
+    def resume(self) -> None:
+        self._resumed.set()
 
     def wait(self) -> None:
         self.stalled.set()
-        self._go.wait(30)
+        self._resumed.wait(30)
 
     @contextmanager
     def open(self, connection: socket) -> Generator[None]:
@@ -185,27 +185,27 @@ class Proxy:
                 self.ranges.append(ranged)
 
     def refusal(self, key: str) -> int | None:
-        """The status that a request for the object is to get instead of an answer."""
+        """Return the status to refuse a request for the object with."""
         return fault.at if (fault := self._due(key, {"refuse"}, range(1000))) else None
 
     def hangs_up(self, size: int) -> int | None:
-        """After how many bytes of an upload of this size the connection is to end."""
+        """Return the bytes of an upload of this size after which the connection ends."""
         with self._guard:
             for fault in self._hang_ups:
                 if fault.times and size > fault.at:
                     fault.times -= 1
-                    self.hung_up += 1
+                    self.hang_up_count += 1
                     return fault.at
         return None
 
-    def fault(self, key: str, carried: range) -> Fault | None:
-        """What is to happen to an answer that carries these bytes of the object."""
-        return self._due(key, {"cut", "flip", "stall"}, carried)
+    def fault(self, key: str, positions: range) -> Fault | None:
+        """Return the fault of a response with these bytes of the object."""
+        return self._due(key, {"cut", "flip", "stall"}, positions)
 
-    def _due(self, key: str, kinds: set[str], places: range) -> Fault | None:
+    def _due(self, key: str, kinds: set[str], positions: range) -> Fault | None:
         with self._guard:
             for fault in self._faults.get(key, []):
-                if fault.kind in kinds and fault.at in places and fault.times:
+                if fault.kind in kinds and fault.at in positions and fault.times:
                     fault.times -= 1
                     return fault
         return None
@@ -213,52 +213,52 @@ class Proxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else what follows the headers waits 40 ms for the client's word that it has them
-    behind: int
-    front: Proxy
+    disable_nagle_algorithm = True  # else the body waits 40 ms for the client to acknowledge the headers
+    server_port: int
+    proxy: Proxy
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  as the base names it
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
         pass
 
     def handle(self) -> None:
-        with self.front.open(self.connection), suppress(ConnectionError):  # clients are killed in these tests
+        with self.proxy.open(self.connection), suppress(ConnectionError):  # tests kill clients
             super().handle()
 
     def forward(self) -> None:
         key = unquote(urlsplit(self.path).path).removeprefix(f"/{BUCKET}").lstrip("/")
-        self.front.count(self.command, key, self.headers["Range"])
+        self.proxy.count(self.command, key, self.headers["Range"])
         size = int(self.headers["Content-Length"] or 0)
-        if self.command == "PUT" and (at := self.front.hangs_up(size)) is not None:
+        if self.command == "PUT" and (at := self.proxy.hangs_up(size)) is not None:
             self.rfile.read(at)
             self.close_connection = True
             self.connection.shutdown(SHUT_RDWR)
             return
         body = self._body()
-        if status := self.front.refusal(key):
-            self._answer(status, [], b"<Error><Code>Unwell</Code><Message>told to</Message></Error>")
+        if status := self.proxy.refusal(key):
+            self._respond(status, [], b"<Error><Code>Refused</Code><Message>by the test</Message></Error>")
             return
-        connection = HTTPConnection("127.0.0.1", self.behind, timeout=20)
+        connection = HTTPConnection("127.0.0.1", self.server_port, timeout=20)
         try:
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
-                if name.lower() not in PASSING:
+                if name.lower() not in HOP_BY_HOP:
                     connection.putheader(name, value)
             connection.endheaders(body)
-            answer = connection.getresponse()
-            content = answer.read()
-        except ConnectionError:  # no server behind: to the client, a connection that ends
+            response = connection.getresponse()
+            content = response.read()
+        except ConnectionError:  # the server has stopped
             self.close_connection = True
             return
         finally:
             connection.close()
-        headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in PASSING | {"date", "server"}]
-        begin = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").partition("-")[0])
-        carried = range(begin, begin + len(content) if self.command == "GET" and answer.status < 300 else begin)
-        self._answer(answer.status, headers, content, self.front.fault(key, carried), begin)
+        headers = [(name, value) for name, value in response.getheaders() if name.lower() not in HOP_BY_HOP | {"date", "server"}]
+        start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        positions = range(start, start + len(content) if self.command == "GET" and response.status < 300 else start)
+        self._respond(response.status, headers, content, self.proxy.fault(key, positions), start)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward  # noqa: N815  as the base names them
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward  # noqa: N815  the base class's names
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, fault: Fault | None = None, begin: int = 0) -> None:
+    def _respond(self, status: int, headers: list[tuple[str, str]], content: bytes, fault: Fault | None = None, start: int = 0) -> None:
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
@@ -267,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        at = fault.at - begin if fault else 0
+        at = fault.at - start if fault else 0
         match fault and fault.kind:
             case "cut":
                 self.wfile.write(content[:at])
@@ -276,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
             case "stall":
                 self.wfile.write(content[:at])
-                self.front.wait()
+                self.proxy.wait()
                 self.wfile.write(content[at:])
             case _:
                 self.wfile.write(content)
@@ -294,8 +294,8 @@ def serve() -> None:
     WSGIRequestHandler.disable_nagle_algorithm = True
     server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(server.server_port, flush=True)  # noqa: T201  whoever started it reads this
-    sys.stdin.read()  # to its end: then nobody is there any more
+    print(server.server_port, flush=True)  # noqa: T201  the parent reads this
+    sys.stdin.read()  # until the parent ends
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_a_dead_attempt_that_thaws_at_the_very_commit_leaves_a_later_one_s_check
 def test_a_connection_cut_in_mid_upload_is_tried_again(where, proxy):
     proxy.hang_up(at=5_000_000, times=3)
     saver(where).save(tensors(1, LARGE), progress(1))
-    assert proxy.hung_up == 3
+    assert proxy.hang_up_count == 3
     assert is_of(where, 1, LARGE)
 
 

@@ -428,11 +428,11 @@ def test_what_is_large_is_read_in_parts_and_only_the_blocks_that_are_needed(tmp_
     assert 2 * tensor.stride(0) * 4 > SPAN
     saver(tmp_path).save({"x": TensorViews.from_whole(tensor)}, progress(1))
     where, asked = open_backend(tmp_path), []
-    open_ranges = where.open_ranges
+    open_ranges = where.store.open_ranges
 
     @contextmanager
-    def counted(name: str, file: str):
-        with open_ranges(name, file) as read_into:
+    def counted(path: str):
+        with open_ranges(path) as read_into:
 
             def count(start: int, buffer: memoryview) -> int:
                 asked.append(len(buffer))
@@ -440,7 +440,7 @@ def test_what_is_large_is_read_in_parts_and_only_the_blocks_that_are_needed(tmp_
 
             yield count
 
-    monkeypatch.setattr(where, "open_ranges", counted)
+    monkeypatch.setattr(where.store, "open_ranges", counted)
     filled = torch.zeros(3, 1_500_000)
     read_tensors(where, catalog.read_manifest(where, "step-00000001"), {"x": cut(filled, tensor.shape, [wanted])}, check_files=None)
     assert torch.equal(filled[wanted.slices], tensor[wanted.slices])

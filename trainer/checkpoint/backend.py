@@ -13,7 +13,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -57,12 +57,6 @@ class CheckpointBackend(ABC):
 
     def location(self, name: str) -> str:
         return self.store.location(name)
-
-    def size(self, name: str, file: str) -> int:
-        return self.store.stat(f"{name}/{file}").size
-
-    def open_ranges(self, name: str, file: str) -> AbstractContextManager[Callable[[int, memoryview], int]]:
-        return self.store.open_ranges(f"{name}/{file}")
 
     def set_fence(self, attempt: int, token: str) -> None:
         """Let this token alone commit from now on, and sweep away what dead attempts left. Raises FencedError after a later attempt.

@@ -46,11 +46,11 @@ def read_tensors(
         checks_file = check_files is not None and index % check_files[1] == check_files[0]
         if index not in parts and not checks_file:
             continue
-        location = f"{checkpoint.location}/{file.name}"
+        path, location = f"{checkpoint.name}/{file.name}", f"{checkpoint.location}/{file.name}"
         try:
-            if checks_file and (size := backend.size(checkpoint.name, file.name)) != file.bytes:
+            if checks_file and (size := backend.store.stat(path).size) != file.bytes:
                 raise CheckpointError(f"{location}: expected {file.bytes} bytes, got {size}")
-            with backend.open_ranges(checkpoint.name, file.name) as read_into:
+            with backend.store.open_ranges(path) as read_into:
                 blocks = BlockReader(read_into, file, location, check_hashes=check_hashes)
                 for part in sorted(parts.get(index, []), key=lambda part: part.start):
                     _copy(blocks, part)
