@@ -42,16 +42,11 @@ OBJECT_STORE = {"object-store-memory": str(OBJECT_STORE_BYTES)}  # small: ranks 
 Manifest = dict[str, Any]
 
 
-def submit(config: RunConfig, *, dry_run: bool) -> int:
-    """Apply the manifest with kubectl, or print it, and return the exit code. Raises InputError if the pods could not run it."""
-    manifest = render(config)
-    if dry_run:
-        sys.stdout.write(manifest)
-        return ExitCode.DONE
-    kubectl = shutil.which("kubectl")
+def submit(config: RunConfig) -> int:
+    """Apply the manifest with kubectl, and return the exit code."""
+    manifest, kubectl = render(config), shutil.which("kubectl")
     if kubectl is None:
-        remedy = "Install it, or add --dry-run and apply the output."
-        raise InputError(f"--on kubernetes: expected kubectl on PATH, got none. {remedy}")
+        raise InputError("--on kubernetes: expected kubectl on PATH, got none. Install it, or add --dry-run and apply the output.")
     result = subprocess.run([kubectl, "apply", "-f", "-"], input=manifest, stdout=subprocess.PIPE, text=True, check=False)
     sys.stdout.write(result.stdout)
     if result.returncode:

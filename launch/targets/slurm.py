@@ -24,17 +24,10 @@ from manta.data.storage.atomic import write_atomically
 from manta.launch.config import RunConfig
 from manta.launch.run.display import say
 
-FOLDER = "slurm"  # in the run directory: the submitted files
 
-
-def submit(config: RunConfig, *, dry_run: bool) -> int:
-    """Submit the script with sbatch, or print it, and return the exit code. Raises InputError if the job could not run."""
-    check(config)
-    folder = config.run.dir.absolute() / FOLDER
-    script = render(config, folder / "run.yaml")
-    if dry_run:
-        sys.stdout.write(script)
-        return ExitCode.DONE
+def submit(config: RunConfig) -> int:
+    """Submit the script with sbatch, and return the exit code."""
+    script, folder = render(config), _folder(config)
     if shutil.which("sbatch") is None:
         raise InputError("--on slurm: expected sbatch on PATH, got none. Use a machine that submits jobs, or add --dry-run.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,29 +42,28 @@ def submit(config: RunConfig, *, dry_run: bool) -> int:
     return ExitCode.DONE
 
 
-def check(config: RunConfig) -> None:
-    """Raises InputError if settings of cluster.slurm contradict each other."""
+def _folder(config: RunConfig) -> Path:
+    """Return the directory of the submitted files."""
+    return config.run.dir.absolute() / "slurm"
+
+
+def render(config: RunConfig) -> str:
+    """Return the script. Raises InputError if settings of cluster.slurm contradict each other."""
     slurm, grace = config.cluster.slurm, config.cluster.grace_period
     if slurm.warning <= grace:
-        expected = f"more than cluster.grace_period ({grace:g} s)"
-        raise InputError(f"cluster.slurm.warning: expected {expected}, got {slurm.warning} s. Raise it, or lower cluster.grace_period.")
+        raise InputError(f"cluster.slurm.warning: expected more than cluster.grace_period ({grace:g} s), got {slurm.warning} s. Raise it.")
     if slurm.mounts and slurm.container is None:
         raise InputError("cluster.slurm.mounts: expected none without a container, got some. Set cluster.slurm.container.")
-
-
-def render(config: RunConfig, file: Path) -> str:
-    """Return the script. file: where the job finds the run's config."""
-    slurm = config.cluster.slurm
     python = shlex.quote(slurm.python or sys.executable)
     modules = "".join(f"module load {shlex.quote(module)}\n" for module in slurm.modules)
-    directives = "".join(f"#SBATCH {line}\n" for line in _directives(config, file.parent))
+    directives = "".join(f"#SBATCH {line}\n" for line in _directives(config))
     requeue = 'scontrol requeue "$SLURM_JOB_ID"' if slurm.requeue else "echo 'The time is up. Run the same command again to resume.'"
     return f"""#!/bin/bash
 {directives}
 set -u
 {modules}
 # The controller runs on the first node, and starts the others with srun.
-{python} -P -m manta.launch train {shlex.quote(str(file))} --on allocation &
+{python} -P -m manta.launch train {shlex.quote(str(_folder(config) / "run.yaml"))} --on allocation &
 run=$!
 
 # SLURM signals only this script. The job is requeued if its time is up, but not if it is canceled.
@@ -92,7 +84,7 @@ exit "$code"
 """
 
 
-def _directives(config: RunConfig, folder: Path) -> Iterator[str]:
+def _directives(config: RunConfig) -> Iterator[str]:
     cluster, slurm = config.cluster, config.cluster.slurm
     yield f"--job-name={re.sub(r'[^A-Za-z0-9_.-]+', '-', config.run.dir.absolute().name)}"
     yield f"--nodes={cluster.min_nodes}" + (f"-{cluster.max_nodes}" if cluster.max_nodes > cluster.min_nodes else "")
@@ -104,7 +96,7 @@ def _directives(config: RunConfig, folder: Path) -> Iterator[str]:
     yield from (f"--{option}={value}" for option, value in optional.items() if value is not None)
     yield f"--signal=B:USR1@{slurm.warning}"
     yield "--requeue" if slurm.requeue else "--no-requeue"
-    yield f'--output="{folder / "job-%j.log"}"'
+    yield f'--output="{_folder(config) / "job-%j.log"}"'
     yield "--open-mode=append"
     yield from slurm.options
 

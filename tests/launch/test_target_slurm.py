@@ -36,8 +36,7 @@ EXAMPLE = (
 
 
 def example() -> str:
-    config = load(Path(__file__).parents[2] / "examples/gpt2-124m.yaml", EXAMPLE)
-    return slurm.render(config, config.run.dir / "slurm/run.yaml")
+    return slurm.render(load(Path(__file__).parents[2] / "examples/gpt2-124m.yaml", EXAMPLE))
 
 
 def test_the_script_matches_the_golden_file():

@@ -1,6 +1,7 @@
 """The table of architectures: equal logits in transformers, and a refusal in one line for anything without a counterpart."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,8 @@ from saved_models import EQUIVALENT, EXPERTS, SIGMOID, exported, logit_differenc
 
 from manta.data.errors import InputError
 from manta.trainer.architectures.config_json import from_hf_config
-from manta.trainer.architectures.families import ARCHITECTURES, architecture_for
+from manta.trainer.architectures.families import ARCHITECTURES, architecture_for, map_tensors
 from manta.trainer.architectures.gpt2 import GPT2
-from manta.trainer.architectures.tensor_map import bind
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.model.build import build_model
 from manta.trainer.pretrained.weights import model_tensors
@@ -68,7 +68,7 @@ def test_every_key_of_a_model_is_mapped_required_or_for_training():
 def test_a_tensor_without_a_row_is_an_error():
     model = build_model(model_config(family="gpt2"), vocabulary=9, sequence_length=4)
     with pytest.raises(AssertionError, match=r"no row for \['norm.bias', 'norm.weight'\]"):
-        bind([row for row in GPT2.tensors if "ln_f" not in row.hf], model_tensors(model), layers=2, experts=0)
+        map_tensors(replace(GPT2, tensors=GPT2.tensors[:2]), model_config(family="gpt2"), model_tensors(model))
 
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 300, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}

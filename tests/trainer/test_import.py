@@ -93,7 +93,7 @@ def test_old_names_and_a_copied_head_are_imported(tmp_path):
     import_model(source, tmp_path / "imported")
     assert stored_tensors(exported(RunDirectory(tmp_path / "imported"))) == stored_tensors(exported(run_directory, "again"))
     save_file(older | {"lm_head.weight": torch.zeros_like(older["lm_head.weight"])}, source / "model.safetensors")
-    with pytest.raises(InputError, match=r"lm_head.weight: expected the values of transformer.wte.weight, .* got others"):
+    with pytest.raises(InputError, match=r"lm_head.weight: expected the values of transformer.wte.weight, got others"):
         import_model(source, tmp_path / "untied")
     save_file(older | {"ln_f.weight": torch.ones(32, dtype=torch.int64)}, source / "model.safetensors")
     with pytest.raises(InputError, match=r"transformer.ln_f.weight: expected F32, BF16, F16, got I64. Convert it first."):
@@ -136,11 +136,11 @@ DAMAGE = {
     "max_position_embeddings: expected a whole number, got 'far'": lambda path: edit(path, max_position_embeddings="far"),
     "max_position_embeddings: expected a whole number, got True": lambda path: edit(path, max_position_embeddings=True),
     "heads: ": lambda path: edit(path, num_attention_heads=5, num_key_value_heads=5, head_dim=None),
-    "model.norm.weight: expected [32], got nothing": lambda path: replace(path, "model.norm.weight"),
+    "model.norm.weight: expected (32,), got nothing": lambda path: replace(path, "model.norm.weight"),
     "score.weight: expected no such tensor in LlamaForCausalLM": lambda path: replace(path, **{"score.weight": torch.ones(2)}),
-    "model.norm.weight: expected [32], got [31]": lambda path: replace(path, **{"model.norm.weight": torch.ones(31)}),
+    "model.norm.weight: expected (32,), got (31,)": lambda path: replace(path, **{"model.norm.weight": torch.ones(31)}),
     "model.norm.weight: expected F32, BF16, F16, got I64": lambda path: replace(path, **{"model.norm.weight": torch.ones(32).long()}),
-    "expected at least 270, the tokens of tokenizer.json, got 260": lambda path: edit(path, vocab_size=260),
+    "expected at least the 270 tokens of tokenizer.json, got 260": lambda path: edit(path, vocab_size=260),
     "expected tokenizer.json, got no such file. Write it": lambda path: (path / "tokenizer.json").unlink(),
     "pytorch_model.bin, a pickle": lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
     "expected model.safetensors or model.safetensors.index.json": lambda path: (path / "model.safetensors").unlink(),
@@ -183,7 +183,7 @@ def test_an_import_overwrites_nothing(tmp_path):
 def test_a_checkpoint_of_another_model_is_not_called_damaged(tmp_path):
     run_directory = random_run(tmp_path)
     run_directory.config_file.write_text(run_directory.config_file.read_text().replace("mlp_width: 48", "mlp_width: 40"))
-    with pytest.raises(CheckpointError, match=r"blocks.0.mlp.down_proj.weight: got \(32, 48\), wants \(32, 40\)"):
+    with pytest.raises(CheckpointError, match=r"blocks.0.mlp.down_proj.weight: expected \(32, 40\), got \(32, 48\)"):
         load_pretrained(run_directory)
 
 

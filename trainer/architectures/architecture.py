@@ -1,9 +1,11 @@
-"""Columns of the table of architectures: what a row states about one model class of transformers."""
+"""What the tables state about one model class of transformers. Defaults are those of most decoders, as in Llama."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from manta.trainer.architectures.tensor_map import TensorRow
+from manta.trainer.architectures.tensor_map import Row
+
+Keys = Mapping[str, "Key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,22 @@ class Key:
     """A second key that must have the same value."""
 
 
+DECODER_KEYS: Keys = {
+    "vocabulary": Key("vocab_size"),
+    "width": Key("hidden_size"),
+    "mlp_width": Key("intermediate_size"),
+    "layers": Key("num_hidden_layers"),
+    "heads": Key("num_attention_heads"),
+    "kv_heads": Key("num_key_value_heads"),
+    "head_width": Key("head_dim"),
+    "norm_epsilon": Key("rms_norm_eps", 1e-6),
+    "tied_head": Key("tie_word_embeddings", default=False),
+    "attention_dropout": Key("attention_dropout", 0.0),
+}
+DECODER_CONSTANTS: Mapping[str, object] = {"hidden_act": "silu", "attention_bias": False}
+DECODER_TENSORS = (Row("embedding", "model.embed_tokens"), Row("norm", "model.norm"), Row("head", "lm_head"))
+
+
 def _tied_head() -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -26,12 +44,11 @@ def _tied_head() -> dict[str, str]:
 class Architecture:
     name: str
     model_type: str
-    family: str
+    family: str = "llama"
     """Our model.family."""
-    has_experts: bool = False
-    keys: Mapping[str, Key]
+    keys: Keys = field(default_factory=lambda: DECODER_KEYS)
     """Our config keys (dotted), and the class's."""
-    constants: Mapping[str, object]
+    constants: Mapping[str, object] = field(default_factory=lambda: DECODER_CONSTANTS)
     """The class's keys that our family has no choice in, with the only value that fits."""
     constant_defaults: Mapping[str, object] = field(default_factory=dict[str, object])
     """What transformers uses for an omitted constant, if that does not fit."""
@@ -48,7 +65,10 @@ class Architecture:
     """Whether the class has use_sliding_window."""
     has_window_layers: bool = False
     """Whether the class has max_window_layers and layer_types."""
-    tensors: tuple[TensorRow, ...]
+    tensors: tuple[Row, ...] = DECODER_TENSORS
+    """Outside of blocks."""
+    block: str = "model.layers"
+    block_tensors: tuple[Row, ...]
     copies: Mapping[str, str] = field(default_factory=_tied_head)
     """Tensors that files of a tied model may hold a second time, and the originals."""
     old_names: tuple[tuple[str, str], ...] = ()
@@ -57,3 +77,7 @@ class Architecture:
     """Substitutions that turn tensor names of a model in memory into those of its files, if they differ."""
     buffers: str = "$."
     """Pattern for tensors in files that are not weights; the default matches nothing."""
+
+    @property
+    def has_experts(self) -> bool:
+        return "experts.experts" in self.keys

@@ -1,7 +1,7 @@
 """BERT with both heads of pretraining: masked tokens and next sentence."""
 
 from manta.trainer.architectures.architecture import Architecture, Key
-from manta.trainer.architectures.tensor_map import UNTIED_HEAD, TensorRow, under
+from manta.trainer.architectures.tensor_map import UNTIED_HEAD, Row
 
 BERT = Architecture(
     name="BertForPreTraining",
@@ -28,32 +28,27 @@ BERT = Architecture(
     },
     rope_theta=None,
     tensors=(
-        TensorRow("embedding", "bert.embeddings.word_embeddings"),
-        TensorRow("position_embedding", "bert.embeddings.position_embeddings"),
-        TensorRow("segment_embedding", "bert.embeddings.token_type_embeddings"),
-        TensorRow("embedding_norm", "bert.embeddings.LayerNorm"),
-        *under(
-            "blocks.{i}",
-            "bert.encoder.layer.{i}",
-            TensorRow("attention.q_proj", "attention.self.query"),
-            TensorRow("attention.k_proj", "attention.self.key"),
-            TensorRow("attention.v_proj", "attention.self.value"),
-            TensorRow("attention.o_proj", "attention.output.dense"),
-            TensorRow("attention_norm", "attention.output.LayerNorm"),
-            TensorRow("mlp.up_proj", "intermediate.dense"),
-            TensorRow("mlp.down_proj", "output.dense"),
-            TensorRow("mlp_norm", "output.LayerNorm"),
-        ),
-        TensorRow("pooler", "bert.pooler.dense"),
-        TensorRow("transform", "cls.predictions.transform.dense"),
-        TensorRow("transform_norm", "cls.predictions.transform.LayerNorm"),
-        TensorRow(
-            "head.weight head.bias",
-            "cls.predictions.decoder.weight cls.predictions.decoder.bias cls.predictions.bias",
-            UNTIED_HEAD,
-        ),
-        TensorRow("head.bias", "cls.predictions.bias"),
-        TensorRow("next_sentence", "cls.seq_relationship"),
+        Row("embedding", "bert.embeddings.word_embeddings"),
+        Row("position_embedding", "bert.embeddings.position_embeddings"),
+        Row("segment_embedding", "bert.embeddings.token_type_embeddings"),
+        Row("embedding_norm", "bert.embeddings.LayerNorm"),
+        Row("pooler", "bert.pooler.dense"),
+        Row("transform", "cls.predictions.transform.dense"),
+        Row("transform_norm", "cls.predictions.transform.LayerNorm"),
+        Row("head.weight head.bias", "cls.predictions.decoder.weight cls.predictions.decoder.bias cls.predictions.bias", UNTIED_HEAD),
+        Row("head.bias", "cls.predictions.bias"),
+        Row("next_sentence", "cls.seq_relationship"),
+    ),
+    block="bert.encoder.layer",
+    block_tensors=(
+        Row("attention.q_proj", "attention.self.query"),
+        Row("attention.k_proj", "attention.self.key"),
+        Row("attention.v_proj", "attention.self.value"),
+        Row("attention.o_proj", "attention.output.dense"),
+        Row("attention_norm", "attention.output.LayerNorm"),
+        Row("mlp.up_proj", "intermediate.dense"),
+        Row("mlp.down_proj", "output.dense"),
+        Row("mlp_norm", "output.LayerNorm"),
     ),
     copies={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",

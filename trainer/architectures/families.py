@@ -55,5 +55,8 @@ def flatten(config: ModelConfig) -> dict[str, object]:
 
 
 def map_tensors(architecture: Architecture, config: ModelConfig, names: Collection[str]) -> list[TensorMapping]:
-    """Return the mappings of a model with these tensor names."""
-    return bind(architecture.tensors, names, layers=config.layers, experts=config.experts.experts if config.experts else 0)
+    """Return the mappings of a model with these tensor names: first those outside of blocks, then block by block."""
+    rows = [("", "", row) for row in architecture.tensors]
+    for i in range(config.layers):
+        rows += [(f"blocks.{i}.", f"{architecture.block}.{i}.", row) for row in architecture.block_tensors]
+    return bind(rows, names, experts=config.experts.experts if config.experts else 0)

@@ -1,7 +1,7 @@
 """GPT-2. Its linear layers store their weights transposed (Conv1D)."""
 
 from manta.trainer.architectures.architecture import Architecture, Key
-from manta.trainer.architectures.tensor_map import FUSE_TRANSPOSE, TRANSPOSE, TensorRow, under
+from manta.trainer.architectures.tensor_map import FUSE_TRANSPOSE, TRANSPOSE, Row
 
 GPT2 = Architecture(
     name="GPT2LMHeadModel",
@@ -27,20 +27,19 @@ GPT2 = Architecture(
     },
     rope_theta=None,
     tensors=(
-        TensorRow("embedding", "transformer.wte"),
-        TensorRow("position_embedding", "transformer.wpe"),
-        *under(
-            "blocks.{i}",
-            "transformer.h.{i}",
-            TensorRow("attention_norm", "ln_1"),
-            TensorRow("attention.q_proj attention.k_proj attention.v_proj", "attn.c_attn", FUSE_TRANSPOSE),
-            TensorRow("attention.o_proj", "attn.c_proj", TRANSPOSE),
-            TensorRow("mlp_norm", "ln_2"),
-            TensorRow("mlp.up_proj", "mlp.c_fc", TRANSPOSE),
-            TensorRow("mlp.down_proj", "mlp.c_proj", TRANSPOSE),
-        ),
-        TensorRow("norm", "transformer.ln_f"),
-        TensorRow("head", "lm_head"),
+        Row("embedding", "transformer.wte"),
+        Row("position_embedding", "transformer.wpe"),
+        Row("norm", "transformer.ln_f"),
+        Row("head", "lm_head"),
+    ),
+    block="transformer.h",
+    block_tensors=(
+        Row("attention_norm", "ln_1"),
+        Row("attention.q_proj attention.k_proj attention.v_proj", "attn.c_attn", FUSE_TRANSPOSE),
+        Row("attention.o_proj", "attn.c_proj", TRANSPOSE),
+        Row("mlp_norm", "ln_2"),
+        Row("mlp.up_proj", "mlp.c_fc", TRANSPOSE),
+        Row("mlp.down_proj", "mlp.c_proj", TRANSPOSE),
     ),
     copies={"lm_head.weight": "transformer.wte.weight"},
     old_names=((r"^(?=wte\.|wpe\.|h\.|ln_f\.)", "transformer."),),

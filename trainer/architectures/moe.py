@@ -1,26 +1,17 @@
 """Decoders with a mixture of experts in each block."""
 
-from manta.trainer.architectures.architecture import Architecture, Key
-from manta.trainer.architectures.dense import ATTENTION_TENSORS, DECODER_KEYS, DECODER_TENSORS, SILU
-from manta.trainer.architectures.tensor_map import SPLIT_EXPERTS, TensorRow, under
+from manta.trainer.architectures.architecture import DECODER_CONSTANTS, DECODER_KEYS, Architecture, Key
+from manta.trainer.architectures.dense import ATTENTION
+from manta.trainer.architectures.tensor_map import SPLIT_EXPERTS, Row, rows
 
-_MOE_TENSORS = (
-    *DECODER_TENSORS,
-    *under(
-        "blocks.{i}",
-        "model.layers.{i}",
-        *ATTENTION_TENSORS,
-        TensorRow("mlp.router.weight", "mlp.gate.weight"),
-        TensorRow("mlp.router.bias", "mlp.gate.e_score_correction_bias"),
-        TensorRow("mlp.experts.gate_proj", "mlp.experts.{e}.gate_proj.weight", SPLIT_EXPERTS),
-        TensorRow("mlp.experts.up_proj", "mlp.experts.{e}.up_proj.weight", SPLIT_EXPERTS),
-        TensorRow("mlp.experts.down_proj", "mlp.experts.{e}.down_proj.weight", SPLIT_EXPERTS),
-        TensorRow("mlp.shared.gate_proj", "mlp.shared_experts.gate_proj"),
-        TensorRow("mlp.shared.up_proj", "mlp.shared_experts.up_proj"),
-        TensorRow("mlp.shared.down_proj", "mlp.shared_experts.down_proj"),
-    ),
+BLOCK = (
+    *ATTENTION,
+    Row("mlp.router.weight", "mlp.gate.weight"),
+    Row("mlp.router.bias", "mlp.gate.e_score_correction_bias"),
+    *rows("mlp.experts.*", "mlp.experts.{e}.*.weight", "gate_proj up_proj down_proj", SPLIT_EXPERTS),
+    *rows("mlp.shared.*", "mlp.shared_experts.*", "gate_proj up_proj down_proj"),
 )
-_SOFTMAX_ROUTER = {
+SOFTMAX_ROUTER: dict[str, tuple[object, ...]] = {
     "logit_soft_cap": (None,),
     "experts.score": ("softmax",),
     "experts.shared": (0,),
@@ -31,8 +22,6 @@ _SOFTMAX_ROUTER = {
 MIXTRAL = Architecture(
     name="MixtralForCausalLM",
     model_type="mixtral",
-    family="llama",
-    has_experts=True,
     keys={
         **{ours: key for ours, key in DECODER_KEYS.items() if ours != "mlp_width"},
         "kv_heads": Key("num_key_value_heads", 8),
@@ -42,20 +31,14 @@ MIXTRAL = Architecture(
         "experts.experts": Key("num_local_experts", 8),
         "experts.top_k": Key("num_experts_per_tok", 2),
     },
-    constants=SILU,
-    requires={**_SOFTMAX_ROUTER, "qk_norm": (False,), "experts.normalize": (True,)},
+    requires={**SOFTMAX_ROUTER, "qk_norm": (False,), "experts.normalize": (True,)},
     rope_theta=1e6,
-    tensors=(
-        *DECODER_TENSORS,
-        *under(
-            "blocks.{i}",
-            "model.layers.{i}",
-            *ATTENTION_TENSORS,
-            TensorRow("mlp.router", "block_sparse_moe.gate"),
-            TensorRow("mlp.experts.gate_proj", "block_sparse_moe.experts.{e}.w1.weight", SPLIT_EXPERTS),
-            TensorRow("mlp.experts.down_proj", "block_sparse_moe.experts.{e}.w2.weight", SPLIT_EXPERTS),
-            TensorRow("mlp.experts.up_proj", "block_sparse_moe.experts.{e}.w3.weight", SPLIT_EXPERTS),
-        ),
+    block_tensors=(
+        *ATTENTION,
+        Row("mlp.router", "block_sparse_moe.gate"),
+        Row("mlp.experts.gate_proj", "block_sparse_moe.experts.{e}.w1.weight", SPLIT_EXPERTS),
+        Row("mlp.experts.down_proj", "block_sparse_moe.experts.{e}.w2.weight", SPLIT_EXPERTS),
+        Row("mlp.experts.up_proj", "block_sparse_moe.experts.{e}.w3.weight", SPLIT_EXPERTS),
     ),
     memory_names=(
         (r"\.mlp\.(gate|experts)\.", r".block_sparse_moe.\1."),
@@ -67,8 +50,6 @@ MIXTRAL = Architecture(
 QWEN3_MOE = Architecture(
     name="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
-    family="llama",
-    has_experts=True,
     keys={
         **DECODER_KEYS,
         "kv_heads": Key("num_key_value_heads", 4),
@@ -77,16 +58,14 @@ QWEN3_MOE = Architecture(
         "experts.width": Key("moe_intermediate_size", 768),
         "experts.normalize": Key("norm_topk_prob", default=False),
     },
-    constants={**SILU, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    requires={**_SOFTMAX_ROUTER, "qk_norm": (True,)},
+    constants={**DECODER_CONSTANTS, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    requires={**SOFTMAX_ROUTER, "qk_norm": (True,)},
     has_window_switch=True,
-    tensors=_MOE_TENSORS,
+    block_tensors=BLOCK,
 )
 GLM4_MOE = Architecture(
     name="Glm4MoeForCausalLM",
     model_type="glm4_moe",
-    family="llama",
-    has_experts=True,
     keys={
         **DECODER_KEYS,
         "kv_heads": Key("num_key_value_heads", 8),
@@ -99,10 +78,10 @@ GLM4_MOE = Architecture(
         "experts.normalize": Key("norm_topk_prob", default=True),
         "experts.scale": Key("routed_scaling_factor", 1.0),
     },
-    constants={**SILU, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0},
+    constants={**DECODER_CONSTANTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0},
     constant_defaults={"first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
     requires={"logit_soft_cap": (None,), "sliding_window": (None,), "experts.score": ("sigmoid",), "experts.balance": ("bias",)},
     needs_shared_expert=True,
     partial_rotary_factor=0.5,
-    tensors=_MOE_TENSORS,
+    block_tensors=BLOCK,
 )

@@ -1,4 +1,4 @@
-"""Which tensors of our model are which of transformers', and the transform between them: table rows, bound to a model's names.
+"""Which tensors of our model are which of transformers', and the transform between them.
 
 Shapes: D width, F inner width, E experts, V vocabulary.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Tensors = Sequence[Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
 VOCABULARY_ROWS = {"embedding.weight", "head.weight", "head.bias"}  # first dimension V; only ours may be padded
 
 
@@ -29,14 +30,14 @@ TRANSPOSE = Transform(lambda ours: [_transpose(t) for t in ours], lambda hf: [_t
 FUSE_TRANSPOSE = Transform(lambda ours: [_transpose(torch.cat(list(ours)))], lambda hf: _transpose(hf[0]).chunk(3))
 SPLIT_EXPERTS = Transform(lambda ours: ours[0].unbind(), lambda hf: [torch.stack(list(hf))])
 # transformers stores the bias of BERT's untied head twice, and reads the one beside the weight.
-UNTIED_HEAD = Transform(lambda ours: [*ours, ours[1]], lambda hf: hf[:2])
+UNTIED_HEAD = Transform(lambda ours: [*ours, ours[1].clone()], lambda hf: hf[:2])
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRow:
+class Row:
     """Names of tensors, or of modules: then the row maps their .weight and .bias. Several are separated by spaces.
 
-    {i} is the number of a block, {e} that of an expert.
+    {e} is the number of an expert.
     """
 
     ours: str
@@ -44,18 +45,14 @@ class TensorRow:
     transform: Transform = IDENTITY
 
 
-def under(ours: str, hf: str, *rows: TensorRow) -> tuple[TensorRow, ...]:
-    """Return the rows with a prefix for each side's names."""
-    return tuple(TensorRow(_prefix(ours, row.ours), _prefix(hf, row.hf), row.transform) for row in rows)
-
-
-def _prefix(prefix: str, names: str) -> str:
-    return " ".join(f"{prefix}.{name}" for name in names.split())
+def rows(ours: str, hf: str, parts: str, transform: Transform = IDENTITY) -> tuple[Row, ...]:
+    """Return a row for each part, a name that replaces * on both sides."""
+    return tuple(Row(ours.replace("*", part), hf.replace("*", part), transform) for part in parts.split())
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMapping:
-    """A row of the table for one block of one model."""
+    """A row for one block of one model."""
 
     ours: tuple[str, ...]
     hf: tuple[str, ...]
@@ -71,24 +68,25 @@ class TensorMapping:
         return dict(zip(self.ours, self.transform.from_hf([read(name) for name in self.hf]), strict=True))
 
 
-def bind(rows: Iterable[TensorRow], names: Collection[str], *, layers: int, experts: int) -> list[TensorMapping]:
-    """Return a mapping for each row that applies to a model with these tensor names, block by block; each name is in exactly one."""
+def bind(prefixed: Iterable[tuple[str, str, Row]], names: Collection[str], *, experts: int) -> list[TensorMapping]:
+    """Return the mappings that apply to a model with these tensor names, each of which is in exactly one.
+
+    prefixed: rows, after the prefixes of our names and transformers'.
+    """
     unmapped, mappings = set(names), list[TensorMapping]()
-    for row in rows:
-        for i in range(layers) if "{i}" in row.ours else [0]:
-            for ending in ("", ".weight", ".bias"):
-                ours = tuple(name.replace("{i}", str(i)) + ending for name in row.ours.split())
-                if not unmapped.issuperset(ours):
-                    continue
-                hf = [name.replace("{i}", str(i)) + ending for name in row.hf.split()]
+    for prefix, hf_prefix, row in prefixed:
+        for ending in ("", ".weight", ".bias"):
+            ours = tuple(f"{prefix}{name}{ending}" for name in row.ours.split())
+            if unmapped.issuperset(ours):
+                hf = [f"{hf_prefix}{name}{ending}" for name in row.hf.split()]
                 hf = [name.replace("{e}", str(e)) for name in hf for e in (range(experts) if "{e}" in name else [0])]
                 mappings.append(TensorMapping(ours, tuple(hf), row.transform))
                 unmapped.difference_update(ours)
     assert not unmapped, f"no row for {sorted(unmapped)}"
-    return sorted(mappings, key=lambda mapping: int(found[1]) if (found := re.match(r"blocks\.(\d+)\.", mapping.ours[0])) else -1)
+    return mappings
 
 
-def hf_shapes(mappings: Iterable[TensorMapping], shapes: Mapping[str, tuple[int, ...]], vocabulary: int) -> dict[str, tuple[int, ...]]:
+def hf_shapes(mappings: Iterable[TensorMapping], shapes: Shapes, vocabulary: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of transformers' tensors by name. `shapes`: our tensors'."""
     found: dict[str, tuple[int, ...]] = {}
     for mapping in mappings:

@@ -15,7 +15,7 @@ from manta.data.errors import InputError
 from manta.trainer.architectures.architecture import Architecture
 from manta.trainer.architectures.families import architecture_for, map_tensors
 from manta.trainer.architectures.tensor_map import IDENTITY, TensorMapping, hf_shapes, padded, substitute
-from manta.trainer.checkpoint.manifest import Progress
+from manta.trainer.checkpoint.manifest import Progress, first_difference
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.convert.deepspeed.load import MASTER, DeepSpeedCheckpoint, States
@@ -105,15 +105,10 @@ class _Renamer:
         found = {name: tuple(states[MASTER].shape) for name, states in self._parameters.items()}
         found |= {name: tuple(tensor.shape) for name, tensor in self._buffers.items() if name in expected}
         found |= {name: found[original] for name, original in self._tied.items() if name in expected and original in found}
-        surplus = found.keys() - {self._tied.get(name, name) for name in expected}
-        problems = [
-            f"{name}: expected {_text(expected.get(name))}, got {_text(found.get(name))}"
-            for name in (*expected, *sorted(surplus))
-            if found.get(name) != expected.get(name)
-        ]
-        if problems:
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise InputError(f"{self._source.folder}: {problems[0]}{more}. Set model to the one that was trained.")
+        originals = {self._tied.get(name, name) for name in expected}
+        found = {name: shape for name, shape in found.items() if name in expected or name not in originals}
+        if found != expected:
+            raise InputError(f"{self._source.folder}: {first_difference(expected, found)}. Set model to the one that was trained.")
 
     def _check_tied(self) -> None:
         """Raises InputError if two of our weights are one in the checkpoint: training would separate them."""
@@ -122,8 +117,8 @@ class _Renamer:
             for name in mapping.hf:
                 original = self._tied.get(name, name)
                 if users.setdefault(original, mapping) is not mapping:
-                    problem = f"{name}: expected a separate weight, got one tied to {original}"
-                    raise InputError(f"{self._source.folder}: {problem}. Set model.tied_head=true.")
+                    problem = f"expected a separate weight, got one tied to {original}. Set model.tied_head=true."
+                    raise InputError(f"{self._source.folder}: {name}: {problem}")
 
     def _optimizer_problems(self) -> Iterator[str]:
         """Yield states that only one of the two optimizers has. Before the first update there may be none yet."""
@@ -148,10 +143,6 @@ class _Renamer:
 
 def _unwrapped(name: str) -> str:
     return WRAPPERS.sub("", name)
-
-
-def _text(shape: tuple[int, ...] | None) -> str:
-    return "nothing" if shape is None else str(list(shape))
 
 
 def _matching(parameters: Mapping[str, States], mappings: list[TensorMapping]) -> int:

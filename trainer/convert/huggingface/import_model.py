@@ -20,7 +20,7 @@ from manta.trainer.architectures.config_json import ConfigJson, from_hf_config, 
 from manta.trainer.architectures.families import map_tensors
 from manta.trainer.architectures.tensor_map import hf_shapes, padded, substitute
 from manta.trainer.checkpoint.backend import open_backend
-from manta.trainer.checkpoint.manifest import Progress
+from manta.trainer.checkpoint.manifest import Progress, first_difference
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ModelConfig
@@ -75,7 +75,7 @@ class _WeightReader:
         self._directory, self._architecture, self._files = directory, architecture, files
         assert config.vocabulary is not None
         if config.vocabulary < tokens:
-            expected = f"at least {tokens}, the tokens of {TOKENIZER}"
+            expected = f"at least the {tokens} tokens of {TOKENIZER}"
             raise InputError(f"{directory}: vocab_size: expected {expected}, got {config.vocabulary}. Fetch the files of one model.")
         with torch.device("meta"):
             model = build_model(config, vocabulary=tokens, sequence_length=1)
@@ -92,15 +92,15 @@ class _WeightReader:
     def check(self) -> None:
         """Raises InputError with the first tensor that is missing, surplus or of another shape."""
         expected = hf_shapes(self._mappings, self._shapes, self._vocabulary)
-        problems = [self._missing(name, shape) for name, shape in expected.items() if name not in self._names]
-        for name, spec in self._specs.items():
-            if spec.shape != expected[name]:
-                problems.append(f"{name}: expected {list(expected[name])}, got {list(spec.shape)}. Fetch the files of one model.")
-        if not problems:
-            surplus = sorted((self._names | self._other_dtypes).keys() - expected.keys())
-            problems = [problem for name in surplus if (problem := self._surplus(name))]
-        if problems:
-            raise InputError(f"{self._directory}: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+        found = {name: spec.shape for name, spec in self._specs.items()}
+        for name in sorted(self._other_dtypes.keys() & expected.keys()):
+            dtypes = ", ".join(DTYPES)
+            raise InputError(f"{self._directory}: {name}: expected {dtypes}, got {self._other_dtypes[name]}. Convert it first.")
+        if found != expected:
+            raise InputError(f"{self._directory}: {first_difference(expected, found)}. Fetch the files of one model.")
+        for name in sorted((self._names | self._other_dtypes).keys() - expected.keys()):
+            if problem := self._surplus(name):
+                raise InputError(f"{self._directory}: {name}: {problem}")
 
     def weights(self) -> dict[str, Tensor]:
         """Return our tensors by checkpoint key, in fp32. Holds no more than one other tensor meanwhile."""
@@ -110,22 +110,16 @@ class _WeightReader:
                 weights[f"master/{name}"] = padded(tensor, self._shapes[name])
         return weights
 
-    def _missing(self, name: str, shape: tuple[int, ...]) -> str:
-        if name in self._other_dtypes:
-            return f"{name}: expected {', '.join(DTYPES)}, got {self._other_dtypes[name]}. Convert it first."
-        return f"{name}: expected {list(shape)}, got nothing. Fetch the files of one model."
-
     def _surplus(self, name: str) -> str | None:
         """Return what is wrong with a tensor that the model does not need; None if it is a buffer or a copy of a tied weight."""
         if re.fullmatch(self._architecture.buffers, name):
             return None
         original = self._architecture.copies.get(name)
         if original is None or name not in self._names:
-            return f"{name}: expected no such tensor in {self._architecture.name}, got one. Import one model, of this class."
+            return f"expected no such tensor in {self._architecture.name}, got one. Import one model, of this class."
         if torch.equal(self._read(name), self._read(original)):
             return None
-        remedy = "Set tie_word_embeddings to false."
-        return f"{name}: expected the values of {original}, as tie_word_embeddings is true, got others. {remedy}"
+        return f"expected the values of {original}, got others. Set tie_word_embeddings to false."
 
     def _read(self, name: str) -> Tensor:
         return self._files.read(self._names[name])

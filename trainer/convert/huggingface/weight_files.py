@@ -1,7 +1,6 @@
-"""Read and write safetensors one tensor at a time, so that a model is in memory only once."""
+"""Read safetensors one tensor at a time, and write them one file at a time."""
 
 import json
-import os
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,13 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.trainer.convert.huggingface.directory import INDEX, SINGLE, weight_files
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in the order of a file's tensors
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,46 +29,24 @@ class TensorSpec:
 
 
 def write_weights(directory: Path, specs: dict[str, TensorSpec], read: Callable[[str], Tensor], *, limit: int) -> None:
-    """Write tensors into files of at most `limit` bytes each, unless a single tensor is larger."""
-    shards: list[dict[str, TensorSpec]] = [{}]
+    """Write tensors into files of at most `limit` bytes each, unless a single tensor is larger. Holds one file's at a time."""
+    shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
         if shards[-1] and size + spec.bytes > limit:
-            shards.append({})
+            shards.append([])
             size = 0
-        shards[-1][name] = spec
+        shards[-1].append(name)
         size += spec.bytes
-    if len(shards) == 1:
-        _write_file(directory / SINGLE, specs, read)
-        return
     files: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / file, shard, read)
-        files |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(spec.bytes for spec in specs.values())}, "weight_map": dict(sorted(files.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_file(path: Path, specs: dict[str, TensorSpec], read: Callable[[str], Tensor]) -> None:
-    """Write the same bytes as safetensors, which needs all tensors at once."""
-    widest = list(DTYPES.values())
-    names = sorted(specs, key=lambda name: (widest.index(specs[name].dtype), name.encode()))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        start, end = end, end + specs[name].bytes
-        header[name] = {"dtype": NAMES[specs[name].dtype], "shape": specs[name].shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            tensor = read(name)
-            assert tuple(tensor.shape) == specs[name].shape, name
-            file.write(tensor.to(specs[name].dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: read(name).to(specs[name].dtype).contiguous() for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(spec.bytes for spec in specs.values())}, "weight_map": dict(sorted(files.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 class WeightFiles:
