@@ -45,8 +45,8 @@ def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
         remedy="Change it: the job starts in another directory.",
         url_remedy="Set it in the environment of the Ray's nodes.",
     )
-    if lines := "\n".join(problems):
-        raise InputError(lines)
+    if message := "\n".join(problems):
+        raise InputError(message)
     client = _client("--on", address, insecure=insecure)
     entrypoint = f"python -P -m manta.launch train {CONFIG} --on auto{' --insecure' if insecure else ''}"
     with _code() as folder:
@@ -120,8 +120,7 @@ def _client(key: str, address: str, *, insecure: bool) -> Any:
     if find_spec("aiohttp") is None:
         raise InputError(f"{key}: expected the packages of ray[default], got none. Run pip install 'manta[dashboard]'.")
     if not insecure and _accepts_anyone(key, address):
-        remedy = "Start it with RAY_AUTH_MODE=token, or add --insecure."
-        raise InputError(f"{key}: expected a Ray that requires a token, got {address}, which does not. {remedy}")
+        raise InputError(f"{key}: expected a Ray that requires a token, got {address}. Set RAY_AUTH_MODE=token there, or add --insecure.")
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -144,5 +143,4 @@ def _accepts_anyone(key: str, address: str) -> bool:
 
 
 def _no_dashboard(key: str, address: str, problem: object) -> InputError:
-    remedy = "Check the address, and that ray[default] is installed there."
-    return InputError(f"{key}: expected the address of a Ray's dashboard, got {address} ({problem}). {remedy}")
+    return InputError(f"{key}: expected the address of a Ray's dashboard, got {address} ({problem}). Start it there with ray[default].")

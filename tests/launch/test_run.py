@@ -261,7 +261,7 @@ def test_an_export_overwrites_nothing_else(workspace, finished_run):
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"):
         (theirs / name).write_text("what transformers writes")
     for place in (thesis, thesis / "thesis.tex", theirs):
-        with pytest.raises(InputError, match="expected a new or empty directory, or an earlier export of this run"):
+        with pytest.raises(InputError, match="expected a new directory, or an export of this run, got other files"):
             export(trained, place, dtype=torch.float32)
     assert (thesis / "thesis.tex").read_text() == "years of work"
     assert (theirs / "model.safetensors").read_text() == "what transformers writes"

@@ -19,7 +19,7 @@ from manta.trainer.pretrained.weights import model_tensors
 UNBIASED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM"}
 REFUSED = [
     ({"logit_soft_cap": 30.0}, "model.logit_soft_cap: expected none, got 30.0. Train a model that LlamaForCausalLM"),
-    ({"family": "gpt2", "experts": EXPERTS}, "model.experts: expected none, got some. Export a model without: transformers has no gpt2"),
+    ({"family": "gpt2", "experts": EXPERTS}, "model.experts: expected none for gpt2 in transformers, got some."),
     ({"experts": {**EXPERTS, "scale": 2.0}}, "model.experts.scale: expected 1.0, got 2.0. Train a model that MixtralForCausalLM"),
     ({"experts": {**EXPERTS, "normalize": False}}, "model.experts.normalize: expected True, got False"),
     ({"experts": {**EXPERTS, "shared": 1}, "qk_norm": True}, "shared: expected 0, got 1. Train a model that Qwen3MoeForCausalLM"),

@@ -66,7 +66,7 @@ def test_a_directory_that_cannot_be_created_is_refused(tmp_path, monkeypatch):
     for arguments in (["export", "mine", "--output", "file/below"], ["import", str(source), "--output", "file/below"]):
         refused = command(*arguments)
         assert isinstance(refused.exception, InputError), refused.output
-        assert "expected a directory that can be written" in str(refused.exception)
+        assert "--output: expected a writable directory, got " in str(refused.exception)
         assert "(Not a directory)" in str(refused.exception)
 
 

@@ -120,7 +120,7 @@ def replace(directory: Path, *removed: str, **added) -> None:
 
 
 DAMAGE = {
-    "model_type: expected one of llama, mistral, qwen3, mixtral, qwen3_moe, glm4_moe, gpt2, bert, got 'bloom'": lambda path: edit(
+    "model_type: expected llama, mistral, qwen3, mixtral, qwen3_moe, glm4_moe, gpt2, bert, got 'bloom'": lambda path: edit(
         path, model_type="bloom"
     ),
     "attention_bias: expected false, got true": lambda path: edit(path, attention_bias=True),
@@ -145,7 +145,7 @@ DAMAGE = {
     "pytorch_model.bin, a pickle": lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
     "expected model.safetensors or model.safetensors.index.json": lambda path: (path / "model.safetensors").unlink(),
     "expected complete safetensors": lambda path: (path / "model.safetensors").write_bytes(b"cut off"),
-    "config.json: expected JSON that transformers wrote, got Expecting value": lambda path: (path / "config.json").write_text("no"),
+    "config.json: expected JSON, got Expecting value": lambda path: (path / "config.json").write_text("no"),
 }
 
 

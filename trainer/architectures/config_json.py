@@ -46,9 +46,7 @@ def from_hf_config(hf: ConfigJson, file: Path) -> tuple[Architecture, ModelConfi
     """
     architecture = ARCHITECTURES.get(str(hf.get("model_type")))
     if architecture is None:
-        raise InputError(
-            f"{file}: model_type: expected one of {', '.join(ARCHITECTURES)}, got {hf.get('model_type')!r}. Import one of these."
-        )
+        raise InputError(f"{file}: model_type: expected {', '.join(ARCHITECTURES)}, got {hf.get('model_type')!r}. Import one of these.")
     _check_constants(architecture, hf, file)
     flat: ConfigJson = {key: values[0] for key, values in architecture.requires.items()} | {"family": architecture.family}
     for ours, key in architecture.keys.items():

@@ -27,8 +27,7 @@ def architecture_for(config: ModelConfig) -> Architecture:
         raise InputError(f"model.family: expected llama, gpt2 or bert, got {config.family!r}. Export a model of one of these.")
     candidates = [architecture for architecture in of_family if architecture.has_experts == (config.experts is not None)]
     if not candidates:
-        remedy = f"Export a model without: transformers has no {config.family} with experts."
-        raise InputError(f"model.experts: expected none, got some. {remedy}")
+        raise InputError(f"model.experts: expected none for {config.family} in transformers, got some. Export a model without experts.")
     conflicts, closest = min(((list(_conflicts(each, config)), each) for each in candidates), key=lambda pair: len(pair[0]))
     if conflicts:
         raise InputError(f"{conflicts[0]}. Train a model that {closest.name}, the closest class of transformers, supports.")

@@ -39,10 +39,8 @@ def generate_text(run_directory: RunDirectory, prompt: str, *, count: int, sampl
     pretrained = load_pretrained(run_directory)
     model, tokenizer = pretrained.model, pretrained.tokenizer
     if not isinstance(model, Decoder):
-        remedy = "Generate with a model that predicts the next token."
-        raise InputError(
-            f"{run_directory.path}: model.family: expected a decoder, llama or gpt2, got {pretrained.config.family!r}. {remedy}"
-        )
+        family = pretrained.config.family
+        raise InputError(f"{run_directory.path}: model.family: expected a decoder, llama or gpt2, got {family!r}. Use another run.")
     end = tokenizer.end_of_text
     ids = [int(token) for token in tokenizer.encode([prompt])[0]]
     yielded = prompt

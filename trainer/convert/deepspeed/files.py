@@ -46,8 +46,7 @@ def newest_folder(directory: Path) -> Path:
         return folder
     if directory.is_dir() and any((directory / name).exists() for name in (MODEL, RANK_MODEL.format(0))):
         return directory
-    remedy = f"Name a directory that engine.save_checkpoint wrote, or one of its folders, with {MODEL}."
-    raise InputError(f"{directory}: expected {LATEST} in it, got no such file. {remedy}")
+    raise InputError(f"{directory}: expected {LATEST} in it, got no such file. Name a directory that engine.save_checkpoint wrote.")
 
 
 def model_file(folder: Path) -> Path:
@@ -88,8 +87,7 @@ def shard_files(folder: Path, ranks: int) -> list[Path]:
         if rank not in files:
             first = min(files, default=None)
             name = f"zero_pp_rank_{rank}_…" if first is None else files[first].name.replace(f"_rank_{first}_", f"_rank_{rank}_", 1)
-            remedy = "Copy it from the node that wrote it."
-            raise InputError(f"{folder / name}: expected the files of all {ranks} ranks, got no such file. {remedy}")
+            raise InputError(f"{folder / name}: expected the files of all {ranks} ranks, got no such file. Copy it from its node.")
     if surplus := sorted(files.keys() - set(range(ranks))):
         raise InputError(f"{files[surplus[0]]}: expected the files of {ranks} ranks, got one of another save. Move it away.")
     return [files[rank] for rank in range(ranks)]

@@ -56,8 +56,7 @@ def load_deepspeed(directory: Path) -> DeepSpeedCheckpoint:
 
 def _refuse_frozen(file: Path, shapes: Mapping[str, Size]) -> None:
     if shapes:
-        remedy = "Convert a checkpoint of a run that trained all weights."
-        raise InputError(f"{file}: {next(iter(shapes))}: expected a trained weight, got a frozen one. {remedy}")
+        raise InputError(f"{file}: {next(iter(shapes))}: expected a trained weight, got a frozen one. Convert a run that trained all.")
 
 
 def _with_zero(folder: Path, model: dict[str, Any]) -> DeepSpeedCheckpoint:

@@ -29,8 +29,7 @@ def check_import(directory: Path, output: Path) -> None:
         raise InputError(f"{output}: expected a new or empty directory, got one with files. Choose another with --output.")
     read_json(directory / CONFIG)
     if not (directory / TOKENIZER).exists():
-        remedy = "Write it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
-        raise InputError(f"{directory}: expected {TOKENIZER}, got no such file. {remedy}")
+        raise InputError(f"{directory}: expected {TOKENIZER}, got no such file. Write it with AutoTokenizer's save_pretrained().")
     weight_files(directory)
 
 
@@ -48,14 +47,13 @@ def weight_files(directory: Path) -> list[Path]:
     if not index.exists():
         pickled = next((path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))), None)
         if pickled:
-            remedy = "If you trust it, load it with transformers, save it with save_pretrained(), and import that."
+            remedy = "If you trust it, load it with transformers, and import what save_pretrained() writes."
             raise InputError(f"{directory}: expected {SINGLE}, got {pickled}, a pickle, which can run code. {remedy}")
         raise InputError(f"{directory}: expected {SINGLE} or {INDEX}, got neither. Name the directory of a model.")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise InputError(f"{index}: expected the index that transformers writes, got {problem}. Fetch it again.") from None
+        raise InputError(f"{index}: expected an index of safetensors, got {type(error).__name__}: {error}. Fetch it again.") from None
     for name in names:
         if Path(name).name != name:
             raise InputError(f"{index}: expected names of files beside it, got {name!r}. Fetch it again.")
@@ -75,8 +73,7 @@ def staged(directory: Path) -> Generator[Path]:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        problem = f"{partial.parent} ({error.strerror})"
-        raise InputError(f"--output: expected a directory that can be written, got {problem}. Choose another.") from None
+        raise InputError(f"--output: expected a writable directory, got {directory} ({error.strerror}). Choose another.") from None
     try:
         yield partial
         partial.replace(directory)
@@ -92,8 +89,7 @@ def refuse_to_overwrite(directory: Path, run_directory: RunDirectory) -> None:
     foreign = {name for name in names - EXPORTED if not SHARD.fullmatch(name)}
     card = directory / CARD
     if foreign or (names and not (card.is_file() and marker(run_directory) in card.read_text(errors="replace"))):
-        expected = "a new or empty directory, or an earlier export of this run"
-        raise InputError(f"{directory}: expected {expected}, got other files. Choose another with --output.")
+        raise InputError(f"{directory}: expected a new directory, or an export of this run, got other files. Choose another with --output.")
 
 
 def marker(run_directory: RunDirectory) -> str:
@@ -106,7 +102,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         problem = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{file}: expected JSON that transformers wrote, got {problem}. Name the directory of a model.") from None
+        raise InputError(f"{file}: expected JSON, got {problem}. Name the directory of a model.") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected an object, got {type(content).__name__}. Fetch it again.")
     return content
