@@ -565,7 +565,7 @@ def test_a_refused_conversion_is_one_line_and_writes_nothing(workspace, copied, 
         ([source, file, "--names", "mine"], "--names: got 'mine', wants manta or huggingface"),
         ([source, file, "train.steps=1"], f"train.steps: got 1, and {copied}/global_step2 is of step 2"),
         ([source, file, "run.start_from=imported/gpt2"], "run.start_from: got"),
-        ([source, str(copied / "none.yaml")], "none.yaml: No such file"),
+        ([source, str(copied / "none.yaml")], "none.yaml: expected a config, got an error: No such file"),
     ):
         code, message = run_command(monkeypatch, capsys, "checkpoint", "convert", *arguments, "run.dir=never converted")
         assert (code, len(message.splitlines())) == (2, 1), message
