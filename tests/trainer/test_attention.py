@@ -32,6 +32,10 @@ def random_inputs(*, kv_heads=2, queries=LENGTH, dtype=torch.float64):
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
+def mask_of(queries=LENGTH, **options) -> AttentionMask:
+    return AttentionMask(queries, LENGTH, DOCUMENTS.device, **options)
+
+
 def expected_mask(causal, window, documents):
     """Return the mask [2, LENGTH, LENGTH] by its definition, without tensor arithmetic."""
 
@@ -64,7 +68,7 @@ def attended_keys(q, k, v, output):
 def test_every_kernel_equals_the_paper(name, kv_heads, causal, window, documents, kernel):
     inputs = random_inputs(kv_heads=kv_heads)
     expected = reference(*inputs, expected_mask(causal, window, documents))
-    output = kernel(name, *inputs, AttentionMask(causal=causal, window=window, documents=documents))
+    output = kernel(name, *inputs, mask_of(causal=causal, window=window, documents=documents))
     torch.testing.assert_close(output, expected)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
     grads, expected_grads = (torch.autograd.grad(value, inputs, weight) for value in (output, expected))
@@ -78,10 +82,10 @@ def test_every_kernel_equals_the_paper(name, kv_heads, causal, window, documents
 def test_no_token_attends_across_a_document(name, causal, window, kernel):
     other_document = DOCUMENTS[:, :, None] != DOCUMENTS[:, None, :]
     inputs = random_inputs()
-    attended = attended_keys(*inputs, kernel(name, *inputs, AttentionMask(causal=causal, window=window, documents=DOCUMENTS)))
+    attended = attended_keys(*inputs, kernel(name, *inputs, mask_of(causal=causal, window=window, documents=DOCUMENTS)))
     assert not (attended & other_document).any()
     assert torch.equal(attended, expected_mask(causal, window, DOCUMENTS))
-    control = attended_keys(*inputs, kernel(name, *inputs, AttentionMask(causal=causal, window=window)))
+    control = attended_keys(*inputs, kernel(name, *inputs, mask_of(causal=causal, window=window)))
     assert (control & other_document).any()
 
 
@@ -91,8 +95,8 @@ def test_no_token_attends_across_a_document(name, causal, window, kernel):
 def test_the_last_queries_alone_get_the_same_output(name, queries, causal, window, documents, kernel):
     q, k, v = random_inputs()
     options = {"causal": causal, "window": window, "documents": documents}
-    whole = kernel(name, q, k, v, AttentionMask(**options))
-    last = kernel(name, q[:, :, -queries:], k, v, AttentionMask(**options))
+    whole = kernel(name, q, k, v, mask_of(**options))
+    last = kernel(name, q[:, :, -queries:], k, v, mask_of(queries, **options))
     torch.testing.assert_close(last, whole[:, :, -queries:])
 
 
@@ -103,49 +107,49 @@ def test_a_cache_gives_the_output_of_the_whole_sequence(name, window, kernel):
     cache, outputs = KVCache(), []
     for new in (slice(0, 7), slice(7, 12), *(slice(i, i + 1) for i in range(12, LENGTH))):
         keys, values = cache.append(k[:, :, new], v[:, :, new])
-        outputs.append(kernel(name, q[:, :, new], keys, values, AttentionMask(window=window)))
-    torch.testing.assert_close(torch.cat(outputs, dim=2), kernel(name, q, k, v, AttentionMask(window=window)))
+        outputs.append(kernel(name, q[:, :, new], keys, values, AttentionMask(new.stop - new.start, new.stop, q.device, window=window)))
+    torch.testing.assert_close(torch.cat(outputs, dim=2), kernel(name, q, k, v, mask_of(window=window)))
 
 
 @pytest.mark.parametrize("name", ["matmul", "sdpa"])
 def test_gradients_match_finite_differences(name, kernel):
-    mask = AttentionMask(window=3, documents=DOCUMENTS)
+    mask = mask_of(window=3, documents=DOCUMENTS)
     inputs = [x[..., :2].detach().requires_grad_() for x in random_inputs()]
     assert torch.autograd.gradcheck(lambda *qkv: kernel(name, *qkv, mask), inputs, fast_mode=True)
 
 
 def test_a_mask_is_computed_once_for_all_layers():
     inputs = random_inputs()
-    mask = AttentionMask(documents=DOCUMENTS)
+    mask = mask_of(documents=DOCUMENTS)
     attend(*inputs, mask)
-    first = mask.boolean(LENGTH, LENGTH, DOCUMENTS.device)
+    first = mask.boolean()
     attend(*inputs, mask)
-    assert mask.boolean(LENGTH, LENGTH, DOCUMENTS.device) is first
-    assert mask.blocks(LENGTH, LENGTH, DOCUMENTS.device) is mask.blocks(LENGTH, LENGTH, DOCUMENTS.device)
+    assert mask.boolean() is first
+    assert mask.blocks() is mask.blocks()
 
 
 def test_layers_use_the_prepared_mask():
-    mask = AttentionMask(documents=DOCUMENTS)
-    mask.prepare(LENGTH, LENGTH, DOCUMENTS.device)
+    mask = mask_of(documents=DOCUMENTS)
+    mask.prepare(dropout=False)
     prepared = mask._additive
     attend(*random_inputs(dtype=torch.float32), mask)
     assert mask._additive is prepared
-    full = AttentionMask(causal=False, window=LENGTH)
-    full.prepare(LENGTH, LENGTH, DOCUMENTS.device)
+    full = mask_of(causal=False, window=LENGTH)
+    full.prepare(dropout=False)
     assert full._boolean is None
 
 
 def test_a_window_as_long_as_the_sequence_hides_nothing(kernel):
     inputs = random_inputs()
-    assert torch.equal(kernel("sdpa", *inputs, AttentionMask(window=LENGTH)), kernel("sdpa", *inputs, AttentionMask()))
-    assert not torch.equal(kernel("sdpa", *inputs, AttentionMask(window=LENGTH - 1)), kernel("sdpa", *inputs, AttentionMask()))
+    assert torch.equal(kernel("sdpa", *inputs, mask_of(window=LENGTH)), kernel("sdpa", *inputs, mask_of()))
+    assert not torch.equal(kernel("sdpa", *inputs, mask_of(window=LENGTH - 1)), kernel("sdpa", *inputs, mask_of()))
 
 
 @pytest.mark.parametrize("name", ["matmul", "sdpa"])
 def test_bf16_is_as_exact_as_its_inputs(name, kernel):
     inputs = random_inputs(dtype=torch.bfloat16)
     exact = reference(*(x.double() for x in inputs), expected_mask(True, None, DOCUMENTS))
-    output = kernel(name, *inputs, AttentionMask(documents=DOCUMENTS))
+    output = kernel(name, *inputs, mask_of(documents=DOCUMENTS))
     assert output.dtype == torch.bfloat16
     assert (output.double() - exact).norm() / exact.norm() < 2**-8
 
@@ -153,7 +157,7 @@ def test_bf16_is_as_exact_as_its_inputs(name, kernel):
 def test_attention_dropout_works_at_any_length(kernel):
     q, k, v = random_inputs()
     kept = torch.rand(2, 4, LENGTH, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.5
-    output = kernel("sdpa", q, k, v, AttentionMask(documents=DOCUMENTS), dropout=lambda weights: weights * kept)
+    output = kernel("sdpa", q, k, v, mask_of(documents=DOCUMENTS), dropout=lambda weights: weights * kept)
     scores = torch.einsum("bnth,bnsh->bnts", q, k.repeat_interleave(2, dim=1)) / 4
     weights = scores.masked_fill(~expected_mask(True, None, DOCUMENTS)[:, None], -torch.inf).softmax(-1)
     torch.testing.assert_close(output, (weights * kept) @ v.repeat_interleave(2, dim=1))
@@ -166,7 +170,7 @@ def test_attention_compiles_without_graph_breaks(name, causal, window, documents
     torch.compiler.reset()
 
     def layers(q, k, v):
-        mask = AttentionMask(causal=causal, window=window, documents=documents)
+        mask = mask_of(causal=causal, window=window, documents=documents)
         return attend(q, k, v, mask) + attend(q, k, v, mask)
 
     inputs = random_inputs()

@@ -29,7 +29,7 @@ from manta.trainer.model import losses
 from manta.trainer.model.attention import AttentionMask, attend
 from manta.trainer.model.build import build_model
 from manta.trainer.model.dropout import AttentionDropout, Dropout, DropoutKeys, name_dropouts
-from manta.trainer.model.losses import cross_entropy
+from manta.trainer.model.losses import Criterion, cross_entropy
 from manta.trainer.model.moe import MixtureOfExperts
 from manta.trainer.parallel.fp8 import CAPABILITY
 
@@ -193,8 +193,8 @@ def test_attention_sees_what_it_sees_on_a_cpu(causal, window, documents, dtype):
 
     def run(device, dtype):
         leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
-        mask = AttentionMask(causal=causal, window=window, documents=None if cuts is None else cuts.to(device))
-        mask.prepare(T, T, torch.device(device))
+        mask = AttentionMask(T, T, torch.device(device), causal=causal, window=window, documents=None if cuts is None else cuts.to(device))
+        mask.prepare(dropout=False)
         for _ in range(2):  # as two layers: the second reuses the first's mask
             out = attend(*leaves, mask)
         return out.detach(), *torch.autograd.grad(out, leaves, grad.to(device, dtype))
@@ -269,8 +269,8 @@ def test_the_loss_in_chunks_is_that_of_a_cpu(dtype, monkeypatch):
 
     def run(device):
         leaves = [x.to(device).requires_grad_() for x in (x_ND, weight_VD, bias_V)]
-        how = {"vocabulary": 500, "soft_cap": 5.0, "smoothing": 0.1, "z_weight": 1e-3}
-        objective, z = cross_entropy(leaves[0], leaves[1], targets_N.to(device), bias_V=leaves[2], **how)
+        criterion = Criterion(vocabulary=500, soft_cap=5.0, smoothing=0.1, z_weight=1e-3)
+        objective, z = cross_entropy(leaves[0], leaves[1], targets_N.to(device), criterion, bias_V=leaves[2])
         return objective.detach(), z, *torch.autograd.grad(objective, leaves)
 
     for got, wanted in zip(run(DEVICE), run("cpu"), strict=True):

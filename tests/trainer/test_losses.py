@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from manta.trainer.dataloader.batch import IGNORED
 from manta.trainer.model import losses
-from manta.trainer.model.losses import classification_loss, cross_entropy
+from manta.trainer.model.losses import Criterion, classification_loss, cross_entropy
 from manta.trainer.parallel.tensor import vocabulary_shard
 
 TOKENS, WIDTH, ROWS, VOCABULARY = 23, 8, 24, 21  # three rows are padding
@@ -45,7 +45,7 @@ def inputs(dtype=torch.float64, *, rows=ROWS, vocabulary=VOCABULARY, tokens=TOKE
 
 def fused_loss(leaves, targets, *, vocabulary=VOCABULARY, **options):
     bias = leaves[2] if len(leaves) == 3 else None
-    return cross_entropy(*leaves[:2], targets, vocabulary=vocabulary, bias_V=bias, **options)
+    return cross_entropy(*leaves[:2], targets, Criterion(vocabulary=vocabulary, **options), bias_V=bias)
 
 
 def torch_loss(leaves, targets, *, vocabulary=VOCABULARY, soft_cap=None, smoothing=0.0, z_weight=0.0):
@@ -146,7 +146,7 @@ def test_the_weights_gradient_is_accumulated_in_fp32(set_chunk_size):
     set_chunk_size(1)
     x = torch.ones(2000, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    objective, _ = cross_entropy(x, weight, torch.zeros(2000, dtype=torch.int64), vocabulary=2)
+    objective, _ = cross_entropy(x, weight, torch.zeros(2000, dtype=torch.int64), Criterion(vocabulary=2))
     objective.backward()
     assert weight.grad.flatten().tolist() == [-1000, 1000]
 

@@ -37,85 +37,76 @@ class KVCache:
 
 
 class AttentionMask:
-    """Which keys each query attends to. One object serves all layers of a forward pass, so that each mask is computed once.
+    """Which of S keys the last T positions attend to. One object serves all layers of a forward pass: each mask is computed once.
 
     causal: a query attends to no key after its own position. window (at least 1): a query at i attends to a key at j if i - j < window;
     without `causal` also j - i < window. documents [B, S]: a query attends only within its own document. Padding, -1, counts as a
     document, so that every query attends to something.
     """
 
-    def __init__(self, *, causal: bool = True, window: int | None = None, documents: Tensor | None = None) -> None:
+    def __init__(
+        self, T: int, S: int, device: torch.device, *, causal: bool = True, window: int | None = None, documents: Tensor | None = None
+    ) -> None:
+        self.T, self.S, self.device = T, S, device
         self.causal, self.window, self.documents = causal, window, documents
+        sees_all_positions = documents is None and (window is None or window >= S)
+        self.is_full = sees_all_positions and (T == 1 or not causal)
+        self.is_causal = sees_all_positions and causal and T == S  # what kernels call causal
         self._boolean: Tensor | None = None
         self._additive: Tensor | None = None
         self._blocks: BlockMask | None = None
 
-    def prepare(self, T: int, S: int, device: torch.device, *, dropout: bool = False) -> None:
+    def prepare(self, *, dropout: bool) -> None:
         """Compute the mask that the layers will most likely use, so that the first compiled or recomputed layer is like the others.
 
         dropout: whether the layers drop attention weights.
         """
-        matmul = dropout or _prefers_matmul(S, device)
-        if self.is_full(T, S) or (self.is_causal(T, S) and not matmul):
+        matmul = dropout or _prefers_matmul(self.S, self.device)
+        if self.is_full or (self.is_causal and not matmul):
             return
         if matmul:
-            self.additive(T, S, device)
-        elif _can_use_flex(T, S, device):
-            self.blocks(T, S, device)
+            self.additive()
+        elif _can_use_flex(self):
+            self.blocks()
         else:
-            self.boolean(T, S, device)
+            self.boolean()
 
-    def boolean(self, T: int, S: int, device: torch.device) -> Tensor:
+    def boolean(self) -> Tensor:
         """Return mask_B1TS, True where a query attends to a key; mask_11TS without documents."""
-        mask = self._boolean
-        if mask is None or mask.shape[2:] != (T, S):
-            queries_T1, keys_S = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)
+        if self._boolean is None:
+            first = self.S - self.T
+            queries_T1, keys_S = torch.arange(first, self.S, device=self.device)[:, None], torch.arange(self.S, device=self.device)
             mask = self._in_reach(queries_T1, keys_S)[None, None]
             if self.documents is not None:
-                mask = mask & (self.documents[:, None, S - T :, None] == self.documents[:, None, None, :])
+                mask = mask & (self.documents[:, None, first:, None] == self.documents[:, None, None, :])
             self._boolean = mask
-        return mask
+        return self._boolean
 
-    def additive(self, T: int, S: int, device: torch.device) -> Tensor:
+    def additive(self) -> Tensor:
         """Return the mask to add to scores, 0 or -inf: unlike masked_fill it has no backward. In fp32, like the softmax that follows."""
-        mask = self._additive
-        if mask is None or mask.shape[2:] != (T, S):
-            hidden = ~self.boolean(T, S, device)
-            mask = torch.zeros(hidden.shape, device=device).masked_fill(hidden, float("-inf"))
-            self._additive = mask
-        return mask
+        if self._additive is None:
+            hidden = ~self.boolean()
+            self._additive = torch.zeros(hidden.shape, device=self.device).masked_fill(hidden, float("-inf"))
+        return self._additive
 
-    def blocks(self, T: int, S: int, device: torch.device) -> BlockMask:
+    def blocks(self) -> BlockMask:
         """Return the mask for FlexAttention, which skips blocks in which no query attends to any key."""
-        mask = self._blocks
-        if mask is None or mask.shape[2:] != (T, S):
-            documents, first = self.documents, S - T
+        if self._blocks is None:
+            documents, first = self.documents, self.S - self.T
 
             def attends(b: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 in_reach = self._in_reach(query + first, key)
                 return in_reach if documents is None else in_reach & (documents[b, query + first] == documents[b, key])
 
-            mask = _compiled_on_gpu(create_block_mask, device)(attends, None if documents is None else len(documents), None, T, S, device)
+            B, create = None if documents is None else len(documents), _compiled_on_gpu(create_block_mask, self.device)
+            mask: BlockMask = create(attends, B, None, self.T, self.S, self.device)
             self._blocks = mask
-        return mask
-
-    def is_causal(self, T: int, S: int) -> bool:
-        """Whether it is exactly what kernels call causal: each query attends to all keys up to its own position."""
-        return self.causal and T == S and self._spans_all(S)
-
-    def is_full(self, T: int, S: int) -> bool:
-        """Whether every query attends to every key."""
-        return (T == 1 or not self.causal) and self._spans_all(S)
-
-    def _spans_all(self, S: int) -> bool:
-        return self.documents is None and (self.window is None or self.window >= S)
+        return self._blocks
 
     def _in_reach(self, queries: Tensor, keys: Tensor) -> Tensor:
         distance = queries - keys
         in_reach = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
-        if self.window is not None:
-            in_reach = in_reach & (distance.abs() < self.window)
-        return in_reach
+        return in_reach if self.window is None else in_reach & (distance.abs() < self.window)
 
 
 def attend(
@@ -127,25 +118,25 @@ def attend(
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return o_BNTH. `dropout` is applied to the softmax weights_BNTS, which only the matrix-product kernel exposes."""
-    T, S, device = q_BNTH.shape[2], k_BKSH.shape[2], q_BNTH.device
-    if dropout is not None or _prefers_matmul(S, device):
+    device = q_BNTH.device
+    if dropout is not None or _prefers_matmul(mask.S, device):
         return _matmul_attention(q_BNTH, k_BKSH, v_BKSH, mask, dropout)
     grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
     if grouped and device.type == "cuda" and q_BNTH.dtype == torch.float32:  # only the slowest fp32 kernel supports groups
         k_BKSH, v_BKSH = (x.repeat_interleave(q_BNTH.shape[1] // x.shape[1], dim=1) for x in (k_BKSH, v_BKSH))
         grouped = False
     sdpa = functools.partial(F.scaled_dot_product_attention, q_BNTH, k_BKSH, v_BKSH, enable_gqa=grouped)
-    if mask.is_causal(T, S):
+    if mask.is_causal:
         return sdpa(is_causal=True)
-    if mask.is_full(T, S):
+    if mask.is_full:
         return sdpa()
-    if _can_use_flex(T, S, device) and q_BNTH.shape[3] >= FLEX_MIN_WIDTH and q_BNTH.dtype != torch.float64:
+    if _can_use_flex(mask) and q_BNTH.shape[3] >= FLEX_MIN_WIDTH and q_BNTH.dtype != torch.float64:
         return _flex_attention(q_BNTH, k_BKSH, v_BKSH, mask)
-    return sdpa(attn_mask=mask.boolean(T, S, device))
+    return sdpa(attn_mask=mask.boolean())
 
 
-def _can_use_flex(T: int, S: int, device: torch.device) -> bool:
-    return device.type == "cuda" and T == S and (torch.compiler.is_compiling() or _has_compiler())
+def _can_use_flex(mask: AttentionMask) -> bool:
+    return mask.device.type == "cuda" and mask.T == mask.S and (torch.compiler.is_compiling() or _has_compiler())
 
 
 @functools.cache
@@ -167,13 +158,13 @@ def _matmul_attention(
 ) -> Tensor:
     """Softmax of masked scores, as the paper writes it (Vaswani et al. 2017, section 3.2.1)."""
     B, N, T, H = q_BNTH.shape
-    K, S, device = *k_BKSH.shape[1:3], q_BNTH.device
+    K, S = k_BKSH.shape[1:3]
     q_BKGTH = q_BNTH.reshape(B, K, N // K * T, H)  # the queries of a group in one matrix: its keys are read once
-    if device.type == "cpu" and q_BNTH.dtype == torch.bfloat16:  # on a CPU fp32 products are faster, and more exact
+    if q_BNTH.device.type == "cpu" and q_BNTH.dtype == torch.bfloat16:  # on a CPU fp32 products are faster, and more exact
         q_BKGTH, k_BKSH, v_BKSH = q_BKGTH.float(), k_BKSH.float(), v_BKSH.float()
     scores_BNTS = ((q_BKGTH * H**-0.5) @ k_BKSH.transpose(2, 3)).view(B, N, T, S)
-    if not mask.is_full(T, S):
-        scores_BNTS = scores_BNTS + mask.additive(T, S, device)
+    if not mask.is_full:
+        scores_BNTS = scores_BNTS + mask.additive()
     weights_BNTS = scores_BNTS.softmax(dim=-1, dtype=torch.promote_types(scores_BNTS.dtype, torch.float32))
     if dropout is not None:
         weights_BNTS = dropout(weights_BNTS)
@@ -182,12 +173,11 @@ def _matmul_attention(
 
 def _flex_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMask) -> Tensor:
     """FlexAttention (Dong et al. 2024). Its kernel is compiled on a GPU."""
-    T, S, device = q_BNTH.shape[2], k_BKSH.shape[2], q_BNTH.device
     q_BNTH, k_BKSH = q_BNTH.to(v_BKSH.dtype), k_BKSH.to(v_BKSH.dtype)  # autocast does not cast here, and rotation and norms return fp32
     grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
     options = {"FORCE_USE_FLEX_ATTENTION": True}  # the kernel for short queries supports few group sizes
-    kernel = _compiled_on_gpu(flex_attention, device)
-    return kernel(q_BNTH, k_BKSH, v_BKSH, block_mask=mask.blocks(T, S, device), enable_gqa=grouped, kernel_options=options)
+    kernel = _compiled_on_gpu(flex_attention, q_BNTH.device)
+    return kernel(q_BNTH, k_BKSH, v_BKSH, block_mask=mask.blocks(), enable_gqa=grouped, kernel_options=options)
 
 
 def _compiled_on_gpu(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

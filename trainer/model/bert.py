@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.dataloader.batch import IGNORED, Batch
-from manta.trainer.model.attention import AttentionMask
 from manta.trainer.model.dropout import Dropout
 from manta.trainer.model.layers import MLP, Attention, Embedding, ForwardContext, Head
 from manta.trainer.model.losses import classification_loss
@@ -73,7 +72,7 @@ class Bert(Transformer):
     def hidden(self, batch: Batch) -> Tensor:
         """Return x_BTD of the last block. Tokens attend to both sides."""
         segments_BT = torch.zeros_like(batch.tokens) if batch.segments is None else batch.segments
-        context = self.context(batch, AttentionMask(causal=False, documents=batch.documents))
+        context = self.context(batch, causal=False)
         x_BTD = self.embedding(batch.tokens) + self.position_embedding(batch.positions) + self.segment_embedding(segments_BT)
         x_BTD = self.embedding_dropout(self.embedding_norm(x_BTD), context.dropout_keys)
         for block in self.blocks:

@@ -85,13 +85,13 @@ class Decoder(Transformer):
 
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the head's input x_BTD, and a mixture's loss sums over all blocks."""
-        mask = AttentionMask(window=self.config.sliding_window, documents=batch.documents)
-        return self.run_blocks(batch.tokens, batch.positions, self.context(batch, mask))
+        return self.run_blocks(batch.tokens, batch.positions, self.context(batch, window=self.config.sliding_window))
 
     def logits(self, tokens_BT: Tensor, *, first: int = 0, caches: Sequence[KVCache] | None = None) -> Tensor:
         """Return logits_BTV. first: the position of the first token. caches: one per block, with the keys and values before it."""
-        positions_BT = torch.arange(first, first + tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        context = ForwardContext(mask=AttentionMask(window=self.config.sliding_window))
+        T, device = tokens_BT.shape[1], tokens_BT.device
+        positions_BT = torch.arange(first, first + T, device=device).expand_as(tokens_BT)
+        context = ForwardContext(mask=AttentionMask(T, first + T, device, window=self.config.sliding_window))
         return self.head.logits(self.run_blocks(tokens_BT, positions_BT, context, caches)[0])
 
     def run_blocks(

@@ -3,6 +3,7 @@
 Shapes: B batch, T time, D model width, N query heads, K key/value heads, H head width, F inner width of the MLP, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.model.attention import AttentionMask, KVCache, attend
 from manta.trainer.model.dropout import AttentionDropout, DropoutKeys
-from manta.trainer.model.losses import VocabularyShard, cross_entropy
+from manta.trainer.model.losses import Criterion, VocabularyShard, cross_entropy
 
 Rotary = tuple[Tensor, Tensor]  # cosine_B1TH, sine_B1TH
 
@@ -68,7 +69,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_width, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_width, config.norm_epsilon) if config.qk_norm else None
         self.dropout = AttentionDropout(config.attention_dropout)
-        self.attend = attend  # Ulysses wraps it
+        self.attend: Callable[..., Tensor] = attend  # Ulysses wraps it
 
     def forward(self, x_BTD: Tensor, context: ForwardContext, cache: KVCache | None = None) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -137,17 +138,9 @@ class Head(nn.Module):
 
     def forward(self, x_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return sums over the targets: the quantity to minimize, and its z-loss part, without a gradient."""
-        return cross_entropy(
-            x_ND,
-            self.weight,
-            targets_N,
-            vocabulary=self.vocabulary,
-            bias_V=self.bias,
-            soft_cap=self.soft_cap,
-            smoothing=self.smoothing if self.training else 0.0,
-            z_weight=self.z_loss if self.training else 0.0,
-            shard=self.shard,
-        )
+        smoothing, z_weight = (self.smoothing, self.z_loss) if self.training else (0.0, 0.0)
+        criterion = Criterion(vocabulary=self.vocabulary, soft_cap=self.soft_cap, smoothing=smoothing, z_weight=z_weight, shard=self.shard)
+        return cross_entropy(x_ND, self.weight, targets_N, criterion, bias_V=self.bias)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Return logits_BTV, without the padding."""

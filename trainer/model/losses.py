@@ -33,44 +33,83 @@ class VocabularyShard:
     reduce_sum: Callable[[Tensor], object]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criterion:
+    """The options of a cross-entropy over the vocabulary."""
+
+    vocabulary: int  # rows of the weight from here on are padding: they take no part and have no gradient
+    soft_cap: float | None = None  # logits are first mapped to soft_cap tanh(logits / soft_cap) (Gemma 2, section 2)
+    smoothing: float = 0.0  # share of the target's weight that is spread over the vocabulary (Szegedy et al. 2015, section 7)
+    z_weight: float = 0.0  # of logsumexp^2 (PaLM, Chowdhery et al. 2022)
+    shard: VocabularyShard | None = None  # the rows that the weight holds; None: all of them
+
+    def classes(self, rows: int) -> range:
+        """Return the classes of a weight with this number of rows; none if all rows of a shard are padding."""
+        index, count = (self.shard.index, self.shard.count) if self.shard else (0, 1)
+        assert 0 < self.vocabulary <= rows * count, (self.vocabulary, rows, count)
+        return range(index * rows, max(index * rows, min((index + 1) * rows, self.vocabulary)))
+
+    def apply(self, logits: Tensor, targets: Tensor, classes: range, *, needs_grad: bool) -> tuple[Tensor, Tensor]:
+        """Return the objective and z of a chunk. If needed, overwrite the logits by their gradient."""
+        slope = None
+        if self.soft_cap is not None:
+            logits.div_(self.soft_cap).tanh_()
+            slope = 1 - logits.square() if needs_grad else None
+            logits.mul_(self.soft_cap)
+        counts = targets != IGNORED
+        local = self._is_local(targets, counts, classes)
+        column = (targets - classes.start).masked_fill_(~local, 0)
+
+        highest = logits.amax(dim=1, keepdim=True) if classes else logits.new_full(targets.shape, -torch.inf)
+        if self.shard:
+            self.shard.reduce_max(highest)
+        logits.sub_(highest)  # the objective does not change, and nothing overflows
+        at_target = logits.gather(1, column).masked_fill_(~local, 0) if classes else torch.zeros_like(highest)
+        over_all = logits.sum(dim=1, keepdim=True) if self.smoothing else torch.zeros_like(highest)
+        exp_sum = logits.exp_().sum(dim=1, keepdim=True)
+        if self.shard:
+            sums = torch.stack((at_target, over_all, exp_sum))
+            self.shard.reduce_sum(sums)
+            at_target, over_all, exp_sum = sums.unbind()
+
+        log_sum = exp_sum.log()
+        log_partition = log_sum + highest
+        z = (self.z_weight * log_partition.square()).masked_fill_(~counts, 0).sum()
+        on_target, on_each = 1 - self.smoothing, self.smoothing / self.vocabulary
+        likelihood = on_target * at_target + on_each * over_all - log_sum
+        objective = z - likelihood.masked_fill_(~counts, 0).sum()
+        if not needs_grad:
+            return objective, z
+
+        grad = logits.mul_(((1 + 2 * self.z_weight * log_partition) / exp_sum).masked_fill_(~counts, 0))
+        if classes:
+            grad.scatter_add_(1, column, local.to(grad.dtype) * -on_target)
+        if self.smoothing:
+            grad.sub_(counts.to(grad.dtype) * on_each)
+        if slope is not None:
+            grad.mul_(slope)
+        return objective, z
+
+    def _is_local(self, targets: Tensor, counts: Tensor, classes: range) -> Tensor:
+        """Whether a target is one of the shard's classes. There is no bound at the vocabulary's ends: a target beyond them raises."""
+        if classes.start > 0:
+            counts = counts & (targets >= classes.start)
+        if classes.stop < self.vocabulary:
+            counts = counts & (targets < classes.stop)
+        return counts
+
+
 def cross_entropy(
-    x_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    *,
-    vocabulary: int,
-    bias_V: Tensor | None = None,
-    soft_cap: float | None = None,
-    smoothing: float = 0.0,
-    z_weight: float = 0.0,
-    shard: VocabularyShard | None = None,
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, criterion: Criterion, *, bias_V: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the negative log-likelihood of the targets under softmax(x weight^T + bias), in nats, summed over targets not IGNORED.
 
-    -> (objective, z): the quantity to minimize, and its part z_weight logsumexp^2, detached (PaLM, Chowdhery et al. 2022).
-
-    vocabulary: rows of the weight from here on are padding; they take no part and have no gradient.
-    soft_cap: logits are first mapped to soft_cap tanh(logits / soft_cap) (Gemma 2, section 2).
-    smoothing: this share of the target's weight is spread over the whole vocabulary (Szegedy et al. 2015, section 7).
-    shard: the rows that the weight holds, all of them if None. With a shard, values are those of the whole vocabulary, and the gradient of
-    x is this shard's term of a sum.
+    -> (objective, z): the quantity to minimize, and its part z_weight logsumexp^2, detached. With a shard, both are those of the whole
+    vocabulary, and the gradient of x is this shard's term of a sum.
 
     It includes the head, so that logits of all tokens are never in memory at once: memory is that of a chunk, not O(N V).
     Products use the weight's precision, or autocast's; the softmax and all sums at least fp32.
     """
-    index, count = (shard.index, shard.count) if shard else (0, 1)
-    rows = len(weight_VD)
-    assert 0 < vocabulary <= rows * count, (vocabulary, rows, count)
-    first = index * rows
-    criterion = _Criterion(
-        vocabulary=vocabulary,
-        soft_cap=soft_cap,
-        smoothing=smoothing,
-        z_weight=z_weight,
-        shard=shard,
-        first=first,
-        classes=min(max(vocabulary - first, 0), rows),
-    )
     return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, targets_N, criterion, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
 
@@ -98,73 +137,12 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if cast else weight.dtype
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Criterion:
-    vocabulary: int
-    soft_cap: float | None
-    smoothing: float
-    z_weight: float
-    shard: VocabularyShard | None
-    first: int  # the logits are those of classes [first, first + classes)
-    classes: int  # 0 if all rows of the shard are padding
-
-    def __call__(self, logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
-        """Return the objective and z of a chunk. If needed, overwrite the logits by their gradient."""
-        slope = None
-        if self.soft_cap is not None:
-            logits.div_(self.soft_cap).tanh_()
-            slope = 1 - logits.square() if needs_grad else None
-            logits.mul_(self.soft_cap)
-        counts = targets != IGNORED
-        local = self._is_local(targets, counts)
-        column = (targets - self.first).masked_fill_(~local, 0)
-
-        highest = logits.amax(dim=1, keepdim=True) if self.classes else logits.new_full(targets.shape, -torch.inf)
-        if self.shard:
-            self.shard.reduce_max(highest)
-        logits.sub_(highest)  # the objective does not change, and nothing overflows
-        at_target = logits.gather(1, column).masked_fill_(~local, 0) if self.classes else torch.zeros_like(highest)
-        over_all = logits.sum(dim=1, keepdim=True) if self.smoothing else torch.zeros_like(highest)
-        exp_sum = logits.exp_().sum(dim=1, keepdim=True)
-        if self.shard:
-            sums = torch.stack((at_target, over_all, exp_sum))
-            self.shard.reduce_sum(sums)
-            at_target, over_all, exp_sum = sums.unbind()
-
-        log_sum = exp_sum.log()
-        log_partition = log_sum + highest
-        z = (self.z_weight * log_partition.square()).masked_fill_(~counts, 0).sum()
-        on_target, on_each = 1 - self.smoothing, self.smoothing / self.vocabulary
-        likelihood = on_target * at_target + on_each * over_all - log_sum
-        objective = z - likelihood.masked_fill_(~counts, 0).sum()
-        if not needs_grad:
-            return objective, z
-
-        grad = logits.mul_(((1 + 2 * self.z_weight * log_partition) / exp_sum).masked_fill_(~counts, 0))
-        if self.classes:
-            grad.scatter_add_(1, column, local.to(grad.dtype) * -on_target)
-        if self.smoothing:
-            grad.sub_(counts.to(grad.dtype) * on_each)
-        if slope is not None:
-            grad.mul_(slope)
-        return objective, z
-
-    def _is_local(self, targets: Tensor, counts: Tensor) -> Tensor:
-        """Whether a target is one of this shard's classes. There is no bound at the vocabulary's ends: a target beyond them raises."""
-        local = counts
-        if self.first > 0:
-            local = local & (targets >= self.first)
-        if self.first + self.classes < self.vocabulary:
-            local = local & (targets < self.first + self.classes)
-        return local
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """A softmax's gradient (p - 1 at the target) is a by-product of its loss: the forward pass computes both, chunk by chunk."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - apply() takes no keywords
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, criterion: _Criterion, grad_enabled: bool
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, criterion: Criterion, grad_enabled: bool
     ) -> tuple[Tensor, Tensor]:
         dtype = _product_dtype(weight_VD)
         wide = _at_least_fp32(dtype)
@@ -173,9 +151,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if of_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if of_bias and bias_V is not None else None
         objective, z = (torch.zeros((), dtype=wide, device=x_ND.device) for _ in range(2))
+        classes = criterion.classes(len(weight_VD))
         # On a GPU, include a few rows of padding, which the criterion does not see: tensor cores need an aligned pitch.
         alignment = ALIGNMENT if x_ND.is_cuda else 1
-        used = slice(min(len(weight_VD), -(-criterion.classes // alignment) * alignment))
+        used = slice(min(len(weight_VD), -(-len(classes) // alignment) * alignment))
         x, weight = x_ND.to(dtype), weight_VD[used].to(dtype)
         bias = None if bias_V is None else bias_V[used].to(dtype)
         rows = max(MIN_TOKENS, CHUNK.get(x.device.type, CHUNK["cuda"]) // len(weight_VD))  # the same for all shards, padding or not
@@ -183,8 +162,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for first in range(0, len(x), rows):
                 chunk = slice(first, first + rows)
                 logits = F.linear(x[chunk], weight, bias).to(wide)
-                chunk_objective, chunk_z = criterion(logits[:, : criterion.classes], targets_N[chunk, None], of_x or of_weight or of_bias)
-                logits[:, criterion.classes :].zero_()
+                local = logits[:, : len(classes)]
+                chunk_objective, chunk_z = criterion.apply(local, targets_N[chunk, None], classes, needs_grad=of_x or of_weight or of_bias)
+                logits[:, len(classes) :].zero_()
                 grad = logits
                 objective += chunk_objective
                 z += chunk_z

@@ -68,12 +68,13 @@ class Transformer(nn.Module, ABC):
         deviation = 0.02 / math.sqrt(2 * len(self.blocks)) if residual else 0.02
         nn.init.normal_(parameter, std=deviation, generator=generator)
 
-    def context(self, batch: Batch, mask: AttentionMask) -> ForwardContext:
+    def context(self, batch: Batch, *, causal: bool = True, window: int | None = None) -> ForwardContext:
         """Return what the blocks need in training and evaluation, with the mask prepared."""
         dropouts = [module for module in self.modules() if isinstance(module, Dropout | AttentionDropout) and module.rate > 0]
         keys = DropoutKeys(batch.keys, batch.token_indices) if self.training and dropouts else None
         drops_attention = keys is not None and any(isinstance(module, AttentionDropout) for module in dropouts)
-        mask.prepare(batch.length, batch.length, batch.tokens.device, dropout=drops_attention)
+        mask = AttentionMask(batch.length, batch.length, batch.tokens.device, causal=causal, window=window, documents=batch.documents)
+        mask.prepare(dropout=drops_attention)
         return ForwardContext(mask=mask, dropout_keys=keys, token_mask=batch.real)
 
     def flops_per_token(self, sequence_length: int) -> float:

@@ -6,6 +6,7 @@ Shapes: M tokens sorted by expert, D model width, E experts, L = E / P experts p
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,23 +20,19 @@ from manta.trainer.model.moe import MixtureOfExperts
 def apply_expert_parallel(model: nn.Module, group: ProcessGroup) -> None:
     for module in list(model.modules()):
         if isinstance(module, MixtureOfExperts):
-            module.experts.forward = TokenExchange(module.experts.forward, group)
+            module.experts.forward = partial(exchange_tokens, module.experts.forward, group)
 
 
-class TokenExchange:
-    """Sends each token to the rank that holds its expert, and returns the expert's output."""
-
-    def __init__(self, experts: Callable[[Tensor, Tensor], Tensor], group: ProcessGroup) -> None:
-        self.experts, self.group, self.ranks = experts, group, dist.get_world_size(group)
-
-    def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
-        sent_PL = counts_E.view(self.ranks, -1)  # to each rank's experts
-        received_PL = torch.empty_like(sent_PL)  # from each rank, for the local experts
-        dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=self.group)
-        sent, received = torch.stack((sent_PL, received_PL)).sum(dim=2).tolist()  # the only wait for the device
-        local_MD = all_to_all(x_MD, sent, received, self.group)
-        # Rows arrive rank by rank, each sorted by expert; the local experts need them sorted by expert.
-        experts = torch.arange(received_PL.shape[1], device=x_MD.device).repeat(self.ranks)
-        order = experts.repeat_interleave(received_PL.flatten(), output_size=sum(received)).argsort(stable=True)
-        y_MD = self.experts(local_MD[order], received_PL.sum(dim=0))
-        return all_to_all(y_MD[order.argsort()], received, sent, self.group)
+def exchange_tokens(experts: Callable[[Tensor, Tensor], Tensor], group: ProcessGroup, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+    """Send each token to the rank that holds its expert, and return the expert's output."""
+    ranks = dist.get_world_size(group)
+    sent_PL = counts_E.view(ranks, -1)  # to each rank's experts
+    received_PL = torch.empty_like(sent_PL)  # from each rank, for the local experts
+    dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=group)
+    sent, received = torch.stack((sent_PL, received_PL)).sum(dim=2).tolist()  # the only wait for the device
+    local_MD = all_to_all(x_MD, sent, received, group)
+    # Rows arrive rank by rank, each sorted by expert; the local experts need them sorted by expert.
+    numbers = torch.arange(received_PL.shape[1], device=x_MD.device).repeat(ranks)
+    order = numbers.repeat_interleave(received_PL.flatten(), output_size=sum(received)).argsort(stable=True)
+    y_MD = experts(local_MD[order], received_PL.sum(dim=0))
+    return all_to_all(y_MD[order.argsort()], received, sent, group)

@@ -24,17 +24,17 @@ def apply_tensor_parallel(model: nn.Module, group: ProcessGroup) -> None:
             module.register_forward_pre_hook(partial(_copy_input, group))
         match module:
             case Attention():
-                module.o_proj.forward = RowParallel(module.o_proj, group)
+                module.o_proj.forward = partial(_row_parallel, module.o_proj, group)
                 module.dropout.first_head = dist.get_rank(group) * (len(module.q_proj.weight) // module.head_width)
                 for norm in (module.q_norm, module.k_norm):
                     if norm is not None:  # whole on each rank, but its gradient comes from this rank's heads only
                         norm.weight.register_hook(partial(_sum_gradient, group))
             case SwiGLU() | MLP():
-                module.down_proj.forward = RowParallel(module.down_proj, group)
+                module.down_proj.forward = partial(_row_parallel, module.down_proj, group)
             case Experts():
                 module.register_forward_hook(partial(_reduce_output, group))
             case Embedding():
-                module.forward = VocabularyParallelEmbedding(module, group)
+                module.forward = partial(_embed_vocabulary, module, group)
             case Head():
                 module.shard = vocabulary_shard(group)
             case _:
@@ -51,30 +51,20 @@ def vocabulary_shard(group: ProcessGroup) -> VocabularyShard:
     )
 
 
-class RowParallel:
-    """A linear layer whose input is sharded over the group: the products are summed, then the bias is added once."""
-
-    def __init__(self, linear: nn.Linear, group: ProcessGroup) -> None:
-        self.linear, self.group = linear, group
-
-    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  nn.Linear's name
-        y = reduce_from_group(F.linear(input, self.linear.weight), self.group)
-        bias: Any = self.linear.bias
-        return y if bias is None else y + bias
+def _row_parallel(linear: nn.Linear, group: ProcessGroup, input: Tensor) -> Tensor:  # noqa: A002  nn.Linear's name
+    """A linear layer whose input is sharded over the group: sum the products, then add the bias once."""
+    y = reduce_from_group(F.linear(input, linear.weight), group)
+    bias: Any = linear.bias
+    return y if bias is None else y + bias
 
 
-class VocabularyParallelEmbedding:
-    """Each rank looks up the tokens whose rows it holds and leaves the others zero; the sum over the group is complete."""
-
-    def __init__(self, embedding: Embedding, group: ProcessGroup) -> None:
-        self.embedding, self.group = embedding, group
-
-    def __call__(self, tokens_BT: Tensor) -> Tensor:
-        weight_VD = self.embedding.weight
-        local_BT = tokens_BT - dist.get_rank(self.group) * len(weight_VD)
-        remote_BT = (local_BT < 0) | (local_BT >= len(weight_VD))
-        x_BTD = F.embedding(local_BT.masked_fill(remote_BT, 0), weight_VD)
-        return reduce_from_group(x_BTD.masked_fill(remote_BT[..., None], 0.0), self.group)
+def _embed_vocabulary(embedding: Embedding, group: ProcessGroup, tokens_BT: Tensor) -> Tensor:
+    """Look up the tokens whose rows this rank holds and leave the others zero; the sum over the group is complete."""
+    weight_VD = embedding.weight
+    local_BT = tokens_BT - dist.get_rank(group) * len(weight_VD)
+    remote_BT = (local_BT < 0) | (local_BT >= len(weight_VD))
+    x_BTD = F.embedding(local_BT.masked_fill(remote_BT, 0), weight_VD)
+    return reduce_from_group(x_BTD.masked_fill(remote_BT[..., None], 0.0), group)
 
 
 def _copy_input(group: ProcessGroup, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ returns all heads of its own tokens. For ZeRO these ranks are data ranks: they h
 Shapes: B batch, T tokens of this rank, S = P T tokens of the whole sequence, N heads, H head width, P ranks of the group.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from manta.trainer.dist.collectives import all_reduce, all_to_all
-from manta.trainer.model.attention import AttentionMask
 from manta.trainer.model.layers import Attention
 from manta.trainer.model.moe import Router
 
@@ -23,7 +23,7 @@ def apply_ulysses(model: nn.Module, group: ProcessGroup) -> None:
     for module in model.modules():
         match module:
             case Attention():
-                module.attend = UlyssesAttention(module.attend, group)
+                module.attend = partial(ulysses_attention, module.attend, group)
                 heads = len(module.q_proj.weight) // module.head_width // dist.get_world_size(group)
                 module.dropout.first_head += dist.get_rank(group) * heads
             case Router():  # its balance loss is defined on whole sequences
@@ -33,16 +33,12 @@ def apply_ulysses(model: nn.Module, group: ProcessGroup) -> None:
                 pass
 
 
-class UlyssesAttention:
-    """Attention over whole sequences, for this rank's share of the heads."""
-
-    def __init__(self, attend: Any, group: ProcessGroup) -> None:
-        self.attend, self.group = attend, group
-
-    def __call__(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMask, *, dropout: Any = None) -> Tensor:
-        """q_BNTH, k_BKSH, v_BKSH: of this rank's tokens."""
-        q_BNSH, k_BKSH, v_BKSH = (split_heads(x, self.group) for x in (q_BNTH, k_BKSH, v_BKSH))
-        return split_tokens(self.attend(q_BNSH, k_BKSH, v_BKSH, mask, dropout=dropout), self.group)
+def ulysses_attention(
+    attend: Callable[..., Tensor], group: ProcessGroup, q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Attention over whole sequences, for this rank's share of the heads. q, k, v: of this rank's tokens."""
+    q_BNSH, k_BKSH, v_BKSH = (split_heads(x, group) for x in (q_BNTH, k_BKTH, v_BKTH))
+    return split_tokens(attend(q_BNSH, k_BKSH, v_BKSH, *args, **kwargs), group)
 
 
 def split_heads(x_BNTH: Tensor, group: ProcessGroup) -> Tensor:
