@@ -1,8 +1,8 @@
-"""One proof, many cells: a model under a layout, in a precision, is the mathematics of one plain PyTorch process.
+"""Parity: a model under a layout and in a precision computes the same as one plain PyTorch process. Each combination is a cell.
 
-Each cell takes ten optimizer steps, gradients clipped and accumulated, padding and masks that differ between ranks and micro batches, under
-SGD and AdamW. Compared are loss and gradient norm of every step, and how far each weight has moved after the last: a norm over all
-says little of a small weight.
+A cell takes ten optimizer steps under SGD and AdamW, with clipped and accumulated gradients, and with padding and masks that differ between
+ranks and micro batches. Compared are every step's loss and gradient norm, and each weight's movement after the last step: a norm over all
+weights would hide a small weight.
 """
 
 import math
@@ -32,16 +32,16 @@ from manta.trainer.parallel.fp8 import convert_to_fp8
 
 VOCABULARY, LENGTH, STEPS, SEED = 250, 32, 10, 7
 GLOBAL_BATCH, TURNS = 16, 2  # every layout accumulates two micro batches
-EPSILON = {"fp32": 1e-5}  # of AdamW; in 16 bits 1e-4: above what rounding leaves of a gradient
-DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}  # of weights; of others fp32
+EPSILON = {"fp32": 1e-5}  # AdamW's; in 16 bits 1e-4, above the rounding error of a gradient
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}  # of weights; fp32 in other precisions
 OPTIMIZERS = ("adamw", "sgd")
 RATES = {"adamw": 3e-3, "sgd": 0.3}
-DECAY = {"adamw": 0.1, "sgd": 0.0}  # SGD's would hide what becomes of small gradients
-SILENT = re.compile(r".*\.k_proj\.bias")  # softmax does not see it: its gradient is zero but for rounding
+DECAY = {"adamw": 0.1, "sgd": 0.0}  # decay would hide the effect of small gradients under SGD
+NO_GRADIENT = re.compile(r".*\.k_proj\.bias")  # softmax is invariant to it: its gradient is only rounding error
 
-PIECES = 10_000  # weights, of 100,000 and more
-SETTINGS = engines.deepspeed_config
-LINEAR = torch.nn.functional.linear  # ZeRO-3 puts its own in this place, for all that run in the process after it
+BUCKET = 10_000  # elements; the models have 100,000 and more
+DEFAULT_CONFIG = engines.deepspeed_config
+LINEAR = torch.nn.functional.linear  # ZeRO-3 repositions it for the rest of the process
 
 SIZES: dict[str, Any] = {"layers": 2, "width": 64, "heads": 8, "mlp_width": 128}
 MIXTURE = ExpertsConfig(experts=4, top_k=2, width=64, shared=1)
@@ -76,10 +76,10 @@ class Cell:
     checkpointing: str = "none"
 
     def __str__(self) -> str:
-        given = self.parallel.model_dump(exclude_defaults=True)
-        layout = " ".join(f"{key}={value}" for key, value in given.items()) or "zero=1"
-        again = "" if self.checkpointing == "none" else f" recompute={self.checkpointing}"
-        return f"{self.model} {self.precision} {self.ranks} ranks {layout}{again}"
+        options = self.parallel.model_dump(exclude_defaults=True)
+        layout = " ".join(f"{key}={value}" for key, value in options.items()) or "zero=1"
+        checkpointing = "" if self.checkpointing == "none" else f" checkpointing={self.checkpointing}"
+        return f"{self.model} {self.precision} {self.ranks} ranks {layout}{checkpointing}"
 
     @property
     def refusal(self) -> str | None:
@@ -90,12 +90,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Difference:
-    """Relative: the largest of any step's loss and norm; of how far a weight has moved in the end, and which weight is furthest off."""
+    """Relative differences: the largest of any step's loss and gradient norm and of any weight's movement, with that weight's name."""
 
     loss: float
     norm: float
     weight: float
-    furthest: str = ""
+    worst_weight: str = ""
 
     def within(self, bounds: "Difference") -> bool:
         return self.loss <= bounds.loss and self.norm <= bounds.norm and self.weight <= bounds.weight
@@ -117,42 +117,46 @@ BOUNDS = {
 class Trace:
     losses: list[float]
     norms: list[float]
-    moved: dict[str, Any]  # how far each weight, in the end: of numpy, which goes from process to process as it is
-    drifted: list[str] = field(default_factory=list)  # weights of which ranks that hold the same hold different values
+    movements: dict[str, Any]  # by weight, after the last step, as numpy arrays, which are cheap to send between processes
+    drifted: list[str] = field(default_factory=list)  # names of weights with different replicas
 
-    def differs(self, other: "Trace") -> Difference:
+    def difference(self, other: "Trace") -> Difference:
         loss, norm = (
-            max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-            for ours, theirs in ((self.losses, other.losses), (self.norms, other.norms))
+            max(abs(a - b) / abs(b) for a, b in zip(values, others, strict=True))
+            for values, others in ((self.losses, other.losses), (self.norms, other.norms))
         )
-        assert self.moved.keys() == other.moved.keys()
-        ways = {name: _relative(self.moved[name], way) for name, way in other.moved.items() if not SILENT.fullmatch(name)}
-        ways |= dict.fromkeys(self.drifted, math.inf)
-        furthest = max(ways, key=ways.__getitem__)
-        return Difference(loss, norm, ways[furthest], furthest)
+        assert self.movements.keys() == other.movements.keys()
+        weights = {
+            name: _relative_difference(self.movements[name], movement)
+            for name, movement in other.movements.items()
+            if not NO_GRADIENT.fullmatch(name)
+        }
+        weights |= dict.fromkeys(self.drifted, math.inf)
+        worst_weight = max(weights, key=weights.__getitem__)
+        return Difference(loss, norm, weights[worst_weight], worst_weight)
 
 
-def _relative(ours: Any, theirs: Any) -> float:
-    return float(((ours - theirs) ** 2).sum() ** 0.5 / (theirs**2).sum() ** 0.5)
+def _relative_difference(value: Any, reference: Any) -> float:
+    return float(((value - reference) ** 2).sum() ** 0.5 / (reference**2).sum() ** 0.5)
 
 
 def model(name: str) -> Transformer:
-    """Begun as a run begins, but for two things: queries and keys are so large that attention attends, and has gradients worth comparing;
-    and no vector is 0 or 1 throughout, so that a bias that is added twice, or not at all, is felt.
+    """Return a model with a run's initial weights, but for two differences: larger queries and keys, so that attention is not uniform and
+    has gradients worth comparing; and random vectors, so that a bias that is added twice or never makes a difference.
     """
-    made = build_model(MODELS[name], vocabulary=VOCABULARY, sequence_length=LENGTH)
-    made.initialize(seed=SEED)
-    for number, (weight, parameter) in enumerate(made.named_parameters()):
+    built = build_model(MODELS[name], vocabulary=VOCABULARY, sequence_length=LENGTH)
+    built.initialize(seed=SEED)
+    for number, (weight, parameter) in enumerate(built.named_parameters()):
         if weight.endswith(("q_proj.weight", "k_proj.weight")):
             parameter.data *= 5
         if parameter.ndim < 2:
             parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1
-    return made
+    return built
 
 
 def optimizer_config(name: str, precision: Precision = "fp32") -> OptimizerConfig:
-    """Every gradient is clipped. Of a gradient that is zero but for rounding AdamW makes a step of full size, in either direction, unless
-    epsilon lies above that. SGD has no such thing, and sees each error of scale.
+    """Return settings that clip every gradient. If a gradient is only rounding error, AdamW takes a full step in an arbitrary direction
+    unless epsilon is larger. SGD does not, and it reveals errors of scale.
     """
     return OptimizerConfig(
         name=name, learning_rate=RATES[name], gradient_clipping=0.25, epsilon=EPSILON.get(precision, 1e-4), weight_decay=DECAY[name]
@@ -160,45 +164,47 @@ def optimizer_config(name: str, precision: Precision = "fp32") -> OptimizerConfi
 
 
 def batch(name: str, step: int) -> Batch:
-    """The global batch of a step: documents, and padding of another length in each sequence."""
+    """Return the global batch of a step, with documents, and with padding of a different length in each sequence."""
     random = torch.Generator().manual_seed(step)
     shape = (GLOBAL_BATCH, LENGTH)
     text = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, LENGTH + 1), generator=random)
-    tokens, places = text[:, :-1].contiguous(), torch.arange(LENGTH).expand(shape)
+    tokens, positions = text[:, :-1].contiguous(), torch.arange(LENGTH).expand(shape)
     lengths = torch.randint(LENGTH // 2, LENGTH + 1, (GLOBAL_BATCH, 1), generator=random)
-    documents = (places >= LENGTH // 4).long().masked_fill(places >= lengths, -1)
-    common: dict[str, Any] = {"positions": places, "keys": torch.arange(GLOBAL_BATCH) + step * 1000}
+    documents = (positions >= LENGTH // 4).long().masked_fill(positions >= lengths, -1)
+    common: dict[str, Any] = {"positions": positions, "keys": torch.arange(GLOBAL_BATCH) + step * 1000}
     if MODELS[name].family == "bert":
-        chosen = (torch.rand(shape, generator=random) < 0.2) & (places < lengths)
+        chosen = (torch.rand(shape, generator=random) < 0.2) & (positions < lengths)
         follows = torch.randint(0, 2, (GLOBAL_BATCH,), generator=random)
         tokens = tokens.masked_fill(chosen, VOCABULARY - 1)
         return Batch(
             tokens=tokens,
             targets=text[:, :-1].where(chosen, IGNORED),
             documents=documents.clamp(max=0),
-            segments=(places > LENGTH // 2).long(),
+            segments=(positions > LENGTH // 2).long(),
             next_sentence=follows,
             **common,
         )
-    return Batch(tokens=tokens, targets=text[:, 1:].masked_fill(places >= lengths, IGNORED), documents=documents, **common)
+    return Batch(tokens=tokens, targets=text[:, 1:].masked_fill(positions >= lengths, IGNORED), documents=documents, **common)
 
 
 def rows(whole: Batch, numbers: Any) -> Batch:
-    held = {n: getattr(whole, n) for n in ("tokens", "targets", "positions", "keys", "documents", "segments", "next_sentence")}
-    return replace(whole, **{name: tensor[torch.as_tensor(numbers)] for name, tensor in held.items() if tensor is not None})
+    """Return these sequences of a batch."""
+    names = ("tokens", "targets", "positions", "keys", "documents", "segments", "next_sentence")
+    tensors = {name: getattr(whole, name) for name in names}
+    return replace(whole, **{name: tensor[torch.as_tensor(numbers)] for name, tensor in tensors.items() if tensor is not None})
 
 
 @torch.no_grad()
-def moved(name: str, precision: Precision, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What has come of each weight since the beginning, where masters are what was left of them in training precision."""
-    began = model(name).to(DTYPES.get(precision, torch.float32)).float()
-    return {key: (weights[key] - weight).numpy() for key, weight in began.named_parameters()}
+def movements(name: str, precision: Precision, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return how far each weight has moved from its initial value, which was rounded to the training precision."""
+    initial = model(name).to(DTYPES.get(precision, torch.float32)).float()
+    return {key: (weights[key] - weight).numpy() for key, weight in initial.named_parameters()}
 
 
-def plain(name: str, precision: Precision, optimizer: str, turns: int = TURNS) -> Trace:
-    """One process, no DeepSpeed: fp32 masters beside a model in training precision, gradients accumulated in that precision.
+def run_plain(name: str, precision: Precision, optimizer: str, turns: int = TURNS) -> Trace:
+    """Train in one process without DeepSpeed: fp32 masters beside a model in training precision, which also accumulates the gradients.
 
-    turns: micro batches that a step is dealt into.
+    turns: micro batches per step.
     """
     trained = model(name).to(DTYPES.get(precision, torch.float32))
     masters = model(name)
@@ -231,31 +237,33 @@ def plain(name: str, precision: Precision, optimizer: str, turns: int = TURNS) -
         with torch.no_grad():
             for master, weight in zip(masters.parameters(), trained.parameters(), strict=True):
                 weight.copy_(master)
-    return Trace(losses, norms, moved(name, precision, dict(masters.named_parameters())))
+    return Trace(losses, norms, movements(name, precision, dict(masters.named_parameters())))
 
 
-def plain_all(cells: list[tuple[str, Precision]], turns: int = TURNS) -> dict[tuple[str, Precision, str], Trace]:
-    return {(name, precision, optimizer): plain(name, precision, optimizer, turns) for name, precision in cells for optimizer in OPTIMIZERS}
+def run_plain_cells(cells: list[tuple[str, Precision]], turns: int = TURNS) -> dict[tuple[str, Precision, str], Trace]:
+    return {
+        (name, precision, optimizer): run_plain(name, precision, optimizer, turns) for name, precision in cells for optimizer in OPTIMIZERS
+    }
 
 
-def in_pieces(*given: Any) -> dict[str, Any]:
-    """What DeepSpeed is told, but that small models are to it as large ones are: their gradients come in many buckets, and ZeRO-3 keeps
-    the smallest weights whole, cuts the others, and gathers them anew for each layer.
+def small_buckets(*args: Any) -> dict[str, Any]:
+    """Return DeepSpeed's config with small buffers, so that it treats small models like large ones: gradients fill many buckets, and ZeRO-3
+    keeps only the smallest weights whole, partitions the others, and gathers them for each layer.
     """
-    told = SETTINGS(*given)
-    told["zero_optimization"] |= {
-        "reduce_bucket_size": PIECES,
-        "allgather_bucket_size": PIECES,
-        "sub_group_size": PIECES,
-        "stage3_prefetch_bucket_size": PIECES,
-        "stage3_max_live_parameters": 2 * PIECES,
+    config = DEFAULT_CONFIG(*args)
+    config["zero_optimization"] |= {
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "sub_group_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_max_live_parameters": 2 * BUCKET,
         "stage3_param_persistence_threshold": SIZES["width"],
     }
-    return told
+    return config
 
 
-def gathered(engine: Engine) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Every master, whole; and the names of those that some rank holds other values of than another that holds the same part."""
+def gather_masters(engine: Engine) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return every master, whole, and the names of those with different replicas."""
     prefix = "master/"
     state, names = logical_state(engine), [name for name, _ in engine.module.named_parameters()]
     shapes = [logical_shapes(engine)[prefix + name] for name in names]
@@ -263,24 +271,24 @@ def gathered(engine: Engine) -> tuple[dict[str, torch.Tensor], list[str]]:
     lowest, highest = torch.full((sum(sizes),), math.inf), torch.full((sum(sizes),), -math.inf)
     for flat in (lowest, highest):
         for name, shape, whole in zip(names, shapes, flat.split(sizes), strict=True):
-            if (here := state.get(prefix + name)) is not None:
-                for place, held in here.views:
-                    whole.view(shape)[place.slices] = held
+            if (local := state.get(prefix + name)) is not None:
+                for rectangle, view in local.views:
+                    whole.view(shape)[rectangle.slices] = view
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     both = list(zip(names, shapes, lowest.split(sizes), highest.split(sizes), strict=True))
     return {name: low.view(shape) for name, shape, low, _ in both}, [name for name, _, low, high in both if not torch.equal(low, high)]
 
 
-def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = None, *, compiled: bool = False) -> Trace:
-    """The same on this rank's share, in DeepSpeed; with a fault put in, where a control asks for one."""
+def run_cell(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = None, *, compiled: bool = False) -> Trace:
+    """Train this rank's part with DeepSpeed. fault: changes the engine, for a control."""
     torch.nn.functional.linear = LINEAR
     world = World.from_environment()
     data = world.size // (cell.parallel.tensor * cell.parallel.sequence)
     train = TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH // (TURNS * data))
     layout = layout_for(train, cell.parallel, world.size)
     mesh = world.mesh(layout)
-    with patch.object(engines, "deepspeed_config", in_pieces):
+    with patch.object(engines, "deepspeed_config", small_buckets):
         engine = Engine(
             model(cell.model),
             mesh=mesh,
@@ -294,18 +302,18 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
     losses, norms = [], []
     for step in range(STEPS):
         whole = batch(cell.model, step)
-        taken = [layout.samples(first=0, turn=turn, rank=mesh.data_rank) for turn in range(TURNS)]
-        outcome = engine.step([rows(whole, numbers) for numbers in taken], learning_rate=RATES[optimizer])
-        assert not outcome.skipped
-        terms = outcome.terms.double()
+        samples = [layout.samples(first=0, turn=turn, rank=mesh.data_rank) for turn in range(TURNS)]
+        result = engine.step([rows(whole, numbers) for numbers in samples], learning_rate=RATES[optimizer])
+        assert not result.skipped
+        terms = result.terms.double()
         dist.all_reduce(terms, group=mesh.replicas)
         losses.append(float(terms.sum()))
-        norms.append(outcome.grad_norm)
-    unknown = layout.zero == 0 and cell.refusal is not None  # to checkpoints, and whole on every rank
-    weights, drifted = (dict(engine.module.named_parameters()), []) if unknown else gathered(engine)
-    return Trace(losses, norms, moved(cell.model, cell.precision, weights), drifted)
+        norms.append(result.grad_norm)
+    is_refused = layout.zero == 0 and cell.refusal is not None  # checkpoints do not support it; each rank holds all weights
+    weights, drifted = (dict(engine.module.named_parameters()), []) if is_refused else gather_masters(engine)
+    return Trace(losses, norms, movements(cell.model, cell.precision, weights), drifted)
 
 
-def under_all(cells: list[Cell]) -> list[dict[str, Trace]]:
-    """Several cells of as many ranks, one after another in the same processes."""
-    return [{optimizer: under(cell, optimizer) for optimizer in OPTIMIZERS} for cell in cells]
+def run_cells(cells: list[Cell]) -> list[dict[str, Trace]]:
+    """Run cells with the same number of ranks, one after another in the same processes."""
+    return [{optimizer: run_cell(cell, optimizer) for optimizer in OPTIMIZERS} for cell in cells]

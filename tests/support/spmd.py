@@ -1,6 +1,6 @@
-"""Distributed tests as plain functions: `spmd(function, ranks, *args)` runs it on gloo ranks and gives what each returned.
+"""Distributed tests as plain functions: `spmd(function, ranks, *args)` runs one on gloo ranks and returns every rank's result.
 
-The ranks are forked from one process that has torch and deepspeed imported, so a test costs tenths of a second, not imports.
+The ranks are forked from a process that has imported torch and deepspeed, so that a test costs tenths of a second.
 """
 
 import multiprocessing
@@ -21,36 +21,38 @@ _forks.set_forkserver_preload(["manta.trainer.rank"])
 
 
 def spmd(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Runs function(*args) on `ranks` ranks of one gloo world. The first rank's error is raised, with its traceback."""
+    """Run function(*args) on `ranks` gloo ranks. Raises AssertionError with the traceback of the first rank that fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    home = tempfile.mkdtemp(prefix="spmd-")
-    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # these ranks are many to a machine
+    workdir = tempfile.mkdtemp(prefix="spmd-")
+    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # several ranks share the machine
         forkserver.ensure_running()
     pipes = [_forks.Pipe(duplex=False) for _ in range(ranks)]
-    processes = [_forks.Process(target=_rank, args=(r, ranks, port, home, pipes[r][1], function, args), daemon=True) for r in range(ranks)]
+    processes = [
+        _forks.Process(target=_rank, args=(r, ranks, port, workdir, pipes[r][1], function, args), daemon=True) for r in range(ranks)
+    ]
     for process, (_, writing) in zip(processes, pipes, strict=True):
         process.start()
         writing.close()
     try:
-        answers = [_answer(reading, process, timeout) for (reading, _), process in zip(pipes, processes, strict=True)]
+        results = [_result(reading, process, timeout) for (reading, _), process in zip(pipes, processes, strict=True)]
     finally:
         for process, (reading, _) in zip(processes, pipes, strict=True):
             process.kill()
             process.join()
             process.close()
             reading.close()
-        shutil.rmtree(home, ignore_errors=True)
-    for rank, (error, _) in enumerate(answers):
+        shutil.rmtree(workdir, ignore_errors=True)
+    for rank, (error, _) in enumerate(results):
         if error is not None:
             raise AssertionError(f"rank {rank} of {ranks}:\n{error}")
-    return [value for _, value in answers]
+    return [value for _, value in results]
 
 
-def _answer(reading: Connection, process: Any, timeout: float) -> tuple[str | None, Any]:
+def _result(reading: Connection, process: Any, timeout: float) -> tuple[str | None, Any]:
     if not reading.poll(timeout):
-        return f"no answer within {timeout} s", None
+        return f"no result within {timeout} s", None
     try:
         return reading.recv()
     except EOFError:
@@ -58,10 +60,10 @@ def _answer(reading: Connection, process: Any, timeout: float) -> tuple[str | No
         return f"died with exit code {process.exitcode}", None
 
 
-def _rank(rank: int, ranks: int, port: int, home: str, writing: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, ranks: int, port: int, workdir: str, writing: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    os.chdir(Path(home))
+    os.chdir(Path(workdir))
     import torch
 
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import RATES, Cell, batch, in_pieces, model, optimizer_config, rows
+from parity import RATES, Cell, batch, model, optimizer_config, rows, small_buckets
 from spmd import spmd
 
 from manta.trainer.checkpoint import catalog
@@ -75,7 +75,7 @@ def build(cell: Cell, optimizer: str = "adamw", *, pieces: bool = False) -> Engi
     """pieces: as a large model lies on its ranks."""
     layout = layout_for(TRAIN, cell.parallel, World.from_environment().size)
     torch.nn.functional.linear = LINEAR
-    with patch.object(engines, "deepspeed_config", in_pieces) if pieces else nullcontext():
+    with patch.object(engines, "deepspeed_config", small_buckets) if pieces else nullcontext():
         return Engine(
             model(cell.model), mesh=World.from_environment().mesh(layout), optimizer=optimizer_config(optimizer), precision=cell.precision
         )

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from parity import BOUNDS, Cell, Trace, plain, under
+from parity import BOUNDS, Cell, Trace, run_cell, run_plain
 from spmd import spmd
 
 from manta.data.errors import InputError
@@ -32,7 +32,7 @@ GRAPHS = {
 
 
 def compiled(cell: Cell) -> tuple[Trace, Counter[str]]:
-    trace = under(cell, "adamw", compiled=True)
+    trace = run_cell(cell, "adamw", compiled=True)
     from torch._dynamo.utils import counters
 
     return trace, counters["stats"]
@@ -43,9 +43,9 @@ def compiled(cell: Cell) -> tuple[Trace, Counter[str]]:
 @pytest.mark.parametrize(("cell", "graphs"), GRAPHS.items(), ids=str)
 def test_compiled_blocks_keep_parity_and_share_one_graph(cell, graphs):
     assert cell.refusal is None
-    reference = spmd(plain, 1, cell.model, cell.precision, "adamw")[0]
+    reference = spmd(run_plain, 1, cell.model, cell.precision, "adamw")[0]
     for trace, counters in spmd(compiled, cell.ranks, cell, timeout=240.0):
-        assert trace.differs(reference).within(BOUNDS[cell.precision])
+        assert trace.difference(reference).within(BOUNDS[cell.precision])
         assert counters["unique_graphs"] == graphs
 
 

@@ -16,7 +16,7 @@ import parity
 import pytest
 import torch
 import yaml
-from parity import OPTIMIZERS, Cell, Difference, Trace, plain, under
+from parity import OPTIMIZERS, Cell, Difference, Trace, run_cell, run_plain
 
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
@@ -79,7 +79,7 @@ def _joined(device, function, args):
 
 def traced(cells, compiled) -> list[dict[str, Trace]]:
     parity.MODELS["wide"] = wide()
-    return [{optimizer: under(cell, optimizer, compiled=compiled) for optimizer in OPTIMIZERS} for cell in cells]
+    return [{optimizer: run_cell(cell, optimizer, compiled=compiled) for optimizer in OPTIMIZERS} for cell in cells]
 
 
 def wide() -> ModelConfig:
@@ -115,7 +115,7 @@ def test_a_gpu_trains_as_a_cpu_does(cell, monkeypatch):
     monkeypatch.setitem(parity.MODELS, "wide", wide())
     assert cell.refusal is None
     for optimizer, trace in apart(traced, [cell], False)[0].items():
-        assert trace.differs(plain(cell.model, cell.precision, optimizer)).within(BOUNDS[cell.precision])
+        assert trace.difference(run_plain(cell.model, cell.precision, optimizer)).within(BOUNDS[cell.precision])
 
 
 COMPILED = [
@@ -133,7 +133,7 @@ COMPILED = [
 def test_compiled_blocks_train_as_others_do(cell):
     ours, theirs = apart(traced, [cell], True)[0], apart(traced, [cell], False)[0]
     for optimizer in OPTIMIZERS:
-        assert ours[optimizer].differs(theirs[optimizer]).within(BOUNDS[cell.precision])
+        assert ours[optimizer].difference(theirs[optimizer]).within(BOUNDS[cell.precision])
 
 
 def overflowing() -> tuple[list[bool], list[float | None]]:

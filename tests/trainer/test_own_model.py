@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from conftest import MANTA
-from parity import BOUNDS, MODELS, OPTIMIZERS, SIZES, Cell, plain_all, under, under_all
-from parity_table import doubled, unreduced
+from parity import BOUNDS, MODELS, OPTIMIZERS, SIZES, Cell, run_cell, run_cells, run_plain_cells
+from parity_table import double_gradient, skip_reduction
 from spmd import spmd
 
 from manta.data.errors import InputError
@@ -208,22 +208,22 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def plain_traces():
-    return spmd(with_mine, 1, plain_all, [("mine", precision) for precision in sorted({cell.precision for cell in CELLS})])[0]
+    return spmd(with_mine, 1, run_plain_cells, [("mine", precision) for precision in sorted({cell.precision for cell in CELLS})])[0]
 
 
 @pytest.mark.slow
 def test_the_example_has_parity_under_zero(plain_traces):
-    for traces in spmd(with_mine, 2, under_all, CELLS):
+    for traces in spmd(with_mine, 2, run_cells, CELLS):
         for cell, trace in zip(CELLS, traces, strict=True):
             for optimizer in OPTIMIZERS:
-                assert trace[optimizer].differs(plain_traces["mine", cell.precision, optimizer]).within(BOUNDS[cell.precision]), cell
+                assert trace[optimizer].difference(plain_traces["mine", cell.precision, optimizer]).within(BOUNDS[cell.precision]), cell
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [doubled, unreduced])
+@pytest.mark.parametrize("fault", [double_gradient, skip_reduction])
 def test_the_parity_comparison_detects_a_fault_in_it(plain_traces, fault):
-    trace = spmd(with_mine, 2, under, Cell("mine", 2, "fp32"), "sgd", fault)[0]
-    assert not trace.differs(plain_traces["mine", "fp32", "sgd"]).within(BOUNDS["fp32"])
+    trace = spmd(with_mine, 2, run_cell, Cell("mine", 2, "fp32"), "sgd", fault)[0]
+    assert not trace.difference(plain_traces["mine", "fp32", "sgd"]).within(BOUNDS["fp32"])
 
 
 def test_the_document_shows_the_examples_files():

@@ -1,4 +1,4 @@
-"""A slice of the parity table that touches each model, layout and precision once; `make parity` runs it whole and writes docs/parity.md."""
+"""A slice of the parity table with every model, layout and precision; `make parity` runs the whole table and writes docs/parity.md."""
 
 from dataclasses import replace
 from functools import cache
@@ -6,8 +6,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from parity import BOUNDS, MODELS, OPTIMIZERS, Cell, Trace, batch, model, optimizer_config, plain_all, under, under_all
-from parity_table import CONTROLS, MORE, PRECISIONS, SHARES, STAGES, cells, each_doubled
+from parity import BOUNDS, MODELS, OPTIMIZERS, Cell, Trace, batch, model, optimizer_config, run_cell, run_cells, run_plain_cells
+from parity_table import CONTROLS, EXTRA_STAGES, PRECISIONS, SIZES_BY_RANKS, STAGES, cells, double_each_gradient
 from spmd import spmd
 
 from manta.trainer.config.sections import ParallelConfig, TrainConfig
@@ -29,7 +29,7 @@ QUICK = [
     Cell("gpt2-moe", 4, "fp32", ParallelConfig(zero=1, expert=2)),
     Cell("gpt2-moe", 2, "fp32", ParallelConfig(zero=1, offload=True)),
 ]
-"""Each model, precision, ZeRO stage, kind of share, and what lies on top: offloading and recomputation."""
+"""Every model, precision, ZeRO stage and kind of parallelism, offloading and activation checkpointing."""
 SLICE = [
     *QUICK,
     Cell("gpt2", 4, "fp32", ParallelConfig(zero=0)),
@@ -48,19 +48,19 @@ SLICE = [
 
 @cache
 def reference(model, precision) -> dict:
-    return spmd(plain_all, 1, [(model, precision)])[0]
+    return spmd(run_plain_cells, 1, [(model, precision)])[0]
 
 
 @pytest.mark.parametrize("cell", [*QUICK, *(pytest.param(cell, marks=pytest.mark.slow) for cell in SLICE[len(QUICK) :])], ids=str)
 def test_a_layout_equals_one_plain_process(cell):
     assert cell.refusal is None
-    for traces in spmd(under_all, cell.ranks, [cell]):
+    for traces in spmd(run_cells, cell.ranks, [cell]):
         for optimizer in OPTIMIZERS:
-            difference = traces[0][optimizer].differs(reference(cell.model, cell.precision)[cell.model, cell.precision, optimizer])
+            difference = traces[0][optimizer].difference(reference(cell.model, cell.precision)[cell.model, cell.precision, optimizer])
             assert difference.within(BOUNDS[cell.precision])
 
 
-def test_what_is_quick_of_it_has_each_model_precision_stage_and_kind_of_share():
+def test_quick_cells_cover_every_model_precision_stage_and_parallelism():
     assert {cell.model for cell in QUICK} == MODELS.keys()
     assert {cell.precision for cell in QUICK} == set(PRECISIONS)
     assert {cell.parallel.zero for cell in QUICK} == {0, 1, 2, 3}
@@ -70,80 +70,80 @@ def test_what_is_quick_of_it_has_each_model_precision_stage_and_kind_of_share():
         assert any(getattr(cell.parallel, kind) > 1 or getattr(cell.parallel, kind) is True for cell in QUICK), kind
 
 
-def test_the_slice_touches_each_model_and_each_row_and_column_of_the_table():
+def test_the_slice_covers_every_row_and_column_of_the_table():
     assert {cell.model for cell in SLICE} == MODELS.keys()
     assert {cell.precision for cell in SLICE} == set(PRECISIONS)
-    layers = {(cell.parallel.zero, cell.parallel.offload, cell.checkpointing) for cell in SLICE}
-    assert layers == {*STAGES, *MORE} - {(3, False, "selective")}, "which is refused"
-    shared = {(cell.ranks, cell.parallel.tensor, cell.parallel.sequence, cell.parallel.expert) for cell in SLICE}
-    assert shared == {
-        (ranks, *(shares.get(key, 1) for key in ("tensor", "sequence", "expert")))
-        for ranks, shares in SHARES
-        if not {"tensor", "expert"} <= shares.keys()  # which is refused
+    stages = {(cell.parallel.zero, cell.parallel.offload, cell.checkpointing) for cell in SLICE}
+    assert stages == {*STAGES, *EXTRA_STAGES} - {(3, False, "selective")}, "unsupported"
+    sizes = {(cell.ranks, cell.parallel.tensor, cell.parallel.sequence, cell.parallel.expert) for cell in SLICE}
+    assert sizes == {
+        (ranks, *(options.get(key, 1) for key in ("tensor", "sequence", "expert")))
+        for ranks, options in SIZES_BY_RANKS
+        if not {"tensor", "expert"} <= options.keys()  # unsupported
     }
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
-    ("fault", "cell", "put_in"),
+    ("fault", "cell", "inject"),
     [pytest.param(*control, marks=[pytest.mark.slow] if control[1].precision == "bf16" else []) for control in CONTROLS],
     ids=lambda value: str(getattr(value, "__name__", value)),
 )
-def test_the_comparison_notices_a_fault(fault, cell, put_in, optimizer):
-    wanted = reference(cell.model, cell.precision)[cell.model, cell.precision, optimizer]
-    difference = spmd(under, cell.ranks, cell, optimizer, put_in)[0].differs(wanted)
+def test_the_comparison_detects_a_fault(fault, cell, inject, optimizer):
+    expected = reference(cell.model, cell.precision)[cell.model, cell.precision, optimizer]
+    difference = spmd(run_cell, cell.ranks, cell, optimizer, inject)[0].difference(expected)
     assert not difference.within(BOUNDS[cell.precision]), fault
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "gpt2-moe"])
-def test_the_comparison_notices_a_doubled_gradient_of_any_one_weight(name):
-    differences = spmd(each_doubled, 1, name, "bf16")[0]
+def test_the_comparison_detects_a_doubled_gradient_of_any_weight(name):
+    differences = spmd(double_each_gradient, 1, name, "bf16")[0]
     assert len(differences) > 30
     assert [weight for weight, difference in differences.items() if difference.within(BOUNDS["bf16"])] == []
 
 
-def test_the_comparison_notices_bf16_without_zero():
-    """It is refused; run in spite of that, it is wrong as the table says."""
+def test_the_comparison_detects_the_error_of_bf16_without_zero():
+    """It is unsupported; if run anyway, it is wrong."""
     cell = Cell("llama", 2, "bf16", ParallelConfig(zero=0))
     assert cell.refusal is not None
-    wanted: Trace = reference("llama", "bf16")["llama", "bf16", "adamw"]
-    assert not spmd(under, 2, cell, "adamw")[0].differs(wanted).within(BOUNDS["bf16"])
+    expected: Trace = reference("llama", "bf16")["llama", "bf16", "adamw"]
+    assert not spmd(run_cell, 2, cell, "adamw")[0].difference(expected).within(BOUNDS["bf16"])
 
 
-def wrong_under_zero_3() -> tuple[Trace, Trace]:
-    plainly = Cell("gpt2", 1, "fp32", ParallelConfig(zero=3))
-    again = replace(plainly, checkpointing="selective")
-    assert again.refusal is not None
-    return under(plainly, "sgd"), under(again, "sgd")
+def selective_checkpointing_under_zero_3() -> tuple[Trace, Trace]:
+    cell = Cell("gpt2", 1, "fp32", ParallelConfig(zero=3))
+    selective = replace(cell, checkpointing="selective")
+    assert selective.refusal is not None
+    return run_cell(cell, "sgd"), run_cell(selective, "sgd")
 
 
 @pytest.mark.slow
-def test_the_comparison_notices_selective_recomputation_under_zero_3():
-    """It is refused; run in spite of that, biases are added twice."""
-    ours, theirs = spmd(wrong_under_zero_3, 1)[0]
-    assert not ours.differs(theirs).within(BOUNDS["fp32"])
+def test_the_comparison_detects_selective_checkpointing_under_zero_3():
+    """It is unsupported; if run anyway, it adds biases twice."""
+    expected, selective = spmd(selective_checkpointing_under_zero_3, 1)[0]
+    assert not expected.difference(selective).within(BOUNDS["fp32"])
 
 
-def kept_by(precision: str) -> tuple[torch.dtype, torch.dtype]:
-    """Of a linear layer's product in training and in evaluation, where DeepSpeed asks as on a GPU whether autocast is on around it."""
+def product_dtypes(precision: str) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtype of a linear layer's product in training and in evaluation, if DeepSpeed checks for autocast as on a GPU."""
     world, layout = World.from_environment(), layout_for(TrainConfig(steps=1, global_batch=16, micro_batch=16), ParallelConfig(), 1)
     engine = Engine(model("llama"), mesh=world.mesh(layout), optimizer=optimizer_config("sgd"), precision=precision)
-    seen = []
-    engine.module.get_submodule("blocks.0.mlp.up_proj").register_forward_hook(lambda _, __, product: seen.append(product.dtype))
-    asked = torch.is_autocast_enabled
-    with patch("torch.is_autocast_enabled", lambda device="cpu": asked(device)):
+    dtypes = []
+    engine.module.get_submodule("blocks.0.mlp.up_proj").register_forward_hook(lambda _, __, product: dtypes.append(product.dtype))
+    is_enabled = torch.is_autocast_enabled
+    with patch("torch.is_autocast_enabled", lambda device="cpu": is_enabled(device)):
         engine.step([batch("llama", 0)], learning_rate=0.1)
         engine.evaluate(batch("llama", 0))
-    return tuple(seen)
+    return tuple(dtypes)
 
 
 def test_under_autocast_products_are_in_bf16():
-    assert spmd(kept_by, 1, "bf16-autocast")[0] == (torch.bfloat16, torch.bfloat16)
-    assert spmd(kept_by, 1, "fp32")[0] == (torch.float32, torch.float32)
+    assert spmd(product_dtypes, 1, "bf16-autocast")[0] == (torch.bfloat16, torch.bfloat16)
+    assert spmd(product_dtypes, 1, "fp32")[0] == (torch.float32, torch.float32)
 
 
-def test_each_refused_cell_gives_its_reason():
+def test_each_unsupported_cell_has_a_reason():
     reasons = {cell.refusal for model in MODELS for cell in cells(model)} - {None}
     for start in (
         "parallel.zero: expected 1, 2 or 3 in bf16",

@@ -30,12 +30,12 @@ from parity import (
     Cell,
     Trace,
     batch,
-    gathered,
-    in_pieces,
+    gather_masters,
     model,
-    moved,
+    movements,
     optimizer_config,
     rows,
+    small_buckets,
 )
 from runs import assert_same_losses, events, lines, losses, resume, wait_for_step
 from spmd import spmd
@@ -128,7 +128,7 @@ def plain(cell: Cell, optimizer: str) -> Trace:
         with torch.no_grad():
             for master, weight in zip(masters.parameters(), trained.parameters(), strict=True):
                 weight.copy_(master)
-    return Trace(told, norms, moved(cell.model, cell.precision, dict(masters.named_parameters())))
+    return Trace(told, norms, movements(cell.model, cell.precision, dict(masters.named_parameters())))
 
 
 def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = None, *, compiled: bool = False) -> Trace:
@@ -140,7 +140,7 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
     train = TrainConfig(steps=len(SHAPES), global_batch=BATCHES[-1], batch_ramp=stages, micro_batch=TURN // data)
     layout = layout_for(train, cell.parallel, world.size)
     mesh = world.mesh(layout)
-    with patch.object(engines, "deepspeed_config", in_pieces):
+    with patch.object(engines, "deepspeed_config", small_buckets):
         engine = Engine(
             model(cell.model),
             mesh=mesh,
@@ -161,8 +161,8 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
         dist.all_reduce(terms, group=mesh.replicas)
         told.append(float(terms.sum()))
         norms.append(outcome.grad_norm)
-    weights, drifted = gathered(engine)
-    return Trace(told, norms, moved(cell.model, cell.precision, weights), drifted)
+    weights, drifted = gather_masters(engine)
+    return Trace(told, norms, movements(cell.model, cell.precision, weights), drifted)
 
 
 def of_both(run: Callable[..., Trace], some: list[Cell]) -> list[dict[str, Trace]]:
@@ -179,7 +179,7 @@ def test_steps_of_other_sizes_and_lengths_equal_one_plain_process(cell):
     assert cell.refusal is None
     for told in spmd(of_both, cell.ranks, under, [cell]):
         for optimizer in OPTIMIZERS:
-            difference = told[0][optimizer].differs(reference(cell.model, cell.precision)[optimizer])
+            difference = told[0][optimizer].difference(reference(cell.model, cell.precision)[optimizer])
             assert difference.within(BOUNDS[cell.precision]), difference
 
 
@@ -202,7 +202,7 @@ def test_the_comparison_notices_a_fault(fault, zero):
     cell = Cell("gpt2", 2, "fp32", ParallelConfig(zero=zero))
     told = spmd(of_both, 2, partial(under, fault=fault), [cell])[0][0]
     for optimizer in OPTIMIZERS:
-        assert not told[optimizer].differs(reference("gpt2", "fp32")[optimizer]).within(BOUNDS["fp32"])
+        assert not told[optimizer].difference(reference("gpt2", "fp32")[optimizer]).within(BOUNDS["fp32"])
 
 
 def compiled(cell: Cell) -> tuple[Trace, int]:
@@ -216,7 +216,7 @@ def compiled(cell: Cell) -> tuple[Trace, int]:
 @pytest.mark.slow
 def test_blocks_are_compiled_once_for_each_length():
     for trace, graphs in spmd(compiled, 2, Cell("gpt2", 2), timeout=240.0):
-        assert trace.differs(reference("gpt2", "fp32")["adamw"]).within(BOUNDS["fp32"])
+        assert trace.difference(reference("gpt2", "fp32")["adamw"]).within(BOUNDS["fp32"])
         assert graphs == len({length for _, length in SHAPES})
 
 
