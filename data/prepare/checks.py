@@ -3,7 +3,7 @@
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.prepare.progress import report
-from manta.data.sources.config import FilterConfig, SourceConfig
+from manta.data.sources.config import SourceConfig
 from manta.data.sources.source import ignored_files, source_files, validation_source
 from manta.data.sources.splits import content_kind
 from manta.data.storage.location import StoredFile, resolve
@@ -21,24 +21,15 @@ def check_sources(data: DataConfig, tokens: TokenizerConfig) -> None:
         kind = content_kind(source, data)
         if kind != "text" and tokens.file is None:
             raise InputError(f"{key}: expected text, or the tokenizer that wrote its token ids, got token ids. Set tokenizer.file.")
-        if kind == "shards":
-            _check_unused_keys(source, key)
+        for name in ("filter", "template", "text_field") if kind == "shards" else ():
+            if getattr(source, name) != SourceConfig.model_fields[name].default:
+                raise InputError(f"{key}: expected no {name} for token shards, which have no text, got one. Remove it.")
         if validation is not None and (other := content_kind(validation, data)) != kind:
             raise InputError(f"{key}: validation: expected {_KIND_NAMES[kind]} as in its path, got {_KIND_NAMES[other]}. Use one kind.")
         if validation_files and (shared := _resolved(files) & _resolved(validation_files)):
             raise InputError(f"{key}: validation: expected other files than its path has, got {min(shared)} in both. Separate them.")
         if ignored := ignored_files(source):
             report(f"prepare: {source.resolved_name}: ignored {len(ignored)} files by their format, first {ignored[0]}")
-
-
-def _check_unused_keys(source: SourceConfig, key: str) -> None:
-    is_set = {
-        "filter": source.filter != FilterConfig(),
-        "template": source.template is not None,
-        "text_field": source.text_field is not None,
-    }
-    for name in (name for name, value in is_set.items() if value):
-        raise InputError(f"{key}: expected no {name} for token shards, which have no text, got one. Remove it.")
 
 
 def _resolved(files: list[StoredFile]) -> set[str]:

@@ -3,11 +3,11 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from ctypes import c_int64
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import xxhash
@@ -59,9 +59,6 @@ class SplitTask:
     def directory(self) -> CorpusDirectory:
         return CorpusDirectory(self.root, self.cache)
 
-    def open_tokenizer(self) -> Tokenizer:
-        return _open_tokenizer(self.tokenizer, self.cache, self.end_of_text, self.encoder)
-
     def write_record(self, record: SplitRecord) -> SplitRecord:
         """Write the record of a split, which says that its shards are complete."""
         self.directory.store.write(record_file(self.index), record.model_dump_json(indent=1).encode())
@@ -74,12 +71,12 @@ def record_file(index: int) -> str:
 
 def encode_split(task: SplitTask, position: c_int64) -> SplitRecord:
     """Write the shards of a split, and last its record. position: set to the position of the current document."""
-    tokenizer, documents = task.open_tokenizer(), _SelectedDocuments(task)
+    tokenizer, documents = open_tokenizer(task.tokenizer, task.cache, task.end_of_text, task.encoder), _SelectedDocuments(task)
     threshold = validation_threshold(task.validation)
     with (
         task.directory.store.staging() as folder,
-        _ShufflingWriter(folder / f"{task.stem}.train", tokenizer.vocabulary, key=2 * task.index) as train,
-        _ShufflingWriter(folder / f"{task.stem}.validation", tokenizer.vocabulary, key=2 * task.index + 1) as validation,
+        closing(_ShufflingWriter(folder / f"{task.stem}.train", tokenizer.vocabulary, key=2 * task.index)) as train,
+        closing(_ShufflingWriter(folder / f"{task.stem}.validation", tokenizer.vocabulary, key=2 * task.index + 1)) as validation,
     ):
         for batch in documents.batches(position):
             for ids, raw in _encode(batch, tokenizer, task.split):
@@ -122,7 +119,7 @@ def validation_threshold(share: float) -> int:
 
 
 @lru_cache(maxsize=1)
-def _open_tokenizer(location: str, cache: CacheConfig, end_of_text: str, encoder: Encoder) -> Tokenizer:
+def open_tokenizer(location: str, cache: CacheConfig, end_of_text: str, encoder: Encoder) -> Tokenizer:
     directory, _, name = location.rpartition("/")
     return Tokenizer(CorpusDirectory(directory, cache).local_copy(name), end_of_text=end_of_text, encoder=encoder)
 
@@ -175,10 +172,7 @@ class _ShufflingWriter:
         self._documents: list[NDArray[np.uint32]] = []
         self._tokens = self._text_bytes = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self._writer.close()
 
     def append(self, ids: NDArray[np.uint32], text_bytes: int) -> None:

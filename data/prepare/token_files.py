@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data.errors import InputError
-from manta.data.prepare.encode import SplitTask
+from manta.data.prepare.encode import SplitTask, open_tokenizer
 from manta.data.shards.manifest import SplitRecord
 from manta.data.shards.shard import LONGEST, Shard, index_bytes, parse_index
 from manta.data.sources.config import SourceConfig
@@ -97,7 +97,7 @@ def index_token_file(task: SplitTask, position: c_int64) -> SplitRecord:
     """Read a file once and write the lengths of its documents, of which the last ones are for validation, and the record."""
     split = task.split
     assert isinstance(split, TokenFileSplit)
-    file = _scan(split, task.open_tokenizer(), position)
+    file = _scan(split, open_tokenizer(task.tokenizer, task.cache, task.end_of_text, task.encoder), position)
     lengths_D = _limit(file.document_lengths())
     ends_D = np.cumsum(lengths_D)
     unended = len(ends_D) - int(np.isin(ends_D, file.ends).sum())
