@@ -44,14 +44,7 @@ def split_windows(tokens_KW: Tokens, sequence_length: int) -> Tokens:
 
 
 def fill_in_the_middle(
-    tokens_KW: Tokens,
-    documents_KW: Tokens,
-    keys: Hashes,
-    *,
-    rate: float,
-    suffix_first: float,
-    marks: FimTokens,
-    end_of_text: int,
+    tokens_KW: Tokens, documents_KW: Tokens, keys: Hashes, *, rate: float, suffix_first: float, marks: FimTokens, end_of_text: int
 ) -> tuple[Tokens, Tokens]:
     """Move the middle of some documents to their end (Bavarian et al. 2022, section 3). Return tokens [K, W] and documents [K, W].
 

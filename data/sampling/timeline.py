@@ -25,12 +25,7 @@ class Timeline:
     """The stages of a run."""
 
     def __init__(
-        self,
-        *,
-        sequence_length: int,
-        global_batch: int,
-        ramp: Sequence[tuple[int, int]] = (),
-        curriculum: Sequence[tuple[int, int]] = (),
+        self, *, sequence_length: int, global_batch: int, ramp: Sequence[tuple[int, int]] = (), curriculum: Sequence[tuple[int, int]] = ()
     ) -> None:
         """ramp: (tokens, global batch) pairs; curriculum: (tokens, sequence length) pairs. The first pair of each is at 0 tokens."""
         batches, lengths = list(ramp) or [(0, global_batch)], list(curriculum) or [(0, sequence_length)]

@@ -27,10 +27,7 @@ from manta.trainer.metrics import Line, read_metrics
 Report = dict[str, Any]
 _CHARACTERS, _DOCUMENTS, _SEQUENCES = 320, 5, 4  # shown of a document, of a sequence and of a sample, without --full
 _STYLES = {"special": "magenta", "hidden": "bold yellow", "replaced": "bold red", "kept": "bold green"}
-_PAIRS = {
-    "next_sentence": ("B follows A", "B is from elsewhere"),
-    "sentence_order": ("A and B in order", "A and B swapped"),
-}
+_PAIRS = {"next_sentence": ("B follows A", "B is from elsewhere"), "sentence_order": ("A and B in order", "A and B swapped")}
 
 
 def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks: int | None) -> Report:

@@ -33,15 +33,7 @@ class DataLoader:
     """Prefetches one step. A single thread does all the reading, in order; its exceptions are raised unchanged to the caller."""
 
     def __init__(
-        self,
-        samples: Samples | LiveSamples,
-        timeline: Timeline,
-        layout: Layout,
-        *,
-        rank: int,
-        seed: int,
-        steps: int,
-        device: torch.device,
+        self, samples: Samples | LiveSamples, timeline: Timeline, layout: Layout, *, rank: int, seed: int, steps: int, device: torch.device
     ) -> None:
         """rank: the data rank. seed: the run's. steps: of the whole run."""
         self._samples, self._timeline, self._layout, self._rank, self._seed, self._steps = samples, timeline, layout, rank, seed, steps
