@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count
+from itertools import chain, count, islice, zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,12 +85,9 @@ class LiveSamples:
     def train(self, read_indices: NDArray[np.integer], *, sequence_length: int | None = None) -> Examples:
         """Return this rank's next samples. read_indices [K]: their numbers in the run, which rise from call to call."""
         samples = np.asarray(read_indices, dtype=np.int64)
-        rows: list[Numbers] = []
-        for number in samples.tolist():
-            assert number > self._last_read, f"sample {number} after {self._last_read}"
-            row, self._cursor = next(self._windows)
-            rows.append(row)
-            self._last_read = number
+        assert (np.diff(samples, prepend=self._last_read) > 0).all(), f"samples {samples} after {self._last_read}"
+        rows, cursors = zip(*islice(self._windows, len(samples)), strict=True)
+        self._last_read, self._cursor = int(samples[-1]), cursors[-1]
         return self._objective(Windows(tokens=np.stack(rows)), samples, seed=self._seed, sequence_length=sequence_length)
 
     def validation(self, indices: NDArray[np.integer]) -> Examples:
@@ -173,7 +170,8 @@ class LiveSamples:
         width, stride = self._objective.shape.width, self._objective.shape.stride
         texts: list[Ids] = []
         size = 0
-        for text in _alternate(chain.from_iterable(split.validation_texts() for split in splits) for splits in by_source):
+        streams = [chain.from_iterable(split.validation_texts() for split in splits) for splits in by_source]
+        for text in (text for turn in zip_longest(*streams) for text in turn if text is not None):
             texts.append(self._encode(text))
             size += len(texts[-1])
             if size >= width + (requested - 1) * stride:
@@ -229,15 +227,14 @@ def _encoder_test_text(splits: Sequence[LiveSplit]) -> list[str]:
 
 
 def _first_tokens(buffer: Iterable[tuple[Cursor, Ids]], width: int) -> Numbers:
-    """Return the first `width` tokens of the buffer."""
-    row, filled = np.empty(width, dtype=np.int64), 0
+    """Return the first `width` tokens of the buffer [width]."""
+    parts: list[Ids] = []
     for _, ids in buffer:
-        part = ids[: width - filled]
-        row[filled : filled + len(part)] = part
-        filled += len(part)
-        if filled == width:
+        parts.append(ids[:width])
+        width -= len(parts[-1])
+        if not width:
             break
-    return row
+    return np.concatenate(parts, dtype=np.int64)
 
 
 def _drop(buffer: deque[tuple[Cursor, Ids]], count: int) -> Cursor:
@@ -251,14 +248,3 @@ def _drop(buffer: deque[tuple[Cursor, Ids]], count: int) -> Cursor:
         count -= len(ids)
         if not buffer:  # continue with whichever document is next
             return replace(cursor, document=cursor.document + 1, token=0)
-
-
-def _alternate(streams: Iterable[Iterator[str]]) -> Iterator[str]:
-    """Yield one item of each stream in turn, until all have ended."""
-    waiting = deque(streams)
-    while waiting:
-        stream = waiting.popleft()
-        for item in stream:
-            yield item
-            waiting.append(stream)
-            break

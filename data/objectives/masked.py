@@ -43,14 +43,12 @@ def frame_next_sentence(
     text. With documents [K, W] of both, the last document of A and the first of B, which the question is about, count as one document
     together with [CLS] and both [SEP].
     """
-    assert windows.second is not None
-    lengths_K = _first_lengths(keys, windows.tokens.shape[1])
-    framed = _frame_pair(windows.tokens, windows.second, lengths_K, samples, special)
-    framed = replace(framed, next_sentence=windows.next_sentence)
-    if documents is None:
-        return framed
-    joined_KW, meeting_K = _join_documents(*documents, lengths_K)
-    return replace(framed, documents=_surround(joined_KW, joined_KW, lengths_K, meeting_K))
+    first_KW, second_KW, next_sentence = windows.tokens, windows.second, windows.next_sentence
+    assert second_KW is not None
+    assert next_sentence is not None
+    lengths_K = _first_lengths(keys, first_KW.shape[1])
+    joined = None if documents is None else _join_documents(*documents, lengths_K)
+    return _frame_pair(first_KW, second_KW, lengths_K, samples, special, next_sentence=next_sentence, documents=joined)
 
 
 def frame_sentence_order(
@@ -65,13 +63,11 @@ def frame_sentence_order(
     lengths_K, swapped_K = _first_lengths(keys, width), integers_below(fold(keys, _SWAPPED), 2)
     cuts_K = np.where(swapped_K == 1, width - lengths_K, lengths_K)
     columns_KW = (np.arange(width) + (swapped_K * cuts_K)[:, None]) % width
-    tokens_KW = tokens_KW[rows_K1, columns_KW]
-    framed = replace(_frame_pair(tokens_KW, tokens_KW, lengths_K, samples, special), next_sentence=swapped_K)
-    if documents_KW is None:
-        return framed
-    joined_KW, meeting_K = _join_documents(documents_KW, documents_KW, cuts_K)
-    joined_KW = joined_KW[rows_K1, columns_KW]
-    return replace(framed, documents=_surround(joined_KW, joined_KW, lengths_K, meeting_K))
+    tokens_KW, joined = tokens_KW[rows_K1, columns_KW], None
+    if documents_KW is not None:
+        joined_KW, meeting_K = _join_documents(documents_KW, documents_KW, cuts_K)
+        joined = joined_KW[rows_K1, columns_KW], meeting_K
+    return _frame_pair(tokens_KW, tokens_KW, lengths_K, samples, special, next_sentence=swapped_K, documents=joined)
 
 
 def frame_text(tokens_KW: Tokens, samples: Tokens, special: SpecialTokens, documents_KW: Tokens | None = None) -> Examples:
@@ -127,12 +123,23 @@ def _first_lengths(keys: Hashes, width: int) -> NDArray[np.int64]:
     return least + integers_below(fold(keys, _SPLIT), width - 2 * least + 1)
 
 
-def _frame_pair(first_KW: Tokens, second_KW: Tokens, lengths_K: NDArray[np.int64], samples: Tokens, special: SpecialTokens) -> Examples:
-    """[CLS] the first `lengths_K` tokens of the first window [SEP] the rest of the second [SEP]."""
+def _frame_pair(
+    first_KW: Tokens,
+    second_KW: Tokens,
+    lengths_K: NDArray[np.int64],
+    samples: Tokens,
+    special: SpecialTokens,
+    *,
+    next_sentence: Tokens,
+    documents: tuple[Tokens, Tokens] | None,
+) -> Examples:
+    """[CLS] the first `lengths_K` tokens of the first window [SEP] the rest of the second [SEP]. documents: of `_join_documents`."""
     tokens_KT = _surround(first_KW, second_KW, lengths_K, special.sep)
     tokens_KT[:, 0] = special.cls
     segments_KT = (np.arange(tokens_KT.shape[1]) > lengths_K[:, None] + 1).astype(np.int64)
-    return replace(_unmasked(tokens_KT, samples), segments=segments_KT)
+    documents_KT = None if documents is None else _surround(documents[0], documents[0], lengths_K, documents[1])
+    framed = _unmasked(tokens_KT, samples)
+    return replace(framed, documents=documents_KT, segments=segments_KT, next_sentence=next_sentence)
 
 
 def _surround(first_KW: Tokens, second_KW: Tokens, lengths_K: NDArray[np.int64], frame: int | Tokens) -> Tokens:

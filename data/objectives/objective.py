@@ -41,29 +41,18 @@ class Objective:
         return replace(self._causal(windows, samples, sample_keys(samples, seed, part)), part=part)
 
     def _causal(self, windows: Windows, samples: Numbers, keys: Hashes) -> Examples:
-        tokens_KW, documents_KW = windows.tokens, windows.documents
-        if documents_KW is None and (self._data.separate_documents or self._marks):
-            documents_KW = number_documents(tokens_KW, self._end_of_text)
-        if self._marks is not None:
-            assert documents_KW is not None
+        data, tokens_KW, documents_KW = self._data, windows.tokens, self._documents(windows)
+        if self._marks is not None and documents_KW is not None:
+            rate, suffix_first, end_of_text = data.fill_in_the_middle, data.suffix_first, self._end_of_text
             tokens_KW, documents_KW = causal.fill_in_the_middle(
-                tokens_KW,
-                documents_KW,
-                keys,
-                rate=self._data.fill_in_the_middle,
-                suffix_first=self._data.suffix_first,
-                marks=self._marks,
-                end_of_text=self._end_of_text,
+                tokens_KW, documents_KW, keys, rate=rate, suffix_first=suffix_first, marks=self._marks, end_of_text=end_of_text
             )
         return causal.causal_examples(tokens_KW, samples, self._visible_documents(windows, documents_KW))
 
     def _masked(self, windows: Windows, samples: Numbers, keys: Hashes) -> Examples:
         special, data, tokens_KW = self._special, self._data, windows.tokens
         assert special is not None
-        documents_KW = windows.documents
-        if documents_KW is None and data.separate_documents:
-            documents_KW = number_documents(tokens_KW, self._end_of_text)
-        documents_KW = self._visible_documents(windows, documents_KW)
+        documents_KW = self._visible_documents(windows, self._documents(windows))
         if windows.second is not None:
             both = None if documents_KW is None else (documents_KW, number_documents(windows.second, self._end_of_text))
             framed = masked.frame_next_sentence(windows, samples, keys, special, both)
@@ -72,6 +61,12 @@ class Objective:
         else:
             framed = masked.frame_text(tokens_KW, samples, special, documents_KW)
         return masked.mask_tokens(framed, keys, share=data.mask_share, special=special, whole_words=data.whole_words)
+
+    def _documents(self, windows: Windows) -> Numbers | None:
+        """Return the document of each token, if the objective needs it."""
+        if windows.documents is None and (self._data.separate_documents or self._marks):
+            return number_documents(windows.tokens, self._end_of_text)
+        return windows.documents
 
     def _visible_documents(self, windows: Windows, documents_KW: Numbers | None) -> Numbers | None:
         """Return the documents that limit attention. If documents may see each other, only padding is kept out."""

@@ -19,15 +19,15 @@ Kind = Literal["text", "special", "hidden", "replaced", "kept"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RenderedSpan:
+class RenderedPiece:
     """Consecutive text tokens, or a single token of another kind."""
 
     kind: Kind
     """The targets of a masked objective are hidden by [MASK], replaced by another token, or kept."""
     text: str
     """As the model sees it."""
-    target: str | None = None
-    """What is to be predicted."""
+    wanted: str | None = None
+    """The target."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,16 +35,13 @@ class RenderedDocument:
     """A document, or the part of it in a sequence."""
 
     tokens: int
-    spans: tuple[RenderedSpan, ...]
-
-    @property
-    def text(self) -> str:
-        return "".join(span.text for span in self.spans)
+    text: str
+    pieces: list[RenderedPiece]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedSequence:
-    documents: tuple[RenderedDocument, ...]
+    documents: list[RenderedDocument]
     padding: int
     """Padding tokens at the end."""
 
@@ -82,31 +79,31 @@ class Renderer:
         real = documents != PADDING
         starts = np.flatnonzero(document_starts(documents[None, real])).tolist()
         shown, wanted = tokens[real].tolist(), targets[real].tolist()
-        return RenderedSequence(
-            documents=tuple(
-                RenderedDocument(tokens=end - start, spans=tuple(self._spans(shown[start:end], wanted[start:end])))
-                for start, end in zip(starts, [*starts[1:], len(shown)], strict=True)
-            ),
-            padding=int((~real).sum()),
-        )
+        ends = [*starts[1:], len(shown)]
+        rendered = [self._document(shown[start:end], wanted[start:end]) for start, end in zip(starts, ends, strict=True)]
+        return RenderedSequence(documents=rendered, padding=int((~real).sum()))
 
-    def _spans(self, shown: list[int], targets: list[int]) -> Iterator[RenderedSpan]:
+    def _document(self, shown: list[int], targets: list[int]) -> RenderedDocument:
+        pieces = list(self._pieces(shown, targets))
+        return RenderedDocument(tokens=len(shown), text="".join(piece.text for piece in pieces), pieces=pieces)
+
+    def _pieces(self, shown: list[int], targets: list[int]) -> Iterator[RenderedPiece]:
         original = [token if target == IGNORED else target for token, target in zip(shown, targets, strict=True)]
         kinds: list[Kind] = [self._kind(*pair) for pair in zip(shown, targets, strict=True)]
         start = 0
         for kind, group in groupby(kinds):
             end = start + len(list(group))
             if kind == "text":
-                yield RenderedSpan(kind="text", text=self._decode(original, start, end))
+                yield RenderedPiece(kind="text", text=self._decode(original, start, end))
             else:
                 yield from (self._single(kind, shown[at], original, at) for at in range(start, end))
             start = end
 
-    def _single(self, kind: Kind, shown: int, original: list[int], at: int) -> RenderedSpan:
+    def _single(self, kind: Kind, shown: int, original: list[int], at: int) -> RenderedPiece:
         if kind == "special":
-            return RenderedSpan(kind="special", text=self._tokenizer.decode([shown]))
+            return RenderedPiece(kind="special", text=self._tokenizer.decode([shown]))
         target = self._decode(original, at, at + 1)
-        return RenderedSpan(kind=kind, text=target if kind == "kept" else self._tokenizer.decode([shown]), target=target)
+        return RenderedPiece(kind=kind, text=target if kind == "kept" else self._tokenizer.decode([shown]), wanted=target)
 
     def _kind(self, shown: int, target: int) -> Kind:
         if target != IGNORED:

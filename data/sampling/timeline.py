@@ -48,11 +48,6 @@ class Timeline:
         stage = self.stage(step)
         return stage.first_sample + (step - stage.first_step) * stage.global_batch
 
-    def step_of(self, sample: int) -> int:
-        """Return the step that reads a sample."""
-        stage = self.stages[bisect_right(self.stages, sample, key=lambda stage: stage.first_sample) - 1]
-        return stage.first_step + (sample - stage.first_sample) // stage.global_batch
-
     def tokens(self, steps: int) -> int:
         """Return the number of tokens that the first `steps` steps read."""
         return self.first_sample(steps) * self.sequence_length

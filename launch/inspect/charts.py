@@ -2,6 +2,7 @@
 
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -47,14 +48,12 @@ def swatch(index: int) -> Text:
 
 def stacked(columns: Sequence[Sequence[float]], height: int) -> list[Text]:
     """Return lines, top first. Each column has shares that sum to 1, the first of them at the bottom."""
-    lines: list[Text] = []
-    for line in range(height):
-        middle = 1 - (line + 0.5) / height
-        drawn = Text()
-        for shares in columns:
-            index = _share_at(shares, middle)
-            drawn.append(SHADES[index % len(SHADES)], style=color(index))
-        lines.append(drawn)
+    lines = [Text() for _ in range(height)]
+    for shares in columns:
+        ends = list(accumulate(shares))
+        for line, text in enumerate(lines):
+            index = bisect_right(ends, 1 - (line + 0.5) / height)
+            text.append(SHADES[index % len(SHADES)], style=color(index))
     return lines
 
 
@@ -65,9 +64,3 @@ def visible(text: str) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share == 0 or share >= 0.0005 else "< 0.1 %"
-
-
-def _share_at(shares: Sequence[float], height: float) -> int:
-    """Return the index of the share that a height of the stack is in."""
-    ends = accumulate(shares)
-    return next((index for index, end in enumerate(ends) if height < end), max(i for i, share in enumerate(shares) if share > 0))

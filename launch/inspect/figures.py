@@ -12,6 +12,7 @@ from manta.data.shards.statistics import LengthHistogram
 
 try:
     import matplotlib as mpl
+    from cycler import cycler
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ModuleNotFoundError:
@@ -21,6 +22,7 @@ _COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#B
 """Safe for color-blind readers: Paul Tol's bright scheme, and three colors of his dark one."""
 _DPI = 130
 _STYLE: dict[Any, Any] = {
+    "axes.prop_cycle": cycler(color=_COLORS),  # sources are "C0", "C1", ...
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -64,25 +66,22 @@ def _lengths(lengths: Mapping[str, LengthHistogram], sequence_length: int) -> Fi
     """Documents and tokens by length, with sources stacked."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
-    edges = next(iter(lengths.values())).edges
     nonempty = np.flatnonzero(sum(one.documents for one in lengths.values()))
     first, end = (int(nonempty[0]), int(nonempty[-1]) + 1) if len(nonempty) else (0, 1)
+    edges = next(iter(lengths.values())).edges[first : end + 1]
     for axis, unit in zip(axes, ("documents", "tokens"), strict=True):
-        parts = {name: getattr(one, unit)[first:end] for name, one in lengths.items()}
-        total, below = max(sum(int(part.sum()) for part in parts.values()), 1), np.zeros(end - first)
-        for index, (name, part) in enumerate(parts.items()):
-            heights = 100 * part / total
-            axis.bar(edges[first:end], heights, np.diff(edges[first : end + 1]), below, align="edge", color=_color(index), label=name, lw=0)
-            below += heights
+        counts = [getattr(one, unit)[first:end] for one in lengths.values()]
+        total = max(sum(int(count.sum()) for count in counts), 1)
+        shares = [100 * count / total for count in counts]
+        axis.hist([edges[:-1]] * len(counts), edges, weights=shares, stacked=True, label=list(lengths))
         axis.axvline(sequence_length, color="black", lw=1.2, ls="--")
         axis.set_title(f"{total:,} {unit} by {'length' if unit == 'documents' else 'length of their document'}")
         axis.set_ylabel(f"% of {unit}")
         axis.grid(visible=False, axis="x")
-    axes[0].annotate(
-        f" data.sequence_length {sequence_length:,}", (sequence_length, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9
-    )
+    label = f" data.sequence_length {sequence_length:,}"
+    axes[0].annotate(label, (sequence_length, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9)
     axes[1].set_xscale("log", base=2)
-    axes[1].set_xlim(edges[first], edges[end])
+    axes[1].set_xlim(edges[0], edges[-1])
     axes[1].xaxis.set_major_formatter("{x:,.0f}")
     axes[1].set_xlabel("tokens in a document")
     if len(lengths) > 1:
@@ -94,20 +93,20 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> Figure:
     """Each source's shares of tokens and documents."""
     figure = Figure(figsize=(9, 1.4 + 0.55 * len(sources)), layout="constrained")
     axis = figure.subplots()
-    documents = max(sum(source["documents"] for source in sources), 1)
-    for index, source in enumerate(sources):
-        share, of_documents = 100 * source["share"], 100 * source["documents"] / documents
-        axis.barh(index - 0.17, share, 0.34, color=_color(index))
-        axis.barh(index + 0.19, of_documents, 0.22, color=_color(index), alpha=0.4)
-        axis.annotate(f" {source['tokens']:,} tokens", (share, index - 0.17), va="center", fontsize=9)
-        axis.annotate(f" {source['documents']:,} documents", (of_documents, index + 0.19), va="center", fontsize=9)
-    axis.set_yticks(range(len(sources)), [source["source"] for source in sources])
+    rows, colors, totals, highest = np.arange(len(sources)), [f"C{row}" for row in range(len(sources))], list[int](), 0.0
+    for unit, offset, height, alpha in (("tokens", -0.17, 0.34, 1), ("documents", 0.19, 0.22, 0.4)):
+        counts = [source[unit] for source in sources]
+        totals.append(sum(counts))
+        bars = axis.barh(rows + offset, [100 * count / max(totals[-1], 1) for count in counts], height, color=colors, alpha=alpha)
+        axis.bar_label(bars, [f" {count:,} {unit}" for count in counts], fontsize=9)
+        highest = max(highest, 100 * max(counts) / max(totals[-1], 1))
+    axis.set_yticks(rows, [source["source"] for source in sources])
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     axis.set_xticks(range(0, 101, 20))
-    axis.set_xlim(0, 1.3 * max(100 * max(source["share"], source["documents"] / documents) for source in sources))
+    axis.set_xlim(0, 1.3 * highest)
     axis.set_xlabel("% of all")
-    axis.set_title(f"{sum(source['tokens'] for source in sources):,} tokens in {documents:,} documents, by source")
+    axis.set_title(f"{totals[0]:,} tokens in {totals[1]:,} documents, by source")
     return figure
 
 
@@ -117,14 +116,14 @@ def _mixture(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Figure:
     above, below = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in rows]
     shares = [[100 * row["sources"][name]["share"] for row in rows] for name in names]
-    above.stackplot(steps, shares, labels=names, colors=[_color(index) for index in range(len(names))], step="post", lw=0)
+    above.stackplot(steps, shares, labels=names, step="post", lw=0)
     above.set_ylim(0, 100)
     above.set_ylabel("% of samples")
     above.set_title("shares of a step")
     for index, name in enumerate(names):
         epochs = [row["sources"][name]["epochs"] for row in rows]
-        below.plot(steps, epochs, color=_color(index), lw=2, label=name)
-        below.annotate(f" {epochs[-1]:.2f}", (steps[-1], epochs[-1]), color=_color(index), va="center", fontsize=9, annotation_clip=False)
+        below.plot(steps, epochs, color=f"C{index}", lw=2, label=name)
+        below.annotate(f" {epochs[-1]:.2f}", (steps[-1], epochs[-1]), color=f"C{index}", va="center", fontsize=9, annotation_clip=False)
     below.axhline(1, color="black", lw=1, ls="--")
     below.set_ylim(bottom=0)
     below.set_xlim(0, steps[-1])
@@ -138,7 +137,3 @@ def _mixture(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _legend(figure: Figure, axis: Axes, names: int) -> None:
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=min(names, 5), fontsize=9)
-
-
-def _color(index: int) -> str:
-    return _COLORS[index % len(_COLORS)]

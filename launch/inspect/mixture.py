@@ -3,7 +3,6 @@
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,9 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from manta.data.config import DataConfig
 from manta.data.sampling.sampler import Sampler
-from manta.data.sampling.timeline import Timeline
 from manta.data.shards.statistics import windows_by_stream
+from manta.launch.config import RunConfig
 from manta.launch.inspect.charts import console, percent, plain_table, stacked, swatch
 from manta.launch.inspect.resolve import DataTarget
 
@@ -27,17 +25,16 @@ _SOURCES_PER_TABLE = 3
 _WIDTH, _HEIGHT = 72, 12  # characters of the chart
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """What a run reads of each source up to any step."""
 
-    names: tuple[str, ...]
-    windows: tuple[int, ...]  # of each source's epoch
-    max_epochs: tuple[float | None, ...]
-    sampler: Sampler
-    unskipped: Sampler  # without data.skip: skipped samples advance a source's epoch, too
-    timeline: Timeline
-    data: DataConfig
+    def __init__(self, config: RunConfig, sampler: Sampler) -> None:
+        self.data, self.timeline, self._sampler = config.data, config.timeline(), sampler
+        # Skipped samples advance a source's epoch, too.
+        self._unskipped = Sampler(sampler.sources, config.data.model_copy(update={"skip": ()}))
+        self.names = [source.resolved_name for source in config.data.sources]
+        self.windows = [count for source in sampler.sources for count in windows_by_stream(source).tolist()]  # of an epoch
+        self.limits = [source.epochs for source in config.data.sources]
 
     def shares(self, step: int) -> list[float]:
         """Return each source's share of a step, counted from 0."""
@@ -53,15 +50,15 @@ class _Plan:
 
     def samples(self, steps: int) -> list[float]:
         """Return the samples of each source that the first `steps` steps read."""
-        return self._by_source(self.sampler.samples_by_source(self.timeline.first_sample(steps)))
+        return self._by_source(self._sampler.samples_by_source(self.timeline.first_sample(steps)))
 
     def epochs(self, steps: int) -> list[float]:
         """Return how many epochs of each source the first `steps` steps complete."""
-        passed = self._by_source(self.unskipped.samples_by_source(self._next_sample(steps)))
+        passed = self._by_source(self._unskipped.samples_by_source(self._next_sample(steps)))
         return [samples / windows for samples, windows in zip(passed, self.windows, strict=True)]
 
     def _next_sample(self, steps: int) -> int:
-        return int(self.sampler.sample_numbers(np.array([self.timeline.first_sample(steps)]))[0])
+        return int(self._sampler.sample_numbers(np.array([self.timeline.first_sample(steps)]))[0])
 
     def _by_source(self, samples: Sequence[int]) -> list[float]:
         """Without a mixture, divide the samples in proportion to the sizes of the sources."""
@@ -70,30 +67,19 @@ class _Plan:
 
 def mixture(target: DataTarget, *, steps: int | None, figures: "FigureWriter | None") -> Report:
     """Return all figures. steps: how far; default: train.steps."""
-    config = target.config
-    data, timeline, last = config.data, config.timeline(), steps or config.train.steps
-    sampler = target.samples().sampler
-    plan = _Plan(
-        names=tuple(source.resolved_name for source in data.sources),
-        windows=tuple(count for source in sampler.sources for count in windows_by_stream(source).tolist()),
-        max_epochs=tuple(source.epochs for source in data.sources),
-        sampler=sampler,
-        unskipped=Sampler(sampler.sources, data.model_copy(update={"skip": ()})),
-        timeline=timeline,
-        data=data,
-    )
+    plan = _Plan(target.config, target.samples().sampler)
+    train_steps, length = target.config.train.steps, plan.data.sequence_length
+    last = steps or train_steps
     changes = _changes(plan, last)
     rows = _row_steps(changes, last)
+    sources = zip(plan.names, plan.windows, plan.limits, strict=True)
     report: Report = {
         "steps": last,
-        "tokens": timeline.tokens(last),
-        "mixed": bool(data.mixture),
-        "sources": [
-            {"source": name, "samples": count, "tokens": count * data.sequence_length, "most_epochs": limit}
-            for name, count, limit in zip(plan.names, plan.windows, plan.max_epochs, strict=True)
-        ],
+        "tokens": plan.timeline.tokens(last),
+        "mixed": bool(plan.data.mixture),
+        "sources": [{"source": name, "samples": count, "tokens": count * length, "most_epochs": limit} for name, count, limit in sources],
         "rows": [_row(plan, step, changes.get(step, [])) for step in rows],
-        "warnings": _warnings(plan, last, config.train.steps),
+        "warnings": _warnings(plan, last, train_steps),
         "shares": [plan.shares(min(last - 1, column * last // _WIDTH)) for column in range(_WIDTH)],
     }
     if figures is not None:
@@ -149,7 +135,7 @@ def _row(plan: _Plan, steps: int, starts: list[str]) -> Report:
 def _warnings(plan: _Plan, last: int, run: int) -> list[Report]:
     """Return the steps, as in metrics.jsonl, from which a source is repeated or read more often than it may be."""
     found: list[Report] = []
-    for index, (name, limit) in enumerate(zip(plan.names, plan.max_epochs, strict=True)):
+    for index, (name, limit) in enumerate(zip(plan.names, plan.limits, strict=True)):
         limits = {1.0: "again"} if limit is None else {limit: "cap"} if limit <= 1 else {limit: "cap", 1.0: "again"}
         for epochs, kind in limits.items():
             step = _first(last, lambda step, index=index, epochs=epochs: plan.epochs(step)[index] > epochs)

@@ -3,9 +3,8 @@
 It is verified by the digest that the run logged: a hash of all token ids and targets of the step, computed again from the corpus.
 """
 
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from manta.data.errors import InputError
 from manta.data.objectives.examples import DIGEST_BITS, Examples
-from manta.data.objectives.render import RenderedDocument, Renderer
+from manta.data.objectives.render import Renderer
 from manta.data.sampling.sampler import Sampler
 from manta.data.shards.statistics import stream_of
 from manta.launch.inspect.charts import console, visible
@@ -121,14 +120,9 @@ def _sequences(examples: Examples, separated: Examples, renderer: Renderer, pair
     found: list[Report] = []
     for row, rendered in enumerate(renderer(examples, separated)):
         pair = None if examples.next_sentence is None else _PAIRS[pairs][int(examples.next_sentence[row])]
-        documents = [_document(document) for document in rendered.documents]
-        found.append({"ids": examples.tokens[row].tolist(), "pair": pair, "documents": documents, "padding": rendered.padding})
+        documents = asdict(rendered, dict_factory=lambda items: {name: value for name, value in items if value is not None})
+        found.append({"ids": examples.tokens[row].tolist(), "pair": pair, **documents})
     return found
-
-
-def _document(document: RenderedDocument) -> Report:
-    pieces = [{"kind": span.kind, "text": span.text} | ({} if span.target is None else {"wanted": span.target}) for span in document.spans]
-    return {"tokens": document.tokens, "text": document.text, "pieces": pieces}
 
 
 def _compare_digest(computed: int, logged: Line | None, every: int) -> Report:
@@ -183,31 +177,14 @@ def _show_sequence(out: Console, sequence: Report, *, full: bool) -> None:
             tokens = sum(one["tokens"] for one in skipped)
             out.print(f"  ⋮  {len(skipped):,} more documents, {tokens:,} tokens; --full shows all", style="dim")
         if full or number < _DOCUMENTS or number == len(documents):
-            text = Text.assemble(*_shorten(document["pieces"], full=full))
+            text = Text.assemble(*map(_styled, document["pieces"]))
+            if not full and len(text) > 2 * _CHARACTERS:
+                head, tail = 3 * _CHARACTERS // 4, len(text) - _CHARACTERS // 4
+                text = Text.assemble(text[:head], (f" ⋯ {tail - head:,} characters ⋯ ", "dim"), text[tail:])
             for line, part in enumerate(text.split("\n", allow_blank=not text.plain.endswith("\n"))):
                 out.print(Text.assemble((f"{number:>3} ┃ " if line == 0 else "    ┃ ", "cyan"), part), soft_wrap=True)
     if sequence["padding"]:
         out.print(f"    ┃ {_count(sequence['padding'], 'token')} of padding", style="dim")
-
-
-def _shorten(pieces: list[Report], *, full: bool) -> Iterator[tuple[str, str]]:
-    """Yield (text, style) of the pieces: the start and the end of a long document."""
-    styled = [_styled(piece) for piece in pieces]
-    length = sum(len(text) for text, _ in styled)
-    if full or length <= 2 * _CHARACTERS:
-        yield from styled
-        return
-    head, tail = 3 * _CHARACTERS // 4, length - _CHARACTERS // 4
-    start = 0
-    for text, style in styled:
-        end = start + len(text)
-        if start < head:
-            yield text[: head - start], style
-        if start <= head < end:
-            yield f" ⋯ {tail - head:,} characters ⋯ ", "dim"
-        if end > tail:
-            yield text[max(0, tail - start) :], style
-        start = end
 
 
 def _styled(piece: Report) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The data and tokenizer sections of config, and how little it costs to check them."""
+"""The data and tokenizer sections of a config, and the imports that their validation needs."""
 
 import subprocess
 import sys
@@ -35,17 +35,17 @@ def test_config_is_read_strictly_from_json():
         {"surplus": 1},
     ],
 )
-def test_config_that_makes_no_sense_is_refused(wrong):
+def test_an_invalid_config_is_refused(wrong):
     with pytest.raises(ValidationError):
         DataConfig.model_validate({"sources": ("stdlib:",), "sequence_length": 16} | wrong, strict=True)
 
 
 @pytest.mark.parametrize("model", [DataConfig, TokenizerConfig])
-def test_each_field_says_what_it_is(model):
+def test_each_field_has_a_description(model):
     assert all(field.description and "\n" not in field.description for field in model.model_fields.values())
 
 
-def test_nothing_heavy_is_imported_to_check_config_or_to_read_samples():
+def test_config_and_samples_need_no_heavy_imports():
     heavy = "torch datasets pandas pyarrow tokenizers tiktoken"
     imports = "import sys, manta.data.config, manta.data.prepare.prepare"
     program = f"{imports}; sys.exit(' '.join(m for m in '{heavy}'.split() if m in sys.modules) or 0)"

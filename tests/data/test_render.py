@@ -24,12 +24,12 @@ def test_each_token_of_an_example_is_rendered_once(tmp_path, way):
         tokens, targets = examples.tokens[row], examples.targets[row]
         has_last_target = not is_masked and targets[-1] != IGNORED
         assert sum(document.tokens for document in rendered.documents) + rendered.padding == len(tokens) + has_last_target
-        spans = [span for document in rendered.documents for span in document.spans]
-        predicted = [span for span in spans if span.kind in {"hidden", "replaced", "kept"}]
+        pieces = [piece for document in rendered.documents for piece in document.pieces]
+        predicted = [piece for piece in pieces if piece.kind in {"hidden", "replaced", "kept"}]
         assert len(predicted) == is_masked * (targets != IGNORED).sum()
         wanted = [decode([target]).strip() for target in targets[targets != IGNORED]]
-        assert [span.target.strip() for span in predicted] == wanted[: len(predicted)]
+        assert [piece.wanted.strip() for piece in predicted] == wanted[: len(predicted)]
         if not is_masked:
             real = [*tokens[: len(tokens) - rendered.padding].tolist(), *targets[-1:][: int(has_last_target)].tolist()]
             assert "".join(document.text for document in rendered.documents) == decode(real)
-            assert all(document.spans[-1].text == "<|endoftext|>" for document in rendered.documents[:-1]) or "packed" in way
+            assert all(document.pieces[-1].text == "<|endoftext|>" for document in rendered.documents[:-1]) or "packed" in way

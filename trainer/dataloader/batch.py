@@ -51,19 +51,9 @@ class Batch:
         """Return one of `count` equal shards along the sequence. `documents` stays whole, because attention sees the whole sequence."""
         if count == 1:
             return self
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor.chunk(count, dim=1)[index].contiguous()
-
-        return replace(
-            self,
-            tokens=cut(self.tokens),
-            targets=cut(self.targets),
-            shards=count,
-            offset=index * (self.tokens.shape[1] // count),
-            positions=cut(self.positions),
-            segments=None if self.segments is None else cut(self.segments),
-        )
+        whole = {name: getattr(self, name) for name in ("tokens", "targets", "positions", "segments")}
+        parts = {name: tensor.chunk(count, dim=1)[index].contiguous() for name, tensor in whole.items() if tensor is not None}
+        return replace(self, **parts, shards=count, offset=index * (self.tokens.shape[1] // count))
 
     @property
     def length(self) -> int:

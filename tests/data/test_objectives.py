@@ -1,10 +1,10 @@
-"""Examples of an objective: a function of text, seed and number, and exactly what the papers say."""
+"""Examples depend on text, seed and sample number alone, and are exactly what the papers define."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-import xxhash
+from example_cases import DOCUMENTS, END, FIELDS, ONLY, bins, digest, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpora import SMALL, config, documents, write_lines
@@ -19,36 +19,10 @@ from manta.data.sampling.samples import Samples
 from manta.data.shards.manifest import PreparedData
 from manta.data.tokenizer.tokenizer import Tokenizer
 
-END = 0
-FIELDS = [name for name in Examples.__slots__ if name != "part"]  # which came later, and is None for a whole sample
-ONLY = np.zeros(1, dtype=np.int64)
-
-
-def rows(examples: Examples) -> list[dict[str, list[int] | int | None]]:
-    """Each example by itself."""
-    found = {name: getattr(examples, name) for name in FIELDS}
-    return [{name: None if value is None else value[k].tolist() for name, value in found.items()} for k in range(len(examples.samples))]
-
-
-def digest(examples: Examples) -> str:
-    found = xxhash.xxh3_64()
-    for name in FIELDS:
-        value = getattr(examples, name)
-        found.update((name if value is None else f"{name}{value.dtype}{value.shape}").encode())
-        found.update(b"" if value is None else np.ascontiguousarray(value).tobytes())
-    return found.hexdigest()
-
-
-def near(counted: np.ndarray, share: float) -> bool:
-    """Whether a share of truths is as it should be, within five standard deviations."""
-    return abs(counted.mean() - share) < 5 * np.sqrt(share * (1 - share) / counted.size)
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    return write_lines(
-        tmp_path_factory.mktemp("source") / "lines.jsonl", ["[MASK] [SEP] <|endoftext|>", *documents(300)]
-    )  # the last tokens fill no window
+    return write_lines(tmp_path_factory.mktemp("source") / "lines.jsonl", ["[MASK] [SEP] <|endoftext|>", *documents(300)])
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +45,7 @@ def opened(settings_of, prepared) -> dict[str, Samples]:
 @pytest.mark.parametrize("kind", ["causal", "separate", "masked"])
 @settings(deadline=None, max_examples=50)
 @given(numbers=st.lists(st.integers(0, 2**40), min_size=1, max_size=9), data=st.data())
-def test_an_example_is_the_same_whatever_it_is_asked_with(opened, kind, numbers, data):
+def test_an_example_does_not_depend_on_its_batch(opened, kind, numbers, data):
     samples = opened[kind]
     together = rows(samples.train(np.array(numbers)))
     assert together == [rows(samples.train(np.array([number])))[0] for number in numbers]
@@ -80,16 +54,16 @@ def test_an_example_is_the_same_whatever_it_is_asked_with(opened, kind, numbers,
 
 
 @pytest.mark.parametrize("kind", ["causal", "separate", "masked"])
-def test_every_array_is_whole_and_of_its_type(opened, kind):
+def test_arrays_have_their_types_and_shapes(opened, kind):
     for examples in (opened[kind].train(np.arange(5)), opened[kind].validation(np.arange(3))):
         count = len(examples.samples)
-        there = {name for name in FIELDS if getattr(examples, name) is not None}
+        present = {name for name in FIELDS if getattr(examples, name) is not None}
         more = {"causal": set(), "separate": {"documents"}, "masked": {"segments", "next_sentence"}}[kind]
-        assert there == {"tokens", "targets", "positions", "samples"} | more
-        for name in there:
+        assert present == {"tokens", "targets", "positions", "samples"} | more
+        for name in present:
             array = getattr(examples, name)
             assert array.dtype == np.int64
-            assert array.flags.writeable  # torch warns of memory that it may not write
+            assert array.flags.writeable  # torch warns about read-only memory
             assert array.shape == ((count,) if name in {"samples", "next_sentence"} else (count, 64))
 
 
@@ -113,23 +87,13 @@ def test_separate_documents_by_hand():
 
 
 @given(window=st.lists(st.sampled_from([END, 7, 8]), min_size=2, max_size=40))
-def test_separate_documents_by_the_definition(window):
+def test_separate_documents_by_definition(window):
     (row,) = rows(separate(np.array([window])))
     document = position = 0
     for at, token in enumerate(window[:-1]):
         assert (row["documents"][at], row["positions"][at]) == (document, position)
         assert row["targets"][at] == (IGNORED if token == END else window[at + 1])
         document, position = (document + 1, 0) if token == END else (document, position + 1)
-
-
-def bins(*rows_of_documents: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole documents side by side, padded: text [K, W], documents [K, W]."""
-    text_KW, documents_KW = np.full((len(rows_of_documents), width), END), np.full((len(rows_of_documents), width), -1)
-    for text, numbers, row in zip(text_KW, documents_KW, rows_of_documents, strict=True):
-        tokens = [token for document in row for token in document]
-        text[: len(tokens)] = tokens
-        numbers[: len(tokens)] = [number for number, document in enumerate(row) for _ in document]
-    return text_KW, documents_KW
 
 
 def test_padding_predicts_nothing_and_nothing_predicts_it():
@@ -147,11 +111,8 @@ def test_padding_predicts_nothing_and_nothing_predicts_it():
     assert first["documents"] == [0, 0, 0, 0, 0, 0, -1, -1]
 
 
-DOCUMENTS = st.lists(st.lists(st.integers(10, 99), max_size=12).map(lambda text: [*text, END]), min_size=1, max_size=6)
-
-
 @given(found=st.lists(DOCUMENTS, min_size=1, max_size=4), width=st.integers(2, 60))
-def test_cumulative_lengths_by_the_definition(found, width):
+def test_cumulative_lengths_by_definition(found, width):
     text_KW, documents_KW = (whole[:, :width] for whole in bins(*found, width=100))
     examples = causal_examples(text_KW, np.arange(len(found)), documents_KW)
     lengths = examples.cumulative_lengths()
@@ -162,7 +123,7 @@ def test_cumulative_lengths_by_the_definition(found, width):
     assert rows_alone.tolist() == [row * (width - 1) for row in range(len(found) + 1)]
 
 
-def test_masks_differ_by_epoch_and_seed_and_come_back_with_them(opened, prepared, settings_of):
+def test_masks_depend_on_epoch_and_seed(opened, prepared, settings_of):
     samples = opened["masked"]
     total = len(samples.sampler.sources[0].dataset)
     epoch = np.arange(total)
@@ -178,8 +139,8 @@ def test_masks_differ_by_epoch_and_seed_and_come_back_with_them(opened, prepared
     assert rows(other.validation(np.arange(5))) == rows(samples.validation(np.arange(5)))
 
 
-def test_every_token_of_the_text_is_the_first_windows_once(opened, prepared):
-    """Windows of W = T - 3 tokens lie end to end: what frames the text takes none of it away."""
+def test_masked_windows_cover_the_text_without_overlap(opened, prepared):
+    """Windows of W = T - 3 tokens are consecutive: special tokens around the text replace none of it."""
     samples = opened["masked"]
     text = samples.validation_text(np.arange(samples.validation_windows)).tokens
     assert text.shape[1] == 61
@@ -195,33 +156,33 @@ def entropy_of(tokens: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def test_causal_examples_never_change():
+def test_causal_examples_are_frozen():
     text_KW, numbers = np.random.RandomState(3).randint(0, 9, (20, 65)), np.arange(20)
     assert digest(causal_examples(text_KW, numbers)) == "f02e7eb70e3145a2"
     assert digest(separate(text_KW)) == "e288a5882dbd1c68"
 
 
-def test_a_masked_corpus_is_another_one_and_a_causal_one_is_left_as_it_was(prepared, settings_of):
+def test_a_masked_objective_trains_another_tokenizer_and_corpus(prepared, settings_of):
     assert prepared["causal"] == prepared["separate"]
     assert prepared["masked"].tokenizer != prepared["causal"].tokenizer
     assert not set(prepared["masked"].corpora) & set(prepared["causal"].corpora)
     assert {name: prepare.find_prepared(data, SMALL) for name, data in settings_of.items()} == prepared
 
 
-def test_masked_and_causal_share_a_corpus_where_the_tokenizers_file_has_all(prepared, source, tmp_path):
-    given = TokenizerConfig(file=prepared["masked"].tokenizer)
-    made = prepare.prepare(config(tmp_path, source, objective="masked"), given)
-    assert prepare.find_prepared(config(tmp_path, source), given) == made
+def test_masked_and_causal_share_a_corpus_if_the_tokenizer_suits_both(prepared, source, tmp_path):
+    tokens = TokenizerConfig(file=prepared["masked"].tokenizer)
+    made = prepare.prepare(config(tmp_path, source, objective="masked"), tokens)
+    assert prepare.find_prepared(config(tmp_path, source), tokens) == made
     assert made.fingerprint == prepared["masked"].fingerprint
 
 
-def test_a_tokenizer_of_no_use_for_masking_is_told_before_anything_is_written(prepared, source, tmp_path):
+def test_an_unsuitable_tokenizer_is_refused_before_anything_is_written(prepared, source, tmp_path):
     data = config(tmp_path / "corpora", source, objective="masked")
-    given = prepared["causal"].tokenizer
+    file = prepared["causal"].tokenizer
     with pytest.raises(InputError) as caught:
-        prepare.prepare(data, TokenizerConfig(file=given))
+        prepare.prepare(data, TokenizerConfig(file=file))
     assert str(caught.value).startswith(
-        f"{given}: expected [CLS] [SEP] [MASK] [PAD] (or <s> </s> <mask> <pad>) for data.objective masked, got no token [CLS] or <s>"
+        f"{file}: expected [CLS] [SEP] [MASK] [PAD] (or <s> </s> <mask> <pad>) for data.objective masked, got no token [CLS] or <s>"
     )
     with pytest.raises(InputError) as caught:
         prepare.prepare(data, TokenizerConfig(vocabulary=260))
@@ -232,7 +193,7 @@ def test_a_tokenizer_of_no_use_for_masking_is_told_before_anything_is_written(pr
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
-    """A tokenizer.json as BERT's is: word pieces, lower case, no end-of-text token, and a post-processor."""
+    """A tokenizer.json like BERT's: word pieces, lower case, no end-of-text token, and a post-processor."""
     from tokenizers import Tokenizer as Reference
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -256,7 +217,7 @@ def test_a_bert_tokenizer_ends_documents_with_its_sep(bert, source, tmp_path):
     samples = Samples(prepared, data, tokens, seed=1)
     windows = samples.sampler.sources[0].dataset
     text = np.concatenate([windows.read(np.arange(len(windows))).tokens, samples.validation_text(np.arange(3)).tokens])
-    assert set(text[text < 5]) == {1, 3}  # unknown words, and the ends of documents: no text became a [MASK]
+    assert set(text[text < 5]) == {1, 3}  # unknown words and the ends of documents: no text became [MASK]
     examples = samples.train(np.arange(200))
     assert (examples.tokens[:, 0] == 2).all()
     assert (examples.tokens[:, -1] == 3).all()

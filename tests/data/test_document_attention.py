@@ -1,4 +1,4 @@
-"""Documents that are kept apart are so in the model: what a token is computed from ends at its own."""
+"""With separate documents, the model computes a token from its own document alone."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from example_cases import SPECIAL, V, bins
 from parity import MODELS, model
-from test_data_masking import SPECIAL, V
-from test_data_objectives import bins
 from torch import Tensor
 
 from manta.data.objectives.causal import causal_examples, fill_in_the_middle
@@ -22,14 +21,14 @@ from manta.trainer.model.bert import Bert
 from manta.trainer.model.decoder import Decoder
 from manta.trainer.model.transformer import Transformer
 
-T, SAMPLES, SEED = 32, np.arange(6), 3  # parity's models are of that length
+T, SAMPLES, SEED = 32, np.arange(6), 3  # the length of parity's models
 KEYS = sample_keys(SAMPLES, SEED)
 END = SPECIAL.end_of_text
 MARKS = FimTokens(prefix=V, suffix=V + 1, middle=V + 2)
 
 
 def cut(width: int) -> tuple[Tokens, Tokens]:
-    """Windows of running text, that begin and end in the midst of documents."""
+    """Windows of running text, which start and end inside documents."""
     rng = np.random.default_rng(0)
     text_KW = rng.integers(SPECIAL.pad + 1, V, (len(SAMPLES), width))
     text_KW[rng.random(text_KW.shape) < 0.15] = END
@@ -37,7 +36,7 @@ def cut(width: int) -> tuple[Tokens, Tokens]:
 
 
 def best_fit(width: int) -> tuple[Tokens, Tokens]:
-    """Whole documents side by side; two samples of three are padded."""
+    """Whole documents side by side; two of three samples are padded."""
     rng = np.random.default_rng(0)
     found = [[[*rng.integers(SPECIAL.pad + 1, V, n), END] for n in (6, 3, width - 12 - k % 3 * 4)] for k in range(len(SAMPLES))]
     return bins(*found, width=width)
@@ -52,12 +51,12 @@ def filled(text_KW: Tokens, documents_KW: Tokens) -> Examples:
     return causal_examples(moved[0], SAMPLES, moved[1])
 
 
-def hidden_alone(text_KW: Tokens, documents_KW: Tokens) -> Examples:
+def masked_text(text_KW: Tokens, documents_KW: Tokens) -> Examples:
     framed = frame_text(text_KW, SAMPLES, SPECIAL, documents_KW)
     return mask_tokens(framed, KEYS, share=0.3, special=SPECIAL, whole_words=True)
 
 
-def hidden_next_sentence(text_KW: Tokens, documents_KW: Tokens) -> Examples:
+def masked_next_sentence(text_KW: Tokens, documents_KW: Tokens) -> Examples:
     following, label = draw_pairs(KEYS, SAMPLES, len(SAMPLES))
     documents = documents_KW, documents_KW[following]
     windows = Windows(tokens=text_KW, second=text_KW[following], next_sentence=label)
@@ -65,7 +64,7 @@ def hidden_next_sentence(text_KW: Tokens, documents_KW: Tokens) -> Examples:
     return mask_tokens(framed, KEYS, share=0.3, special=SPECIAL)
 
 
-def hidden_order(text_KW: Tokens, documents_KW: Tokens) -> Examples:
+def masked_sentence_order(text_KW: Tokens, documents_KW: Tokens) -> Examples:
     return mask_tokens(frame_sentence_order(text_KW, SAMPLES, KEYS, SPECIAL, documents_KW), KEYS, share=0.3, special=SPECIAL)
 
 
@@ -78,8 +77,8 @@ CASES: list[tuple[str, Packing, Objective, int]] = [
         for packing in (cut, best_fit)
         for objective in (next_tokens, filled)
     ),
-    *(("bert", packing, hidden_alone, T - FRAME["none"]) for packing in (cut, best_fit)),
-    *(("bert", cut, objective, T - FRAME["next_sentence"]) for objective in (hidden_next_sentence, hidden_order)),
+    *(("bert", packing, masked_text, T - FRAME["none"]) for packing in (cut, best_fit)),
+    *(("bert", cut, objective, T - FRAME["next_sentence"]) for objective in (masked_next_sentence, masked_sentence_order)),
 ]
 PADDED = [case for case in CASES if case[1] is best_fit]
 
@@ -87,28 +86,28 @@ PADDED = [case for case in CASES if case[1] is best_fit]
 @pytest.fixture(scope="module")
 def models() -> dict[str, Transformer]:
     found = {name: model(name).eval() for name in ("llama", "gpt2", "bert")}
-    found["llama"].config = MODELS["llama"].model_copy(update={"sliding_window": None})  # which would hide some of what it should not see
+    found["llama"].config = MODELS["llama"].model_copy(update={"sliding_window": None})  # it would hide tokens that documents should hide
     return found
 
 
 @torch.no_grad()
-def logits(made: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of each token, [K, T, V]; and of each pair, [K, 2], where it is of any."""
-    if isinstance(made, Bert):
-        return made.logits(batch)
-    assert isinstance(made, Decoder)
-    return made.head.logits(made.hidden(batch)[0]), torch.zeros(len(batch.tokens), 2)
+def logits(module: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the logits of each token [K, T, V], and of each pair [K, 2] if the model has any."""
+    if isinstance(module, Bert):
+        return module.logits(batch)
+    assert isinstance(module, Decoder)
+    return module.head.logits(module.hidden(batch)[0]), torch.zeros(len(batch.tokens), 2)
 
 
 @pytest.mark.parametrize("kernel", ["plain", "sdpa"])
 @pytest.mark.parametrize(
     ("name", "packing", "objective", "width"), CASES, ids=[f"{name}-{p.__name__}-{o.__name__}" for name, p, o, _ in CASES]
 )
-def test_no_token_attends_across_a_document(name, packing, objective, width, kernel, models, monkeypatch):
+def test_no_token_attends_across_documents(name, packing, objective, width, kernel, models, monkeypatch):
     monkeypatch.setattr(attention, "MATMUL_LIMIT", 0 if kernel == "sdpa" else 256)
     batch = Batch.from_examples(objective(*packing(width)), seed=SEED)
     assert batch.documents is not None
-    (before, pairs_before), (together, pairs_together) = (logits(models[name], given) for given in (batch, replace(batch, documents=None)))
+    (before, pairs_before), (together, pairs_together) = (logits(models[name], one) for one in (batch, replace(batch, documents=None)))
     numbers = batch.documents.unique().tolist()
     assert len(numbers) > 2
     crossings = 0
@@ -117,16 +116,16 @@ def test_no_token_attends_across_a_document(name, packing, objective, width, ker
         changed = replace(batch, tokens=torch.where(inside, (batch.tokens + 1) % V, batch.tokens))
         after, pairs_after = logits(models[name], changed)
         moved = (after - before).abs().amax(dim=2)
-        assert moved[~inside].max() == 0, "not by a bit"
+        assert moved[~inside].max() == 0, "bitwise"
         assert moved[inside].min() > 1e-3
-        elsewhere = ~inside[:, 0]  # [CLS], which the pair is told by, is of another document
+        elsewhere = ~inside[:, 0]  # [CLS], from which the pair is classified, is in another document
         assert torch.equal(pairs_after[elsewhere], pairs_before[elsewhere])
 
         after, pairs_after = logits(models[name], replace(changed, documents=None))
         moved = (after - together).abs().amax(dim=2)
         crossed = ~inside & (inside.any(dim=1, keepdim=True) if name == "bert" else inside.cumsum(dim=1) > 0)
         crossings += int(crossed.sum())
-        assert (moved[crossed] > 0).all(), "the comparison would notice"
+        assert (moved[crossed] > 0).all(), "the control: without documents, logits change"
         if name == "bert":
             assert (pairs_after != pairs_together)[inside.any(dim=1)].all()
     assert crossings > 100

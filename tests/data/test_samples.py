@@ -1,4 +1,4 @@
-"""Samples by number: the windows of the corpus, each once an epoch, for any rank that asks."""
+"""Samples by number: the windows of the corpus, each once per epoch, on any rank."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from manta.data.config import CacheConfig
 from manta.data.errors import InputError
 from manta.data.objectives.examples import Examples
 from manta.data.prepare import prepare
-from manta.data.sampling import windows as data_stream
+from manta.data.sampling import windows as windows_module
 from manta.data.sampling.order import Order
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
@@ -38,14 +38,14 @@ def open_samples(prepared: PreparedData, *, seed: int = 0, sequence_length: int 
 
 
 def text(examples: Examples) -> list[list[int]]:
-    """The windows that causal examples were made of."""
+    """Return the windows that causal examples were made of."""
     return np.concatenate([examples.tokens, examples.targets[:, -1:]], axis=1).tolist()
 
 
 def total(opened: Samples) -> int:
-    """Windows an epoch, where sources are read as one."""
-    (draw,) = opened.sampler.sources
-    return len(draw.dataset)
+    """Return the windows of an epoch of all sources."""
+    (source,) = opened.sampler.sources
+    return len(source.dataset)
 
 
 def stream(root: str, split: str) -> np.ndarray:
@@ -54,7 +54,7 @@ def stream(root: str, split: str) -> np.ndarray:
 
 
 def windows(prepared: PreparedData, split: str) -> list[list[int]]:
-    """By the definition: T + 1 tokens every T, of each source's tokens end to end."""
+    """Return T + 1 tokens at every T of each source's tokens."""
     found = []
     for root in prepared.corpora:
         tokens = stream(root, split).tolist()
@@ -62,18 +62,18 @@ def windows(prepared: PreparedData, split: str) -> list[list[int]]:
     return found
 
 
-def test_samples_are_the_windows_in_the_order_of_the_seed(prepared):
+def test_samples_are_windows_in_the_order_of_the_seed(prepared):
     opened = open_samples(prepared, seed=5)
     expected = windows(prepared, "train")
     assert total(opened) == len(expected)
-    numbers = np.arange(3 * total(opened) - 7, 3 * total(opened) + 25)  # over the end of an epoch
+    numbers = np.arange(3 * total(opened) - 7, 3 * total(opened) + 25)  # across epochs
     got = opened.train(numbers)
     assert got.samples.tolist() == numbers.tolist()
     assert {array.dtype for array in (got.tokens, got.targets, got.positions, got.samples)} == {np.dtype(np.int64)}
     assert text(got) == [expected[window] for window in Order(total(opened), seed=5)(numbers)[1]]
 
 
-def test_every_window_is_read_once_an_epoch_by_any_number_of_ranks(prepared):
+def test_any_number_of_ranks_reads_each_window_once_per_epoch(prepared):
     opened = open_samples(prepared, seed=5)
     for ranks in (1, 3):
         epoch = np.arange(total(opened))
@@ -81,7 +81,7 @@ def test_every_window_is_read_once_an_epoch_by_any_number_of_ranks(prepared):
         assert sorted(read) == sorted(windows(prepared, "train"))
 
 
-def test_validation_is_spread_over_all_sources_and_the_same_for_every_seed(prepared):
+def test_validation_covers_all_sources_and_ignores_the_seed(prepared):
     opened = open_samples(prepared, seed=5)
     expected = windows(prepared, "validation")
     read = text(opened.validation(np.arange(opened.validation_windows)))
@@ -94,7 +94,7 @@ def test_validation_is_spread_over_all_sources_and_the_same_for_every_seed(prepa
         opened.validation(np.array([opened.validation_windows]))
 
 
-def test_a_sample_longer_than_a_shard_runs_across_several(prepared):
+def test_a_sample_can_span_several_shards(prepared):
     length = 2500
     opened = open_samples(prepared, sequence_length=length)
     tokens = stream(prepared.corpora[0], "train")
@@ -104,10 +104,10 @@ def test_a_sample_longer_than_a_shard_runs_across_several(prepared):
     assert np.array_equal(text(opened.train(np.array([first])))[0], tokens[: length + 1])
 
 
-def test_more_shards_than_may_be_open_are_read_all_the_same(prepared, monkeypatch):
+def test_samples_do_not_depend_on_the_limit_of_open_shards(prepared, monkeypatch):
     numbers = np.arange(200)
     expected = open_samples(prepared, seed=5).train(numbers).tokens
-    monkeypatch.setattr(data_stream, "_OPEN_SHARDS", 1)
+    monkeypatch.setattr(windows_module, "_OPEN_SHARDS", 1)
     assert np.array_equal(open_samples(prepared, seed=5).train(numbers).tokens, expected)
 
 
@@ -121,7 +121,7 @@ def test_the_unigram_entropy_is_that_of_the_targets(prepared):
 
 @pytest.fixture
 def damaged(prepared, tmp_path) -> PreparedData:
-    """A copy that a test may harm."""
+    """A copy that a test may damage."""
     target = tmp_path / "copy"
     target.mkdir()
     for path in Path(prepared.corpora[0]).iterdir():
@@ -146,8 +146,8 @@ def test_a_truncated_or_missing_shard_is_refused(damaged):
     assert refused(damaged) == f"{path}: missing. Run `manta prepare` again."
 
 
-def test_a_manifest_that_is_missing_older_or_altered_is_refused(damaged):
-    path = Path(damaged.corpora[0]) / manifest.MANIFEST
+def test_a_missing_older_or_altered_manifest_is_refused(damaged):
+    path = Path(damaged.corpora[0]) / manifest.NAME
     spec = json.loads(path.read_bytes())
     path.write_text(json.dumps(spec | {"format": 0}))
     assert "format: expected 2, got 0" in refused(damaged)
@@ -159,7 +159,7 @@ def test_a_manifest_that_is_missing_older_or_altered_is_refused(damaged):
     assert "not prepared, or only in part" in refused(damaged)
 
 
-def test_another_corpus_or_tokenizer_than_the_runs_is_refused(prepared, tmp_path):
+def test_another_corpus_or_tokenizer_is_refused(prepared, tmp_path):
     turned = PreparedData(tokenizer=prepared.tokenizer, corpora=prepared.corpora[::-1], fingerprint=prepared.fingerprint)
     assert "with which the run started, got" in refused(turned)
     other = tmp_path / "tokenizer.json"

@@ -1,4 +1,4 @@
-"""Which source gives a sample: by weights, in stages, nothing lost between them, the same for any number of ranks."""
+"""Mixtures: shares by weight, in stages, with no sample lost between stages, and the same on any number of ranks."""
 
 import time
 
@@ -16,14 +16,14 @@ weights = st.lists(st.floats(0.001, 1), min_size=1, max_size=6)
 def mixtures(draw):
     sources = draw(st.integers(1, 5))
     some = st.lists(st.floats(0, 1), min_size=sources, max_size=sources).filter(lambda shares: sum(shares) > 0.01)
-    begins = [0, *sorted(draw(st.sets(st.integers(1, 3 * PERIOD), max_size=3)))]
-    return [(begin, draw(some)) for begin in begins]
+    starts = [0, *sorted(draw(st.sets(st.integers(1, 3 * PERIOD), max_size=3)))]
+    return [(start, draw(some)) for start in starts]
 
 
 @settings(deadline=None, max_examples=25)
 @given(stages=mixtures(), first=st.integers(0, 4 * PERIOD), count=st.integers(1, 5000))
-def test_a_source_gives_its_samples_one_after_another(stages, first, count):
-    """Through periods and stages alike: between any two places none is lost and none comes twice."""
+def test_the_samples_of_a_source_are_read_in_order(stages, first, count):
+    """Across periods and stages, none is lost and none is read twice."""
     mixture = Mixture(stages)
     sources, own = mixture(np.arange(first, first + count))
     before, after = mixture.samples_before(first), mixture.samples_before(first + count)
@@ -47,25 +47,25 @@ def test_a_global_batch_is_the_same_on_1_to_24_ranks(stages, step, global_batch)
 
 @settings(deadline=None, max_examples=25)
 @given(weights)
-def test_shares_are_as_asked_at_every_moment(shares):
+def test_shares_equal_the_weights_at_every_moment(shares):
     counts = quotas(shares)
     wanted = np.array(shares) / np.sum(shares)
     assert counts.sum() == PERIOD
     assert np.abs(counts / PERIOD - wanted).max() <= len(shares) / PERIOD
-    places = spread(counts)
+    sources = spread(counts)
     for source, count in enumerate(counts):
-        so_far = np.cumsum(places == source)
+        so_far = np.cumsum(sources == source)
         ideal = count / PERIOD * np.arange(1, PERIOD + 1)
         assert np.abs(so_far - ideal).max() <= (len(shares) + 1) / 2  # samples
 
 
-def test_a_source_of_small_weight_is_not_forgotten():
+def test_a_source_with_a_tiny_weight_is_read():
     assert quotas([1.0, 1e-9]).tolist() == [PERIOD - 1, 1]
     assert quotas([1e-9] * 3 + [1.0]).tolist() == [1, 1, 1, PERIOD - 3]
     assert quotas([1.0, 0.0]).tolist() == [PERIOD, 0]
 
 
-def test_a_stage_without_a_source_reads_none_of_it_and_it_goes_on_afterwards():
+def test_a_source_continues_after_a_stage_without_it():
     mixture = Mixture([(0, [1, 1]), (100, [1, 0]), (200, [0, 1])])
     sources, own = mixture(np.arange(300))
     assert set(sources[100:200]) == {0}
@@ -74,8 +74,8 @@ def test_a_stage_without_a_source_reads_none_of_it_and_it_goes_on_afterwards():
 
 
 @pytest.mark.parametrize("number", [10**12, 10**12 + PERIOD - 3])
-def test_the_trillionth_sample_is_found_at_once(number):
+def test_any_sample_is_located_quickly(number):
     mixture = Mixture([(0, [0.7, 0.3]), (10**9, [0.2, 0.8])])
-    begun = time.perf_counter()
+    start = time.perf_counter()
     mixture(np.arange(number, number + 256))
-    assert time.perf_counter() - begun < 0.005
+    assert time.perf_counter() - start < 0.005

@@ -1,6 +1,6 @@
-"""Order, mixture and packing are frozen: whoever changes one changes every run that is under way.
+"""Order, mixture and packing are frozen: a change would change every started run.
 
-`python tests/test_data_golden.py` writes the golden file anew; that is right only together with a new VERSION of what has changed.
+`python tests/data/test_golden_order.py` rewrites the golden file, which is only right together with a new VERSION of what has changed.
 """
 
 import json
@@ -37,7 +37,7 @@ def vectors():
     }
 
 
-def test_order_mixture_and_packing_are_those_that_runs_began_with():
+def test_order_mixture_and_packing_are_frozen():
     assert vectors() == json.loads(GOLDEN.read_text())
 
 

@@ -1,10 +1,10 @@
-"""Masked examples: pairs and texts, some of whose tokens are hidden, exactly as the papers say."""
+"""Masked examples: pairs and texts with masked tokens, exactly as the papers define."""
 
 import numpy as np
 import pytest
+from example_cases import BEGINS_WORD, CLS, END, MASK, ONLY, PAD, SEP, SPECIAL, V, bins, digest, near, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_objectives import ONLY, bins, digest, near, rows
 
 from manta.data.hashing import fold, hashed
 from manta.data.objectives.examples import IGNORED, Examples, merge_documents, number_documents, sample_keys
@@ -12,13 +12,9 @@ from manta.data.objectives.masked import draw_pairs, frame_next_sentence, frame_
 from manta.data.sampling.windows import Windows
 from manta.data.tokenizer.tokenizer import SpecialTokens
 
-V, END, CLS, SEP, MASK, PAD = 50, 0, 1, 2, 3, 4
-BEGINS = np.arange(V) % 3 == 0  # of the ids of text, those that begin a word
-SPECIAL = SpecialTokens(end_of_text=END, cls=CLS, sep=SEP, mask=MASK, pad=PAD, is_text=np.arange(V) > PAD, begins_word=BEGINS)
-
 
 def make(seed: int | None, numbers: np.ndarray, text_NW: np.ndarray, share: float = 0.15) -> Examples:
-    """Masked examples of windows [N] of text, sample g being of window g % N."""
+    """Return masked examples of windows [N] of text; sample g has window g % N."""
     windows = numbers % len(text_NW)
     keys = sample_keys(numbers, seed)
     following, label = draw_pairs(keys, windows, len(text_NW))
@@ -33,10 +29,10 @@ def unmasked(examples: Examples) -> np.ndarray:
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**63 - 1), first=st.integers(0, 2**50), width=st.integers(2, 40), count=st.integers(1, 4))
-def test_a_pair_is_one_windows_beginning_and_the_same_or_anothers_end(seed, first, width, count):
+def test_a_pair_is_the_start_of_a_window_and_the_end_of_one(seed, first, width, count):
     numbers = np.arange(first, first + 12)
     text_NW = np.random.default_rng(width).permuted(np.tile(np.arange(PAD + 1, PAD + 1 + width), (count, 1)), axis=1)
-    text_NW += 50 * np.arange(count)[:, None]  # no token stands in two windows
+    text_NW += 50 * np.arange(count)[:, None]  # no token is in two windows
     windows = numbers % count
     keys = sample_keys(numbers, seed)
     following, label = draw_pairs(keys, windows, count)
@@ -59,17 +55,17 @@ def test_a_pair_is_one_windows_beginning_and_the_same_or_anothers_end(seed, firs
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**63 - 1), share=st.floats(0.01, 0.99), ends=st.floats(0, 1), width=st.integers(2, 60))
-def test_at_least_one_token_is_predicted_and_never_a_special_one(seed, share, ends, width):
+def test_at_least_one_token_is_predicted_and_no_special_one(seed, share, ends, width):
     rng = np.random.default_rng(0)
     text_NW = np.where(rng.random((8, width)) < ends, END, rng.integers(PAD + 1, V, (8, width)))
     examples = make(seed, np.arange(8), text_NW, share)
     ordinary = unmasked(examples) > PAD
     predicted = examples.targets != IGNORED
     assert not (predicted & ~ordinary).any()
-    there = ordinary.sum(axis=1)
-    assert (abs(predicted.sum(axis=1) - share * there)[there * share >= 0.5] <= 0.5 + 1e-9).all()
-    assert (predicted.sum(axis=1)[(there > 0) & (there * share < 0.5)] == 1).all()
-    assert not predicted[there == 0].any()
+    total = ordinary.sum(axis=1)
+    assert (abs(predicted.sum(axis=1) - share * total)[total * share >= 0.5] <= 0.5 + 1e-9).all()
+    assert (predicted.sum(axis=1)[(total > 0) & (total * share < 0.5)] == 1).all()
+    assert not predicted[total == 0].any()
     assert not np.isin(examples.tokens, [CLS, SEP, END, PAD])[predicted].any()
 
 
@@ -79,24 +75,24 @@ def many() -> Examples:
     return make(11, np.arange(10_000), text_NW)
 
 
-def test_of_the_tokens_15_percent_are_predicted_and_of_these_80_hidden_10_replaced_10_left(many):
+def test_15_percent_are_predicted_80_masked_10_replaced_10_kept(many):
     predicted = many.targets != IGNORED
     assert predicted.sum(axis=1).tolist() == [30] * 10_000  # of 197
     shown, wanted = many.tokens[predicted], many.targets[predicted]
     assert near(shown == MASK, 0.8)
-    lucky = 0.1 / (V - PAD - 1)  # a replacement may be the token itself
-    assert near(shown == wanted, 0.1 + lucky)
-    assert near((shown != MASK) & (shown != wanted), 0.1 - lucky)
+    unchanged = 0.1 / (V - PAD - 1)  # a random replacement may equal the token
+    assert near(shown == wanted, 0.1 + unchanged)
+    assert near((shown != MASK) & (shown != wanted), 0.1 - unchanged)
     replaced = np.bincount(shown[(shown != MASK) & (shown != wanted)], minlength=V)
     assert not replaced[: PAD + 1].any()
     expected = replaced.sum() / (V - PAD - 1)
     assert (abs(replaced[PAD + 1 :] - expected) < 5 * np.sqrt(expected)).all()
 
 
-def test_what_is_predicted_is_chosen_evenly_over_places_and_apart_from_its_fate(many):
+def test_targets_are_uniform_and_independent_of_being_masked(many):
     predicted = many.targets != IGNORED
     middle = predicted[:, 1:-1]
-    share = middle.mean(axis=0)[:40]  # before the first place that a [SEP] can take
+    share = middle.mean(axis=0)[:40]  # before the first possible [SEP]
     assert (abs(share - 30 / 197) < 5 * np.sqrt(0.15 * 0.85 / len(predicted))).all()
     both = predicted[:, 1:-2] & predicted[:, 2:-1]
     hidden = many.tokens == MASK
@@ -104,7 +100,7 @@ def test_what_is_predicted_is_chosen_evenly_over_places_and_apart_from_its_fate(
     assert near(hidden[:, 2:-1][both & ~hidden[:, 1:-2]], 0.8)
 
 
-def test_in_half_of_the_pairs_b_follows_a_and_else_is_of_any_other_window():
+def test_half_of_the_pairs_follow_and_the_others_are_uniform():
     numbers = np.arange(70_000)
     windows = numbers % 8
     following, label = draw_pairs(sample_keys(numbers, 3), windows, 8)
@@ -123,14 +119,14 @@ def test_in_half_of_the_pairs_b_follows_a_and_else_is_of_any_other_window():
         (None, 0.8, 30, 7, "50cb24a582b7be69"),
     ],
 )
-def test_pairs_never_change(seed, share, width, count, golden):
+def test_pairs_are_frozen(seed, share, width, count, golden):
     text_NW = np.random.RandomState(width).randint(0, V, (count, width))
     text_NW[:, ::9] = END
     assert digest(make(seed, np.arange(10**12, 10**12 + 60), text_NW, share)) == golden
 
 
 def frame(kind: str, text_KW: np.ndarray, documents_KW: np.ndarray | None = None, *, seed: int | None = 5, special=SPECIAL) -> Examples:
-    """Of the first windows; B of a next sentence is of the same or of the next one, as is drawn."""
+    """Frame each window. Part B of a next-sentence pair is from a window that `draw_pairs` chooses."""
     numbers = np.arange(len(text_KW))
     keys = sample_keys(numbers, seed)
     if kind == "next_sentence":
@@ -144,7 +140,7 @@ def frame(kind: str, text_KW: np.ndarray, documents_KW: np.ndarray | None = None
 
 
 def parts(row: np.ndarray) -> tuple[list[int], list[int]]:
-    """A and B of a pair's tokens, where no text spells [SEP]."""
+    """Return A and B of a pair's tokens."""
     (between, last) = np.flatnonzero(row == SEP)
     assert (row[0], last) == (CLS, len(row) - 1)
     return row[1:between].tolist(), row[between + 1 : last].tolist()
@@ -163,7 +159,7 @@ def test_the_parts_of_a_window_are_in_order_or_swapped(seed, width):
         assert segments.tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
 
-def test_half_of_the_parts_are_swapped_and_as_long_either_way():
+def test_half_of_the_parts_are_swapped_with_the_same_lengths():
     framed = frame("sentence_order", np.tile(np.arange(10, 50), (20_000, 1)))
     assert near(framed.next_sentence == 1, 0.5)
     lengths = (framed.segments == 0).sum(axis=1) - 2
@@ -177,9 +173,9 @@ def test_half_of_the_parts_are_swapped_and_as_long_either_way():
 @given(
     ends=st.floats(0, 0.6), width=st.integers(2, 30), kind=st.sampled_from(["next_sentence", "sentence_order"]), seed=st.integers(0, 2**60)
 )
-def test_the_documents_that_a_pair_asks_of_are_one_and_all_others_alone(ends, width, kind, seed):
+def test_documents_that_meet_in_a_pair_are_joined(ends, width, kind, seed):
     rng = np.random.default_rng(seed)
-    text_KW = 1000 * np.arange(1, 9)[:, None] + np.arange(width)  # each token tells window and place
+    text_KW = 1000 * np.arange(1, 9)[:, None] + np.arange(width)  # each token identifies its window and position
     ends_KW = rng.random(text_KW.shape) < ends
     numbers_KW = number_documents(np.where(ends_KW, END, text_KW), END)
     special = SpecialTokens(end_of_text=END, cls=CLS, sep=SEP, mask=MASK, pad=PAD, is_text=np.arange(10_000) > PAD)
@@ -188,9 +184,9 @@ def test_the_documents_that_a_pair_asks_of_are_one_and_all_others_alone(ends, wi
         a, b = parts(row)
         before, after = (b, a) if kind == "sentence_order" and label else (a, b)
         document_of = {token: (token // 1000, numbers_KW[token // 1000 - 1, token % 1000]) for token in a + b}
-        asked = {document_of[before[-1]], document_of[after[0]]}
+        meeting = {document_of[before[-1]], document_of[after[0]]}
         owners = [
-            "pair" if token in {CLS, SEP} or document_of[token] in asked else (token in a, *document_of[token]) for token in row.tolist()
+            "pair" if token in {CLS, SEP} or document_of[token] in meeting else (token in a, *document_of[token]) for token in row.tolist()
         ]
         for i, owner in enumerate(owners):
             assert [other == owner for other in owners] == (documents == documents[i]).tolist()
@@ -199,14 +195,14 @@ def test_the_documents_that_a_pair_asks_of_are_one_and_all_others_alone(ends, wi
     assert np.array_equal(whole.tokens, framed.tokens)
 
 
-def test_lengths_of_a_document_in_several_pieces_are_refused():
+def test_cumulative_lengths_need_contiguous_documents():
     text_KW = np.array([[10, 11, END, 12, 13, 14, END, 15]])
     framed = frame("next_sentence", text_KW, number_documents(text_KW, END))
     with pytest.raises(ValueError, match="sample 0: expected contiguous documents"):
         mask_tokens(framed, sample_keys(ONLY, 5), share=0.15, special=SPECIAL).cumulative_lengths()
 
 
-def test_a_text_alone_by_hand():
+def test_framed_text_by_hand():
     text_KW, documents_KW = bins([[10, 11, END], [12, END]], [[10, 11, 12, 13, 14, 15, END]], width=7)
     first, second = rows(mask_tokens(frame("none", text_KW, documents_KW), sample_keys(np.arange(2), 5), share=0.01, special=SPECIAL))
     shown = unmasked(mask_tokens(frame("none", text_KW, documents_KW), sample_keys(np.arange(2), 5), share=0.01, special=SPECIAL)).tolist()
@@ -224,14 +220,14 @@ def test_a_text_alone_by_hand():
 
 
 def words(framed: Examples, row: int) -> list[list[int]]:
-    """The columns of each word of a row, by the definition."""
+    """Return the columns of each word of a row, by definition."""
     found: list[list[int]] = []
     documents = np.zeros_like(framed.tokens) if framed.documents is None else framed.documents
     for column, token in enumerate(framed.tokens[row].tolist()):
         if token <= PAD:
             continue
-        goes_on = framed.tokens[row, column - 1] > PAD and documents[row, column - 1] == documents[row, column]
-        if goes_on and not BEGINS[token]:
+        continues = framed.tokens[row, column - 1] > PAD and documents[row, column - 1] == documents[row, column]
+        if continues and not BEGINS_WORD[token]:
             found[-1].append(column)
         else:
             found.append([column])
@@ -244,13 +240,13 @@ def words(framed: Examples, row: int) -> list[list[int]]:
     seed=st.integers(0, 2**60),
     share=st.floats(0.01, 0.99),
     width=st.integers(2, 40),
-    ids=st.sampled_from([(0, V), (5, V), (7, 9)]),  # with ends of texts; none; and one word that never ends
+    ids=st.sampled_from([(0, V), (5, V), (7, 9)]),  # with ends of text, without, and a single word that never ends
 )
-def test_words_are_hidden_whole_in_the_order_of_their_hashes(kind, seed, share, width, ids):
+def test_whole_words_are_chosen_in_the_order_of_their_hashes(kind, seed, share, width, ids):
     rng = np.random.default_rng(seed)
     text_KW = rng.integers(*ids, (6, width))
     text_KW[np.isin(text_KW, [CLS, SEP, MASK, PAD])] = END
-    documents_KW = np.cumsum(rng.random((6, width)) < 0.1, axis=1)  # some follow upon a part of one, with no token between
+    documents_KW = np.cumsum(rng.random((6, width)) < 0.1, axis=1)  # some start without an end-of-text token before them
     if kind == "padded":
         documents_KW[:, width // 2 :] = -1
     framed = frame(kind if kind != "padded" else "none", text_KW, documents_KW, seed=seed)
@@ -258,30 +254,32 @@ def test_words_are_hidden_whole_in_the_order_of_their_hashes(kind, seed, share, 
     examples = mask_tokens(framed, keys, share=share, special=SPECIAL, whole_words=True)
     assert np.array_equal(unmasked(examples), framed.tokens)
     for row, targets in enumerate(examples.targets):
-        there = words(framed, row)
-        wanted = max(1, round(share * sum(map(len, there))))
-        fit = [word for word in there if len(word) <= wanted] or [word[:wanted] for word in there]
+        found = words(framed, row)
+        count = max(1, round(share * sum(map(len, found))))
+        fit = [word for word in found if len(word) <= count] or [word[:count] for word in found]
         expected: list[int] = []
         for word in sorted(fit, key=lambda word: int(fold(fold(keys[row : row + 1], 3), word[0])[0])):
-            if len(expected) + len(word) > wanted:
+            if len(expected) + len(word) > count:
                 break
             expected += word
         assert np.flatnonzero(targets != IGNORED).tolist() == sorted(expected)
-        assert bool(expected) == bool(there)
+        assert bool(expected) == bool(found)
 
 
-def test_of_the_tokens_of_words_80_percent_are_hidden_10_replaced_10_left():
+def test_tokens_of_whole_words_80_masked_10_replaced_10_kept():
     text_NW = np.random.default_rng(1).integers(PAD + 1, V, (4000, 126))
     framed = frame("none", text_NW)
     examples = mask_tokens(framed, sample_keys(np.arange(4000), 5), share=0.15, special=SPECIAL, whole_words=True)
     predicted = examples.targets != IGNORED
     assert predicted.sum(axis=1).max() == 19, "15 percent of 126"
-    assert predicted.sum(axis=1).mean() > 19 - 3, "the word that does not fit any more has three tokens, on the whole"
+    assert predicted.sum(axis=1).mean() > 19 - 3, (
+        "a word has three tokens on average, so the first that does not fit leaves at most that many"
+    )
     shown, wanted = examples.tokens[predicted], examples.targets[predicted]
-    lucky = 0.1 / (V - PAD - 1)
+    unchanged = 0.1 / (V - PAD - 1)
     assert near(shown == MASK, 0.8)
-    assert near(shown == wanted, 0.1 + lucky)
-    inside = predicted & ~BEGINS[framed.tokens]
+    assert near(shown == wanted, 0.1 + unchanged)
+    inside = predicted & ~BEGINS_WORD[framed.tokens]
     hidden = examples.tokens == MASK
     assert near(hidden[:, 1:][inside[:, 1:] & predicted[:, :-1] & hidden[:, :-1]], 0.8)
     again = mask_tokens(framed, sample_keys(np.arange(4000) + 4000, 5), share=0.15, special=SPECIAL, whole_words=True)
@@ -297,15 +295,15 @@ def test_of_the_tokens_of_words_80_percent_are_hidden_10_replaced_10_left():
         ("next_sentence", True, "1c6d68e0d484d543"),
     ],
 )
-def test_the_other_kinds_never_change(kind, whole_words, golden):
+def test_other_frames_are_frozen(kind, whole_words, golden):
     text_KW = np.random.RandomState(3).randint(PAD + 1, V, (40, 61))
     text_KW[:, ::9] = END
     framed = frame(kind, text_KW, number_documents(text_KW, END), seed=11)
     assert digest(mask_tokens(framed, sample_keys(np.arange(40), 11), share=0.15, special=SPECIAL, whole_words=whole_words)) == golden
 
 
-def test_hashes_and_examples_never_change():
-    """Golden values: whoever changes these changes every masked run that is under way."""
+def test_hashes_and_examples_are_frozen():
+    """Golden: a change would change every started run with a masked objective."""
     assert hashed(1, 2, np.array([3, 4])).tolist() == [8566811186491711777, 10240744290557228159]
     assert np.array_equal(fold(hashed(1, 2), np.array([3, 4])), hashed(1, 2, np.array([3, 4])))
     (row,) = rows(make(5, np.array([29]), np.arange(10, 43).reshape(3, 11), share=0.5))

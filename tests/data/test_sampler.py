@@ -1,7 +1,6 @@
-"""From any corpus to any step: mixtures, blocks, packing and skips all give each sample once, to any number of ranks, at once."""
+"""Mixtures, blocks, packing and skips: each sample is read once, by any number of ranks, and any sample is read quickly."""
 
 import time
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -9,52 +8,43 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_cases import WAYS, T, config_of, open_way
-from small_corpora import SMALL, documents, write_lines
+from sample_cases import WAYS, T, config_of, open_way, same_examples, write_sources
+from small_corpora import SMALL
 
 from manta.data.config import TokenizerConfig
 from manta.data.errors import InputError
-from manta.data.objectives.examples import IGNORED, Examples
+from manta.data.objectives.examples import IGNORED
 from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two sources, of eight shards and of one."""
-    folder = tmp_path_factory.mktemp("any-step")
-    (folder / "web").mkdir()
-    for part in range(8):
-        write_lines(folder / "web" / f"{part}.jsonl", documents(12, seed=part))
-    write_lines(folder / "code.jsonl", documents(40, seed=9))
-    return folder
+    """Two sources, with eight shards and one shard."""
+    return write_sources(tmp_path_factory.mktemp("sampler"), shards=8, code_documents=40)
 
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """Samples of each way, each opened once."""
+    """Opens the samples of each way once."""
     return cache(lambda way: open_way(folder, **WAYS[way]))
 
 
-def same(a: Examples, b: Examples) -> bool:
-    pairs = ((getattr(a, field.name), getattr(b, field.name)) for field in fields(Examples))
-    return all((x is None and y is None) or np.array_equal(x, y) for x, y in pairs)
-
-
-def places(samples: Samples, count: np.ndarray) -> list[tuple[int, int, int]]:
-    """What each is drawn from, its epoch and window."""
-    at, own = samples.sampler.locate(samples.sampler.sample_numbers(count))
-    return [(int(a), *(int(x[0]) for x in samples.sampler.sources[a].order(np.array([b])))) for a, b in zip(at, own, strict=True)]
+def locations(samples: Samples, read_indices: np.ndarray) -> list[tuple[int, int, int]]:
+    """Return each sample's source, epoch and window."""
+    sources, own = samples.sampler.locate(samples.sampler.sample_numbers(read_indices))
+    orders = [source.order for source in samples.sampler.sources]
+    return [(int(a), *(int(x[0]) for x in orders[a](np.array([b])))) for a, b in zip(sources, own, strict=True)]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_sample_is_read_once_an_epoch(opened, way):
+def test_every_sample_is_read_once_per_epoch(opened, way):
     samples = opened(way)
-    read = places(samples, np.arange(3 * sum(len(draw.dataset) for draw in samples.sampler.sources)))
+    read = locations(samples, np.arange(3 * sum(len(source.dataset) for source in samples.sampler.sources)))
     assert len(set(read)) == len(read)
-    for index, draw in enumerate(samples.sampler.sources):
+    for index, sampler in enumerate(samples.sampler.sources):
         own = [(epoch, window) for source, epoch, window in read if source == index]
-        whole = [(epoch, window) for epoch in range(own[-1][0] - 1) for window in range(len(draw.dataset))]
+        whole = [(epoch, window) for epoch in range(own[-1][0] - 1) for window in range(len(sampler.dataset))]
         skipped = sum(end - first for first, end in WAYS[way].get("skip", ()))
         assert len(set(whole) - set(own)) <= skipped
 
@@ -63,7 +53,7 @@ def test_every_sample_is_read_once_an_epoch(opened, way):
 @settings(max_examples=5, deadline=None)
 @given(step=st.integers(0, 10**5), global_batch=st.integers(1, 48))
 def test_a_global_batch_is_the_same_on_1_to_24_ranks(opened, way, step, global_batch):
-    """So a run may change from any number of ranks to any other at any step."""
+    """So a run can change from any number of ranks to any other at any step."""
     samples = opened(way)
     count = step * global_batch + np.arange(global_batch)
     alone = samples.train(count)
@@ -75,41 +65,41 @@ def test_a_global_batch_is_the_same_on_1_to_24_ranks(opened, way, step, global_b
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_opened_anew_goes_on_with_the_same_samples_at_once(opened, folder, way):
+def test_reopened_samples_continue_quickly_with_the_same_examples(opened, folder, way):
     count = 10**12 + np.arange(16)
     expected = opened(way).train(count)
-    anew = open_way(folder, **WAYS[way])
-    anew.train(np.arange(200))  # shards are mapped when they are first read
-    took = []
+    reopened = open_way(folder, **WAYS[way])
+    reopened.train(np.arange(200))  # shards are mapped on first use
+    seconds = []
     for _ in range(5):
-        begun = time.perf_counter()
-        got = anew.train(count)
-        took.append(time.perf_counter() - begun)
+        start = time.perf_counter()
+        got = reopened.train(count)
+        seconds.append(time.perf_counter() - start)
         count += 10**9
-    assert same(anew.train(10**12 + np.arange(16)), expected)
-    assert not same(got, expected)
-    assert min(took) < 0.005
+    assert same_examples(reopened.train(10**12 + np.arange(16)), expected)
+    assert not same_examples(got, expected)
+    assert min(seconds) < 0.005
 
 
-def test_no_sample_is_read_that_config_skips(opened, folder):
+def test_skipped_samples_are_not_read(opened, folder):
     skipping, whole = opened("skipping"), open_way(folder, mixture=WAYS["skipping"]["mixture"])
     numbers = [number for number in range(1000) if not (10 <= number < 20 or 500 <= number < 900)]
     got = skipping.train(np.arange(len(numbers)))
     assert got.samples.tolist() == numbers
-    assert same(got, whole.train(np.array(numbers)))
+    assert same_examples(got, whole.train(np.array(numbers)))
     assert sum(skipping.sampler.samples_by_source(300)) == 300
 
 
-def test_a_mixture_has_its_shares_and_says_so(opened):
+def test_a_mixture_has_its_shares(opened):
     samples = opened("mixed")
-    at, _ = samples.sampler.locate(np.arange(1700))
-    assert [int((at[:700] == source).sum()) for source in (0, 1)] == [490, 210]
-    assert [int((at[700:] == source).sum()) for source in (0, 1)] == [100, 900]
+    sources, _ = samples.sampler.locate(np.arange(1700))
+    assert [int((sources[:700] == source).sum()) for source in (0, 1)] == [490, 210]
+    assert [int((sources[700:] == source).sum()) for source in (0, 1)] == [100, 900]
     assert samples.sampler.samples_by_source(1700) == [590, 1110]
 
 
-def test_other_sources_may_come_and_go(opened, folder):
-    """A source's own order is keyed by its name: what is mixed beside it changes when it is read, not in which order."""
+def test_other_sources_do_not_change_the_order_of_a_source(opened, folder):
+    """The order of a source depends on its name. Other sources change when its samples are read, not their order."""
     both = opened("mixed")
     tokens = TokenizerConfig(file=prepare.find_prepared(config_of(folder, **WAYS["mixed"]), SMALL).tokenizer)
     alone = open_way(folder, tokens, sources={"code": str(folder / "code.jsonl")}, mixture={"code": 1.0})
@@ -119,7 +109,7 @@ def test_other_sources_may_come_and_go(opened, folder):
     assert not np.array_equal(one.sampler.sources[0].order(numbers)[1], alone.sampler.sources[0].order(numbers)[1])
 
 
-def test_a_source_is_not_read_more_often_than_it_may_be(folder):
+def test_a_source_is_not_read_more_often_than_its_epochs(folder):
     sources = {"web": str(folder / "web"), "code": {"path": str(folder / "code.jsonl"), "epochs": 1.5}}
     samples = open_way(folder, sources=sources, mixture={"web": 0.5, "code": 0.5})
     most = 2 * int(1.5 * len(samples.sampler.sources[1].dataset))
@@ -129,7 +119,7 @@ def test_a_source_is_not_read_more_often_than_it_may_be(folder):
 
 
 def test_packed_samples_hold_whole_documents(opened):
-    """Each document that fits stands in one sample alone, and no place is trained on twice."""
+    """Documents are numbered in order, and padding predicts nothing."""
     samples = opened("packed in blocks")
     read = samples.train(np.arange(len(samples.sampler.sources[0].dataset)))
     for numbers in read.documents:
