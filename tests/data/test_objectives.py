@@ -186,8 +186,8 @@ def test_an_unsuitable_tokenizer_is_refused_before_anything_is_written(prepared,
     )
     with pytest.raises(InputError) as caught:
         prepare.prepare(data, TokenizerConfig(vocabulary=260))
-    wants = "wants at least 261: 256 bytes and <|endoftext|> [CLS] [MASK] [PAD] [SEP]"
-    assert str(caught.value) == f"tokenizer.vocabulary: got 260, {wants}; raise it"
+    expected = "at least 261 (256 bytes and <|endoftext|> [CLS] [MASK] [PAD] [SEP])"
+    assert str(caught.value) == f"tokenizer.vocabulary: expected {expected}, got 260. Raise it."
     assert not (tmp_path / "corpora").exists()
 
 

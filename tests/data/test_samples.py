@@ -147,7 +147,7 @@ def test_a_truncated_or_missing_shard_is_refused(damaged):
 
 
 def test_a_missing_older_or_altered_manifest_is_refused(damaged):
-    path = Path(damaged.corpora[0]) / manifest.NAME
+    path = Path(damaged.corpora[0]) / manifest.MANIFEST
     spec = json.loads(path.read_bytes())
     path.write_text(json.dumps(spec | {"format": 0}))
     assert "format: expected 2, got 0" in refused(damaged)

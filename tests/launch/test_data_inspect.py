@@ -269,9 +269,9 @@ def test_sample_at_shows_masked_tokens(workspace, masked):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+        (["inspect", "nowhere.yaml"], "nowhere.yaml: expected a config, got an error: No such file or directory"),
         (["inspect", "FILE", "tokenizer.vocabulary=333"], "expected a prepared corpus, got none. Run: manta prepare 'run file.yaml'"),
-        (["inspect", "documents"], "documents: got no config.yaml, wants a run directory"),
+        (["inspect", "documents"], "documents: expected a run directory, got no config.yaml"),
         (["inspect", "FILE", "data.live=true"], "data.live: expected a prepared corpus to inspect, got true"),
         (
             ["inspect", "FILE", "--png", "run file.yaml/below"],
