@@ -1,1 +1,1 @@
-"""What a person asks of checkpoints."""
+"""`manta checkpoint`: list, verify, inspect, prune, request and convert checkpoints."""

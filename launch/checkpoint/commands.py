@@ -1,84 +1,74 @@
 """The commands of `manta checkpoint`. Each imports what it needs when it runs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from manta.cluster.protocol import ExitCode
 
-app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="A run's checkpoints: which there are, whether they are whole, what is in them."
-)
+T = TypeVar("T")
 
-Where = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run, an import, one checkpoint of it, or the URL where they lie.", show_default=False)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, verify, inspect, prune and convert a run's checkpoints.")
+
+Source = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run, an import, one of its checkpoints, or the URL of checkpoints.", show_default=False)
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 @app.command("list", epilog="For example: manta checkpoint list runs/mine")
-def list_(where: Where, *, as_json: AsJson = False) -> None:
-    """Which checkpoints there are, newest first, as their manifests tell; their files are not read."""
-    from manta.launch.checkpoint.list import checkpoints, show
+def list_(source: Source, *, as_json: AsJson = False) -> None:
+    """List checkpoints, newest first, from their manifests. Their files are not read."""
+    from manta.launch.checkpoint.list_checkpoints import list_checkpoints, show
 
-    told = checkpoints(where)
-    if as_json:
-        typer.echo(json.dumps(told))
-    else:
-        show(told)
+    _print(list_checkpoints(source), show, as_json=as_json)
 
 
 @app.command(epilog="For example: manta checkpoint verify runs/mine")
-def verify(where: Where, *, as_json: AsJson = False) -> None:
-    """Read every byte, and tell which checkpoints hold what their manifest says. Exit code 1 where one does not."""
-    from manta.launch.checkpoint import verify
+def verify(source: Source, *, as_json: AsJson = False) -> None:
+    """Read every byte, and print which checkpoints match their manifests. Exit code 1 if one does not."""
+    from manta.launch.checkpoint.verify import show, verify
 
-    told = verify.verify(where)
-    if as_json:
-        typer.echo(json.dumps(told))
-    else:
-        verify.show(told)
-    if any(one["error"] for one in told):
+    reports = verify(source)
+    _print(reports, show, as_json=as_json)
+    if any(report["error"] for report in reports):
         raise typer.Exit(ExitCode.FAILED)
 
 
 @app.command(epilog="For example: manta checkpoint inspect runs/mine --match 'blocks.0.*'")
 def inspect(
-    where: Where,
+    source: Source,
     *,
-    match: Annotated[str, typer.Option(metavar="PATTERN", help="Of these weights alone.")] = "*",
+    match: Annotated[str, typer.Option(metavar="PATTERN", help="Only weights whose names match.")] = "*",
     as_json: AsJson = False,
 ) -> None:
-    """What a checkpoint holds: progress, and of each weight its shape, norm, largest value, and the norms of its optimizer state.
+    """Print a checkpoint's progress, and each weight's shape, norm, largest value, and the norms of its optimizer state.
 
-    Of a run the newest valid one, or RUN/checkpoints/step-... One tensor at a time is held in memory.
+    Of a run the newest valid checkpoint, or RUN/checkpoints/step-... One tensor at a time is held in memory.
     """
-    from manta.launch.checkpoint import inspect
+    from manta.launch.checkpoint.inspect import inspect, show
 
-    told = inspect.inspect(where, match)
-    if as_json:
-        typer.echo(json.dumps(told))
-    else:
-        inspect.show(told)
+    _print(inspect(source, match), show, as_json=as_json)
 
 
 @app.command(epilog="For example: manta checkpoint prune runs/mine --keep 2 --every 10000 --dry-run")
 def prune(
-    where: Where,
+    source: Source,
     *,
-    keep: Annotated[int, typer.Option(min=1, help="Newest ones to keep.")] = 1,
-    best: Annotated[int, typer.Option(min=0, help="Ones of the lowest validation loss to keep, too.")] = 0,
-    every: Annotated[int | None, typer.Option(min=1, help="Steps whose multiples are kept, too.", show_default=False)] = None,
-    bad: Annotated[bool, typer.Option("--bad", help="Delete those that were set aside as bad, too.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints to keep.")] = 1,
+    best: Annotated[int, typer.Option(min=0, help="Also keep this many with the lowest validation loss.")] = 0,
+    every: Annotated[int | None, typer.Option(min=1, help="Also keep multiples of this step.", show_default=False)] = None,
+    bad: Annotated[bool, typer.Option("--bad", help="Also delete checkpoints that were set aside as bad.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
 ) -> None:
-    """Delete checkpoints that are kept no more. The newest valid one stays whatever is asked for; it is read first, every byte."""
-    from manta.launch.checkpoint import prune
+    """Delete checkpoints that are not kept. The newest valid one is always kept; every byte of it is read first."""
+    from manta.launch.checkpoint.prune import prune
 
-    for name in prune.prune(where, keep=keep, best=best, every=every, bad=bad, dry_run=dry_run):
+    for name in prune(source, keep=keep, best=best, every=every, bad=bad, dry_run=dry_run):
         typer.echo(f"{'would delete' if dry_run else 'deleted'} {name}")
 
 
@@ -86,34 +76,39 @@ def prune(
 def now(
     run: Run,
     *,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for it.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the checkpoint.")] = 600.0,
 ) -> None:
-    """Have a run that is training write one after the step that it is at, and wait until it is there."""
-    from manta.launch.checkpoint import request
+    """Save a training run after its current step, and wait until the checkpoint is committed."""
+    from manta.launch.checkpoint.request import request
 
-    typer.echo(request.now(run, timeout=timeout))
+    typer.echo(request(run, timeout=timeout))
 
 
 @app.command(epilog="For example: manta checkpoint convert deepspeed/checkpoints run.yaml run.dir=runs/mine")
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="DS_DIR", help="What engine.save_checkpoint wrote.", show_default=False)],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The config of the run that goes on from there.", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="DS_DIR", help="The output of engine.save_checkpoint.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The config of the run that continues from it.", show_default=False)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the config.", show_default=False)
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the config.", show_default=False)
     ] = None,
     *,
     names: Annotated[
         str | None,
-        typer.Option(
-            metavar="WHOSE", help="manta or huggingface: whose names the model had. Not given, the files tell.", show_default=False
-        ),
+        typer.Option(metavar="FORMAT", help="manta or huggingface: the model's naming scheme. Detected if omitted.", show_default=False),
     ] = None,
 ) -> None:
-    """Go on with manta where plain DeepSpeed stopped: weights, optimizer state, step and loss scale, under ZeRO 0, 1, 2 or 3.
+    """Convert a plain DeepSpeed checkpoint: weights, optimizer state, step and loss scale, under ZeRO 0, 1, 2 or 3.
 
-    Makes the run directory, which must be new. The config says what the run was: the same model, optimizer and batch.
+    Makes the run directory, which must be new. The config must describe the same model, optimizer and batch.
     """
-    from manta.launch.checkpoint import convert
+    from manta.launch.checkpoint.convert import convert, next_command
 
-    typer.echo(convert.convert(source, file, overrides or [], names))
-    typer.echo(f"go on with it: {convert.next_command(file, overrides or [])}")
+    typer.echo(convert(source, file, overrides or [], names))
+    typer.echo(f"continue with: {next_command(file, overrides or [])}")
+
+
+def _print(report: T, show: Callable[[T], None], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        show(report)

@@ -1,4 +1,4 @@
-"""`manta checkpoint convert`: what plain DeepSpeed saved becomes a run that goes on from there."""
+"""`manta checkpoint convert`: make a run that continues from a plain DeepSpeed checkpoint."""
 
 import shlex
 from pathlib import Path
@@ -19,43 +19,44 @@ NAMES: dict[str, Names] = {"manta": "manta", "huggingface": "huggingface"}
 
 
 def convert(source: Path, file: Path, overrides: list[str], names: str | None) -> str:
-    """Makes the run directory of this config, with a checkpoint in it, whose path it gives.
+    """Make the config's run directory with a checkpoint, and return the checkpoint's path.
 
-    Raises InputError where there is nothing of DeepSpeed's, or of another model, or the run has trained already: nothing is written then.
+    Raises InputError, and writes nothing, if the source is not DeepSpeed's or of another model, or if the run has trained already.
     """
     config = load(file, overrides)
     if names is not None and names not in NAMES:
-        raise InputError(f"--names: got {names!r}, wants {' or '.join(NAMES)}; leave it out to have the files tell")
-    home = RunDirectory(config.run.dir.absolute())
-    check_places(home, config)
-    where = home.checkpoints_in(config.checkpoint.directory)
-    if home.has_trained or where.names():
-        raise InputError(f"{home.path}: holds a run that has trained already, wants a new directory; choose another run.dir")
-    _refuse(config)
+        raise InputError(f"--names: expected {' or '.join(NAMES)}, got {names!r}. Omit it to detect the names.")
+    run_directory = RunDirectory(config.run.dir.absolute())
+    check_places(run_directory, config)
+    backend = run_directory.checkpoints_in(config.checkpoint.directory)
+    if run_directory.has_trained or backend.names():
+        raise InputError(f"{run_directory.path}: expected a new directory, got a run that has trained already. Choose another run.dir.")
+    _check_config(config)
     saved = load_deepspeed(source)
     if saved.step > config.train.steps:
-        raise InputError(f"train.steps: got {config.train.steps}, and {saved.folder} is of step {saved.step}; raise it")
-    code = check_own_model(home, config)
-    prepared = corpus(home, config)
+        raise InputError(f"train.steps: expected at least {saved.step}, the step of {saved.folder}, got {config.train.steps}. Raise it.")
+    code = check_own_model(run_directory, config)
+    prepared = corpus(run_directory, config)
     vocabulary = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
-    state = logical_state(saved, config, vocabulary=vocabulary, code=home.code, names=NAMES[names] if names else None)
-    with home.lock():
-        lay_out(home, config, prepared, code)
-        told = {"layout": f"DeepSpeed, ZeRO-{saved.stage}", "ranks": saved.ranks, "config": config.model_dump(mode="json")}
-        CheckpointWriter(where, identity=identity_of(config, prepared), attempt=0).save(state, progress(saved, config), about=told)
+    state = logical_state(saved, config, vocabulary=vocabulary, code=run_directory.code, names=NAMES[names] if names else None)
+    with run_directory.lock():
+        lay_out(run_directory, config, prepared, code)
+        about = {"layout": f"DeepSpeed, ZeRO-{saved.stage}", "ranks": saved.ranks, "config": config.model_dump(mode="json")}
+        CheckpointWriter(backend, identity=identity_of(config, prepared), attempt=0).save(state, progress(saved, config), about=about)
     for difference in differences(saved, config):
         say(difference)
-    return where.location(name_of_step(saved.step))
+    return backend.location(name_of_step(saved.step))
 
 
 def next_command(file: Path, overrides: list[str]) -> str:
-    """What goes on from there."""
+    """Return the command that continues the run."""
     return shlex.join(["manta", "train", str(file), *overrides])
 
 
-def _refuse(config: RunConfig) -> None:
-    """Raises InputError where the config asks for what a converted run can not have."""
+def _check_config(config: RunConfig) -> None:
+    """Raises InputError if the config asks for what a converted run cannot have."""
     if config.data.live:
-        raise InputError("data.live: got true, and where DeepSpeed's run stood in its text is not known; leave it out")
+        raise InputError("data.live: expected false, got true: the position of DeepSpeed's run in its text is not known. Remove it.")
     if config.run.start_from is not None:
-        raise InputError(f"run.start_from: got {config.run.start_from}, and a converted run begins with what was converted; leave it out")
+        problem = f"expected none, got {config.run.start_from}: a converted run starts from the converted checkpoint"
+        raise InputError(f"run.start_from: {problem}. Remove it.")

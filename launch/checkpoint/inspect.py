@@ -1,13 +1,12 @@
-"""`manta checkpoint inspect`: what a checkpoint holds, tensor by tensor."""
+"""`manta checkpoint inspect`: the content of a checkpoint, tensor by tensor."""
 
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from rich.table import Table
 
 from manta.data.errors import InputError
-from manta.launch.checkpoint.list import facts, found, size
+from manta.launch.checkpoint.list_checkpoints import Report, format_size, select_checkpoints, summary
 from manta.launch.inspect.charts import console
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import CheckpointBackend
@@ -17,65 +16,62 @@ from manta.trainer.checkpoint.reader import read_tensors
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 
-Told = dict[str, Any]
 
-
-def inspect(where: str, match: str) -> Told:
+def inspect(source: str, match: str) -> Report:
     """Raises InputError if there is no checkpoint, or no weight of such a name, and CheckpointError if what is read is damaged."""
-    place, names = found(where)
-    checkpoint = _newest(place, names)
+    backend, names = select_checkpoints(source)
+    checkpoint = _newest_readable(backend, names)
     keys = [key for key in checkpoint.tensors if fnmatchcase(key.partition("/")[2], match)]
     if not keys:
         some = ", ".join(list(dict.fromkeys(key.partition("/")[2] for key in checkpoint.tensors))[:3])
-        raise InputError(f"--match: got {match!r}, which no weight of {checkpoint.location} matches; there are {some}, …; try 'blocks.*'")
-    weights: dict[str, Told] = {}
+        raise InputError(f"--match: expected weights of {checkpoint.location}, such as {some}, got {match!r}. Try 'blocks.*'.")
+    weights: dict[str, Report] = {}
     for key in keys:
         state, _, name = key.partition("/")
-        weights.setdefault(name, {})[state] = _measured(place, checkpoint, key)
-    return {"at": checkpoint.location, **facts(checkpoint), "identity": checkpoint.identity, "weights": weights}
+        weights.setdefault(name, {})[state] = _measure(backend, checkpoint, key)
+    return {"at": checkpoint.location, **summary(checkpoint), "identity": checkpoint.identity, "weights": weights}
 
 
-def _newest(place: CheckpointBackend, names: list[str]) -> Checkpoint:
-    """The newest whose manifest can be read; what of its files is read is checked as it is."""
+def _newest_readable(backend: CheckpointBackend, names: list[str]) -> Checkpoint:
+    """Return the newest checkpoint with a readable manifest. Its blocks are checked when they are read."""
     for name in names:
         try:
-            return catalog.read_manifest(place, name)
+            return catalog.read_manifest(backend, name)
         except CheckpointError as error:
             if name == names[-1]:
                 raise
-            console().print(f"passed over: {error}", soft_wrap=True)
+            console().print(f"skipped: {error}", soft_wrap=True)
     raise AssertionError("there is at least one name")
 
 
-def _measured(place: CheckpointBackend, checkpoint: Checkpoint, key: str) -> Told:
+def _measure(backend: CheckpointBackend, checkpoint: Checkpoint, key: str) -> Report:
     stored = checkpoint.tensors[key]
     tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
-    read_tensors(place, checkpoint, {key: TensorViews.from_whole(tensor)}, check_files=None)
-    finite = tensor.isfinite()
+    read_tensors(backend, checkpoint, {key: TensorViews.from_whole(tensor)}, check_files=None)
     return {
         "shape": list(stored.shape),
         "dtype": stored.dtype,
         "norm": float(torch.linalg.vector_norm(tensor, dtype=torch.float64)),
         "largest": float(tensor.abs().max()) if tensor.numel() else 0.0,
-        "not_finite": int(tensor.numel() - finite.sum()),
+        "not_finite": int(tensor.numel() - tensor.isfinite().sum()),
         "zero": int((tensor == 0).sum()),
     }
 
 
-def show(told: Told) -> None:
+def show(report: Report) -> None:
     out = console()
-    out.print(told["at"], soft_wrap=True)
-    held = f"{told['tensors']} tensors, {size(told['bytes'])} in {told['files']} files"
-    by = f"written {told['written']} by {told['ranks'] or 1} x {told['layout'] or 'one process'}"
-    out.print(f"step {told['step']:,}, {told['samples']:,} samples read; {held}; {by}", soft_wrap=True)
-    states = list(dict.fromkeys(state for weight in told["weights"].values() for state in weight))
+    out.print(report["at"], soft_wrap=True)
+    content = f"{report['tensors']} tensors, {format_size(report['bytes'])} in {report['files']} files"
+    writer = f"written {report['written']} by {report['ranks'] or 1} x {report['layout'] or 'one process'}"
+    out.print(f"step {report['step']:,}, {report['samples']:,} samples read; {content}; {writer}", soft_wrap=True)
+    states = list(dict.fromkeys(state for weight in report["weights"].values() for state in weight if state != "master"))
     table = Table.grid(padding=(0, 2))
-    table.add_row("weight", "shape", "norm", "largest", *(f"{state} norm" for state in states if state != "master"), "")
-    for name, weight in told["weights"].items():
-        first = next(iter(weight.values()))
-        shown = weight.get("master", first)
-        others = [f"{weight[state]['norm']:.4g}" if state in weight else "" for state in states if state != "master"]
-        strange = sum(one["not_finite"] for one in weight.values())
-        shape = " x ".join(map(str, shown["shape"])) or "one number"
-        table.add_row(name, shape, f"{shown['norm']:.4g}", f"{shown['largest']:.4g}", *others, f"{strange:,} not finite" if strange else "")
+    table.add_row("weight", "shape", "norm", "largest", *(f"{state} norm" for state in states), "")
+    for name, weight in report["weights"].items():
+        master = weight.get("master") or next(iter(weight.values()))
+        norms = [f"{weight[state]['norm']:.4g}" if state in weight else "" for state in states]
+        shape = " x ".join(map(str, master["shape"])) or "scalar"
+        not_finite = sum(measures["not_finite"] for measures in weight.values())
+        warning = f"{not_finite:,} not finite" if not_finite else ""
+        table.add_row(name, shape, f"{master['norm']:.4g}", f"{master['largest']:.4g}", *norms, warning)
     out.print(table)

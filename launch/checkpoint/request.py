@@ -1,4 +1,4 @@
-"""`manta checkpoint now`: a checkpoint of a run that is training, at once."""
+"""`manta checkpoint now`: request a checkpoint of a training run."""
 
 import time
 from pathlib import Path
@@ -11,25 +11,24 @@ from manta.trainer.run_directory import RunDirectory
 POLL = 0.2  # seconds
 
 
-def now(run: Path, *, timeout: float) -> str:
-    """Asks, waits, and gives the checkpoint's path. Raises InputError where nothing is training there, SaveError where none came of it."""
-    home = RunDirectory(resume_config(run).absolute().parent)
-    if not home.is_locked:
-        raise InputError(f"{run}: got a run that is not running, wants one that trains; go on with it: manta resume {home.quoted}")
-    before = set(home.open_checkpoints().names())
-    home.save_request_file.touch()
+def request(run: Path, *, timeout: float) -> str:
+    """Wait for the checkpoint, and return its path. Raises InputError if the run is not training, SaveError if it could not save."""
+    run_directory = RunDirectory(resume_config(run).absolute().parent)
+    if not run_directory.is_locked:
+        raise InputError(f"{run}: expected a run that is training, got one that is not. Resume it: manta resume {run_directory.quoted}.")
+    backend, request_file = run_directory.open_checkpoints(), run_directory.save_request_file
+    before = set(backend.names())
+    request_file.touch()
     deadline = time.monotonic() + timeout
-    while home.save_request_file.exists():
-        if not home.is_locked:
-            home.save_request_file.unlink(missing_ok=True)
-            break  # it has ended, and saved as it did
+    while request_file.exists():
+        if not run_directory.is_locked:
+            request_file.unlink(missing_ok=True)
+            break  # it has ended, and saved at its end
         if time.monotonic() > deadline:
-            home.save_request_file.unlink(missing_ok=True)
-            raise SaveError(
-                f"{home.path}: no checkpoint within {timeout:.0f} s; wants one step's time and a save's: wait longer (--timeout)"
-            )
+            request_file.unlink(missing_ok=True)
+            raise SaveError(f"{run_directory.path}: expected a checkpoint within {timeout:.0f} s, got none. Raise --timeout.")
         time.sleep(POLL)
-    after = home.open_checkpoints().names()
+    after = backend.names()
     if not after or after[0] in before:
-        raise SaveError(f"{home.path}: could not save; {home.path / 'logs'} says why")
-    return home.open_checkpoints().location(after[0])
+        raise SaveError(f"{run_directory.path}: could not save. See {run_directory.path / 'logs'}.")
+    return backend.location(after[0])

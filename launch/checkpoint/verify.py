@@ -1,34 +1,30 @@
-"""`manta checkpoint verify`: every byte of a run's checkpoints read."""
+"""`manta checkpoint verify`: read every byte of a run's checkpoints."""
 
 import time
-from typing import Any
 
-from manta.launch.checkpoint.list import found, size
+from manta.launch.checkpoint.list_checkpoints import Report, format_size, select_checkpoints
 from manta.launch.inspect.charts import console
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
 
-Told = dict[str, Any]
 
-
-def verify(where: str) -> list[Told]:
-    """Of each checkpoint what is wrong with it, if anything is."""
-    place, names = found(where)
-    told: list[Told] = []
+def verify(source: str) -> list[Report]:
+    """Return for each checkpoint what is wrong with it, if anything."""
+    backend, names = select_checkpoints(source)
+    reports: list[Report] = []
     for name in names:
-        begun = time.perf_counter()
-        error, count = None, 0
+        start, error, count = time.perf_counter(), None, 0
         try:
-            count = catalog.verify(place, name).bytes
-        except CheckpointError as damaged:
-            error = str(damaged)
-        told.append({"at": place.location(name), "bytes": count, "seconds": time.perf_counter() - begun, "error": error})
-    return told
+            count = catalog.verify(backend, name).bytes
+        except CheckpointError as damage:
+            error = str(damage)
+        reports.append({"at": backend.location(name), "bytes": count, "seconds": time.perf_counter() - start, "error": error})
+    return reports
 
 
-def show(told: list[Told]) -> None:
+def show(reports: list[Report]) -> None:
     out = console()
-    for one in told:
-        rate = one["bytes"] / max(one["seconds"], 1e-9) / 1e9
-        verdict = f"bad: {one['error']}" if one["error"] else f"whole: {size(one['bytes'])}, {rate:.1f} GB/s"
-        out.print(f"{one['at']}  {verdict}", soft_wrap=True)
+    for report in reports:
+        rate = report["bytes"] / max(report["seconds"], 1e-9) / 1e9
+        verdict = f"bad: {report['error']}" if report["error"] else f"valid: {format_size(report['bytes'])}, {rate:.1f} GB/s"
+        out.print(f"{report['at']}  {verdict}", soft_wrap=True)

@@ -541,14 +541,14 @@ def test_the_convert_command_writes_a_run_that_resumes(workspace, tmp_path, monk
     assert done.stderr == ""
     path, advice = done.stdout.splitlines()
     assert path == str(workspace.directory / "from deepspeed/checkpoints/step-00000005")
-    assert advice == f"go on with it: {shlex.join(['manta', 'train', str(workspace.config_file), *overrides])}"
+    assert advice == f"continue with: {shlex.join(['manta', 'train', str(workspace.config_file), *overrides])}"
     assert RunDirectory(workspace.directory / "from deepspeed").manifest()["manta"]
     with monkeypatch.context() as patch_directory:
         patch_directory.chdir(workspace.directory)
         code, message = run_command(patch_directory, capsys, *command)
     assert code == 2
-    assert "holds a run that has trained already" in message
-    done = workspace.manta(*shlex.split(advice.removeprefix("go on with it: manta ")))
+    assert "got a run that has trained already" in message
+    done = workspace.manta(*shlex.split(advice.removeprefix("continue with: manta ")))
     assert done.returncode == 0, done.stderr
     lines = read_metrics(workspace.directory / "from deepspeed/metrics.jsonl")
     assert [line["step"] for line in lines] == [6, 7, 8]
@@ -562,9 +562,9 @@ def test_a_refused_conversion_is_one_line_and_writes_nothing(workspace, copied, 
         ([str(copied.parent), file], "expected latest in it, got no such file. Name a directory that engine.save_checkpoint wrote"),
         ([source, file], "blocks.0.attention.k_norm.weight: expected nothing, got (8,) (and 5 more)"),
         ([source, file, "--names", "huggingface"], "blocks.0.attention.k_norm.weight: expected nothing, got (8,) (and 44 more)"),
-        ([source, file, "--names", "mine"], "--names: got 'mine', wants manta or huggingface"),
-        ([source, file, "train.steps=1"], f"train.steps: got 1, and {copied}/global_step2 is of step 2"),
-        ([source, file, "run.start_from=imported/gpt2"], "run.start_from: got"),
+        ([source, file, "--names", "mine"], "--names: expected manta or huggingface, got 'mine'"),
+        ([source, file, "train.steps=1"], f"train.steps: expected at least 2, the step of {copied}/global_step2, got 1"),
+        ([source, file, "run.start_from=imported/gpt2"], "run.start_from: expected none, got"),
         ([source, str(copied / "none.yaml")], "none.yaml: expected a config, got an error: No such file"),
     ):
         code, message = run_command(monkeypatch, capsys, "checkpoint", "convert", *arguments, "run.dir=never converted")
