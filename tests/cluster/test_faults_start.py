@@ -47,7 +47,7 @@ def test_the_next_attempt_asks_for_another_port(workspace, reference, tmp_path):
         assert code == 0, output
         (failed,) = run.events("rank-failed")
         assert (failed["attempt"], failed["rank"], failed["step"]) == (1, 0, 0)
-        assert "a port that is free there" in failed["message"]
+        assert "a free port there" in failed["message"]
         assert failed["message"].endswith("Address already in use")
         assert exactly(run.lines()) == reference
 
