@@ -57,6 +57,7 @@ class Ref:
 @dataclass(eq=False)
 class Agent:
     machine: int
+    job: Job
     ranks: range = range(0)
     started: float = 0.0
     killed: int | None = None
@@ -69,7 +70,7 @@ class Agent:
                 return Ref(
                     now,
                     lambda: NodeFacts(
-                        host=f"n{self.machine}", address=_address(self.machine), interface="eth0", seal=arguments[1].read_text()
+                        host=f"n{self.machine}", address=_address(self.machine), interface="eth0", seal=self.job.seal.read_text()
                     ),
                 )
             case "free_port":
@@ -156,10 +157,10 @@ class FakeRay:
         CLOCK.now = max(CLOCK.now, min(ref.at, CLOCK.now + timeout))
         return ref.make()
 
-    def start(self, strategy: "Affinity") -> Handle:
+    def start(self, strategy: "Affinity", job: Job) -> Handle:
         CALLS["start an agent"] += 1
         number = int(strategy.node)
-        self.agents[number] = Agent(number)
+        self.agents[number] = Agent(number, job)
         return Handle(self.agents[number])
 
 
@@ -177,8 +178,8 @@ def install(fake: FakeRay) -> None:
             self.strategy = scheduling_strategy
             return self
 
-        def remote(self, **_: Any) -> Handle:
-            return fake.start(self.strategy)
+        def remote(self, *, job: Job, **_: Any) -> Handle:
+            return fake.start(self.strategy, job)
 
     modules = {name: ModuleType(name) for name in RAY}
     ray: Any = modules["ray"]

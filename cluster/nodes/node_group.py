@@ -120,8 +120,7 @@ class NodeGroup:
 
     def describe_new(self) -> list[tuple[int, NodeFacts]]:
         """Wait for new agents to start; return their nodes' numbers and facts."""
-        arguments = ([package for package, _ in self._job.packages], self._job.seal)
-        new = [(index, node, node.agent.actor.describe.remote(*arguments)) for index, node in enumerate(self._nodes) if node.facts is None]
+        new = [(index, node, node.agent.actor.describe.remote()) for index, node in enumerate(self._nodes) if node.facts is None]
         for index, node, answer in new:
             node.facts = self._get(index, answer, timeout=max(self._timeout, AGENT_START_TIMEOUT))
         return [(index, node.facts) for index, node, _ in new if node.facts is not None]
@@ -227,14 +226,7 @@ class NodeGroup:
                 runtime_env=None if reserves or not machine.gpus else {"env_vars": SEE_ALL_GPUS},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(machine.id, soft=False),
             )
-            .remote(
-                address=machine.address,
-                program=self._job.program,
-                environment=self._job.environment,
-                directory=self._job.directory,
-                ranks_on_host=ranks_on_host,
-                scratch=self._scratch,
-            )
+            .remote(job=self._job, address=machine.address, ranks_on_host=ranks_on_host, scratch=self._scratch)
         )
         return _Agent(actor=actor, started=actor.follow_raylet.remote(), sentinel=actor.sentinel.remote(), reserves=reserves)
 

@@ -28,15 +28,10 @@ class Process:
         self.exited_at: float | None = None
         self._ended = asyncio.Event()
         self._any_ended = any_ended
+        tied = [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid()), *command]
         with log.open("wb") as output:
             self._popen = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid()), *command],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=directory,
-                env=environment,
-                start_new_session=True,
+                tied, cwd=directory, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._pidfd = os.pidfd_open(self.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._reap)

@@ -84,14 +84,14 @@ def _supervise(settings: Mapping[str, Any], scratch: Path, closing: threading.Ev
 
 def _run_raylet(settings: Mapping[str, Any], token: Path, directory: Path, closing: threading.Event) -> None:
     """Run a raylet until it ends, or `closing` is set."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | settings["environment"]
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    log = directory / "ray.log"
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | settings["environment"]
+    variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    command, log = _raylet_command(settings, directory), directory / "ray.log"
     with log.open("wb") as output:
         raylet = subprocess.Popen(
-            _raylet_command(settings, directory),
+            command,
             cwd=directory,
-            env=environment,
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
