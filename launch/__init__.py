@@ -1,3 +1,3 @@
-"""What does the person want? Command line, run config, plan, report."""
+"""What the user wants: command line, run config, targets, inspection."""
 
 __version__ = "0.1.0"

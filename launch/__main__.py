@@ -1,4 +1,4 @@
-"""`python -m manta.launch` is `manta`."""
+"""`python -m manta.launch` runs `manta`."""
 
 from manta.launch.cli import main
 

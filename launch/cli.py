@@ -1,4 +1,4 @@
-"""The `manta` command. Each command imports what it needs when it runs: help and config errors come at once."""
+"""The `manta` command. Each command imports what it needs when it runs, so that help and config errors appear at once."""
 
 import json
 import re
@@ -17,10 +17,15 @@ from manta.launch.inspect.commands import app as data_app
 if TYPE_CHECKING:
     from manta.trainer.run_directory import RunDirectory
 
-CONTEXT = {"help_option_names": ["-h", "--help"]}
+DTYPES = ("float32", "bfloat16", "float16")
+BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -28,28 +33,28 @@ app.add_typer(checkpoint_app, name="checkpoint")
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The run's config, in YAML.", show_default=False)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the config: train.steps=100", show_default=False)
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override config keys: train.steps=100", show_default=False)
 ]
-Detach = Annotated[bool, typer.Option("--detach", help="Go on in the background, and return once it is under way.")]
-
+Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; return when the run has started.")]
 On = Annotated[
     str,
     typer.Option(
-        metavar="TARGET", help="Where: local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (a Ray elsewhere), auto (the Ray it is on)."
+        metavar="TARGET",
+        help="Where to run: local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (dashboard of another Ray), auto (this machine's Ray).",
     ),
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Join a Ray that asks for no token: anyone may run code there.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Join a Ray that requires no token, where anyone can run code.")]
 
 
 @app.callback(invoke_without_command=True)
-def manta(*, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
-    """Pretrains transformers, exactly and elastically: on a laptop, one GPU, or a cluster."""
+def manta(*, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Pretrain transformers, exactly and elastically: on a laptop, one GPU or a cluster."""
     if version:
         typer.echo(f"manta {__version__}")
         raise typer.Exit
 
 
-@app.command()
+@app.command(epilog="For example: manta train run.yaml train.steps=1000 parallel.zero=2")
 def train(
     file: File,
     overrides: Overrides = None,
@@ -58,41 +63,41 @@ def train(
         str | None,
         typer.Option(
             metavar="FROM",
-            help="Begin with the weights of a run, an import or a checkpoint, and nothing else of it: run.start_from=FROM.",
+            help="Start from the weights, and nothing else, of a run, an import or a checkpoint; same as run.start_from=FROM.",
             show_default=False,
         ),
     ] = None,
     detach: Detach = False,
     on: On = "local",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what SLURM or Kubernetes would be handed, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted to SLURM or Kubernetes, and exit.")] = False,
     insecure: Insecure = False,
 ) -> None:
-    """Start a run, or go on with it where it was begun. Prepares the corpus first, where that is not done."""
+    """Start a run, or resume it if it was started before. Prepares the corpus first, unless already done."""
     from manta.launch import config
-
-    start = [] if weights_only is None else [f"run.start_from={json.dumps(weights_only)}"]
     from manta.launch.targets.dispatch import launch
 
-    laid_over = [*(overrides or []), *start]
-    loaded = config.load(file, laid_over)
-    detached = ["train", str(file), *laid_over, f"--on={on}", *(["--insecure"] if insecure else [])] if detach else []
+    all_overrides = overrides or []
+    if weights_only is not None:
+        all_overrides = [*all_overrides, f"run.start_from={json.dumps(weights_only)}"]
+    loaded = config.load(file, all_overrides)
+    detached = _arguments("train", file, all_overrides, on, insecure=insecure) if detach else []
     raise typer.Exit(launch(loaded, on, dry_run=dry_run, insecure=insecure, detached=detached))
 
 
-@app.command()
+@app.command(epilog="For example: manta resume runs/mine cluster.nodes=2")
 def resume(run: Run, overrides: Overrides = None, *, detach: Detach = False, on: On = "local", insecure: Insecure = False) -> None:
-    """Go on with a run from its newest valid checkpoint, on whatever ranks are at hand."""
+    """Resume a run from its newest valid checkpoint, on the ranks that are available now."""
     from manta.launch import config
     from manta.launch.targets.dispatch import launch
 
     loaded = config.load(config.resume_config(run), [*(overrides or []), f"run.dir={json.dumps(str(run.absolute()))}"])
-    detached = ["resume", str(run), *(overrides or []), f"--on={on}", *(["--insecure"] if insecure else [])] if detach else []
+    detached = _arguments("resume", run, overrides or [], on, insecure=insecure) if detach else []
     raise typer.Exit(launch(loaded, on, insecure=insecure, detached=detached))
 
 
-@app.command()
+@app.command(epilog="For example: manta drill run.yaml --on ssh:hosts.txt")
 def drill(file: File, overrides: Overrides = None, *, on: On = "local", insecure: Insecure = False) -> None:
-    """Do to a short run, beside it, what will happen to a long one, fault by fault, and see that it learns the same."""
+    """Inject faults into a short copy of a run, and check that it survives them with the same losses as without faults."""
     from manta.launch import config
     from manta.launch.drill.drill import DRILL_DEFAULTS, drill
     from manta.launch.targets.dispatch import connect
@@ -101,180 +106,191 @@ def drill(file: File, overrides: Overrides = None, *, on: On = "local", insecure
     raise typer.Exit(drill(loaded, connect(loaded, on, insecure=insecure)))
 
 
-@app.command(context_settings={"allow_interspersed_args": False})
+@app.command(context_settings={"allow_interspersed_args": False}, epilog="For example: manta at http://head:8265 status /shared/runs/mine")
 def at(
-    address: Annotated[str, typer.Argument(metavar="http://HOST:8265", help="Of the Ray's dashboard.", show_default=False)],
+    address: Annotated[str, typer.Argument(metavar="http://HOST:8265", help="The address of the Ray's dashboard.", show_default=False)],
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="status, logs, stop, attach, ...", show_default=False)],
     *,
     insecure: Insecure = False,
 ) -> None:
-    """Give a command on a node of a Ray elsewhere, which sees what this machine does not: at http://head:8265 status /shared/run."""
+    """Run a manta command on a node of another Ray, which sees run directories that this machine does not."""
     from manta.launch.targets.ray_job import run_command
 
     raise typer.Exit(run_command(address, command, insecure=insecure))
 
 
-@app.command()
+@app.command(epilog="For example: manta attach runs/mine")
 def attach(run: Run) -> None:
-    """Watch a run that is in the background, or anywhere; ends with its exit code. Ctrl-C ends the watching, not the run."""
-    from manta.launch.control.attach import attach as show
+    """Show the progress of a run that was started elsewhere, and exit with its exit code. Ctrl-C detaches; the run continues."""
+    from manta.launch.control.attach import attach
 
-    raise typer.Exit(show(run))
+    raise typer.Exit(attach(run))
 
 
-@app.command()
+@app.command(epilog="For example: manta stop runs/mine --timeout 60")
 def stop(
     run: Run,
     *,
-    at_once: Annotated[bool, typer.Option("--at-once", help="Do not save: what a second Ctrl-C does.")] = False,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for it.")] = 600.0,
+    at_once: Annotated[bool, typer.Option("--at-once", help="Stop without saving, as a second Ctrl-C does.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the run to end.")] = 600.0,
 ) -> None:
-    """Have a run save and leave, whichever machine it is on, and wait until it has."""
-    from manta.launch.control.stop import stop as end
+    """Have a run save and exit, on whichever machine it runs, and wait for it to end."""
+    from manta.launch.control.stop import stop
 
     try:
-        typer.echo(end(run, at_once=at_once, timeout=timeout))
+        typer.echo(stop(run, at_once=at_once, timeout=timeout))
     except TimeoutError as error:
         typer.echo(f"manta: {error}", err=True)
         raise typer.Exit(ExitCode.FAILED) from None
 
 
-@app.command()
+@app.command(epilog="For example: manta logs runs/mine --rank 3 --follow")
 def logs(
     run: Run,
     *,
-    rank: Annotated[int, typer.Option(min=0, help="Whose.")] = 0,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Of which attempt; the newest where not given.", show_default=False)] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on, attempt after attempt, until the run ends.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="The rank.")] = 0,
+    attempt: Annotated[int | None, typer.Option(min=1, help="The attempt; default: the newest.", show_default=False)] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines, also of later attempts, until the run ends.")] = False,
 ) -> None:
-    """What a rank has written: its log, and whatever libraries said there."""
-    from manta.launch.control.logs import logs as read
+    """Print the log of a rank, including the output of libraries."""
+    from manta.launch.control.logs import logs
 
-    for text in read(run, rank=rank, attempt=attempt, follow=follow):
+    for text in logs(run, rank=rank, attempt=attempt, follow=follow):
         sys.stdout.buffer.write(text)
         sys.stdout.flush()
 
 
-@app.command()
+@app.command(epilog="For example: manta prepare run.yaml data.workers=16")
 def prepare(file: File, overrides: Overrides = None) -> None:
-    """Tokenize the config's corpus, once. Training does it too; here it is done without."""
-    from manta.data.prepare.prepare import prepare as prepare_corpus
+    """Prepare the config's corpus: tokenize it and write token shards. `manta train` does the same before it trains."""
+    from manta.data.prepare.prepare import prepare
     from manta.launch import config
 
     loaded = config.load(file, overrides or [])
-    prepared = prepare_corpus(loaded.data, loaded.tokenizer)
-    for corpus in prepared.corpora:
+    for corpus in prepare(loaded.data, loaded.tokenizer).corpora:
         typer.echo(corpus)
 
 
-@app.command()
-def status(run: Run, *, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """How a run stands."""
-    from manta.launch.control import status as report
+@app.command(epilog="For example: manta status runs/mine --json")
+def status(run: Run, *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print the state of a run: step, losses, speed, layout, failures, newest checkpoint."""
+    from manta.launch.control.status import print_status, status
 
-    told = report.status(run)
+    current = status(run)
     if as_json:
-        typer.echo(json.dumps(told))
+        typer.echo(json.dumps(current))
     else:
-        report.show(told)
+        print_status(current)
 
 
-@app.command()
+@app.command(epilog='For example: manta generate runs/mine "def read(" --tokens 64')
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")] = "",
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")] = "",
     *,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest.", show_default=False)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that have this probability.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed writes the same text.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.", show_default=False)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the most likely tokens that together have this probability.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling; the same seed generates the same text.")] = 1,
 ) -> None:
-    """Write text with a run's newest checkpoint, or with an imported model."""
+    """Generate text with a run's newest checkpoint, or with an imported model."""
     if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"--top-p: got {top_p}, wants a probability above 0, at most 1; try 0.95")
-    home = _trained(run)
+        raise InputError(f"--top-p: expected a probability above 0 and at most 1, got {top_p}. Use 0.95, for example.")
+    run_dir = _trained(run)
     from manta.trainer.serve.generate import Sampling, generate_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    for text in generate_text(home, prompt, count=tokens, sampling=sampling):
+    for text in generate_text(run_dir, prompt, count=tokens, sampling=sampling):
         typer.echo(text, nl=False)
     typer.echo()
 
 
-@app.command()
+@app.command(epilog="For example: manta export runs/mine --output exported --dtype bfloat16")
 def export(
     run: Run,
     *,
-    output: Annotated[Path | None, typer.Option(help="Where to; RUN/export/hf where not given.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory to write; default: RUN/export/hf.", show_default=False)] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32 (as runs have it), bfloat16 or float16; as it came where imported.", show_default=False)
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: float32, or that of the imported model.", show_default=False)
     ] = None,
-    shard_size: Annotated[str, typer.Option(help="Largest file of weights: 5GB, 500MB.")] = "5GB",
+    shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights: 5GB, 500MB.")] = "5GB",
 ) -> None:
-    """Write the newest checkpoint for Hugging Face transformers: config, safetensors, tokenizer, model card."""
-    if dtype not in {None, "float32", "bfloat16", "float16"}:
-        raise InputError(f"--dtype: got {dtype}, wants float32, bfloat16 or float16")
-    limit = _bytes(shard_size)
-    home = _trained(run)
+    """Export the newest checkpoint to Hugging Face transformers: config, safetensors, tokenizer, model card."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype: expected {', '.join(DTYPES)}, got {dtype}. Use one of them.")
+    max_bytes = _parse_bytes(shard_size)
+    run_dir = _trained(run)
     from manta.trainer.convert.huggingface.directory import refuse_to_overwrite
 
-    directory = home.path / "export" / "hf" if output is None else output.absolute()
-    refuse_to_overwrite(directory, home)
+    directory = run_dir.path / "export" / "hf" if output is None else output.absolute()
+    refuse_to_overwrite(directory, run_dir)
     import torch
 
     from manta.trainer.convert.formats import EXPORTERS
     from manta.trainer.pretrained.load import load_pretrained
 
-    EXPORTERS["hf"](load_pretrained(home), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=limit)
+    EXPORTERS["hf"](load_pretrained(run_dir), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=max_bytes)
     typer.echo(str(directory))
 
 
-@app.command("import")
+@app.command("import", epilog="For example: manta import their/gpt2 --output imported/gpt2")
 def import_(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of config.json, safetensors and tokenizer.json.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A directory with config.json, safetensors and tokenizer.json.", show_default=False)
+    ],
     *,
     output: Annotated[
-        Path | None, typer.Option(help="Where to; imported/NAME where not given, of a run's export the run's.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Directory to write; default: imported/NAME, after DIR, or after the run that DIR was exported from.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Take in a model of Hugging Face transformers: GPT-2, Llama, Mistral, Qwen3, BERT, and mixtures of experts."""
+    """Import a model from Hugging Face transformers: GPT-2, Llama, Mistral, Qwen3, BERT, and mixtures of experts."""
     from manta.trainer.convert.huggingface.directory import check_import, import_name
 
-    place = Path("imported") / import_name(directory) if output is None else output
-    check_import(directory, place)
+    destination = Path("imported") / import_name(directory) if output is None else output
+    check_import(directory, destination)
     from manta.trainer.convert.formats import IMPORTERS
 
-    IMPORTERS["hf"](directory, place)
-    typer.echo(str(place))
+    IMPORTERS["hf"](directory, destination)
+    typer.echo(str(destination))
 
 
-def _bytes(text: str) -> int:
-    """5GB -> 5 000 000 000."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)) or float(found[1]) == 0:
-        raise InputError(f"--shard-size: got {text!r}, wants a size such as 5GB or 500MB")
-    return int(float(found[1]) * units[found[2].upper()])
+def _arguments(command: str, path: Path, overrides: list[str], on: str, *, insecure: bool) -> list[str]:
+    """Return the arguments of the same command without --detach."""
+    return [command, str(path), *overrides, f"--on={on}", *(["--insecure"] if insecure else [])]
+
+
+def _parse_bytes(text: str) -> int:
+    """Return 5GB as 5 000 000 000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"--shard-size: expected a size, got {text!r}. Use 5GB or 500MB, for example.")
+    return int(float(match[1]) * BYTES[match[2].upper()])
 
 
 def _trained(run: Path) -> "RunDirectory":
-    """The run, or the import, in a directory. Its mistakes are told before torch is imported."""
+    """Return the directory of a run that has a checkpoint, or of an import. Raises InputError before torch is imported."""
     from manta.launch import config
     from manta.trainer.run_directory import RunDirectory
 
-    home = RunDirectory(run.absolute())
-    if (home.path / "source.json").exists():
-        return home
+    run_dir = RunDirectory(run.absolute())
+    if (run_dir.path / "source.json").exists():
+        return run_dir
     config.load(config.resume_config(run))
-    if not home.saved_step():
-        raise InputError(f"{run}: got no checkpoint, wants one; train first: manta resume {home.quoted}")
-    return home
+    if not run_dir.saved_step():
+        raise InputError(f"{run}: expected a run with a checkpoint, got none. Train it first: manta resume {run_dir.quoted}")
+    return run_dir
 
 
 def main() -> None:
-    """The console script. Bad input ends with a line each and exit code 2."""
+    """Run the console script. An InputError ends it with exit code 2 and a line per problem."""
     if sys.platform != "linux":
-        sys.stderr.write(f"manta: got {sys.platform}, wants Linux: it supervises processes by means that others lack\n")
+        sys.stderr.write(f"manta: expected Linux, whose process supervision it uses, got {sys.platform}. Use a Linux machine.\n")
         sys.exit(ExitCode.USAGE)
     try:
         app(prog_name="manta")

@@ -4,10 +4,11 @@ import shlex
 from pathlib import Path
 
 from manta.data.errors import InputError
-from manta.data.live.live_samples import open_samples
 from manta.launch.config import RunConfig, load
-from manta.launch.run.display import say
-from manta.launch.run.train import check_own_model, check_places, corpus, lay_out
+from manta.launch.messages import notify
+from manta.launch.run.corpus import open_corpus
+from manta.launch.run.preflight import check_own_model, check_writable
+from manta.launch.run.start import write_run_directory
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.checkpoint.writer import CheckpointWriter
@@ -27,7 +28,7 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     if names is not None and names not in NAMES:
         raise InputError(f"--names: expected {' or '.join(NAMES)}, got {names!r}. Omit it to detect the names.")
     run_directory = RunDirectory(config.run.dir.absolute())
-    check_places(run_directory, config)
+    check_writable(run_directory, config)
     backend = run_directory.checkpoints_in(config.checkpoint.directory)
     if run_directory.has_trained or backend.names():
         raise InputError(f"{run_directory.path}: expected a new directory, got a run that has trained already. Choose another run.dir.")
@@ -36,15 +37,15 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     if saved.step > config.train.steps:
         raise InputError(f"train.steps: expected at least {saved.step}, the step of {saved.folder}, got {config.train.steps}. Raise it.")
     code = check_own_model(run_directory, config)
-    prepared = corpus(run_directory, config)
-    vocabulary = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
+    corpus = open_corpus(run_directory, config)
+    prepared, vocabulary = corpus.prepared, corpus.tokenizer_vocabulary
     state = logical_state(saved, config, vocabulary=vocabulary, code=run_directory.code, names=NAMES[names] if names else None)
     with run_directory.lock():
-        lay_out(run_directory, config, prepared, code)
+        write_run_directory(run_directory, config, prepared, code)
         about = {"layout": f"DeepSpeed, ZeRO-{saved.stage}", "ranks": saved.ranks, "config": config.model_dump(mode="json")}
         CheckpointWriter(backend, identity=identity_of(config, prepared), attempt=0).save(state, progress(saved, config), about=about)
     for difference in differences(saved, config):
-        say(difference)
+        notify(difference)
     return backend.location(name_of_step(saved.step))
 
 

@@ -1,4 +1,4 @@
-"""`manta attach`: a run shown as `manta train` shows it in the foreground, from its log and its metrics."""
+"""`manta attach`: show a run as `manta train` shows it in the foreground, from its event log and metrics."""
 
 import time
 from collections.abc import Iterator
@@ -8,56 +8,58 @@ from manta.cluster.supervise.event_log import POLL, Event, event_of, parse_event
 from manta.data.errors import InputError
 from manta.launch.config import resume_config
 from manta.launch.control.tail import Tail
-from manta.launch.run.display import Display, say, stands
-from manta.launch.run.train import follow
+from manta.launch.messages import notify, resume_hint
+from manta.launch.run.display import Display
+from manta.trainer.dist.layout import shrunk_layouts
 from manta.trainer.run_directory import RunDirectory
 
-LOOK = 0.25  # seconds
+POLL_INTERVAL = 0.25  # seconds
 
 
 def attach(run: Path) -> int:
-    """Shows the run since it was started last, until it ends. Gives its exit code, or 0 where a Ctrl-C ended only the showing.
+    """Show the run from its last start to its end. Return its exit code, or 0 after a Ctrl-C, which the run does not notice.
 
-    Raises InputError where none was ever started.
+    Raises InputError if the run was never started.
     """
-    home = RunDirectory(resume_config(run).absolute().parent)
+    run_dir = RunDirectory(resume_config(run).absolute().parent)
     try:
-        while home.is_locked and _ended(home):
-            time.sleep(LOOK)  # its controller is about to begin
-        if not home.is_locked:
-            _tell_of_the_past(home)
-        config = home.config()
-        code = follow(_events(home), Display(home, config.train.steps, config.timeline()))
+        while run_dir.is_locked and _has_ended(run_dir):
+            time.sleep(POLL_INTERVAL)  # its controller is about to start
+        if not run_dir.is_locked:
+            _report_past_run(run_dir)
+        config = run_dir.config()
+        code = Display(run_dir, config, shrunk_layouts(config.train, config.parallel)).follow(_events(run_dir))
     except KeyboardInterrupt:
-        say(f"{home.path}: goes on; to see it again: manta attach {home.quoted}; to stop it: manta stop {home.quoted}")
+        quoted = run_dir.quoted
+        notify(f"{run_dir.path}: still running; show it again: manta attach {quoted}; stop it: manta stop {quoted}")
         return 0
-    if not _ended(home):
-        say(f"broken off; {stands(home)}")
+    if not _has_ended(run_dir):
+        notify(f"killed; {resume_hint(run_dir)}")
     return code
 
 
-def _events(home: RunDirectory) -> Iterator[Event]:
-    log, running = Tail(home.events_file), True
-    while running:
-        running = home.is_locked  # asked before the reading, so that the last words are read
-        new = [event_of(line) for line in parse_events(log.lines())]
-        starts = [index for index, event in enumerate(new) if event.kind == "run-started"]
-        for event in new[starts[-1] if starts else 0 :]:
+def _events(run_dir: RunDirectory) -> Iterator[Event]:
+    event_log, is_running = Tail(run_dir.events_file), True
+    while is_running:
+        is_running = run_dir.is_locked  # checked before reading, so that the last events are read
+        events = [event_of(line) for line in parse_events(event_log.lines())]
+        starts = [index for index, event in enumerate(events) if event.kind == "run-started"]
+        for event in events[starts[-1] if starts else 0 :]:
             yield event
             if event.kind == "run-ended":
                 return
         yield Event(kind=POLL, attempt=0, time=time.time())
-        time.sleep(LOOK if running else 0)
+        time.sleep(POLL_INTERVAL if is_running else 0)
 
 
-def _tell_of_the_past(home: RunDirectory) -> None:
-    events = read_events(home.events_file)
+def _report_past_run(run_dir: RunDirectory) -> None:
+    events = read_events(run_dir.events_file)
     if not events:
-        raise InputError(f"{home.path}: got a run that was never started, wants one that was; start it: manta resume {home.quoted}")
+        raise InputError(f"{run_dir.path}: expected a run that was started, got a new one. Start it: manta resume {run_dir.quoted}")
     codes = [event["exit_code"] for event in events[-1:] if event["event"] == "run-ended"]
-    say(f"{home.path}: is not running" + (f"; it ended with exit code {codes[0]}" if codes else ""))
+    notify(f"{run_dir.path}: not running" + (f"; it ended with exit code {codes[0]}" if codes else ""))
 
 
-def _ended(home: RunDirectory) -> bool:
-    """Whether what was started last has come to its end; so has what never was."""
-    return [event["event"] for event in read_events(home.events_file)[-1:]] in ([], ["run-ended"])
+def _has_ended(run_dir: RunDirectory) -> bool:
+    """Whether the last start has ended, or there was none."""
+    return [event["event"] for event in read_events(run_dir.events_file)[-1:]] in ([], ["run-ended"])

@@ -1,4 +1,4 @@
-"""`manta logs`: what one rank has written, in one attempt, or from there on."""
+"""`manta logs`: what one rank has written in an attempt, or from that attempt on."""
 
 import re
 import time
@@ -11,67 +11,67 @@ from manta.launch.config import resume_config
 from manta.launch.control.tail import Tail
 from manta.trainer.run_directory import RunDirectory
 
-LOOK = 0.2  # seconds
+POLL_INTERVAL = 0.2  # seconds
+Logs = dict[int, dict[int, Path]]  # attempt -> rank -> file
 
 
 def logs(run: Path, *, rank: int, attempt: int | None, follow: bool) -> Iterator[bytes]:
-    """The log, of the newest attempt where none is named. `follow`: and what is added, attempt after attempt, until the run has ended.
+    """Yield a rank's log. attempt: the newest if None. follow: continue with what is appended and with later attempts, until the run ends.
 
-    Raises InputError where there is no such log.
+    Raises InputError if there is no such log.
     """
-    home = RunDirectory(resume_config(run).absolute().parent)
-    while follow and home.is_locked and _may_come(home, rank, attempt):
-        time.sleep(LOOK)
-    number = _asked(home, rank, attempt)
-    tail = Tail(_written(home)[number][rank])
+    run_dir = RunDirectory(resume_config(run).absolute().parent)
+    while follow and run_dir.is_locked and _is_expected(run_dir, rank, attempt):
+        time.sleep(POLL_INTERVAL)
+    number = _attempt_of(run_dir, rank, attempt)
+    tail = Tail(_find_logs(run_dir)[number][rank])
     while True:
-        ended = not (follow and home.is_locked)  # asked before the reading, so that the last words are read
-        after = [later for later, ranks in sorted(_written(home).items()) if later > number and rank in ranks]
+        has_ended = not (follow and run_dir.is_locked)  # checked before reading, so that the last lines are read
+        later = [other for other, ranks in sorted(_find_logs(run_dir).items()) if other > number and rank in ranks]
         yield tail.new()
-        if follow and after:
-            number = after[0]
-            tail = Tail(_written(home)[number][rank])
-        elif ended:
+        if follow and later:
+            number = later[0]
+            tail = Tail(_find_logs(run_dir)[number][rank])
+        elif has_ended:
             return
         else:
-            time.sleep(LOOK)
+            time.sleep(POLL_INTERVAL)
 
 
-def _may_come(home: RunDirectory, rank: int, attempt: int | None) -> bool:
-    """Whether that log is not there, and is still to be begun: ranks take theirs one by one, when they have everything imported."""
-    written = _written(home)
-    if not written:
+def _is_expected(run_dir: RunDirectory, rank: int, attempt: int | None) -> bool:
+    """Whether the log does not exist yet, but will: ranks open theirs one by one, after their imports."""
+    found = _find_logs(run_dir)
+    if not found:
         return True
-    number = max(written) if attempt is None else attempt
-    if number not in written or rank in written[number]:
+    number = max(found) if attempt is None else attempt
+    if number not in found or rank in found[number]:
         return False
-    started = [event for event in read_events(home.events_file) if (event["event"], event["attempt"]) == ("attempt-started", number)]
+    started = [event for event in read_events(run_dir.events_file) if (event["event"], event["attempt"]) == ("attempt-started", number)]
     return not started or rank < len(started[-1]["ranks"])
 
 
-def _asked(home: RunDirectory, rank: int, attempt: int | None) -> int:
-    written = _written(home)
-    if not written:
-        raise InputError(f"{home.path}: got no rank's log yet, wants a run that has started; how it stands: manta status {home.quoted}")
-    number = max(written) if attempt is None else attempt
-    if number not in written:
-        raise InputError(f"--attempt: got {number}, wants one whose logs are kept: {_in_words(written)}")
-    if rank not in written[number]:
-        raise InputError(f"--rank: got {rank}, wants one that attempt {number} had: {_in_words(written[number])}")
+def _attempt_of(run_dir: RunDirectory, rank: int, attempt: int | None) -> int:
+    found = _find_logs(run_dir)
+    if not found:
+        raise InputError(f"{run_dir.path}: expected a run that has started, got no rank's log. Check it: manta status {run_dir.quoted}")
+    number = max(found) if attempt is None else attempt
+    if number not in found:
+        raise InputError(f"--attempt: expected one whose logs are kept, got {number}. Use {_ranges_text(found)}.")
+    if rank not in found[number]:
+        raise InputError(f"--rank: expected a rank of attempt {number}, got {rank}. Use {_ranges_text(found[number])}.")
     return number
 
 
-def _written(home: RunDirectory) -> dict[int, dict[int, Path]]:
-    """The logs there are: attempt -> rank -> file."""
-    found: dict[int, dict[int, Path]] = {}
-    for path in home.logs.glob("attempt-*/rank-*.log"):
+def _find_logs(run_dir: RunDirectory) -> Logs:
+    found: Logs = {}
+    for path in run_dir.logs.glob("attempt-*/rank-*.log"):
         if numbers := re.fullmatch(r"attempt-(\d+)/rank-(\d+)\.log", f"{path.parent.name}/{path.name}"):
             found.setdefault(int(numbers[1]), {})[int(numbers[2])] = path
     return found
 
 
-def _in_words(numbers: Collection[int]) -> str:
-    """0, 1, 2, 3 and 7 -> 0 to 3, 7."""
+def _ranges_text(numbers: Collection[int]) -> str:
+    """Return 0, 1, 2, 3 and 7 as `0 to 3, 7`."""
     ordered = sorted(numbers)
     starts = [n for n in ordered if n - 1 not in numbers]
     ends = [n for n in ordered if n + 1 not in numbers]

@@ -1,4 +1,4 @@
-"""How a run stands, read from its directory alone."""
+"""`manta status`: the state of a run, read from its directory alone."""
 
 from pathlib import Path
 from typing import Any
@@ -10,37 +10,37 @@ from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
 from manta.data.sampling.timeline import Timeline
-from manta.launch.run.train import ranks_in_words
+from manta.launch.messages import count_text
 from manta.trainer.metrics import Line, format_duration, format_loss, loss_terms, read_metrics
 from manta.trainer.run_directory import RunDirectory
 
-ENDS = {
+STATES = {
     ExitCode.DONE: "done",
     ExitCode.SAVED: "stopped, saved",
     ExitCode.INTERRUPTED: "interrupted",
     ExitCode.UNSAVED: "stopped, not saved",
 }
+KILLED = "killed"
+NONE = "none yet"
 
 
 def status(directory: Path) -> dict[str, Any]:
-    """What programs and people want to know. Raises InputError where there is no run."""
-    home = RunDirectory(directory.absolute())
-    if not home.events_file.exists():
-        raise InputError(
-            f"{directory}: got no {home.events_file.name}, wants a run directory; start one with: manta train FILE run.dir={directory}"
-        )
-    events = read_events(home.events_file)
-    lines = read_metrics(home.metrics_file)
+    """Return the state as JSON has it. Raises InputError if the directory has no run."""
+    run_dir = RunDirectory(directory.absolute())
+    if not run_dir.events_file.exists():
+        remedy = f"Start a run: manta train FILE run.dir={directory}"
+        raise InputError(f"{directory}: expected a run directory, got no {run_dir.events_file.name}. {remedy}")
+    events = read_events(run_dir.events_file)
+    lines = read_metrics(run_dir.metrics_file)
     newest = lines[-1] if lines else {}
-    config = home.config()
+    config = run_dir.config()
     steps, timeline = config.train.steps, config.timeline()
     evaluated = [line for line in lines if "eval/loss" in line]
-    checkpoints = home.open_checkpoints().names()
-    done = newest.get("step", 0)
+    checkpoints = run_dir.open_checkpoints().names()
     return {
-        "run": str(home.path),
-        "state": _state(home, events),
-        "step": done,
+        "run": str(run_dir.path),
+        "state": _state(run_dir, events),
+        "step": newest.get("step", 0),
         "steps": steps,
         "train_loss": newest.get("train/loss"),
         "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
@@ -62,46 +62,44 @@ def status(directory: Path) -> dict[str, Any]:
     }
 
 
-def show(told: dict[str, Any]) -> None:
-    table = Table.grid(padding=(0, 2))
-    left = told["seconds_left"]
+def print_status(status: dict[str, Any]) -> None:
+    """Print the state as a table."""
+    is_running, left = status["state"] == "running", status["seconds_left"]
+    hint = f"; resume with: manta resume {RunDirectory(Path(status['run'])).quoted}" if status["state"] == KILLED else ""
     rows = {
-        "run": told["run"],
-        "state": told["state"],
-        "step": f"{told['step']} of {told['steps']}" + (f", {format_duration(left)} left" if left and told["state"] == "running" else ""),
-        "loss": "none yet" if told["train_loss"] is None else format_loss(told["train_loss"], told["train_terms"]),
-        "validation": _validation(told),
-        "speed": f"{told['tokens_per_second']:,.0f} tokens/s on {ranks_in_words(told['world_size'])}" if told["step"] else "none yet",
-        "batch": f"{told['global_batch']} samples, in sequences of {told['sequence_length']} tokens"
-        if told["global_batch"]
-        else "none yet",
-        "layout": told["layout"] or "none yet",
-        "attempts": f"{told['attempts']}" + (f"; the last failure: {told['failures'][-1]}" if told["failures"] else ""),
-        "checkpoint": told["checkpoint"] or "none yet",
+        "run": status["run"],
+        "state": status["state"] + hint,
+        "step": f"{status['step']} of {status['steps']}" + (f", {format_duration(left)} left" if left and is_running else ""),
+        "loss": NONE if status["train_loss"] is None else format_loss(status["train_loss"], status["train_terms"]),
+        "validation": NONE,
+        "speed": NONE,
+        "batch": NONE,
+        "layout": status["layout"] or NONE,
+        "attempts": f"{status['attempts']}" + (f"; last failure: {status['failures'][-1]}" if status["failures"] else ""),
+        "checkpoint": status["checkpoint"] or NONE,
     }
-    if told["skipped"]:
-        rows["skipped"] = f"{told['skipped']} steps whose gradients overflowed; the loss scale is now {told['loss_scale']:g}"
+    if status["eval_loss"] is not None:
+        rows["validation"] = f"{format_loss(status['eval_loss'], status['eval_terms'])} at step {status['eval_step']}"
+    if status["step"]:
+        rows["speed"] = f"{status['tokens_per_second']:,.0f} tokens/s on {count_text(status['world_size'], 'rank')}"
+        rows["batch"] = f"{status['global_batch']} samples, in sequences of {status['sequence_length']} tokens"
+    if status["skipped"]:
+        rows["skipped"] = f"{count_text(status['skipped'], 'step')} with gradient overflow; the loss scale is now {status['loss_scale']:g}"
+    table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(name, value)
     Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 
-def _state(home: RunDirectory, events: list[dict[str, Any]]) -> str:
-    if home.is_locked:
+def _state(run_dir: RunDirectory, events: list[dict[str, Any]]) -> str:
+    if run_dir.is_locked:
         return "running"
-    ended = [event for event in events if event["event"] in {"run-started", "run-ended"}][-1:]
-    if not ended or ended[0]["event"] == "run-started":
-        return f"broken off; go on with: manta resume {home.quoted}"
-    return ENDS.get(ended[0]["exit_code"], "failed")
+    last = next((event for event in reversed(events) if event["event"] in {"run-started", "run-ended"}), None)
+    return KILLED if last is None or last["event"] == "run-started" else STATES.get(last["exit_code"], "failed")
 
 
 def _seconds_left(newest: Line, timeline: Timeline, steps: int) -> float:
-    """At the pace of the newest step, however many samples the steps to come have."""
-    done = newest["step"]
-    return newest["step_time"] / timeline.stage(done - 1).global_batch * (timeline.first_sample(steps) - timeline.first_sample(done))
-
-
-def _validation(told: dict[str, Any]) -> str:
-    if told["eval_loss"] is None:
-        return "none yet"
-    return f"{format_loss(told['eval_loss'], told['eval_terms'])} at step {told['eval_step']}"
+    """Estimate from the newest step's time per sample: later steps may have other batch sizes."""
+    step = newest["step"]
+    seconds_per_sample = newest["step_time"] / timeline.stage(step - 1).global_batch
+    return seconds_per_sample * (timeline.first_sample(steps) - timeline.first_sample(step))

@@ -1,4 +1,4 @@
-"""`manta stop`: a run is asked to save and leave by a file in its directory, wherever its controller is."""
+"""`manta stop`: request a run to save and exit, through a file in its directory, on whichever machine its controller is."""
 
 import time
 from pathlib import Path
@@ -8,52 +8,60 @@ from manta.cluster.supervise.event_log import read_events
 from manta.cluster.supervise.requests import AT_ONCE
 from manta.data.errors import InputError
 from manta.launch.config import resume_config
-from manta.launch.run.display import stands
+from manta.launch.messages import resume_hint
 from manta.trainer.run_directory import RunDirectory
 
-LOOK = 0.2  # seconds
+POLL_INTERVAL = 0.2  # seconds
 
 
 def stop(run: Path, *, at_once: bool, timeout: float) -> str:
-    """Asks, waits until the run has ended, and tells where that leaves it.
+    """Request a stop and wait until the run has ended. Return a message about its end.
 
-    Raises InputError where nothing is running there that could be told, TimeoutError where it does not leave.
+    Raises InputError if the run is not running, TimeoutError if it does not end in time.
     """
-    home = RunDirectory(resume_config(run).absolute().parent)
-    if not home.is_locked:
-        raise InputError(f"{run}: got a run that is not running, wants one that is; how it stands: manta status {home.quoted}")
-    before = len(read_events(home.events_file))
-    _ask(home, at_once=at_once)
+    run_dir = RunDirectory(resume_config(run).absolute().parent)
+    if not run_dir.is_locked:
+        raise InputError(f"{run}: expected a running run, got one that is not running. Check it: manta status {run_dir.quoted}")
+    events_before = len(read_events(run_dir.events_file))
+    _request(run_dir, at_once=at_once)
     deadline = time.monotonic() + timeout
-    while home.is_locked and not _codes(home, before):
+    while run_dir.is_locked and _exit_code(run_dir, events_before) is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{home.path}: was told, and has not left within {timeout:.0f} s; wait longer (--timeout), or --at-once")
-        if not home.stop_request_file.exists():  # it was only beginning, and took this for what an earlier run had left
-            _ask(home, at_once=at_once)
-        time.sleep(LOOK)
-    home.stop_request_file.unlink(missing_ok=True)
-    return _told(home, _codes(home, before))
+            raise TimeoutError(f"{run_dir.path}: did not stop within {timeout:.0f} s; wait longer (--timeout) or use --at-once")
+        if not run_dir.stop_request_file.exists():  # a run that was starting deleted it as the request of an earlier run
+            _request(run_dir, at_once=at_once)
+        time.sleep(POLL_INTERVAL)
+    run_dir.stop_request_file.unlink(missing_ok=True)
+    return _ending(run_dir, _exit_code(run_dir, events_before))
 
 
-def _ask(home: RunDirectory, *, at_once: bool) -> None:
+def _request(run_dir: RunDirectory, *, at_once: bool) -> None:
     try:
         if at_once:
-            home.stop_request_file.write_bytes(AT_ONCE)
+            run_dir.stop_request_file.write_bytes(AT_ONCE)
         else:
-            home.stop_request_file.touch()  # what was told to leave at once stays so
+            run_dir.stop_request_file.touch()  # keeps an earlier request to stop at once
     except OSError as error:
-        raise InputError(
-            f"{home.stop_request_file}: {error.strerror}; wants a directory that you may write to: the run is told there"
-        ) from None
+        remedy = "Stop it as a user who may write there."
+        raise InputError(f"{run_dir.stop_request_file}: expected a writable directory, got an error: {error.strerror}. {remedy}") from None
 
 
-def _codes(home: RunDirectory, before: int) -> list[int]:
-    """With which exit code it has ended since there were `before` events; empty while it has not."""
-    return [event["exit_code"] for event in read_events(home.events_file)[before:] if event["event"] == "run-ended"]
+def _exit_code(run_dir: RunDirectory, events_before: int) -> int | None:
+    """Return the exit code that the run has logged after its first `events_before` events; None if it has not ended."""
+    events = read_events(run_dir.events_file)[events_before:]
+    return next((event["exit_code"] for event in events if event["event"] == "run-ended"), None)
 
 
-def _told(home: RunDirectory, codes: list[int]) -> str:
-    if codes[:1] == [ExitCode.DONE]:
-        return "done: it had come to its last step"
-    how: dict[int, str] = {ExitCode.SAVED: "", ExitCode.INTERRUPTED: "", ExitCode.UNSAVED: "could not save as it left; "}
-    return (how.get(codes[0], f"failed, as manta attach {home.quoted} shows; ") if codes else "broken off; ") + stands(home)
+def _ending(run_dir: RunDirectory, code: int | None) -> str:
+    match code:
+        case ExitCode.DONE:
+            return "done: it had reached its last step"
+        case ExitCode.SAVED | ExitCode.INTERRUPTED:
+            how = ""
+        case ExitCode.UNSAVED:
+            how = "stopped without saving; "
+        case None:
+            how = "killed; "
+        case _:
+            how = f"failed, see manta attach {run_dir.quoted}; "
+    return how + resume_hint(run_dir)

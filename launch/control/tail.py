@@ -1,31 +1,31 @@
-"""A file that another process adds to, read as it grows."""
+"""Follow a file that another process appends to."""
 
 from pathlib import Path
 
 
 class Tail:
-    """What has come since `start` bytes, and since the last time it was asked. A file that was cut is read from its beginning."""
+    """Returns what was appended after byte `start`, and since the last call. A truncated file is read from its start."""
 
     def __init__(self, path: Path, start: int = 0) -> None:
         self.path = path
-        self._read = start
+        self._position = start
 
     def new(self) -> bytes:
-        """Nothing where there is no file yet."""
+        """Return the new bytes; none if there is no file yet."""
         try:
             with self.path.open("rb") as file:
-                if self._read > file.seek(0, 2):
-                    self._read = 0
-                file.seek(self._read)
-                text = file.read()
+                if self._position > file.seek(0, 2):
+                    self._position = 0
+                file.seek(self._position)
+                content = file.read()
         except FileNotFoundError:
             return b""
-        self._read += len(text)
-        return text
+        self._position += len(content)
+        return content
 
     def lines(self) -> bytes:
-        """Whole lines alone: half of one waits for the rest."""
-        text = self.new()
-        half = len(text) - (text.rfind(b"\n") + 1)
-        self._read -= half
-        return text[: len(text) - half]
+        """Return the new complete lines. An incomplete last line is returned later, with its rest."""
+        content = self.new()
+        incomplete = len(content) - (content.rfind(b"\n") + 1)
+        self._position -= incomplete
+        return content[: len(content) - incomplete]

@@ -16,8 +16,9 @@ from manta.data.storage.location import join, local_path
 from manta.launch.config import RunConfig
 from manta.launch.drill.faults import FaultResult, FaultScript
 from manta.launch.drill.monitor import RunMonitor, Script
-from manta.launch.run.display import say
-from manta.launch.run.train import Ready, ready_to_train
+from manta.launch.messages import notify
+from manta.launch.run.preflight import RunPlan, preflight
+from manta.launch.run.start import supervise
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
 
@@ -39,19 +40,19 @@ class Comparison:
 def drill(config: RunConfig, ray: Ray) -> int:
     """Inject all faults and print a table. Returns 0 if the run survived them all, with the same losses as without faults."""
     directory = config.run.dir.absolute().with_name(f"{config.run.dir.name}-drill-{secrets.token_hex(2)}")
-    faulty, reference = (_ready(config, ray, directory.name, name) for name in ("disturbed", "undisturbed"))
-    monitor, reference_monitor = RunMonitor(faulty.home), RunMonitor(reference.home)
+    faulty, reference = (_plan(config, ray, directory.name, name) for name in ("disturbed", "undisturbed"))
+    monitor, reference_monitor = RunMonitor(faulty.run_dir), RunMonitor(reference.run_dir)
     script = FaultScript(config, ray, monitor, report)
     try:
-        code = _run(faulty, monitor, script.run())
+        code = _run(faulty, ray, monitor, script.run())
         if code not in STOPPED:
-            say(f"running without faults to step {monitor.furthest_step}, to compare losses")
-            code = _run(reference, reference_monitor, _until_step(reference_monitor, monitor.furthest_step)) or code
+            notify(f"running without faults to step {monitor.furthest_step}, to compare losses")
+            code = _run(reference, ray, reference_monitor, _until_step(reference_monitor, monitor.furthest_step)) or code
     except TimeoutError:
         code = ExitCode.FAILED
-        say(f"{faulty.home.path}: no progress; {faulty.home.logs} may say why")
+        notify(f"{faulty.run_dir.path}: no progress; {faulty.run_dir.logs} may say why")
     if code in STOPPED:
-        say(f"interrupted; both runs are in {directory}")
+        notify(f"interrupted; both runs are in {directory}")
         return code
     comparisons = [compare(lines, reference_monitor.lines, config.precision) for lines in _by_fault(script.results, monitor.lines)]
     typer.echo(table(script.results, comparisons))
@@ -60,19 +61,19 @@ def drill(config: RunConfig, ray: Ray) -> int:
     if code or failed:
         typer.echo(f"failed: {', '.join(failed) or f'the run ended with exit code {code}'}; both runs are in {directory}")
         return ExitCode.FAILED
-    _remove(directory, faulty.home, reference.home)
+    _remove(directory, faulty.run_dir, reference.run_dir)
     typer.echo(f"passed: {len(injected)} faults in {monitor.furthest_step} steps")
     return ExitCode.DONE
 
 
 def report(result: FaultResult) -> None:
     if result.skipped:
-        say(f"{result.fault}: skipped: {result.skipped}")
+        notify(f"{result.fault}: skipped: {result.skipped}")
     elif result.is_survived:
         resumed = "kept running" if result.resumed is None else f"resumed after {result.resumed:.2f} s"
-        say(f"{result.fault}: detected after {result.detected:.2f} s, {resumed}")
+        notify(f"{result.fault}: detected after {result.detected:.2f} s, {resumed}")
     else:
-        say(f"{result.fault}: NOT DETECTED")
+        notify(f"{result.fault}: NOT DETECTED")
 
 
 def compare(lines: Sequence[Line], reference: Sequence[Line], precision: str) -> Comparison:
@@ -108,21 +109,21 @@ def _seconds(value: float | None) -> str:
     return "NEVER" if value is None else f"{value:.2f} s"
 
 
-def _ready(config: RunConfig, ray: Ray, drill_name: str, run_name: str) -> Ready:
-    """Prepare a run beside the one that the config names, which stays untouched."""
+def _plan(config: RunConfig, ray: Ray, drill_name: str, run_name: str) -> RunPlan:
+    """Plan a run beside the one that the config names, which stays untouched."""
     run = config.run.model_copy(update={"dir": config.run.dir.absolute().with_name(drill_name) / run_name})
     directory = config.checkpoint.directory
     if directory is not None:
         directory = join(directory, f"{drill_name}/{run_name}")
     checkpoint = config.checkpoint.model_copy(update={"directory": directory})
-    ready = ready_to_train(config.model_copy(update={"run": run, "checkpoint": checkpoint}), ray)
-    assert ready is not None  # its directory is new
-    return ready
+    plan = preflight(config.model_copy(update={"run": run, "checkpoint": checkpoint}), ray)
+    assert plan is not None  # its directory is new
+    return plan
 
 
-def _run(ready: Ready, monitor: RunMonitor, script: Script[None]) -> int:
+def _run(plan: RunPlan, ray: Ray, monitor: RunMonitor, script: Script[None]) -> int:
     """Start a run, and end it once the script has ended. Returns 0 then, or the run's exit code if the run ended first."""
-    with ready.begun() as controller, contextlib.closing(controller.run()) as events, contextlib.suppress(StopIteration):
+    with supervise(plan, ray) as controller, contextlib.closing(controller.run()) as events, contextlib.suppress(StopIteration):
         next(script)
         for event in events:
             monitor.add(event)

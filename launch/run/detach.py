@@ -1,4 +1,4 @@
-"""`--detach`: the same command once more, in a session of its own, where no terminal that closes takes it along."""
+"""`--detach`: run the same command again in a session of its own, which a closing terminal does not end."""
 
 import signal
 import subprocess
@@ -6,36 +6,37 @@ import sys
 import time
 from collections.abc import Sequence
 
+from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import read_events
-from manta.launch.run.display import say
+from manta.launch.messages import notify
 from manta.trainer.run_directory import RunDirectory
 
-LOOK = 0.1  # seconds
+POLL_INTERVAL = 0.1  # seconds
 
 
-def detach(home: RunDirectory, arguments: Sequence[str]) -> int:
-    """Returns once the run is another process's, and its controller at work; else shows why not, and gives the exit code.
+def detach(run_dir: RunDirectory, arguments: Sequence[str]) -> int:
+    """Start `manta` in the background. Return DONE once its controller has started; else show its output and return its exit code.
 
-    Raises InputError where the directory can not be claimed.
+    Raises InputError if another process is running the run.
     """
-    with home.lock():
-        home.logs.mkdir(exist_ok=True)
-        before = len(read_events(home.events_file))
-    file = home.logs / "controller.log"
+    with run_dir.lock():
+        run_dir.logs.mkdir(exist_ok=True)
+        events_before = len(read_events(run_dir.events_file))
+    file = run_dir.logs / "controller.log"
     with file.open("ab") as log:
         start = log.tell()
         command = [sys.executable, "-P", "-m", "manta.launch", *arguments]
-        there = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        while there.poll() is None and len(read_events(home.events_file)) == before:
-            time.sleep(LOOK)
+        while process.poll() is None and len(read_events(run_dir.events_file)) == events_before:
+            time.sleep(POLL_INTERVAL)
     except KeyboardInterrupt:
-        there.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         raise
-    if there.returncode is not None:
-        say(file.read_bytes()[start:].decode(errors="replace").rstrip())
-        return there.returncode if there.returncode >= 0 else 128 - there.returncode
-    say(f"{home.path}: goes on in the background; what it has to say is in {file}")
-    for what, command in (("see it", "attach"), ("its ranks' logs", "logs --follow"), ("stop it", "stop")):
-        say(f"  {what}: manta {command} {home.quoted}")
-    return 0
+    if process.returncode is not None:
+        notify(file.read_bytes()[start:].decode(errors="replace").rstrip())
+        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+    notify(f"{run_dir.path}: running in the background; its messages are in {file}")
+    for purpose, subcommand in (("show progress", "attach"), ("show the ranks' logs", "logs --follow"), ("stop", "stop")):
+        notify(f"  {purpose}: manta {subcommand} {run_dir.quoted}")
+    return ExitCode.DONE

@@ -1,66 +1,76 @@
-"""Whose weights a new run begins with: looked at, and told of, before anything starts."""
+"""The weights that a new run starts from: checked before the run starts."""
 
 import shlex
 from pathlib import Path
 
 from manta.data.errors import InputError
-from manta.data.live.live_samples import open_samples
-from manta.data.shards.manifest import PreparedData
 from manta.data.tokenizer.tokenizer import fingerprint, read_tokenizer, read_vocabulary
 from manta.launch.config import RunConfig
-from manta.launch.run.display import say
+from manta.launch.messages import notify
+from manta.launch.run.corpus import RunCorpus
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.run_directory import RunDirectory, resolve_start_from, tokenizer_beside
 
 
-def start_of(home: RunDirectory, config: RunConfig) -> dict[str, str]:
-    """Which checkpoint's weights a new run begins with, for its manifest: the same one on every attempt, however the source goes on.
+def find_initial_weights(run_dir: RunDirectory, config: RunConfig) -> str | None:
+    """Return the checkpoint that run.start_from refers to; None if it is omitted, or if the run has trained already.
 
-    Raises InputError where there is none: said before a corpus is prepared, not after.
+    The run's manifest records it, so that every attempt starts from the same one, even if the source run writes newer checkpoints.
+    Raises InputError if there is no checkpoint.
     """
-    start = config.run.start_from
-    if start is None or home.has_trained:
-        return {}  # of a run that has begun the manifest says it already
-    where, named = resolve_start_from(start)
-    names = where.names()
-    if not names or (named or names[0]) not in names:
-        foreign = (Path(start) / "config.json").exists()
-        remedy = f"take it in first: manta import {shlex.quote(start)}" if foreign else "name one, or leave it out"
-        wants = "a run's directory, an imported one, or checkpoints/step-..."
-        raise InputError(f"run.start_from: got {start}, which has no checkpoint, wants {wants}; {remedy}")
-    found = where.location(named or names[0])
-    origin = RunDirectory(Path(found).parent.parent)
-    known = origin.config_file.exists() or (origin.path / "model.yaml").exists()  # else it was copied out of its run
-    if known and (differ := origin.model_differences(config.model)):
-        say(f"run.start_from: the weights were trained as another model: {'; '.join(differ)}")
-    return {"start_from": found}
+    start_from = config.run.start_from
+    if start_from is None or run_dir.has_trained:
+        return None
+    checkpoints, name = resolve_start_from(start_from)
+    names = checkpoints.names()
+    if not names or (name or names[0]) not in names:
+        is_transformers = (Path(start_from) / "config.json").exists()
+        remedy = f"Import it first: manta import {shlex.quote(start_from)}" if is_transformers else "Name another one, or omit it."
+        expected = "a run directory, an imported model or checkpoints/step-..."
+        raise InputError(f"run.start_from: expected {expected}, got {start_from}, which has no checkpoint. {remedy}")
+    checkpoint = checkpoints.location(name or names[0])
+    source = _run_of(checkpoint)
+    is_known = source.config_file.exists() or (source.path / "model.yaml").exists()  # else the checkpoint was copied out of its run
+    if is_known and (differences := source.model_differences(config.model)):
+        notify(f"run.start_from: the weights were trained with another model section: {'; '.join(differences)}")
+    return checkpoint
 
 
-def refuse_other_weights(found: str, home: RunDirectory, config: RunConfig, prepared: PreparedData) -> None:
-    """Raises InputError where the weights are not of this model's shapes: ranks would say so too, once they all stand."""
+def check_initial_weights(checkpoint: str, run_dir: RunDirectory, config: RunConfig, corpus: RunCorpus) -> None:
+    """Report weights of another tokenizer. Raises InputError if their shapes are not this model's: else ranks would find out."""
     from manta.trainer.pretrained.weights import start_difference  # imports torch: 1.5 s
 
-    tokens = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed).tokenizer_vocabulary
-    length, match_tokens = config.data.sequence_length, config.run.match_tokens
     try:
-        told = start_difference(found, config.model, vocabulary=tokens, sequence_length=length, code=home.code, match_tokens=match_tokens)
+        difference = start_difference(
+            checkpoint,
+            config.model,
+            vocabulary=corpus.tokenizer_vocabulary,
+            sequence_length=config.data.sequence_length,
+            code=run_dir.code,
+            match_tokens=config.run.match_tokens,
+        )
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
-    if told:
-        remedy = "was it another model? Set model to what it was, or name other weights"
-        raise InputError(f"run.start_from: {found}: {told}; {remedy}")
+    if difference:
+        remedy = "Set model to the model that was trained, or name other weights."
+        raise InputError(f"run.start_from: {checkpoint}: {difference}. {remedy}")
+    _report_tokenizer(checkpoint, config, corpus.prepared.tokenizer)
 
 
-def tell_of_another_tokenizer(found: str, config: RunConfig, prepared: PreparedData) -> None:
-    """Weights whose tokens mean something else begin worse than none: it is said, and not refused, for some are trained on purpose so."""
+def _report_tokenizer(checkpoint: str, config: RunConfig, tokenizer: Path) -> None:
+    """Weights of another tokenizer are usually a mistake, and worse than random ones. Some users want them, so they are only reported."""
     if config.run.match_tokens:
-        theirs, ours = read_vocabulary(tokenizer_beside(resolve_start_from(found)[0])), read_vocabulary(prepared.tokenizer)
-        both = len(theirs.keys() & ours.keys())
-        say(f"run.match_tokens: {both:,} of {len(ours):,} tokens have a row in the weights, {len(ours) - both:,} begin anew")
+        source, own = read_vocabulary(tokenizer_beside(resolve_start_from(checkpoint)[0])), read_vocabulary(tokenizer)
+        shared = len(source.keys() & own.keys())
+        notify(f"run.match_tokens: {shared:,} of {len(own):,} tokens have a row in the weights, {len(own) - shared:,} are initialized")
         return
-    file = RunDirectory(Path(found).parent.parent).tokenizer_file
+    file = _run_of(checkpoint).tokenizer_file
     if not file.exists():
-        say(f"run.start_from: whether the weights were trained with this tokenizer is not known: there is no {file}")
-    elif fingerprint(read_tokenizer(file)) != fingerprint(read_tokenizer(prepared.tokenizer)):
-        remedy = f"to read as they did: tokenizer.file={file}; to take rows by what a token is: run.match_tokens=true"
-        say(f"run.start_from: the weights were trained with another tokenizer; {remedy}")
+        notify(f"run.start_from: cannot compare tokenizers: there is no {file}")
+    elif fingerprint(read_tokenizer(file)) != fingerprint(read_tokenizer(tokenizer)):
+        remedy = f"To use theirs, set tokenizer.file={file}; to match rows by token, set run.match_tokens=true."
+        notify(f"run.start_from: the weights were trained with another tokenizer. {remedy}")
+
+
+def _run_of(checkpoint: str) -> RunDirectory:
+    return RunDirectory(Path(checkpoint).parent.parent)

@@ -1,4 +1,4 @@
-"""Does a config go on with the run that is in its directory, or would it change it?"""
+"""Whether a config resumes the run that is in its directory, or would change it."""
 
 import json
 from collections.abc import Mapping
@@ -12,63 +12,64 @@ from manta.data.errors import InputError
 from manta.data.live.live_samples import check_data_ranks
 from manta.data.sampling.sampler import sample_numbers
 from manta.launch.config import RunConfig, load
-from manta.launch.run.display import say
+from manta.launch.messages import notify
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.dist.layout import Layout
 from manta.trainer.run_directory import RunDirectory
 
 
-def refuse_another_run(home: RunDirectory, config: RunConfig) -> None:
-    """Raises InputError where the directory holds a run that this config would not go on with, and shows what differs."""
-    if not home.config_file.exists() or not home.has_trained:
+def check_same_run(run_dir: RunDirectory, config: RunConfig) -> None:
+    """Raises InputError, which lists the differences, if the directory has a run that this config does not resume."""
+    if not run_dir.config_file.exists() or not run_dir.has_trained:
         return
-    old = load(home.config_file)
-    differ = _differences(old.identity(), config.identity())
+    old = load(run_dir.config_file)
+    differences = _differences(old.identity(), config.identity())
     if config.train.steps < old.train.steps:
-        differ.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
-    reached = sample_numbers(old.data.skip, np.array([old.timeline().first_sample(home.saved_step() or 0)]))[0]
-    read = [[span for span in data.skip if span[0] < reached] for data in (old.data, config.data)]
-    if read[0] != read[1]:
-        differ.append(f"data.skip {json.dumps(old.data.skip)} -> {json.dumps(config.data.skip)} (may change from sample {reached} on)")
-    if differ:
-        remedy = "choose another run.dir, or go on as it is: manta resume " + home.quoted
-        raise InputError(f"{home.path}: holds a run of another config: {'; '.join(differ)}; {remedy}")
-    refuse_lost_checkpoints(home, config)
+        differences.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
+    next_sample = sample_numbers(old.data.skip, np.array([old.timeline().first_sample(run_dir.saved_step())]))[0]
+    before, now = ([span for span in data.skip if span[0] < next_sample] for data in (old.data, config.data))
+    if before != now:
+        spans = f"{json.dumps(old.data.skip)} -> {json.dumps(config.data.skip)}"
+        differences.append(f"data.skip {spans} (may change from sample {next_sample} on)")
+    if differences:
+        remedy = f"Use another run.dir, or resume with the run's own config: manta resume {run_dir.quoted}"
+        raise InputError(f"{run_dir.path}: expected the config of the run in it, got another one: {'; '.join(differences)}. {remedy}")
+    _check_checkpoints(run_dir, config)
     shape = config.schedule.shape
     if config.train.steps > old.train.steps and shape != "constant":
-        say(f"train.steps {old.train.steps} -> {config.train.steps}: from here the learning rate is that of a {shape} over all of them")
+        notify(f"train.steps {old.train.steps} -> {config.train.steps}: the learning rate now follows a {shape} over all of them")
+
+
+def check_same_data_ranks(run_dir: RunDirectory, layout: Layout) -> None:
+    """Raises InputError if a live run was saved on another number of data ranks. If its checkpoint is damaged, the ranks decide."""
+    checkpoints = run_dir.open_checkpoints()
+    for name in checkpoints.names()[:1]:
+        with suppress(OSError, CheckpointError):
+            check_data_ranks(from_bytes(checkpoints.manifest(name), checkpoints.location(name)).progress.cursors, layout.data)
+
+
+def is_finished(run_dir: RunDirectory, config: RunConfig) -> bool:
+    """Whether the run has ended well, with its last step saved."""
+    events = read_events(run_dir.events_file)
+    if run_dir.saved_step() != config.train.steps or not events:
+        return False
+    return events[-1]["event"] == "run-ended" and events[-1]["exit_code"] == ExitCode.DONE
+
+
+def _check_checkpoints(run_dir: RunDirectory, config: RunConfig) -> None:
+    """Raises InputError if checkpoint.directory now has no checkpoints of the run, which would start again from step 0."""
+    before, now = run_dir.open_checkpoints(), run_dir.checkpoints_in(config.checkpoint.directory)
+    if str(now) != str(before) and before.names() and not now.names():
+        remedy = f"Copy them there, or keep {before}."
+        raise InputError(f"checkpoint.directory: expected the run's checkpoints, got {now}, which has none. {remedy}")
 
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """Return a line for each key that differs. An identity leaves out keys that are newer than version 1 and at their default."""
+    """Return a text for each key that differs. An identity has no key that is newer than version 1 and at its default."""
 
     def value(identity: Mapping[str, object], key: str) -> str:
         return json.dumps(identity[key]) if key in identity else "default"
 
     keys = dict.fromkeys([*before, *now])
     return [f"{key} {value(before, key)} -> {value(now, key)}" for key in keys if value(before, key) != value(now, key)]
-
-
-def refuse_lost_checkpoints(home: RunDirectory, config: RunConfig) -> None:
-    """Raises InputError where the run's checkpoints are now looked for at a place that has none: it would begin anew, over them."""
-    before, now = home.open_checkpoints(), home.checkpoints_in(config.checkpoint.directory)
-    if str(now) != str(before) and before.names() and not now.names():
-        remedy = f"copy them there, or leave it at {before}"
-        raise InputError(f"checkpoint.directory: got {now}, where there is no checkpoint, wants those of the run; {remedy}")
-
-
-def refuse_other_ranks(home: RunDirectory, layout: Layout) -> None:
-    """Raises InputError where a live run has been saved by more or fewer data ranks; of a damaged checkpoint ranks have the last word."""
-    where = home.open_checkpoints()
-    for name in where.names()[:1]:
-        with suppress(OSError, CheckpointError):
-            check_data_ranks(from_bytes(where.manifest(name), where.location(name)).progress.cursors, layout.data)
-
-
-def is_done(home: RunDirectory, config: RunConfig) -> bool:
-    """Whether the run has ended well, at the last step, and nothing is left to do."""
-    events = read_events(home.events_file)
-    if home.saved_step() != config.train.steps or not events:
-        return False
-    return events[-1]["event"] == "run-ended" and events[-1]["exit_code"] == ExitCode.DONE

@@ -8,7 +8,7 @@ from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import JoinedRay, LocalRay, NoClusterError, Ray
 from manta.data.errors import InputError
 from manta.launch.config import RunConfig
-from manta.launch.run.train import train
+from manta.launch.run.start import train
 from manta.launch.targets import kubernetes, ray_job, slurm, ssh
 
 # They run the whole job elsewhere; the command ends when it is submitted.

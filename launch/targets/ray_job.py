@@ -25,7 +25,7 @@ import manta.trainer
 from manta.data.errors import InputError
 from manta.launch import __version__
 from manta.launch.config import RunConfig
-from manta.launch.run.display import say
+from manta.launch.messages import notify
 from manta.launch.targets.paths import location_problems
 
 PACKAGES = (manta.cluster, manta.data, manta.launch, manta.trainer)
@@ -53,7 +53,7 @@ def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
         copy_run(folder, config)
         job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(folder)}, metadata={"run": str(config.run.dir)})
     logs, status = f"ray job logs --address {address} {job}", f"manta status {shlex.quote(str(config.run.dir))}"
-    say(f"{config.run.dir}: submitted as {job}; see: {logs}; or, on a machine that sees its directory: {status}")
+    notify(f"{config.run.dir}: submitted as {job}; see: {logs}; or, on a machine that sees its directory: {status}")
     sys.stdout.write(f"{job}\n")
     return 0
 

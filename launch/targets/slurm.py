@@ -22,7 +22,7 @@ from manta.cluster.ray.runtime import LOOPBACK, HostsRay
 from manta.data.errors import InputError
 from manta.data.storage.atomic import write_atomically
 from manta.launch.config import RunConfig
-from manta.launch.run.display import say
+from manta.launch.messages import notify
 
 
 def submit(config: RunConfig) -> int:
@@ -37,7 +37,7 @@ def submit(config: RunConfig) -> int:
     if result.returncode:
         return ExitCode.FAILED
     job = result.stdout.strip().partition(";")[0]
-    say(f"{config.run.dir}: submitted as job {job}; see: manta status {shlex.quote(str(config.run.dir))}, {folder}/job-{job}.log")
+    notify(f"{config.run.dir}: submitted as job {job}; see: manta status {shlex.quote(str(config.run.dir))}, {folder}/job-{job}.log")
     sys.stdout.write(f"{job}\n")
     return ExitCode.DONE
 

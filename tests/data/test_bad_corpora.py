@@ -129,7 +129,7 @@ def test_impossible_weights_and_epochs_are_refused(home, monkeypatch, capsys):
     assert re.search(r"manta: data\.sources: web: expected at most 0\.001 epochs, got [\d.]+ epochs .*\. Shorten the run", err)
     code, err = run(monkeypatch, capsys, "train", "run.yaml", "train.global_batch=4000")
     assert code == 2
-    assert re.search(r"manta: train\.global_batch: got 4000, wants at most the \d+ samples of an epoch", err)
+    assert re.search(r"manta: train\.global_batch: expected at most the \d+ samples of an epoch.*, got 4000", err)
 
 
 def test_a_validation_path_that_does_not_fit_is_refused(home, monkeypatch, capsys):

@@ -70,21 +70,21 @@ def test_a_run_in_the_background_is_watched_read_and_stopped(workspace, backgrou
         wait_for(lambda: steps(home) > 3)
         leaving.send_signal(signal.SIGINT)
         code, _, told = ended(leaving)
-        assert (code, "goes on" in told) == (0, True)
+        assert (code, "still running" in told) == (0, True)
         assert home.is_locked
         stopped = workspace.manta("stop", "away")
         code, _, told = ended(watching)
         read = ended(reading)
     assert stopped.returncode == 0, stopped.stderr
-    assert stopped.stdout == f"step {steps(home)} is saved; go on with: manta resume {home.quoted}\n"
+    assert stopped.stdout == f"step {steps(home)} is saved; resume with: manta resume {home.quoted}\n"
     assert code == 75
     assert "step " in told, "its metrics are shown"
-    assert told.splitlines()[-2:] == ["told to leave: saving", f"left; {stopped.stdout.strip()}"]
+    assert told.splitlines()[-2:] == ["stop requested: saving", f"stopped; {stopped.stdout.strip()}"]
     assert read == (0, (home.logs / "attempt-0001/rank-0001.log").read_text(), "")
     assert "attempt 1 rank 1" in read[1]
     assert told.splitlines()[-1] in (home.logs / "controller.log").read_text()
     assert not home.stop_request_file.exists()
-    with pytest.raises(InputError, match="got a run that is not running"):
+    with pytest.raises(InputError, match="expected a running run, got one that is not running"):
         stop(home.path, at_once=False, timeout=1)
 
 
@@ -112,7 +112,7 @@ def add(home: RunDirectory, event: str, attempt: int, **details) -> None:
 
 
 def test_the_logs_of_each_rank_and_attempt_are_found_and_others_named(workspace, past):
-    with pytest.raises(InputError, match="got no rank's log yet"):
+    with pytest.raises(InputError, match="expected a run that has started, got no rank's log"):
         list(logs(past.path, rank=0, attempt=None, follow=False))
     for attempt, ranks in ((7, 2), (8, 2), (11, 1)):
         (past.logs / f"attempt-{attempt:04d}").mkdir()
@@ -120,9 +120,9 @@ def test_the_logs_of_each_rank_and_attempt_are_found_and_others_named(workspace,
             (past.logs / f"attempt-{attempt:04d}/rank-{rank:04d}.log").write_text(f"rank {rank} of attempt {attempt}\n")
     assert list(logs(past.path, rank=0, attempt=None, follow=False)) == [b"rank 0 of attempt 11\n"]
     assert workspace.manta("logs", str(past.path), "--attempt", "8", "--rank", "1").stdout == "rank 1 of attempt 8\n"
-    with pytest.raises(InputError, match=r"^--rank: got 1, wants one that attempt 11 had: 0$"):
+    with pytest.raises(InputError, match=r"^--rank: expected a rank of attempt 11, got 1. Use 0.$"):
         list(logs(past.path, rank=1, attempt=None, follow=True))
-    with pytest.raises(InputError, match=r"^--attempt: got 9, wants one whose logs are kept: 7 to 8, 11$"):
+    with pytest.raises(InputError, match=r"^--attempt: expected one whose logs are kept, got 9. Use 7 to 8, 11.$"):
         list(logs(past.path, rank=0, attempt=9, follow=False))
 
 
@@ -131,7 +131,7 @@ def test_a_rank_that_is_yet_to_take_its_log_is_waited_for(past):
     (past.logs / "attempt-0001/rank-0000.log").touch()
     with past.lock():
         add(past, "attempt-started", 1, ranks=[{"rank": 0, "pid": 1}, {"rank": 1, "pid": 2}])
-        with pytest.raises(InputError, match="got 2, wants one that attempt 1 had"):
+        with pytest.raises(InputError, match="expected a rank of attempt 1, got 2"):
             next(logs(past.path, rank=2, attempt=None, follow=True))
         later = Timer(0.5, (past.logs / "attempt-0001/rank-0001.log").write_text, ["here I am"])
         later.start()
@@ -182,7 +182,7 @@ def test_a_run_that_gave_up_ends_with_the_error_of_the_rank_that_is_to_blame(wor
     shown = workspace.manta("attach", str(past.path))
     assert shown.returncode == 1
     told = shown.stderr.splitlines()
-    assert told[0] == f"{past.path}: is not running; it ended with exit code 1"
+    assert told[0] == f"{past.path}: not running; it ended with exit code 1"
     assert told[-4:-1] == ['  File "model.py", line 39, in forward', "own.Error: no such", "thing"]
     assert told[-1].endswith(f"{past.logs}/attempt-0002/rank-0001.log")
     assert 'line 0, in forward"' not in shown.stderr, "its last lines alone"
@@ -191,9 +191,9 @@ def test_a_run_that_gave_up_ends_with_the_error_of_the_rank_that_is_to_blame(wor
 def test_what_broke_off_is_told_as_such(workspace, past):
     shown = workspace.manta("attach", str(past.path))
     assert shown.returncode == 1
-    assert shown.stderr.splitlines()[-1] == f"broken off; nothing is saved yet; go on with: manta resume {past.quoted}"
+    assert shown.stderr.splitlines()[-1] == f"killed; nothing is saved yet; resume with: manta resume {past.quoted}"
     past.events_file.unlink()
-    with pytest.raises(InputError, match="was never started"):
+    with pytest.raises(InputError, match="expected a run that was started"):
         attach(past.path)
 
 
@@ -227,7 +227,7 @@ def test_a_resumed_run_is_stopped_at_once_and_old_logs_are_gone(workspace, backg
     home = background("resume", "long", *ENDLESS, "cluster.keep_logs=1", run="long")
     wait_for(lambda: steps(home) > 5)
     done = workspace.manta("stop", "long", "--at-once", "--timeout", "20")
-    assert (done.returncode, done.stdout) == (0, f"step 3 is saved; go on with: manta resume {home.quoted}\n")
+    assert (done.returncode, done.stdout) == (0, f"step 3 is saved; resume with: manta resume {home.quoted}\n")
     assert read_events(home.events_file)[-1]["exit_code"] == 130
     assert [path.name for path in sorted(home.logs.iterdir())] == ["attempt-0002", "controller.log"]
 
@@ -242,7 +242,7 @@ def test_a_run_that_does_not_leave_in_time_is_told_of(workspace, background):
     second = workspace.manta("resume", "stubborn", "--detach")
     assert (second.returncode, "another manta is running" in second.stderr) == (2, True)
     late = workspace.manta("stop", "stubborn", "--timeout", "2")
-    assert (late.returncode, "has not left within 2 s" in late.stderr) == (1, True)
+    assert (late.returncode, "did not stop within 2 s" in late.stderr) == (1, True)
     done = workspace.manta("stop", "stubborn", "--at-once")
     assert done.returncode == 0, done.stderr
     assert not home.is_locked

@@ -40,7 +40,7 @@ def test_a_run_leaves_what_its_directory_promises(workspace, finished_run):
     assert losses(workspace, finished_run)[-1] < losses(workspace, finished_run)[0] - 0.3
     assert [event["event"] for event in events(workspace, finished_run)][-1] == "run-ended"
     again = workspace.train(finished_run)
-    assert "already done: step 40 of 40; raise train.steps to go on" in again.stderr
+    assert "already done: step 40 of 40; raise train.steps to continue" in again.stderr
 
 
 def test_a_rank_killed_in_mid_run_changes_no_loss(workspace, finished_run):
@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(workspace, finished_
         wait_for_step(workspace, run, 3, running)
         running.send_signal(told)
         assert running.wait(60) == code, running.stderr.read()
-        assert "is saved; go on with: manta resume '" in running.communicate()[1]
+        assert "is saved; resume with: manta resume '" in running.communicate()[1]
     assert not processes_of(workspace, run)
     stopped = lines(workspace, run)[-1]["step"]
     assert stopped <= STEPS - 20
@@ -237,7 +237,7 @@ def test_status_for_people(workspace, finished_run):
     (home / "events.jsonl").write_text(json.dumps({"event": "run-started", "attempt": 0, "time": 0.0}) + "\n")
     told = workspace.manta("status", "broken off").stdout
     assert "0 of 40" in told
-    assert "broken off; go on with: manta resume" in told
+    assert "killed; resume with: manta resume" in told
     assert "tokens/s" not in told
 
 

@@ -199,7 +199,7 @@ def test_a_run_told_to_leave_that_can_not_save_says_so(workspace, disk, told_is)
         _, told = running.communicate(timeout=60)
         assert running.returncode == 143, told
     assert re.search(r"LeftUnsavedError: stop requested: rank \d: .*: No space left on device: needs [\d,]+ bytes, and [\d,]+ were", told)
-    assert "left; step 4 is saved; go on with: manta resume" in told
+    assert "stopped; step 4 is saved; resume with: manta resume" in told
     assert json.loads(workspace.manta("status", run, "--json").stdout)["state"] == "stopped, not saved"
     assert catalog.newest_valid(open_backend(disk)).progress.step == 4
 

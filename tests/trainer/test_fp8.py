@@ -64,7 +64,7 @@ def test_unsupported_fp8_configs_are_refused(model, parallel, reason):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU on this machine")
 def test_an_fp8_run_without_a_gpu_is_refused_at_once(workspace):
     done = workspace.manta("train", workspace.config_file.name, "run.dir=never", "precision=fp8")
-    assert (done.returncode, done.stderr) == (2, "manta: precision: got fp8, which wants GPUs, and this machine has none; use bf16\n")
+    assert (done.returncode, done.stderr) == (2, "manta: precision: expected another one on a machine without GPUs, got fp8. Use bf16.\n")
     assert not (workspace.directory / "never").exists()
 
 

@@ -15,7 +15,7 @@ from manta.data.prepare import prepare
 from manta.data.sources.config import FilterConfig, SourceConfig
 from manta.data.sources.source import identity as source_identity
 from manta.launch.config import RunConfig, load
-from manta.launch.run.resume_check import refuse_another_run
+from manta.launch.run.resume_check import check_same_run
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
@@ -52,9 +52,9 @@ def test_identity_of_the_old_run_is_the_stored_one(run):
 
 
 def test_an_old_run_is_refused_under_another_config(run):
-    refuse_another_run(run, load(run.config_file, ["train.activation_checkpointing=none", "guard.replica_check_every_steps=1"]))
-    with pytest.raises(InputError, match=r"model.dropout 0.1 -> 0.2; "):
-        refuse_another_run(run, load(run.config_file, ["model.dropout=0.2"]))
+    check_same_run(run, load(run.config_file, ["train.activation_checkpointing=none", "guard.replica_check_every_steps=1"]))
+    with pytest.raises(InputError, match=r"model.dropout 0.1 -> 0.2\. "):
+        check_same_run(run, load(run.config_file, ["model.dropout=0.2"]))
 
 
 def test_an_old_corpus_is_found(run):
@@ -140,9 +140,9 @@ def test_an_added_key_of_a_source_names_another_corpus_only_if_it_differs(run):
 def test_a_resumed_run_is_refused_with_an_added_key(run, monkeypatch):
     monkeypatch.setattr("manta.launch.run.resume_check.load", lambda _: LaterConfig.model_validate(tree))
     tree = load(run.config_file).model_dump()
-    refuse_another_run(run, LaterConfig.model_validate(tree))
-    with pytest.raises(InputError, match=r"model.norm_bias default -> false; "):
-        refuse_another_run(run, LaterConfig.model_validate(laid_over(tree, ADDED["model.norm_bias"])))
+    check_same_run(run, LaterConfig.model_validate(tree))
+    with pytest.raises(InputError, match=r"model.norm_bias default -> false\. "):
+        check_same_run(run, LaterConfig.model_validate(laid_over(tree, ADDED["model.norm_bias"])))
 
 
 def flattened(tree, prefix=""):

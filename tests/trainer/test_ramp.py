@@ -46,7 +46,7 @@ from manta.data.prepare.prepare import find_prepared
 from manta.data.sampling.samples import Samples
 from manta.data.sampling.timeline import Timeline
 from manta.launch import config as configs
-from manta.launch.run.train import steps_in_words
+from manta.launch.run.start import step_text
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.config.sections import BatchConfig, ParallelConfig, TrainConfig
@@ -353,7 +353,7 @@ def test_status_tells_of_the_phase(workspace, ramped):
 
 def test_the_start_tells_of_the_phases(workspace):
     config = configs.load(workspace.config_file, RAMP)
-    assert steps_in_words(config, layout_for(config.train, ParallelConfig(), 2)) == (
+    assert step_text(config, layout_for(config.train, ParallelConfig(), 2)) == (
         "2 ranks x micro batch 1 x accumulation 1 = 8 sequences of 8 tokens a step, from step 11 accumulation 3 = 24 sequences of 8 tokens"
         " a step, from step 13 accumulation 3 = 12 sequences of 16 tokens a step, from step 21 accumulation 4 = 16 sequences of 16 tokens"
         " a step, from step 27 accumulation 4 = 8 sequences of 32 tokens a step"

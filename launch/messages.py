@@ -1,0 +1,32 @@
+"""Messages for the user. They go to standard error: standard output has only what a command was asked for."""
+
+from rich.console import Console
+
+from manta.trainer.run_directory import RunDirectory
+
+
+class MessageConsole(Console):
+    """Writes plain lines to standard error. If nobody reads it any more, it falls silent, and the run continues."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+def notify(text: str) -> None:
+    """Print a message."""
+    MessageConsole().print(text)
+
+
+def resume_hint(run_dir: RunDirectory) -> str:
+    """Describe what is saved of a run that has stopped, and how to resume it."""
+    step = run_dir.saved_step()
+    saved = f"step {step} is saved" if step else "nothing is saved yet"
+    return f"{saved}; resume with: manta resume {run_dir.quoted}"
+
+
+def count_text(count: int, noun: str) -> str:
+    """Return `1 rank` or `2 ranks`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

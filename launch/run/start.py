@@ -1,0 +1,116 @@
+"""Start or resume a run: preflight, write its directory, supervise its ranks, show its progress."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from manta.cluster.job import Job
+from manta.cluster.nodes.machine import gpus
+from manta.cluster.protocol import ExitCode
+from manta.cluster.ray.runtime import Ray
+from manta.cluster.supervise.controller import Controller
+from manta.data.shards.manifest import PreparedData
+from manta.data.storage.atomic import write_atomically
+from manta.launch import __version__
+from manta.launch.config import RunConfig
+from manta.launch.messages import count_text, notify
+from manta.launch.run.detach import detach
+from manta.launch.run.display import Display
+from manta.launch.run.preflight import RunPlan, preflight
+from manta.trainer.dist.layout import Layout, micro_batches_text
+from manta.trainer.run_directory import RunDirectory
+
+PACKAGES = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
+
+
+def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
+    """Start the run, or resume it if it was started before. Return the exit code. Raises InputError before anything is written.
+
+    detached: the arguments of a manta that runs in the background instead of this process.
+    """
+    plan = preflight(config, ray)
+    if plan is None:
+        steps = config.train.steps
+        notify(f"{config.run.dir.absolute()}: already done: step {steps} of {steps}; raise train.steps to continue")
+        return ExitCode.DONE
+    if detached:
+        return detach(plan.run_dir, detached)
+    with supervise(plan, ray) as controller:
+        return Display(plan.run_dir, plan.config, plan.fallback_layouts).follow(controller.run())
+
+
+@contextmanager
+def supervise(plan: RunPlan, ray: Ray) -> Generator[Controller]:
+    """Lock the run directory, write what ranks read, and yield the run's controller."""
+    with plan.run_dir.lock():
+        write_run_directory(plan.run_dir, plan.config, plan.prepared, plan.recorded)
+        _print_summary(plan)
+        all_layouts = {**plan.layouts, **plan.fallback_layouts}
+        job = Job(
+            program=("-P", "-m", "manta.trainer", str(plan.run_dir.path)),
+            environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # Ray would not pass it on
+            directory=plan.run_dir.path,
+            sizes=tuple(plan.layouts),
+            fallback_sizes=tuple(plan.fallback_layouts),
+            environment_by_size={ranks: layout.to_environment() for ranks, layout in all_layouts.items()},
+            ranks_per_node=plan.ranks_per_node,
+            packages=(("manta", __version__), *((name, found) for name in PACKAGES if (found := _version(name)) is not None)),
+        )
+        yield Controller(job, plan.config.cluster, ray)
+
+
+def write_run_directory(run_dir: RunDirectory, config: RunConfig, prepared: PreparedData, recorded: Mapping[str, str]) -> None:
+    """Write what ranks read into a locked directory. recorded: what the manifest of a new run records in addition."""
+    manifest = run_dir.manifest() if run_dir.has_trained else _new_manifest(config)
+    write_atomically(run_dir.manifest_file, json.dumps({**manifest, **recorded, "corpus": prepared.to_json()}, indent=1).encode())
+    write_atomically(run_dir.config_file, config.to_yaml().encode())
+    write_atomically(run_dir.tokenizer_file, prepared.tokenizer.read_bytes())
+
+
+def step_text(config: RunConfig, layout: Layout) -> str:
+    """Describe what each step reads, stage by stage, and how the ranks share it."""
+    per_group = layout.ranks // layout.data
+    groups = count_text(layout.data, "rank") if per_group == 1 else f"{layout.data} x {count_text(per_group, 'rank')}"
+    stages: list[str] = []
+    for stage in config.timeline().stages:
+        sequences = stage.global_batch * (config.data.sequence_length // stage.sequence_length)
+        accumulation = layout.accumulation(stage.global_batch)
+        start = f"from step {stage.first_step + 1} " if stage.first_step else ""
+        stages.append(f"{start}accumulation {accumulation} = {sequences} sequences of {stage.sequence_length} tokens per step")
+    return f"{groups} x micro batch {layout.micro_batch} x {', '.join(stages)}"
+
+
+def _print_summary(plan: RunPlan) -> None:
+    config, layout, path = plan.config, plan.layout, plan.run_dir.path
+    if plan.ranks_per_node:
+        ranks = config.cluster.max_nodes * plan.ranks_per_node
+        if ranks > layout.ranks:
+            reason = f"{micro_batches_text(config.train)} divides evenly over {count_text(layout.data, 'data rank')}"
+            notify(f"{ranks - layout.ranks} of {count_text(ranks, 'rank')} will be idle: {reason}")
+        notify(f"{path}: {step_text(config, layout)}; {config.precision}, {layout}")
+    if config.data.live:
+        notify(f"{path}: data.live: text is tokenized while it is read; only {count_text(layout.data, 'data rank')} can resume this run")
+
+
+def _new_manifest(config: RunConfig) -> dict[str, Any]:
+    """Record versions, machine and seed of a new run."""
+    return {
+        "manta": __version__,
+        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus()},
+        "seed": config.run.seed,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
