@@ -1,11 +1,11 @@
-"""What dropless routing costs: a mixture of experts beside a dense MLP of the same arithmetic, forward and backward.
+"""The cost of dropless routing: a mixture of experts against a dense MLP with the same arithmetic, forward and backward.
 
 python benchmarks/moe.py [--threads 2] [--tokens 4096] [--width 512] [--inner 1024] [--precision fp32]
 
-Top 2 of 8 experts of inner width F do the work of one dense SwiGLU of inner width 2 F. Repeats of all are interleaved, so that
-a slow moment of the machine falls on all alike; medians are told, on a CPU of the process's own CPU time too, in which no other process
-counts. The last line is what it is for: a mixture that routes by itself should cost at most 1.3. Before that, at each imbalance, every
-token's output is compared with what its chosen experts give it one by one: none is dropped.
+Top 2 of 8 experts of inner width F compute as much as one dense SwiGLU of inner width 2 F. The variants alternate, so that a slow moment of
+the machine affects all of them. Prints medians of wall time, and on a CPU of the process's CPU time, which excludes other processes. The
+last line is the result: a mixture with its own routing should cost at most 1.3. Before timing, at each imbalance, every token's output is
+compared with the outputs of its experts one by one, to show that none is dropped.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> int:
     moe = MixtureOfExperts(options.width, ExpertsConfig(experts=EXPERTS, top_k=TOP_K, width=options.inner)).to(**kind)
     dense = SwiGLU(options.width, TOP_K * options.inner).to(**kind)
     x_BTD = torch.randn(options.tokens // SEQUENCE, SEQUENCE, options.width, **kind)
-    steps: dict[str, Callable[[], None]] = {"dense": lambda: step(dense, x_BTD), "routed by itself": lambda: step(moe, x_BTD)}
+    steps: dict[str, Callable[[], None]] = {"dense": lambda: step(dense, x_BTD), "own routing": lambda: step(moe, x_BTD)}
     choices = {name: choose(popularity, x_BTD) for name, popularity in imbalances().items()}
     for name, choice in choices.items():
         wrong = dropped(moe, x_BTD, choice)
@@ -53,28 +53,28 @@ def main() -> int:
     print(f"{device}, {torch.get_num_threads()} threads, {options.precision}, {options.tokens} tokens of width {options.width}:")
     ratios: dict[str, dict[str, float]] = {}
     for name, times in spent.items():
-        told = []
+        columns = []
         for clock, ours in times.items():
             pairs = zip(ours, spent["dense"][clock], strict=True)
             ratio = statistics.median(own / plain for own, plain in pairs)
             ratios.setdefault(name, {})[clock] = ratio
-            told.append(f"{clock} {statistics.median(ours) * 1e3:8.1f} ms  {ratio:.3f} of dense")
-        print(f"  {name:17} {'    '.join(told)}")
-    clock, ratio = next(reversed(ratios["routed by itself"].items()))
+            columns.append(f"{clock} {statistics.median(ours) * 1e3:8.1f} ms  {ratio:.3f} of dense")
+        print(f"  {name:17} {'    '.join(columns)}")
+    clock, ratio = next(reversed(ratios["own routing"].items()))
     verdict = "within" if ratio <= GOAL else "over"
-    print(f"a mixture costs {ratio:.3f} of a dense MLP of the same arithmetic, by {clock} time: {verdict} the goal of {GOAL}")
+    print(f"a mixture costs {ratio:.3f} of a dense MLP with the same arithmetic, by {clock} time: {verdict} the goal of {GOAL}")
     return 0 if ratio <= GOAL else 1
 
 
 def imbalances() -> dict[str, Tensor]:
-    """How often each expert is chosen first."""
+    """Return the popularity of each expert."""
     one = torch.full((EXPERTS,), 1e-9)
     one[3] = 1.0
     return {"uniform": torch.ones(EXPERTS), "Zipf": 1 / torch.arange(1.0, EXPERTS + 1), "all to one": one}
 
 
 def choose(popularity: Tensor, x_BTD: Tensor) -> Choice:
-    """Experts drawn by popularity: TOP_K distinct ones a token, but all of them the same where all go to one."""
+    """Draw TOP_K experts per token by popularity, all distinct unless one expert takes all tokens."""
     tokens = x_BTD.shape[0] * x_BTD.shape[1]
     several = bool((popularity > 1e-6).sum() >= TOP_K)
     chosen_NK = torch.multinomial(popularity.expand(tokens, -1), TOP_K, replacement=not several)
@@ -83,7 +83,7 @@ def choose(popularity: Tensor, x_BTD: Tensor) -> Choice:
 
 
 def step(block: torch.nn.Module, x_BTD: Tensor, choice: Choice | None = None) -> None:
-    """One forward and backward pass; with `choice` the router works as ever, and then is overruled."""
+    """Run one forward and backward pass. choice: replaces the router's output after it has computed it."""
     hook = None
     if choice is not None:
         hook = block.router.register_forward_hook(lambda _module, _x, out: (choice[0] + 0 * out[0], choice[1], out[2]))
@@ -98,22 +98,22 @@ def step(block: torch.nn.Module, x_BTD: Tensor, choice: Choice | None = None) ->
 
 @torch.no_grad()
 def dropped(moe: MixtureOfExperts, x_BTD: Tensor, choice: Choice) -> int:
-    """Tokens whose output is not the weighted sum of their chosen experts, each computed alone and densely."""
+    """Count tokens with an output other than the weighted sum of their experts, each computed separately on all tokens."""
     weights_NK, chosen_NK = choice
     hook = moe.router.register_forward_hook(lambda _module, _x, out: (*choice, out[2]))
-    got_ND = moe(x_BTD)[0].flatten(0, 1).float()
+    output_ND = moe(x_BTD)[0].flatten(0, 1).float()
     hook.remove()
     x_ND, experts = x_BTD.flatten(0, 1), moe.experts
-    wanted_ND = torch.zeros_like(got_ND)
+    expected_ND = torch.zeros_like(output_ND)
     for e in range(EXPERTS):
         y_ND = F.linear(F.silu(F.linear(x_ND, experts.gate_proj[e])) * F.linear(x_ND, experts.up_proj[e]), experts.down_proj[e])
-        wanted_ND += y_ND.float() * (weights_NK * (chosen_NK == e)).sum(dim=1, keepdim=True)
+        expected_ND += y_ND.float() * (weights_NK * (chosen_NK == e)).sum(dim=1, keepdim=True)
     tolerance = 1e-4 if x_BTD.dtype == torch.float32 else 3e-2
-    return int(((got_ND - wanted_ND).norm(dim=1) > tolerance * wanted_ND.norm(dim=1)).sum())
+    return int(((output_ND - expected_ND).norm(dim=1) > tolerance * expected_ND.norm(dim=1)).sum())
 
 
 def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Of each step its seconds, by each clock."""
+    """Return each step's seconds by each clock."""
     clocks = {"wall": time.perf_counter} | ({} if torch.cuda.is_available() else {"CPU": time.process_time})
     spent: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in clocks} for name in steps}
     for repeat in range(repeats + 2):  # two to warm up

@@ -1,4 +1,4 @@
-"""Tokens a second and MFU of a config on the device at hand, written to benchmarks/results/<device>.json.
+"""Measure a config's tokens per second and MFU on this device, and write them to benchmarks/results/<device>.json.
 
 python benchmarks/throughput.py examples/gpt2-124m.yaml [key=value …]
 """
@@ -17,7 +17,7 @@ from manta.trainer.metrics import read_metrics
 from manta.trainer.run_directory import RunDirectory
 
 MANTA = Path(sys.executable).with_name("manta")
-WARMUP = 10  # steps left out: compilation of kernels, caches, clocks
+WARMUP = 10  # steps excluded: kernels are compiled, caches fill, clocks rise
 STEPS = 60
 
 

@@ -54,7 +54,7 @@ def reference(q, k, v, mask):
 
 
 def attended_keys(q, k, v, output):
-    """Return which keys each query's output depends on, [2, T, LENGTH]: those whose gradient is not exactly zero."""
+    """Return which keys each query's output depends on, [2, T, LENGTH]: those with a gradient other than exactly zero."""
     rows = []
     for i in range(q.shape[2]):
         grads = torch.autograd.grad(output[:, :, i].square().sum(), (k, v), retain_graph=True)

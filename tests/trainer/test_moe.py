@@ -1,4 +1,4 @@
-"""A mixture of experts is the mathematics of its papers, and drops no token."""
+"""A mixture of experts follows its papers and drops no token."""
 
 import itertools
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ def build(seed=0, dtype=torch.float64, **changes) -> MixtureOfExperts:
 
 
 def naive(block, x_BTD, mask_BT):
-    """One token at a time, one expert at a time, as the papers write it."""
+    """The papers' formulas, for one token and one expert at a time."""
     config, router, experts = block.router.config, block.router, block.experts
     y_BTD, balance, z, load = torch.zeros_like(x_BTD), 0.0, 0.0, [0] * config.experts
     for b, x_TD in enumerate(x_BTD):
@@ -63,7 +63,7 @@ def naive(block, x_BTD, mask_BT):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
-def test_the_block_and_its_gradients_are_those_of_one_token_at_a_time(options):
+def test_output_and_gradients_equal_those_of_one_token_at_a_time(options):
     block = build(**options)
     x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(2, 5, dtype=torch.bool)
@@ -83,7 +83,7 @@ def test_the_block_and_its_gradients_are_those_of_one_token_at_a_time(options):
 
 
 @pytest.mark.parametrize(("score", "normalize"), [*itertools.product(("softmax", "sigmoid"), (True, False))])
-def test_the_router_s_gradients_are_finite_differences(score, normalize):
+def test_the_routers_gradients_match_finite_differences(score, normalize):
     router, x = wide_gaps(build(score=score, normalize=normalize))
     mask = torch.ones(2, 3, dtype=torch.bool)
     mask[0, 2] = False
@@ -96,7 +96,7 @@ def test_the_router_s_gradients_are_finite_differences(score, normalize):
 
 
 @pytest.mark.parametrize("shared", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_the_block_s_gradients_are_finite_differences(shared):
+def test_the_blocks_gradients_match_finite_differences(shared):
     block = build(shared=shared)
     _, x = wide_gaps(block)
     names = [name for name, _ in block.named_parameters()]
@@ -108,7 +108,7 @@ def test_the_block_s_gradients_are_finite_differences(shared):
 
 
 def wide_gaps(block) -> tuple[Router, torch.Tensor]:
-    """Tokens of which none is near to choosing otherwise: a finite difference must not cross over."""
+    """Return the router and tokens far from a change of experts, which a finite difference must not cause."""
     tokens = torch.randn(400, WIDTH, dtype=torch.float64)
     logits = (tokens @ block.router.weight.T).sort(dim=-1, descending=True).values
     clear = tokens[(logits[:, 1] - logits[:, 2] > 0.2) & (logits.abs().amax(dim=-1) < 3)][:6]
@@ -118,7 +118,7 @@ def wide_gaps(block) -> tuple[Router, torch.Tensor]:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 30), min_size=4, max_size=4), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-def test_every_row_gets_its_expert_s_answer_at_any_imbalance(counts, dtype):
+def test_every_row_gets_its_experts_output_at_any_imbalance(counts, dtype):
     torch.manual_seed(1)
     experts = Experts(4, WIDTH, 16).to(dtype)
     x = torch.randn(sum(counts), WIDTH, dtype=dtype, requires_grad=True)
@@ -136,16 +136,16 @@ def test_every_row_gets_its_expert_s_answer_at_any_imbalance(counts, dtype):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0, 50), st.integers(1, 4))
-def test_no_token_is_dropped_however_the_router_leans(seed, lean, top_k):
+def test_no_token_is_dropped_at_any_imbalance(seed, lean, top_k):
     block = build(seed, balance="bias", top_k=top_k, normalize=True)
-    block.router.bias = lean * torch.arange(4.0)  # at the far end all choose the same experts
-    block.experts.forward = lambda x_MD, _counts: x_MD  # experts that give back what they get: their weighted mean is the token
+    block.router.bias = lean * torch.arange(4.0)  # at the extreme all tokens choose the same experts
+    block.experts.forward = lambda x_MD, _counts: x_MD  # identity experts: their weighted mean is the token
     x = torch.randn(3, 7, WIDTH, dtype=torch.float64)
     torch.testing.assert_close(block(x)[0], x)
     assert int(block.router.load.sum()) == 21 * top_k
 
 
-def test_experts_with_awkward_sizes_are_computed_all_the_same():
+def test_experts_of_unaligned_sizes_are_computed_correctly():
     experts = Experts(3, 5, 7)
     counts = torch.tensor([2, 0, 3])
     x = torch.randn(5, 5)
@@ -156,10 +156,10 @@ def test_experts_with_awkward_sizes_are_computed_all_the_same():
 
 @pytest.mark.parametrize("balance", ["loss", "bias"])
 @pytest.mark.parametrize("parts", [(6,), (3, 3), (1, 5), (1, 1, 1, 1, 1, 1)])
-def test_the_sums_do_not_depend_on_how_sequences_are_dealt(parts, balance):
+def test_loss_sums_do_not_depend_on_the_split_into_batches(parts, balance):
     block = build(balance=balance)
     x, mask = torch.randn(6, 9, WIDTH, dtype=torch.float64), torch.rand(6, 9) > 0.3
-    mask[4] = False  # padding alone
+    mask[4] = False  # only padding
     whole = block(x, mask)[1]
     load = block.router.load.clone()
     block.router.load.zero_()
@@ -168,7 +168,7 @@ def test_the_sums_do_not_depend_on_how_sequences_are_dealt(parts, balance):
     assert torch.equal(block.router.load, load)
 
 
-def test_padding_changes_nothing_but_its_own_output():
+def test_padding_affects_only_its_own_output():
     block = build()
     x = torch.randn(2, 6, WIDTH, dtype=torch.float64)
     y, sums = block(x)
@@ -181,7 +181,7 @@ def test_padding_changes_nothing_but_its_own_output():
     assert torch.equal(block.router.load, load)
 
 
-def test_a_sequence_in_two_halves_has_the_loss_of_the_whole():
+def test_a_split_sequence_has_the_loss_of_the_whole():
     block = build()
     x = torch.randn(3, 8, WIDTH, dtype=torch.float64)
     whole = block(x)[1]
@@ -189,13 +189,13 @@ def test_a_sequence_in_two_halves_has_the_loss_of_the_whole():
     block.router.sum_over_sequence = lambda sums: seen.append(sums) or sums
     for half in x.chunk(2, dim=1):
         block(half)
-    block.router.sum_over_sequence = lambda _sums: sum(seen[:2])  # what an exchange between two ranks gives both
+    block.router.sum_over_sequence = lambda _sums: sum(seen[:2])  # as after an all-reduce over two ranks
     block.router.sequence_share = 0.5
     halves = [block(half)[1] for half in x.chunk(2, dim=1)]
     torch.testing.assert_close(sum(halves), whole)
 
 
-def test_even_load_has_a_balance_of_one_a_sequence_and_a_single_expert_the_most():
+def test_balance_loss_is_one_per_sequence_if_even_and_largest_for_one_expert():
     router = Router(4, ExpertsConfig(experts=4, top_k=1, width=4, normalize=False))
     with torch.no_grad():
         router.weight.copy_(torch.eye(4) * 100)
@@ -205,7 +205,7 @@ def test_even_load_has_a_balance_of_one_a_sequence_and_a_single_expert_the_most(
     torch.testing.assert_close(single, torch.tensor(12.0))
 
 
-def test_the_bias_moves_load_towards_balance():
+def test_the_bias_balances_the_load():
     torch.manual_seed(0)
     config = ExpertsConfig(experts=4, top_k=1, width=4, score="sigmoid", normalize=False, balance="bias", bias_update_speed=0.01)
     router = Router(WIDTH, config)
@@ -221,19 +221,19 @@ def test_the_bias_moves_load_towards_balance():
     assert max(worst[-20:]) < 1.15
 
 
-def test_settling_goes_by_the_sign_alone_and_begins_a_new_count():
+def test_the_bias_update_uses_only_the_sign_and_resets_the_load():
     router = Router(WIDTH, CONFIG.model_copy(update={"balance": "bias", "bias_update_speed": 0.25}))
     router.load += 7
     router.end_step(torch.tensor([10.0, 2.0, 6.0, 6.0]))
     assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     assert router.load.tolist() == [0, 0, 0, 0]
     router.load += 7
-    router.end_step(torch.tensor([10.0, 2.0, 6.0, 6.0]), skipped=True)  # a step that was left out, as fp16 does
+    router.end_step(torch.tensor([10.0, 2.0, 6.0, 6.0]), skipped=True)  # as after an overflow in fp16
     assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     assert router.load.tolist() == [0, 0, 0, 0]
 
 
-def test_the_bias_chooses_but_does_not_weigh():
+def test_the_bias_affects_the_choice_but_not_the_weights():
     block = build(balance="bias", normalize=False, top_k=1)
     block.router.bias = torch.tensor([0.0, 0.0, 9.0, 0.0])
     x = torch.randn(1, 5, WIDTH, dtype=torch.float64)
@@ -242,21 +242,21 @@ def test_the_bias_chooses_but_does_not_weigh():
     torch.testing.assert_close(weights[:, 0], (x[0] @ block.router.weight.T).softmax(dim=-1)[:, 2])
 
 
-def test_there_is_a_bias_only_where_it_balances():
+def test_only_bias_balancing_has_a_bias():
     assert build(balance="loss").router.bias is None
     half = build(balance="bias").to(torch.bfloat16)
     assert half.router.bias.dtype == torch.float32
     assert half.router.load.dtype == torch.int64
 
 
-def test_evaluation_counts_no_load():
+def test_evaluation_does_not_count_load():
     block = build().eval()
     block(torch.randn(2, 5, WIDTH, dtype=torch.float64))
     assert block.router.load.tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputed_activations_route_as_before_and_are_counted_once(reentrant):
+def test_recomputation_routes_alike_and_counts_once(reentrant):
     x = torch.randn(2, 16, WIDTH, requires_grad=True)
     traces = []
     for recomputed in (False, True):
@@ -273,14 +273,14 @@ def test_recomputed_activations_route_as_before_and_are_counted_once(reentrant):
 
 
 def backward(y, sums, x) -> tuple[torch.Tensor]:
-    """Reentrant checkpoints do not know torch.autograd.grad."""
+    """Reentrant checkpoints do not support torch.autograd.grad."""
     x.grad = None
     (y.square().sum() + sums.sum()).backward()
     return (x.grad,)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_routes_in_fp32(dtype):
+def test_routing_is_in_fp32_in_low_precision(dtype):
     block, double = build(dtype=dtype), build()
     double.load_state_dict(block.state_dict())
     x = torch.randn(2, 64, WIDTH).to(dtype)
@@ -292,7 +292,7 @@ def test_low_precision_routes_in_fp32(dtype):
     torch.testing.assert_close(sums.double(), wanted_sums, rtol=1e-4, atol=1e-4)
 
 
-def test_autocast_leaves_the_router_alone():
+def test_autocast_does_not_affect_the_router():
     block = build(dtype=torch.float32, shared=1)
     x = torch.randn(2, 64, WIDTH, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -306,7 +306,7 @@ def test_autocast_leaves_the_router_alone():
     torch.testing.assert_close(y.float(), block(x)[0], rtol=0.05, atol=0.3)
 
 
-def test_what_this_asks_of_torch_s_private_parts_holds():
+def test_the_private_part_of_torch_detects_a_backward_pass():
     seen = []
     x = torch.ones(1, requires_grad=True)
     x.register_hook(lambda _grad: seen.append(moe._recomputing()))
@@ -315,7 +315,7 @@ def test_what_this_asks_of_torch_s_private_parts_holds():
     assert seen == [True]
 
 
-def test_the_grouped_product_is_used_where_it_can_be(monkeypatch):
+def test_the_grouped_product_is_used_if_supported(monkeypatch):
     called = []
     real = F.grouped_mm
     monkeypatch.setattr(moe, "F", SimpleNamespace(silu=F.silu, grouped_mm=lambda *a, **k: called.append(1) or real(*a, **k)))

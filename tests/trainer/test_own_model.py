@@ -179,7 +179,8 @@ def test_an_invalid_option_of_the_example_is_refused():
 
 def test_parallelism_that_needs_our_layers_is_refused(workspace):
     for share in ("tensor", "sequence"):
-        with pytest.raises(InputError, match="a model of your own is proven under ZeRO alone; leave out tensor, sequence and expert"):
+        reason = rf"parallel\.{share}: expected 1 for your own model, which is proven only under ZeRO, got 2\. Omit it\."
+        with pytest.raises(InputError, match=reason):
             config.load(workspace.config_file, [f"model={json.dumps({'family': FAMILY, **SIZES})}", f"parallel.{share}=2"])
 
 

@@ -168,7 +168,7 @@ def test_the_sum_of_a_strided_weight_is_that_of_its_elements():
 
 
 def reports(*bits, name="w"):
-    """One report per rank, whose copies of the weight have these bits."""
+    """Return one report per rank, for copies of a weight with these bits."""
     return [("host", [Mismatch(name=name, bits=own, holders=tuple(range(len(bits))))]) for own in bits]
 
 
@@ -231,7 +231,7 @@ SIZES = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 128}
 
 @dataclass(frozen=True)
 class CorruptedRun:
-    """A run of 15 steps in whose step 9 a bit flips on rank 1, unless `intact` is set. It saves at steps 6 and 12."""
+    """A run of 15 steps. In step 9 a bit flips on rank 1, unless `intact` is set. It saves at steps 6 and 12."""
 
     losses: list[float]
     failures: list[dict]

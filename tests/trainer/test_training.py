@@ -1,4 +1,4 @@
-"""The examples learn what they are there to learn: BERT both of its tasks, a mixture with all of its experts."""
+"""The examples learn: BERT both of its tasks, a mixture with all of its experts."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from manta.trainer.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 EXAMPLES = Path(__file__).parents[2] / "examples"
-WINDOW = 20  # steps of which a mean is taken
-EVEN = 1 / 8  # an expert's share where all are loaded alike
+WINDOW = 20  # steps in a mean
+EVEN = 1 / 8  # an expert's share under even load
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A working directory, in which the corpora of all runs lie."""
+    """A working directory with the corpora of all runs."""
     return tmp_path_factory.mktemp("examples")
 
 
@@ -34,25 +34,25 @@ def mean(lines: Sequence[dict], key: str) -> float:
 
 
 def largest_share(lines: Sequence[dict]) -> float:
-    """Of any expert of any block, over the last steps."""
+    """Return the largest load share of any expert in any block, over the last steps."""
     routers = [key for key in lines[-1] if key.startswith("load/")]
     assert len(routers) == 4
     return max(float(np.mean([line[key] for line in lines[-WINDOW:]], axis=0).max()) for key in routers)
 
 
-def test_bert_learns_the_hidden_words_and_which_text_follows(home):
+def test_bert_learns_masked_tokens_and_next_sentences(home):
     lines = trained(home, "bert-tiny", "bert")
     first, last = lines[:WINDOW], lines[-WINDOW:]
     assert mean(last, "train/masked_language") < mean(first, "train/masked_language") - 0.8
     assert lines[-1]["eval/masked_language"] < mean(first, "train/masked_language") - 0.8
-    # A coin's loss is ln 2, and of it the mean over 20 steps, 5120 pairs, strays by thousandths. Measured: 0.64, validation 0.61.
+    # Guessing has a loss of ln 2; its mean over 20 steps, 5120 pairs, varies by thousandths. Measured: 0.64, validation 0.61.
     for loss in (mean(last, "train/next_sentence"), lines[-1]["eval/next_sentence"]):
         assert loss < min(math.log(2), mean(first, "train/next_sentence")) - 0.03
     assert mean(lines[180:200], "train/next_sentence") < math.log(2) - 0.01
     assert mean(lines[180:200], "train/masked_language") < mean(first, "train/masked_language") - 0.5
 
 
-def test_a_mixture_learns_and_uses_all_of_its_experts(home):
+def test_a_mixture_learns_and_uses_all_experts(home):
     lines = trained(home, "moe-tiny", "mixture")
     first = mean(lines[:WINDOW], "train/loss")
     assert mean(lines[-WINDOW:], "train/loss") < first - 2
@@ -61,8 +61,8 @@ def test_a_mixture_learns_and_uses_all_of_its_experts(home):
 
 
 @pytest.mark.parametrize(("balance", "is_even"), [("bias", True), ("none", False)])
-def test_a_bias_keeps_experts_as_even_and_without_either_they_are_not(home, balance, is_even):
-    """Measured: 0.15 with the bias; with nothing 0.50, all that a token's two choices can give one of them, and others have none."""
+def test_a_bias_balances_experts_and_no_balancing_does_not(home, balance, is_even):
+    """Measured: 0.15 with the bias; without balancing 0.50, the maximum for one of two experts per token."""
     lines = trained(
         home,
         "moe-tiny",

@@ -14,7 +14,7 @@ Axis = Literal["tensor", "expert"]
 
 @dataclass(frozen=True, slots=True)
 class ShardingSpec:
-    """Weights whose full name matches `pattern` are split into equal shards on `dimension`, over the ranks of `axis`."""
+    """Weights with a full name that matches `pattern` are split into equal shards on `dimension`, over the ranks of `axis`."""
 
     pattern: str
     axis: Axis

@@ -122,7 +122,7 @@ class World:
 class Mesh:
     """One rank's indices in a layout, and its process groups. Ranks are numbered tensor first, then sequence, then data.
 
-    It also serves as DeepSpeed's `mpu`, whose "data parallel" ranks are all ranks that hold the same weights.
+    It also serves as DeepSpeed's `mpu`, which calls all ranks that hold the same weights "data parallel".
     """
 
     data_rank: int

@@ -68,7 +68,7 @@ class _MarkedEngine(DeepSpeedEngine):
 
 
 def build_deepspeed(model: Transformer, mesh: Mesh, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
-    """Return DeepSpeed's engine for a model whose weights are sharded and marked."""
+    """Return DeepSpeed's engine for a model with sharded and marked weights."""
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     mpu = mesh if mesh.layout.tensor > 1 else None
     groups.mpu = None  # may be left from another engine in this process

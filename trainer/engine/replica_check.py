@@ -33,7 +33,7 @@ class ReplicaError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """One rank's copy of a weight whose replicas are not all the same."""
+    """One rank's copy of a weight with differing replicas."""
 
     name: str
     bits: int  # the sum of its bits
@@ -65,7 +65,7 @@ class ReplicaCheck:
         raise ReplicaError(f"step {step}: {message}")
 
     def _compare(self, group: ProcessGroup, *, experts: bool) -> list[Mismatch]:
-        """Return this rank's copies of the weights whose replicas in the group differ; experts, or all other weights."""
+        """Return this rank's copies of the weights that differ between replicas in the group; experts, or all other weights."""
         shard = self._mesh.shard
         sums = {name: sum_of_bits(weight) for name, weight in self._weights() if is_sharded(name, shard, "expert") == experts}
         if not sums:

@@ -18,7 +18,7 @@ MANUAL = "docs/models.md shows an example."
 
 
 def build_model(config: ModelConfig, *, vocabulary: int, sequence_length: int, code: Path | None = None) -> Transformer:
-    """Return a model whose weights are not initialized. vocabulary: the tokenizer's size. code: see `load_class`.
+    """Return a model with uninitialized weights. vocabulary: the tokenizer's size. code: see `load_class`.
 
     Raises InputError if the sizes do not fit, or the user's class is not usable.
     """
@@ -39,7 +39,7 @@ def load_class(path: str, code: Path | None = None) -> type[Transformer]:
     if not (name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
         raise InputError(f"model.family: expected package.module:Class, got {path!r}. Use valid Python names.")
     directory = str(code or Path.cwd())
-    sys.path.append(directory)  # last, and only for this import: a user's file shadows no module of ours
+    sys.path.append(directory)  # last, and only for this import: a user's file does not shadow our modules
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -86,7 +86,7 @@ class AttentionDropout(_HashedDropout):
 
 
 def name_dropouts(model: nn.Module) -> None:
-    """Give each dropout the stream of its module's name. Call this on the whole model, before it is sharded or wrapped."""
+    """Set each dropout's stream from its module's name. Call this on the whole model, before it is sharded or wrapped."""
     for name, module in model.named_modules():
         if isinstance(module, _HashedDropout):
             module.stream = torch.tensor(xxhash.xxh3_64_intdigest(name.encode()) >> 1)

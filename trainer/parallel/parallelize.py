@@ -88,7 +88,7 @@ def _checkpointed(forward: Any, *inputs: Any, selective: bool) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs)
     contexts: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)} if selective else {}
-    # No code of ours uses torch's generators: dropout is hashed.
+    # Nothing uses torch's generators: dropout is hashed.
     return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 

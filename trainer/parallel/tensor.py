@@ -18,7 +18,7 @@ from manta.trainer.model.moe import Experts
 
 
 def apply_tensor_parallel(model: nn.Module, group: ProcessGroup) -> None:
-    """Add the collectives to layers whose weights are sharded already."""
+    """Add the collectives to layers with sharded weights."""
     for module in list(model.modules()):
         if isinstance(module, Attention | SwiGLU | MLP | Experts | Head):
             module.register_forward_pre_hook(partial(_copy_input, group))
@@ -52,14 +52,14 @@ def vocabulary_shard(group: ProcessGroup) -> VocabularyShard:
 
 
 def _row_parallel(linear: nn.Linear, group: ProcessGroup, input: Tensor) -> Tensor:  # noqa: A002  nn.Linear's name
-    """A linear layer whose input is sharded over the group: sum the products, then add the bias once."""
+    """A linear layer with an input sharded over the group: sum the products, then add the bias once."""
     y = reduce_from_group(F.linear(input, linear.weight), group)
     bias: Any = linear.bias
     return y if bias is None else y + bias
 
 
 def _embed_vocabulary(embedding: Embedding, group: ProcessGroup, tokens_BT: Tensor) -> Tensor:
-    """Look up the tokens whose rows this rank holds and leave the others zero; the sum over the group is complete."""
+    """Look up the tokens in this rank's rows and leave the others zero; the sum over the group is complete."""
     weight_VD = embedding.weight
     local_BT = tokens_BT - dist.get_rank(group) * len(weight_VD)
     remote_BT = (local_BT < 0) | (local_BT >= len(weight_VD))

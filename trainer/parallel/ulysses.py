@@ -1,7 +1,7 @@
 """Sequence parallelism (DeepSpeed-Ulysses, Jacobs et al. 2023): each rank of a group holds a part of every sequence.
 
 All layers but attention work token by token. For attention the ranks exchange: each computes its share of the heads over all tokens, and
-returns all heads of its own tokens. For ZeRO these ranks are data ranks: they hold the same weights, and other tokens.
+returns all heads of its own tokens. For ZeRO these ranks are data ranks: they hold the same weights and different tokens.
 
 Shapes: B batch, T tokens of this rank, S = P T tokens of the whole sequence, N heads, H head width, P ranks of the group.
 """
