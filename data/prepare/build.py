@@ -73,6 +73,7 @@ def build_shards(
         missing = [task for task in _mark_duplicates(source, tasks, data) if task.index not in records]
     work = index_token_file if is_tokens else encode_split
     records |= run_tasks(f"prepare {source.resolved_name}", work, missing, data)
+    directory.store.create()  # deletes the temporary files of workers that died with their node
     return BuiltShards(encoder=encoder, records=[records[task.index] for task in tasks])
 
 
