@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, for real: small file systems in memory, mounted by the test. Root writes through permissions."""
+"""Disks that are full or read-only: small tmpfs file systems that the test mounts, because root ignores permissions."""
 
 import json
 import os
@@ -32,12 +32,12 @@ def mount(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
-    """Of 2 MB."""
+    """A file system of 2 MB."""
     path = tmp_path / "disk"
     path.mkdir()
     done = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path))
     if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"no file system can be mounted: {done.stderr.strip()}")
     yield path
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
@@ -51,7 +51,7 @@ def progress(step: int) -> Progress:
 
 
 def fill(file: Path, *, leave: int) -> None:
-    """The disk, but for so many bytes."""
+    """Fill the disk, except for `leave` bytes."""
     file.write_bytes(bytes(shutil.disk_usage(file.parent).free - leave))
     assert shutil.disk_usage(file.parent).free == leave
 
@@ -59,43 +59,43 @@ def fill(file: Path, *, leave: int) -> None:
 FULL = r"rank 0: \S+/step-00000002: No space left on device: needs 1,200,\d+ bytes, and 880,640 were free\. Free some space, or lower"
 
 
-def saved(saver: CheckpointWriter, step: int, *, wait: bool) -> None:
-    saver.save(tensors(step), progress(step), wait=wait)
-    saver.finish()
+def save(writer: CheckpointWriter, step: int, *, wait: bool) -> None:
+    writer.save(tensors(step), progress(step), wait=wait)
+    writer.finish()
 
 
 @pytest.mark.parametrize("wait", [True, False], ids=["blocking", "asynchronous"])
-def test_a_full_disk_is_told_and_costs_no_checkpoint(disk, wait):
-    saver = CheckpointWriter(open_backend(disk), identity={}, attempt=0, asynchronous=True)
-    saver.set_fence()
-    saver.save(tensors(1), progress(1))
+def test_a_full_disk_is_reported_and_costs_no_checkpoint(disk, wait):
+    writer = CheckpointWriter(open_backend(disk), identity={}, attempt=0, asynchronous=True)
+    writer.set_fence()
+    writer.save(tensors(1), progress(1))
     free = shutil.disk_usage(disk).free
     with pytest.raises(SaveError, match=FULL):
-        saved(saver, 2, wait=wait)
-    assert shutil.disk_usage(disk).free == free, "what was half written is taken away"
+        save(writer, 2, wait=wait)
+    assert shutil.disk_usage(disk).free == free, "the half-written checkpoint is deleted"
     assert catalog.newest_valid(open_backend(disk)).progress.step == 1
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
-    saved(saver, 2, wait=wait)
+    save(writer, 2, wait=wait)
     assert catalog.newest_valid(open_backend(disk)).progress.step == 2
 
 
 @pytest.mark.parametrize("wait", [True, False], ids=["blocking", "asynchronous"])
-def test_a_read_only_disk_is_told_and_costs_no_checkpoint(disk, wait):
-    saver = CheckpointWriter(open_backend(disk), identity={}, attempt=0, asynchronous=True)
-    saver.set_fence()
-    saver.save(tensors(1), progress(1))
+def test_a_read_only_disk_is_reported_and_costs_no_checkpoint(disk, wait):
+    writer = CheckpointWriter(open_backend(disk), identity={}, attempt=0, asynchronous=True)
+    writer.set_fence()
+    writer.save(tensors(1), progress(1))
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
     with pytest.raises(SaveError, match=r"rank 0: \S+/\.step-00000002\S+: Read-only file system: needs 1,200,\d+ bytes, and"):
-        saved(saver, 2, wait=wait)
+        save(writer, 2, wait=wait)
     assert catalog.newest_valid(open_backend(disk)).progress.step == 1
     assert mount("-o", "remount,rw", str(disk)).returncode == 0
     shutil.rmtree(disk / "step-00000001")
-    saved(saver, 3, wait=wait)
+    save(writer, 3, wait=wait)
     assert catalog.newest_valid(open_backend(disk)).progress.step == 3
 
 
-def test_room_that_a_dead_attempt_s_half_of_a_checkpoint_takes_is_given_back_first(disk):
-    """Else the next attempt could not even say that it has begun."""
+def test_space_of_a_dead_attempts_partial_checkpoint_is_freed_first(disk):
+    """Otherwise the next attempt could not set its fence."""
     dead = CheckpointWriter(open_backend(disk), identity={}, attempt=1)
     dead.set_fence()
     dead.save(tensors(1), progress(1))
@@ -113,43 +113,43 @@ def test_room_that_a_dead_attempt_s_half_of_a_checkpoint_takes_is_given_back_fir
     assert catalog.newest_valid(open_backend(disk)).progress.step == 1
 
 
-def test_an_attempt_that_can_not_say_that_it_has_begun_says_what_to_do(disk):
-    saver = CheckpointWriter(open_backend(disk), identity={}, attempt=1)
-    saver.save(tensors(1), progress(1))
+def test_an_attempt_that_cannot_set_its_fence_says_what_to_do(disk):
+    writer = CheckpointWriter(open_backend(disk), identity={}, attempt=1)
+    writer.save(tensors(1), progress(1))
     (disk / "fence.json").unlink(missing_ok=True)
     fill(disk / "filler", leave=0)
     with pytest.raises(SaveError, match=rf"{disk}: No space left on device\. Free some space"):
-        saver.set_fence()
+        writer.set_fence()
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
     with pytest.raises(SaveError, match=rf"{disk}/\.fence\.json\.\d+\.tmp: Read-only file system"):
-        saver.set_fence()
+        writer.set_fence()
     assert catalog.newest_valid(open_backend(disk)).progress.step == 1
 
 
-@pytest.mark.parametrize("short", [0, 1, 2], ids=["no room for latest", "nor for the manifest", "nor for the tensors"])
-def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(disk, short, caplog):
-    saver = CheckpointWriter(open_backend(disk), identity={}, attempt=1)
-    saver.set_fence()
+@pytest.mark.parametrize("short", [0, 1, 2], ids=["no space for latest", "nor for the manifest", "nor for the tensors"])
+def test_a_checkpoint_without_enough_space_is_complete_or_absent(disk, short, caplog):
+    writer = CheckpointWriter(open_backend(disk), identity={}, attempt=1)
+    writer.set_fence()
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
     before = shutil.disk_usage(disk).free
-    saver.save(tensors(1), progress(1))
-    takes = before - shutil.disk_usage(disk).free - PAGE  # `latest` was made beside it
-    fill(disk / "filler", leave=takes - short * PAGE)
+    writer.save(tensors(1), progress(1))
+    size = before - shutil.disk_usage(disk).free - PAGE  # `latest` was written, too
+    fill(disk / "filler", leave=size - short * PAGE)
     if short == 0:
-        saver.save(tensors(2), progress(2))
+        writer.save(tensors(2), progress(2))
         assert re.search(r"latest\S*: No space left on device; step-00000002 is saved nevertheless", caplog.text)
     else:
         with pytest.raises(SaveError, match=r"No space left on device: needs [\d,]+ bytes, and [\d,]+ were free\. Free some space"):
-            saver.save(tensors(2), progress(2))
-        assert shutil.disk_usage(disk).free == takes - short * PAGE
-    where = open_backend(disk)
-    for name in where.names():
-        catalog.verify(where, name)
-    assert catalog.newest_valid(where).progress.step == (1 if short else 2)
+            writer.save(tensors(2), progress(2))
+        assert shutil.disk_usage(disk).free == size - short * PAGE
+    backend = open_backend(disk)
+    for name in backend.names():
+        catalog.verify(backend, name)
+    assert catalog.newest_valid(backend).progress.step == (1 if short else 2)
     assert not list(disk.glob(".step*"))
     (disk / "filler").unlink()
-    saver.save(tensors(3), progress(3))
-    assert catalog.newest_valid(where).progress.step == 3
+    writer.save(tensors(3), progress(3))
+    assert catalog.newest_valid(backend).progress.step == 3
     assert (disk / "latest").read_text() == "step-00000003\n"
     assert not list(disk.glob(".*"))
 
@@ -158,58 +158,58 @@ def test_whatever_there_is_no_room_for_each_checkpoint_is_whole_or_not_there(dis
 
 
 @pytest.mark.slow
-def test_a_run_whose_disk_is_full_trains_on_for_as_many_saves_as_it_may_and_stops(workspace, disk):
+def test_a_run_with_a_full_disk_trains_on_for_the_tolerated_saves(workspace, disk):
     run = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.max_failed_saves=1", "evaluate.every_steps=100")
     failed = workspace.train("full", *run, code=1)
     full = r"rank \d failed at step \d+: SaveError: rank \d: .*/step-00000012: No space left on device: needs [\d,]+ bytes, and [\d,]+ were"
     assert re.search(full, failed.stderr)
     assert "CHECKPOINT FAILED, 1 in a row" in failed.stderr
     lines = read_metrics(workspace.directory / "full/metrics.jsonl")
-    told = [line["step"] for line in lines if line.get("checkpoint/failures") == 1]
-    assert told[0] in range(9, 12), "the second save, of step 8, is the first that finds no room"
-    assert lines[-1]["step"] in range(12, 16), "the third, of step 12, is one more than are tolerated"
+    failing = [line["step"] for line in lines if line.get("checkpoint/failures") == 1]
+    assert failing[0] in range(9, 12), "the second save, of step 8, is the first to fail"
+    assert lines[-1]["step"] in range(12, 16), "the third save, of step 12, is one too many"
     log = (workspace.directory / "full/logs/attempt-0001/rank-0000.log").read_text()
     assert "could not save; training continues (1 of 1 tolerated failures in a row): rank" in log
-    assert not (workspace.directory / "full/logs/attempt-0002/rank-0000.log").exists(), "another try would meet the same"
-    where = open_backend(disk)
-    assert catalog.newest_valid(where).progress.step == 4
-    assert where.names() == ["step-00000004"]
+    assert not (workspace.directory / "full/logs/attempt-0002/rank-0000.log").exists(), "a restart would fail, too"
+    backend = open_backend(disk)
+    assert catalog.newest_valid(backend).progress.step == 4
+    assert backend.names() == ["step-00000004"]
     assert not list(disk.glob(".*partial"))
     assert mount("-o", "remount,size=8m", str(disk)).returncode == 0
     assert workspace.manta("resume", "full", "train.steps=40").returncode == 0
-    assert where.names() == ["step-00000040", "step-00000036"]
+    assert backend.names() == ["step-00000040", "step-00000036"]
     again = read_metrics(workspace.directory / "full/metrics.jsonl")
     assert [line["step"] for line in again] == list(range(1, 41))
     assert [line["attempt"] for line in again] == [1] * 4 + [2] * 36
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told_is", ["manta", "rank 1"])
-def test_a_run_told_to_leave_that_can_not_save_says_so(workspace, disk, told_is):
-    run = f"left by {told_is}"
+@pytest.mark.parametrize("stopped", ["manta", "rank 1"])
+def test_a_stopped_run_that_cannot_save_reports_it(workspace, disk, stopped):
+    run = f"stopped by {stopped}"
     more = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.max_failed_saves=1000", "train.steps=4000")
     with workspace.start("train", str(workspace.config_file), f"run.dir={run}", *more) as running:
-        until = time.monotonic() + 60
-        while time.monotonic() < until and not any(
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not any(
             line["step"] == 12 for line in read_metrics(workspace.directory / run / "metrics.jsonl")
         ):
             time.sleep(0.05)
         ranks = next(e for e in read_events(workspace.directory / run / "events.jsonl") if e["event"] == "attempt-started")["ranks"]
-        os.kill(running.pid if told_is == "manta" else ranks[1]["pid"], signal.SIGTERM)
-        _, told = running.communicate(timeout=60)
-        assert running.returncode == 143, told
-    assert re.search(r"LeftUnsavedError: stop requested: rank \d: .*: No space left on device: needs [\d,]+ bytes, and [\d,]+ were", told)
-    assert "stopped; step 4 is saved; resume with: manta resume" in told
+        os.kill(running.pid if stopped == "manta" else ranks[1]["pid"], signal.SIGTERM)
+        _, output = running.communicate(timeout=60)
+        assert running.returncode == 143, output
+    assert re.search(r"LeftUnsavedError: stop requested: rank \d: .*: No space left on device: needs [\d,]+ bytes, and [\d,]+ were", output)
+    assert "stopped; step 4 is saved; resume with: manta resume" in output
     assert json.loads(workspace.manta("status", run, "--json").stdout)["state"] == "stopped, not saved"
     assert catalog.newest_valid(open_backend(disk)).progress.step == 4
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_nowhere_where_checkpoints_can_not_be_written(workspace, disk):
-    here = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "train.steps=4")
-    workspace.train("nowhere", *here)
+def test_a_run_does_not_start_if_checkpoints_cannot_be_written(workspace, disk):
+    options = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "train.steps=4")
+    workspace.train("nowhere", *options)
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
-    refused = workspace.train("nowhere", *here[:-1], "train.steps=8", code=2)
+    refused = workspace.train("nowhere", *options[:-1], "train.steps=8", code=2)
     wanted = f"checkpoint.directory: expected a directory that can be written, got {disk}. Choose another, or make {disk} writable."
     assert wanted in refused.stderr
     alone, on_cpu = [sys.executable, "-P", "-m", "manta.trainer", "nowhere"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}

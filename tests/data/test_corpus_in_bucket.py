@@ -1,4 +1,4 @@
-"""A corpus prepared into a bucket, and read from there by several processes of a node, through faults and with too small a cache."""
+"""A corpus prepared into a bucket, and read by several processes of a node, with faults and with a small cache."""
 
 import json
 import subprocess
@@ -30,9 +30,9 @@ data, tokens = (kind.model_validate_json(text) for kind, text in zip((DataConfig
 rank, ranks, batch = map(int, sys.argv[3:])
 samples = Samples(find_prepared(data, tokens), data, tokens, seed=3)
 total = len(samples.sampler.sources[0].dataset)
-told = [xxhash.xxh3_64_hexdigest(samples.train(np.arange(at + rank, min(at + batch, 2 * total), ranks)).tokens.tobytes())
+digests = [xxhash.xxh3_64_hexdigest(samples.train(np.arange(at + rank, min(at + batch, 2 * total), ranks)).tokens.tobytes())
         for at in range(0, 2 * total, batch)]
-print(json.dumps(told))
+print(json.dumps(digests))
 """
 URL = f"s3://{BUCKET}/prepared"
 
@@ -53,7 +53,7 @@ def store():
 
 @pytest.fixture
 def bucket(store, lines, tmp_path, monkeypatch):
-    """The proxy before a bucket that holds the prepared corpus, and its config, with a fresh cache."""
+    """The proxy of a bucket with a prepared corpus, and its config, with an empty cache."""
     _, proxy = store
     for name, value in proxy.environment.items():
         monkeypatch.setenv(name, value)
@@ -64,15 +64,15 @@ def bucket(store, lines, tmp_path, monkeypatch):
 
 
 def read(data: DataConfig, *, ranks: int = 1, batch: int = 64) -> list[list[str]]:
-    """Two epochs by so many processes at once: the digest of each batch, by rank."""
+    """Read two epochs by concurrent processes. Return the digest of each batch, by rank."""
     command = [sys.executable, "-c", READ, data.model_dump_json(), SMALL.model_dump_json()]
     processes = [
         subprocess.Popen([*command, str(rank), str(ranks), str(batch)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in range(ranks)
     ]
-    told = [process.communicate() for process in processes]
-    assert all(process.returncode == 0 for process in processes), told
-    return [json.loads(out) for out, _ in told]
+    outputs = [process.communicate() for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    return [json.loads(out) for out, _ in outputs]
 
 
 def downloads(proxy: Proxy) -> dict[str, int]:
@@ -86,11 +86,11 @@ def test_a_corpus_in_a_bucket_holds_the_bytes_of_one_on_disk(bucket, lines, tmp_
     assert there.fingerprint == here.fingerprint
     assert there.tokenizer.read_bytes() == here.tokenizer.read_bytes()
     assert all(root.startswith(f"{URL}/") for root in there.corpora)
-    assert prepare.prepare(data, SMALL) == there  # nothing is made twice
+    assert prepare.prepare(data, SMALL) == there  # nothing is prepared twice
 
 
 @pytest.mark.slow
-def test_two_ranks_download_each_shard_once_and_later_ones_none(bucket, lines, tmp_path):
+def test_two_ranks_download_each_shard_once(bucket, lines, tmp_path):
     proxy, data = bucket
     cold = read(data, ranks=2)
     assert len(downloads(proxy)) == 8
@@ -104,7 +104,7 @@ def test_two_ranks_download_each_shard_once_and_later_ones_none(bucket, lines, t
 
 
 @pytest.mark.slow
-def test_a_cache_smaller_than_the_corpus_reads_it_all_by_blocks(bucket, lines, tmp_path):
+def test_a_cache_smaller_than_the_corpus_needs_shuffle_shards(bucket, lines, tmp_path):
     proxy, data = bucket
     sizes = [shard.stat().st_size for shard in _shards(lines, tmp_path)]
     room = CacheConfig(directory=tmp_path / "small", bytes=sum(sorted(sizes)[-4:]) + sum(sizes) // 3)
@@ -120,7 +120,7 @@ def test_a_cache_smaller_than_the_corpus_reads_it_all_by_blocks(bucket, lines, t
 
 
 @pytest.mark.slow
-def test_a_cut_connection_and_a_flipped_bit_cost_a_download_and_no_token(bucket):
+def test_a_cut_connection_and_a_flipped_bit_change_no_token(bucket):
     proxy, data = bucket
     (key, *_) = [key for key in _keys(data) if key.endswith("piece-00003.train.bin")]
     whole = read(data)
@@ -131,7 +131,7 @@ def test_a_cut_connection_and_a_flipped_bit_cost_a_download_and_no_token(bucket)
 
 
 @pytest.mark.slow
-def test_a_corrupted_object_is_told_and_never_read(bucket, store):
+def test_a_corrupt_object_is_refused(bucket, store):
     _, data = bucket
     (key, *_) = [key for key in _keys(data) if key.endswith("piece-00003.train.bin")]
     whole = open_store(f"s3://{BUCKET}/{key}").read()
@@ -140,7 +140,9 @@ def test_a_corrupted_object_is_told_and_never_read(bucket, store):
         with pytest.raises(AssertionError, match=r"piece-00003\.train\.bin: got .* wants"):
             read(data)
         (root,) = prepare.find_prepared(data, SMALL).corpora
-        damage = verify([(home := CorpusDirectory(root, data.cache), manifest.load(home))], window_shape(data), advance=lambda _: None)
+        damage = verify(
+            [(directory := CorpusDirectory(root, data.cache), manifest.load(directory))], window_shape(data), advance=lambda _: None
+        )
         assert [one.path for one in damage] == [f"{root}/piece-00003.train.bin"]
     finally:
         store[0].put(key, whole)
@@ -148,8 +150,8 @@ def test_a_corrupted_object_is_told_and_never_read(bucket, store):
     assert len(right) > 10
 
 
-def test_a_preparation_into_a_bucket_that_is_broken_off_goes_on(bucket):
-    """What was uploaded before stays; the manifest, which makes it a corpus, comes last."""
+def test_an_interrupted_preparation_into_a_bucket_is_continued(bucket):
+    """Uploaded shards are kept; the manifest, which makes them a corpus, is written last."""
     proxy, data = bucket
     other = data.model_copy(update={"directory": f"s3://{BUCKET}/other"})
     made = prepare.find_prepared(data, SMALL)

@@ -1,4 +1,4 @@
-"""Shards: Megatron's format to the byte, whole or absent."""
+"""Token shards: Megatron's format to the byte, complete or absent."""
 
 import struct
 from contextlib import suppress
@@ -25,7 +25,7 @@ def write(prefix, documents, vocabulary=2**16):
 
 @settings(deadline=None)
 @given(documents=documents, vocabulary=st.sampled_from([300, 2**16, 2**16 + 1]))
-def test_documents_come_back(tmp_path_factory, documents, vocabulary):
+def test_written_documents_are_read(tmp_path_factory, documents, vocabulary):
     prefix = tmp_path_factory.getbasetemp() / "back.train"
     shard = write(prefix, documents, vocabulary)
     index = read_index(prefix.with_name(shard.index))
@@ -40,14 +40,14 @@ def test_documents_come_back(tmp_path_factory, documents, vocabulary):
     assert CorpusDirectory(str(prefix.parent), CacheConfig()).shard_problem(shard, contents=True) is None
 
 
-def test_the_bytes_are_megatrons(tmp_path):
+def test_the_bytes_are_those_of_megatron(tmp_path):
     write(tmp_path / "x.train", [[1, 2, 0], [3, 0]])
     assert (tmp_path / "x.train.bin").read_bytes() == struct.pack("<5H", 1, 2, 0, 3, 0)
     header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3)
     assert (tmp_path / "x.train.idx").read_bytes() == header + struct.pack("<2i2q3q", 3, 2, 0, 6, 0, 1, 2)
 
 
-def test_what_is_not_committed_leaves_nothing(tmp_path):
+def test_an_uncommitted_shard_leaves_no_file(tmp_path):
     assert write(tmp_path / "empty", []) is None
     with suppress(KeyboardInterrupt), ShardWriter(tmp_path / "x", dtype_for(300)) as writer:
         writer.append(np.array([1]), text_bytes=1)
@@ -55,28 +55,28 @@ def test_what_is_not_committed_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_is_noticed(tmp_path):
+def test_damage_is_found(tmp_path):
     shard = write(tmp_path / "x.train", [[1, 2, 0]])
-    home, path = CorpusDirectory(str(tmp_path), CacheConfig()), tmp_path / "x.train.bin"
+    directory, path = CorpusDirectory(str(tmp_path), CacheConfig()), tmp_path / "x.train.bin"
     whole = path.read_bytes()
     path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    assert home.shard_problem(shard, contents=False) is None
-    assert home.shard_problem(shard, contents=True) == f"{path}: its content has changed since it was written"
+    assert directory.shard_problem(shard, contents=False) is None
+    assert directory.shard_problem(shard, contents=True) == f"{path}: its content has changed since it was written"
     path.write_bytes(whole[:-1])
-    assert home.shard_problem(shard, contents=False) == f"{path}: expected 6 bytes, got 5"
+    assert directory.shard_problem(shard, contents=False) == f"{path}: expected 6 bytes, got 5"
     path.unlink()
-    assert home.shard_problem(shard, contents=False) == f"{path}: missing"
+    assert directory.shard_problem(shard, contents=False) == f"{path}: missing"
 
 
-def test_a_bad_index_is_told(tmp_path):
+def test_a_bad_index_is_refused(tmp_path):
     write(tmp_path / "x", [[1, 2, 0]])
     path = tmp_path / "x.idx"
     whole = path.read_bytes()
-    for content, words in (
+    for content, message in (
         (b"hello" * 20, "expected a Megatron index"),
         (whole[:-3], "expected [0-9]+ bytes, got [0-9]+.*truncated or damaged"),
         (whole.replace(b"\x08", b"\x07", 1), "dtype code 7"),
     ):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=message):
             read_index(path)
