@@ -81,12 +81,12 @@ def downloads(proxy: Proxy) -> dict[str, int]:
 
 def test_a_corpus_in_a_bucket_holds_the_bytes_of_one_on_disk(bucket, lines, tmp_path):
     _, data = bucket
-    there = prepare.find_prepared(data, SMALL)
-    here = prepare.prepare(config(tmp_path / "here", lines), SMALL)
-    assert there.fingerprint == here.fingerprint
-    assert there.tokenizer.read_bytes() == here.tokenizer.read_bytes()
-    assert all(root.startswith(f"{URL}/") for root in there.corpora)
-    assert prepare.prepare(data, SMALL) == there  # nothing is prepared twice
+    remote = prepare.find_prepared(data, SMALL)
+    local = prepare.prepare(config(tmp_path / "local", lines), SMALL)
+    assert remote.fingerprint == local.fingerprint
+    assert remote.tokenizer.read_bytes() == local.tokenizer.read_bytes()
+    assert all(root.startswith(f"{URL}/") for root in remote.corpora)
+    assert prepare.prepare(data, SMALL) == remote  # nothing is prepared twice
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_two_ranks_download_each_shard_once(bucket, lines, tmp_path):
     proxy.reset()
     assert read(data, ranks=2) == cold
     assert not downloads(proxy)
-    local = config(tmp_path / "here", lines)
+    local = config(tmp_path / "local", lines)
     prepare.prepare(local, SMALL)
     assert read(local, ranks=2) == cold
 
@@ -108,7 +108,7 @@ def test_a_cache_smaller_than_the_corpus_needs_shuffle_shards(bucket, lines, tmp
     proxy, data = bucket
     sizes = [shard.stat().st_size for shard in _shards(lines, tmp_path)]
     room = CacheConfig(directory=tmp_path / "small", bytes=sum(sorted(sizes)[-4:]) + sum(sizes) // 3)
-    with pytest.raises(InputError, match=r"data\.cache\.bytes: got [\d,]+, wants at least [\d,]+ .*set data\.shuffle_shards"):
+    with pytest.raises(InputError, match=r"data\.cache\.bytes: expected at least [\d,]+ .*, got [\d,]+\. .*set data\.shuffle_shards"):
         Samples(prepare.find_prepared(data, SMALL), data.model_copy(update={"cache": room}), SMALL, seed=3)
     small = data.model_copy(update={"cache": room, "shuffle_shards": 2})
     wide = data.model_copy(update={"shuffle_shards": 2})
@@ -137,12 +137,11 @@ def test_a_corrupt_object_is_refused(bucket, store):
     whole = open_store(f"s3://{BUCKET}/{key}").read()
     store[0].put(key, bytes([whole[0] ^ 1]) + whole[1:])
     try:
-        with pytest.raises(AssertionError, match=r"piece-00003\.train\.bin: got .* wants"):
+        with pytest.raises(AssertionError, match=r"piece-00003\.train\.bin: expected .* got"):
             read(data)
         (root,) = prepare.find_prepared(data, SMALL).corpora
-        damage = verify(
-            [(directory := CorpusDirectory(root, data.cache), manifest.load(directory))], window_shape(data), advance=lambda _: None
-        )
+        directory = CorpusDirectory(root, data.cache)
+        damage = verify([(directory, manifest.load(directory))], window_shape(data), advance=lambda _: None)
         assert [one.path for one in damage] == [f"{root}/piece-00003.train.bin"]
     finally:
         store[0].put(key, whole)
