@@ -38,7 +38,7 @@ class CorpusSplit(BaseModel, frozen=True, extra="forbid"):
     documents: int
     text_bytes: int
     unigram_entropy: float | None
-    """Of validation: nats per token of its own token frequencies, which is the loss of a model that knows only these."""
+    """Of validation: the loss in nats per token of a model that knows only its token frequencies."""
     shards: tuple[Shard, ...]
 
     @classmethod

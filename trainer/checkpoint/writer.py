@@ -1,6 +1,6 @@
 """Saves by all ranks together: each writes its file, the first commits. An asynchronous save is written while training continues.
 
-One save at most is in progress. Its ranks communicate over a process group of their own, apart from training's collectives.
+One save at most is in progress. Its ranks communicate over a separate process group, apart from training's collectives.
 """
 
 import errno
