@@ -1,3 +1,3 @@
-"""What the user wants: command line, run config, targets, inspection."""
+"""The user interface: command line, run config, launch targets, inspection."""
 
 __version__ = "0.1.0"

@@ -290,7 +290,7 @@ def _trained(run: Path) -> "RunDirectory":
 def main() -> None:
     """Run the console script. An InputError ends it with exit code 2 and a line per problem."""
     if sys.platform != "linux":
-        sys.stderr.write(f"manta: expected Linux, whose process supervision it uses, got {sys.platform}. Use a Linux machine.\n")
+        sys.stderr.write(f"manta: expected Linux, because it uses Linux process supervision, got {sys.platform}. Use a Linux machine.\n")
         sys.exit(ExitCode.USAGE)
     try:
         app(prog_name="manta")

@@ -6,7 +6,7 @@ from manta.trainer.run_directory import RunDirectory
 
 
 class MessageConsole(Console):
-    """Writes plain lines to standard error. If nobody reads it any more, it falls silent, and the run continues."""
+    """Writes plain lines to standard error. If its reader is gone, it stays silent, and the run continues."""
 
     def __init__(self) -> None:
         super().__init__(stderr=True, soft_wrap=True, highlight=False, markup=False)

@@ -41,7 +41,7 @@ class StepData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTotals:
-    """One step's values, reduced over all ranks. `terms`: of the loss. The flags: whether any rank says so."""
+    """One step's values, reduced over all ranks. `terms`: of the loss. A flag is set if any rank sets it."""
 
     terms: Sequence[float]
     digest: int

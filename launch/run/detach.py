@@ -1,4 +1,4 @@
-"""`--detach`: run the same command again in a session of its own, which a closing terminal does not end."""
+"""`--detach`: run the same command in a new session, so that closing the terminal does not end it."""
 
 import signal
 import subprocess

@@ -17,7 +17,7 @@ from manta.trainer.run_directory import RunDirectory
 
 INTERVAL = 10.0  # seconds between lines without a terminal
 SMOOTHING = 0.1  # weight of the newest step in the moving average of the time per sample
-TRACEBACK_LINES = 12  # last lines of a traceback to show: the error, and where it was raised
+TRACEBACK_LINES = 12  # last lines of a traceback to show
 
 
 class Display:
@@ -88,7 +88,7 @@ class Display:
                 return f"{attempt}: {failure}: {details['message']} ({self._log(event)})"
             case "rank-slow":
                 straggler = f"rank {details['rank']} on {details['node']} is {details['times']:.1f}x slower than the median rank"
-                times = f"{details['work']:.3g} s of its own work in step {details['step']}, median {details['median']:.3g} s"
+                times = f"{details['work']:.3g} s of compute in step {details['step']}, median {details['median']:.3g} s"
                 return f"{attempt}: {straggler}: {times}; all ranks wait for it"
             case "node-ready" if details.get("differs"):
                 versions = ", ".join(details["differs"])

@@ -44,7 +44,7 @@ def preflight(config: RunConfig, ray: Ray) -> RunPlan | None:
     check_writable(run_dir, config)
     per_node = local_ranks(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
     possible, fallbacks = layouts(config.train, config.parallel), shrunk_layouts(config.train, config.parallel)
-    # Until nodes have reported their GPUs, plan for as many ranks as the run can use.
+    # Until nodes have reported their GPUs, plan for the largest number of ranks that the run can use.
     ranks = max(possible, default=1) if per_node is None else config.cluster.max_nodes * per_node
     layout = largest_layout(config.train, config.parallel, ranks)
     check_same_run(run_dir, config)

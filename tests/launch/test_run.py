@@ -22,7 +22,7 @@ from manta.trainer.serve.generate import Sampling, generate_text
 STEPS = 40
 
 
-def test_a_run_leaves_what_its_directory_promises(workspace, finished_run):
+def test_a_run_writes_the_files_of_its_directory(workspace, finished_run):
     home = workspace.directory / finished_run
     for name in (
         "config.yaml",
@@ -43,7 +43,7 @@ def test_a_run_leaves_what_its_directory_promises(workspace, finished_run):
     assert "already done: step 40 of 40; raise train.steps to continue" in again.stderr
 
 
-def test_a_rank_killed_in_mid_run_changes_no_loss(workspace, finished_run):
+def test_a_killed_rank_changes_no_loss(workspace, finished_run):
     with workspace.start(
         "train", str(workspace.config_file), "run.dir=killed", "checkpoint.every_steps=8", "cluster.hot_standby=true"
     ) as running:
@@ -54,21 +54,21 @@ def test_a_rank_killed_in_mid_run_changes_no_loss(workspace, finished_run):
         running.communicate()
     failed = [event for event in events(workspace, "killed") if event["event"] == "rank-failed"]
     assert [event["rank"] for event in failed] == [1]
-    assert losses(workspace, "killed") == losses(workspace, finished_run)  # bit by bit
+    assert losses(workspace, "killed") == losses(workspace, finished_run)  # bitwise
     assert [line["data/digest"] for line in lines(workspace, "killed")] == [line["data/digest"] for line in lines(workspace, finished_run)]
     written = parse_lines((workspace.directory / "killed/metrics.jsonl").read_text())
-    assert len(written) > STEPS, "no step was done twice: the kill came too late to prove anything"
+    assert len(written) > STEPS, "no step was recomputed: the kill was too late to prove anything"
 
 
 FROM_ONE_TO_TWO = pytest.param(1, 2, signal.SIGINT, 130, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("before", "after", "told", "code"), [(2, 1, signal.SIGTERM, 75), FROM_ONE_TO_TWO])
-def test_a_stopped_run_goes_on_with_another_number_of_ranks(workspace, finished_run, before, after, told, code):
+@pytest.mark.parametrize(("before", "after", "stop_signal", "code"), [(2, 1, signal.SIGTERM, 75), FROM_ONE_TO_TWO])
+def test_a_stopped_run_resumes_on_another_number_of_ranks(workspace, finished_run, before, after, stop_signal, code):
     run = f"from {before} to {after}"
     with workspace.start("train", str(workspace.config_file), f"run.dir={run}", f"cluster.ranks_per_node={before}") as running:
         wait_for_step(workspace, run, 3, running)
-        running.send_signal(told)
+        running.send_signal(stop_signal)
         assert running.wait(60) == code, running.stderr.read()
         assert "is saved; resume with: manta resume '" in running.communicate()[1]
     assert not processes_of(workspace, run)
@@ -84,7 +84,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(workspace, finished_
 
 
 @pytest.mark.slow
-def test_a_rank_alone_and_torchrun_go_on_with_the_same_run(workspace, finished_run):
+def test_a_single_rank_and_torchrun_resume_a_run(workspace, finished_run):
     home = copy_run(workspace, finished_run, "by hand")
     shutil.rmtree(home / "checkpoints/step-00000040")
     config = home / "config.yaml"
@@ -96,20 +96,20 @@ def test_a_rank_alone_and_torchrun_go_on_with_the_same_run(workspace, finished_r
         done = subprocess.run(command, cwd=workspace.directory, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         assert lines(workspace, "by hand")[-1]["step"] == steps
-    told = lines(workspace, "by hand")
-    assert [line["world_size"] for line in told] == [2] * 36 + [1] * 4 + [2] * 4
-    assert [line["data/digest"] for line in told[:STEPS]] == [line["data/digest"] for line in lines(workspace, finished_run)]
+    output = lines(workspace, "by hand")
+    assert [line["world_size"] for line in output] == [2] * 36 + [1] * 4 + [2] * 4
+    assert [line["data/digest"] for line in output[:STEPS]] == [line["data/digest"] for line in lines(workspace, finished_run)]
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_tensor_parallelism(workspace, finished_run):
+def test_a_run_resumes_under_tensor_parallelism(workspace, finished_run):
     again = resume(workspace, copy_without_newest_checkpoint(workspace, finished_run, "cut"), "parallel.tensor=2")
     assert [line["step"] for line in again] == [37, 38, 39, 40]
     assert_same_losses(again, lines(workspace, finished_run))
 
 
 @pytest.mark.slow
-def test_a_mixture_whose_experts_lay_on_two_ranks_goes_on_on_one(workspace):
+def test_a_mixture_of_experts_resumes_on_one_rank_instead_of_two(workspace):
     experts = "model.experts={experts: 4, top_k: 2, width: 32, balance: bias, bias_update_speed: 0.01}"
     uneven = "evaluate.samples=9"  # by fours over two ranks: at last one of them has one, the other none
     workspace.train("mixture", experts, uneven, "parallel.expert=2", "parallel.zero=3", "train.steps=12", "evaluate.every_steps=6")
@@ -125,7 +125,7 @@ def test_a_mixture_whose_experts_lay_on_two_ranks_goes_on_on_one(workspace):
 
 
 @pytest.mark.slow
-def test_a_run_stopped_twice_goes_on_under_another_layout_each_time(workspace, finished_run):
+def test_a_run_stopped_twice_resumes_under_another_layout_each_time(workspace, finished_run):
     legs = [["parallel.tensor=2"], ["parallel.tensor=1", "parallel.zero=3"], ["parallel.zero=1", "cluster.ranks_per_node=1"]]
     run = "wandering"
     stopped = 0
@@ -155,7 +155,7 @@ UNEVEN = ("evaluate.samples=9", "evaluate.every_steps=1")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [["zero=3"], ["sequence=2", "zero=3"], ["zero=2", "offload=true"], ["tensor=2", "zero=0"]], ids=" ".join)
-def test_evaluation_is_the_same_however_few_samples_a_rank_has(workspace, finished_run, uneven, layout):
+def test_evaluation_does_not_depend_on_the_samples_per_rank(workspace, finished_run, uneven, layout):
     run = copy_without_newest_checkpoint(workspace, finished_run, f"uneven {' '.join(layout)}")
     again = resume(workspace, run, *UNEVEN, *(f"parallel.{part}" for part in layout))
     assert [line["step"] for line in again if "eval/loss" in line] == [37, 38, 39, 40]
@@ -163,25 +163,25 @@ def test_evaluation_is_the_same_however_few_samples_a_rank_has(workspace, finish
 
 
 @pytest.mark.slow
-def test_fp16_skips_steps_whose_gradients_overflow_and_goes_on_with_the_scale_it_found(workspace, finished_run):
-    # A z-loss of hundreds, whose gradients times the first scale are more than fp16 can hold.
+def test_fp16_skips_steps_with_overflow_and_resumes_with_its_loss_scale(workspace, finished_run):
+    # A z-loss of hundreds: its gradients times the first loss scale overflow fp16.
     done = workspace.train("fp16", "precision=fp16", "model.z_loss=10", "train.steps=20", "schedule.shape=constant")
-    told = lines(workspace, "fp16")
-    skipped = [line["skipped"] for line in told]
+    output = lines(workspace, "fp16")
+    skipped = [line["skipped"] for line in output]
     assert skipped[0]
     assert 1 < sum(skipped) < 10
-    assert [line["grad_norm"] is None for line in told] == skipped
-    scales = [line["loss_scale"] for line in told]
+    assert [line["grad_norm"] is None for line in output] == skipped
+    scales = [line["loss_scale"] for line in output]
     assert scales[0] == 2**16, "the first time it is kept"
     assert scales[1:] == [before / 2 if skip else before for before, skip in zip(scales, skipped[1:], strict=False)]
     assert done.stderr.count("gradient overflow, step skipped") == sum(skipped)
     assert losses(workspace, "fp16")[-1] < losses(workspace, "fp16")[0] - 0.1
-    assert [line["data/digest"] for line in told] == [line["data/digest"] for line in lines(workspace, finished_run)][:20]
+    assert [line["data/digest"] for line in output] == [line["data/digest"] for line in lines(workspace, finished_run)][:20]
     again = resume(workspace, "fp16", "train.steps=24", "parallel.zero=3")
     assert again[0]["loss_scale"] == scales[-1] / (1 + again[0]["skipped"])
 
 
-def test_another_config_is_refused_and_the_difference_shown(workspace, finished_run):
+def test_another_config_is_refused_with_its_differences(workspace, finished_run):
     before = (workspace.directory / finished_run / "config.yaml").read_bytes()
     refused = workspace.train(finished_run, "optimizer.learning_rate=2e-3", "train.steps=12", code=2)
     assert "optimizer.learning_rate 0.001 -> 0.002" in refused.stderr
@@ -190,14 +190,16 @@ def test_another_config_is_refused_and_the_difference_shown(workspace, finished_
 
 
 @pytest.mark.slow
-def test_a_run_whose_checkpoints_are_all_bad_never_starts_afresh(workspace, finished_run):
+def test_a_run_with_only_bad_checkpoints_does_not_start_from_scratch(workspace, finished_run):
     home = copy_run(workspace, finished_run, "bad")
     for path in (home / "checkpoints").glob("step-*"):
         (path / "manifest.json").write_text("{")
     failed = workspace.train("bad", "train.steps=44", code=1)
     assert "every checkpoint is bad" in failed.stderr
     assert f"{home}/logs/attempt-0002/rank-000" in failed.stderr.splitlines()[-1]
-    assert [event["event"] for event in events(workspace, "bad")].count("attempt-started") == 2, "another try would meet the same"
+    assert [event["event"] for event in events(workspace, "bad")].count("attempt-started") == 2, (
+        "another attempt would fail in the same way"
+    )
     assert lines(workspace, "bad")[-1]["step"] == STEPS
 
 
@@ -217,31 +219,31 @@ def test_a_run_survives_a_bad_checkpoint_a_moved_corpus_and_a_second_manta(works
         assert running.wait(60) == 130
     assert (home / "checkpoints/bad-step-00000040").exists()
     assert [line["attempt"] for line in lines(workspace, "survivor")][35:37] == [1, 2]
-    told = json.loads(workspace.manta("status", "survivor", "--json").stdout)
-    assert told["state"] == "interrupted"
-    assert told["checkpoint"] == f"step-{told['step']:08d}"
+    output = json.loads(workspace.manta("status", "survivor", "--json").stdout)
+    assert output["state"] == "interrupted"
+    assert output["checkpoint"] == f"step-{output['step']:08d}"
 
 
-def test_status_for_people(workspace, finished_run):
-    told = workspace.manta("status", finished_run).stdout
-    assert "40 of 40" in told
-    assert "done" in told
-    assert "data 2, ZeRO-1" in told
-    # A layout that no step was taken under yet is not told as that of the last one.
+def test_status_prints_a_table(workspace, finished_run):
+    output = workspace.manta("status", finished_run).stdout
+    assert "40 of 40" in output
+    assert "done" in output
+    assert "data 2, ZeRO-1" in output
+    # A changed layout is not shown before a step has used it.
     changed = copy_run(workspace, finished_run, "changed") / "config.yaml"
     changed.write_text(changed.read_text().replace("tensor: 1", "tensor: 2"))
     assert "data 2, ZeRO-1" in workspace.manta("status", "changed").stdout
-    home = workspace.directory / "broken off"
+    home = workspace.directory / "killed run"
     home.mkdir()
     shutil.copyfile(workspace.directory / finished_run / "config.yaml", home / "config.yaml")
     (home / "events.jsonl").write_text(json.dumps({"event": "run-started", "attempt": 0, "time": 0.0}) + "\n")
-    told = workspace.manta("status", "broken off").stdout
-    assert "0 of 40" in told
-    assert "killed; resume with: manta resume" in told
-    assert "tokens/s" not in told
+    output = workspace.manta("status", "killed run").stdout
+    assert "0 of 40" in output
+    assert "killed; resume with: manta resume" in output
+    assert "tokens/s" not in output
 
 
-def test_generate_writes_the_same_text_for_the_same_seed(workspace, finished_run):
+def test_generate_is_deterministic_for_a_seed(workspace, finished_run):
     written = workspace.manta("generate", finished_run, "import ", "--tokens", "20", "--seed", "3")
     assert written.returncode == 0, written.stderr
     assert written.stdout.startswith("import ")
@@ -291,21 +293,21 @@ with torch.no_grad():
     a, b = ours.model.logits(tokens), theirs(tokens).logits
 print(float((a - b).abs().max()))
 """
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=workspace.directory, timeout=120, check=False
     )
-    assert told.returncode == 0, told.stderr
-    assert float(told.stdout) <= 1e-5
+    assert output.returncode == 0, output.stderr
+    assert float(output.stdout) <= 1e-5
 
 
-def test_what_keeps_a_model_in_bounds_is_told_apart_from_its_loss():
+def test_auxiliary_terms_are_not_part_of_the_printed_loss():
     terms = {"train/masked_language": 5.0, "train/next_sentence": 0.5}
-    told = format_line({"train/loss": 5.5, **terms, "train/z_loss": 3.0, "tokens_per_second": 9.0, "skipped": False})
-    assert told == "loss 5.5000 (masked language 5.0000, next sentence 0.5000)  9 tokens/s"
+    output = format_line({"train/loss": 5.5, **terms, "train/z_loss": 3.0, "tokens_per_second": 9.0, "skipped": False})
+    assert output == "loss 5.5000 (masked language 5.0000, next sentence 0.5000)  9 tokens/s"
 
 
 @pytest.mark.slow
-def test_samples_may_be_skipped_from_where_a_run_has_come_to(workspace, finished_run):
+def test_samples_that_are_not_read_yet_may_be_skipped(workspace, finished_run):
     shutil.copytree(workspace.directory / finished_run, workspace.directory / "skipping")
     more = ("run.dir=skipping", f"train.steps={STEPS + 2}")
     refused = workspace.manta("train", str(workspace.config_file), *more, "data.skip=[[10, 20]]")
@@ -317,11 +319,11 @@ def test_samples_may_be_skipped_from_where_a_run_has_come_to(workspace, finished
 
 
 @pytest.mark.slow
-def test_a_run_that_never_trained_begins_anew_with_another_corpus(workspace, finished_run):
-    home = workspace.directory / "begun"
+def test_a_run_without_steps_accepts_another_corpus(workspace, finished_run):
+    home = workspace.directory / "unstarted"
     home.mkdir()
     for name in ("config.yaml", "manifest.json", "tokenizer.json"):
         shutil.copy(workspace.directory / finished_run / name, home)
     before = json.loads((home / "manifest.json").read_text())["corpus"]
-    assert workspace.manta("train", str(workspace.config_file), "run.dir=begun", "data.validation=0.2", "train.steps=1").returncode == 0
+    assert workspace.manta("train", str(workspace.config_file), "run.dir=unstarted", "data.validation=0.2", "train.steps=1").returncode == 0
     assert json.loads((home / "manifest.json").read_text())["corpus"]["corpora"] != before["corpora"]

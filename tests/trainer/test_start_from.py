@@ -1,4 +1,4 @@
-"""A run begins with the weights of another, or of an import: the way people go on with, and fine-tune, a pre-trained model."""
+"""A run starts from the weights of another run or of an import, to continue training or to fine-tune."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def gpt2(workspace, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["parallel.zero=3", "parallel.tensor=2", "parallel={zero: 3, tensor: 2}"])
-def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(workspace, gpt2, layout):
+def test_an_imported_gpt2_starts_with_the_loss_of_transformers(workspace, gpt2, layout):
     overrides = [
         "run.start_from=imported/gpt2",
         "model={preset: imported/gpt2/model.yaml, dropout: 0, attention_dropout: 0}",
@@ -60,7 +60,7 @@ def test_an_imported_gpt2_goes_on_with_the_loss_that_transformers_gives(workspac
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpt2")
-def test_weights_of_another_tokenizer_are_told(workspace):
+def test_weights_of_another_tokenizer_are_reported(workspace):
     preset = "model={preset: imported/gpt2/model.yaml}"
     done = workspace.manta(
         "train",
@@ -77,7 +77,7 @@ def test_weights_of_another_tokenizer_are_told(workspace):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpt2")
-def test_a_vocabulary_that_has_grown_keeps_the_rows_of_its_tokens(workspace):
+def test_a_larger_vocabulary_keeps_the_rows_of_its_old_tokens(workspace):
     """The tokenizer gets new tokens, and its numbers another order: each old token has its own row all the same."""
     import_of = workspace.directory / "imported/gpt2"
     spec = json.loads((import_of / "tokenizer.json").read_text())
@@ -102,8 +102,8 @@ def test_a_vocabulary_that_has_grown_keeps_the_rows_of_its_tokens(workspace):
     )
     rows = torch.tensor([there[name] for name in order[:-70]])
     assert torch.allclose(ours["embedding.weight"][: len(rows)], theirs["embedding.weight"][rows], atol=1e-6)
-    begun = ours["embedding.weight"][len(rows) : len(order)]
-    assert 0.01 < float(begun.std()) < 0.03, "as in a new run"
+    new_rows = ours["embedding.weight"][len(rows) : len(order)]
+    assert 0.01 < float(new_rows.std()) < 0.03, "as in a new run"
     same = [name for name in theirs if not name.startswith("embedding.")]
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in same)
     lost = workspace.directory / "imported/lost"
@@ -113,7 +113,7 @@ def test_a_vocabulary_that_has_grown_keeps_the_rows_of_its_tokens(workspace):
     assert "run.match_tokens: expected weights in RUN/checkpoints" in refused.stderr
 
 
-def test_weights_that_are_not_there_are_told_before_anything_starts(workspace):
+def test_missing_weights_are_reported_before_the_run_starts(workspace):
     done = workspace.manta("train", str(workspace.config_file), "run.dir=never", "run.start_from=nowhere")
     assert done.returncode == 2
     assert "run.start_from: expected" in done.stderr
@@ -123,7 +123,7 @@ def test_weights_that_are_not_there_are_told_before_anything_starts(workspace):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpt2")
-def test_another_models_weights_are_refused_with_the_first_difference_before_anything_starts(workspace):
+def test_weights_of_another_model_are_refused_before_the_run_starts(workspace):
     done = workspace.manta("train", str(workspace.config_file), "run.dir=from another", "run.start_from=imported/gpt2")
     assert done.returncode == 2
     assert "run.start_from:" in done.stderr
@@ -134,20 +134,20 @@ def test_another_models_weights_are_refused_with_the_first_difference_before_any
 
 
 @pytest.mark.slow
-def test_a_part_of_another_model_s_weights_is_not_taken_for_the_whole(workspace):
+def test_weights_of_a_deeper_model_are_refused(workspace):
     workspace.train("deeper", "model.layers=3", "train.steps=1")
     done = workspace.manta("train", str(workspace.config_file), "run.dir=shallower", "run.start_from=deeper")
     assert done.returncode == 2
     assert "blocks.2.attention.k_proj.weight: expected nothing, got (32, 64)" in done.stderr
     assert not (workspace.directory / "shallower").exists()
-    # A checkpoint alone, copied out of its run, is as good; who trained it on what can then not be told.
+    # A checkpoint copied out of its run works too; its tokenizer is unknown then.
     alone = workspace.directory / "kept aside/step-00000001"
     shutil.copytree(workspace.directory / "deeper/checkpoints/step-00000001", alone)
     done = workspace.train("as deep", "model.layers=3", "train.steps=2", f"run.start_from={alone}")
     assert "cannot compare tokenizers" in done.stderr
 
 
-def test_a_directory_of_transformers_is_to_be_imported_first(workspace, tmp_path):
+def test_a_transformers_directory_must_be_imported_first(workspace, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     done = workspace.manta("train", str(workspace.config_file), "run.dir=never", f"run.start_from={tmp_path}")
     assert done.returncode == 2

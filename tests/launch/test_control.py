@@ -1,4 +1,4 @@
-"""A run reached from wherever its directory is seen: into the background, watched, read, stopped."""
+"""Control of a run through its directory: detach, attach, logs, stop."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ENDLESS = ("train.steps=50000", "checkpoint.every_steps=50000", "evaluate.every_
 def wait_for(true, seconds: float = 60.0) -> None:
     until = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < until, "it never came"
+        assert time.monotonic() < until, "timed out"
         time.sleep(0.05)
 
 
@@ -35,7 +35,7 @@ def ended(running: subprocess.Popen, within: float = 30.0) -> tuple[int, str, st
 
 @pytest.fixture
 def background(workspace):
-    """Starts runs in the background; what a test leaves of them is stopped."""
+    """Start runs in the background; stop those that a test leaves running."""
     homes: list[RunDirectory] = []
 
     def start(*arguments: str, run: str) -> RunDirectory:
@@ -57,7 +57,7 @@ def steps(home: RunDirectory) -> int:
     return max((line["step"] for line in read_metrics(home.metrics_file)), default=0)
 
 
-def test_a_run_in_the_background_is_watched_read_and_stopped(workspace, background):
+def test_a_background_run_is_attached_logged_and_stopped(workspace, background):
     home = RunDirectory(workspace.directory / "away")
     home.path.mkdir()
     home.stop_request_file.touch()  # of an earlier run that was killed
@@ -69,26 +69,26 @@ def test_a_run_in_the_background_is_watched_read_and_stopped(workspace, backgrou
     ):
         wait_for(lambda: steps(home) > 3)
         leaving.send_signal(signal.SIGINT)
-        code, _, told = ended(leaving)
-        assert (code, "still running" in told) == (0, True)
+        code, _, output = ended(leaving)
+        assert (code, "still running" in output) == (0, True)
         assert home.is_locked
         stopped = workspace.manta("stop", "away")
-        code, _, told = ended(watching)
+        code, _, output = ended(watching)
         read = ended(reading)
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout == f"step {steps(home)} is saved; resume with: manta resume {home.quoted}\n"
     assert code == 75
-    assert "step " in told, "its metrics are shown"
-    assert told.splitlines()[-2:] == ["stop requested: saving", f"stopped; {stopped.stdout.strip()}"]
+    assert "step " in output, "its metrics are shown"
+    assert output.splitlines()[-2:] == ["stop requested: saving", f"stopped; {stopped.stdout.strip()}"]
     assert read == (0, (home.logs / "attempt-0001/rank-0001.log").read_text(), "")
     assert "attempt 1 rank 1" in read[1]
-    assert told.splitlines()[-1] in (home.logs / "controller.log").read_text()
+    assert output.splitlines()[-1] in (home.logs / "controller.log").read_text()
     assert not home.stop_request_file.exists()
     with pytest.raises(InputError, match="expected a running run, got one that is not running"):
         stop(home.path, at_once=False, timeout=1)
 
 
-def test_bad_input_is_told_before_anything_goes_into_the_background(workspace):
+def test_invalid_input_is_reported_before_detaching(workspace):
     refused = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "train.stepz=3", "--detach")
     assert refused.returncode == 2
     assert "train.stepz: expected a key of train" in refused.stderr
@@ -97,7 +97,7 @@ def test_bad_input_is_told_before_anything_goes_into_the_background(workspace):
 
 @pytest.fixture
 def past(workspace, tmp_path) -> RunDirectory:
-    """What a run leaves behind that was started and broke off."""
+    """The directory of a run that was started and killed."""
     home = RunDirectory(tmp_path / "a past run")
     home.logs.mkdir(parents=True)
     config = load(workspace.config_file, [f"run.dir={json.dumps(str(home.path))}"])
@@ -111,7 +111,7 @@ def add(home: RunDirectory, event: str, attempt: int, **details) -> None:
         file.write(json.dumps({"time": time.time(), "event": event, "attempt": attempt, **details}) + "\n")
 
 
-def test_the_logs_of_each_rank_and_attempt_are_found_and_others_named(workspace, past):
+def test_logs_finds_each_rank_and_attempt_and_lists_those_that_exist(workspace, past):
     with pytest.raises(InputError, match="expected a run that has started, got no rank's log"):
         list(logs(past.path, rank=0, attempt=None, follow=False))
     for attempt, ranks in ((7, 2), (8, 2), (11, 1)):
@@ -126,7 +126,7 @@ def test_the_logs_of_each_rank_and_attempt_are_found_and_others_named(workspace,
         list(logs(past.path, rank=0, attempt=9, follow=False))
 
 
-def test_a_rank_that_is_yet_to_take_its_log_is_waited_for(past):
+def test_logs_waits_for_a_rank_that_has_not_opened_its_log(past):
     (past.logs / "attempt-0001").mkdir()
     (past.logs / "attempt-0001/rank-0000.log").touch()
     with past.lock():
@@ -139,7 +139,7 @@ def test_a_rank_that_is_yet_to_take_its_log_is_waited_for(past):
         later.join()
 
 
-def test_logs_are_followed_from_attempt_to_attempt_until_the_run_ends(workspace, past):
+def test_logs_follows_later_attempts_until_the_run_ends(workspace, past):
     def log(attempt: int):
         (past.logs / f"attempt-{attempt:04d}").mkdir(exist_ok=True)
         return (past.logs / f"attempt-{attempt:04d}/rank-0000.log").open("a", buffering=1)
@@ -166,7 +166,7 @@ def test_logs_are_followed_from_attempt_to_attempt_until_the_run_ends(workspace,
 TRACE = "\n".join(["Traceback (most recent call last):", *(f'  File "model.py", line {n}, in forward' for n in range(40)), ""])
 
 
-def test_a_run_that_gave_up_ends_with_the_error_of_the_rank_that_is_to_blame(workspace, past):
+def test_a_run_that_gave_up_shows_the_error_of_the_failed_rank(workspace, past):
     for attempt in (1, 2):
         add(
             past,
@@ -181,14 +181,14 @@ def test_a_run_that_gave_up_ends_with_the_error_of_the_rank_that_is_to_blame(wor
     add(past, "run-ended", 2, exit_code=1)
     shown = workspace.manta("attach", str(past.path))
     assert shown.returncode == 1
-    told = shown.stderr.splitlines()
-    assert told[0] == f"{past.path}: not running; it ended with exit code 1"
-    assert told[-4:-1] == ['  File "model.py", line 39, in forward', "own.Error: no such", "thing"]
-    assert told[-1].endswith(f"{past.logs}/attempt-0002/rank-0001.log")
-    assert 'line 0, in forward"' not in shown.stderr, "its last lines alone"
+    output = shown.stderr.splitlines()
+    assert output[0] == f"{past.path}: not running; it ended with exit code 1"
+    assert output[-4:-1] == ['  File "model.py", line 39, in forward', "own.Error: no such", "thing"]
+    assert output[-1].endswith(f"{past.logs}/attempt-0002/rank-0001.log")
+    assert 'line 0, in forward"' not in shown.stderr, "only its last lines"
 
 
-def test_what_broke_off_is_told_as_such(workspace, past):
+def test_attach_reports_a_killed_run(workspace, past):
     shown = workspace.manta("attach", str(past.path))
     assert shown.returncode == 1
     assert shown.stderr.splitlines()[-1] == f"killed; nothing is saved yet; resume with: manta resume {past.quoted}"
@@ -208,21 +208,21 @@ class Failing(Llama):
 
 
 @pytest.mark.slow
-def test_a_run_whose_model_raises_ends_with_what_it_raised(workspace):
+def test_a_run_ends_with_the_error_that_its_model_raises(workspace):
     (workspace.directory / "failing.py").write_text(FAILING)
     failed = workspace.train("failing", "model.family=failing:Failing", code=1)
     home = RunDirectory(workspace.directory / "failing")
-    told = failed.stderr.splitlines()
-    assert told[-2] == "RuntimeError: it never works"
-    assert 'raise RuntimeError("it never works")' in told[-3]
-    path = told[-1].rpartition(": ")[2]
+    output = failed.stderr.splitlines()
+    assert output[-2] == "RuntimeError: it never works"
+    assert 'raise RuntimeError("it never works")' in output[-3]
+    path = output[-1].rpartition(": ")[2]
     assert path.startswith(f"{home.logs}/attempt-0002/rank-000")
     shown = workspace.manta("attach", "failing")
-    assert (shown.returncode, shown.stderr.splitlines()[-3:]) == (1, told[-3:])
+    assert (shown.returncode, shown.stderr.splitlines()[-3:]) == (1, output[-3:])
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_stopped_at_once_and_old_logs_are_gone(workspace, background):
+def test_a_resumed_run_stops_at_once_and_deletes_old_logs(workspace, background):
     workspace.train("long", "train.steps=3")
     home = background("resume", "long", *ENDLESS, "cluster.keep_logs=1", run="long")
     wait_for(lambda: steps(home) > 5)
@@ -233,7 +233,7 @@ def test_a_resumed_run_is_stopped_at_once_and_old_logs_are_gone(workspace, backg
 
 
 @pytest.mark.slow
-def test_a_run_that_does_not_leave_in_time_is_told_of(workspace, background):
+def test_stop_reports_a_run_that_does_not_stop_in_time(workspace, background):
     home = background("train", str(workspace.config_file), "run.dir=stubborn", *ENDLESS, run="stubborn")
     wait_for(lambda: steps(home) > 3)
     (started,) = [event for event in read_events(home.events_file) if event["event"] == "attempt-started"]

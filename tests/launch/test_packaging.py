@@ -1,0 +1,71 @@
+"""The package list, the import layers, lightweight help, and the wheel."""
+
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from manta.launch.cli import app
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("cluster", "data", "launch", "trainer")
+
+
+def test_pyproject_lists_every_subpackage():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    on_disk = {f"manta.{'.'.join(p.parent.relative_to(ROOT).parts)}" for package in PACKAGES for p in (ROOT / package).rglob("__init__.py")}
+    assert listed == on_disk
+
+
+def test_packages_follow_the_import_layers():
+    result = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_command_line_imports_no_heavy_library():
+    heavy = "{'torch', 'ray', 'deepspeed', 'datasets'}"
+    script = f"import sys; import manta.launch.cli, manta.launch.config; sys.exit(' '.join({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
+    assert result.stderr.strip() == ""
+
+
+def test_each_command_has_help_with_an_example():
+    group = typer.main.get_command(app)
+    names = [[name] for name in group.commands] + [
+        [name, inner] for name in ("data", "checkpoint") for inner in group.commands[name].commands
+    ]
+    assert len(names) > 15
+    for arguments in ([], *names):
+        result = CliRunner().invoke(app, [*arguments, "--help"], prog_name="manta")
+        assert result.exit_code == 0
+        assert "Usage: manta" in result.stdout
+        assert "For example: manta" in result.stdout or arguments in ([], ["data"], ["checkpoint"]), arguments
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_in_a_clean_environment(wheel, workspace, tmp_path):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "manta/launch/presets/llama-tiny.yaml" in names
+    assert all(name.startswith(("manta/", "manta-")) for name in names)
+    venv.create(tmp_path / "clean", with_pip=True)
+    binaries = tmp_path / "clean" / "bin"
+    subprocess.run([binaries / "python", "-m", "pip", "install", "--quiet", str(wheel)], check=True)
+    command = [binaries / "manta", "train", workspace.config_file, "run.dir=from the wheel", "train.steps=6"]
+    result = subprocess.run(command, cwd=workspace.directory, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (workspace.directory / "from the wheel/checkpoints/step-00000006/manifest.json").exists()
