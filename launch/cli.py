@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from manta.data.errors import InputError
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.inspect.commands import app as data_app
-
-if TYPE_CHECKING:
-    from manta.trainer.run_directory import RunDirectory
 
 DTYPES = ("float32", "bfloat16", "float16")
 BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -199,7 +196,9 @@ def generate(
     """Generate text with a run's newest checkpoint, or with an imported model."""
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"--top-p: expected a probability above 0 and at most 1, got {top_p}. Use 0.95, for example.")
-    run_dir = _trained(run)
+    from manta.launch.config import trained_run
+
+    run_dir = trained_run(run)
     from manta.trainer.serve.generate import Sampling, generate_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -222,7 +221,9 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype: expected {', '.join(DTYPES)}, got {dtype}. Use one of them.")
     max_bytes = _parse_bytes(shard_size)
-    run_dir = _trained(run)
+    from manta.launch.config import trained_run
+
+    run_dir = trained_run(run)
     from manta.trainer.convert.huggingface.directory import refuse_to_overwrite
 
     directory = run_dir.path / "export" / "hf" if output is None else output.absolute()
@@ -271,20 +272,6 @@ def _parse_bytes(text: str) -> int:
     if match is None or float(match[1]) == 0:
         raise InputError(f"--shard-size: expected a size, got {text!r}. Use 5GB or 500MB, for example.")
     return int(float(match[1]) * BYTES[match[2].upper()])
-
-
-def _trained(run: Path) -> "RunDirectory":
-    """Return the directory of a run that has a checkpoint, or of an import. Raises InputError before torch is imported."""
-    from manta.launch import config
-    from manta.trainer.run_directory import RunDirectory
-
-    run_dir = RunDirectory(run.absolute())
-    if (run_dir.path / "source.json").exists():
-        return run_dir
-    config.load(config.resume_config(run))
-    if not run_dir.saved_step():
-        raise InputError(f"{run}: expected a run with a checkpoint, got none. Train it first: manta resume {run_dir.quoted}")
-    return run_dir
 
 
 def main() -> None:

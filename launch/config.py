@@ -63,6 +63,17 @@ def resume_config(directory: Path) -> Path:
     return file
 
 
+def trained_run(run: Path) -> RunDirectory:
+    """Return the directory of a run that has a checkpoint, or of an import. Raises InputError before torch is imported."""
+    run_dir = RunDirectory(run.absolute())
+    if (run_dir.path / "source.json").exists():
+        return run_dir
+    load(resume_config(run))
+    if not run_dir.saved_step():
+        raise InputError(f"{run}: expected a run with a checkpoint, got none. Train it first: manta resume {run_dir.quoted}")
+    return run_dir
+
+
 def validate(tree: Tree, file: Path, sources: Mapping[str, str]) -> RunConfig:
     """Return the config. Raises ConfigError. sources: for each dotted key, the file or command line that set it."""
     try:
