@@ -1,4 +1,4 @@
-"""What it costs to look whether replicas hold the same weights: seconds of a look and of a step, on two ranks of this machine.
+"""The cost of the replica check: seconds of a check and of a step, on two ranks of this machine.
 
 python benchmarks/replica_check.py [rounds]
 """
@@ -51,21 +51,23 @@ def rank(number: int, rounds: int) -> None:
         layout = layout_for(TrainConfig(steps=1, global_batch=32, micro_batch=16), ParallelConfig(), RANKS)
         engine = Engine(model, mesh=world.mesh(layout), optimizer=OptimizerConfig(), precision=precision)
         text, places = torch.randint(0, VOCABULARY, (16, LENGTH + 1)), torch.arange(LENGTH).expand(16, LENGTH)
-        told = {"positions": places, "documents": torch.zeros_like(places), "keys": torch.arange(16)}
-        batch = Batch(tokens=text[:, :-1].contiguous(), targets=text[:, 1:].contiguous(), **told)
-        steps, looks = [], []
+        fields = {"positions": places, "documents": torch.zeros_like(places), "keys": torch.arange(16)}
+        batch = Batch(tokens=text[:, :-1].contiguous(), targets=text[:, 1:].contiguous(), **fields)
+        steps, checks = [], []
         for _ in range(rounds + 1):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             engine.step([batch], learning_rate=1e-4)
             dist.barrier()
             between = time.perf_counter()
             engine.replica_check.run(1)
-            steps.append(between - begun)
-            looks.append(time.perf_counter() - between)
+            steps.append(between - started)
+            checks.append(time.perf_counter() - between)
         if number == 0:
-            step, look = statistics.median(steps[1:]), statistics.median(looks[1:])
+            step, check = statistics.median(steps[1:]), statistics.median(checks[1:])
             weights = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{weights / 1e6:6.1f} M weights, {precision}: step {step:.3f} s, look {look * 1000:.2f} ms: {look / step:.2%} of a step")
+            print(
+                f"{weights / 1e6:6.1f} M weights, {precision}: step {step:.3f} s, check {check * 1000:.2f} ms: {check / step:.2%} of a step"
+            )
     dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_run import FakeRun
-from live_run import exactly, nearly, until
+from run_process import assert_nearly_same, exact_values, until
 
 from manta.cluster.supervise.event_log import read_events
 from manta.trainer.metrics import read_metrics
@@ -125,7 +125,7 @@ def test_frozen_ranks_of_a_killed_controller_save_nothing(workspace):
     started = [event for event in read_events(home / "events.jsonl") if event["event"] == "run-started"]
     assert [event["took_over"] for event in started] == [False, True]
     assert not [pid for pid in old if Path(f"/proc/{pid}").exists()]
-    reference, twice = (exactly(read_metrics(workspace.directory / run / "metrics.jsonl")) for run in ("reference", "twice"))
+    reference, twice = (exact_values(read_metrics(workspace.directory / run / "metrics.jsonl")) for run in ("reference", "twice"))
     assert twice == reference
     assert json.loads((home / "checkpoints/fence.json").read_text())["attempt"] == 2
     assert workspace.manta("checkpoint", "verify", "twice").returncode == 0
@@ -150,7 +150,7 @@ def test_losses_stay_the_same_after_the_loss_of_a_node(workspace):
     assert "node 1 lost" in output
     reference, lost = (read_metrics(workspace.directory / run / "metrics.jsonl") for run in ("two nodes", "lost"))
     assert {line["world_size"] for line in lost} == {1, 2}
-    nearly(lost, reference)
+    assert_nearly_same(lost, reference)
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_tensor_parallelism_shrinks_when_too_few_ranks_remain(workspace):
     assert "1 rank on 127.0.0.3, parallel.tensor 2 -> 1, until more are available" in output
     shared, halved = (read_metrics(workspace.directory / run / "metrics.jsonl") for run in ("shared", "halved"))
     assert {line["layout"] for line in halved} == {"tensor 2, ZeRO-0", "ZeRO-0"}
-    nearly(halved, shared)
+    assert_nearly_same(halved, shared)
 
 
 def local_raylet(address):

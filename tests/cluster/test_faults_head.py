@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from live_run import LiveRun, exactly, until
+from run_process import RunProcess, exact_values, until
 
 from manta.trainer.metrics import parse_lines
 
@@ -16,14 +16,16 @@ SETTINGS = ("train.steps=240", "checkpoint.every_steps=20", "evaluate.every_step
 
 @pytest.fixture(scope="module")
 def reference(workspace) -> list[list]:
-    with LiveRun(workspace, "head reference", *SETTINGS) as run:
+    with RunProcess(workspace, "head reference", *SETTINGS) as run:
         assert run.end()[0] == 0
-        return exactly(run.lines())
+        return exact_values(run.lines())
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_run_saves_and_resumes_under_another_head(workspace, reference, nodes):
-    with LiveRun(workspace, f"{nodes} without a head", *SETTINGS, f"cluster.nodes={nodes}", f"cluster.ranks_per_node={2 // nodes}") as run:
+    with RunProcess(
+        workspace, f"{nodes} without a head", *SETTINGS, f"cluster.nodes={nodes}", f"cluster.ranks_per_node={2 // nodes}"
+    ) as run:
         run.steps(1, 30)
         os.kill(run.pid_of("gcs_server"), signal.SIGKILL)
         killed = time.time()
@@ -31,21 +33,21 @@ def test_a_run_saves_and_resumes_under_another_head(workspace, reference, nodes)
         code, output = run.end()
         assert code == 0, output
         assert not run.events("rank-failed") + run.events("node-lost"), "it does not count as a failure"
-        written = parse_lines((run.home / "metrics.jsonl").read_text())
+        written = parse_lines((run.directory / "metrics.jsonl").read_text())
         assert [line["step"] for line in written] == [line[0] for line in reference]
         assert {line["attempt"] for line in written} == {1, 2}
-        assert exactly(run.lines()) == reference
+        assert exact_values(run.lines()) == reference
 
 
 def test_a_run_resumes_after_head_and_controller_were_killed(workspace, reference):
-    with LiveRun(workspace, "all gone", *SETTINGS) as run:
+    with RunProcess(workspace, "all gone", *SETTINGS) as run:
         run.steps(1, 30)
         os.kill(run.pid_of("gcs_server"), signal.SIGKILL)
         run.process.kill()
         run.process.wait()
         until(lambda: all(command.startswith(LINGERING) for command in run.processes().values()), within=5)
-    with LiveRun(workspace, "all gone", *SETTINGS) as again:
+    with RunProcess(workspace, "all gone", *SETTINGS) as again:
         code, output = again.end()
         assert code == 0, output
         assert [event["took_over"] for event in again.events("run-started")] == [False, True]
-        assert exactly(again.lines()) == reference
+        assert exact_values(again.lines()) == reference

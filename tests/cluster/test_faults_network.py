@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import ssh_hosts
-from live_run import LiveRun, nearly, undisturbed, until
 from network import Network
+from run_process import RunProcess, assert_nearly_same, run_undisturbed, until
 
 from manta.trainer.metrics import parse_lines
 
@@ -42,7 +42,7 @@ def test_a_run_continues_while_its_first_host_is_cut_off(workspace, network, hos
     """The first host has rank 0, which saves. What it still does while it is cut off has no effect."""
     three = ("cluster.nodes=3", "cluster.ranks_per_node=1", f"cluster.node_timeout={LIMIT}")
     over_ssh = ("--on", f"ssh:{hosts.folder}/hosts", f'cluster.ssh.options=["-F", "{hosts.folder}/config"]')
-    with LiveRun(workspace, "cut off", "train.steps=100000", *SETTINGS, *three, *over_ssh, inside=network.enter_hub()) as run:
+    with RunProcess(workspace, "cut off", "train.steps=100000", *SETTINGS, *three, *over_ssh, inside=network.enter_hub()) as run:
         run.steps(1, 20)
         old = run.pids(1)[0]
         assert old in network.pids(network.hosts[0])
@@ -63,11 +63,11 @@ def test_a_run_continues_while_its_first_host_is_cut_off(workspace, network, hos
         assert code == 75, output
         assert [event["attempt"] for event in run.events("attempt-started")] == [1, 2, 3]
         disturbed = run.lines()
-        attempts = [line["attempt"] for line in parse_lines((run.home / "metrics.jsonl").read_text())]
+        attempts = [line["attempt"] for line in parse_lines((run.directory / "metrics.jsonl").read_text())]
         assert attempts == sorted(attempts), "the host that was cut off kept writing"
         until(lambda: {name: pids for name in network.hosts if (pids := remaining(network, name, hosts))} == {}, within=20)
     assert workspace.manta("checkpoint", "verify", "cut off").returncode == 0
-    nearly(disturbed, undisturbed(workspace, "never cut off", f"train.steps={len(disturbed)}", *SETTINGS))
+    assert_nearly_same(disturbed, run_undisturbed(workspace, "never cut off", f"train.steps={len(disturbed)}", *SETTINGS))
 
 
 def remaining(network, name, hosts) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from live_run import LiveRun, exactly, nearly, undisturbed, until
+from run_process import RunProcess, assert_nearly_same, exact_values, run_undisturbed, until
 
 from manta.trainer.metrics import parse_lines
 
@@ -36,11 +36,11 @@ assert accepted, reason
 """
 
 
-def raylet(run: LiveRun, address: str) -> int:
+def raylet(run: RunProcess, address: str) -> int:
     return run.pid_of("/raylet --", f"--node_ip_address={address} ")
 
 
-def processes_of_node(run: LiveRun, address: str) -> list[int]:
+def processes_of_node(run: RunProcess, address: str) -> list[int]:
     """The program that starts its raylet, the raylet, its agents and its ranks."""
     host = psutil.Process(raylet(run, address)).parent()
     return [host.pid, *(child.pid for child in host.children(recursive=True))]
@@ -52,20 +52,22 @@ def signal_all(pids: list[int], number: signal.Signals) -> float:
     return time.time()
 
 
-def stops_with_the_same_losses(workspace, run: LiveRun) -> None:
+def stops_with_the_same_losses(workspace, run: RunProcess) -> None:
     """Stop the run: no process remains, and its losses equal those of a run of the same length without faults."""
     run.process.send_signal(signal.SIGTERM)
     code, output = run.end(within=60)
     assert code == 75, output
-    attempts = [line["attempt"] for line in parse_lines((run.home / "metrics.jsonl").read_text())]
+    attempts = [line["attempt"] for line in parse_lines((run.directory / "metrics.jsonl").read_text())]
     assert attempts == sorted(attempts), "an older attempt kept writing"
-    assert workspace.manta("checkpoint", "verify", run.home.name).returncode == 0
-    nearly(run.lines(), undisturbed(workspace, f"{run.home.name}, never", *SETTINGS, f"train.steps={len(run.lines())}"))
+    assert workspace.manta("checkpoint", "verify", run.directory.name).returncode == 0
+    assert_nearly_same(
+        run.lines(), run_undisturbed(workspace, f"{run.directory.name}, never", *SETTINGS, f"train.steps={len(run.lines())}")
+    )
 
 
 def test_a_run_continues_without_a_frozen_and_a_killed_node(workspace):
     limit = 4.0
-    with LiveRun(workspace, "two nodes less", ENDLESS, *SETTINGS, "cluster.nodes=3", f"cluster.node_timeout={limit}") as run:
+    with RunProcess(workspace, "two nodes less", ENDLESS, *SETTINGS, "cluster.nodes=3", f"cluster.node_timeout={limit}") as run:
         run.steps(1, 15)
         frozen_node, old = processes_of_node(run, "127.0.0.5"), run.pids(1)[2]
         assert old in frozen_node
@@ -85,8 +87,8 @@ def test_a_run_continues_without_a_frozen_and_a_killed_node(workspace):
 
 
 def test_a_run_grows_when_a_node_joins_late(workspace):
-    with LiveRun(workspace, "late", ENDLESS, *SETTINGS, "cluster.nodes=1..2") as run:
-        hosts = run.until(lambda: sorted(pid for pid, command in run.whole_commands().items() if "manta.cluster.ray.host" in command)[1:2])
+    with RunProcess(workspace, "late", ENDLESS, *SETTINGS, "cluster.nodes=1..2") as run:
+        hosts = run.until(lambda: sorted(pid for pid, command in run.command_lines().items() if "manta.cluster.ray.host" in command)[1:2])
         late = [hosts[0], *(child.pid for child in psutil.Process(hosts[0]).children(recursive=True))]
         signal_all(late, signal.SIGSTOP)
         run.steps(1, 10)
@@ -97,16 +99,16 @@ def test_a_run_grows_when_a_node_joins_late(workspace):
         stops_with_the_same_losses(workspace, run)
 
 
-def drain(run: LiveRun, node: str) -> None:
+def drain(run: RunProcess, node: str) -> None:
     """Drain a node as `ray drain-node` does, which would replace 127.0.0.1 by the outward address."""
-    head = run.whole_commands()[run.pid_of("/raylet --", "/tmp/manta-ray-")]
+    head = run.command_lines()[run.pid_of("/raylet --", "/tmp/manta-ray-")]
     gcs, folder = re.search(r"--gcs-address=(\S+)", head)[1], re.search(r"/tmp/manta-ray-\w+", head)[0]
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{folder}/token"}
     subprocess.run([sys.executable, "-P", "-c", DRAIN, gcs, node], env=environment, check=True)
 
 
 def test_a_run_leaves_a_draining_node_without_recomputing_steps(workspace):
-    with LiveRun(workspace, "drained", ENDLESS, *SETTINGS, "cluster.nodes=3", "checkpoint.every_steps=100000") as run:
+    with RunProcess(workspace, "drained", ENDLESS, *SETTINGS, "cluster.nodes=3", "checkpoint.every_steps=100000") as run:
         run.steps(1, 15)
         nodes = run.event("nodes-gathered", 0)["nodes"]
         when = time.time()
@@ -117,31 +119,31 @@ def test_a_run_leaves_a_draining_node_without_recomputing_steps(workspace):
         run.steps(2, 10)
         assert not run.events("node-lost") + run.events("rank-failed"), "it does not count as a failure"
         stops_with_the_same_losses(workspace, run)
-        steps = [line["step"] for line in parse_lines((run.home / "metrics.jsonl").read_text())]
+        steps = [line["step"] for line in parse_lines((run.directory / "metrics.jsonl").read_text())]
         assert steps == list(range(1, len(steps) + 1))
 
 
 def test_a_run_saves_and_exits_with_75_when_its_own_node_drains(workspace):
     short = ("train.steps=200", "checkpoint.every_steps=100000")
-    reference = exactly(undisturbed(workspace, "never drained", *short))
-    with LiveRun(workspace, "own node drained", *short) as run:
+    reference = exact_values(run_undisturbed(workspace, "never drained", *short))
+    with RunProcess(workspace, "own node drained", *short) as run:
         run.steps(1, 15)
         drain(run, run.event("nodes-gathered", 0)["nodes"][0]["id"])
         code, output = run.end(within=60)
         assert code == 75, output
         assert "to be taken away" in output
-    with LiveRun(workspace, "own node drained", "resume", "own node drained") as again:
+    with RunProcess(workspace, "own node drained", "resume", "own node drained") as again:
         assert again.end()[0] == 0
-        assert exactly(again.lines()) == reference
+        assert exact_values(again.lines()) == reference
 
 
 def test_a_run_saves_after_stop_after_and_then_resumes(workspace):
-    reference = exactly(undisturbed(workspace, "limited, never", "train.steps=300", *SETTINGS))
+    reference = exact_values(run_undisturbed(workspace, "limited, never", "train.steps=300", *SETTINGS))
     codes = []
     while {*codes} <= {75}:
-        with LiveRun(workspace, "limited", "train.steps=300", *SETTINGS, "cluster.stop_after=0:00:20") as run:
+        with RunProcess(workspace, "limited", "train.steps=300", *SETTINGS, "cluster.stop_after=0:00:20") as run:
             code, output = run.end(within=60)
             codes.append(code)
     assert codes[-1] == 0, output
     assert len(codes) > 1
-    assert exactly(run.lines()) == reference
+    assert exact_values(run.lines()) == reference

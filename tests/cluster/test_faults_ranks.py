@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from live_run import LiveRun, exactly
+from run_process import RunProcess, exact_values
 
 pytestmark = pytest.mark.slow
 STEPS = 120
@@ -20,9 +20,9 @@ SIZES = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 128}
 
 @pytest.fixture(scope="module")
 def reference(workspace) -> list[list]:
-    with LiveRun(workspace, "without faults", *SETTINGS) as run:
+    with RunProcess(workspace, "without faults", *SETTINGS) as run:
         assert run.end()[0] == 0
-        return exactly(run.lines())
+        return exact_values(run.lines())
 
 
 def stop(run, attempt):
@@ -50,7 +50,7 @@ FAULTS = [stop, segfault, abort, kill_both, kill_the_agent]
 
 
 def test_losses_are_bitwise_the_same_after_every_kind_of_rank_failure(workspace, reference):
-    with LiveRun(workspace, "rank faults", *SETTINGS, "cluster.step_timeout=5", "cluster.hot_standby=true") as run:
+    with RunProcess(workspace, "rank faults", *SETTINGS, "cluster.step_timeout=5", "cluster.hot_standby=true") as run:
         for attempt, inject in enumerate(FAULTS, start=1):
             run.steps(attempt, 12)
             inject(run, attempt)
@@ -63,9 +63,9 @@ def test_losses_are_bitwise_the_same_after_every_kind_of_rank_failure(workspace,
         assert [failed[attempt]["rank"] for attempt in (2, 3)] == [0, 1]
         assert all(failed[attempt]["noticed_after"] < 1 for attempt in (2, 3, 4))
         assert [event["attempt"] for event in run.events("node-lost")] == [5]
-        stacks = (run.home / "logs/attempt-0001/rank-0000.log").read_text()  # a stopped process can not write its own
+        stacks = (run.directory / "logs/attempt-0001/rank-0000.log").read_text()  # a stopped process can not write its own
         assert re.search(r'most recent call first(.*\n)+.*trainer/loop\.py", line \d+ in _step', stacks)
-        assert exactly(run.lines()) == reference
+        assert exact_values(run.lines()) == reference
 
 
 @pytest.mark.parametrize("phase", ["", "load", "compile", "step", "evaluate", "save"])
@@ -79,7 +79,7 @@ def test_a_run_stopped_in_any_phase_saves_and_resumes(workspace, reference, phas
         "save": ["checkpoint.every_steps=1", "checkpoint.asynchronous=false"],
     }.get(phase, [])
     name = f"stopped in {phase or 'import'}"
-    with LiveRun(workspace, name, *SETTINGS, *more) as run:
+    with RunProcess(workspace, name, *SETTINGS, *more) as run:
         first = run.pids(1)[0]
         run.until(lambda: run.phase(first) == phase)
         run.process.send_signal(signal.SIGTERM)
@@ -88,40 +88,40 @@ def test_a_run_stopped_in_any_phase_saves_and_resumes(workspace, reference, phas
         (leaving,), (stopped,) = run.events("leaving"), run.events("attempt-stopped")
         assert stopped["time"] - leaving["time"] < leaving["grace"]
         steps = [line["step"] for line in run.lines()]
-        saved = [int(path.name[5:]) for path in (run.home / "checkpoints").glob("step-*")]
+        saved = [int(path.name[5:]) for path in (run.directory / "checkpoints").glob("step-*")]
         assert max(saved) == steps[-1] < STEPS
     assert workspace.manta("checkpoint", "verify", name).returncode == 0
-    with LiveRun(workspace, name, "resume", name) as again:
+    with RunProcess(workspace, name, "resume", name) as again:
         assert again.end()[0] == 0
         if phase == "evaluate":  # it evaluates on other samples
-            assert [line[:5] for line in exactly(again.lines())] == [line[:5] for line in reference]
+            assert [line[:5] for line in exact_values(again.lines())] == [line[:5] for line in reference]
         elif phase != "compile":  # compiled code sums in another order
-            assert exactly(again.lines()) == reference
+            assert exact_values(again.lines()) == reference
 
 
 def test_a_run_stopped_before_it_could_save_starts_from_scratch(workspace, reference):
-    with LiveRun(workspace, "stopped at once", *SETTINGS, "cluster.grace_period=0.5") as run:
+    with RunProcess(workspace, "stopped at once", *SETTINGS, "cluster.grace_period=0.5") as run:
         run.event("attempt-started")
         run.process.send_signal(signal.SIGTERM)
         code, output = run.end(within=60)
         assert code == 143, output
         assert "nothing is saved yet" in output
-    with LiveRun(workspace, "stopped at once", *SETTINGS) as again:
+    with RunProcess(workspace, "stopped at once", *SETTINGS) as again:
         assert again.end()[0] == 0
-        assert exactly(again.lines()) == reference
+        assert exact_values(again.lines()) == reference
 
 
 def test_two_ctrl_c_end_a_run_at_once_and_it_resumes(workspace, reference):
-    with LiveRun(workspace, "impatient", *SETTINGS) as run:
+    with RunProcess(workspace, "impatient", *SETTINGS) as run:
         run.steps(1, 15)
         for _ in range(2):
             os.killpg(run.process.pid, signal.SIGINT)
             run.until(lambda: run.events("leaving"))
         code, output = run.end(within=15)
         assert code == 130, output
-    with LiveRun(workspace, "impatient", "resume", "impatient") as again:
+    with RunProcess(workspace, "impatient", "resume", "impatient") as again:
         assert again.end()[0] == 0
-        assert exactly(again.lines()) == reference
+        assert exact_values(again.lines()) == reference
 
 
 FAULTY_MODEL = '''
@@ -182,20 +182,20 @@ class FaultyModel(Llama):
 '''
 
 
-def faulty_run(workspace, name: str, fault: str, *more: str, without_fault: bool = False, **options) -> LiveRun:
+def faulty_run(workspace, name: str, fault: str, *more: str, without_fault: bool = False, **options) -> RunProcess:
     (workspace.directory / "faulty_model.py").write_text(FAULTY_MODEL)
     marker = workspace.directory / f"{name}.marker"
     if without_fault:
         marker.touch()
     model = json.dumps({"family": "faulty_model:FaultyModel", "options": {"fault": fault, "marker": str(marker)}, **SIZES})
-    return LiveRun(workspace, name, f"model={model}", "train.steps=30", "checkpoint.every_steps=6", *more, **options)
+    return RunProcess(workspace, name, f"model={model}", "train.steps=30", "checkpoint.every_steps=6", *more, **options)
 
 
 @pytest.fixture(scope="module")
 def barrier_reference(workspace) -> list[list]:
     with faulty_run(workspace, "no fault", "skip", without_fault=True) as run:
         assert run.end()[0] == 0
-        return exactly(run.lines())
+        return exact_values(run.lines())
 
 
 @pytest.mark.parametrize("fault", ["skip", "sleep"])
@@ -210,11 +210,11 @@ def test_a_skipped_collective_and_a_sleeping_rank_are_hangs(workspace, barrier_r
         assert re.search(
             rf"rank {failed['rank']} failed at step 8: rank {failed['rank']} sent no heartbeat for 5\.\d s in phase step{why}", output
         )
-        logs = [(run.home / f"logs/attempt-0001/rank-{rank:04d}.log").read_text() for rank in (0, 1)]
+        logs = [(run.directory / f"logs/attempt-0001/rank-{rank:04d}.log").read_text() for rank in (0, 1)]
         assert "in barrier" in logs[0]
         assert "in barrier" not in logs[1]
         assert all("most recent call first" in log for log in logs), "each rank logged its stacks"
-        assert exactly(run.lines()) == barrier_reference
+        assert exact_values(run.lines()) == barrier_reference
 
 
 @pytest.mark.parametrize("fault", ["allocate", "fill"])

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from live_run import LiveRun, exactly
+from run_process import RunProcess, exact_values
 
 pytestmark = pytest.mark.slow
 SETTINGS = ("train.steps=20", "cluster.hot_standby=true")
@@ -34,26 +34,26 @@ if "manta.trainer" in sys.orig_argv:
 
 @pytest.fixture(scope="module")
 def reference(workspace) -> list[list]:
-    with LiveRun(workspace, "start reference", *SETTINGS) as run:
+    with RunProcess(workspace, "start reference", *SETTINGS) as run:
         assert run.end()[0] == 0
-        return exactly(run.lines())
+        return exact_values(run.lines())
 
 
 def test_the_next_attempt_asks_for_another_port(workspace, reference, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(THIEF)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with LiveRun(workspace, "robbed", *SETTINGS, PYTHONPATH=path) as run:
+    with RunProcess(workspace, "robbed", *SETTINGS, PYTHONPATH=path) as run:
         code, output = run.end()
         assert code == 0, output
         (failed,) = run.events("rank-failed")
         assert (failed["attempt"], failed["rank"], failed["step"]) == (1, 0, 0)
         assert "a free port there" in failed["message"]
         assert failed["message"].endswith("Address already in use")
-        assert exactly(run.lines()) == reference
+        assert exact_values(run.lines()) == reference
 
 
 def test_a_peer_that_never_joins_is_listed_after_start_timeout(workspace, reference):
-    with LiveRun(workspace, "missing peer", *SETTINGS, "cluster.start_timeout=15") as run:
+    with RunProcess(workspace, "missing peer", *SETTINGS, "cluster.start_timeout=15") as run:
         stopped = run.pids(1)[1]
         os.kill(stopped, signal.SIGSTOP)
         code, output = run.end()
@@ -63,4 +63,4 @@ def test_a_peer_that_never_joins_is_listed_after_start_timeout(workspace, refere
         assert failed["message"].startswith("no heartbeat for 15.")
         assert failed["message"].endswith("from rank 1")
         assert not Path(f"/proc/{stopped}").exists()
-        assert exactly(run.lines()) == reference
+        assert exact_values(run.lines()) == reference

@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
-from live_run import LiveRun, exactly
 from parity import GLOBAL_BATCH, MODELS, batch, model, optimizer_config, rows
+from run_process import RunProcess, exact_values
 from spmd import spmd
 
 from manta.trainer.config.sections import ParallelConfig, TrainConfig
@@ -69,7 +69,7 @@ def test_only_a_stragglers_compute_time_grows_though_all_steps_are_slow():
 def test_a_straggler_is_reported_and_losses_stay_the_same(workspace):
     """The rank is stopped most of the time, in bursts too short to count as a hang."""
     larger = ["model.width=128", "train.global_batch=32", "train.steps=10000"]
-    with LiveRun(workspace, "slowed", *larger) as run:
+    with RunProcess(workspace, "slowed", *larger) as run:
         run.event("first-step")
         victim = run.pids(1)[1]
         until = time.monotonic() + 120
@@ -86,9 +86,9 @@ def test_a_straggler_is_reported_and_losses_stay_the_same(workspace):
         assert slow["times"] > 1.5
         assert f"rank 1 on {slow['node']} is {slow['times']:.1f}x slower than the median" in output
         assert not run.events("rank-failed")
-    slowed = exactly(run.lines())
-    with LiveRun(workspace, "not slowed", *larger) as other:
+    slowed = exact_values(run.lines())
+    with RunProcess(workspace, "not slowed", *larger) as other:
         other.steps(1, len(slowed))
         other.process.send_signal(signal.SIGTERM)
         assert other.end()[0] == 75
-    assert exactly(other.lines())[: len(slowed)] == slowed
+    assert exact_values(other.lines())[: len(slowed)] == slowed

@@ -55,7 +55,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused():
 
 
 @given(micro=counts, stages=batch_counts, sizes=st.tuples(*3 * [st.sampled_from([1, 2, 3, 4, 6, 8])]))
-def test_too_few_ranks_get_the_largest_sizes_that_divide_the_configured_ones(micro, stages, sizes):
+def test_too_few_ranks_get_the_largest_sizes_that_divide(micro, stages, sizes):
     train = ramp(micro, stages)
     parallel = parallel_of(*sizes)
     assume(layouts(train, parallel))

@@ -37,7 +37,7 @@ def finished_run(workspace) -> str:
 
 
 @pytest.mark.slow
-def test_a_live_run_resumes_with_the_same_samples_after_a_kill_and_a_stop(workspace, finished_run, tmp_path):
+def test_a_run_resumes_with_the_same_samples_after_a_kill_and_a_stop(workspace, finished_run, tmp_path):
     run, on_cpu = "live again", os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with workspace.start("train", str(workspace.config_file), f"run.dir={run}", *LIVE, "cluster.hot_standby=true") as running:
         wait_for_step(workspace, run, 8, running)
@@ -73,7 +73,7 @@ def test_a_live_run_resumes_with_the_same_samples_after_a_kill_and_a_stop(worksp
 
 
 @pytest.mark.slow
-def test_a_live_run_with_changed_text_is_refused(workspace, finished_run):
+def test_a_run_process_with_changed_text_is_refused(workspace, finished_run):
     changed = workspace.directory / "documents" / "argparse.txt"
     before = changed.stat()
     changed.write_text(changed.read_text() + "\n")

@@ -12,7 +12,7 @@ def write(path, *steps, attempt=1):
     log.close()
 
 
-def test_an_incomplete_last_line_is_ignored_then_removed_by_the_next_writer(tmp_path):
+def test_an_incomplete_last_line_is_ignored_then_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, 1, 2)
     with path.open("a") as file:

@@ -195,7 +195,7 @@ def test_a_split_sequence_has_the_loss_of_the_whole():
     torch.testing.assert_close(sum(halves), whole)
 
 
-def test_balance_loss_is_one_per_sequence_if_even_and_largest_for_one_expert():
+def test_balance_loss_is_one_if_even_and_largest_for_one_expert():
     router = Router(4, ExpertsConfig(experts=4, top_k=1, width=4, normalize=False))
     with torch.no_grad():
         router.weight.copy_(torch.eye(4) * 100)

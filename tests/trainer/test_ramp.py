@@ -88,7 +88,7 @@ MORE = (
 
 
 def shorter(whole: Batch, length: int) -> Batch:
-    """Each sample in parts, which have positions and keys of their own."""
+    """Return each sample in parts, each part with separate positions and keys."""
     parts, count = LENGTH // length, len(whole.tokens)
     assert whole.documents is not None
     return replace(
@@ -102,13 +102,13 @@ def shorter(whole: Batch, length: int) -> Batch:
 
 
 def plain(cell: Cell, optimizer: str) -> Trace:
-    """One process, no DeepSpeed; as `parity.plain`, but that each step has the shape that is its turn."""
+    """Train in one process without DeepSpeed, as `parity.plain` does, with the batch and sequence length of each step."""
     trained, masters = model(cell.model).to(DTYPES.get(cell.precision, torch.float32)), model(cell.model)
     masters.load_state_dict({key: weight.float() for key, weight in trained.state_dict().items()})
     config = optimizer_config(optimizer, cell.precision)
     steps = build_optimizer(masters.parameters(), config)
     scale = 2.0**16 if cell.precision == "fp16" else 1.0
-    told, norms = [], []
+    losses_by_step, norms = [], []
     for step, (global_batch, length) in enumerate(SHAPES):
         trained.zero_grad()
         whole = rows(batch(cell.model, step), range(global_batch))
@@ -120,7 +120,7 @@ def plain(cell: Cell, optimizer: str) -> Trace:
             loss += float(terms.detach().sum())
         for master, weight in zip(masters.parameters(), trained.parameters(), strict=True):
             master.grad = weight.grad.float() / scale
-        told.append(loss)
+        losses_by_step.append(loss)
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.parameters(), config.gradient_clipping)))
         steps.step()
         for _, router in trained.routers():
@@ -128,11 +128,11 @@ def plain(cell: Cell, optimizer: str) -> Trace:
         with torch.no_grad():
             for master, weight in zip(masters.parameters(), trained.parameters(), strict=True):
                 weight.copy_(master)
-    return Trace(told, norms, movements(cell.model, cell.precision, dict(masters.named_parameters())))
+    return Trace(losses_by_step, norms, movements(cell.model, cell.precision, dict(masters.named_parameters())))
 
 
 def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = None, *, compiled: bool = False) -> Trace:
-    """The same in DeepSpeed, on this rank's share; with a fault put in, where a control asks for one."""
+    """Train the same in DeepSpeed, on this rank's share; with a fault, for controls."""
     torch.nn.functional.linear = LINEAR
     world = World.from_environment()
     data = world.size // (cell.parallel.tensor * cell.parallel.sequence)
@@ -151,7 +151,7 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
         )
     if fault is not None:
         fault(engine)
-    told, norms = [], []
+    losses_by_step, norms = [], []
     for step, (global_batch, length) in enumerate(SHAPES):
         whole = batch(cell.model, step)
         taken = (layout.samples(first=0, turn=turn, rank=mesh.data_rank) for turn in range(layout.accumulation(global_batch)))
@@ -159,10 +159,10 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
         assert not outcome.skipped
         terms = outcome.terms.double()
         dist.all_reduce(terms, group=mesh.replicas)
-        told.append(float(terms.sum()))
+        losses_by_step.append(float(terms.sum()))
         norms.append(outcome.grad_norm)
     weights, drifted = gather_masters(engine)
-    return Trace(told, norms, movements(cell.model, cell.precision, weights), drifted)
+    return Trace(losses_by_step, norms, movements(cell.model, cell.precision, weights), drifted)
 
 
 def of_both(run: Callable[..., Trace], some: list[Cell]) -> list[dict[str, Trace]]:
@@ -175,34 +175,34 @@ def reference(name: str, precision: str) -> dict[str, Trace]:
 
 
 @pytest.mark.parametrize("cell", [*CELLS, *(pytest.param(cell, marks=pytest.mark.slow) for cell in MORE)], ids=str)
-def test_steps_of_other_sizes_and_lengths_equal_one_plain_process(cell):
+def test_ramped_steps_equal_one_plain_process(cell):
     assert cell.refusal is None
-    for told in spmd(of_both, cell.ranks, under, [cell]):
+    for traces in spmd(of_both, cell.ranks, under, [cell]):
         for optimizer in OPTIMIZERS:
-            difference = told[0][optimizer].difference(reference(cell.model, cell.precision)[optimizer])
+            difference = traces[0][optimizer].difference(reference(cell.model, cell.precision)[optimizer])
             assert difference.within(BOUNDS[cell.precision]), difference
 
 
-def untold(engine: Engine) -> None:
-    """DeepSpeed counts by itself where a step ends: at every second micro batch."""
+def ignores_boundary(engine: Engine) -> None:
+    """DeepSpeed ends a step at every second micro batch."""
     engine.deepspeed.set_gradient_accumulation_boundary = lambda _: None
     engine.deepspeed._config.gradient_accumulation_steps = 2
 
 
-def divided(engine: Engine) -> None:
-    """It is told where a step ends, and divides by what it was configured with all the same."""
+def divides_twice(engine: Engine) -> None:
+    """DeepSpeed divides by the configured accumulation, although the boundary is set."""
     engine.deepspeed._config.gradient_accumulation_steps = 2
     backward = engine.deepspeed.backward
     engine.deepspeed.backward = lambda loss, *, scale_wrt_gas: backward(loss, scale_wrt_gas=not scale_wrt_gas)
 
 
 @pytest.mark.parametrize("zero", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
-@pytest.mark.parametrize("fault", [untold, divided])
+@pytest.mark.parametrize("fault", [ignores_boundary, divides_twice])
 def test_the_comparison_notices_a_fault(fault, zero):
     cell = Cell("gpt2", 2, "fp32", ParallelConfig(zero=zero))
-    told = spmd(of_both, 2, partial(under, fault=fault), [cell])[0][0]
+    traces = spmd(of_both, 2, partial(under, fault=fault), [cell])[0][0]
     for optimizer in OPTIMIZERS:
-        assert not told[optimizer].difference(reference("gpt2", "fp32")[optimizer]).within(BOUNDS["fp32"])
+        assert not traces[optimizer].difference(reference("gpt2", "fp32")[optimizer]).within(BOUNDS["fp32"])
 
 
 def compiled(cell: Cell) -> tuple[Trace, int]:
@@ -238,7 +238,7 @@ def opened(workspace, *overrides: str) -> tuple[configs.RunConfig, Samples]:
         return config, Samples(prepared, data, config.tokenizer, seed=config.run.seed)
 
 
-def test_a_config_says_which_samples_a_step_reads_and_how_long_they_are(workspace):
+def test_the_config_fixes_each_steps_samples_and_their_length(workspace):
     timeline = configs.load(workspace.config_file, RAMP).timeline()
     assert list(map(attrgetter("first_step", "first_sample", "global_batch", "sequence_length"), timeline.stages)) == PHASES
     assert [phase.global_batch for phase in configs.load(workspace.config_file).timeline().stages] == [8]
@@ -258,13 +258,13 @@ def test_a_shorter_sequence_is_a_part_of_its_sample(workspace):
     assert np.array_equal(again.tokens, whole.tokens)
 
 
-def test_documents_of_a_shorter_sequence_are_told_apart_in_it(workspace):
+def test_shorter_sequences_keep_documents_apart(workspace):
     _, samples = opened(workspace, "data.separate_documents=true")
     whole, cut = samples.train(np.arange(400)), samples.train(np.arange(400), sequence_length=8)
     assert cut.documents.max() > 0
     assert np.array_equal(cut.targets.reshape(400, 32), whole.targets)
-    begins = (np.diff(cut.documents, axis=1) == 1) | (np.diff(cut.documents, axis=1) == 0)
-    assert begins.all()
+    is_boundary = (np.diff(cut.documents, axis=1) == 1) | (np.diff(cut.documents, axis=1) == 0)
+    assert is_boundary.all()
     assert (cut.documents[:, 0] == 0).all()
     assert (cut.positions[:, 0] == 0).all()
     assert np.array_equal(np.diff(cut.documents, axis=1) == 1, cut.positions[:, 1:] == 0)
@@ -279,14 +279,14 @@ def test_each_part_of_a_sample_drops_other_channels(workspace):
 
 
 def reader_of(workspace, *overrides: str) -> tuple[DataLoader, Samples, Timeline, Layout]:
-    """That of the second of two ranks."""
+    """Return the data loader of the second of two ranks."""
     config, samples = opened(workspace, *RAMP, *overrides)
     timeline, layout = config.timeline(), layout_for(config.train, ParallelConfig(), 2)
     reader = DataLoader(samples, timeline, layout, rank=1, seed=5, steps=config.train.steps, device=torch.device("cpu"))
     return reader, samples, timeline, layout
 
 
-def test_a_step_is_read_while_the_one_before_it_is_computed(workspace):
+def test_the_next_step_is_prefetched(workspace):
     reader, samples, timeline, layout = reader_of(workspace)
     with closing(reader):
         for step in range(3, 40):
@@ -298,13 +298,13 @@ def test_a_step_is_read_while_the_one_before_it_is_computed(workspace):
                 assert torch.equal(microbatch.batch.tokens, wanted.tokens)
                 assert torch.equal(microbatch.batch.keys, wanted.keys)
             if step + 1 < 40:
-                begun = wait(reader._prefetched[step + 1], timeout=10)
-                assert len(begun.done) == layout.accumulation(timeline.stage(step + 1).global_batch)
+                prefetched = wait(reader._prefetched[step + 1], timeout=10)
+                assert len(prefetched.done) == layout.accumulation(timeline.stage(step + 1).global_batch)
             else:
                 assert not reader._prefetched, "nothing is read beyond the last step"
 
 
-def test_what_goes_wrong_in_reading_is_raised_as_it_is_and_the_thread_ends(workspace, tmp_path):
+def test_a_read_error_is_raised_and_the_thread_ends(workspace, tmp_path):
     shutil.copytree(workspace.directory / "corpora", tmp_path / "corpora")
     reader, *_ = reader_of(workspace, f"data.directory={tmp_path / 'corpora'}")
     for shard in tmp_path.glob("corpora/**/*.bin"):
@@ -330,12 +330,12 @@ def digest(samples: Samples, numbers: np.ndarray, length: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_run_reads_what_its_timeline_says(workspace, ramped):
+def test_a_run_reads_the_samples_of_its_timeline(workspace, ramped):
     config, samples = opened(workspace, *RAMP)
     timeline = config.timeline()
-    told = lines(workspace, ramped)
-    assert [line["step"] for line in told] == list(range(1, 41))
-    for line in told:
+    logged = lines(workspace, ramped)
+    assert [line["step"] for line in logged] == list(range(1, 41))
+    for line in logged:
         phase, first = timeline.stage(line["step"] - 1), timeline.first_sample(line["step"] - 1)
         assert (line["global_batch"], line["sequence_length"]) == (phase.global_batch, phase.sequence_length)
         assert line["tokens"] == 32 * (first + phase.global_batch)
@@ -345,13 +345,13 @@ def test_a_run_reads_what_its_timeline_says(workspace, ramped):
 
 
 @pytest.mark.slow
-def test_status_tells_of_the_phase(workspace, ramped):
-    told = json.loads(workspace.manta("status", ramped, "--json").stdout)
-    assert (told["global_batch"], told["sequence_length"], told["tokens"], told["seconds_left"]) == (8, 32, 240 * 32, 0)
+def test_status_shows_the_stage(workspace, ramped):
+    status = json.loads(workspace.manta("status", ramped, "--json").stdout)
+    assert (status["global_batch"], status["sequence_length"], status["tokens"], status["seconds_left"]) == (8, 32, 240 * 32, 0)
     assert "8 samples, in sequences of 32 tokens" in workspace.manta("status", ramped).stdout
 
 
-def test_the_start_tells_of_the_phases(workspace):
+def test_the_start_prints_all_stages(workspace):
     config = configs.load(workspace.config_file, RAMP)
     assert step_text(config, layout_for(config.train, ParallelConfig(), 2)) == (
         "2 ranks x micro batch 1 x accumulation 1 = 8 sequences of 8 tokens a step, from step 11 accumulation 3 = 24 sequences of 8 tokens"
@@ -361,19 +361,19 @@ def test_the_start_tells_of_the_phases(workspace):
 
 
 @pytest.mark.slow
-def test_a_rank_killed_in_mid_ramp_changes_no_loss(workspace, ramped):
+def test_a_rank_killed_during_a_ramp_changes_no_loss(workspace, ramped):
     with workspace.start("train", str(workspace.config_file), "run.dir=ramp killed", *RAMP, "cluster.hot_standby=true") as running:
         wait_for_step(workspace, "ramp killed", 15, running)
         os.kill(next(e for e in events(workspace, "ramp killed") if e["event"] == "attempt-started")["ranks"][1]["pid"], signal.SIGKILL)
         assert running.wait(90) == 0, running.stderr.read()
         running.communicate()
     assert [line["attempt"] for line in lines(workspace, "ramp killed")][-1] == 2
-    assert losses(workspace, "ramp killed") == losses(workspace, ramped)  # bit by bit
+    assert losses(workspace, "ramp killed") == losses(workspace, ramped)  # bitwise
     assert [line["data/digest"] for line in lines(workspace, "ramp killed")] == [line["data/digest"] for line in lines(workspace, ramped)]
 
 
 @pytest.mark.slow
-def test_a_run_stopped_in_mid_ramp_goes_on_with_one_rank(workspace, ramped):
+def test_a_run_stopped_during_a_ramp_resumes_on_one_rank(workspace, ramped):
     with workspace.start("train", str(workspace.config_file), "run.dir=ramp stopped", *RAMP) as running:
         wait_for_step(workspace, "ramp stopped", 11, running)
         running.send_signal(signal.SIGTERM)
@@ -394,7 +394,7 @@ def test_another_ramp_is_another_run(workspace, ramped):
 
 
 @pytest.mark.slow
-def test_a_run_hardly_waits_for_its_samples(workspace, ramped):
-    """A step here takes a hundredth of a second, and many ranks may be on few cores: the median says what is waited for without."""
-    told = lines(workspace, ramped)[1:]  # before the first step nothing was computed meanwhile
-    assert statistics.median(line["data_wait"] / line["step_time"] for line in told) <= 0.01
+def test_a_run_rarely_waits_for_data(workspace, ramped):
+    """A step takes 10 ms here, and other processes may share the cores: the median excludes their delays."""
+    measured = lines(workspace, ramped)[1:]  # nothing is computed while the first step is read
+    assert statistics.median(line["data_wait"] / line["step_time"] for line in measured) <= 0.01
