@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
-from manta.data.sources.config import Section, SourceConfig
+from manta.data.source_config import Section, SourceConfig
 
 BYTES = 256  # a byte-level vocabulary has a token for each byte, so that it can encode any text
 

@@ -92,7 +92,7 @@ class Loop:
     def _run(self, step: int) -> int:
         metrics = MetricsLog(self.run_dir.metrics_file) if self.world.rank == 0 else None
         last = self.config.train.steps
-        saves = SavePolicy(self.saver, self.engine, self.loader, self.config, self.run_dir, step=step)
+        saves = SavePolicy(self.saver, self.engine, self.loader, self.config, self.run_dir.save_request_file, step=step)
         stop, line = False, Line()
         while step < last and not stop:
             result = self._step(step, saves)

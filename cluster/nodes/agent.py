@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from manta.cluster.job import Job
-from manta.cluster.nodes.machine import cores
+from manta.cluster.machine import cores
 from manta.cluster.nodes.oom_kills import count_oom_kills
 from manta.cluster.nodes.process import Process
 from manta.cluster.nodes.report import NodeFacts, RankStatus

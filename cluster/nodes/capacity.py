@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.job import Job
-from manta.cluster.nodes.placement import Machine, NodeAllocation, Placement, place_ranks
+from manta.cluster.machine import Machine
+from manta.cluster.nodes.placement import NodeAllocation, Placement, place_ranks
 from manta.cluster.ray import view
 
 SETTLE_TIME = 10.0  # seconds to wait for nodes that the run would use but does not need

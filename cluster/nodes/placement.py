@@ -5,25 +5,11 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from manta.cluster.machine import Machine
+
 
 class PlacementError(ValueError):
     """Nodes that the run can not use as they are; the message says what the user can do."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """A node as Ray lists it. Ray never reuses an `id`, not even for the same machine when it joins again."""
-
-    id: str
-    host: str
-    address: str
-    port: int  # of its raylet
-    cpus: int
-    gpus: int = 0
-    nvlink_domain: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.host} ({self.address})"
 
 
 @dataclass(frozen=True, slots=True)

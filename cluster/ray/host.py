@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from manta.cluster.nodes.machine import address_towards, nvlink_domain
+from manta.cluster.machine import address_towards, nvlink_domain
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.hosts import NVLINK_DOMAIN_LABEL, OBJECT_STORE_BYTES
 

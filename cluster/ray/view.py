@@ -9,7 +9,7 @@ import ray
 from ray._private import worker
 from ray._private.state import state
 
-from manta.cluster.nodes.placement import Machine
+from manta.cluster.machine import Machine
 from manta.cluster.ray.hosts import NVLINK_DOMAIN_LABEL
 
 CONNECT_TIMEOUT = 0.5  # seconds in which a living machine accepts a connection

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.job import Job
-from manta.cluster.nodes.placement import Machine, NodeAllocation
+from manta.cluster.machine import Machine
+from manta.cluster.nodes.placement import NodeAllocation
 from manta.cluster.nodes.report import NodeFacts, RankStatus
 from manta.cluster.protocol import Env, ExitCode
 from manta.cluster.supervise.event_log import POLL, Event

@@ -21,13 +21,13 @@ from manta.data.hashing import hashed
 from manta.data.live.live_sources import LiveSplit, live_splits, prepare_live, with_absolute_paths
 from manta.data.objectives.examples import Examples
 from manta.data.objectives.objective import Objective
-from manta.data.prepare.encode import sample_text
 from manta.data.sampling.order import Permutation
 from manta.data.sampling.samples import Samples, entropy
-from manta.data.sampling.windows import Windows, check_indices
 from manta.data.shards.manifest import PreparedData
-from manta.data.sources.config import FilterConfig
+from manta.data.shards.windows import Windows, check_indices
+from manta.data.source_config import FilterConfig
 from manta.data.sources.input_split import BadRow
+from manta.data.sources.text_sample import sample_text
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,9 @@ import xxhash
 
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
-from manta.data.prepare.encode import validation_threshold
 from manta.data.shards.manifest import PreparedData, digest
-from manta.data.sources.config import SourceConfig
-from manta.data.sources.filters import Filter
+from manta.data.source_config import SourceConfig
+from manta.data.sources.filters import Filter, validation_threshold
 from manta.data.sources.input_split import BadRow, Document, InputSplit
 from manta.data.sources.source import holds_token_files, identity, validation_source
 from manta.data.sources.splits import input_splits

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from manta.data.hashing import Hashes, fold
 from manta.data.objectives.examples import IGNORED, PADDING, Examples, Tokens, integers_below
-from manta.data.sampling.windows import Windows
+from manta.data.shards.windows import Windows
 from manta.data.tokenizer.tokenizer import SpecialTokens
 
 FRAME = {"next_sentence": 3, "sentence_order": 3, "none": 2}

@@ -9,7 +9,7 @@ from manta.data.config import DataConfig
 from manta.data.hashing import Hashes
 from manta.data.objectives import causal, masked
 from manta.data.objectives.examples import Examples, merge_documents, number_documents, sample_keys
-from manta.data.sampling.windows import Windows, WindowShape
+from manta.data.shards.windows import Windows, WindowShape
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 Numbers = NDArray[np.int64]

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from manta.data.config import DataConfig
 from manta.data.errors import InputError
-from manta.data.prepare.encode import DUPLICATE, MALFORMED, SplitTask, encode_split, hash_split, record_file, sample_text
+from manta.data.prepare.encode import DUPLICATE, MALFORMED, SplitTask, encode_split, hash_split, record_file
 from manta.data.prepare.pool import run_tasks
 from manta.data.prepare.progress import report
 from manta.data.prepare.token_files import index_token_file, token_file_splits
@@ -18,10 +18,11 @@ from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import CorpusSplit, Manifest, SplitRecord
 from manta.data.shards.shard import Shard
-from manta.data.sources.config import SourceConfig
+from manta.data.source_config import SourceConfig
 from manta.data.sources.input_split import InputSplit
 from manta.data.sources.source import holds_token_files, validation_source
 from manta.data.sources.splits import input_splits
+from manta.data.sources.text_sample import sample_text
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 _PROOF_BYTES = 1_000_000  # text of a source on which a faster encoder must equal the reference

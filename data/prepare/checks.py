@@ -3,7 +3,7 @@
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.prepare.progress import report
-from manta.data.sources.config import SourceConfig
+from manta.data.source_config import SourceConfig
 from manta.data.sources.source import ignored_files, source_files, validation_source
 from manta.data.sources.splits import content_kind
 from manta.data.storage.location import StoredFile, resolve

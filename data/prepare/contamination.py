@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from manta.data.hashing import Hashes, hashed, mix
 from manta.data.prepare.dedup import Numbers, is_among
-from manta.data.sampling.windows import TokenStream
+from manta.data.shards.windows import TokenStream
 
 SPAN = 50  # tokens
 _BLOCK = 24

@@ -12,8 +12,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data.hashing import Hashes, hashed
-from manta.data.sampling.windows import TokenStream
-from manta.data.shards.statistics import document_lengths
+from manta.data.sampling.statistics import document_lengths
+from manta.data.shards.windows import TokenStream
 
 _MAX_DOCUMENTS = 1 << 24  # compared: each takes about 70 bytes of memory
 _CHUNK = 1 << 22  # tokens read at a time

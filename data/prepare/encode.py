@@ -1,8 +1,7 @@
 """Encode one input split into a train and a validation shard, in one process."""
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from ctypes import c_int64
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ from manta.data.sampling.order import Permutation
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import SplitRecord
 from manta.data.shards.shard import Shard, ShardWriter, dtype_for
-from manta.data.sources.config import FilterConfig
-from manta.data.sources.filters import Filter
+from manta.data.source_config import FilterConfig
+from manta.data.sources.filters import Filter, validation_threshold
 from manta.data.sources.input_split import BadRow, Document, InputSplit
 from manta.data.sources.rows import Content
 from manta.data.tokenizer.tokenizer import Encoder, Tokenizer
@@ -92,30 +91,6 @@ def hash_split(task: SplitTask, position: c_int64) -> NDArray[np.uint64]:
     """Return the hash of each document that passes the filter, in order."""
     batches = _SelectedDocuments(task).batches(position)
     return np.array([xxhash.xxh3_64_intdigest(_raw(document.content)) for batch in batches for document in batch], dtype=np.uint64)
-
-
-def sample_text(splits: Sequence[tuple[InputSplit, FilterConfig]], size: int) -> Iterator[str]:
-    """Yield about `size` bytes of text, spread over all splits in shuffled order."""
-    order = Permutation(len(splits), key=0)(np.arange(len(splits)))
-    for remaining, index in zip(range(len(splits), 0, -1), order, strict=True):
-        share = math.ceil(size / remaining)
-        split, document_filter = splits[int(index)][0], Filter(splits[int(index)][1])
-        for document in split.documents():
-            if share <= 0:
-                break
-            if isinstance(document, BadRow) or not isinstance(document.content, str) or document_filter.rejection(document.content):
-                continue
-            part = document.content[:share]
-            yield part
-            used = len(part.encode())
-            share, size = share - used, size - used
-        if size <= 0:
-            return
-
-
-def validation_threshold(share: float) -> int:
-    """Return the number below which the hash of a document's text makes it a validation document."""
-    return math.ceil(share * 2**64)
 
 
 @lru_cache(maxsize=1)

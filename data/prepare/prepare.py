@@ -22,16 +22,17 @@ from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare.build import build_shards, complete_corpus, write_manifest
 from manta.data.prepare.checks import check_sources
-from manta.data.prepare.encode import record_file, sample_text
+from manta.data.prepare.encode import record_file
 from manta.data.prepare.progress import report
 from manta.data.sampling.packed_windows import find_packing, pack_corpus
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest, PreparedData, digest
-from manta.data.sources.config import SourceConfig
+from manta.data.source_config import SourceConfig
 from manta.data.sources.source import identity
 from manta.data.sources.splits import input_splits
+from manta.data.sources.text_sample import sample_text
 from manta.data.storage.location import absolute, join, local_path
 from manta.data.tokenizer.tokenizer import FIM_TOKENS, MASKING_TOKENS, Tokenizer, fingerprint, read_tokenizer
 from manta.data.tokenizer.train import train

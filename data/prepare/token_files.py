@@ -23,7 +23,7 @@ from manta.data.errors import InputError
 from manta.data.prepare.encode import SplitTask, open_tokenizer
 from manta.data.shards.manifest import SplitRecord
 from manta.data.shards.shard import LONGEST, Shard, index_bytes, parse_index
-from manta.data.sources.config import SourceConfig
+from manta.data.source_config import SourceConfig
 from manta.data.sources.input_split import BadRow, Document
 from manta.data.sources.source import source_files
 from manta.data.storage.location import StoredFile, absolute

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ValidationError
 from manta.data.errors import InputError
 from manta.data.sampling import packing
 from manta.data.sampling.packing import Bins, best_fit
-from manta.data.sampling.windows import TokenStream, WindowDataset, Windows, WindowShape
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.shard import Shard
+from manta.data.shards.windows import TokenStream, WindowDataset, Windows, WindowShape
 
 _OPEN_PACKINGS = 256  # mapped at a time
 

@@ -15,8 +15,8 @@ from manta.data.errors import InputError
 from manta.data.hashing import hashed
 from manta.data.sampling.mixture import Mixture
 from manta.data.sampling.order import BlockOrder, Order
-from manta.data.sampling.windows import TokenStream, WindowDataset
 from manta.data.shards.manifest import digest
+from manta.data.shards.windows import TokenStream, WindowDataset
 
 _SOURCE = 3  # the hash domain of the order keys of mixed sources
 

@@ -20,10 +20,10 @@ from manta.data.objectives.objective import Objective
 from manta.data.sampling.order import Order, Permutation
 from manta.data.sampling.packed_windows import PackedDataset, ShardPacking, load_packing
 from manta.data.sampling.sampler import Sampler, SourceSampler
-from manta.data.sampling.windows import CutDataset, TokenStream, WindowDataset, Windows, WindowShape, check_indices
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest, PreparedData
+from manta.data.shards.windows import CutDataset, TokenStream, WindowDataset, Windows, WindowShape, check_indices
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 Numbers = NDArray[np.int64]

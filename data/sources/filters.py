@@ -1,9 +1,10 @@
 """Select documents of a source by their text."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
-from manta.data.sources.config import FilterConfig
+from manta.data.source_config import FilterConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +35,8 @@ class Filter:
         if self._not_matching and self._not_matching.search(text):
             return "not_matching found"
         return None
+
+
+def validation_threshold(share: float) -> int:
+    """Return the number below which the hash of a document's text makes it a validation document."""
+    return math.ceil(share * 2**64)

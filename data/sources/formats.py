@@ -5,7 +5,7 @@ A format is a class of input splits with a constructor `from_files(files, option
 
 from typing import Literal
 
-from manta.data.sources.config import SourceConfig
+from manta.data.source_config import SourceConfig
 from manta.data.sources.streams import compression_of, format_suffix
 from manta.data.sources.tables import ArrowSplit, HuggingFaceSplit, ParquetSplit
 from manta.data.sources.text_formats import JsonLinesSplit, TextSplit

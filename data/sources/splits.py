@@ -6,7 +6,7 @@ from typing import Literal
 
 from manta.data.config import DataConfig
 from manta.data.errors import InputError
-from manta.data.sources.config import SourceConfig
+from manta.data.source_config import SourceConfig
 from manta.data.sources.filters import Filter
 from manta.data.sources.formats import FORMATS, DocumentSplit, Format, format_of
 from manta.data.sources.input_split import Document, ReadOptions

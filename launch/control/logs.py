@@ -8,7 +8,7 @@ from pathlib import Path
 from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
 from manta.launch.config import resume_config
-from manta.launch.control.tail import Tail
+from manta.launch.tail import Tail
 from manta.trainer.run_directory import RunDirectory
 
 POLL_INTERVAL = 0.2  # seconds

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from manta.cluster.supervise.event_log import POLL, Event
-from manta.launch.control.tail import Tail
+from manta.launch.tail import Tail
 from manta.trainer.metrics import Line, parse_lines
 from manta.trainer.run_directory import RunDirectory
 

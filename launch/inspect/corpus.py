@@ -13,10 +13,10 @@ from manta.data.objectives.objective import window_shape
 from manta.data.prepare.contamination import SPAN, Contamination, find_contamination
 from manta.data.prepare.dedup import Duplicates, find_duplicates
 from manta.data.prepare.progress import progress
-from manta.data.sampling.windows import TokenStream
+from manta.data.sampling.statistics import LengthHistogram, PackingStatistics, corpus_statistics
 from manta.data.shards import manifest
 from manta.data.shards.manifest import Manifest
-from manta.data.shards.statistics import LengthHistogram, PackingStatistics, corpus_statistics
+from manta.data.shards.windows import TokenStream
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.launch.inspect.resolve import DataTarget
 

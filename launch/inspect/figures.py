@@ -8,7 +8,7 @@ import numpy as np
 
 from manta.data.config import DataConfig
 from manta.data.errors import InputError
-from manta.data.shards.statistics import LengthHistogram
+from manta.data.sampling.statistics import LengthHistogram
 
 try:
     import matplotlib as mpl

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manta.data.sampling.sampler import Sampler
-from manta.data.shards.statistics import windows_by_stream
+from manta.data.sampling.statistics import windows_by_stream
 from manta.launch.config import RunConfig
 from manta.launch.inspect.charts import console, percent, plain_table, stacked, swatch
 from manta.launch.inspect.resolve import DataTarget

@@ -16,7 +16,7 @@ from manta.data.errors import InputError
 from manta.data.objectives.examples import DIGEST_BITS, Examples
 from manta.data.objectives.render import Renderer
 from manta.data.sampling.sampler import Sampler
-from manta.data.shards.statistics import stream_of
+from manta.data.sampling.statistics import stream_of
 from manta.launch.inspect.charts import console, visible
 from manta.launch.inspect.resolve import DataTarget, resolve
 from manta.trainer.config.divisors import divisors_text

@@ -7,10 +7,10 @@ from typing import Any
 from manta.data.errors import InputError
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare.progress import progress
+from manta.data.prepare.verify import Damage, corpus_size, verify
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
-from manta.data.shards.verify import Damage, corpus_size, verify
 from manta.data.tokenizer import tokenizer
 from manta.launch.inspect.charts import console
 from manta.launch.inspect.resolve import DataTarget

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from manta.cluster.nodes.machine import default_ranks, gpus
+from manta.cluster.machine import default_ranks, gpus
 from manta.cluster.ray.runtime import LocalRay, Ray
 from manta.data.errors import InputError
 from manta.data.live.live_sources import with_absolute_paths

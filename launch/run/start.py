@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from manta.cluster.job import Job
-from manta.cluster.nodes.machine import gpus
+from manta.cluster.machine import gpus
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import Ray
 from manta.cluster.supervise.controller import Controller

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from manta.cluster.config import ClusterConfig
-from manta.cluster.nodes.machine import address_towards
+from manta.cluster.machine import address_towards
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.hosts import Host
 from manta.cluster.ray.runtime import LOOPBACK, HostsRay

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from manta.cluster.config import ClusterConfig
-from manta.cluster.nodes.machine import address_towards
+from manta.cluster.machine import address_towards
 from manta.cluster.ray.hosts import Host
 from manta.cluster.ray.runtime import LOOPBACK, HostsRay
 from manta.data.errors import InputError

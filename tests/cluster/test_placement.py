@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from manta.cluster.job import Job
+from manta.cluster.machine import Machine, default_ranks, gpus, parse_nvlink_domain
 from manta.cluster.nodes import oom_kills
-from manta.cluster.nodes.machine import default_ranks, gpus, parse_nvlink_domain
-from manta.cluster.nodes.placement import Machine, NodeAllocation, PlacementError, place_ranks
+from manta.cluster.nodes.placement import NodeAllocation, PlacementError, place_ranks
 from manta.cluster.nodes.report import NodeFacts
 from manta.cluster.supervise.attempt import rank_environments, unfit_reason, version_differences
 

@@ -13,10 +13,10 @@ from manta.data.config import CacheConfig, DataConfig
 from manta.data.errors import InputError
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare import prepare
+from manta.data.prepare.verify import verify
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
-from manta.data.shards.verify import verify
 from manta.data.storage.store import open_store
 
 READ = """

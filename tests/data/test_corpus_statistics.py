@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from sample_cases import WAYS, open_way, write_sources
 
 from manta.data.sampling.packing import best_fit
-from manta.data.sampling.windows import WindowShape
+from manta.data.sampling.statistics import LengthHistogram, corpus_statistics, documents_cut, stream_of, windows_by_stream
 from manta.data.shards import manifest
-from manta.data.shards.statistics import LengthHistogram, corpus_statistics, documents_cut, stream_of, windows_by_stream
+from manta.data.shards.windows import WindowShape
 
 lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 

@@ -9,10 +9,10 @@ from small_corpora import SMALL, config, documents, write_lines
 from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare import prepare
+from manta.data.prepare.verify import Damage, corpus_size, verify
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import PreparedData
-from manta.data.shards.verify import Damage, corpus_size, verify
 
 
 def find_damage(prepared: PreparedData, data: DataConfig) -> list[Damage]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from manta.data.objectives.causal import causal_examples, fill_in_the_middle
 from manta.data.objectives.examples import Examples, Tokens, number_documents, sample_keys
 from manta.data.objectives.masked import FRAME, draw_pairs, frame_next_sentence, frame_sentence_order, frame_text, mask_tokens
-from manta.data.sampling.windows import Windows
+from manta.data.shards.windows import Windows
 from manta.data.tokenizer.tokenizer import FimTokens
 from manta.trainer.dataloader.batch import IGNORED, Batch
 from manta.trainer.model import attention

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from manta.data.sources.config import FilterConfig
+from manta.data.source_config import FilterConfig
 from manta.data.sources.filters import Filter
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from manta.data.hashing import fold, hashed
 from manta.data.objectives.examples import IGNORED, Examples, merge_documents, number_documents, sample_keys
 from manta.data.objectives.masked import draw_pairs, frame_next_sentence, frame_sentence_order, frame_text, mask_tokens
-from manta.data.sampling.windows import Windows
+from manta.data.shards.windows import Windows
 from manta.data.tokenizer.tokenizer import SpecialTokens
 
 

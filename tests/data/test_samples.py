@@ -12,10 +12,10 @@ from manta.data.config import CacheConfig
 from manta.data.errors import InputError
 from manta.data.objectives.examples import Examples
 from manta.data.prepare import prepare
-from manta.data.sampling import windows as windows_module
 from manta.data.sampling.order import Order
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
+from manta.data.shards import windows as windows_module
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import PreparedData
 

@@ -11,8 +11,8 @@ import pytest
 from source_reading import error_of, splits_of, write_file
 
 from manta.data.errors import InputError
+from manta.data.source_config import SourceConfig
 from manta.data.sources import splits
-from manta.data.sources.config import SourceConfig
 from manta.data.sources.source import holds_token_files, identity, source_files, validation_source
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'

@@ -16,8 +16,8 @@ import pytest
 import zstandard
 from source_reading import DOCUMENTS, error_of, locations, read, read_skipping, splits_of, write_arrow, write_file, write_parquet
 
+from manta.data.source_config import SourceConfig
 from manta.data.sources import splits
-from manta.data.sources.config import SourceConfig
 from manta.data.sources.source import holds_token_files, identity, source_files
 from manta.data.storage import remote, remote_requests
 

@@ -12,8 +12,8 @@ import pytest
 from pyarrow import parquet
 from source_reading import DOCUMENTS, error_of, locations, read, read_all, read_skipping, splits_of, write_arrow, write_file, write_parquet
 
+from manta.data.source_config import SourceConfig
 from manta.data.sources import splits
-from manta.data.sources.config import SourceConfig
 from manta.data.sources.source import identity
 
 IDS = [[5, 4_000_000_000, 0], [], [7]]

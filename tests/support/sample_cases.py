@@ -10,9 +10,9 @@ from manta.data.config import CacheConfig, DataConfig, TokenizerConfig
 from manta.data.objectives.examples import Examples
 from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
-from manta.data.sampling.windows import TokenStream
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.shard import ShardWriter
+from manta.data.shards.windows import TokenStream
 
 T = 16
 

@@ -11,8 +11,8 @@ from pyarrow import parquet
 
 from manta.data.config import DataConfig
 from manta.data.errors import InputError
+from manta.data.source_config import SourceConfig
 from manta.data.sources import splits
-from manta.data.sources.config import SourceConfig
 from manta.data.sources.input_split import BadRow, Document, InputSplit
 
 DOCUMENTS = ["Guten Tag.\n", "雪が降る", "a\r\nb", "🙂 <|endoftext|> not the end"]

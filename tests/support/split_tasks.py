@@ -11,7 +11,7 @@ from small_corpora import config
 from manta.data.config import CacheConfig
 from manta.data.prepare.encode import SplitTask
 from manta.data.shards.manifest import PreparedData
-from manta.data.sources.config import SourceConfig
+from manta.data.source_config import SourceConfig
 from manta.data.sources.input_split import InputSplit
 from manta.data.sources.splits import input_splits
 

@@ -12,7 +12,7 @@ from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.config_history import RENAMED, as_version_1, identifying_keys, upgrade, version_1_keys
 from manta.data.errors import InputError
 from manta.data.prepare import prepare
-from manta.data.sources.config import FilterConfig, SourceConfig
+from manta.data.source_config import FilterConfig, SourceConfig
 from manta.data.sources.source import identity as source_identity
 from manta.launch.config import RunConfig, load
 from manta.launch.run.resume_check import check_same_run

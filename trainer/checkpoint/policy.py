@@ -4,6 +4,7 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +17,6 @@ from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.metrics import Line
-from manta.trainer.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 POLL = 1.0  # seconds between checks for a request
@@ -34,10 +34,10 @@ class SavePolicy:
     """All ranks call `save` and `finish` together, and `poll` independently."""
 
     def __init__(
-        self, writer: CheckpointWriter, engine: Engine, loader: DataLoader, config: TrainingConfig, directory: RunDirectory, *, step: int
+        self, writer: CheckpointWriter, engine: Engine, loader: DataLoader, config: TrainingConfig, request_file: Path, *, step: int
     ) -> None:
         """step: where the run starts or resumes."""
-        self._writer, self._engine, self._loader, self._config, self._directory = writer, engine, loader, config, directory
+        self._writer, self._engine, self._loader, self._config, self._request_file = writer, engine, loader, config, request_file
         self._timeline = config.timeline()
         self.saved: int | None = step or None  # step of the newest checkpoint, or of the save in progress
         self.failures = 0  # in a row
@@ -57,7 +57,7 @@ class SavePolicy:
         if self._is_requested or now - self._last_poll < POLL:
             return False
         self._last_poll = now
-        self._is_requested = self._directory.save_request_file.exists()
+        self._is_requested = self._request_file.exists()
         return self._is_requested
 
     def save(self, step: int, line: Line, *, wait: bool) -> None:
@@ -117,7 +117,7 @@ class SavePolicy:
 
     def _clear_request(self) -> None:
         if dist.get_rank() == 0:
-            self._directory.save_request_file.unlink(missing_ok=True)
+            self._request_file.unlink(missing_ok=True)
         self._is_requested = False
 
     def _progress(self, step: int) -> Progress:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, JsonValue, model_validator
 
 from manta.data.errors import InputError, InvalidValueError
-from manta.data.sources.config import Section
+from manta.data.source_config import Section
 from manta.trainer.config.divisors import divisors_text
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from manta.data.config import WholeNumber, check_stages
 from manta.data.errors import InvalidValueError
-from manta.data.sources.config import Section
+from manta.data.source_config import Section
 from manta.data.storage.location import absolute
 from manta.trainer.config.divisors import divisors_text
 

@@ -15,11 +15,11 @@ import xxhash
 
 from manta.data.errors import InputError
 from manta.data.sampling.packed_windows import recorded_packing
-from manta.data.sampling.windows import WindowShape
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.shard import Shard, parse_index
+from manta.data.shards.windows import WindowShape
 from manta.data.storage.store import open_store
 
 _THREADS = 8

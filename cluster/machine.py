@@ -1,10 +1,27 @@
-"""Facts about this machine, found without torch, which takes seconds to import and would hold the GPU."""
+"""A machine as Ray lists it, and facts about this one, found without torch, which takes seconds to import and would hold the GPU."""
 
 import os
 import re
 import socket
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A node as Ray lists it. Ray never reuses an `id`, not even for the same machine when it joins again."""
+
+    id: str
+    host: str
+    address: str
+    port: int  # of its raylet
+    cpus: int
+    gpus: int = 0
+    nvlink_domain: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.host} ({self.address})"
 
 
 def address_towards(host: str, port: int = 9) -> str:

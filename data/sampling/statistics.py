@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from manta.data.sampling.packed_windows import find_packing
 from manta.data.sampling.packing import best_fit
 from manta.data.sampling.sampler import SourceSampler
-from manta.data.sampling.windows import WindowShape
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.shard import Shard
+from manta.data.shards.windows import WindowShape
 
 Counts = NDArray[np.int64]
 
