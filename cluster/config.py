@@ -27,27 +27,26 @@ def _duration(text: str) -> str:
 
 class ClusterConfig(ClusterSection):
     nodes: Annotated[int | str, AfterValidator(_node_range)] = 1
-    """Nodes to run on. `4` starts on 4 and continues on fewer if some are lost. `2..8` starts on 2 to 8, and waits while fewer than 2 are
-    available. In both cases the run grows when nodes join. On one machine, 2 or more simulate a cluster."""
+    """Nodes to run on. `4` starts on 4, continues on fewer if some are lost, and returns to 4. `2..8` runs on 2 to 8, as many as are
+    available, and waits while fewer than 2 are. On one machine, 2 or more simulate a cluster."""
     ranks_per_node: int | None = Field(default=None, ge=1)
     """Ranks on each node. Unset: one per GPU; without a GPU two, or one on a single core."""
     start_timeout: float = Field(default=600.0, gt=0)
-    """Seconds to wait for nodes. Also how long a rank may send no heartbeat before its first step, while compiling and while saving."""
+    """Maximum seconds to wait for nodes, and without a heartbeat of a rank before its first step, while it compiles, or while it saves."""
     step_timeout: float | None = Field(default=None, gt=0, examples=[300.0])
-    """Seconds a rank may send no heartbeat while it steps; then the attempt counts as hung. Unset: learned (docs/recovery.md)."""
+    """Maximum seconds between heartbeats during training steps; then the attempt counts as hung. Unset: learned (docs/recovery.md)."""
     node_timeout: float = Field(default=30.0, gt=0)
-    """Seconds a node may leave the controller without an answer; then it counts as lost, and the run continues without it."""
+    """Seconds without a response after which a node counts as lost, and the run continues without it."""
     grace_period: float = Field(default=60.0, ge=0)
     """Seconds the ranks have to save and exit after a stop request."""
     stop_after: Annotated[str, AfterValidator(_duration)] | None = Field(default=None, examples=["3:50:00"])
-    """Save and exit with 75 after this manta has run for this long: for a job whose time limit is not announced by a signal."""
+    """Save and exit with 75 after this time (h:mm:ss): for jobs whose time limit sends no signal."""
     max_restarts_without_progress: int = Field(default=3, ge=0)
-    """Consecutive restarts that get no further than an earlier attempt before the run gives up."""
+    """Give up after this many consecutive restarts without a new highest step."""
     hot_standby: bool = True
     """Keep standby processes with everything imported, so that a restart takes tenths of a second. Costs their memory."""
     keep_logs: int = Field(default=20, ge=1)
-    """Newest attempts whose logs are kept; older ones are deleted as an attempt starts. Nothing else limits a rank's log, which gets a
-    line per logged step. It is only appended to, so logrotate (copytruncate) may truncate it."""
+    """Number of newest attempts to keep logs of. A rank's log is only appended to, so logrotate (copytruncate) may truncate it."""
     ssh: Ssh = Ssh()
     """How `manta train --on ssh:FILE` reaches its hosts."""
     slurm: Slurm = Slurm()

@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-HEARTBEAT_SIZE = 256  # bytes: one write, padded with spaces, so that a shorter heartbeat leaves no rest of a longer one
+HEARTBEAT_SIZE = 256  # bytes: one write, padded with spaces, so that a shorter heartbeat fully overwrites a longer one
 
 PENDING_COLLECTIVE = re.compile(r"^process group .* is pending$", re.MULTILINE)  # in a rank's log, see collective_line
 
@@ -38,7 +38,7 @@ class ExitCode(IntEnum):
 
 
 class Env(StrEnum):
-    """The environment variables that a supervisor sets for a rank, beside those that torchrun sets."""
+    """The environment variables that a supervisor sets for a rank, in addition to those that torchrun sets."""
 
     ATTEMPT = "MANTA_ATTEMPT"
     """How many times the run has been started, this one included."""

@@ -85,11 +85,11 @@ class Kubernetes(ClusterSection):
     mount: AbsolutePath = "/mnt/manta"
     """Where pods mount the claim."""
     gpus: int | None = Field(default=None, ge=0, examples=[8])
-    """GPUs per node, all that it has: whole nodes train. cluster.ranks_per_node if unset; 0 trains on CPUs."""
+    """GPUs per node; must be all GPUs of the machine. Default: cluster.ranks_per_node; 0 trains on CPUs."""
     cpus: int = Field(default=8, ge=1)
     """Cores per node."""
     memory: Quantity = "64Gi"
-    """Memory per node, including what is used of shared_memory."""
+    """Memory per node; /dev/shm counts toward it."""
     shared_memory: Quantity = "16Gi"
     """Largest size of /dev/shm, which NCCL uses between the GPUs of a node."""
     head_cpus: int = Field(default=4, ge=1)
@@ -105,11 +105,11 @@ class Kubernetes(ClusterSection):
     service_account: ObjectName | None = Field(default=None, examples=["trainer"])
     """The service account of all pods; the namespace's default if unset."""
     node_selector: dict[str, str] = Field(default={}, examples=["{pool: h100}"])
-    """Labels that a machine must have to train."""
+    """Labels required of worker nodes."""
     tolerations: tuple[Taint, ...] = Field(default=(), examples=['["nvidia.com/gpu"]'])
-    """Keys of taints that training tolerates."""
+    """Keys of taints that worker pods tolerate."""
     backoff_limit: int = Field(default=3, ge=0)
-    """How often a job that failed, or saved and exited (75), is run again, on a new Ray cluster. Kueue's preemptions do not count."""
+    """Maximum reruns of a job that failed, or saved and exited with 75, each on a new Ray cluster. Kueue's preemptions are not counted."""
 
     @field_validator("node_selector", mode="before")
     @classmethod

@@ -24,7 +24,7 @@ class MixtureStageConfig(Section):
     """Weights of the sources from a number of tokens on."""
 
     from_tokens: WholeNumber = Field(default=0, ge=0)
-    """Tokens of all samples before this stage, including those that data.skip excludes; 0 for the first stage."""
+    """Start this stage after this many tokens, counting those that data.skip excludes; 0 for the first stage."""
     weights: dict[str, float] = Field(min_length=1, examples=["{web: 0.7, code: 0.3}"])
     """Share of each source by name, normalized to sum to 1; a source without a weight is not read."""
 
@@ -41,7 +41,7 @@ class CurriculumStageConfig(Section):
     """The sequence length from a number of tokens on."""
 
     from_tokens: WholeNumber = Field(default=0, ge=0)
-    """Tokens read before this stage, which starts at the next step; 0 for the first stage."""
+    """Start this stage at the first step after this many tokens; 0 for the first stage."""
     sequence_length: int = Field(ge=2, examples=[256])
     """Tokens per sequence: a divisor of data.sequence_length, into which samples are cut."""
 
@@ -57,22 +57,22 @@ class CacheConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
 
 class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(min_length=1, examples=["[my-text/*.txt]"])
-    """Text to train on: paths, or sections listed or keyed by name; files may be text, JSONL, Parquet, Arrow or token shards."""
+    """Text to train on: a list of paths, a list of sections with the keys below, or a mapping from names to paths or sections."""
 
     mixture: tuple[MixtureStageConfig, ...] = ()
-    """Weights of the sources, in stages, or the weights of a single stage; without it, each source is read in proportion to its size."""
+    """Sampling weights of the sources: one set, or a list of stages; if omitted, each source is read in proportion to its size."""
 
     sequence_length: int = Field(ge=2, examples=[1024])
     """Tokens per sample."""
 
     curriculum: tuple[CurriculumStageConfig, ...] = ()
-    """Stages of shorter sequences at the start, with the same number of tokens per step; for causal objectives with packing cut."""
+    """Stages of shorter sequences, with the same number of tokens per step; for causal objectives with `packing: cut`."""
 
     packing: Literal["cut", "best_fit"] = "cut"
     """How samples are made: cut takes running text at fixed lengths, best_fit packs whole documents and pads."""
 
     separate_documents: bool = False
-    """Limit attention to the token's own document, with positions restarting in each; the two parts of a pair count as one document."""
+    """Limit attention to the token's own document, with positions restarting in each; a sentence pair counts as one document."""
 
     objective: Literal["causal", "masked"] = "causal"
     """What is predicted: the next token (causal), or masked tokens from all others as in BERT (masked)."""
@@ -93,10 +93,10 @@ class DataConfig(Section):
     """Second task of a masked objective: does B follow A (BERT), were A and B swapped (ALBERT), or none (RoBERTa)."""
 
     skip: tuple[tuple[int, int], ...] = ()
-    """Ranges [first, end) of sample numbers to exclude, as `manta data sample-at` prints them; later samples move up."""
+    """Ranges [first, end) of sample numbers to exclude, as `manta data sample-at` prints them; the samples after them are read earlier."""
 
     shuffle_shards: int | None = Field(default=None, ge=1)
-    """Number of shards to shuffle at a time, for a corpus larger than the cache; default: all."""
+    """Shuffle within groups of this many shards, so that a corpus may be larger than the cache; default: all at once."""
 
     directory: str = Field(default="corpora", min_length=1)
     """Directory or URL of prepared corpora, which runs share."""
@@ -120,7 +120,7 @@ class DataConfig(Section):
     """Address of a Ray cluster whose cores prepare the corpus (auto, or ray://…); all its nodes must see the directory."""
 
     live: bool = False
-    """Tokenize text while training, without preparation; text is read in file order, and the number of data ranks is fixed."""
+    """Tokenize text while training, without preparation; text is read in file order, and the number of data ranks must not change."""
 
     @field_validator("sources", mode="before")
     @classmethod
@@ -235,7 +235,7 @@ class TokenizerConfig(Section):
     """Tokenizer to train: byte-level BPE, byte-level unigram, or BERT's WordPiece."""
 
     vocabulary: int = Field(default=4096, ge=BYTES + 1, le=2**24)
-    """Size of the tokenizer to train, including special tokens; a small corpus may yield fewer tokens."""
+    """Vocabulary size of the tokenizer to train, including special tokens; a small corpus may yield fewer tokens."""
 
     lowercase: bool = False
     """Lowercase text and strip accents, as BERT's uncased models do; for wordpiece."""

@@ -46,20 +46,20 @@ class SourceConfig(Section):
     """One source of documents. A path can be given instead of a section with only a path."""
 
     path: str = Field(min_length=1, examples=["my-text/*.txt"])
-    """`stdlib:`, a file, directory or glob, a URL of any store that fsspec knows (s3://…), `hf:name`, `hf:name:config`, `hf:/local/dir`."""
+    """File, directory, glob or URL (s3://…, any fsspec store), `hf:name[:config]`, `hf:/local/dir`, or `stdlib:` (Python's own source)."""
 
     name: str | None = Field(default=None, min_length=1)
     """Its name in mixtures and reports; the path if omitted."""
     format: Literal["text", "json", "parquet", "arrow", "megatron", "nanogpt", "llm.c"] | None = None
-    """The format of its files; by their suffixes if omitted. nanogpt must be set, since its files are bare token ids."""
+    """text, json, parquet, arrow, megatron, nanogpt or llm.c; by suffix if omitted, except nanogpt, whose files are bare token ids."""
     text_field: str | None = Field(default=None, min_length=1)
     """Overrides data.text_field for this source. Lists of integers in the field are used as token ids."""
     template: str | None = None
     """Joins several fields into one text: "{title}\\n\\n{body}"; write {{ and }} for braces."""
     validation: str | None = Field(default=None, min_length=1)
-    """A path with validation documents, used instead of the share data.validation of this source."""
+    """Path of this source's validation documents; data.validation then does not apply to it."""
     epochs: float | None = Field(default=None, gt=0)
-    """The number of epochs that a run may read at most; a run that would read more is refused."""
+    """Maximum number of epochs; a run that would read more is refused."""
     filter: FilterConfig = FilterConfig()
     """Which of its documents are kept."""
 

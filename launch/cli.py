@@ -37,15 +37,17 @@ On = Annotated[
     str,
     typer.Option(
         metavar="TARGET",
-        help="Where to run: local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (dashboard of another Ray), auto (this machine's Ray).",
+        help="Where to run: local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (submit to a Ray cluster), auto or HOST:PORT (join one).",
     ),
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Join a Ray that requires no token, where anyone can run code.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Join a Ray cluster without a token, although anyone who reaches it can run code.")
+]
 
 
 @app.callback(invoke_without_command=True)
 def manta(*, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """Pretrain transformers, exactly and elastically: on a laptop, one GPU or a cluster."""
+    """Pretrain transformers reproducibly and elastically, on a laptop, one GPU or a cluster."""
     if version:
         typer.echo(f"manta {__version__}")
         raise typer.Exit
@@ -60,7 +62,7 @@ def train(
         str | None,
         typer.Option(
             metavar="FROM",
-            help="Start from the weights, and nothing else, of a run, an import or a checkpoint; same as run.start_from=FROM.",
+            help="Take only the initial weights from a run, an imported model or a checkpoint; same as run.start_from=FROM.",
             show_default=False,
         ),
     ] = None,
@@ -83,7 +85,7 @@ def train(
 
 @app.command(epilog="For example: manta resume runs/mine cluster.nodes=2")
 def resume(run: Run, overrides: Overrides = None, *, detach: Detach = False, on: On = "local", insecure: Insecure = False) -> None:
-    """Resume a run from its newest valid checkpoint, on the ranks that are available now."""
+    """Resume a run from its newest valid checkpoint, on the nodes that are available now."""
     from manta.launch import config
     from manta.launch.targets.dispatch import launch
 
@@ -94,7 +96,7 @@ def resume(run: Run, overrides: Overrides = None, *, detach: Detach = False, on:
 
 @app.command(epilog="For example: manta drill run.yaml --on ssh:hosts.txt")
 def drill(file: File, overrides: Overrides = None, *, on: On = "local", insecure: Insecure = False) -> None:
-    """Inject faults into a short copy of a run, and check that it survives them with the same losses as without faults."""
+    """Inject faults into a short copy of a run, and check that it recovers, with the same losses as without faults."""
     from manta.launch import config
     from manta.launch.drill.drill import DRILL_DEFAULTS, drill
     from manta.launch.targets.dispatch import connect
@@ -105,12 +107,12 @@ def drill(file: File, overrides: Overrides = None, *, on: On = "local", insecure
 
 @app.command(context_settings={"allow_interspersed_args": False}, epilog="For example: manta at http://head:8265 status /shared/runs/mine")
 def at(
-    address: Annotated[str, typer.Argument(metavar="http://HOST:8265", help="The address of the Ray's dashboard.", show_default=False)],
+    address: Annotated[str, typer.Argument(metavar="http://HOST:8265", help="Address of the Ray dashboard.", show_default=False)],
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="status, logs, stop, attach, ...", show_default=False)],
     *,
     insecure: Insecure = False,
 ) -> None:
-    """Run a manta command on a node of another Ray, which sees run directories that this machine does not."""
+    """Run a manta command on a node of a Ray cluster, for run directories that this machine cannot see."""
     from manta.launch.targets.ray_job import run_command
 
     raise typer.Exit(run_command(address, command, insecure=insecure))
@@ -118,7 +120,7 @@ def at(
 
 @app.command(epilog="For example: manta attach runs/mine")
 def attach(run: Run) -> None:
-    """Show the progress of a run that was started elsewhere, and exit with its exit code. Ctrl-C detaches; the run continues."""
+    """Follow a run started with --detach or on another machine, and exit with its exit code. Ctrl-C detaches; the run continues."""
     from manta.launch.control.attach import attach
 
     raise typer.Exit(attach(run))
@@ -131,7 +133,7 @@ def stop(
     at_once: Annotated[bool, typer.Option("--at-once", help="Stop without saving, as a second Ctrl-C does.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the run to end.")] = 600.0,
 ) -> None:
-    """Have a run save and exit, on whichever machine it runs, and wait for it to end."""
+    """Ask a run to save and exit, from any machine that sees its directory, and wait until it has."""
     from manta.launch.control.stop import stop
 
     try:
@@ -145,9 +147,11 @@ def stop(
 def logs(
     run: Run,
     *,
-    rank: Annotated[int, typer.Option(min=0, help="The rank.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="Rank to print the log of.")] = 0,
     attempt: Annotated[int | None, typer.Option(min=1, help="The attempt; default: the newest.", show_default=False)] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines, also of later attempts, until the run ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print new lines as they are written, including those of later attempts.")
+    ] = False,
 ) -> None:
     """Print the log of a rank, including the output of libraries."""
     from manta.launch.control.logs import logs
@@ -159,7 +163,7 @@ def logs(
 
 @app.command(epilog="For example: manta prepare run.yaml data.workers=16")
 def prepare(file: File, overrides: Overrides = None) -> None:
-    """Prepare the config's corpus: tokenize it and write token shards. `manta train` does the same before it trains."""
+    """Prepare the config's corpus: tokenize it and write token shards. `manta train` does this automatically."""
     from manta.data.prepare.prepare import prepare
     from manta.launch import config
 
@@ -189,7 +193,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 takes the most likely token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.", show_default=False)] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample from the most likely tokens that together have this probability.", show_default=False)
+        float | None, typer.Option(help="Nucleus sampling: the most likely tokens whose probabilities sum to this.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling; the same seed generates the same text.")] = 1,
 ) -> None:
@@ -246,7 +250,8 @@ def import_(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Directory to write; default: imported/NAME, after DIR, or after the run that DIR was exported from.", show_default=False
+            help="Directory to write; default: imported/NAME, with the name of DIR, or of the run that DIR was exported from.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:

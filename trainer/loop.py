@@ -83,7 +83,7 @@ class Loop:
         self._compiled_lengths = set[int]()  # blocks are compiled once for each sequence length
 
     def run(self, step: int) -> int:
-        """Train from `step` finished steps on. Return the number of finished steps, which is below the last after a stop request."""
+        """Train on from `step` finished steps. Return the number of finished steps: fewer than train.steps after a stop request."""
         try:
             return self._run(step)
         finally:

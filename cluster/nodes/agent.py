@@ -25,7 +25,7 @@ from manta.cluster.nodes.report import NodeFacts, RankStatus
 from manta.cluster.protocol import PENDING_COLLECTIVE, Env, ExitCode, HeartbeatReader, RankError, read_error
 
 POLL_INTERVAL = 0.05  # seconds between two readings of the heartbeats; an exit is noticed at once
-TAIL = 4096  # bytes of a log that stand for an error
+TAIL = 4096  # last bytes of a log, used as the error message
 STACK_DUMP_TIME = 1.0  # seconds that ranks have to write their stack traces
 NOT_FOR_RANKS = ("RAY_", "PYTHONPATH", "PYTHONBREAKPOINT", "OMP_NUM_THREADS", "SPT_NOENV")  # prefixes of what Ray sets for its workers
 
@@ -86,7 +86,7 @@ class NodeAgent:
             return probe.getsockname()[1]
 
     async def fill_standby(self, count: int, attempt: int) -> None:
-        """Have `count` standby processes, which warm up on their own. attempt: the newest at the time of the call.
+        """Fill the pool of standby processes up to `count`; they warm up by themselves. attempt: the newest at the time of the call.
 
         Ray may reorder calls: if this agent already runs the ranks of a later attempt, they came from the pool, and none is added.
         """
@@ -123,7 +123,7 @@ class NodeAgent:
         await _kill_all(self._standby)
 
     async def dump_stacks(self) -> list[int]:
-        """Have the ranks log their stack traces; return the ranks that report to wait in a collective."""
+        """Have the ranks log their stack traces; return the ranks that report that they wait in a collective."""
         sizes = [_size(rank.log) for rank in self._ranks]
         for rank in self._ranks:
             rank.process.send_signal(signal.SIGUSR2)
@@ -161,7 +161,7 @@ class NodeAgent:
         return rank
 
     def _progress(self) -> object:
-        """What `poll` reports at once when it changes."""
+        """A value whose change makes `poll` return immediately."""
         for rank in self._ranks:
             rank.heartbeat.read()
         return sum(not rank.process.is_alive for rank in self._ranks), all(rank.heartbeat.has_stepped for rank in self._ranks)

@@ -40,7 +40,7 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reallocated:
-    """The ranks stopped to resume on other nodes: on more, without draining ones, or under another head."""
+    """The ranks stopped to resume on different nodes: on more, without draining ones, or under a new head."""
 
 
 Outcome = Completed | Stopped | Reallocated | Failure

@@ -44,7 +44,7 @@ class HangLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why one attempt ended. `rank`: the first to fail. `step`: the last finished. `machine`: its id, of the rank's or the lost one."""
+    """Why an attempt ended. `rank`: the first to fail. `step`: the last finished. `machine`: of the rank, or the lost one."""
 
     cause: Cause
     rank: int | None
@@ -159,7 +159,7 @@ def detect_hang(statuses: Sequence[RankStatus], limits: HangLimits, *, waiting: 
 
 
 def failure_of(status: RankStatus) -> Failure:
-    """Return the failure that a rank's exit means."""
+    """Convert a rank's exit status into a failure."""
     assert status.code is not None
     is_oom = status.error is not None and status.error.category == "out_of_memory"
     if status.code < 0 and not is_oom and (status.error is None or _is_killed(status)):

@@ -1,4 +1,4 @@
-"""Prepare sources: train a tokenizer and write token shards, once. What exists already is found, and only what is missing is made.
+"""Prepare sources: train a tokenizer and write token shards, once. Existing outputs are reused.
 
     <directory>/tokenizer-<key>/tokenizer.json
     <directory>/<source>-<key>/piece-00000.{train,validation}.{bin,idx}  piece-00000.json  …  manifest.json
@@ -138,7 +138,7 @@ def _find_tokenizer(directory: CorpusDirectory, tokens: TokenizerConfig) -> str 
     except FileNotFoundError:
         return None
     except InputError as error:
-        report(f"prepare: {error} It is made again.")
+        report(f"prepare: {error} It is built again.")
         return None
     return content.decode()
 

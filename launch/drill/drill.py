@@ -83,7 +83,7 @@ def compare(lines: Sequence[Line], reference: Sequence[Line], precision: str) ->
     if not pairs:
         return Comparison(text="nothing to compare", is_same=False)
     if any(line["data/digest"] != other["data/digest"] for line, other in pairs):
-        return Comparison(text="OTHER SAMPLES", is_same=False)
+        return Comparison(text="DIFFERENT SAMPLES", is_same=False)
     difference = max(abs(line["train/loss"] - other["train/loss"]) for line, other in pairs)
     if difference == 0:
         return Comparison(text="bitwise the same", is_same=True)

@@ -72,7 +72,7 @@ def preflight(config: RunConfig, ray: Ray) -> RunPlan | None:
 
 
 def check_writable(run_dir: RunDirectory, config: RunConfig) -> None:
-    """Raises InputError if the run or its checkpoints cannot be written. Checked before a corpus is prepared, which takes long."""
+    """Raises InputError if the run or its checkpoints cannot be written. Checked before a corpus is prepared, which takes a long time."""
     open_store(run_dir.path).check_writable("run.dir")
     if config.checkpoint.directory is not None:
         open_store(config.checkpoint.directory).check_writable("checkpoint.directory")

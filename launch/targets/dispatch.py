@@ -33,7 +33,7 @@ ELSEWHERE = {"slurm": "in an allocation (salloc), with --on allocation", "kubern
 def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool = False, detached: Sequence[str] = ()) -> int:
     """Run on a target, or submit to it, and return the exit code. Raises InputError before anything starts.
 
-    detached: the arguments of a manta that runs in the background instead of this process.
+    detached: arguments for a background manta process that runs instead of this one.
     """
     if dry_run:
         if on not in RENDER:

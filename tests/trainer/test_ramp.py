@@ -354,9 +354,11 @@ def test_status_shows_the_stage(workspace, ramped):
 def test_the_start_prints_all_stages(workspace):
     config = configs.load(workspace.config_file, RAMP)
     assert step_text(config, layout_for(config.train, ParallelConfig(), 2)) == (
-        "2 ranks x micro batch 1 x accumulation 1 = 8 sequences of 8 tokens per step, from step 11 accumulation 3 = 24 sequences of 8 tokens"
-        " per step, from step 13 accumulation 3 = 12 sequences of 16 tokens per step, from step 21 accumulation 4 = 16 sequences of 16 tokens"
-        " per step, from step 27 accumulation 4 = 8 sequences of 32 tokens per step"
+        "2 ranks x micro batch 1 x accumulation 1 = 8 sequences of 8 tokens per step,"
+        " from step 11 accumulation 3 = 24 sequences of 8 tokens per step,"
+        " from step 13 accumulation 3 = 12 sequences of 16 tokens per step,"
+        " from step 21 accumulation 4 = 16 sequences of 16 tokens per step,"
+        " from step 27 accumulation 4 = 8 sequences of 32 tokens per step"
     )
 
 

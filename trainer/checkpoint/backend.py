@@ -38,7 +38,7 @@ class Fence:
     """The attempt that may commit and delete checkpoints."""
 
     attempt: int = 0
-    token: str = ""  # empty: any attempt may
+    token: str = ""  # empty: any attempt may commit
 
 
 class CheckpointBackend(ABC):
@@ -65,7 +65,7 @@ class CheckpointBackend(ABC):
         """
         fence = self._fence()
         if attempt and fence.attempt > attempt:
-            raise FencedError(f"{self}: attempt {fence.attempt} has started since; this is attempt {attempt}, which may save no more")
+            raise FencedError(f"{self}: attempt {fence.attempt} has started since; this is attempt {attempt}, which can no longer save")
         content = json.dumps(asdict(Fence(max(attempt, fence.attempt), token))).encode()
         self.store.create()
         try:
@@ -136,7 +136,7 @@ class CheckpointBackend(ABC):
 
     def _check_fence(self, name: str, token: str) -> None:
         if (fence := self._fence()).token not in {token, ""}:
-            raise FencedError(f"{self.location(name)}: attempt {fence.attempt} has started since; this attempt may save no more")
+            raise FencedError(f"{self.location(name)}: attempt {fence.attempt} has started since; this attempt can no longer save")
 
 
 class DirectoryBackend(CheckpointBackend):
@@ -239,7 +239,7 @@ class ObjectStoreBackend(CheckpointBackend):
             self.store.delete(path)
 
     def delete(self, name: str) -> None:
-        """Deletes the manifests first, so that the rest counts no more."""
+        """Deletes the manifests first, so that the remaining files are no longer a checkpoint."""
         for path in sorted(self._paths(f"{name}/*/*"), key=lambda path: not path.endswith(f"/{MANIFEST}")):
             self.store.delete(path)
 

@@ -29,4 +29,4 @@ class LeftUnsavedError(SaveError):
 
 
 class FencedError(RuntimeError):
-    """A later attempt of the run has started: this one may save no more."""
+    """A later attempt of the run has started: this one can no longer save."""

@@ -55,7 +55,7 @@ class CheckpointWriter:
     def set_fence(self) -> None:
         """Stop earlier attempts from committing; call it before searching for a checkpoint. Raises FencedError in an earlier attempt.
 
-        Raises SaveError if the disk is full or not writable: to retry would not help.
+        Raises SaveError if the disk is full or not writable: retrying would not help.
         """
         on_first_rank(self._set_fence, self._group)
 
@@ -64,7 +64,7 @@ class CheckpointWriter:
     ) -> None:
         """Save the state, which must have the same tensors and views in each call, because writes are planned once.
 
-        wait: return once it is committed. Otherwise `finish` waits, and raises what went wrong. Raises like `finish`.
+        wait: return once it is committed. Otherwise `finish` waits, and raises what went wrong. Raises the same errors as `finish`.
         """
         self.finish()
         start = time.monotonic()

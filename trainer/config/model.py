@@ -21,13 +21,13 @@ class ExpertsConfig(Section):
     shared: int = Field(default=0, ge=0)
     """Additional experts that process every token."""
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """How the router's logits become scores."""
+    """How the router's logits become scores: softmax or sigmoid."""
     normalize: bool = True
     """Whether the scores of the selected experts are divided by their sum."""
     scale: float = Field(default=1.0, gt=0)
     """Factor on the output of the routed experts."""
     balance: Literal["loss", "bias", "none"] = "loss"
-    """Load balancing of the experts: an auxiliary loss per sequence, or a bias that affects only the selection."""
+    """Load balancing of the experts: loss (an auxiliary loss per sequence), bias (which affects only the selection), or none."""
     balance_weight: float = Field(default=0.01, ge=0)
     """Weight of the auxiliary load-balancing loss."""
     bias_update_speed: float = Field(default=0.001, gt=0)
@@ -59,11 +59,11 @@ class ModelConfig(Section):
     family: str = Field(default="llama", examples=["llama", "gpt2", "bert", "mine.model:Mine"])
     """llama, gpt2, bert, or the dotted path of your own class, package.module:Class (docs/models.md)."""
     layers: int = Field(ge=1, examples=[12])
-    """Number of blocks."""
+    """Number of blocks; a preset sets it."""
     width: int = Field(ge=1, examples=[768])
-    """Width of the residual stream."""
+    """Width of the residual stream; a preset sets it."""
     heads: int = Field(ge=1, examples=[12])
-    """Number of query heads."""
+    """Number of query heads; a preset sets it."""
     kv_heads: int | None = Field(default=None, ge=1, examples=[12])
     """Number of key and value heads (grouped-query attention, llama), a divisor of heads. Default: heads."""
     head_width: int | None = Field(default=None, ge=1)
@@ -77,7 +77,7 @@ class ModelConfig(Section):
     rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary position embedding (llama)."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
-    """Added to the variance under the root of each norm."""
+    """Added to the variance in each norm."""
     tied_head: bool = True
     """Whether the output head shares the embedding's weight."""
     qk_norm: bool = False
@@ -93,7 +93,7 @@ class ModelConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target's probability that is spread over all tokens."""
     z_loss: float = Field(default=0.0, ge=0)
-    """Weight of the squared log-partition of the output softmax, which keeps logits small; 1e-4 is customary."""
+    """Weight of the z-loss, the squared log-sum-exp of the output logits, which keeps them small; 1e-4 is usual."""
     experts: ExpertsConfig | None = None
     """A mixture of experts in place of each MLP (llama, gpt2)."""
     options: dict[str, JsonValue] = Field(default_factory=dict)

@@ -19,9 +19,9 @@ class RunSection(Section):
     dir: Path = Field(examples=["runs/mine"])
     """The run directory: config, metrics, logs and checkpoints are stored in it."""
     start_from: str | None = Field(default=None, examples=["imported/gpt2"])
-    """Initial weights of a new run: a run directory, what `manta import` wrote, or one checkpoint. Nothing but weights is read from it."""
+    """Initial weights of a new run: a run directory, a directory from `manta import`, or one checkpoint. Only its weights are read."""
     match_tokens: bool = False
-    """Whether rows of the vocabulary are taken from start_from by token, for another tokenizer; rows of new tokens are initialized."""
+    """For another tokenizer than start_from has: copy embedding rows by the text of their token, and initialize the rows of new tokens."""
     seed: int = Field(default=1, ge=0, lt=2**63)
     """Determines the initial weights and the order of samples."""
 
@@ -48,7 +48,7 @@ class OptimizerConfig(Section):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the second moment."""
     epsilon: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Adam's epsilon."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of matrices, not of norms and biases; decoupled under adamw."""
     gradient_clipping: float = Field(default=1.0, gt=0)
@@ -57,7 +57,7 @@ class OptimizerConfig(Section):
 
 class ScheduleConfig(Section):
     shape: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate decays from the end of warmup to the last step."""
+    """How the learning rate decays after warmup: cosine, linear or constant."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warmup."""
     minimum_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -68,7 +68,7 @@ class BatchConfig(Section):
     """One stage of a batch-size ramp."""
 
     from_tokens: WholeNumber = Field(default=0, ge=0)
-    """Tokens read before this stage, which starts at the next step; 0 for the first stage."""
+    """Start this stage at the first step after this many tokens; 0 for the first stage."""
     global_batch: int = Field(ge=1, le=2**20, examples=[32])
     """Samples per optimizer step, a multiple of train.micro_batch; train.global_batch in the last stage."""
 
@@ -79,11 +79,11 @@ class TrainConfig(Section):
     global_batch: int = Field(ge=1, le=2**20, examples=[256])
     """Samples, of data.sequence_length tokens, per optimizer step: data ranks x micro batch x gradient accumulation."""
     batch_ramp: tuple[BatchConfig, ...] = ()
-    """Stages of other global batches before the last one; only gradient accumulation changes, and the schedule still counts steps."""
+    """Global batch by stage: gradient accumulation changes, the number of ranks does not; the schedule still counts steps."""
     micro_batch: int = Field(ge=1, examples=[8])
     """Samples per rank in one forward pass; lower it if memory is short."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes instead of keeping it. selective: all but matrix products; full: every block."""
+    """What the backward pass recomputes. none: nothing; selective: all but the results of matrix multiplications; full: each block."""
     compile: bool | None = None
     """Whether each block is compiled by torch.compile. Default: on GPUs if the layout supports it, never on CPUs."""
 
@@ -119,15 +119,15 @@ class ParallelConfig(Section):
     """The layout of model and samples on the ranks. Combinations that are not in the parity table (docs/parity.md) are refused."""
 
     tensor: int = Field(default=1, ge=1)
-    """Ranks that share each matrix, with its heads, and the vocabulary (Megatron-LM's tensor parallelism)."""
+    """Tensor parallel size (Megatron-LM): each matrix, the heads and the vocabulary are split over this many ranks."""
     expert: int = Field(default=1, ge=1)
-    """Ranks that share the experts of a mixture, but no samples."""
+    """Expert parallel size: the experts are split over this many ranks, which read different samples."""
     sequence: int = Field(default=1, ge=1)
-    """Ranks that share each sequence (Ulysses; not Megatron-LM's sequence parallelism)."""
+    """Sequence parallel size (Ulysses; not Megatron-LM's sequence parallelism): each sequence is split over this many ranks."""
     zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: what is partitioned over the data ranks. 1: optimizer state and masters; 2: gradients too; 3: weights too; 0: nothing."""
+    """ZeRO stage: what is partitioned. 1: optimizer state and fp32 master weights; 2: gradients too; 3: weights too; 0: nothing."""
     offload: bool = False
-    """Whether optimizer state and masters are kept in CPU memory."""
+    """Whether optimizer state and fp32 master weights are kept in CPU memory."""
 
 
 class CheckpointConfig(Section):
@@ -140,11 +140,11 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints to keep; two, so that one is left if the newest is damaged."""
     keep_best: int = Field(default=0, ge=0)
-    """Checkpoints of the lowest validation loss to keep as well, among the steps that were evaluated."""
+    """Also keep this many checkpoints with the lowest validation loss, of those saved at an evaluated step."""
     keep_every: int | None = Field(default=None, ge=1, examples=[10000])
     """Keep checkpoints of steps that are multiples of this forever."""
     asynchronous: bool = True
-    """Whether training continues while a checkpoint is written, from a copy of the rank's part in CPU memory."""
+    """Write checkpoints in the background, from a copy of the rank's shard in CPU memory."""
     max_failed_saves: int = Field(default=2, ge=0)
     """Consecutive saves that may fail, for lack of space for example, while training continues; one more stops the run."""
     verify: Literal["full", "sizes"] = "full"

@@ -58,7 +58,7 @@ class TrainingConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
     precision: Precision = "bf16"
-    """Number format of training. bf16 and fp16, which has dynamic loss scaling, keep fp32 masters and optimizer state; fp8 needs Hopper."""
+    """fp32, bf16, bf16-autocast, fp16 (dynamic loss scaling) or fp8 (Hopper). Master weights and optimizer state are always fp32."""
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> "TrainingConfig":

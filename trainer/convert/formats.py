@@ -1,4 +1,4 @@
-"""Formats of a whole model, by name. To add one: a function with the same arguments, and its name here.
+"""Formats of a whole model, by name. To add one, write a function with the same arguments, and list it here and in launch/cli.py.
 
 Checkpoints that plain DeepSpeed saved are another matter: they hold optimizer state, and become a run (deepspeed/).
 """

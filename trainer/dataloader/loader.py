@@ -24,7 +24,7 @@ class Microbatch:
 
     batch: Batch
     digest: int
-    """Of its samples; see `Examples.digest`."""
+    """Digest of its samples; see `Examples.digest`."""
     wait_seconds: float
     """How long the caller waited for it."""
 
@@ -44,7 +44,7 @@ class DataLoader:
         self._started: tuple[int, Cursor] | None = None  # the last step that was started to be read, and its cursor; live samples only
 
     def step(self, step: int) -> Iterator[Microbatch]:
-        """Yield this rank's micro batches of a step. Starts to read the next step."""
+        """Yield this rank's micro batches of a step. Also starts to prefetch the next step."""
         for number in (step, step + 1):
             if number not in self._prefetched and number < self._steps:
                 turns = self._layout.accumulation(self._timeline.stage(number).global_batch)

@@ -1,6 +1,7 @@
 """Tensor parallelism (Megatron-LM, Shoeybi et al. 2019): a group of ranks shares heads, inner widths and the vocabulary.
 
-A layer copies its input to the group and sums the products of its rows over the group. All ranks of a group read the same tokens.
+The first matrix of a layer is split by columns, the second by rows: its products are summed over the group (all-reduce). All ranks of a
+group read the same tokens. trainer/dist/sharding.py lists which weight is split where.
 """
 
 from functools import partial
