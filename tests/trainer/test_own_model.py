@@ -238,7 +238,7 @@ def yaml_section(name: str) -> str:
 
 
 def test_the_document_lists_each_preset_with_its_parameters():
-    rows = re.findall(r"^\| `([\w.-]+)` \|.*\| ([\d,]+) \| (?:[\d,]+|–) \| ([\d,]+) \|", DOCUMENT, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w.-]+)` \|.*\| ([\d,]+) \| (?:[\d,]+|-) \| ([\d,]+) \|", DOCUMENT, re.MULTILINE)
     assert {name for name, *_ in rows} == {path.stem for path in (ROOT / "launch/presets").glob("*.yaml")}
     for name, *sizes in rows:
         vocabulary, expected = (int(size.replace(",", "")) for size in sizes)
@@ -250,5 +250,5 @@ def test_the_document_lists_each_preset_with_its_parameters():
 
 def positions(name: str) -> int:
     """Return the learned positions in a preset's row; with rotary positions, which have none, any length will do."""
-    (row,) = re.findall(rf"^\| `{re.escape(name)}` \|.*\| [\d,]+ \| ([\d,]+|–) \| [\d,]+ \|", DOCUMENT, re.MULTILINE)
-    return 1024 if row == "–" else int(row.replace(",", ""))
+    (row,) = re.findall(rf"^\| `{re.escape(name)}` \|.*\| [\d,]+ \| ([\d,]+|-) \| [\d,]+ \|", DOCUMENT, re.MULTILINE)
+    return 1024 if row == "-" else int(row.replace(",", ""))
