@@ -1,5 +1,6 @@
 """Parquet, Arrow IPC and Hugging Face datasets as input splits. A position is a row's number in its table, from 0."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ _BATCH = 1024  # rows held as Python objects at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _TableFileSplit:
+class _TableFileSplit(ABC):
     path: str
     size: int
     options: ReadOptions
@@ -37,9 +38,9 @@ class _TableFileSplit:
     def location(self, position: int) -> str:
         return f"{self.path}: row {position + 1}"
 
+    @abstractmethod
     def _batches(self) -> Iterator[list[Any]]:
         """Yield the columns that the reader needs, some rows at a time."""
-        raise NotImplementedError
 
     def _check_columns(self, names: list[str]) -> None:
         """Raise InputError for a missing column. It is missing in each row, so it is never skipped as a bad row."""

@@ -138,10 +138,10 @@ def test_a_run_saves_and_exits_with_75_when_its_own_node_drains(workspace):
 
 
 def test_a_run_saves_after_stop_after_and_then_resumes(workspace):
-    reference = exact_values(run_undisturbed(workspace, "limited, never", "train.steps=300", *SETTINGS))
+    reference = exact_values(run_undisturbed(workspace, "limited, never", "train.steps=600", *SETTINGS))
     codes = []
     while {*codes} <= {75}:
-        with RunProcess(workspace, "limited", "train.steps=300", *SETTINGS, "cluster.stop_after=0:00:20") as run:
+        with RunProcess(workspace, "limited", "train.steps=600", *SETTINGS, "cluster.stop_after=0:00:20") as run:
             code, output = run.end(within=60)
             codes.append(code)
     assert codes[-1] == 0, output

@@ -104,14 +104,17 @@ def processes_of(mark: str) -> list[psutil.Process]:
 
 def processes_with_standby(mark: str, controller: int, ranks: list[int]) -> list[tuple[psutil.Process, str]]:
     """All processes of a run and their kinds, once there is a standby process for each rank and all have imported everything."""
-    deadline = time.monotonic() + 90
+    deadline, named = time.monotonic() + 90, []
     while time.monotonic() < deadline:
-        named = [(process, kind_of(process, controller, ranks)) for process in processes_of(mark)]
-        standby = [process for process, name in named if name == "standby"]
-        before = [process.cpu_times().user for process in standby]
-        time.sleep(0.5)
-        if len(standby) == len(ranks) and min(before) > 1 and [process.cpu_times().user for process in standby] == before:
-            return named
+        try:
+            named = [(process, kind_of(process, controller, ranks)) for process in processes_of(mark)]
+            standby = [process for process, name in named if name == "standby"]
+            before = [process.cpu_times().user for process in standby]
+            time.sleep(0.5)
+            if len(standby) == len(ranks) and min(before) > 1 and [process.cpu_times().user for process in standby] == before:
+                return named
+        except psutil.NoSuchProcess:  # it ended while it was listed
+            continue
     raise AssertionError(f"no standby processes: {named}")
 
 

@@ -180,7 +180,7 @@ def test_a_run_resumes_from_a_checkpoint_directory_elsewhere(workspace, tmp_path
     assert report_of(workspace, "list", "apart")["at"] == str(tmp_path / "elsewhere")
     moved = workspace.manta("resume", "apart", "train.steps=12", f"checkpoint.directory={tmp_path / 'nowhere'}")
     assert moved.returncode == 2
-    assert f"checkpoint.directory: got {tmp_path / 'nowhere'}, where there is no checkpoint" in moved.stderr
+    assert f"checkpoint.directory: expected the run's checkpoints, got {tmp_path / 'nowhere'}, which has none." in moved.stderr
     assert workspace.manta("resume", "apart", "train.steps=12").returncode == 0
     assert open_backend(tmp_path / "elsewhere").names()[0] == "step-00000012"
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "there")
