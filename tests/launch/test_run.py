@@ -73,7 +73,7 @@ def test_a_stopped_run_resumes_on_another_number_of_ranks(workspace, finished_ru
         assert "is saved; resume with: manta resume '" in running.communicate()[1]
     assert not processes_of(workspace, run)
     stopped = lines(workspace, run)[-1]["step"]
-    assert stopped <= STEPS - 20
+    assert stopped <= STEPS - 4, "too few steps are left to resume"
     assert json.loads(workspace.manta("status", run, "--json").stdout)["checkpoint"] == f"step-{stopped:08d}"
     done = workspace.manta("resume", run, f"cluster.ranks_per_node={after}")
     assert done.returncode == 0, done.stderr
