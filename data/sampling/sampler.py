@@ -1,6 +1,6 @@
 """Maps a sample number to a source and a window in it: mixture weights, the order of each source, skipped samples and epoch limits.
 
-timeline.py says which samples a step reads, trainer/dist/layout.py how ranks share them.
+step_samples.py says which samples a step reads, trainer/dist/layout.py how ranks share them.
 
 A run counts the samples that it reads from 0: a read index. Sample numbers also count the samples that `data.skip` excludes.
 Legend: K samples, S sources.

@@ -17,7 +17,7 @@ from pathlib import Path
 from manta.data.config_history import as_version_1
 from manta.data.errors import InputError
 from manta.data.source_config import SourceConfig
-from manta.data.sources.formats import SUFFIXES, TEXT, configured_format, format_of
+from manta.data.sources.file_formats import SUFFIXES, TEXT, configured_format, format_of
 from manta.data.sources.streams import COMPRESSION, format_suffix, reading
 from manta.data.storage.local import walk
 from manta.data.storage.location import StoredFile

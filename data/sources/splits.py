@@ -7,8 +7,8 @@ from typing import Literal
 from manta.data.config import DataConfig
 from manta.data.errors import InputError
 from manta.data.source_config import SourceConfig
+from manta.data.sources.file_formats import FORMATS, DocumentSplit, Format, format_of
 from manta.data.sources.filters import Filter
-from manta.data.sources.formats import FORMATS, DocumentSplit, Format, format_of
 from manta.data.sources.input_split import Document, ReadOptions
 from manta.data.sources.rows import FieldReader, Kind, RowReader, TemplateReader
 from manta.data.sources.source import dataset_name, holds_token_files, is_hub_dataset, source_files

@@ -9,7 +9,7 @@ from rich.table import Table
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
-from manta.data.sampling.timeline import Timeline
+from manta.data.sampling.step_samples import Timeline
 from manta.launch.messages import count_text
 from manta.trainer.metrics import Line, format_duration, format_loss, loss_terms, read_metrics
 from manta.trainer.run_directory import RunDirectory

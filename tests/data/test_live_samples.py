@@ -26,7 +26,7 @@ from manta.data.live.live_samples import Cursor, LiveSamples, open_samples
 from manta.data.objectives.examples import IGNORED, Examples
 from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
-from manta.data.sampling.timeline import Timeline
+from manta.data.sampling.step_samples import Timeline
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import open_backend

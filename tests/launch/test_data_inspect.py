@@ -13,7 +13,7 @@ import pytest
 from object_store import ObjectStore
 
 from manta.data.config import CacheConfig
-from manta.data.sampling.timeline import Timeline
+from manta.data.sampling.step_samples import Timeline
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.launch.inspect.charts import visible

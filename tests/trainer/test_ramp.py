@@ -44,7 +44,7 @@ from test_compile import needs_compiler
 from manta.data.hashing import hashed
 from manta.data.prepare.prepare import find_prepared
 from manta.data.sampling.samples import Samples
-from manta.data.sampling.timeline import Timeline
+from manta.data.sampling.step_samples import Timeline
 from manta.launch import config as configs
 from manta.launch.run.start import step_text
 from manta.trainer.checkpoint import catalog

@@ -8,7 +8,7 @@ from pydantic import model_validator
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.config_history import identifying_keys
 from manta.data.errors import InvalidValueError
-from manta.data.sampling.timeline import Timeline
+from manta.data.sampling.step_samples import Timeline
 from manta.data.source_config import Section
 from manta.trainer.config.model import FAMILY_KEYS, ModelConfig
 from manta.trainer.config.sections import (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from manta.data.live.live_samples import Cursor, LiveSamples
 from manta.data.objectives.examples import IGNORED, Examples
 from manta.data.sampling.samples import Samples
-from manta.data.sampling.timeline import Timeline
+from manta.data.sampling.step_samples import Timeline
 from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import Layout
 

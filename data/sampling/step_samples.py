@@ -1,4 +1,4 @@
-"""The global batch and the sequence length of every step, known before the run starts.
+"""Which samples each step reads: the global batch and the sequence length of every step, known before the run starts.
 
 A sample always holds `data.sequence_length` tokens. A curriculum cuts samples into shorter sequences and a batch ramp reads fewer samples
 per step; neither changes the order of samples. A stage takes effect at the first step that starts at or after its number of tokens.

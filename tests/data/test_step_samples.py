@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manta.data.sampling.timeline import Timeline
+from manta.data.sampling.step_samples import Timeline
 
 
 def stages(values):
