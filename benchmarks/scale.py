@@ -70,7 +70,10 @@ class Agent:
                 return Ref(
                     now,
                     lambda: NodeFacts(
-                        host=f"n{self.machine}", address=_address(self.machine), interface="eth0", seal=self.job.seal.read_text()
+                        host=f"n{self.machine}",
+                        address=_address(self.machine),
+                        interface="eth0",
+                        directory_token=self.job.directory_token.read_text(),
                     ),
                 )
             case "free_port":
@@ -98,7 +101,7 @@ class Agent:
                 pid=rank,
                 step=step,
                 phase="step",
-                quiet=elapsed % STEP,
+                silent_seconds=elapsed % STEP,
                 has_stepped=step > 0,
                 state="S",
                 code=-9 if rank == self.killed and CLOCK.now >= self.killed_at else 0 if step == STEPS else None,

@@ -27,6 +27,6 @@ class Job:
     """Names and versions that a node should have. A node with another version of the first is refused; other differences are reported."""
 
     @property
-    def seal(self) -> Path:
-        """A file with a random word of the controller's: a node that reads another word sees another directory."""
-        return self.directory / "seal"
+    def directory_token(self) -> Path:
+        """A file with the controller's random token: a node that reads another token does not share the directory."""
+        return self.directory / "directory-token"

@@ -19,7 +19,7 @@ HEARTBEAT_SIZE = 256  # bytes: one write, padded with spaces, so that a shorter 
 PENDING_COLLECTIVE = re.compile(r"^process group .* is pending$", re.MULTILINE)  # in a rank's log, see collective_line
 
 RankPhase = Literal["start", "load", "read", "compile", "step", "evaluate", "save", "done"]
-Category = Literal["exception", "out_of_memory", "input", "hopeless"]
+Category = Literal["exception", "out_of_memory", "input", "unrecoverable"]
 
 
 class ExitCode(IntEnum):
@@ -144,14 +144,14 @@ class HeartbeatReader:
             return self.last
         if heartbeat != self.last:
             if self.has_stepped and self.last.phase == heartbeat.phase == "step":
-                self.intervals, self.longest = self.intervals + 1, max(self.longest, self.quiet)
+                self.intervals, self.longest = self.intervals + 1, max(self.longest, self.silent_seconds)
             self.last, self._changed = heartbeat, time.monotonic()
         if self._first_step is None and heartbeat.phase not in {"", "start", "load"}:
             self._first_step = heartbeat.step
         return self.last
 
     @property
-    def quiet(self) -> float:
+    def silent_seconds(self) -> float:
         """Seconds since the heartbeat last changed."""
         return time.monotonic() - self._changed
 

@@ -83,7 +83,7 @@ def category_of(error: BaseException) -> Category:
         return "out_of_memory"
     if isinstance(error, UnreachableError):
         return "exception"
-    return "hopeless" if isinstance(error, CheckpointError | SaveError) else "exception"
+    return "unrecoverable" if isinstance(error, CheckpointError | SaveError) else "exception"
 
 
 if __name__ == "__main__":

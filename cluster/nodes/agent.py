@@ -76,7 +76,7 @@ class NodeAgent:
             address=self._address,
             interface=_interface(self._address),
             versions={package: _version(package) for package, _ in self._job.packages},
-            seal=_read_from(self._job.seal, 0),
+            directory_token=_read_from(self._job.directory_token, 0),
         )
 
     async def free_port(self) -> int:
@@ -177,7 +177,7 @@ def _status(rank: _Rank) -> RankStatus:
         pid=rank.process.pid,
         step=heartbeat.step,
         phase=heartbeat.phase,
-        quiet=rank.heartbeat.quiet,
+        silent_seconds=rank.heartbeat.silent_seconds,
         has_stepped=rank.heartbeat.has_stepped,
         state=rank.process.state,
         code=rank.process.code,

@@ -26,7 +26,7 @@ class Capacity:
         self.draining: set[str] = set()  # ids of machines that Ray drains or has drained
         self._growth_checked = self._drain_checked = 0.0
         self._larger_ranks, self._larger_since = 0, 0.0
-        self._is_settled = False  # nodes of a Ray that was just started or joined appear one by one
+        self._is_settled = False  # nodes of a Ray cluster that was just started or joined appear one by one
 
     def find_placement(self, waited: float, *, suspects: Mapping[str, float], has_started: bool) -> Placement | None:
         """Return a placement to run on now; None if it is better to wait. Raises PlacementError.
@@ -70,7 +70,7 @@ class Capacity:
 
     @property
     def is_head_lost(self) -> bool:
-        """Whether the head of the private Ray is gone, so that Ray must be started again."""
+        """Whether the head of the private Ray cluster is gone, so that Ray must be started again."""
         return view.is_head_lost()
 
     @property

@@ -9,18 +9,18 @@ from manta.cluster.protocol import RankError, RankPhase
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
-    """`versions`: of the requested packages, None if not installed. `seal`: content of the seal file, "" if the node does not see it."""
+    """`versions`: of the requested packages, None if not installed. `directory_token`: see Job; "" if the node does not see it."""
 
     host: str
     address: str
     interface: str
     versions: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
-    seal: str = ""
+    directory_token: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStatus:
-    """The state of one rank. `phase`, `step` and `work` are those of its last heartbeat; `quiet`: seconds since then.
+    """The state of one rank. `phase`, `step` and `work` are those of its last heartbeat; `silent_seconds`: since then.
 
     `code`: exit code; None while it runs, negative if a signal ended it. `intervals`: how many intervals between two heartbeats in phase
     "step" were measured; `longest`: the longest of them, in seconds.
@@ -30,7 +30,7 @@ class RankStatus:
     pid: int
     step: int
     phase: RankPhase | Literal[""]
-    quiet: float
+    silent_seconds: float
     has_stepped: bool
     state: str = ""
     code: int | None = None

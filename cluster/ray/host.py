@@ -1,4 +1,4 @@
-"""One host of a private Ray: `python -P -m manta.cluster.ray.host`, started by hosts.py through ssh, srun or nothing.
+"""One host of a private Ray cluster: `python -P -m manta.cluster.ray.host`, started by hosts.py through ssh, srun or nothing.
 
 It reads its settings from standard input, as one line of JSON, so that the token is in no argument and no environment variable. It runs a
 raylet and restarts it when it ends: a raylet that is cut off from the head gives up for good. When standard input closes, the controller

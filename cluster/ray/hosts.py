@@ -1,4 +1,4 @@
-"""The hosts of a private Ray: starts one program (host.py) on each by a command such as ssh, restarts it, and ends it with the run."""
+"""The hosts of a private Ray cluster: start one program (host.py) on each, by a command such as ssh; restart it; end it with the run."""
 
 import contextlib
 import json

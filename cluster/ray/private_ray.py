@@ -1,4 +1,4 @@
-"""A private Ray for one run: its own processes, token and directory; nothing of it remains when the run ends.
+"""A private Ray cluster for one run: its own processes, token and directory; nothing of it remains when the run ends.
 
 Ray reads its environment when it is imported, so no module may import it before `private_ray` has been entered.
 """
@@ -36,7 +36,7 @@ UNUSED_SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
 
 
 def gcs_address() -> str:
-    """Return the address at which nodes join the Ray that this process is connected to."""
+    """Return the address at which nodes join the Ray cluster that this process is connected to."""
     import ray
 
     return ray.get_runtime_context().gcs_address
@@ -44,7 +44,7 @@ def gcs_address() -> str:
 
 @contextlib.contextmanager
 def private_ray(address: str, *, cpus: int) -> Generator[Path]:
-    """Start a Ray that listens at `address`, with one agent per CPU; yield its private directory (0700), removed at the end."""
+    """Start a Ray cluster that listens at `address`, with one agent per CPU; yield its private directory (0700), removed at the end."""
     _remove_stale_directories()
     scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=TEMPORARY))
     try:

@@ -1,4 +1,4 @@
-"""The kinds of Ray that a run can use: a private one on this machine, a private one on several hosts, or an existing one that it joins."""
+"""The Ray clusters that a run can use: a private one on this machine or on several hosts, or an existing one that it joins."""
 
 import contextlib
 import logging
@@ -23,7 +23,7 @@ LOCAL_GRACE = 5.0  # seconds: a local host gets no signal to end but the control
 
 @dataclass(frozen=True, slots=True)
 class LocalRay:
-    """A private Ray on this machine. Several nodes simulate a cluster: each has its own processes and its own loopback address."""
+    """A private Ray cluster on this machine. Several nodes simulate a cluster: each has its own processes and its own loopback address."""
 
     nodes: int = 1
 
@@ -47,7 +47,7 @@ class LocalRay:
 
 @dataclass(frozen=True, slots=True)
 class HostsRay:
-    """A private Ray on several hosts, each started from this machine. `address`: this machine's, by which hosts reach it."""
+    """A private Ray cluster on several hosts, each started from this machine. `address`: this machine's, by which hosts reach it."""
 
     hosts: tuple[Host, ...]
     address: str
@@ -62,7 +62,7 @@ class HostsRay:
 
 @dataclass(frozen=True, slots=True)
 class JoinedRay:
-    """An existing Ray that outlives the run. `address`: host:port of its head, or auto. This machine must be one of its nodes."""
+    """An existing Ray cluster that outlives the run. `address`: host:port of its head, or auto. This machine must be one of its nodes."""
 
     address: str
     insecure: bool = False  # whether to join one without a token
@@ -88,7 +88,7 @@ class JoinedRay:
                     raise self._unusable((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
             try:
                 if not self.insecure and is_open(gcs_address()):
-                    raise NoClusterError(f"expected a Ray that requires a token, got {self.address}. Start it with RAY_AUTH_MODE=token.")
+                    raise NoClusterError(f"expected a Ray cluster with a token, got {self.address}. Start it with RAY_AUTH_MODE=token.")
                 yield
             finally:
                 with quiet_warnings():
@@ -96,7 +96,7 @@ class JoinedRay:
 
     def _unusable(self, reason: str) -> "NoClusterError":
         return NoClusterError(
-            f"expected the address of a Ray that this machine is a node of, got {self.address} ({reason}). Check the address."
+            f"expected the address of a Ray cluster that this machine is a node of, got {self.address} ({reason}). Check the address."
         )
 
 

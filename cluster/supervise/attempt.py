@@ -12,9 +12,10 @@ from manta.cluster.nodes.placement import NodeAllocation
 from manta.cluster.nodes.report import NodeFacts, RankStatus
 from manta.cluster.protocol import Env, ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
-from manta.cluster.supervise.failure import STOPPED, Cause, Failure, HangLimits, detect_hang, failure_of, first_failure, is_peer_failure
+from manta.cluster.supervise.failure import STOPPED, Cause, Failure, failure_of, first_failure, is_peer_failure
+from manta.cluster.supervise.hangs import HangLimits, detect_hang, hang_limits
 from manta.cluster.supervise.requests import StopRequests
-from manta.cluster.supervise.stragglers import WorkHistory, find_stragglers, hang_limits
+from manta.cluster.supervise.stragglers import WorkHistory, find_stragglers
 
 if TYPE_CHECKING:  # they import Ray, which must not be imported before its environment is set
     from manta.cluster.nodes.capacity import Capacity
@@ -44,7 +45,7 @@ class Reallocated:
 
 
 Outcome = Completed | Stopped | Reallocated | Failure
-OUTCOME_NAMES = {Completed: "done", Stopped: "left", Reallocated: "regrouped", Failure: "failure"}  # in the event log
+OUTCOME_NAMES = {Completed: "done", Stopped: "left", Reallocated: "reallocated", Failure: "failure"}  # in the event log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +190,7 @@ class Attempt:
         return max(POLL_INTERVAL, 0.001 * len(self.nodes.allocations))
 
     def _progress(self, statuses: Sequence[RankStatus]) -> Event:
-        return self._event(POLL, ranks=[{"rank": s.rank, "step": s.step, "phase": s.phase, "quiet": round(s.quiet, 2)} for s in statuses])
+        return self._event(POLL, ranks=[{"rank": s.rank, "step": s.step, "phase": s.phase} for s in statuses])
 
     def _event(self, kind: str, **details: Any) -> Event:
         return Event(kind=kind, attempt=self.number, time=time.time(), details=details)
@@ -215,7 +216,7 @@ def version_differences(job: Job, facts: NodeFacts) -> list[str]:
 def unfit_reason(job: Job, facts: NodeFacts) -> str | None:
     """Return why a node can run no ranks; None if it can."""
     node = f"{facts.host} ({facts.address})"
-    if facts.seal != job.seal.read_text():
+    if facts.directory_token != job.directory_token.read_text():
         return f"{job.directory}: expected a directory that all nodes share, got one that {node} does not see. Put run.dir on a shared one."
     for package, expected in job.packages[:1]:
         if (version := facts.versions.get(package)) != expected:

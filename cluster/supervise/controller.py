@@ -47,7 +47,7 @@ class Controller:
         """Run the job. A caller that closes the generator early ends everything at once."""
         file = self._job.directory / "events.jsonl"
         self._state = replay(read_events(file))
-        self._job.seal.write_text(secrets.token_hex(16))
+        self._job.directory_token.write_text(secrets.token_hex(16))
         with EventLog(file) as log, self._requests, contextlib.closing(self._events()) as events:
             for event in events:
                 self._state = advance(self._state, event)
@@ -68,7 +68,7 @@ class Controller:
         yield self._event("run-ended", exit_code=code)
 
     def _supervise(self, scratch: Path | None) -> Generator[Event, None, int | None]:
-        """Run attempts under one Ray. Returns the exit code; None if Ray is lost and must be started again."""
+        """Run attempts under one Ray cluster. Returns the exit code; None if Ray is lost and must be started again."""
         from manta.cluster.nodes.capacity import Capacity  # they import Ray, which has started by now
         from manta.cluster.nodes.node_group import NodeGroup
 
@@ -90,7 +90,7 @@ class Controller:
                     if (code := (yield from self._handle_failure(nodes, capacity))) is not None:
                         return code
                 else:
-                    yield self._event("decided", decision="regroup")
+                    yield self._event("decided", decision="reallocate")
                 if self._is_ray_lost(capacity, outcome):
                     return None
         return ExitCode.INTERRUPTED if self._requests.stop_signal is signal.SIGINT else ExitCode.UNSAVED
@@ -159,7 +159,7 @@ class Controller:
             yield self._event("decided", decision="give up", reason=decision.reason)
             return decision.exit_code
         excluded = capacity.excludable(failing_machines(self._state.history))
-        yield self._event("decided", decision="restart", after=decision.after, leave_out=sorted(excluded))
+        yield self._event("decided", decision="restart", after=decision.after, exclude=sorted(excluded))
         nodes.fill_standby()
         deadline = time.monotonic() + decision.after
         while not self._requests.stop_signal and (remaining := deadline - time.monotonic()) > 0:

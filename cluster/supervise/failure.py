@@ -2,14 +2,13 @@
 
 import signal
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from manta.cluster.nodes.report import RankStatus
 from manta.cluster.protocol import ExitCode
 
-BLOCKING_PHASES = frozenset({"read", "compile"})  # a rank may take long in these, while the others wait for it in phase "step"
 PEER_ERRORS = ("reset by peer", "closed by peer", "Broken pipe", "remote process exited")  # messages of gloo and NCCL
 STOPPED = frozenset({ExitCode.SAVED, ExitCode.UNSAVED})  # exit codes of a rank that was asked to stop
 MAX_FAILURES_ON_MACHINE = 1  # without progress between them; a machine with more is excluded
@@ -20,26 +19,13 @@ class Cause(Enum):
 
     EXCEPTION = "a rank raised an exception"
     INPUT = "the user's input is invalid"
-    HOPELESS = "every other attempt would fail in the same way"
+    UNRECOVERABLE = "every other attempt would fail in the same way"
+    HOPELESS = UNRECOVERABLE  # the name in older event logs
     OUT_OF_MEMORY = "a rank ran out of memory"
     SIGNAL = "a rank was killed by a signal"
     HANG = "a rank sent no heartbeat in time"
     NODE_LOST = "a node is lost"
     PREEMPTED = "the cluster took a node away, and had announced it"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HangLimits:
-    """Seconds without a heartbeat after which a rank counts as hung."""
-
-    start: float  # before its first step, and in phases compile and save
-    step: float
-    other: float  # in phases read, evaluate and done
-
-    def limit(self, status: RankStatus) -> float:
-        if not status.has_stepped or status.phase in {"compile", "save"}:
-            return self.start
-        return self.step if status.phase == "step" else self.other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +83,7 @@ def _fatal(failure: Failure) -> GiveUp | None:
     match failure.cause:
         case Cause.INPUT:
             return GiveUp(reason=failure.message, exit_code=ExitCode.USAGE)
-        case Cause.HOPELESS:
+        case Cause.UNRECOVERABLE:
             return GiveUp(reason=failure.message)
         case Cause.OUT_OF_MEMORY:
             return GiveUp(reason=f"rank {failure.rank}: {failure.message}. Lower train.micro_batch.")
@@ -132,30 +118,6 @@ def first_failure(exited: Sequence[RankStatus]) -> RankStatus:
 def is_peer_failure(status: RankStatus) -> bool:
     """Whether a rank failed because it lost the connection to another."""
     return status.error is not None and any(words in status.error.message for words in PEER_ERRORS)
-
-
-def detect_hang(statuses: Sequence[RankStatus], limits: HangLimits, *, waiting: Collection[int] = ()) -> Failure | None:
-    """Return a failure if a rank has sent no heartbeat for too long. waiting: ranks that are known to wait in a collective.
-
-    One hung rank blocks all others, so the quietest rank is often not the cause. In order of preference, the failure names a stopped
-    process, the rank with the fewest steps, a rank that others may wait for (by its phase, or because it is in no collective), and the
-    quietest rank. Ranks that never sent a heartbeat are all named.
-    """
-    running = [status for status in statuses if status.code is None]
-    blocking = max((limits.limit(status) for status in running if status.phase in BLOCKING_PHASES), default=0.0)
-    if not any(status.quiet > max(limits.limit(status), blocking if status.phase == "step" else 0.0) for status in running):
-        return None
-    hung = min(running, key=lambda s: (s.state != "T", s.step, s.phase not in BLOCKING_PHASES, s.rank in waiting, -s.quiet))
-    if silent := [str(status.rank) for status in running if not status.phase]:
-        message = f"no heartbeat for {hung.quiet:.1f} s from rank {', '.join(silent)}"
-    else:
-        detail = ""
-        if hung.state == "T":
-            detail = ", its process is stopped"
-        elif waiting and hung.rank not in waiting:
-            detail = ", while others wait for it in a collective"
-        message = f"rank {hung.rank} sent no heartbeat for {hung.quiet:.1f} s in phase {hung.phase}{detail}"
-    return Failure(cause=Cause.HANG, rank=hung.rank, step=hung.step, message=message)
 
 
 def failure_of(status: RankStatus) -> Failure:

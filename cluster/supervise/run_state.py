@@ -75,7 +75,8 @@ def _next(state: RunState, event: Event) -> RunState:
         case "rank-failed" | "node-lost" | "node-unfit":
             return _failed(state, event)
         case "decided":
-            return replace(state, suspects={**state.suspects, **dict.fromkeys(details.get("leave_out", ()), math.inf)})
+            excluded = details.get("exclude", details.get("leave_out", ()))  # leave_out: the name in older event logs
+            return replace(state, suspects={**state.suspects, **dict.fromkeys(excluded, math.inf)})
         case _:
             return state
 

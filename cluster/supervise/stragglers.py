@@ -1,4 +1,4 @@
-"""Find ranks that are slower than the others, and learn how long a step may take, from what ranks report in their heartbeats.
+"""Find ranks that are slower than the others, from what ranks report in their heartbeats.
 
 A step takes the same time on all ranks: in collectives each waits for the slowest. So ranks are compared by `work`, the seconds that each
 spent on its own.
@@ -9,22 +9,18 @@ from dataclasses import dataclass, field
 from statistics import median, median_low
 
 from manta.cluster.nodes.report import RankStatus
-from manta.cluster.supervise.failure import HangLimits
 
 SLOW, RECOVERED = 1.5, 1.2  # times the median
 CHECKS = 5  # consecutive checks, each at another step
 NOISE = 0.01  # seconds of a step: a smaller difference is ignored
-MIN_STEP_LIMIT, MAX_STEP_LIMIT = 30.0, 300.0  # seconds, the bounds of a learned limit
-STEP_LIMIT_FACTOR = 20  # times the longest interval between heartbeats
-MIN_INTERVALS = 20  # intervals of every rank before the limit is learned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Straggler:
-    """A rank whose `work` in `step`, in seconds, is `times` the `median`. The names are those of the event's fields."""
+    """A rank whose `work` in `step`, in seconds, is `ratio` times the `median`. The names are those of the event's fields."""
 
     rank: int
-    times: float
+    ratio: float
     step: int
     work: float
     median: float
@@ -54,20 +50,8 @@ def find_stragglers(statuses: Sequence[RankStatus], history: WorkHistory) -> tup
     slow = {rank for rank in newest if len(ratios[rank]) == CHECKS and min(ratios[rank]) > SLOW}
     reported = {rank for rank in history.reported if max(ratios[rank]) > RECOVERED}
     stragglers = [
-        Straggler(rank=status.rank, times=round(median(ratios[status.rank]), 2), step=status.step, work=status.work, median=middle)
+        Straggler(rank=status.rank, ratio=round(median(ratios[status.rank]), 2), step=status.step, work=status.work, median=middle)
         for status in known
         if status.rank in slow - reported
     ]
     return WorkHistory(step=step, ratios=ratios, reported=frozenset(reported | slow)), stragglers
-
-
-def hang_limits(statuses: Sequence[RankStatus], *, start: float, step: float | None) -> HangLimits:
-    """Return how long ranks may send no heartbeat. step: None if it is learned; it is the maximum until enough intervals are known."""
-    if step is not None:
-        return HangLimits(start=start, step=step, other=step)
-    running = [status for status in statuses if status.code is None]
-    learned = MAX_STEP_LIMIT
-    if running and min(status.intervals for status in running) >= MIN_INTERVALS:
-        longest = max(status.longest for status in running)
-        learned = min(MAX_STEP_LIMIT, max(MIN_STEP_LIMIT, STEP_LIMIT_FACTOR * longest))
-    return HangLimits(start=start, step=learned, other=MAX_STEP_LIMIT)

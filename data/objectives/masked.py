@@ -19,7 +19,7 @@ from manta.data.tokenizer.tokenizer import SpecialTokens
 FRAME = {"next_sentence": 3, "sentence_order": 3, "none": 2}
 """Special tokens around an example's text, by data.pairs: T - W."""
 
-_SPLIT, _NEXT, _OTHER, _CHOSEN, _FATE, _REPLACEMENT, _SWAPPED = range(7)  # hash domains; `causal` has others
+_SPLIT, _NEXT, _OTHER, _CHOSEN, _ACTION, _REPLACEMENT, _SWAPPED = range(7)  # hash domains; `causal` has others
 
 
 def draw_pairs(keys: Hashes, windows: NDArray[np.int64], count: ArrayLike) -> tuple[NDArray[np.int64], Tokens]:
@@ -102,9 +102,9 @@ def mask_tokens(framed: Examples, keys: Hashes, *, share: float, special: Specia
     rows, columns = np.nonzero(choose(framed, keys, share, special))
     masked_KT, targets_KT = tokens_KT.copy(), np.full_like(tokens_KT, IGNORED)
     targets_KT[rows, columns] = tokens_KT[rows, columns]
-    fates = integers_below(fold(fold(keys, _FATE)[rows], columns), 10)
-    masked_KT[rows[fates < 8], columns[fates < 8]] = special.mask
-    rows, columns = rows[fates == 8], columns[fates == 8]
+    actions = integers_below(fold(fold(keys, _ACTION)[rows], columns), 10)
+    masked_KT[rows[actions < 8], columns[actions < 8]] = special.mask
+    rows, columns = rows[actions == 8], columns[actions == 8]
     text = np.flatnonzero(special.is_text)
     masked_KT[rows, columns] = text[integers_below(fold(fold(keys, _REPLACEMENT)[rows], columns), len(text))]
     return replace(framed, tokens=masked_KT, targets=targets_KT)

@@ -8,7 +8,7 @@ from typing import Any
 
 from manta.cluster.ray.runtime import JoinedRay, Ray
 from manta.cluster.supervise.fault_injection import Fault, FaultInjector
-from manta.cluster.supervise.stragglers import MIN_INTERVALS
+from manta.cluster.supervise.hangs import MIN_INTERVALS
 from manta.data.storage.store import open_store
 from manta.launch.config import RunConfig
 from manta.launch.drill.monitor import RunMonitor, Script, wait_for
@@ -101,7 +101,7 @@ class FaultScript:
         injector, when = self._inject("slow")
         detected = yield from wait_for(lambda: self._monitor.event_after(when, "rank-slow"), TIMEOUT)
         result.detected, result.keeps_running = detected.time - when, True
-        result.note = f"{detected.details['times']:.1f} times slower, reported with its node"
+        result.note = f"{detected.details['ratio']:.1f} times slower, reported with its node"
         self._clear(injector)
 
     def _disk_full(self, result: FaultResult) -> Script[None]:

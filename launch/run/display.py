@@ -87,7 +87,8 @@ class Display:
                 failure = f"rank {details['rank']} failed at step {details['step']}"
                 return f"{attempt}: {failure}: {details['message']} ({self._log(event)})"
             case "rank-slow":
-                straggler = f"rank {details['rank']} on {details['node']} is {details['times']:.1f}x slower than the median rank"
+                ratio = details.get("ratio") or details["times"]  # times: the name in older event logs
+                straggler = f"rank {details['rank']} on {details['node']} is {ratio:.1f}x slower than the median rank"
                 times = f"{details['work']:.3g} s of compute in step {details['step']}, median {details['median']:.3g} s"
                 return f"{attempt}: {straggler}: {times}; all ranks wait for it"
             case "node-ready" if details.get("differs"):
@@ -107,7 +108,7 @@ class Display:
                 return f"{attempt}: draining {nodes}: saving{'' if details['here'] else ', then continuing without it'}"
             case "head-lost":
                 return f"{attempt}: Ray's head node is lost: saving, then continuing under a new one"
-            case "decided" if details["decision"] == "regroup":
+            case "decided" if details["decision"] in {"reallocate", "regroup"}:
                 return None
             case "decided":
                 return f"{attempt}: {details['decision']}" + (f": {details['reason']}" if "reason" in details else "")

@@ -68,7 +68,7 @@ def run_command(address: str, command: Sequence[str], *, insecure: bool) -> int:
     while not (info := client.get_job_info(job)).status.is_terminal():
         time.sleep(POLL)
     if info.driver_exit_code is None:
-        raise InputError(f"at: expected a Ray that can run manta on a node, got {address}: {info.message}. Check the packages there.")
+        raise InputError(f"at: expected a Ray cluster that can run manta, got {address}: {info.message}. Check the packages there.")
     return int(info.driver_exit_code)
 
 
@@ -120,7 +120,7 @@ def _client(key: str, address: str, *, insecure: bool) -> Any:
     if find_spec("aiohttp") is None:
         raise InputError(f"{key}: expected the packages of ray[default], got none. Run pip install 'manta[dashboard]'.")
     if not insecure and _accepts_anyone(key, address):
-        raise InputError(f"{key}: expected a Ray that requires a token, got {address}. Set RAY_AUTH_MODE=token there, or add --insecure.")
+        raise InputError(f"{key}: expected a Ray cluster with a token, got {address}. Set RAY_AUTH_MODE=token there, or add --insecure.")
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -143,4 +143,4 @@ def _accepts_anyone(key: str, address: str) -> bool:
 
 
 def _no_dashboard(key: str, address: str, problem: object) -> InputError:
-    return InputError(f"{key}: expected the address of a Ray's dashboard, got {address} ({problem}). Start it there with ray[default].")
+    return InputError(f"{key}: expected a Ray dashboard's address, got {address} ({problem}). Start it there with ray[default].")

@@ -1,4 +1,4 @@
-"""SLURM: a script for sbatch, and a private Ray on the nodes of the job.
+"""SLURM: a script for sbatch, and a private Ray cluster on the nodes of the job.
 
 The script starts the controller on the job's first node. SLURM signals the script shortly before the job's time is up, and the script
 signals the controller.
@@ -102,7 +102,7 @@ def _directives(config: RunConfig) -> Iterator[str]:
 
 
 def ray_of_allocation(cluster: ClusterConfig) -> HostsRay:
-    """Return a Ray on the nodes of the job that this process is in. Raises InputError outside of a job."""
+    """Return a Ray cluster on the nodes of the job that this process is in. Raises InputError outside of a job."""
     if "SLURM_JOB_ID" not in os.environ:
         raise InputError("--on allocation: expected SLURM_JOB_ID in the environment of a SLURM job, got none. Submit one with --on slurm.")
     nodes, slurm = os.environ["SLURM_JOB_NUM_NODES"], cluster.slurm

@@ -1,4 +1,4 @@
-"""Hosts over ssh: a private Ray on them, which is started from here and ends with the run.
+"""Hosts over ssh: a private Ray cluster on them, which is started from here and ends with the run.
 
 A line of the hosts file is `[user@]host[:port]`, and optionally `address=` (under which other hosts reach it) and `python=`.
 """

@@ -56,7 +56,7 @@ def test_a_run_continues_without_a_lost_node(lost):
 def test_a_run_grows_when_the_node_is_available_again(lost):
     appeared = lost.event("nodes-appeared", 2, within=60)
     assert appeared["ranks"] == 3
-    assert lost.event("attempt-stopped", 2)["outcome"] == "regrouped"
+    assert lost.event("attempt-stopped", 2)["outcome"] == "reallocated"
     assert len(lost.event("attempt-started", 3)["ranks"]) == 3
     lost.event("first-step", 3)
 

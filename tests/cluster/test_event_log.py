@@ -32,7 +32,7 @@ def test_a_controller_resumes_from_the_event_log(tmp_path):
         ("attempt-started", 1, {"ranks": []}),
         ("node-lost", 1, {"node": 1, "message": "gone", "machine": "m1", "suspect": True, "trusted_again": 60.0}),
         ("attempt-stopped", 1, {"outcome": "failure"}),
-        ("decided", 1, {"decision": "restart", "after": 0, "leave_out": ["m2"]}),
+        ("decided", 1, {"decision": "restart", "after": 0, "exclude": ["m2"]}),
         ("nodes-gathered", 1, {"ranks": 1, "nodes": []}),
         ("attempt-started", 2, {"ranks": []}),
         ("rank-failed", 2, {"rank": 0, "cause": "SIGNAL", "message": "killed", "step": 7, "machine": "m0"}),

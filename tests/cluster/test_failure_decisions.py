@@ -13,15 +13,14 @@ from manta.cluster.supervise.failure import (
     Cause,
     Failure,
     GiveUp,
-    HangLimits,
     Restart,
     RestartPolicy,
     decide,
-    detect_hang,
     failing_machines,
     failure_of,
     first_failure,
 )
+from manta.cluster.supervise.hangs import HangLimits, detect_hang
 
 POLICY = RestartPolicy()
 LIMITS = HangLimits(start=100, step=3, other=20)
@@ -33,7 +32,7 @@ def failure(cause=Cause.SIGNAL, step=0, message="killed by SIGKILL", rank=0):
 
 
 def status(rank=0, code=None, at=0.0, **more):
-    fields = {"pid": 1, "step": 5, "phase": "step", "quiet": 0.0, "has_stepped": True, **more}
+    fields = {"pid": 1, "step": 5, "phase": "step", "silent_seconds": 0.0, "has_stepped": True, **more}
     return RankStatus(rank=rank, code=code, exited_at=at, **fields)
 
 
@@ -69,7 +68,7 @@ def test_preemptions_do_not_count(history, count):
 @given(st.lists(failures))
 def test_failures_that_the_user_must_fix_are_never_retried(history):
     assert decide([*history, failure(Cause.INPUT, message="no such file")], POLICY) == GiveUp(reason="no such file", exit_code=2)
-    assert decide([*history, failure(Cause.HOPELESS, message="no")], POLICY) == GiveUp(reason="no", exit_code=1)
+    assert decide([*history, failure(Cause.UNRECOVERABLE, message="no")], POLICY) == GiveUp(reason="no", exit_code=1)
     assert isinstance(decide([*history, failure(Cause.OUT_OF_MEMORY)], POLICY), GiveUp)
 
 
@@ -107,49 +106,53 @@ def test_a_rank_that_lost_its_peer_is_not_the_cause():
 
 
 def test_a_hung_rank_is_named():
-    fine = status(0, quiet=1.0, step=6)
+    fine = status(0, silent_seconds=1.0, step=6)
     message = "rank 1 sent no heartbeat for 4.0 s in phase step"
-    assert detect_hang([fine, status(1, quiet=2.0)], LIMITS) is None
-    assert detect_hang([fine, status(1, quiet=4.0)], LIMITS) == failure(Cause.HANG, 5, message, 1)
-    assert detect_hang([fine, status(1, quiet=400, code=0)], LIMITS) is None
+    assert detect_hang([fine, status(1, silent_seconds=2.0)], LIMITS) is None
+    assert detect_hang([fine, status(1, silent_seconds=4.0)], LIMITS) == failure(Cause.HANG, 5, message, 1)
+    assert detect_hang([fine, status(1, silent_seconds=400, code=0)], LIMITS) is None
 
 
 @pytest.mark.parametrize(("phase", "limit"), [("compile", 100), ("save", 100), ("evaluate", 20), ("read", 20), ("done", 20), ("step", 3)])
 def test_each_phase_has_its_limit_and_the_first_step_that_of_start(phase, limit):
-    assert detect_hang([status(1, quiet=limit - 1, phase=phase)], LIMITS) is None
-    assert detect_hang([status(1, quiet=limit + 1, phase=phase)], LIMITS).rank == 1
-    assert detect_hang([status(1, quiet=99, phase=phase, has_stepped=False)], LIMITS) is None
-    assert detect_hang([status(1, quiet=101, phase=phase, has_stepped=False)], LIMITS).rank == 1
+    assert detect_hang([status(1, silent_seconds=limit - 1, phase=phase)], LIMITS) is None
+    assert detect_hang([status(1, silent_seconds=limit + 1, phase=phase)], LIMITS).rank == 1
+    assert detect_hang([status(1, silent_seconds=99, phase=phase, has_stepped=False)], LIMITS) is None
+    assert detect_hang([status(1, silent_seconds=101, phase=phase, has_stepped=False)], LIMITS).rank == 1
 
 
 @pytest.mark.parametrize(("phase", "limit"), [("read", 20), ("compile", 100)])
 def test_ranks_wait_for_one_that_reads_or_compiles(phase, limit):
-    waiting = status(0, quiet=limit + 1)
-    assert detect_hang([replace(waiting, quiet=limit - 1), status(1, quiet=limit - 1.5, phase=phase)], LIMITS) is None
-    assert detect_hang([waiting, status(1, quiet=limit + 0.5, phase=phase)], LIMITS).rank == 1
-    assert detect_hang([replace(waiting, quiet=4), status(1, phase="save")], LIMITS).rank == 0
+    waiting = status(0, silent_seconds=limit + 1)
+    assert detect_hang([replace(waiting, silent_seconds=limit - 1), status(1, silent_seconds=limit - 1.5, phase=phase)], LIMITS) is None
+    assert detect_hang([waiting, status(1, silent_seconds=limit + 0.5, phase=phase)], LIMITS).rank == 1
+    assert detect_hang([replace(waiting, silent_seconds=4), status(1, phase="save")], LIMITS).rank == 0
 
 
 def test_a_hang_names_the_stopped_rank_then_the_last_then_the_quietest():
-    waiting, behind, stopped = status(0, quiet=9, step=6), status(1, quiet=8, step=5), status(2, quiet=7, step=6, state="T")
+    waiting, behind, stopped = (
+        status(0, silent_seconds=9, step=6),
+        status(1, silent_seconds=8, step=5),
+        status(2, silent_seconds=7, step=6, state="T"),
+    )
     assert detect_hang([waiting, behind, stopped], LIMITS).rank == stopped.rank
     assert detect_hang([waiting, behind], LIMITS).rank == behind.rank
-    assert detect_hang([waiting, status(3, quiet=8, step=6)], LIMITS).rank == waiting.rank
+    assert detect_hang([waiting, status(3, silent_seconds=8, step=6)], LIMITS).rank == waiting.rank
 
 
 def test_of_ranks_at_one_step_the_one_in_no_collective_is_named():
-    statuses = [status(0, quiet=9), status(1, quiet=8)]
+    statuses = [status(0, silent_seconds=9), status(1, silent_seconds=8)]
     named = detect_hang(statuses, LIMITS, waiting={0})
     assert named.rank == 1
     assert named.message == "rank 1 sent no heartbeat for 8.0 s in phase step, while others wait for it in a collective"
     assert detect_hang(statuses, LIMITS, waiting={0, 1}) == detect_hang(statuses, LIMITS)
-    assert detect_hang([*statuses, status(2, quiet=7, step=4)], LIMITS, waiting={0, 2}).rank == 2
-    assert detect_hang([*statuses, status(2, quiet=7, state="T")], LIMITS, waiting={0}).message.endswith("its process is stopped")
+    assert detect_hang([*statuses, status(2, silent_seconds=7, step=4)], LIMITS, waiting={0, 2}).rank == 2
+    assert detect_hang([*statuses, status(2, silent_seconds=7, state="T")], LIMITS, waiting={0}).message.endswith("its process is stopped")
 
 
 def test_ranks_that_never_sent_a_heartbeat_are_listed():
-    absent = [status(rank, quiet=700, step=0, phase="") for rank in (1, 3)]
-    failed = detect_hang([status(0, quiet=600, phase="start", step=0), *absent], replace(LIMITS, start=650))
+    absent = [status(rank, silent_seconds=700, step=0, phase="") for rank in (1, 3)]
+    failed = detect_hang([status(0, silent_seconds=600, phase="start", step=0), *absent], replace(LIMITS, start=650))
     assert failed.message == "no heartbeat for 700.0 s from rank 1, 3"
 
 

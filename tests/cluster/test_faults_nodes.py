@@ -114,7 +114,7 @@ def test_a_run_leaves_a_draining_node_without_recomputing_steps(workspace):
         when = time.time()
         drain(run, next(node["id"] for node in nodes if node["address"] == "127.0.0.4"))
         assert run.event("nodes-draining", 1)["time"] - when < 10
-        assert run.event("attempt-stopped", 1)["outcome"] == "regrouped"
+        assert run.event("attempt-stopped", 1)["outcome"] == "reallocated"
         assert [node["address"] for node in run.event("nodes-gathered", 1)["nodes"]] == ["127.0.0.3", "127.0.0.5"]
         run.steps(2, 10)
         assert not run.events("node-lost") + run.events("rank-failed"), "it does not count as a failure"

@@ -79,13 +79,13 @@ def test_an_nvlink_domain_is_read_from_nvidia_smi():
 
 def test_a_node_with_another_directory_or_manta_is_refused(tmp_path):
     job = Job(program=("x",), environment={}, directory=tmp_path, sizes=(1,), packages=(("manta", "1.0"), ("torch", "2.13")))
-    job.seal.write_text("a word")
-    same = {"host": "h", "address": "10.0.0.1", "interface": "eth0", "seal": "a word"}
+    job.directory_token.write_text("a token")
+    same = {"host": "h", "address": "10.0.0.1", "interface": "eth0", "directory_token": "a token"}
     fit = NodeFacts(**same, versions={"manta": "1.0", "torch": "2.12"})
     assert unfit_reason(job, fit) is None
     assert version_differences(job, fit) == ["torch 2.12 (here 2.13)"]
     assert "expected a directory that all nodes share, got one that h (10.0.0.1) does not see" in unfit_reason(
-        job, replace(fit, seal="another")
+        job, replace(fit, directory_token="another")
     )
     assert "expected manta 1.0, as on this machine, got None" in unfit_reason(job, replace(fit, versions={"torch": "2.13"}))
 

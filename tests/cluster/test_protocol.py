@@ -33,7 +33,7 @@ def test_a_resumed_rank_has_stepped_after_its_own_first_step(tmp_path):
         assert reader.has_stepped is has_stepped
 
 
-def test_quiet_is_the_time_since_the_heartbeat_changed(tmp_path):
+def test_silent_seconds_count_since_the_heartbeat_changed(tmp_path):
     path = tmp_path / "heartbeat"
     reader = HeartbeatReader(path)
     path.write_bytes(heartbeat(1))
@@ -41,10 +41,10 @@ def test_quiet_is_the_time_since_the_heartbeat_changed(tmp_path):
     time.sleep(0.05)
     path.write_bytes(heartbeat(1))
     reader.read()
-    assert reader.quiet >= 0.05
+    assert reader.silent_seconds >= 0.05
     path.write_bytes(heartbeat(2))
     reader.read()
-    assert reader.quiet < 0.05
+    assert reader.silent_seconds < 0.05
 
 
 def test_work_is_optional_and_the_file_keeps_its_size(tmp_path):
@@ -76,7 +76,7 @@ def test_intervals_are_measured_between_steps_but_not_the_first(tmp_path):
 def test_an_error_is_read_as_written_and_a_torn_one_is_none(tmp_path):
     path = tmp_path / "rank.error.json"
     assert read_error(path) is None
-    error = RankError(type="ValueError", message="bad", traceback="trace", step=3, phase="save", category="hopeless")
+    error = RankError(type="ValueError", message="bad", traceback="trace", step=3, phase="save", category="unrecoverable")
     write_error(path, error)
     assert read_error(path) == error
     path.write_bytes(path.read_bytes()[:20])

@@ -134,7 +134,7 @@ def test_an_exception_is_reported_with_its_traceback(ended):
 def test_a_straggler_is_reported_once_with_its_node(ended):
     _, events = ended
     event = event_of(events, "rank-slow", LAST)
-    assert (event["rank"], event["times"], event["work"], event["median"]) == (1, 2.0, 0.4, 0.2)
+    assert (event["rank"], event["ratio"], event["work"], event["median"]) == (1, 2.0, 0.4, 0.2)
     assert event["node"] == event_of(events, "node-ready", 1)["host"]
     assert 220 < event["step"] <= 270
     assert [event["attempt"] for event in events if event["event"] == "rank-slow"] == [LAST]

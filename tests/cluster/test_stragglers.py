@@ -8,21 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manta.cluster.nodes.report import RankStatus
-from manta.cluster.supervise.stragglers import (
-    CHECKS,
-    MAX_STEP_LIMIT,
-    MIN_INTERVALS,
-    MIN_STEP_LIMIT,
-    WorkHistory,
-    find_stragglers,
-    hang_limits,
-)
+from manta.cluster.supervise.hangs import MAX_STEP_LIMIT, MIN_INTERVALS, MIN_STEP_LIMIT, hang_limits
+from manta.cluster.supervise.stragglers import CHECKS, WorkHistory, find_stragglers
 
 works = st.floats(0.05, 100.0)
 
 
 def status(rank, step, work, **more):
-    fields = {"pid": 1, "phase": "step", "quiet": 0.0, "has_stepped": True, **more}
+    fields = {"pid": 1, "phase": "step", "silent_seconds": 0.0, "has_stepped": True, **more}
     return RankStatus(rank=rank, step=step, work=work, **fields)
 
 
@@ -80,7 +73,7 @@ def test_a_report_has_the_work_and_the_median():
     for step in range(CHECKS):
         history, new = find_stragglers([status(0, step, 0.2), status(1, step, 0.42), status(2, step, 0.2)], history)
     (straggler,) = new
-    assert (straggler.rank, straggler.times, straggler.step) == (1, 2.1, CHECKS - 1)
+    assert (straggler.rank, straggler.ratio, straggler.step) == (1, 2.1, CHECKS - 1)
     assert (straggler.work, straggler.median) == (0.42, 0.2)
 
 

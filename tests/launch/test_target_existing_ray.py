@@ -1,4 +1,4 @@
-"""A Ray that runs already: joined if it requires a token, and refused otherwise."""
+"""A Ray cluster that runs already: joined if it requires a token, and refused otherwise."""
 
 import os
 import secrets
@@ -52,12 +52,12 @@ def test_only_a_ray_with_token_is_joined(workspace, running):
     if kind == "open":
         refused = workspace.manta(*arguments, **ray.environment)
         assert refused.returncode == 2
-        assert f"expected a Ray that requires a token, got {ray.address}" in refused.stderr
+        assert f"expected a Ray cluster with a token, got {ray.address}" in refused.stderr
         result = workspace.manta(*arguments, "--insecure", **ray.environment)
     else:
         refused = workspace.manta(*arguments, RAY_AUTH_MODE="disabled")
         assert refused.returncode == 2
-        assert f"expected the address of a Ray that this machine is a node of, got {ray.address}" in refused.stderr
+        assert f"expected the address of a Ray cluster that this machine is a node of, got {ray.address}" in refused.stderr
         result = workspace.manta(*arguments, **ray.environment)
     assert result.returncode == 0, result.stderr
     assert len(read_metrics(workspace.directory / f"joined {kind}/metrics.jsonl")) == 40
@@ -67,7 +67,7 @@ def test_only_a_ray_with_token_is_joined(workspace, running):
 def test_an_unreachable_ray_is_refused(workspace):
     result = workspace.manta("train", str(workspace.config_file), "run.dir=nowhere", "--on", "127.0.0.1:1")
     assert result.returncode == 2
-    assert "--on: expected the address of a Ray that this machine is a node of, got 127.0.0.1:1" in result.stderr
+    assert "--on: expected the address of a Ray cluster that this machine is a node of, got 127.0.0.1:1" in result.stderr
 
 
 def test_an_unknown_target_is_refused(workspace):
