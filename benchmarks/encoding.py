@@ -44,9 +44,9 @@ def compare(folder: Path, vocabulary: int, rounds: int) -> int:
     """Return the number of missed goals."""
     tokenizer = write_texts(folder, vocabulary)
     results: dict[str, list[dict[str, Any]]] = {"ours": [], "datasets": []}
-    for turn in range(rounds):
+    for round_ in range(rounds):
         for name, runs in results.items():
-            runs.append(in_a_process(name, folder, str(folder / f"{name}-{turn}"), tokenizer))
+            runs.append(in_a_process(name, folder, str(folder / f"{name}-{round_}"), tokenizer))
     ids = {(run["tokens"], run["sum"]) for runs in results.values() for run in runs}
     if len(ids) > 1:
         print(f"vocabulary {vocabulary}: the ids differ in number or sum: {ids}")

@@ -23,10 +23,10 @@ import torch
 import xxhash
 
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.engine_state import engine_progress, logical_shapes, logical_state
 from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, name_of_step, to_bytes
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.sections import OptimizerConfig, ParallelConfig, TrainConfig

@@ -15,7 +15,7 @@ from manta.cluster.protocol import HeartbeatWriter
 from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.examples import DIGEST_BITS
 from manta.data.sampling.samples import Samples
-from manta.trainer.checkpoint.policy import SavePolicy
+from manta.trainer.checkpoint.save_policy import SavePolicy
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dataloader.batch import Batch
@@ -209,9 +209,9 @@ class Loop:
         layout, size = self.engine.layout, self.config.train.micro_batch
         count = validation_samples(self.config, self.samples)
         sums: list[float] = []
-        for turn in range(-(-count // (layout.data * size))):  # the same number on every rank: weights and experts may be on others
+        for micro_step in range(-(-count // (layout.data * size))):  # the same number on every rank: weights and experts may be on others
             self.heartbeat("evaluate", step)
-            numbers = (turn * layout.data + self.engine.mesh.data_rank) * size + np.arange(size)
+            numbers = (micro_step * layout.data + self.engine.mesh.data_rank) * size + np.arange(size)
             sums_and_counts = torch.cat(self.engine.evaluate(self.loader.validation(numbers, count))).tolist()
             sums = [a + b for a, b in zip(sums, sums_and_counts, strict=True)] if sums else sums_and_counts
         totals = self._sum(*sums)

@@ -16,8 +16,8 @@ from manta.data.config_history import upgrade
 from manta.data.errors import InputError
 from manta.data.shards.manifest import PreparedData
 from manta.data.storage.location import local_path
-from manta.trainer.checkpoint.backend import CheckpointBackend, open_backend
 from manta.trainer.checkpoint.manifest import step_of_name
+from manta.trainer.checkpoint.storage import CheckpointBackend, open_backend
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.config.yaml_file import read_yaml

@@ -9,11 +9,11 @@ from manta.data.errors import InputError
 from manta.launch.checkpoint.list_checkpoints import Report, format_size, select_checkpoints, summary
 from manta.launch.inspect.charts import console
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint
 from manta.trainer.checkpoint.reader import read_tensors
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.storage import CheckpointBackend
 from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 
 

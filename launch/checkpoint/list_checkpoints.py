@@ -6,9 +6,9 @@ from rich.table import Table
 
 from manta.data.errors import InputError
 from manta.launch.inspect.charts import console
-from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint, from_bytes
+from manta.trainer.checkpoint.storage import CheckpointBackend
 from manta.trainer.run_directory import resolve_start_from
 
 Report = dict[str, Any]

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from manta.launch.checkpoint.list_checkpoints import select_checkpoints
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.catalog import Retention, surplus
+from manta.trainer.checkpoint.retention import Retention, surplus, validation_loss
 from manta.trainer.run_directory import RunDirectory
 
 
@@ -18,7 +19,7 @@ def prune(source: str, *, keep: int, best: int, every: int | None, bad: bool, dr
         newest = catalog.newest_valid(backend)
         assert newest is not None, "there is at least one name"
         retention = Retention(newest=keep, best=best, every=every)
-        names = surplus(backend.names(), newest.name, retention, lambda name: catalog.validation_loss(backend, name))
+        names = surplus(backend.names(), newest.name, retention, partial(validation_loss, backend))
         for name in [*names, *(backend.bad() if bad else [])]:
             if not dry_run:
                 backend.delete(name)

@@ -96,8 +96,8 @@ def sample_at(
 ) -> None:
     """Show the text that a step was trained on.
 
-    By data rank, turn and slot: source, epoch, documents, special tokens, masked tokens, padding. It is verified by the digest that the
-    run logged; exits with 1 if the digests differ. To exclude samples from a new run, for example after a loss spike, use the sample
+    By data rank, micro step and slot: source, epoch, documents, special tokens, masked tokens, padding. It is verified by the digest that
+    the run logged; exits with 1 if the digests differ. To exclude samples from a new run, for example after a loss spike, use the sample
     numbers in data.skip=[[FIRST,END]].
     """
     from manta.launch.inspect import sample_at as step_samples

@@ -50,7 +50,7 @@ def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks
     names = [source.resolved_name for source in config.data.sources]
     digest, shown = 0, list[Report]()
     for start in range(0, stage.global_batch, layout.micro_batch):
-        turn, data_rank = divmod(start // layout.micro_batch, layout.data)
+        micro_step, data_rank = divmod(start // layout.micro_batch, layout.data)
         read_indices = np.arange(first + start, first + start + layout.micro_batch)
         examples = samples.train(read_indices, sequence_length=stage.sequence_length)
         digest += examples.digest()
@@ -62,7 +62,7 @@ def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks
                 rows = slice((at - start) * parts, (at - start + 1) * parts)
                 sequences = _sequences(_rows(examples, rows), _rows(other, rows), renderer, config.data.pairs)
                 location = _locate(samples.sampler, first + at, names)
-                shown.append({"rank": data_rank, "turn": turn, "slot": at, **location, "sequences": sequences})
+                shown.append({"rank": data_rank, "micro_step": micro_step, "slot": at, **location, "sequences": sequences})
     logged = next((line for line in lines if line["step"] == step), None)
     return {
         "run": str(run),
@@ -73,7 +73,7 @@ def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks
         "layout": str(layout),
         "data_ranks": layout.data,
         "micro_batch": layout.micro_batch,
-        "turns": layout.accumulation(stage.global_batch),
+        "accumulation": layout.accumulation(stage.global_batch),
         "ranks_from": "--ranks" if ranks else f"attempt {lines[-1]['attempt']}" if lines else "nothing logged yet",
         "ranks_per_data_rank": layout.ranks // layout.data,
         "digest": _compare_digest(digest % 2**DIGEST_BITS, logged, config.track.every_steps),
@@ -138,8 +138,8 @@ def show(report: Report, *, full: bool) -> None:
     out.print(f"step {report['step']:,} of {report['run']}: {batch:,} samples, in sequences of {length:,} tokens", soft_wrap=True)
     out.print(_digest_text(report["digest"]), soft_wrap=True)
     each = f" of {report['ranks_per_data_rank']} ranks" if report["ranks_per_data_rank"] > 1 else ""
-    ranks, turns = _count(report["data_ranks"], "data rank"), _count(report["turns"], "turn")
-    out.print(f"distributed over {ranks}{each} x micro batch {report['micro_batch']} x {turns} ({report['ranks_from']})", soft_wrap=True)
+    ranks, steps = _count(report["data_ranks"], "data rank"), _count(report["accumulation"], "accumulation step")
+    out.print(f"distributed over {ranks}{each} x micro batch {report['micro_batch']} x {steps} ({report['ranks_from']})", soft_wrap=True)
     for sample in report["samples"]:
         out.print()
         out.rule(_heading(sample), align="left", characters="─", style="dim")
@@ -162,7 +162,7 @@ def _digest_text(digest: Report) -> Text:
 
 
 def _heading(sample: Report) -> str:
-    reader = f"rank {sample['rank']} · turn {sample['turn']} · slot {sample['slot']}"
+    reader = f"rank {sample['rank']} · micro step {sample['micro_step']} · slot {sample['slot']}"
     window = f"window {sample['window']:,} of {sample['windows']:,}"
     return f"{reader} · sample {sample['sample']:,} · {sample['source']} · epoch {sample['epoch']} · {window}"
 

@@ -29,9 +29,9 @@ from manta.data.sampling.samples import Samples
 from manta.data.sampling.step_samples import Timeline
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.sections import ParallelConfig, TrainConfig
 from manta.trainer.dataloader.loader import DataLoader

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.reader import read_tensors
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.metrics import read_metrics
 
 

@@ -205,7 +205,7 @@ def test_sample_at_shows_what_the_run_was_trained_on(workspace, run, steps):
         assert (found["global_batch"], found["sequence_length"]) == (line["global_batch"], line["sequence_length"])
         assert [sample["slot"] for sample in found["samples"]] == list(range(line["global_batch"]))
         assert [sample["rank"] for sample in found["samples"]] == [slot // 2 % 2 for slot in range(line["global_batch"])]
-        assert [sample["turn"] for sample in found["samples"]] == [slot // 4 for slot in range(line["global_batch"])]
+        assert [sample["micro_step"] for sample in found["samples"]] == [slot // 4 for slot in range(line["global_batch"])]
         assert all(len(sample["sequences"]) == 32 // line["sequence_length"] for sample in found["samples"])
         numbers += [sample["sample"] for sample in found["samples"]]
     left = [number for number in range(numbers[-1] + 1) if number not in {5, 6, 7, 8, 30, 31}]

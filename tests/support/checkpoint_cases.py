@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.checkpoint.writer import CheckpointWriter
 
 SHAPES = {"master/embedding.weight": (700, 1024), "master/norm.weight": (1024,), "exp_avg/norm.weight": (1024,), "master/scale": ()}

@@ -31,7 +31,7 @@ from manta.trainer.optim.optimizers import build_optimizer
 from manta.trainer.parallel.fp8 import convert_to_fp8
 
 VOCABULARY, LENGTH, STEPS, SEED = 250, 32, 10, 7
-GLOBAL_BATCH, TURNS = 16, 2  # every layout accumulates two micro batches
+GLOBAL_BATCH, ACCUMULATION = 16, 2  # every layout accumulates two micro batches
 EPSILON = {"fp32": 1e-5}  # AdamW's; in 16 bits 1e-4, above the rounding error of a gradient
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}  # of weights; fp32 in other precisions
 OPTIMIZERS = ("adamw", "sgd")
@@ -201,10 +201,10 @@ def movements(name: str, precision: Precision, weights: dict[str, torch.Tensor])
     return {key: (weights[key] - weight).numpy() for key, weight in initial.named_parameters()}
 
 
-def run_plain(name: str, precision: Precision, optimizer: str, turns: int = TURNS) -> Trace:
+def run_plain(name: str, precision: Precision, optimizer: str, accumulation: int = ACCUMULATION) -> Trace:
     """Train in one process without DeepSpeed: fp32 masters beside a model in training precision, which also accumulates the gradients.
 
-    turns: micro batches per step.
+    accumulation: micro batches per step.
     """
     trained = model(name).to(DTYPES.get(precision, torch.float32))
     masters = model(name)
@@ -222,7 +222,7 @@ def run_plain(name: str, precision: Precision, optimizer: str, turns: int = TURN
         whole = batch(name, step)
         counts = trained.counts(whole).float().clamp(min=1)
         loss = 0.0
-        for chunk in torch.arange(GLOBAL_BATCH).chunk(turns):
+        for chunk in torch.arange(GLOBAL_BATCH).chunk(accumulation):
             with autocast:
                 terms = trained(rows(whole, chunk), counts)
             (terms.sum() * scale).backward()
@@ -240,9 +240,11 @@ def run_plain(name: str, precision: Precision, optimizer: str, turns: int = TURN
     return Trace(losses, norms, movements(name, precision, dict(masters.named_parameters())))
 
 
-def run_plain_cells(cells: list[tuple[str, Precision]], turns: int = TURNS) -> dict[tuple[str, Precision, str], Trace]:
+def run_plain_cells(cells: list[tuple[str, Precision]], accumulation: int = ACCUMULATION) -> dict[tuple[str, Precision, str], Trace]:
     return {
-        (name, precision, optimizer): run_plain(name, precision, optimizer, turns) for name, precision in cells for optimizer in OPTIMIZERS
+        (name, precision, optimizer): run_plain(name, precision, optimizer, accumulation)
+        for name, precision in cells
+        for optimizer in OPTIMIZERS
     }
 
 
@@ -285,7 +287,7 @@ def run_cell(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None 
     torch.nn.functional.linear = LINEAR
     world = World.from_environment()
     data = world.size // (cell.parallel.tensor * cell.parallel.sequence)
-    train = TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH // (TURNS * data))
+    train = TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH // (ACCUMULATION * data))
     layout = layout_for(train, cell.parallel, world.size)
     mesh = world.mesh(layout)
     with patch.object(engines, "deepspeed_config", small_buckets):
@@ -302,7 +304,7 @@ def run_cell(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None 
     losses, norms = [], []
     for step in range(STEPS):
         whole = batch(cell.model, step)
-        samples = [layout.samples(first=0, turn=turn, rank=mesh.data_rank) for turn in range(TURNS)]
+        samples = [layout.samples_of_rank(first=0, micro_step=micro_step, rank=mesh.data_rank) for micro_step in range(ACCUMULATION)]
         result = engine.step([rows(whole, numbers) for numbers in samples], learning_rate=RATES[optimizer])
         assert not result.skipped
         terms = result.terms.double()

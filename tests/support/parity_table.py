@@ -12,11 +12,11 @@ from itertools import product
 from pathlib import Path
 
 from parity import (
+    ACCUMULATION,
     BOUNDS,
     MODELS,
     NO_GRADIENT,
     OPTIMIZERS,
-    TURNS,
     Cell,
     Difference,
     Trace,
@@ -31,6 +31,7 @@ from spmd import spmd
 from manta.trainer.config.sections import ParallelConfig, Precision
 from manta.trainer.engine.deepspeed import Engine
 
+FEWER, MORE = ACCUMULATION, 2 * ACCUMULATION  # micro batches per step
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16-autocast", "bf16", "fp16", "fp8")
 SIZES_BY_RANKS = [
     (1, {}),
@@ -107,7 +108,7 @@ def main() -> int:
     floors = [f"| | {' | '.join(PRECISIONS)} |\n|---|{'---|' * len(PRECISIONS)}\n"]
     for name in names:
         columns = [(name, precision) for precision in PRECISIONS]
-        references, again = (spmd(run_plain_cells, 1, columns, turns, timeout=600.0)[0] for turns in (TURNS, 2 * TURNS))
+        references, again = (spmd(run_plain_cells, 1, columns, number, timeout=600.0)[0] for number in (FEWER, MORE))
         floors.append(f"| {name} | {' | '.join(str(largest_difference(again, references, *column)) for column in columns)} |\n")
         shown: dict[Cell, str] = {}
         for cell, result in measure(name):
@@ -239,9 +240,9 @@ These runs have an injected fault, which the comparison must detect. A differenc
 | fault | loss / norm / weight | |
 |---|---|---|
 {"".join(controls)}
-The next table compares the plain process with itself, accumulating gradients over {2 * TURNS} micro batches instead of {TURNS}: it shows
+The next table compares the plain process with itself, accumulating gradients over {MORE} micro batches instead of {FEWER}: it shows
 each precision's rounding error. In 16 and 8 bits that error changes which experts some tokens use, and AdamW amplifies the difference from
-step to step. A cell with \\* exceeds the bounds for this reason; it is compared with the process that accumulates over {2 * TURNS}.
+step to step. A cell with \\* exceeds the bounds for this reason; it is compared with the process that accumulates over {MORE}.
 
 {"".join(floors)}
 fp8 is emulated: a CPU rounds its products like a GPU.

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import Fence, open_backend
-from manta.trainer.checkpoint.catalog import Retention, surplus
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError
 from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.checkpoint.reader import read_tensors
+from manta.trainer.checkpoint.retention import Retention, surplus
+from manta.trainer.checkpoint.storage import Fence, open_backend
 
 
 @pytest.fixture
@@ -82,12 +82,12 @@ def test_any_flipped_bit_and_any_truncation_is_refused(checkpoints):
     files = sorted(directory.iterdir())
     assert [file.name for file in files] == ["manifest.json", "rank-0000.safetensors"]
     random = np.random.default_rng(5)
-    for turn in range(200):
-        file = files[turn % 2]
+    for repetition in range(200):
+        file = files[repetition % 2]
         content = file.read_bytes()
         position = int(random.integers(len(content)))
         damaged = bytearray(content)
-        if turn % 4 < 2:
+        if repetition % 4 < 2:
             damaged[position] ^= 1 << int(random.integers(8))
         else:
             del damaged[position:]

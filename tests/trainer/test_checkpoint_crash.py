@@ -17,11 +17,11 @@ from spmd import spmd
 
 from manta.data.storage.atomic import write_atomically
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import DirectoryBackend, open_backend
-from manta.trainer.checkpoint.catalog import Retention
 from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, Progress
 from manta.trainer.checkpoint.reader import read_tensors
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.retention import Retention
+from manta.trainer.checkpoint.storage import DirectoryBackend, open_backend
 from manta.trainer.checkpoint.writer import CheckpointWriter
 
 SHAPES = {"master/embedding.weight": (300, 1000), "master/norm.weight": (64,), "exp_avg/norm.weight": (64,)}

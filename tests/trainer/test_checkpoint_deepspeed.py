@@ -23,10 +23,10 @@ from manta.data.prepare.prepare import find_prepared
 from manta.launch.cli import main
 from manta.launch.config import load
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.engine_state import engine_progress as progress_of
 from manta.trainer.checkpoint.engine_state import finish_restore, restore
 from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS, Progress
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
@@ -228,7 +228,10 @@ def resume_with_manta(directory: Path, setup: Setup, cell: Cell) -> Trajectory:
     losses = []
     for step in range(checkpoint.progress.step, LAST):
         whole = global_batch(setup.model, step)
-        numbers = (layout.samples(first=0, turn=turn, rank=mesh.data_rank) for turn in range(layout.accumulation(GLOBAL_BATCH)))
+        numbers = (
+            layout.samples_of_rank(first=0, micro_step=micro_step, rank=mesh.data_rank)
+            for micro_step in range(layout.accumulation(GLOBAL_BATCH))
+        )
         terms = engine.step([rows(whole, taken) for taken in numbers], learning_rate=RATES[setup.optimizer]).terms.double()
         dist.all_reduce(terms, group=mesh.replicas)
         losses.append(float(terms.sum()))

@@ -16,10 +16,10 @@ import torch
 
 from manta.cluster.supervise.event_log import read_events
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.errors import FencedError, SaveError
 from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.metrics import read_metrics
 

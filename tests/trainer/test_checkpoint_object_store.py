@@ -8,12 +8,12 @@ from object_store import BUCKET, ObjectStore, Proxy
 
 from manta.data.storage import remote_requests
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import ObjectStoreBackend, open_backend
-from manta.trainer.checkpoint.catalog import Retention
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError, UnreachableError
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.reader import read_tensors
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.retention import Retention
+from manta.trainer.checkpoint.storage import ObjectStoreBackend, open_backend
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.metrics import read_metrics
 

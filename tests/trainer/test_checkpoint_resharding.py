@@ -17,12 +17,12 @@ from parity import RATES, Cell, batch, model, optimizer_config, rows, small_buck
 from spmd import spmd
 
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import open_backend
-from manta.trainer.checkpoint.catalog import Retention
 from manta.trainer.checkpoint.engine_state import engine_progress, finish_restore, load_weights, logical_state, refresh_weights, restore
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS
 from manta.trainer.checkpoint.rectangles import TensorViews, rectangles
+from manta.trainer.checkpoint.retention import Retention
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.sections import ParallelConfig, TrainConfig
 from manta.trainer.dist.layout import layout_for
@@ -87,7 +87,8 @@ def advance(engine: Engine, cell: Cell, optimizer: str, first: int, last: int) -
     for step in range(first, last):
         whole = batch(cell.model, step)
         numbers = (
-            layout.samples(first=0, turn=turn, rank=engine.mesh.data_rank) for turn in range(layout.accumulation(TRAIN.global_batch))
+            layout.samples_of_rank(first=0, micro_step=micro_step, rank=engine.mesh.data_rank)
+            for micro_step in range(layout.accumulation(TRAIN.global_batch))
         )
         terms = engine.step([rows(whole, taken) for taken in numbers], learning_rate=RATES[optimizer]).terms.double()
         dist.all_reduce(terms, group=engine.mesh.replicas)

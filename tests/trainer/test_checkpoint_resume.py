@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from manta.trainer.checkpoint.backend import open_backend
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.metrics import read_metrics
 
 STEPS, WARMUP = 24, 16

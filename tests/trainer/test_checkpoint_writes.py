@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manta.trainer.checkpoint import catalog, token_rows
-from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.errors import SaveError
 from manta.trainer.checkpoint.manifest import BLOCK
 from manta.trainer.checkpoint.reader import SPAN, read_tensors
 from manta.trainer.checkpoint.rectangles import Rectangle, TensorViews, rectangles
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.checkpoint.write_plan import MIN_SPLIT, TensorRegions, plan_writes
 
 

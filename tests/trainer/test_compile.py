@@ -10,7 +10,7 @@ from spmd import spmd
 
 from manta.data.errors import InputError
 from manta.trainer.config.sections import ParallelConfig
-from manta.trainer.hardware.compiler import require_compiler
+from manta.trainer.hardware import require_compiler
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or " " in torch.__file__, reason="no C++ compiler on this machine, or torch is in a path with a space"

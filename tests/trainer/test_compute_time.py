@@ -42,7 +42,10 @@ def step_times(layouts):
         seconds = []
         for step in range(STEPS):
             start = time.perf_counter()
-            batches = [rows(batch(name, step), layout.samples(first=0, turn=turn, rank=mesh.data_rank)) for turn in range(2)]
+            batches = [
+                rows(batch(name, step), layout.samples_of_rank(first=0, micro_step=micro_step, rank=mesh.data_rank))
+                for micro_step in range(2)
+            ]
             engine.step(batches, learning_rate=1e-3)
             seconds.append((engine.compute_timer.take_seconds(), time.perf_counter() - start))
         times.append([min(values) for values in zip(*seconds, strict=True)])

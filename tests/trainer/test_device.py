@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manta.data.errors import InputError
-from manta.trainer.hardware.device import check_gpus, device_type
+from manta.trainer.hardware import check_gpus, device_type
 
 
 def test_ds_accelerator_selects_the_cpu(monkeypatch):

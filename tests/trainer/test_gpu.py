@@ -147,7 +147,8 @@ def overflowing() -> tuple[list[bool], list[float | None]]:
             engine.zero_optimizer.loss_scaler.cur_scale = 2.0**40
         whole = parity.batch("llama", step)
         batches = [
-            parity.rows(whole, layout.samples(first=0, turn=turn, rank=0)) for turn in range(len(whole.tokens) // layout.micro_batch)
+            parity.rows(whole, layout.samples_of_rank(first=0, micro_step=micro_step, rank=0))
+            for micro_step in range(len(whole.tokens) // layout.micro_batch)
         ]
         skipped.append(engine.step(batches, learning_rate=1e-3).skipped)
         scales.append(engine.loss_scale)
@@ -168,7 +169,8 @@ def compute_times_and_bit_sums() -> tuple[list[float], int, int]:
     for step in range(3):
         whole = parity.batch("llama", step)
         batches = [
-            parity.rows(whole, layout.samples(first=0, turn=turn, rank=0)) for turn in range(len(whole.tokens) // layout.micro_batch)
+            parity.rows(whole, layout.samples_of_rank(first=0, micro_step=micro_step, rank=0))
+            for micro_step in range(len(whole.tokens) // layout.micro_batch)
         ]
         engine.step(batches, learning_rate=1e-3)
         seconds.append(engine.compute_timer.take_seconds())
@@ -307,7 +309,8 @@ def two_steps(preset, changes, compiled) -> tuple[list[float], list[float]]:
     results = []
     for _ in range(2):
         batches = [
-            parity.rows(whole, layout.samples(first=0, turn=turn, rank=0)) for turn in range(len(whole.tokens) // layout.micro_batch)
+            parity.rows(whole, layout.samples_of_rank(first=0, micro_step=micro_step, rank=0))
+            for micro_step in range(len(whole.tokens) // layout.micro_batch)
         ]
         result = engine.step(batches, learning_rate=1e-4)
         sums, counts = engine.evaluate(batches[0])

@@ -15,8 +15,8 @@ from saved_models import EQUIVALENT, exported, logit_difference, model_config, r
 from manta.data.errors import InputError
 from manta.launch import config as launch_config
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.convert.huggingface.import_model import STEP_ZERO, import_model
 from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.pretrained.weights import model_tensors

@@ -30,7 +30,11 @@ def test_every_layout_reads_the_same_samples_each_step(micro, stages, ranks, fir
     for global_batch in (micro * count for count in stages):
         accumulation = layout.accumulation(global_batch)
         assert layout.data * micro * accumulation == global_batch
-        samples = [layout.samples(first=first, turn=turn, rank=rank) for turn in range(accumulation) for rank in range(layout.data)]
+        samples = [
+            layout.samples_of_rank(first=first, micro_step=micro_step, rank=rank)
+            for micro_step in range(accumulation)
+            for rank in range(layout.data)
+        ]
         assert np.array_equal(np.sort(np.concatenate(samples)), first + np.arange(global_batch))
 
 

@@ -48,7 +48,7 @@ from manta.data.sampling.step_samples import Timeline
 from manta.launch import config as configs
 from manta.launch.run.start import step_text
 from manta.trainer.checkpoint import catalog
-from manta.trainer.checkpoint.backend import open_backend
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.config.sections import BatchConfig, ParallelConfig, TrainConfig
 from manta.trainer.dataloader.batch import _NOISE, Batch
 from manta.trainer.dataloader.loader import DataLoader
@@ -154,7 +154,10 @@ def under(cell: Cell, optimizer: str, fault: Callable[[Engine], None] | None = N
     losses_by_step, norms = [], []
     for step, (global_batch, length) in enumerate(SHAPES):
         whole = batch(cell.model, step)
-        taken = (layout.samples(first=0, turn=turn, rank=mesh.data_rank) for turn in range(layout.accumulation(global_batch)))
+        taken = (
+            layout.samples_of_rank(first=0, micro_step=micro_step, rank=mesh.data_rank)
+            for micro_step in range(layout.accumulation(global_batch))
+        )
         outcome = engine.step([shorter(rows(whole, numbers), length) for numbers in taken], learning_rate=RATES[optimizer])
         assert not outcome.skipped
         terms = outcome.terms.double()
@@ -292,8 +295,8 @@ def test_the_next_step_is_prefetched(workspace):
         for step in range(3, 40):
             microbatches, phase = list(reader.step(step)), timeline.stage(step)
             assert len(microbatches) == layout.accumulation(phase.global_batch)
-            for turn, microbatch in enumerate(microbatches):
-                numbers = layout.samples(first=timeline.first_sample(step), turn=turn, rank=1)
+            for micro_step, microbatch in enumerate(microbatches):
+                numbers = layout.samples_of_rank(first=timeline.first_sample(step), micro_step=micro_step, rank=1)
                 wanted = Batch.from_examples(samples.train(numbers, sequence_length=phase.sequence_length), seed=5)
                 assert torch.equal(microbatch.batch.tokens, wanted.tokens)
                 assert torch.equal(microbatch.batch.keys, wanted.keys)

@@ -39,7 +39,9 @@ def build_engine(name, precision, parallel):
 
 def accumulate(engine, step):
     layout, rank = engine.layout, engine.mesh.data_rank
-    return engine.accumulate([rows(batch("gpt2", step), layout.samples(first=0, turn=turn, rank=rank)) for turn in range(2)])
+    return engine.accumulate(
+        [rows(batch("gpt2", step), layout.samples_of_rank(first=0, micro_step=micro_step, rank=rank)) for micro_step in range(2)]
+    )
 
 
 def flip(engine, name, bit=3):

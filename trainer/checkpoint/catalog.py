@@ -1,19 +1,18 @@
-"""Which checkpoints exist, which are valid, and which are kept. A valid one matches its manifest in every byte."""
+"""Which checkpoints exist, and which are valid. A valid one matches its manifest in every byte."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from manta.trainer.checkpoint.agreement import all_or_raise, on_first_rank, rank_and_size
-from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError, UnreachableError, read_error
 from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, first_difference, from_bytes, step_of_name
 from manta.trainer.checkpoint.reader import read_tensors
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.storage import CheckpointBackend
 from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 
 log = logging.getLogger(__name__)
@@ -108,37 +107,3 @@ def load_newest_weights(backend: CheckpointBackend) -> tuple[Checkpoint, dict[st
 
     checkpoint = restore_newest(backend, restore, set_aside=False)
     return None if checkpoint is None else (checkpoint, weights)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retention:
-    """Which checkpoints are kept."""
-
-    newest: int
-    best: int = 0  # with the lowest validation loss
-    every: int | None = None  # steps: multiples are kept forever
-
-
-def validation_loss(backend: CheckpointBackend, name: str) -> float | None:
-    """Return the loss measured at a checkpoint's step; None if none was, or if its manifest is unreadable."""
-    try:
-        return read_manifest(backend, name).about.get("validation_loss")
-    except CheckpointError:
-        return None
-
-
-def surplus(names: Sequence[str], newest: str, retention: Retention, loss: Callable[[str], float | None]) -> list[str]:
-    """Return which of `names` may be deleted, oldest last.
-
-    newest: the newest that is known to be valid. Later ones are bad: they are neither deleted nor counted. loss: a checkpoint's validation
-    loss, None if none was measured; called only if it matters.
-    """
-    steps = {name: step for name in names if (step := step_of_name(name)) is not None}
-    known = sorted((name for name in steps if steps[name] <= steps.get(newest, -1)), key=lambda name: steps[name], reverse=True)
-    kept = {newest, *known[: retention.newest]}
-    if retention.every is not None:
-        kept |= {name for name in known if steps[name] % retention.every == 0}
-    if retention.best and len(known) > len(kept):
-        losses = [(value, -steps[name], name) for name in known if (value := loss(name)) is not None]
-        kept |= {name for _, _, name in sorted(losses)[: retention.best]}
-    return [name for name in known if name not in kept]

@@ -7,10 +7,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError, read_error
 from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, CheckpointFile
 from manta.trainer.checkpoint.rectangles import Rectangle, TensorViews
+from manta.trainer.checkpoint.storage import CheckpointBackend
 from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 
 SPAN = 4 * BLOCK  # bytes read at once, so that they are still in the CPU's cache when they are checked and copied

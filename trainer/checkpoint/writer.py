@@ -17,11 +17,11 @@ from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.trainer.checkpoint.agreement import gather_to_first, on_first_rank, rank_and_size, scatter_from_first
-from manta.trainer.checkpoint.backend import DISK_FULL, CheckpointBackend
-from manta.trainer.checkpoint.catalog import Retention, surplus, validation_loss
 from manta.trainer.checkpoint.errors import SaveError
 from manta.trainer.checkpoint.manifest import Checkpoint, CheckpointFile, Progress, name_of_step, to_bytes
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.retention import Retention, delete_surplus
+from manta.trainer.checkpoint.storage import DISK_FULL, CheckpointBackend
 from manta.trainer.checkpoint.write_plan import RankFile, WritePlan, plan_writes, regions_of
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class CheckpointWriter:
         name = name_of_step(progress.step)
         try:
             files = gather_to_first(self._write_file(name, file, views), self._group)
-            on_first_rank(lambda: self._commit(name, files, progress, about), self._group)
+            on_first_rank(lambda: self._complete(name, files, progress, about), self._group)
             log.info("saved %s in %.3f s", self.backend.location(name), time.monotonic() - start)
         except Exception as error:  # noqa: BLE001  `finish` raises it
             self._failure = error
@@ -143,7 +143,7 @@ class CheckpointWriter:
             return RuntimeError(f"rank {self._rank}: {type(error).__name__}: {error}")
         return CheckpointFile(path, file.bytes, tuple(hashes))
 
-    def _commit(self, name: str, files: list[CheckpointFile | Exception | None], progress: Progress, about: Mapping[str, Any]) -> None:
+    def _complete(self, name: str, files: list[CheckpointFile | Exception | None], progress: Progress, about: Mapping[str, Any]) -> None:
         assert self._plan is not None
         needed = free = None
         try:
@@ -169,7 +169,8 @@ class CheckpointWriter:
                 raise SaveError(self._message(name, error, needed, free)) from None
             raise
         try:
-            self._delete_surplus(name)
+            if self._retention is not None:
+                delete_surplus(self.backend, name, self._retention, token=self._token)
         except _STORAGE_ERRORS as error:
             log.warning("%s: could not delete older checkpoints: %s", self.backend.location(name), error)
 
@@ -180,11 +181,3 @@ class CheckpointWriter:
         space = "" if needed is None else f": needs {needed:,} bytes" + ("" if free is None else f", and {free:,} were free")
         remedy = ". Free some space, or lower checkpoint.keep." if error.errno in DISK_FULL else ""
         return f"{error.filename or self.backend.location(name)}: {error.strerror}{space}{remedy}"
-
-    def _delete_surplus(self, newest: str) -> None:
-        """Delete what is not kept, never the checkpoint just saved, and only while this attempt holds the fence."""
-        if self._retention is None:
-            return
-        for name in surplus(self.backend.names(), newest, self._retention, lambda name: validation_loss(self.backend, name)):
-            if self.backend.is_fence_held_by(self._token):
-                self.backend.delete(name)

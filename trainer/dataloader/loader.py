@@ -20,7 +20,7 @@ from manta.trainer.dist.layout import Layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """One turn of a step, as read by this rank."""
+    """What this rank reads for one micro step."""
 
     batch: Batch
     digest: int
@@ -47,8 +47,8 @@ class DataLoader:
         """Yield this rank's micro batches of a step. Also starts to prefetch the next step."""
         for number in (step, step + 1):
             if number not in self._prefetched and number < self._steps:
-                turns = self._layout.accumulation(self._timeline.stage(number).global_batch)
-                self._prefetched[number] = [self._thread.submit(self._read, number, turn) for turn in range(turns)]
+                micro_steps = self._layout.accumulation(self._timeline.stage(number).global_batch)
+                self._prefetched[number] = [self._thread.submit(self._read, number, micro_step) for micro_step in range(micro_steps)]
         for future in self._prefetched.pop(step):
             start = time.perf_counter()
             batch, digest = future.result()
@@ -72,11 +72,11 @@ class DataLoader:
         """Stop the thread after its current micro batch, without waiting for it."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, step: int, turn: int) -> tuple[Batch, int]:
-        if isinstance(self._samples, LiveSamples) and turn == 0:
+    def _read(self, step: int, micro_step: int) -> tuple[Batch, int]:
+        if isinstance(self._samples, LiveSamples) and micro_step == 0:
             self._started = step, self._samples.cursor
         first, length = self._timeline.first_sample(step), self._timeline.stage(step).sequence_length
-        numbers = self._layout.samples(first=first, turn=turn, rank=self._rank)
+        numbers = self._layout.samples_of_rank(first=first, micro_step=micro_step, rank=self._rank)
         examples = self._samples.train(numbers, sequence_length=length)
         return self._batch(examples), examples.digest()
 

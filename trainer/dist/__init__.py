@@ -1,1 +1,1 @@
-"""Ranks: layouts, sharding, process groups and collectives."""
+"""Ranks: how the batch is split over them, and their process groups."""

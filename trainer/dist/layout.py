@@ -1,4 +1,4 @@
-"""Which rank trains on which samples, and which ranks share weights: pure functions of the config and the number of ranks."""
+"""How the global batch is split over ranks, and which ranks share weights: pure functions of the config and the number of ranks."""
 
 import math
 import os
@@ -45,13 +45,13 @@ class Layout:
         assert not remainder, f"a global batch of {global_batch} does not divide over {self}"
         return count
 
-    def samples(self, *, first: int, turn: int, rank: int) -> NDArray[np.int64]:
-        """Return the sample numbers [micro_batch] of data rank `rank` in micro batch `turn` of the step that starts at sample `first`.
+    def samples_of_rank(self, *, first: int, micro_step: int, rank: int) -> NDArray[np.int64]:
+        """Return the sample numbers [micro_batch] of data rank `rank` in this micro step of the step that starts at sample `first`.
 
-        Over all data ranks and turns they are range(first, first + global batch), each once: the layout decides which rank reads a
+        Over all data ranks and micro steps they are range(first, first + global batch), each once: the layout decides which rank reads a
         sample, never which samples a step reads.
         """
-        start = first + (turn * self.data + rank) * self.micro_batch
+        start = first + (micro_step * self.data + rank) * self.micro_batch
         return np.arange(start, start + self.micro_batch, dtype=np.int64)
 
     def to_environment(self) -> dict[str, str]:
@@ -72,6 +72,14 @@ class Layout:
         sizes = ((self.data, "data"), (self.tensor, "tensor"), (self.sequence, "sequence"), (self.expert, "expert"))
         named = [f"{name} {size}" for size, name in sizes if size > 1]
         return ", ".join([*named, f"ZeRO-{self.zero}" + (" offloaded" if self.offload else "")])
+
+
+@dataclass(frozen=True, slots=True)
+class WeightShard:
+    """Which shard of the weights a rank holds: (index, number of shards) on each axis."""
+
+    tensor: tuple[int, int] = (0, 1)
+    expert: tuple[int, int] = (0, 1)
 
 
 _ADAPTER = TypeAdapter(Layout)

@@ -15,9 +15,8 @@ from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore  # pyri
 
 from manta.cluster.protocol import Env
 from manta.data.errors import InputError
-from manta.trainer.dist.layout import Layout
-from manta.trainer.dist.sharding import WeightShard
-from manta.trainer.hardware.device import check_gpus, device_type
+from manta.trainer.dist.layout import Layout, WeightShard
+from manta.trainer.hardware import check_gpus, device_type
 
 FAST_POLLING = 5.0  # seconds during which a rank polls for rank 0 more often than torch does
 

@@ -11,16 +11,16 @@ from torch import Tensor
 from manta.trainer.config.sections import OptimizerConfig, Precision
 from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import Layout
-from manta.trainer.dist.sharding import is_sharded
 from manta.trainer.dist.world import Mesh
 from manta.trainer.engine.compute_time import ComputeTimer
 from manta.trainer.engine.deepspeed_private import build_deepspeed, mark_sharded
 from manta.trainer.engine.memory import MemoryEstimate, estimate_memory
 from manta.trainer.engine.replica_check import ReplicaCheck
-from manta.trainer.hardware.device import device_type
+from manta.trainer.hardware import device_type
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim.optimizers import build_optimizer
 from manta.trainer.parallel.parallelize import ActivationCheckpointing, parallelize
+from manta.trainer.parallel.sharding import is_sharded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

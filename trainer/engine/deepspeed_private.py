@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from manta.trainer.dist.sharding import is_sharded
 from manta.trainer.dist.world import Mesh
-from manta.trainer.hardware.device import device_type
+from manta.trainer.hardware import device_type
 from manta.trainer.model.transformer import Transformer
+from manta.trainer.parallel.sharding import is_sharded
 
 os.environ["DS_ACCELERATOR"] = device_type()  # otherwise the import tries every vendor's accelerator
 os.environ.setdefault("LOCAL_SIZE", "1")  # otherwise, on CPU, each of ZeRO-3's reductions runs numactl to count devices

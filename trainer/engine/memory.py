@@ -18,8 +18,8 @@ from typing import Literal
 
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.sections import Precision
-from manta.trainer.dist.layout import Layout
-from manta.trainer.dist.sharding import WeightShard, is_sharded, local_slices
+from manta.trainer.dist.layout import Layout, WeightShard
+from manta.trainer.parallel.sharding import is_sharded, local_slices
 
 MOMENTS = {"adamw": 2, "sgd": 1}
 

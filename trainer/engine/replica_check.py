@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from manta.trainer.dist.sharding import is_sharded
 from manta.trainer.dist.world import Mesh
 from manta.trainer.model.transformer import Transformer
+from manta.trainer.parallel.sharding import is_sharded
 
 WORD = 8  # bytes that are summed as one number
 CHUNK = 1 << 18  # elements copied at a time if they are not aligned to words

@@ -1,1 +1,1 @@
-"""Parallel layers: the collectives that each kind of parallelism adds to a model."""
+"""How weights are split over ranks, and the collectives that each kind of parallelism adds to a model."""

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from manta.trainer.dist.collectives import all_to_all
 from manta.trainer.model.moe import MixtureOfExperts
+from manta.trainer.parallel.collectives import all_to_all
 
 
 def apply_expert_parallel(model: nn.Module, group: ProcessGroup) -> None:

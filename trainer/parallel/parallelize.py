@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from manta.trainer.dist.sharding import WeightShard, local_slices
+from manta.trainer.dist.layout import WeightShard
 from manta.trainer.dist.world import Mesh
-from manta.trainer.hardware.compiler import require_compiler
-from manta.trainer.hardware.device import device_type
+from manta.trainer.hardware import device_type, require_compiler
 from manta.trainer.model.moe import MixtureOfExperts
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.parallel.expert import apply_expert_parallel
 from manta.trainer.parallel.fp8 import convert_to_fp8
+from manta.trainer.parallel.sharding import local_slices
 from manta.trainer.parallel.tensor import apply_tensor_parallel
 from manta.trainer.parallel.ulysses import apply_ulysses
 

@@ -1,7 +1,7 @@
 """Tensor parallelism (Megatron-LM, Shoeybi et al. 2019): a group of ranks shares heads, inner widths and the vocabulary.
 
 The first matrix of a layer is split by columns, the second by rows: its products are summed over the group (all-reduce). All ranks of a
-group read the same tokens. trainer/dist/sharding.py lists which weight is split where.
+group read the same tokens. trainer/parallel/sharding.py lists which weight is split where.
 """
 
 from functools import partial
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from manta.trainer.dist.collectives import copy_to_group, reduce_from_group
 from manta.trainer.model.layers import MLP, Attention, Embedding, Head, SwiGLU
 from manta.trainer.model.losses import VocabularyShard
 from manta.trainer.model.moe import Experts
+from manta.trainer.parallel.collectives import copy_to_group, reduce_from_group
 
 
 def apply_tensor_parallel(model: nn.Module, group: ProcessGroup) -> None:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from manta.trainer.dist.collectives import all_reduce, all_to_all
 from manta.trainer.model.layers import Attention
 from manta.trainer.model.moe import Router
+from manta.trainer.parallel.collectives import all_reduce, all_to_all
 
 
 def apply_ulysses(model: nn.Module, group: ProcessGroup) -> None:

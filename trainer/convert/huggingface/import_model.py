@@ -19,9 +19,9 @@ from manta.trainer.architectures.architecture import Architecture
 from manta.trainer.architectures.config_json import ConfigJson, from_hf_config, whole_number
 from manta.trainer.architectures.families import map_tensors
 from manta.trainer.architectures.tensor_map import hf_shapes, padded, substitute
-from manta.trainer.checkpoint.backend import open_backend
 from manta.trainer.checkpoint.manifest import Progress, first_difference
 from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.convert.huggingface.directory import CONFIG, TOKENIZER, check_import, read_json, staged

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from manta.trainer.dist.layout import WeightShard
+
 Axis = Literal["tensor", "expert"]
 
 
@@ -32,14 +34,6 @@ SPECS = (
     ShardingSpec(r".*\.experts\.(gate|up)_proj", "tensor", 1),
     ShardingSpec(r".*\.experts\.down_proj", "tensor", 2),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class WeightShard:
-    """Which shard of the weights a rank holds: (index, number of shards) on each axis."""
-
-    tensor: tuple[int, int] = (0, 1)
-    expert: tuple[int, int] = (0, 1)
 
 
 def specs_of(name: str) -> list[ShardingSpec]:

@@ -87,7 +87,7 @@ class CheckpointBackend(ABC):
 
     def commit(self, name: str, token: str, manifest: bytes) -> None:
         """Raises FencedError if another attempt has started."""
-        self._commit(name, token, manifest)
+        self._publish(name, token, manifest)
         try:  # for users: nothing depends on it
             self.store.write(LATEST, f"{name}\n".encode())
         except (OSError, InputError) as error:
@@ -124,7 +124,7 @@ class CheckpointBackend(ABC):
         """Delete what dead attempts have half written, and finish what they have half done. token: of the attempt that sweeps."""
 
     @abstractmethod
-    def _commit(self, name: str, token: str, manifest: bytes) -> None: ...
+    def _publish(self, name: str, token: str, manifest: bytes) -> None: ...
 
     def _fence(self) -> Fence:
         try:
@@ -187,7 +187,7 @@ class DirectoryBackend(CheckpointBackend):
         for left in self.path.glob(".swept-*"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def _commit(self, name: str, token: str, manifest: bytes) -> None:
+    def _publish(self, name: str, token: str, manifest: bytes) -> None:
         partial = self._uncommitted(name, token)
         self.store.write(f"{partial}/{MANIFEST}", manifest)
         self._check_fence(name, token)
@@ -260,7 +260,7 @@ class ObjectStoreBackend(CheckpointBackend):
             if _name_and_token(path) not in kept and _name_and_token(path)[1] != token:
                 self.store.delete(path)
 
-    def _commit(self, name: str, token: str, manifest: bytes) -> None:
+    def _publish(self, name: str, token: str, manifest: bytes) -> None:
         self._check_fence(name, token)
         self.store.write(f"{name}/{token}/{MANIFEST}", manifest)
 

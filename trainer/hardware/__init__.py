@@ -1,1 +1,0 @@
-"""What this machine offers: its device, its compiler and its peak speed."""
