@@ -170,7 +170,7 @@ def write_shard(prefix: Path, tokens: NDArray[np.uint16]) -> None:
     ends = np.flatnonzero(tokens[:-1] == END) + 1
     with ShardWriter(prefix, tokens.dtype) as writer:
         for document in np.split(tokens, ends):
-            writer.append(document, text_bytes=0)
+            writer.extend(document, np.array([len(document)]), text_bytes=0)
         writer.commit()
 
 

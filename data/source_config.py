@@ -25,6 +25,23 @@ class FilterConfig(Section):
     dedup: bool = False
     """Keep only the first of documents with identical text; reads the files twice."""
 
+    @property
+    def accepts_all(self) -> bool:
+        """Whether text does not matter; only such a filter makes sense for token ids. `dedup` depends on other documents."""
+        return self.model_copy(update={"dedup": False}) == FilterConfig()
+
+    def rejection(self, text: str) -> str | None:
+        """Return the reason to remove a document, of a fixed set of reasons; None to keep it. Ignores `dedup`."""
+        if len(text) < self.minimum_characters:
+            return "shorter than minimum_characters"
+        if self.maximum_characters is not None and len(text) > self.maximum_characters:
+            return "longer than maximum_characters"
+        if self.matching and not re.search(self.matching, text):
+            return "matching not found"
+        if self.not_matching is not None and re.search(self.not_matching, text):
+            return "not_matching found"
+        return None
+
     @field_validator("matching", "not_matching")
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:

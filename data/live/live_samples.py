@@ -27,7 +27,7 @@ from manta.data.shards.manifest import PreparedData
 from manta.data.shards.windows import Windows, check_indices
 from manta.data.source_config import FilterConfig
 from manta.data.sources.input_split import BadRow
-from manta.data.sources.text_sample import sample_text
+from manta.data.sources.splits import sample_text
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -5,14 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
 from manta.data.shards.manifest import PreparedData, digest
-from manta.data.source_config import SourceConfig
-from manta.data.sources.filters import Filter, validation_threshold
-from manta.data.sources.input_split import BadRow, Document, InputSplit
+from manta.data.source_config import FilterConfig, SourceConfig
+from manta.data.sources.input_split import BadRow, Document, InputSplit, is_held_out
 from manta.data.sources.source import holds_token_files, identity, validation_source
 from manta.data.sources.splits import input_splits
 from manta.data.storage.location import local_path
@@ -26,9 +23,9 @@ class LiveSplit:
     """An input split, with the filter and the validation share of its source."""
 
     split: InputSplit
-    filter: Filter
-    threshold: int
-    """Documents whose hash is below it are validation documents."""
+    filter: FilterConfig
+    validation: float
+    """Share of documents for validation."""
 
     def text(self, document: Document | BadRow) -> str | None:
         """Return the text, or None if it is a bad row or filtered. Raises InputError for token ids."""
@@ -39,8 +36,8 @@ class LiveSplit:
         return document.content if self.filter.rejection(document.content) is None else None
 
     def holds_out(self, text: str) -> bool:
-        """Whether a prepared corpus would hold this text out for validation; equal texts are on the same side."""
-        return xxhash.xxh3_64_intdigest(text.encode()) < self.threshold
+        """Whether a prepared corpus would hold this text out for validation."""
+        return is_held_out(text.encode(), self.validation)
 
     def validation_texts(self) -> Iterator[str]:
         for document in self.split.documents():
@@ -50,12 +47,11 @@ class LiveSplit:
 
 def live_splits(source: SourceConfig, data: DataConfig) -> tuple[list[LiveSplit], list[LiveSplit]]:
     """Return a source's train splits, and the splits that contain its validation documents."""
-    document_filter, validation = Filter(source.filter), validation_source(source)
 
     def splits(of: SourceConfig, share: float) -> list[LiveSplit]:
-        return [LiveSplit(split=split, filter=document_filter, threshold=validation_threshold(share)) for split in input_splits(of, data)]
+        return [LiveSplit(split=split, filter=source.filter, validation=share) for split in input_splits(of, data)]
 
-    if validation is not None:
+    if (validation := validation_source(source)) is not None:
         return splits(source, 0.0), splits(validation, 1.0)
     both = splits(source, data.validation)
     return both, both

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from pydantic import ValidationError
@@ -21,24 +21,16 @@ from manta.data.shards.shard import Shard
 from manta.data.source_config import SourceConfig
 from manta.data.sources.input_split import InputSplit
 from manta.data.sources.source import holds_token_files, validation_source
-from manta.data.sources.splits import input_splits
-from manta.data.sources.text_sample import sample_text
+from manta.data.sources.splits import input_splits, sample_text
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 _PROOF_BYTES = 1_000_000  # text of a source on which a faster encoder must equal the reference
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltShards:
-    encoder: str
-    """Which library encoded, and why."""
-    records: list[SplitRecord]
-
-
 def build_shards(
     source: SourceConfig, directory: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, *, tokenizer_file: str, end_of_text: str
-) -> BuiltShards:
-    """Write the shards of all splits, except those that are complete already."""
+) -> tuple[list[SplitRecord], str]:
+    """Write the shards of all splits, except those that are complete. Return their records, and which library encoded, and why."""
     directory.store.delete(manifest.MANIFEST)
     directory.store.create()
     validation, is_tokens = validation_source(source), holds_token_files(source)
@@ -75,16 +67,16 @@ def build_shards(
     work = index_token_file if is_tokens else encode_split
     records |= run_tasks(f"prepare {source.resolved_name}", work, missing, data)
     directory.store.create()  # deletes the temporary files of workers that died with their node
-    return BuiltShards(encoder=encoder, records=[records[task.index] for task in tasks])
+    return [records[task.index] for task in tasks], encoder
 
 
 def write_manifest(
-    source: SourceConfig, directory: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, built: BuiltShards
+    source: SourceConfig, directory: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, *, records: list[SplitRecord], encoder: str
 ) -> Manifest:
     """Write the manifest, which completes a corpus. Raises InputError if there are no documents."""
-    train = tuple(record.train for record in built.records if record.train)
-    validation = tuple(record.validation for record in built.records if record.validation)
-    removed = sum((Counter(record.left_out) for record in built.records), Counter[str]())
+    train = tuple(record.train for record in records if record.train)
+    validation = tuple(record.validation for record in records if record.validation)
+    removed = sum((Counter(record.left_out) for record in records), Counter[str]())
     summary = f"; removed: {', '.join(f'{count:,} {reason}' for reason, count in sorted(removed.items()))}" if removed else ""
     key = f"data.sources: {source.resolved_name!r}"
     if source.validation and not validation:
@@ -98,7 +90,7 @@ def write_manifest(
         held_out=source.validation or f"{data.validation:g}",
         tokenizer=tokenizer.fingerprint,
         vocabulary=tokenizer.vocabulary,
-        encoder=built.encoder,
+        encoder=encoder,
         text_bytes=sum(shard.text_bytes for shard in (*train, *validation)),
         left_out=dict(sorted(removed.items())),
         train=CorpusSplit.of(train),
@@ -107,11 +99,11 @@ def write_manifest(
     )
     directory.store.write(manifest.MANIFEST, corpus.model_dump_json(indent=1).encode())
     if removed[MALFORMED]:
-        first = next(record.refused for record in built.records if record.refused)
+        first = next(record.refused for record in records if record.refused)
         report(f"prepare: skipped {removed[MALFORMED]:,} malformed rows, first {first}")
     report(
         f"prepared {source.resolved_name!r}: {corpus.train.tokens:,} train and {corpus.validation.tokens:,} validation tokens"
-        f" of {corpus.text_bytes / 1e6:.1f} MB text in {directory.root} ({built.encoder}){summary}"
+        f" of {corpus.text_bytes / 1e6:.1f} MB text in {directory.root} ({encoder}){summary}"
     )
     return corpus
 
@@ -150,7 +142,5 @@ def _mark_duplicates(source: SourceConfig, tasks: list[SplitTask], data: DataCon
 
 
 def _unigram_entropy(directory: CorpusDirectory, shards: Sequence[Shard], vocabulary: int) -> float | None:
-    if not shards:
-        return None
     counts = (np.bincount(directory.tokens(shard), minlength=vocabulary) for shard in shards)
-    return entropy(sum(counts, start=np.zeros(vocabulary, dtype=np.int64)))
+    return entropy(sum(counts, start=np.zeros(vocabulary, dtype=np.int64))) if shards else None

@@ -57,7 +57,7 @@ def find_contamination(
     train: Sequence[TokenStream], validation: Sequence[TokenStream], *, max_tokens: int, advance: Callable[[int], None]
 ) -> Contamination:
     """Search training text, `max_tokens` of it at most, for spans of validation text."""
-    one_in = -(-_tokens(validation) // _MAX_VALIDATION)
+    one_in = -(-sum(stream.tokens for stream in validation) // _MAX_VALIDATION)
     runs = [[_ValidationRun.hash(run) for run in _chunks(stream, _RUN, one_in)] for stream in validation]
     blocks = _distinct([run.blocks for source in runs for run in source])
     spans = _distinct([run.spans for source in runs for run in source])
@@ -65,7 +65,7 @@ def find_contamination(
     bits = max(16, int(np.ceil(np.log2(32 * max(len(blocks), 1)))))
     prefilter = np.zeros(1 << bits, dtype=np.bool_)
     prefilter[blocks >> np.uint64(64 - bits)] = True
-    one_in = -(-_tokens(train) // max(max_tokens, 1))
+    one_in = -(-sum(stream.tokens for stream in train) // max(max_tokens, 1))
     chunks = (chunk for stream in train for chunk in _chunks(stream, _CHUNK, one_in, lookahead=SPAN - 1))
     searched = 0
 
@@ -84,10 +84,6 @@ def find_contamination(
         found=tuple(sum(_covered(is_among(run.spans, common)) for run in source) for source in runs),
         searched=searched,
     )
-
-
-def _tokens(streams: Sequence[TokenStream]) -> int:
-    return sum(int(stream.starts[-1]) for stream in streams)
 
 
 def _chunks(stream: TokenStream, size: int, one_in: int, lookahead: int = 0) -> Iterator[NDArray[np.integer]]:

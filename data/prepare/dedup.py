@@ -12,7 +12,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data.hashing import Hashes, hashed
-from manta.data.sampling.statistics import document_lengths
 from manta.data.shards.windows import TokenStream
 
 _MAX_DOCUMENTS = 1 << 24  # compared: each takes about 70 bytes of memory
@@ -56,7 +55,7 @@ def find_duplicates(
 ) -> Duplicates:
     """Compare the documents of all sources, about `max_tokens` at most. advance: receives the number of tokens read since its last call."""
     streams = (*train, *validation)
-    total = sum(int(stream.starts[-1]) for stream in streams)
+    total = sum(stream.tokens for stream in streams)
     documents = sum(shard.documents for stream in streams for shard in stream.shards)
     share = min(1.0, max_tokens / max(total, 1), _MAX_DOCUMENTS / max(documents, 1))
     samples = [_sample(stream, share, advance) for stream in train]
@@ -91,7 +90,7 @@ def _sample(stream: TokenStream, share: float, advance: Callable[[int], None]) -
     hashes: list[Hashes] = [np.zeros(0, np.uint64)]
     lengths: list[Numbers] = [np.zeros(0, np.int64)]
     for index, shard in enumerate(stream.shards):
-        lengths_D = document_lengths(stream.home, shard)
+        lengths_D = stream.home.read_index(shard).document_lengths()
         sampled_D = _is_sampled(lengths_D, share)
         hashes.append(_hash_documents(stream.map(index), lengths_D, sampled_D, advance))
         lengths.append(lengths_D[sampled_D])
@@ -131,7 +130,7 @@ def _document(streams: Sequence[TokenStream], samples: Sequence[_Sample], share:
     for stream, sample in zip(streams, samples, strict=True):
         for index, count in enumerate(sample.per_shard):
             if number < count:
-                lengths_D = document_lengths(stream.home, stream.shards[index])
+                lengths_D = stream.home.read_index(stream.shards[index]).document_lengths()
                 at = int(np.flatnonzero(_is_sampled(lengths_D, share))[number])
                 start = int(lengths_D[:at].sum())
                 return np.array(stream.map(index)[start : start + int(lengths_D[at])])

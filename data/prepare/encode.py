@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from ctypes import c_int64
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,8 +19,7 @@ from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import SplitRecord
 from manta.data.shards.shard import Shard, ShardWriter, dtype_for
 from manta.data.source_config import FilterConfig
-from manta.data.sources.filters import Filter, validation_threshold
-from manta.data.sources.input_split import BadRow, Document, InputSplit
+from manta.data.sources.input_split import BadRow, Document, InputSplit, is_held_out
 from manta.data.sources.rows import Content
 from manta.data.tokenizer.tokenizer import Encoder, Tokenizer
 
@@ -71,16 +69,14 @@ def record_file(index: int) -> str:
 def encode_split(task: SplitTask, position: c_int64) -> SplitRecord:
     """Write the shards of a split, and last its record. position: set to the position of the current document."""
     tokenizer, documents = open_tokenizer(task.tokenizer, task.cache, task.end_of_text, task.encoder), _SelectedDocuments(task)
-    threshold = validation_threshold(task.validation)
     with (
         task.directory.store.staging() as folder,
-        closing(_ShufflingWriter(folder / f"{task.stem}.train", tokenizer.vocabulary, key=2 * task.index)) as train,
-        closing(_ShufflingWriter(folder / f"{task.stem}.validation", tokenizer.vocabulary, key=2 * task.index + 1)) as validation,
+        _ShufflingWriter(folder / f"{task.stem}.train", tokenizer.vocabulary, key=2 * task.index) as train,
+        _ShufflingWriter(folder / f"{task.stem}.validation", tokenizer.vocabulary, key=2 * task.index + 1) as validation,
     ):
         for batch in documents.batches(position):
             for ids, raw in _encode(batch, tokenizer, task.split):
-                # By its text, not its position: a repeated document is on one side only.
-                writer = validation if xxhash.xxh3_64_intdigest(raw) < threshold else train
+                writer = validation if is_held_out(raw, task.validation) else train
                 writer.append(ids, len(raw) if isinstance(raw, bytes) else 0)
         shards = train.commit(), validation.commit()
     removed = dict(sorted(documents.removed.items()))
@@ -103,8 +99,8 @@ class _SelectedDocuments:
     """The documents of a split that pass its filter and repeat no earlier one. Counts the removed ones by reason."""
 
     def __init__(self, task: SplitTask) -> None:
-        self._split, self._filter = task.split, Filter(task.filter)
-        self._duplicates = np.unpackbits(np.frombuffer(task.duplicates, np.uint8))
+        self._split, self._filter = task.split, task.filter
+        self._duplicates = iter(np.unpackbits(np.frombuffer(task.duplicates, np.uint8)))
         self.removed: Counter[str] = Counter()
         self.first_bad_row: str | None = None
 
@@ -122,52 +118,47 @@ class _SelectedDocuments:
             yield batch
 
     def _documents(self) -> Iterator[Document]:
-        passed = 0
         for document in self._split.documents():
             if isinstance(document, BadRow):
                 self.first_bad_row = self.first_bad_row or document.message
                 self.removed[MALFORMED] += 1
                 continue
             reason = self._filter.rejection(document.content) if isinstance(document.content, str) else None
-            if reason is None:
-                if passed < len(self._duplicates) and self._duplicates[passed]:
-                    reason = DUPLICATE
-                passed += 1
+            if reason is None and next(self._duplicates, False):
+                reason = DUPLICATE
             if reason is None:
                 yield document
             else:
                 self.removed[reason] += 1
 
 
-class _ShufflingWriter:
+class _ShufflingWriter(ShardWriter):
     """Writes a shard in shuffled order: neighbors in a file are alike, and samples are made of neighbors."""
 
     def __init__(self, prefix: Path, vocabulary: int, *, key: int) -> None:
-        self._writer, self._key, self._blocks = ShardWriter(prefix, dtype_for(vocabulary)), key, 0
+        super().__init__(prefix, dtype_for(vocabulary))
+        self._key, self._blocks = key, 0
         self._documents: list[NDArray[np.uint32]] = []
-        self._tokens = self._text_bytes = 0
-
-    def close(self) -> None:
-        self._writer.close()
+        self._tokens = self._bytes = 0
 
     def append(self, ids: NDArray[np.uint32], text_bytes: int) -> None:
         self._documents.append(ids)
         self._tokens += len(ids)
-        self._text_bytes += text_bytes
+        self._bytes += text_bytes
         if self._tokens >= _SHUFFLED:
             self._flush()
 
     def commit(self) -> Shard | None:
         self._flush()
-        return self._writer.commit()
+        return super().commit()
 
     def _flush(self) -> None:
         if not self._documents:
             return
         order = Permutation(len(self._documents), int(hashed(self._key, self._blocks)[0]))(np.arange(len(self._documents)))
         shuffled = [self._documents[index] for index in order.tolist()]
-        self._writer.extend(np.concatenate(shuffled), np.array([*map(len, shuffled)], dtype=np.int64), self._text_bytes)
-        self._documents, self._tokens, self._text_bytes, self._blocks = [], 0, 0, self._blocks + 1
+        self.extend(np.concatenate(shuffled), np.array([*map(len, shuffled)], dtype=np.int64), self._bytes)
+        self._documents, self._tokens, self._bytes, self._blocks = [], 0, 0, self._blocks + 1
 
 
 def _encode(batch: list[Document], tokenizer: Tokenizer, split: InputSplit) -> Iterator[tuple[NDArray[np.uint32], "bytes | memoryview"]]:

@@ -21,7 +21,6 @@ from manta.data.live import live_sources
 from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare.build import build_shards, complete_corpus, write_manifest
-from manta.data.prepare.checks import check_sources
 from manta.data.prepare.encode import record_file
 from manta.data.prepare.progress import report
 from manta.data.sampling.packed_windows import find_packing, pack_corpus
@@ -30,14 +29,14 @@ from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest, PreparedData, digest
 from manta.data.source_config import SourceConfig
-from manta.data.sources.source import identity
-from manta.data.sources.splits import input_splits
-from manta.data.sources.text_sample import sample_text
-from manta.data.storage.location import absolute, join, local_path
+from manta.data.sources.source import identity, ignored_files, source_files, validation_source
+from manta.data.sources.splits import content_kind, input_splits, sample_text
+from manta.data.storage.location import absolute, join, local_path, resolve
 from manta.data.tokenizer.tokenizer import FIM_TOKENS, MASKING_TOKENS, Tokenizer, fingerprint, read_tokenizer
 from manta.data.tokenizer.train import train
 
 _TOKENIZER = "tokenizer.json"
+_KIND_NAMES = {"text": "text", "ids": "token ids in a field", "shards": "token shards"}
 
 
 def find_prepared(data: DataConfig, tokens: TokenizerConfig) -> PreparedData | None:
@@ -83,11 +82,14 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
         live_sources.refuse_token_ids(data)
     tokenizer_directory = _tokenizer_directory(data, tokens)
     _check_tokenizer(data, tokens)
-    check_sources(data, tokens)
+    _check_sources(data, tokens)
     with _lock(data):
         content = _find_tokenizer(tokenizer_directory, tokens) or _make_tokenizer(tokenizer_directory, data, tokens)
         if data.live:
-            return _prepare_live(tokenizer_directory, data, tokens)
+            prepared = live_sources.prepare_live(tokenizer_directory.local_copy(_TOKENIZER), data, tokens)
+            LiveSamples(prepared, data, tokens, seed=0, held_out=1)  # raises InputError if there is no sample
+            report(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {tokenizer_directory.root}")
+            return prepared
         directories = [_corpus_directory(data, source, tokens, fingerprint(content)) for source in data.sources]
         corpora = [
             _build(source, directory, data, tokens, tokenizer_directory)
@@ -101,11 +103,23 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
     return prepared
 
 
-def _prepare_live(tokenizer_directory: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
-    prepared = live_sources.prepare_live(tokenizer_directory.local_copy(_TOKENIZER), data, tokens)
-    LiveSamples(prepared, data, tokens, seed=0, held_out=1)  # raises InputError if there is no sample
-    report(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {tokenizer_directory.root}")
-    return prepared
+def _check_sources(data: DataConfig, tokens: TokenizerConfig) -> None:
+    """Raise InputError for a missing file, a validation path that does not fit, token ids without their tokenizer, or unused keys."""
+    for source in data.sources:
+        key = f"data.sources: {source.resolved_name!r}"
+        files, kind, validation = source_files(source), content_kind(source, data), validation_source(source)
+        if kind != "text" and tokens.file is None:
+            raise InputError(f"{key}: expected text, or the tokenizer that wrote its token ids, got token ids. Set tokenizer.file.")
+        for name in ("filter", "template", "text_field") if kind == "shards" else ():
+            if getattr(source, name) != SourceConfig.model_fields[name].default:
+                raise InputError(f"{key}: expected no {name} for token shards, which have no text, got one. Remove it.")
+        if validation is not None:
+            if (other := content_kind(validation, data)) != kind:
+                raise InputError(f"{key}: validation: expected {_KIND_NAMES[kind]} as in its path, got {_KIND_NAMES[other]}. Use one kind.")
+            if shared := {resolve(file.path) for file in files} & {resolve(file.path) for file in source_files(validation)}:
+                raise InputError(f"{key}: validation: expected other files than its path has, got {min(shared)} in both. Separate them.")
+        if ignored := ignored_files(source):
+            report(f"prepare: {source.resolved_name}: ignored {len(ignored)} files by their format, first {ignored[0]}")
 
 
 def _check_tokenizer(data: DataConfig, tokens: TokenizerConfig) -> None:
@@ -169,13 +183,13 @@ def _build(
         return corpus
     tokenizer = Tokenizer(tokenizer_directory.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
     file = tokenizer_directory.location(_TOKENIZER)
-    built = build_shards(source, directory, data, tokenizer, tokenizer_file=file, end_of_text=tokens.end_of_text)
+    records, encoder = build_shards(source, directory, data, tokenizer, tokenizer_file=file, end_of_text=tokens.end_of_text)
     if _corpus_directory(data, source, tokens, tokenizer.fingerprint).root != directory.root:
-        for index in range(len(built.records)):  # else they would count as complete if the file is restored
+        for index in range(len(records)):  # else they would count as complete if the file is restored
             directory.store.delete(record_file(index))
         problem = "expected files that do not change, got one that changed while it was read"
         raise InputError(f"data.sources: {source.resolved_name!r}: {problem}. Prepare again.")
-    return write_manifest(source, directory, data, tokenizer, built)
+    return write_manifest(source, directory, data, tokenizer, records=records, encoder=encoder)
 
 
 def _tokenizer_directory(data: DataConfig, tokens: TokenizerConfig) -> CorpusDirectory:

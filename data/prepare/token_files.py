@@ -67,22 +67,6 @@ class _Layout:
     """[D], if the format records them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ScannedFile:
-    split: TokenFileSplit
-    layout: _Layout
-    xxh3: str
-    ends: Lengths
-    """The number of tokens up to and including each end-of-text id."""
-
-    def document_lengths(self) -> Lengths:
-        """Return the tokens of each document [D]: as the format records them, else between end-of-text ids."""
-        if self.layout.lengths is not None:
-            return self.layout.lengths
-        tokens = (self.split.size - self.layout.offset) // self.layout.dtype.itemsize
-        return np.diff(np.unique(np.concatenate([[0], self.ends, [tokens]])))
-
-
 def token_file_splits(source: SourceConfig) -> list[TokenFileSplit]:
     """Return the .bin files of a source of token files, in order. Raises InputError if the format of one is unknown."""
     files = source_files(source)
@@ -97,13 +81,36 @@ def index_token_file(task: SplitTask, position: c_int64) -> SplitRecord:
     """Read a file once and write the lengths of its documents, of which the last ones are for validation, and the record."""
     split = task.split
     assert isinstance(split, TokenFileSplit)
-    file = _scan(split, open_tokenizer(task.tokenizer, task.cache, task.end_of_text, task.encoder), position)
-    lengths_D = _limit(file.document_lengths())
-    ends_D = np.cumsum(lengths_D)
-    unended = len(ends_D) - int(np.isin(ends_D, file.ends).sum())
+    layout, tokenizer = _layout(split), open_tokenizer(task.tokenizer, task.cache, task.end_of_text, task.encoder)
+    xxh3, ends = _scan(split, layout, tokenizer, position)
+    tokens = (split.size - layout.offset) // layout.dtype.itemsize
+    lengths_D = _limit(np.diff(np.unique(np.concatenate([[0], ends, [tokens]]))) if layout.lengths is None else layout.lengths)
+    unended = len(lengths_D) - int(np.isin(np.cumsum(lengths_D), ends).sum())
     lengths_D, count = _hold_out(lengths_D, task.validation)
-    train = _write_shard(task, file, "train", lengths_D[:count], first=0)
-    validation = _write_shard(task, file, "validation", lengths_D[count:], first=int(lengths_D[:count].sum()))
+
+    def write_shard(side: str, lengths_D: Lengths, first: int) -> Shard | None:
+        """Write the index of consecutive documents from token `first` on. Return None if there are none."""
+        if not len(lengths_D):
+            return None
+        index = index_bytes(lengths_D, layout.dtype)
+        shard = Shard(
+            file=absolute(split.path),
+            index=f"{task.stem}.{side}.idx",
+            dtype=layout.dtype.name,
+            offset=layout.offset + first * layout.dtype.itemsize,
+            tokens=int(lengths_D.sum()),
+            documents=len(lengths_D),
+            text_bytes=0,
+            bin_bytes=split.size,
+            idx_bytes=len(index),
+            bin_xxh3=xxh3,
+            idx_xxh3=xxhash.xxh3_64_hexdigest(index),
+        )
+        task.directory.store.write(shard.index, index)
+        return shard
+
+    train = write_shard("train", lengths_D[:count], 0)
+    validation = write_shard("validation", lengths_D[count:], int(lengths_D[:count].sum()))
     notes = {} if unended <= 1 else {"not ended by the end of text, and taken all the same": unended}  # a key of manifests: keep it
     return task.write_record(SplitRecord(train=train, validation=validation, left_out=notes))
 
@@ -164,9 +171,9 @@ def _index_path(path: str) -> str:
     return f"{path.removesuffix('.bin')}.idx"
 
 
-def _scan(split: TokenFileSplit, tokenizer: Tokenizer, position: c_int64) -> _ScannedFile:
-    """Hash a file, check its ids and find its end-of-text ids."""
-    layout, digest, ends = _layout(split), xxhash.xxh3_64(), [np.zeros(0, np.int64)]
+def _scan(split: TokenFileSplit, layout: _Layout, tokenizer: Tokenizer, position: c_int64) -> tuple[str, Lengths]:
+    """Check a file's ids. Return its hash, and the number of tokens up to and including each end-of-text id."""
+    digest, ends = xxhash.xxh3_64(), [np.zeros(0, np.int64)]
     header, first = layout.offset, 0
     for block in open_store(split.path).blocks(split.size):
         digest.update(block)
@@ -179,7 +186,7 @@ def _scan(split: TokenFileSplit, tokenizer: Tokenizer, position: c_int64) -> _Sc
         ends.append(first + np.flatnonzero(ids == tokenizer.end_of_text) + 1)
         first += len(ids)
         header = 0
-    return _ScannedFile(split=split, layout=layout, xxh3=digest.hexdigest(), ends=np.concatenate(ends))
+    return digest.hexdigest(), np.concatenate(ends)
 
 
 def _limit(lengths_D: Lengths) -> Lengths:
@@ -205,25 +212,3 @@ def _hold_out(lengths_D: Lengths, share: float) -> tuple[Lengths, int]:
         return lengths_D, nearest + 1
     edges = np.unique(np.concatenate([[0, cut], ends_D]))
     return np.diff(edges), int(np.searchsorted(edges, cut))
-
-
-def _write_shard(task: SplitTask, file: _ScannedFile, side: str, lengths_D: Lengths, *, first: int) -> Shard | None:
-    """Write the index of consecutive documents from token `first` on. Return None if there are none."""
-    if not len(lengths_D):
-        return None
-    index = index_bytes(lengths_D, file.layout.dtype)
-    shard = Shard(
-        file=absolute(file.split.path),
-        index=f"{task.stem}.{side}.idx",
-        dtype=file.layout.dtype.name,
-        offset=file.layout.offset + first * file.layout.dtype.itemsize,
-        tokens=int(lengths_D.sum()),
-        documents=len(lengths_D),
-        text_bytes=0,
-        bin_bytes=file.split.size,
-        idx_bytes=len(index),
-        bin_xxh3=file.xxh3,
-        idx_xxh3=xxhash.xxh3_64_hexdigest(index),
-    )
-    task.directory.store.write(shard.index, index)
-    return shard

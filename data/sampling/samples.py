@@ -1,30 +1,36 @@
 """The samples of a run by number: any sample, on any rank, without state.
 
 Sample number -> (source, the source's own sample number) by the mixture -> (epoch, window) by the source's order -> tokens -> examples.
-Each step is a function of the config and the number alone.
-Legend: K samples, T sequence length.
+Each step is a function of the config and the number alone. step_samples.py says which samples a step reads, trainer/dist/layout.py how
+ranks share them.
+
+A run counts the samples that it reads from 0: a read index. Sample numbers also count the samples that `data.skip` excludes.
+Legend: K samples, T sequence length, S sources.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
+from manta.data.hashing import hashed
 from manta.data.objectives import masked
 from manta.data.objectives.examples import Examples, sample_keys
 from manta.data.objectives.objective import Objective
-from manta.data.sampling.order import Order, Permutation
+from manta.data.sampling.mixture import Mixture
+from manta.data.sampling.order import BlockOrder, Order, Permutation
 from manta.data.sampling.packed_windows import PackedDataset, ShardPacking, load_packing
-from manta.data.sampling.sampler import Sampler, SourceSampler
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
-from manta.data.shards.manifest import Manifest, PreparedData
+from manta.data.shards.manifest import Manifest, PreparedData, digest
 from manta.data.shards.windows import CutDataset, TokenStream, WindowDataset, Windows, WindowShape, check_indices
 from manta.data.tokenizer.tokenizer import Tokenizer
+
+_SOURCE = 3  # the hash domain of the order keys of mixed sources
 
 Numbers = NDArray[np.int64]
 OpenCorpora = Sequence[tuple[CorpusDirectory, Manifest]]
@@ -91,6 +97,99 @@ class Samples:
         first, count = dataset.part(numbers) if by_part else (0, len(dataset))
         others, next_sentence = masked.draw_pairs(sample_keys(samples, seed), numbers - first, count)
         return replace(windows, second=dataset.read(first + others).tokens, next_sentence=next_sentence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SourceSampler:
+    """One source of a mixture, or all sources read as one."""
+
+    name: str
+    streams: tuple[TokenStream, ...]
+    dataset: WindowDataset
+    order: Order | BlockOrder
+    max_epochs: float | None
+
+    @classmethod
+    def create(cls, name: str, streams: Sequence[TokenStream], dataset: WindowDataset, data: DataConfig, seed: int) -> "SourceSampler":
+        """In a mixture the order's key depends on the source's name alone, so other sources can be added and removed."""
+        if data.mixture:
+            seed = int(hashed(seed, _SOURCE, int(digest(name)[:16], 16))[0])
+        blocks = data.shuffle_shards
+        order = Order(len(dataset), seed) if blocks is None else BlockOrder(dataset.counts, seed, shards_per_block=blocks)
+        limits = [
+            source.epochs for source in data.sources if source.epochs is not None and (source.resolved_name == name or not data.mixture)
+        ]
+        return cls(name=name, streams=tuple(streams), dataset=dataset, order=order, max_epochs=min(limits, default=None))
+
+    def prefetch(self, number: int) -> None:
+        """Start to download the remote shards of this source's sample `number` and of the samples after it."""
+        shards = [(stream, shard) for stream in self.streams for shard in stream.shards]
+        upcoming = range(len(shards)) if isinstance(self.order, Order) else self.order.upcoming_shards(number)
+        for stream in self.streams:
+            stream.home.prefetch(shards[index][1] for index in upcoming if shards[index][0] is stream)
+
+
+class Sampler:
+    """Maps the samples of a run to windows of sources."""
+
+    def __init__(self, sources: Sequence[SourceSampler], data: DataConfig) -> None:
+        """sources: one for each source in a mixture, in the config's order; otherwise a single one."""
+        self.sources = tuple(sources)
+        self._skip = data.skip
+        names = [source.resolved_name for source in data.sources]
+        # A stage starts at the first sample that starts at or after its tokens.
+        stages = [
+            (-(-stage.from_tokens // data.sequence_length), [stage.weights.get(name, 0.0) for name in names]) for stage in data.mixture
+        ]
+        self._mixture = Mixture(stages) if stages else None
+        self._prefetched_blocks: dict[int, object] = {}
+
+    def sample_numbers(self, read_indices: NDArray[np.integer]) -> Numbers:
+        """Return the sample numbers [K] of read indices [K]."""
+        return sample_numbers(self._skip, read_indices)
+
+    def locate(self, samples: Numbers) -> tuple[Numbers, Numbers]:
+        """Return the source of each sample [K], and which of the source's own samples it is [K]."""
+        return (np.zeros_like(samples), samples) if self._mixture is None else self._mixture(samples)
+
+    def samples_by_source(self, count: int) -> list[int]:
+        """Return how many of the first `count` samples that a run reads are from each source."""
+        if self._mixture is None:
+            return [count]
+        last = self._sample_number(count)
+        before = self._mixture.samples_before
+        skipped = (before(min(end, last)) - before(min(first, last)) for first, end in self._skip)
+        return (before(last) - sum(skipped)).tolist()
+
+    def check_epochs(self, count: int) -> None:
+        """Raise InputError if a run of `count` samples reads a source more often than its `epochs` allows."""
+        end = self._sample_number(count)
+        by_source = [end] if self._mixture is None else self._mixture.samples_before(end).tolist()
+        for source, samples in zip(self.sources, by_source, strict=True):
+            size = len(source.dataset)
+            if source.max_epochs is not None and samples > source.max_epochs * size:
+                epochs = f"{samples / size:.2f} epochs ({samples:,} samples of {size:,})"
+                remedy = "Shorten the run, lower its weight, or raise epochs."
+                raise InputError(f"data.sources: {source.name}: expected at most {source.max_epochs:g} epochs, got {epochs}. {remedy}")
+
+    def prefetch(self, index: int, number: int) -> None:
+        """Once per block of source `index`, start the downloads for its sample `number` and those after it."""
+        source = self.sources[index]
+        block = 0 if isinstance(source.order, Order) else source.order.block(number)
+        if self._prefetched_blocks.get(index) != block:
+            self._prefetched_blocks[index] = block
+            source.prefetch(number)
+
+    def _sample_number(self, read_index: int) -> int:
+        return int(self.sample_numbers(np.array([read_index]))[0])
+
+
+def sample_numbers(skip: Sequence[tuple[int, int]], read_indices: NDArray[np.integer]) -> Numbers:
+    """Return the sample numbers [K] of read indices [K], without those in the ranges [first, end) of `skip`."""
+    numbers = np.array(read_indices, dtype=np.int64)
+    for first, end in skip:
+        numbers[numbers >= first] += end - first
+    return numbers
 
 
 def entropy(counts: NDArray[np.integer]) -> float:

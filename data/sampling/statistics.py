@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from manta.data.sampling.packed_windows import find_packing
 from manta.data.sampling.packing import best_fit
-from manta.data.sampling.sampler import SourceSampler
+from manta.data.sampling.samples import SourceSampler
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
-from manta.data.shards.shard import Shard
 from manta.data.shards.windows import WindowShape
 
 Counts = NDArray[np.int64]
@@ -85,7 +84,7 @@ def corpus_statistics(directory: CorpusDirectory, corpus: Manifest, shape: Windo
     overlap = shape.width - shape.stride
     cut = windows = split = filled = position = 0
     for shard in corpus.train.shards:
-        lengths_D = document_lengths(directory, shard)
+        lengths_D = directory.read_index(shard).document_lengths()
         lengths += LengthHistogram.of(lengths_D)
         cut += documents_cut(lengths_D, shape, start=0 if apart else position)
         position += shard.tokens
@@ -100,11 +99,6 @@ def corpus_statistics(directory: CorpusDirectory, corpus: Manifest, shape: Windo
         cut=PackingStatistics(samples=windows, cut=cut, padding=0, places=windows * shape.width),
         best_fit=PackingStatistics(samples=bins, cut=split, padding=bins * shape.width - filled, places=bins * shape.width),
     )
-
-
-def document_lengths(directory: CorpusDirectory, shard: Shard) -> Counts:
-    """Return the tokens of each document [D]."""
-    return directory.read_index(shard).document_lengths()
 
 
 def window_count(tokens: int, shape: WindowShape) -> int:

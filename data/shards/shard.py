@@ -84,18 +84,11 @@ class ShardWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         self._bin.close()
         self._temporary.unlink(missing_ok=True)
 
-    def append(self, tokens: NDArray[np.integer], text_bytes: int) -> None:
-        """Append one document, including its end-of-text id."""
-        self.extend(tokens, np.array([len(tokens)], dtype=np.int64), text_bytes)
-
     def extend(self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], text_bytes: int) -> None:
-        """Append documents end to end, with these lengths in tokens."""
+        """Append documents end to end, with these lengths in tokens. Each includes its end-of-text id."""
         raw = tokens.astype(self._dtype, copy=False).data.cast("B")
         self._hash.update(raw)
         self._bin.write(raw)
@@ -140,13 +133,8 @@ def index_bytes(lengths: NDArray[np.integer], dtype: np.dtype[Any]) -> bytes:
     return header + lengths.astype(np.int32).tobytes() + pointers.tobytes() + documents.tobytes()
 
 
-def read_index(path: Path) -> DocumentIndex:
-    """Return the content of an .idx file, ours or Megatron's. Raises InputError if it is damaged or of another format."""
-    return parse_index(path.read_bytes(), str(path))
-
-
 def parse_index(raw: bytes, path: str) -> DocumentIndex:
-    """path: for the error message."""
+    """Return the content of an .idx file, ours or Megatron's. Raises InputError if it is damaged or of another format."""
     if len(raw) < HEADER.size or not raw.startswith(MAGIC):
         raise InputError(f"{path}: expected a Megatron index, which starts with MMIDIDX, got another file. Use Megatron's .idx.")
     _, version, code, sequences, documents = HEADER.unpack_from(raw)
@@ -167,8 +155,3 @@ def parse_index(raw: bytes, path: str) -> DocumentIndex:
     if index.lengths.min(initial=0) < 0 or not len(bounds) or bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any():
         raise InputError(f"{path}: expected ascending document boundaries, got others. Download it again: it is damaged.")
     return index
-
-
-def map_tokens(path: Path, shard: Shard) -> NDArray[Any]:
-    """Return a shard's ids [tokens], memory-mapped; as a plain array, because a memmap takes microseconds to slice."""
-    return np.asarray(np.memmap(path, dtype=shard.dtype, mode="r", offset=shard.offset, shape=(shard.tokens,)))

@@ -52,6 +52,7 @@ class TokenStream:
         self.home = home
         self.shards = tuple(shards)
         self.starts = np.array([0, *accumulate(shard.tokens for shard in shards)], dtype=np.int64)
+        self.tokens = int(self.starts[-1])
         self.map = lru_cache(_OPEN_SHARDS)(self._map)
         self._views = lru_cache(_OPEN_SHARDS)(self._view)
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+import xxhash
+
 from manta.data.errors import InputError
 from manta.data.sources.rows import Content, MixedKindsError, RowError, RowReader
 
@@ -57,3 +59,8 @@ class ReadOptions:
         if self.bad_rows == "fail" or isinstance(error, MixedKindsError):
             raise InputError(message) from None
         return BadRow(message)
+
+
+def is_held_out(raw: "bytes | memoryview", share: float) -> bool:
+    """Whether a document is for validation, by a hash of its bytes: equal documents are on the same side."""
+    return xxhash.xxh3_64_intdigest(raw) < share * 2**64

@@ -1,15 +1,18 @@
-"""Divide a source into input splits, the units of work of a preparation."""
+"""Divide a source into input splits, the units of work of a preparation, and sample the text of many splits."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
+
 from manta.data.config import DataConfig
 from manta.data.errors import InputError
-from manta.data.source_config import SourceConfig
+from manta.data.sampling.order import Permutation
+from manta.data.source_config import FilterConfig, SourceConfig
 from manta.data.sources.file_formats import FORMATS, DocumentSplit, Format, format_of
-from manta.data.sources.filters import Filter
-from manta.data.sources.input_split import Document, ReadOptions
+from manta.data.sources.input_split import BadRow, Document, InputSplit, ReadOptions
 from manta.data.sources.rows import FieldReader, Kind, RowReader, TemplateReader
 from manta.data.sources.source import dataset_name, holds_token_files, is_hub_dataset, source_files
 from manta.data.sources.tables import HuggingFaceSplit
@@ -34,10 +37,29 @@ def input_splits(source: SourceConfig, data: DataConfig) -> Sequence[DocumentSpl
     if kind == "ids":
         if texts:
             raise InputError(f"{texts[0].name}: expected token ids as in the source's other files, got text. Make two sources of it.")
-        if not Filter(source.filter).accepts_all:
+        if not source.filter.accepts_all:
             raise InputError(f"data.sources: {source.resolved_name!r}: expected no filter for a source of token ids, got one. Remove it.")
     options = replace(options, reader=replace(options.reader, kind=kind))
     return [replace(split, options=options) for split in splits]
+
+
+def sample_text(splits: Sequence[tuple[InputSplit, FilterConfig]], size: int) -> Iterator[str]:
+    """Yield about `size` bytes of text, spread over all splits in shuffled order, on which a tokenizer is trained or compared."""
+    order = Permutation(len(splits), key=0)(np.arange(len(splits)))
+    for remaining, index in zip(range(len(splits), 0, -1), order, strict=True):
+        share = math.ceil(size / remaining)
+        split, text_filter = splits[int(index)]
+        for document in split.documents():
+            if share <= 0:
+                break
+            if isinstance(document, BadRow) or not isinstance(document.content, str) or text_filter.rejection(document.content):
+                continue
+            part = document.content[:share]
+            yield part
+            used = len(part.encode())
+            share, size = share - used, size - used
+        if size <= 0:
+            return
 
 
 def content_kind(source: SourceConfig, data: DataConfig) -> Literal["text", "ids", "shards"]:

@@ -18,15 +18,23 @@ _NOT_A_CORPUS = {"site-packages", "__pycache__"}
 
 
 class LocalStore:
+    """Files below a root, which is a directory, a glob, or one file.
+
+    `name` is a file's path below the root; if omitted, the root itself is meant.
+    """
+
     is_local = True
+    """Whether files are on a disk that this machine mounts, so that reading all of them is cheap."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def location(self, name: str = "") -> str:
+        """Return a path or URL."""
         return str(self.path / name)
 
     def exists(self, name: str = "") -> bool:
+        """Return whether there is such a file or directory."""
         return (self.path / name).exists()
 
     def stat(self, name: str = "") -> StoredFile:
@@ -34,15 +42,17 @@ class LocalStore:
         return StoredFile(self.location(name), status.st_size, status.st_mtime_ns)
 
     def find(self) -> FileListing:
+        """Return the files that the root names: itself, all that match if it is a glob, or all below it. Hidden files are skipped."""
         if self.path.is_dir():
             return FileListing(files=dict.fromkeys(walk(self.location())), is_directory=True)
-        paths = [self.location()] if self.path.is_file() else _matches(self.location())
-        return FileListing(files=dict.fromkeys(paths), is_directory=False)
+        found = [self.location()] if self.path.is_file() else glob.glob(self.location(), recursive=True)  # noqa: PTH207  absolute
+        return FileListing(files=dict.fromkeys(sorted(path for path in found if Path(path).is_file())), is_directory=False)
 
     def read(self, name: str = "") -> bytes:
         return (self.path / name).read_bytes()
 
     def blocks(self, size: int, name: str = "") -> Iterator[memoryview]:
+        """Yield the first `size` bytes of a file, fewer if it is shorter. A block is valid until the next one is asked for."""
         block = memoryview(bytearray(min(size, BLOCK)))
         with (self.path / name).open("rb") as stream:
             while size > 0 and (count := stream.readinto(block[:size])):
@@ -50,16 +60,23 @@ class LocalStore:
                 size -= count
 
     def open(self, name: str = "", *, size: int | None = None) -> BinaryIO:
+        """Return a buffered stream that can seek. If the size is known, an object store is not asked for it."""
         del size
         return (self.path / name).open("rb", _BUFFER)
 
     def open_arrow(self, name: str = "", *, mapped: bool = False) -> Any:
+        """Return the same as a pyarrow.NativeFile. mapped: memory-mapped if it is local, so that only what is used is read."""
         import pyarrow as pa
 
         return pa.memory_map(self.location(name)) if mapped else pa.OSFile(self.location(name))
 
     @contextmanager
     def open_ranges(self, name: str = "") -> Generator[Callable[[int, memoryview], int]]:
+        """Open a file for reads at any offset.
+
+        The function that is yielded fills a buffer from a byte of the file, and returns how many bytes it read: fewer than the buffer
+        holds only if the file ends before.
+        """
         descriptor = os.open(self.path / name, os.O_RDONLY)
 
         def read_into(start: int, buffer: memoryview) -> int:
@@ -74,31 +91,40 @@ class LocalStore:
             os.close(descriptor)
 
     def write(self, name: str, content: bytes) -> None:
+        """Write a file, which appears whole or not at all, also after a power cut."""
         write_atomically(self.path / name, content)
 
     def write_parts(self, name: str, parts: Callable[[], Iterable[memoryview]]) -> None:
+        """Write a file too large for memory, durable when this returns. `parts` is called again for each retry.
+
+        A local file that a killed process has half written stays under its name.
+        """
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb", buffering=0) as stream:
             for part in parts():
                 done = 0
                 while done < len(part):
-                    done += os.write(stream.fileno(), part[done:])
+                    done += stream.write(part[done:])
             os.fsync(stream.fileno())
 
     @contextmanager
     def staging(self) -> Generator[Path]:
+        """Yield a local directory for new files, which are in the store after the block: the root itself, or a temporary directory."""
         yield self.path
 
     def delete(self, name: str = "") -> None:
+        """Delete a file. A missing one is no error."""
         (self.path / name).unlink(missing_ok=True)
 
     def create(self) -> None:
+        """Make the root's directory, and delete the temporary files that killed processes left in it. Object stores need neither."""
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(f".*{TEMPORARY}"):
             leftover.unlink(missing_ok=True)
 
     def check_writable(self, key: str) -> None:
+        """Raises InputError, which names the config key, unless files can be written below the root. Creates nothing that stays."""
         path = self.path.absolute()
         nearest = self._nearest()
         if not nearest.is_dir():
@@ -107,6 +133,7 @@ class LocalStore:
             raise InputError(f"{key}: expected a directory that can be written, got {path}. Choose another, or make {nearest} writable.")
 
     def free_bytes(self) -> int | None:
+        """Return the bytes available, or None if the store has no limit that it reports."""
         return shutil.disk_usage(self._nearest()).free
 
     def _nearest(self) -> Path:
@@ -131,8 +158,3 @@ def walk(directory: str) -> Iterator[str]:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _matches(pattern: str) -> list[str]:
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207  Path.glob takes no absolute pattern
-    return sorted(path for path in found if Path(path).is_file())

@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO
 
 from manta.data.errors import InputError
 from manta.data.storage.location import FileListing, StoredFile, join
@@ -20,11 +21,6 @@ BLOCK = 16 << 20  # bytes of one request: what a broken connection costs, and wh
 
 _HASHES = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "generation")  # names that stores use
 _TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
-
-
-class _Buffer(Protocol):
-    def __len__(self) -> int: ...
-    def __setitem__(self, part: slice, content: bytes) -> None: ...
 
 
 class RemoteStore:
@@ -123,30 +119,24 @@ class RemoteStore:
 
     def write(self, name: str, content: bytes) -> None:
         """Object stores show an object once it is whole; stores with directories (sftp://, hdfs://) may show a part of it before."""
-        url = self.location(name)
-
-        def write(system: Any) -> None:
-            _make_parent(system, url)
-            system.pipe_file(url, content)
-
-        request(url, write)
+        self._write(name, lambda system, url: system.pipe_file(url, content))
 
     def write_parts(self, name: str, parts: Callable[[], Iterable[memoryview]]) -> None:
         """Holds a few blocks in memory at most."""
-        url = self.location(name)
 
-        def write(system: Any) -> None:
-            _make_parent(system, url)
+        def write(system: Any, url: str) -> None:
             stream = system.open(url, "wb", block_size=BLOCK)
             try:
                 for part in parts():
                     stream.write(part)
             except BaseException:
-                _discard(stream)
+                with suppress(Exception):  # drop what was uploaded, if the store can; closing the stream would make it an object
+                    stream.closed = True
+                    stream.discard()
                 raise
             stream.close()
 
-        request(url, write)
+        self._write(name, write)
 
     @contextmanager
     def staging(self) -> Generator[Path]:
@@ -158,22 +148,12 @@ class RemoteStore:
     def upload(self, file: Path, name: str) -> None:
         """Holds some 100 MB in memory at most."""
         file.open("rb").close()  # an error of the file itself must not be taken for one of the store
-        url = self.location(name)
-
-        def put(system: Any) -> None:
-            _make_parent(system, url)
-            system.put_file(str(file), url)
-
-        request(url, put)
+        self._write(name, lambda system, url: system.put_file(str(file), url))
 
     def delete(self, name: str = "") -> None:
         url = self.location(name)
-
-        def remove(system: Any) -> None:
-            with suppress(FileNotFoundError):
-                system.rm_file(url)
-
-        request(url, remove)
+        with suppress(FileNotFoundError):
+            request(url, lambda system: system.rm_file(url))
 
     def create(self) -> None:
         """Do nothing: an object's directories come with it."""
@@ -189,6 +169,17 @@ class RemoteStore:
     def free_bytes(self) -> int | None:
         return None
 
+    def _write(self, name: str, action: Callable[[Any, str], None]) -> None:
+        """Object stores have no directories, and fsspec serves them asynchronously. The other stores raise if a directory is missing."""
+        url = self.location(name)
+
+        def write(system: Any) -> None:
+            if not system.async_impl:
+                system.makedirs(url.rpartition("/")[0], exist_ok=True)
+            action(system, url)
+
+        request(url, write)
+
     def _info(self, name: str) -> dict[str, Any]:
         url = self.location(name)
 
@@ -203,9 +194,7 @@ class _Stream(io.RawIOBase):
     """Reads by ranges, so that each range can be retried."""
 
     def __init__(self, url: str, size: int) -> None:
-        self._url = url
-        self._size = size
-        self._position = 0
+        self._url, self._size, self._position = url, size, 0
 
     def readable(self) -> bool:
         return True
@@ -224,7 +213,7 @@ class _Stream(io.RawIOBase):
         return position
 
     def readinto(self, buffer: Any) -> int:
-        count = min(len(cast("_Buffer", buffer)), self._size - self._position)
+        count = min(len(buffer), self._size - self._position)
         if count <= 0:
             return 0
         content = _read_range(self._url, self._position, self._position + count)
@@ -236,10 +225,7 @@ class _Stream(io.RawIOBase):
 
     def readall(self) -> bytes:
         """Reads in blocks; io's own method would ask for 8 KB at a time."""
-        parts: list[bytes] = []
-        while part := self.read(BLOCK):
-            parts.append(part)
-        return b"".join(parts)
+        return b"".join(iter(partial(self.read, BLOCK), b""))
 
 
 def _read_range(url: str, start: int, stop: int) -> bytes:
@@ -259,13 +245,6 @@ def _read_range(url: str, start: int, stop: int) -> bytes:
     return content
 
 
-def _discard(stream: Any) -> None:
-    """Drop what was uploaded so far, if the store can; closing the stream would make it an object."""
-    with suppress(Exception):
-        stream.closed = True
-        stream.discard()
-
-
 def _stored_file(url: str, info: dict[str, Any]) -> StoredFile:
     version: object = next((info[key] for key in (*_HASHES, *_TIMES) if info.get(key)), "")
     text = str(version.timestamp() if isinstance(version, datetime) else version).strip('"')
@@ -275,9 +254,3 @@ def _stored_file(url: str, info: dict[str, Any]) -> StoredFile:
 def _bare(url: str) -> str:
     """Return a URL without scheme and outer slashes: stores write the same location in several ways."""
     return url.partition("://")[2].strip("/")
-
-
-def _make_parent(system: Any, url: str) -> None:
-    """Object stores have no directories, and fsspec serves them asynchronously. The other stores raise if a directory is missing."""
-    if not system.async_impl:
-        system.makedirs(url.rpartition("/")[0], exist_ok=True)

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from manta.data.sampling.sampler import Sampler
+from manta.data.sampling.samples import Sampler
 from manta.data.sampling.statistics import windows_by_stream
 from manta.launch.config import RunConfig
 from manta.launch.inspect.charts import console, percent, plain_table, stacked, swatch
@@ -44,7 +44,7 @@ class _Plan:
         return [weights.get(name, 0.0) / sum(weights.values()) for name in self.names]
 
     def stage(self, step: int) -> int:
-        """Return the stage of the mixture in which a step starts; see `sampler.build_mixture`."""
+        """Return the stage of the mixture in which a step starts; see `Sampler`."""
         tokens = self._next_sample(step) * self.data.sequence_length
         return sum(stage.from_tokens <= tokens for stage in self.data.mixture) - 1
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from manta.data.errors import InputError
 from manta.data.objectives.examples import DIGEST_BITS, Examples
 from manta.data.objectives.render import Renderer
-from manta.data.sampling.sampler import Sampler
+from manta.data.sampling.samples import Sampler
 from manta.data.sampling.statistics import stream_of
 from manta.launch.inspect.charts import console, visible
 from manta.launch.inspect.resolve import DataTarget, resolve

@@ -10,7 +10,7 @@ from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
 from manta.data.live.live_samples import check_data_ranks
-from manta.data.sampling.sampler import sample_numbers
+from manta.data.sampling.samples import sample_numbers
 from manta.launch.config import RunConfig, load
 from manta.launch.messages import notify
 from manta.trainer.checkpoint.errors import CheckpointError

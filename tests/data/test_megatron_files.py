@@ -15,7 +15,7 @@ from token_file_writers import in_sequences, write_llmc, write_megatron, write_n
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.prepare.prepare import prepare
 from manta.data.sampling.samples import Samples
-from manta.data.shards.shard import ShardWriter, read_index
+from manta.data.shards.shard import ShardWriter, parse_index
 
 END, T = 0, 16
 DTYPES = {"uint16": np.uint16, "int32": np.int32}
@@ -74,7 +74,7 @@ def exchanged(tmp_path_factory) -> tuple[Path, dict]:
     for dtype, kind in DTYPES.items():
         with ShardWriter(folder / "ours" / dtype, np.dtype(kind)) as writer:
             for document in documents(largest(dtype), ended=True):
-                writer.append(np.array(document), text_bytes=1)
+                writer.extend(np.array(document), np.array([len(document)]), text_bytes=1)
             writer.commit()
     corpora = {name(*case): (case[0], case[1], documents(largest(case[0]), ended=case[2])) for case in CASES}
     corpora |= {split: ("uint16", 2, documents(256, ended=True)) for split in ("train", "held-out")}
@@ -106,7 +106,7 @@ def test_megatron_reads_our_shards(exchanged, dtype):
 @pytest.mark.parametrize(("dtype", "sequences", "ended"), CASES)
 def test_we_read_megatrons_shards(exchanged, dtype, sequences, ended):
     prefix = exchanged[0] / "theirs" / name(dtype, sequences, ended)
-    index = read_index(prefix.with_suffix(".idx"))
+    index = parse_index(prefix.with_suffix(".idx").read_bytes(), str(prefix))
     assert index.dtype == DTYPES[dtype]
     assert len(index.lengths) > len(index.documents) - 1 or sequences == 1
     tokens = np.fromfile(prefix.with_suffix(".bin"), index.dtype)

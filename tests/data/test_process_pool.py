@@ -11,7 +11,7 @@ from split_tasks import DeadlySplit, HangingSplit, first_split, task_of
 from manta.data.errors import InputError
 from manta.data.prepare import build, prepare
 from manta.data.prepare.encode import encode_split
-from manta.data.prepare.process_pool import run_in_processes
+from manta.data.prepare.pool import run_in_processes
 from manta.data.shards.manifest import PreparedData
 
 

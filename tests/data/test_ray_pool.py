@@ -15,7 +15,7 @@ from split_tasks import DeadlySplit, first_split, task_of
 from manta.data.errors import InputError
 from manta.data.prepare import prepare
 from manta.data.prepare.encode import encode_split
-from manta.data.prepare.ray_pool import run_on_ray
+from manta.data.prepare.pool import run_on_ray
 
 CLUSTER = """
 import sys

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from manta.data.config import CacheConfig
 from manta.data.errors import InputError
 from manta.data.shards.corpus_directory import CorpusDirectory
-from manta.data.shards.shard import ShardWriter, dtype_for, map_tokens, read_index
+from manta.data.shards.shard import ShardWriter, dtype_for, parse_index
 
 documents = st.lists(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20), min_size=1, max_size=10)
 
@@ -19,7 +19,7 @@ documents = st.lists(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20
 def write(prefix, documents, vocabulary=2**16):
     with ShardWriter(prefix, dtype_for(vocabulary)) as writer:
         for tokens in documents:
-            writer.append(np.array(tokens), text_bytes=3)
+            writer.extend(np.array(tokens), np.array([len(tokens)]), text_bytes=3)
         return writer.commit()
 
 
@@ -28,16 +28,17 @@ def write(prefix, documents, vocabulary=2**16):
 def test_written_documents_are_read(tmp_path_factory, documents, vocabulary):
     prefix = tmp_path_factory.getbasetemp() / "back.train"
     shard = write(prefix, documents, vocabulary)
-    index = read_index(prefix.with_name(shard.index))
+    directory = CorpusDirectory(str(prefix.parent), CacheConfig())
+    index = directory.read_index(shard)
     assert index.dtype == (np.uint16 if vocabulary <= 2**16 else np.int32)
     assert index.lengths.tolist() == [len(tokens) for tokens in documents]
     assert index.documents.tolist() == list(range(len(documents) + 1))
-    tokens = map_tokens(prefix.with_name(shard.file), shard)
+    tokens = directory.tokens(shard)
     starts = index.pointers // index.dtype.itemsize
     assert [tokens[at : at + n].tolist() for at, n in zip(starts, index.lengths, strict=True)] == documents
     assert (shard.tokens, shard.documents, shard.text_bytes) == (len(tokens), len(documents), 3 * len(documents))
     assert index.document_lengths().tolist() == index.lengths.tolist()
-    assert CorpusDirectory(str(prefix.parent), CacheConfig()).shard_problem(shard, contents=True) is None
+    assert directory.shard_problem(shard, contents=True) is None
 
 
 def test_the_bytes_are_those_of_megatron(tmp_path):
@@ -50,7 +51,7 @@ def test_the_bytes_are_those_of_megatron(tmp_path):
 def test_an_uncommitted_shard_leaves_no_file(tmp_path):
     assert write(tmp_path / "empty", []) is None
     with suppress(KeyboardInterrupt), ShardWriter(tmp_path / "x", dtype_for(300)) as writer:
-        writer.append(np.array([1]), text_bytes=1)
+        writer.extend(np.array([1]), np.array([1]), text_bytes=1)
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -79,4 +80,4 @@ def test_a_bad_index_is_refused(tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
-            read_index(path)
+            parse_index(path.read_bytes(), str(path))

@@ -59,7 +59,7 @@ def write_stream(folder: Path, *shards: list[list[int]], dtype: type = np.uint16
     for index, shard in enumerate(shards):
         with ShardWriter(folder / f"{index}", np.dtype(dtype)) as writer:
             for document in shard:
-                writer.append(np.array(document), 0)
+                writer.extend(np.array(document), np.array([len(document)]), 0)
             written.append(writer.commit())
     return TokenStream(CorpusDirectory(str(folder), CacheConfig()), written)
 
