@@ -1,5 +1,6 @@
 """The `data` and `tokenizer` sections of a run's config."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -161,18 +162,14 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_source_names(self) -> Self:
-        names = [source.resolved_name for source in self.sources]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"sources: expected each source once, got {name!r} {names.count(name)} times. Remove the others.")
-        return self
-
-    @model_validator(mode="after")
-    def _check_stages(self) -> Self:
+    def _check_sources_and_stages(self) -> Self:
+        counts = Counter(source.resolved_name for source in self.sources)
+        for name, count in counts.items():
+            if count > 1:
+                raise ValueError(f"sources: expected each source once, got {name!r} {count} times. Remove the others.")
         check_stages("mixture", [stage.from_tokens for stage in self.mixture])
         check_stages("curriculum", [stage.from_tokens for stage in self.curriculum])
-        names = {source.resolved_name for source in self.sources}
+        names = counts.keys()
         weighted = {name for stage in self.mixture for name in stage.weights}
         for name in sorted(weighted - names):
             raise ValueError(f"mixture: expected names of sources, got {name!r}. Use {', '.join(sorted(names))}.")
@@ -183,9 +180,7 @@ class DataConfig(Section):
                 wanted = f"a divisor of data.sequence_length {self.sequence_length}"
                 raise ValueError(f"curriculum: expected {wanted}, got sequence_length {stage.sequence_length}. Change one of the two.")
         if self.curriculum and self.packing != "cut":
-            raise ValueError(
-                "curriculum: expected packing cut, which can be cut into shorter sequences, got best_fit. Remove one of the two."
-            )
+            raise ValueError("curriculum: expected packing cut, which can be cut into shorter sequences, got best_fit. Remove one.")
         return self
 
     @model_validator(mode="after")
@@ -206,9 +201,8 @@ class DataConfig(Section):
         for source in self.sources:
             if source.filter.dedup or source.epochs is not None:
                 key = "filter dedup" if source.filter.dedup else f"epochs {source.epochs:g}"
-                raise ValueError(
-                    f"sources: expected no {key} with live, which reads text once, got it for {source.resolved_name!r}. Remove it."
-                )
+                name = source.resolved_name
+                raise ValueError(f"sources: expected no {key} with live, which reads text once, got it for {name!r}. Remove it.")
         if self.objective == "masked" and self.pairs == "next_sentence":
             raise ValueError("pairs: expected no next_sentence with live, which has no second text for B. Use sentence_order or none.")
         return self

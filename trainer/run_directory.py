@@ -5,7 +5,7 @@ import json
 import shlex
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,8 @@ class RunDirectory:
 
     def prepared(self) -> PreparedData:
         """Return the corpus and tokenizer that the run reads."""
-        prepared = PreparedData.from_json(self.manifest()["corpus"])
-        return replace(prepared, tokenizer=self.tokenizer_file) if self.tokenizer_file.exists() else prepared
+        prepared = PreparedData.model_validate(self.manifest()["corpus"])
+        return prepared.model_copy(update={"tokenizer": self.tokenizer_file}) if self.tokenizer_file.exists() else prepared
 
     @property
     def code(self) -> Path:

@@ -87,7 +87,7 @@ class LiveSamples:
         samples = np.asarray(read_indices, dtype=np.int64)
         assert (np.diff(samples, prepend=self._last_read) > 0).all(), f"samples {samples} after {self._last_read}"
         rows, cursors = zip(*islice(self._windows, len(samples)), strict=True)
-        self._last_read, self._cursor = int(samples[-1]), cursors[-1]
+        self._last_read, self.cursor = int(samples[-1]), cursors[-1]
         return self._objective(Windows(tokens=np.stack(rows)), samples, seed=self._seed, sequence_length=sequence_length)
 
     def validation(self, indices: NDArray[np.integer]) -> Examples:
@@ -105,15 +105,10 @@ class LiveSamples:
         tokens = self.validation_text(indices).tokens[:, -self._objective.shape.stride :]
         return entropy(np.bincount(tokens.ravel(), minlength=self.tokenizer_vocabulary))
 
-    @property
-    def cursor(self) -> Cursor:
-        """Where this rank's next sample starts."""
-        return self._cursor
-
     def seek(self, cursor: Cursor) -> None:
         """Continue from a cursor."""
         assert cursor.piece < max(1, len(self._splits)), f"{cursor} of {len(self._splits)} splits"
-        self._cursor = cursor
+        self.cursor = cursor  # where this rank's next sample starts
         self._windows = self._windows_from(cursor)
 
     def _windows_from(self, cursor: Cursor) -> Iterator[tuple[Numbers, Cursor]]:
@@ -141,10 +136,8 @@ class LiveSamples:
                     yield Cursor(epoch=epoch, piece=position, document=number, token=token), self._encode(text)[token:]
                     is_empty = False
             if is_empty and epoch > cursor.epoch:  # the first epoch may have been resumed close to its end
-                raise InputError(
-                    f"data.sources: expected a document for each of {self._ranks} data ranks, got none for rank {self._rank} in an epoch."
-                    " Add documents, or use fewer ranks."
-                )
+                problem = f"expected a document for each of {self._ranks} data ranks, got none for rank {self._rank} in an epoch"
+                raise InputError(f"data.sources: {problem}. Add documents, or use fewer ranks.")
 
     def _own_documents(self, split: LiveSplit, position: int, first: int) -> Iterator[tuple[int, str]]:
         """Yield this rank's train documents of the split at this position of an epoch, from number `first` on, with their numbers."""
@@ -178,10 +171,8 @@ class LiveSamples:
                 break
         windows = min(requested, max(0, size - width + stride) // stride)
         if not windows:
-            expected = f"at least {width} for a sample of {self.sequence_length}"
-            raise InputError(
-                f"data.validation: expected {expected}, got {size} validation tokens. Raise it from {share:g}, or add documents."
-            )
+            problem = f"expected at least {width} for a sample of {self.sequence_length}, got {size} validation tokens"
+            raise InputError(f"data.validation: {problem}. Raise it from {share:g}, or add documents.")
         tokens = np.concatenate(texts).astype(np.int64)
         return np.lib.stride_tricks.sliding_window_view(tokens, width)[::stride][:windows].copy()
 
@@ -207,10 +198,9 @@ def check_data_ranks(cursors: Sequence[object] | None, ranks: int) -> None:
     saved = len(cursors or ())
     if saved != ranks:
         plural = "" if saved == 1 else "s"
-        raise InputError(
-            f"data.live: expected {saved} data rank{plural}, which have each read a share of the text, got {ranks}. Start {saved}"
-            f" (cluster.ranks_per_node), or start a new run without data.live from these weights (run.start_from)."
-        )
+        problem = f"expected {saved} data rank{plural}, which have each read a share of the text, got {ranks}"
+        remedy = f"Start {saved} (cluster.ranks_per_node), or start a new run without data.live from these weights (run.start_from)."
+        raise InputError(f"data.live: {problem}. {remedy}")
 
 
 def _divides_evenly(sizes: Sequence[int], ranks: int) -> bool:

@@ -77,9 +77,8 @@ class WorkerProcess:
             self._process.join()
             position = self._position.value
             near = self._split.name if position == _NO_POSITION else f"near {self._split.location(position)}"
-            raise RuntimeError(
-                f"{near}: a process died ({_cause(self._process.exitcode)}). Fix or remove the file, or try again."
-            ) from None
+            died = f"a process died ({_cause(self._process.exitcode)})"
+            raise RuntimeError(f"{near}: {died}. Fix or remove the file, or try again.") from None
         if error is not None:
             raise error
         return result

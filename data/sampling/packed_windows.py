@@ -98,10 +98,8 @@ def load_packing(home: CorpusDirectory, corpus: Manifest, shape: WindowShape) ->
     """Return a corpus's packing. Raises InputError if the corpus is not packed for this shape."""
     found = find_packing(home, corpus, shape)
     if found is None:
-        raise InputError(
-            f"{home.location(_record(shape))}: expected the corpus packed for this sequence length, got nothing or damaged files."
-            " Run `manta prepare`."
-        )
+        problem = "expected the corpus packed for this sequence length, got nothing or damaged files"
+        raise InputError(f"{home.location(_record(shape))}: {problem}. Run `manta prepare`.")
     return found
 
 

@@ -229,10 +229,8 @@ def _check_text(data: DataConfig, corpora: OpenCorpora, windows: Sequence[int], 
     manifests = [corpus for _, corpus in corpora]
     for corpus, count in zip(manifests, windows, strict=True):
         if not count:
-            raise InputError(
-                f"data.sequence_length: expected {needed}, got {corpus.train.tokens} train tokens in {corpus.source!r}."
-                " Add text, or lower data.sequence_length."
-            )
+            problem = f"expected {needed}, got {corpus.train.tokens} train tokens in {corpus.source!r}"
+            raise InputError(f"data.sequence_length: {problem}. Add text, or lower data.sequence_length.")
     if validation_windows:
         return
     held_out = max(corpus.validation.tokens for corpus in manifests)

@@ -1,9 +1,8 @@
 """A corpus's manifest: its shards and how they were made. It is written last, so a directory without one is not a corpus."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import xxhash
 from pydantic import BaseModel, ValidationError
@@ -81,8 +80,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         return next((problem for problem in problems if problem), None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedData:
+class PreparedData(BaseModel, frozen=True):
     """What `manta prepare` made for a run. The run's own manifest records it."""
 
     tokenizer: Path
@@ -90,13 +88,6 @@ class PreparedData:
     corpora: tuple[str, ...]
     """Directories or URLs."""
     fingerprint: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"tokenizer": str(self.tokenizer), "corpora": list(self.corpora), "fingerprint": self.fingerprint}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        return cls(tokenizer=Path(content["tokenizer"]), corpora=tuple(content["corpora"]), fingerprint=content["fingerprint"])
 
 
 def load(directory: CorpusDirectory) -> Manifest:
@@ -117,12 +108,7 @@ def load(directory: CorpusDirectory) -> Manifest:
 
 def is_complete(prepared: PreparedData, cache: CacheConfig) -> bool:
     """Return whether the tokenizer and all manifests are still in place."""
-    try:
-        for root in prepared.corpora:
-            CorpusDirectory(root, cache).store.read(MANIFEST)
-    except FileNotFoundError:
-        return False
-    return prepared.tokenizer.exists()
+    return prepared.tokenizer.exists() and all(CorpusDirectory(root, cache).store.exists(MANIFEST) for root in prepared.corpora)
 
 
 def load_corpora(prepared: PreparedData, cache: CacheConfig) -> tuple[tuple[CorpusDirectory, Manifest], ...]:

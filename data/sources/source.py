@@ -73,9 +73,8 @@ def source_files(source: SourceConfig) -> list[StoredFile]:
         for file in files:
             _check_file(file, source)
     if not files:
-        problem = (
-            f"expected text, JSONL, Parquet or Arrow files, or token shards, got {'none of them' if is_directory else 'no such files'}"
-        )
+        found = "none of them" if is_directory else "no such files"
+        problem = f"expected text, JSONL, Parquet or Arrow files, or token shards, got {found}"
         raise InputError(f"data.sources: {source.path!r}: {problem}. Name a file, directory or glob that exists, stdlib: or hf:name.")
     return files
 
@@ -115,9 +114,8 @@ def _without_dataset_metadata(location: str, paths: list[str]) -> list[str]:
     for folder, names in by_folder.items():
         if "dataset_dict.json" in names:
             splits = ", ".join(sorted(other.rpartition("/")[2] for other, saved in by_folder.items() if "state.json" in saved))
-            raise InputError(
-                f"data.sources: {location!r}: expected one split of a dataset, got several. Name a folder of {folder}: {splits}."
-            )
+            problem = "expected one split of a dataset, got several"
+            raise InputError(f"data.sources: {location!r}: {problem}. Name a folder of {folder}: {splits}.")
     metadata = {"state.json", "dataset_info.json"}
     saved = {folder for folder, names in by_folder.items() if metadata <= names and any(name.endswith(".arrow") for name in names)}
     parts = [(path, *path.rpartition("/")[::2]) for path in paths]

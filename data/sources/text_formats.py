@@ -11,9 +11,8 @@ from manta.data.sources.streams import compression_of, open_bytes, open_text
 from manta.data.storage.location import StoredFile
 from manta.data.storage.store import open_store
 
-MAX_DOCUMENT = (
-    64 * 1024
-)  # characters; a longer text file is cut, so that a single input.txt can be split into training and validation documents
+# Characters: a longer text file is cut, so that a single input.txt can be split into training and validation documents.
+MAX_DOCUMENT = 64 * 1024
 CUT_DOCUMENT = 16 * 1024
 
 _FILE = 1 << 40  # a position in one of several text files is file * _FILE + character

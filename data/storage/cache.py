@@ -20,6 +20,7 @@ from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
+from itertools import accumulate
 from os.path import samestat
 from pathlib import Path, PurePosixPath
 
@@ -95,13 +96,9 @@ class ShardCache:
 
         Returns at once. Errors are logged, and raised again by hold().
         """
-        queue: deque[CachedFile] = deque()
-        total = 0
-        for file in dict.fromkeys(files):
-            total += file.size
-            if total > self._limit:
-                break
-            queue.append(file)
+        distinct = list(dict.fromkeys(files))
+        totals = accumulate(file.size for file in distinct)
+        queue = deque(file for file, total in zip(distinct, totals, strict=True) if total <= self._limit)
         for file in reversed(queue):
             with suppress(FileNotFoundError):
                 _touch(self._directory / file.name)  # so that none of these is evicted for another

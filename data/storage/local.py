@@ -105,7 +105,7 @@ class LocalStore:
             for part in parts():
                 done = 0
                 while done < len(part):
-                    done += stream.write(part[done:])
+                    done += os.write(stream.fileno(), part[done:])
             os.fsync(stream.fileno())
 
     @contextmanager

@@ -89,9 +89,8 @@ def _file_system(url: str) -> Any:
     try:
         system, _ = fsspec.url_to_fs(url, **_OPTIONS.get("s3" if scheme == "s3a" else scheme, {}))
     except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{url}: cannot be opened ({_describe(error)}). Check the URL, and the environment's settings for {scheme}://."
-        ) from None
+        remedy = f"Check the URL, and the environment's settings for {scheme}://."
+        raise InputError(f"{url}: cannot be opened ({_describe(error)}). {remedy}") from None
     if scheme in {"s3", "s3a"}:
         system.retries = 1
     return system

@@ -1,7 +1,6 @@
 """Preparing a corpus: complete, with the same bytes every time, and only what is missing."""
 
 import gzip
-import json
 import os
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def test_a_prepared_corpus_is_found_and_not_made_again(lines, undisturbed):
     assert prepare.find_prepared(data, SMALL) == undisturbed
     assert prepare.prepare(data, SMALL) == undisturbed
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
-    assert PreparedData.from_json(json.loads(json.dumps(undisturbed.to_json()))) == undisturbed
+    assert PreparedData.model_validate_json(undisturbed.model_dump_json()) == undisturbed
 
 
 def test_other_settings_or_files_are_another_corpus(lines, undisturbed, tmp_path):
