@@ -47,8 +47,11 @@ def frame_next_sentence(
     assert second_KW is not None
     assert next_sentence is not None
     lengths_K = _first_lengths(keys, first_KW.shape[1])
-    joined = None if documents is None else _join_documents(*documents, lengths_K)
-    return _frame_pair(first_KW, second_KW, lengths_K, samples, special, next_sentence=next_sentence, documents=joined)
+    framed = _frame_pair(first_KW, second_KW, lengths_K, samples, special)
+    if documents is not None:
+        joined_KW, meeting_K = _join_documents(*documents, lengths_K)
+        framed = replace(framed, documents=_surround(joined_KW, joined_KW, lengths_K, meeting_K))
+    return replace(framed, next_sentence=next_sentence)
 
 
 def frame_sentence_order(
@@ -63,11 +66,13 @@ def frame_sentence_order(
     lengths_K, swapped_K = _first_lengths(keys, width), integers_below(fold(keys, _SWAPPED), 2)
     cuts_K = np.where(swapped_K == 1, width - lengths_K, lengths_K)
     columns_KW = (np.arange(width) + (swapped_K * cuts_K)[:, None]) % width
-    tokens_KW, joined = tokens_KW[rows_K1, columns_KW], None
+    tokens_KW = tokens_KW[rows_K1, columns_KW]
+    framed = _frame_pair(tokens_KW, tokens_KW, lengths_K, samples, special)
     if documents_KW is not None:
         joined_KW, meeting_K = _join_documents(documents_KW, documents_KW, cuts_K)
-        joined = joined_KW[rows_K1, columns_KW], meeting_K
-    return _frame_pair(tokens_KW, tokens_KW, lengths_K, samples, special, next_sentence=swapped_K, documents=joined)
+        joined_KW = joined_KW[rows_K1, columns_KW]
+        framed = replace(framed, documents=_surround(joined_KW, joined_KW, lengths_K, meeting_K))
+    return replace(framed, next_sentence=swapped_K)
 
 
 def frame_text(tokens_KW: Tokens, samples: Tokens, special: SpecialTokens, documents_KW: Tokens | None = None) -> Examples:
@@ -123,23 +128,12 @@ def _first_lengths(keys: Hashes, width: int) -> NDArray[np.int64]:
     return least + integers_below(fold(keys, _SPLIT), width - 2 * least + 1)
 
 
-def _frame_pair(
-    first_KW: Tokens,
-    second_KW: Tokens,
-    lengths_K: NDArray[np.int64],
-    samples: Tokens,
-    special: SpecialTokens,
-    *,
-    next_sentence: Tokens,
-    documents: tuple[Tokens, Tokens] | None,
-) -> Examples:
-    """[CLS] the first `lengths_K` tokens of the first window [SEP] the rest of the second [SEP]. documents: of `_join_documents`."""
+def _frame_pair(first_KW: Tokens, second_KW: Tokens, lengths_K: Tokens, samples: Tokens, special: SpecialTokens) -> Examples:
+    """[CLS] the first `lengths_K` tokens of the first window [SEP] the rest of the second [SEP]."""
     tokens_KT = _surround(first_KW, second_KW, lengths_K, special.sep)
     tokens_KT[:, 0] = special.cls
     segments_KT = (np.arange(tokens_KT.shape[1]) > lengths_K[:, None] + 1).astype(np.int64)
-    documents_KT = None if documents is None else _surround(documents[0], documents[0], lengths_K, documents[1])
-    framed = _unmasked(tokens_KT, samples)
-    return replace(framed, documents=documents_KT, segments=segments_KT, next_sentence=next_sentence)
+    return replace(_unmasked(tokens_KT, samples), segments=segments_KT)
 
 
 def _surround(first_KW: Tokens, second_KW: Tokens, lengths_K: NDArray[np.int64], frame: int | Tokens) -> Tokens:

@@ -6,7 +6,7 @@ Legend: N tokens, H hashes.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manta.data.hashing import Hashes, hashed, mix
-from manta.data.prepare.dedup import Numbers, is_among
+from manta.data.prepare.dedup import Advance, Numbers, Streams, is_among
 from manta.data.shards.windows import TokenStream
 
 SPAN = 50  # tokens
@@ -53,9 +53,7 @@ class _ValidationRun:
         return cls(tokens=len(tokens_N), blocks=rolling[::_EVERY], spans=spans)
 
 
-def find_contamination(
-    train: Sequence[TokenStream], validation: Sequence[TokenStream], *, max_tokens: int, advance: Callable[[int], None]
-) -> Contamination:
+def find_contamination(train: Streams, validation: Streams, *, max_tokens: int, advance: Advance) -> Contamination:
     """Search training text, `max_tokens` of it at most, for spans of validation text."""
     one_in = -(-sum(stream.tokens for stream in validation) // _MAX_VALIDATION)
     runs = [[_ValidationRun.hash(run) for run in _chunks(stream, _RUN, one_in)] for stream in validation]

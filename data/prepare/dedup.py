@@ -19,6 +19,8 @@ _CHUNK = 1 << 22  # tokens read at a time
 _SHOWN = 5  # most frequent documents
 
 Numbers = NDArray[np.int64]
+Streams = Sequence[TokenStream]
+Advance = Callable[[int], None]  # called with the tokens read since the last call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +52,8 @@ class _Sample:
     per_shard: tuple[int, ...]
 
 
-def find_duplicates(
-    train: Sequence[TokenStream], validation: Sequence[TokenStream], *, max_tokens: int, advance: Callable[[int], None]
-) -> Duplicates:
-    """Compare the documents of all sources, about `max_tokens` at most. advance: receives the number of tokens read since its last call."""
+def find_duplicates(train: Streams, validation: Streams, *, max_tokens: int, advance: Advance) -> Duplicates:
+    """Compare the documents of all sources, about `max_tokens` at most."""
     streams = (*train, *validation)
     total = sum(stream.tokens for stream in streams)
     documents = sum(shard.documents for stream in streams for shard in stream.shards)
@@ -86,7 +86,7 @@ def is_among(hashes: Hashes, known_H: Hashes) -> NDArray[np.bool_]:
     return known_H[np.minimum(np.searchsorted(known_H, hashes), len(known_H) - 1)] == hashes
 
 
-def _sample(stream: TokenStream, share: float, advance: Callable[[int], None]) -> _Sample:
+def _sample(stream: TokenStream, share: float, advance: Advance) -> _Sample:
     hashes: list[Hashes] = [np.zeros(0, np.uint64)]
     lengths: list[Numbers] = [np.zeros(0, np.int64)]
     for index, shard in enumerate(stream.shards):
@@ -104,9 +104,7 @@ def _is_sampled(lengths_D: Numbers, share: float) -> NDArray[np.bool_]:
     return (hashed(0, lengths_D) >> np.uint64(11)) * 2.0**-53 < share
 
 
-def _hash_documents(
-    tokens: NDArray[np.integer], lengths_D: Numbers, sampled_D: NDArray[np.bool_], advance: Callable[[int], None]
-) -> Hashes:
+def _hash_documents(tokens: NDArray[np.integer], lengths_D: Numbers, sampled_D: NDArray[np.bool_], advance: Advance) -> Hashes:
     """Hash the ids of sampled documents as 32-bit integers, so that the width of a shard's ids does not matter."""
     ends_D = np.cumsum(lengths_D)
     starts_D = ends_D - lengths_D
@@ -125,7 +123,7 @@ def _hash_documents(
     return np.concatenate(hashes)
 
 
-def _document(streams: Sequence[TokenStream], samples: Sequence[_Sample], share: float, number: int) -> NDArray[np.integer]:
+def _document(streams: Streams, samples: Sequence[_Sample], share: float, number: int) -> NDArray[np.integer]:
     """Return the tokens of a document by its number among all sampled ones."""
     for stream, sample in zip(streams, samples, strict=True):
         for index, count in enumerate(sample.per_shard):

@@ -8,6 +8,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Stages = Sequence[tuple[int, int]]  # the first token of each, and its value
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimelineStage:
@@ -24,9 +26,7 @@ class TimelineStage:
 class Timeline:
     """The stages of a run."""
 
-    def __init__(
-        self, *, sequence_length: int, global_batch: int, ramp: Sequence[tuple[int, int]] = (), curriculum: Sequence[tuple[int, int]] = ()
-    ) -> None:
+    def __init__(self, *, sequence_length: int, global_batch: int, ramp: Stages = (), curriculum: Stages = ()) -> None:
         """ramp: (tokens, global batch) pairs; curriculum: (tokens, sequence length) pairs. The first pair of each is at 0 tokens."""
         batches, lengths = list(ramp) or [(0, global_batch)], list(curriculum) or [(0, sequence_length)]
         stages: list[TimelineStage] = []
@@ -60,5 +60,5 @@ def _first_step_from(tokens: int, stage: TimelineStage, sequence_length: int) ->
     return stage.first_step + steps, stage.first_sample + steps * stage.global_batch
 
 
-def _value_at(stages: Sequence[tuple[int, int]], tokens: int) -> int:
+def _value_at(stages: Stages, tokens: int) -> int:
     return next(value for start, value in reversed(stages) if start <= tokens)

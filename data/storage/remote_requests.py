@@ -33,20 +33,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {  # we count the tries, the libraries mus
     "s3": {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 1}}, "max_concurrency": 2}
 }
 # The libraries' errors have no common base, and a library may not be installed: they are recognized by name.
-_BROKEN = {
-    "ConnectionError",
-    "FlexibleChecksumError",
-    "TimeoutError",
-    "HTTPClientError",
-    "ClientConnectionError",
-    "ClientPayloadError",
-    "IncompleteRead",
-    "IncompleteReadError",
-    "ResponseParserError",
-    "TransportError",
-    "ServiceRequestError",
-    "ServiceResponseError",
-}
+_BROKEN = (
+    {"ConnectionError", "TimeoutError", "IncompleteRead", "IncompleteReadError"}  # Python's own, and others with the same names
+    | {"HTTPClientError", "FlexibleChecksumError", "ResponseParserError"}  # botocore
+    | {"ClientConnectionError", "ClientPayloadError"}  # aiohttp
+    | {"TransportError", "ServiceRequestError", "ServiceResponseError"}  # Google's and Azure's
+)
 _LOCKED_OUT = {"PermissionError", "NoCredentialsError", "PartialCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError"}
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
 

@@ -67,9 +67,8 @@ def supervise(plan: RunPlan, ray: Ray) -> Generator[Controller]:
 def write_run_directory(run_dir: RunDirectory, config: RunConfig, prepared: PreparedData, recorded: Mapping[str, str]) -> None:
     """Write what ranks read into a locked directory. recorded: what the manifest of a new run records in addition."""
     manifest = run_dir.manifest() if run_dir.has_trained else _new_manifest(config)
-    write_atomically(
-        run_dir.manifest_file, json.dumps({**manifest, **recorded, "corpus": prepared.model_dump(mode="json")}, indent=1).encode()
-    )
+    content = {**manifest, **recorded, "corpus": prepared.model_dump(mode="json")}
+    write_atomically(run_dir.manifest_file, json.dumps(content, indent=1).encode())
     write_atomically(run_dir.config_file, config.to_yaml().encode())
     write_atomically(run_dir.tokenizer_file, prepared.tokenizer.read_bytes())
 
