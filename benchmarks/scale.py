@@ -57,7 +57,6 @@ class Ref:
 @dataclass(eq=False)
 class Agent:
     machine: int
-    job: Job
     ranks: range = range(0)
     started: float = 0.0
     killed: int | None = None
@@ -73,7 +72,8 @@ class Agent:
                         host=f"n{self.machine}",
                         address=_address(self.machine),
                         interface="eth0",
-                        directory_token=self.job.directory_token.read_text(),
+                        versions={},
+                        directory_token=arguments[1].read_text(),
                     ),
                 )
             case "free_port":
@@ -160,10 +160,10 @@ class FakeRay:
         CLOCK.now = max(CLOCK.now, min(ref.at, CLOCK.now + timeout))
         return ref.make()
 
-    def start(self, strategy: "Affinity", job: Job) -> Handle:
+    def start(self, strategy: "Affinity") -> Handle:
         CALLS["start an agent"] += 1
         number = int(strategy.node)
-        self.agents[number] = Agent(number, job)
+        self.agents[number] = Agent(number)
         return Handle(self.agents[number])
 
 
@@ -181,15 +181,15 @@ def install(fake: FakeRay) -> None:
             self.strategy = scheduling_strategy
             return self
 
-        def remote(self, *, job: Job, **_: Any) -> Handle:
-            return fake.start(self.strategy, job)
+        def remote(self, **_: Any) -> Handle:
+            return fake.start(self.strategy)
 
     modules = {name: ModuleType(name) for name in RAY}
     ray: Any = modules["ray"]
     ray.nodes, ray.wait, ray.get, ray.kill = fake.nodes, fake.wait, fake.get, lambda _: None
     ray.remote = lambda _: ActorClass()
     ray.ObjectRef, ray.exceptions = list, modules["ray.exceptions"]
-    for error in ("GetTimeoutError", "RayActorError", "ActorUnschedulableError"):
+    for error in ("GetTimeoutError", "RayActorError", "RayTaskError", "ActorUnschedulableError"):
         setattr(modules["ray.exceptions"], error, type(error, (Exception,), {}))
     modules["ray.util.scheduling_strategies"].NodeAffinitySchedulingStrategy = Affinity  # type: ignore[attr-defined]
     modules["ray._private"].worker = SimpleNamespace(_global_node=None)  # type: ignore[attr-defined]

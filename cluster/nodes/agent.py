@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 
-from manta.cluster.job import Job
 from manta.cluster.machine import cores
 from manta.cluster.nodes.oom_kills import count_oom_kills
 from manta.cluster.nodes.process import Process
@@ -46,16 +45,18 @@ class NodeAgent:
     A Ray actor, written as a plain class. Every method runs on one event loop, in one thread, so nothing needs a lock.
     """
 
-    def __init__(self, *, job: Job, address: str, ranks_on_host: int, scratch: Path | None) -> None:
-        """ranks_on_host: ranks of the run on this machine, including those of other agents."""
-        self._job, self._address = job, address
+    def __init__(
+        self, *, program: Sequence[str], environment: dict[str, str], directory: Path, address: str, host_ranks: int, scratch: Path | None
+    ) -> None:
+        """program, environment, directory: see Job. host_ranks: ranks of the run on this machine, including those of other agents."""
+        self._program, self._directory, self._address = program, directory, address
         if scratch is not None:
             scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._scratch = Path(tempfile.mkdtemp(prefix="manta-agent-", dir=scratch))
         self._environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(NOT_FOR_RANKS)},
-            "OMP_NUM_THREADS": str(max(1, cores() // ranks_on_host)),
-            **job.environment,
+            "OMP_NUM_THREADS": str(max(1, cores() // host_ranks)),
+            **environment,
             Env.STANDBY: "1",
         }
         self._any_ended = asyncio.Event()
@@ -70,13 +71,13 @@ class NodeAgent:
         raylet = os.pidfd_open(os.getppid())
         asyncio.get_running_loop().add_reader(raylet, os._exit, 1)
 
-    async def describe(self) -> NodeFacts:
+    async def describe(self, packages: Sequence[str], directory_token: Path) -> NodeFacts:
         return NodeFacts(
             host=socket.gethostname(),
             address=self._address,
             interface=_interface(self._address),
-            versions={package: _version(package) for package, _ in self._job.packages},
-            directory_token=_read_from(self._job.directory_token, 0),
+            versions={package: _version(package) for package in packages},
+            directory_token=_read_from(directory_token, 0),
         )
 
     async def free_port(self) -> int:
@@ -145,12 +146,12 @@ class NodeAgent:
     def _spawn(self) -> Process:
         self._started += 1
         log = self._scratch / f"standby-{self._started:04d}.log"
-        command, directory = (sys.executable, *self._job.program), self._job.directory
-        return Process(command, environment=self._environment, directory=directory, log=log, any_ended=self._any_ended)
+        command = (sys.executable, *self._program)
+        return Process(command, environment=self._environment, directory=self._directory, log=log, any_ended=self._any_ended)
 
     def _assign(self, process: Process, attempt: int, environment: Mapping[str, str]) -> _Rank:
         number = int(environment["RANK"])
-        logs = self._job.directory / "logs" / f"attempt-{attempt:04d}"
+        logs = self._directory / "logs" / f"attempt-{attempt:04d}"
         logs.mkdir(parents=True, exist_ok=True)
         heartbeat = self._scratch / f"heartbeat-{attempt:04d}-{number:04d}"
         log = logs / f"rank-{number:04d}.log"

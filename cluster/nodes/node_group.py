@@ -6,6 +6,7 @@ Import it after Ray has started: Ray reads its environment when it is imported.
 import time
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,30 @@ class NodeGroup:
 
     def describe_new(self) -> list[tuple[int, NodeFacts]]:
         """Wait for new agents to start; return their nodes' numbers and facts."""
-        new = [(index, node, node.agent.actor.describe.remote()) for index, node in enumerate(self._nodes) if node.facts is None]
+        question = [package for package, _ in self._job.packages], self._job.directory_token
+        new = [(index, node, node.agent.actor.describe.remote(*question)) for index, node in enumerate(self._nodes) if node.facts is None]
         for index, node, answer in new:
-            node.facts = self._get(index, answer, timeout=max(self._timeout, AGENT_START_TIMEOUT))
+            try:
+                node.facts = self._get(index, answer, timeout=max(self._timeout, AGENT_START_TIMEOUT))
+            except (NodeLostError, ray.exceptions.RayTaskError) as error:
+                node.facts = self._facts_without_agent(index, error)
         return [(index, node.facts) for index, node, _ in new if node.facts is not None]
+
+    def _facts_without_agent(self, index: int, error: Exception) -> NodeFacts:
+        """Return facts about a node whose agent can not start because manta has another version there; else raise the error."""
+        has_raised = isinstance(error, ray.exceptions.RayTaskError) or getattr(error.__cause__, "actor_init_failed", False)
+        if not has_raised or not self._job.packages:
+            raise error
+        machine, (package, expected) = self._nodes[index].allocation.machine, self._job.packages[0]
+        on_node = NodeAffinitySchedulingStrategy(machine.id, soft=False)
+        task: Any = ray.remote(version).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node)
+        try:
+            installed = self._get(index, task.remote(package))
+        except PackageNotFoundError:
+            installed = None
+        if installed == expected:
+            raise error
+        return NodeFacts(host=machine.host, address=machine.address, interface="", versions={package: installed}, directory_token="")
 
     def start(self, attempt: int, environments: list[list[dict[str, str]]]) -> list[int]:
         """Start the ranks of an attempt; return their process ids. environments: of each node's ranks."""
@@ -226,7 +247,14 @@ class NodeGroup:
                 runtime_env=None if reserves or not machine.gpus else {"env_vars": SEE_ALL_GPUS},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(machine.id, soft=False),
             )
-            .remote(job=self._job, address=machine.address, ranks_on_host=ranks_on_host, scratch=self._scratch)
+            .remote(  # plain values: a node may have another version of Job
+                program=self._job.program,
+                environment=self._job.environment,
+                directory=self._job.directory,
+                address=machine.address,
+                host_ranks=ranks_on_host,
+                scratch=self._scratch,
+            )
         )
         return _Agent(actor=actor, started=actor.follow_raylet.remote(), sentinel=actor.sentinel.remote(), reserves=reserves)
 

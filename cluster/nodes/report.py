@@ -1,21 +1,22 @@
 """What a node's agent reports to the controller."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, TypedDict
 
 from manta.cluster.protocol import RankError, RankPhase
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeFacts:
-    """`versions`: of the requested packages, None if not installed. `directory_token`: see Job; "" if the node does not see it."""
+class NodeFacts(TypedDict):
+    """A plain dict, which any version of manta can read. `versions`: of the requested packages, None if not installed.
+
+    `directory_token`: see Job; "" if the node does not see it.
+    """
 
     host: str
     address: str
     interface: str
-    versions: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
-    directory_token: str = ""
+    versions: dict[str, str | None]
+    directory_token: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,12 +82,12 @@ class Attempt:
                 return (yield from self._hang(statuses, limits))
             history, stragglers = find_stragglers(statuses, history)
             for straggler in stragglers:
-                yield self._event("rank-slow", node=self.nodes.facts[self._node_by_rank[straggler.rank]].host, **asdict(straggler))
+                yield self._event("rank-slow", node=self.nodes.facts[self._node_by_rank[straggler.rank]]["host"], **asdict(straggler))
             yield self._progress(statuses)
 
     def _check_new_nodes(self) -> Generator[Event, None, Failure | None]:
         for index, facts in self.nodes.describe_new():
-            node = {"node": index, "host": facts.host, "address": facts.address}
+            node = {"node": index, "host": facts["host"], "address": facts["address"]}
             yield self._event("node-ready", **node, differs=version_differences(self.job, facts))
             if (message := unfit_reason(self.job, facts)) is not None:
                 yield self._event("node-unfit", **node, message=message)
@@ -207,7 +207,7 @@ def _failed(statuses: Sequence[RankStatus]) -> list[RankStatus]:
 
 def version_differences(job: Job, facts: NodeFacts) -> list[str]:
     """Describe the packages that a node has in another version than the controller's machine."""
-    installed = [(package, facts.versions.get(package), expected) for package, expected in job.packages]
+    installed = [(package, facts["versions"].get(package), expected) for package, expected in job.packages]
     return [
         f"{package} {version or 'is not installed'} (here {expected})" for package, version, expected in installed if version != expected
     ]
@@ -215,12 +215,12 @@ def version_differences(job: Job, facts: NodeFacts) -> list[str]:
 
 def unfit_reason(job: Job, facts: NodeFacts) -> str | None:
     """Return why a node can run no ranks; None if it can."""
-    node = f"{facts.host} ({facts.address})"
-    if facts.directory_token != job.directory_token.read_text():
-        return f"{job.directory}: expected a directory that all nodes share, got one that {node} does not see. Put run.dir on a shared one."
+    node = f"{facts['host']} ({facts['address']})"
     for package, expected in job.packages[:1]:
-        if (version := facts.versions.get(package)) != expected:
+        if (version := facts["versions"].get(package)) != expected:
             return f"{node}: expected {package} {expected}, as on this machine, got {version}. Install it there."
+    if facts["directory_token"] != job.directory_token.read_text():
+        return f"{job.directory}: expected a directory that all nodes share, got one that {node} does not see. Put run.dir on a shared one."
     return None
 
 
@@ -237,11 +237,11 @@ def rank_environments(
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_RANK": str(local_rank),
                 "LOCAL_WORLD_SIZE": str(node.ranks),
-                "MASTER_ADDR": facts[0].address,
+                "MASTER_ADDR": facts[0]["address"],
                 "MASTER_PORT": str(port),
                 Env.ATTEMPT: str(attempt),
                 **job.environment_by_size.get(world_size, {}),
-                **{name: job.environment.get(name, own.interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
+                **{name: job.environment.get(name, own["interface"]) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
             }
             for local_rank in range(node.ranks)
         ]

@@ -1,7 +1,6 @@
 """Which ranks run on which nodes, what a node reports of itself, and which nodes are refused."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,7 @@ def test_ranks_are_numbered_along_the_nodes(tmp_path):
         sizes=(4, 5),
         environment_by_size={4: {"SIZE": "four"}, 5: {"SIZE": "five"}},
     )
-    facts = [NodeFacts(host=f"h{n}", address=f"10.0.0.{n}", interface=f"eth{n}") for n in range(3)]
+    facts = [NodeFacts(host=f"h{n}", address=f"10.0.0.{n}", interface=f"eth{n}", versions={}, directory_token="") for n in range(3)]
     nodes = [NodeAllocation(machine(n, cpus=2), ranks) for n, ranks in enumerate((2, 2, 1))]
     by_node = rank_environments(job, 7, nodes, facts, 1234)
     assert [[rank["RANK"] for rank in node] for node in by_node] == [["0", "1"], ["2", "3"], ["4"]]
@@ -81,13 +80,13 @@ def test_a_node_with_another_directory_or_manta_is_refused(tmp_path):
     job = Job(program=("x",), environment={}, directory=tmp_path, sizes=(1,), packages=(("manta", "1.0"), ("torch", "2.13")))
     job.directory_token.write_text("a token")
     same = {"host": "h", "address": "10.0.0.1", "interface": "eth0", "directory_token": "a token"}
-    fit = NodeFacts(**same, versions={"manta": "1.0", "torch": "2.12"})
+    fit = {**same, "versions": {"manta": "1.0", "torch": "2.12"}}
     assert unfit_reason(job, fit) is None
     assert version_differences(job, fit) == ["torch 2.12 (here 2.13)"]
     assert "expected a directory that all nodes share, got one that h (10.0.0.1) does not see" in unfit_reason(
-        job, replace(fit, directory_token="another")
+        job, {**fit, "directory_token": "another"}
     )
-    assert "expected manta 1.0, as on this machine, got None" in unfit_reason(job, replace(fit, versions={"torch": "2.13"}))
+    assert "expected manta 1.0, as on this machine, got None" in unfit_reason(job, {**fit, "versions": {"torch": "2.13"}})
 
 
 def test_out_of_memory_kills_are_counted_in_any_cgroup_layout(tmp_path, monkeypatch):
