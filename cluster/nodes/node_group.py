@@ -74,10 +74,10 @@ class _Node:
         return sum(status.code is not None for status in self.statuses)
 
 
-def actor_on(actor: type, machine: str) -> Any:
-    """Start an actor of a plain class on a machine, by its id, without reserving a CPU."""
+def on_machine(actor_or_task: Any, machine: str, **options: Any) -> Any:
+    """Return a plain class or function as a Ray actor or task of a machine, by its id. Without options it reserves nothing."""
     strategy = NodeAffinitySchedulingStrategy(machine, soft=False)
-    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=strategy).remote()
+    return ray.remote(actor_or_task).options(scheduling_strategy=strategy, **{"num_cpus": 0, **options})
 
 
 class NodeGroup:
@@ -136,10 +136,8 @@ class NodeGroup:
         if not has_raised or not self._job.packages:
             raise error
         machine, (package, expected) = self._nodes[index].allocation.machine, self._job.packages[0]
-        on_node = NodeAffinitySchedulingStrategy(machine.id, soft=False)
-        task: Any = ray.remote(version).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node)
         try:
-            installed = self._get(index, task.remote(package))
+            installed = self._get(index, on_machine(version, machine.id, max_retries=0).remote(package))
         except PackageNotFoundError:
             installed = None
         if installed == expected:
@@ -239,22 +237,16 @@ class NodeGroup:
 
     def _start_agent(self, allocation: NodeAllocation, ranks_on_host: int, *, reserves: bool) -> _Agent:
         machine = allocation.machine
-        actor: Any = (
-            ray.remote(NodeAgent)
-            .options(
-                num_cpus=int(reserves),
-                num_gpus=machine.gpus if reserves else 0,
-                runtime_env=None if reserves or not machine.gpus else {"env_vars": SEE_ALL_GPUS},
-                scheduling_strategy=NodeAffinitySchedulingStrategy(machine.id, soft=False),
-            )
-            .remote(  # plain values: a node may have another version of Job
-                program=self._job.program,
-                environment=self._job.environment,
-                directory=self._job.directory,
-                address=machine.address,
-                host_ranks=ranks_on_host,
-                scratch=self._scratch,
-            )
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": machine.gpus}
+        if not reserves:
+            options = {"num_gpus": 0, "runtime_env": {"env_vars": SEE_ALL_GPUS} if machine.gpus else None}
+        actor = on_machine(NodeAgent, machine.id, **options).remote(  # plain values: a node may have another version of Job
+            program=self._job.program,
+            environment=self._job.environment,
+            directory=self._job.directory,
+            address=machine.address,
+            host_ranks=ranks_on_host,
+            scratch=self._scratch,
         )
         return _Agent(actor=actor, started=actor.follow_raylet.remote(), sentinel=actor.sentinel.remote(), reserves=reserves)
 

@@ -26,11 +26,8 @@ def counter_files(cgroups: str) -> list[Path]:
     files: list[Path] = []
     for line in cgroups.splitlines():
         _, controllers, path = line.split(":", maxsplit=2)
-        if "memory" in controllers.split(","):
-            root, file = CGROUPS / "memory", "memory.oom_control"
-        elif not controllers:
-            root, file = CGROUPS, "memory.events"
-        else:
-            continue
-        files += [root / path.lstrip("/") / file, root / file]
+        if not controllers:  # version 2 of control groups
+            files += [CGROUPS / path.lstrip("/") / "memory.events", CGROUPS / "memory.events"]
+        elif "memory" in controllers.split(","):
+            files += [CGROUPS / "memory" / path.lstrip("/") / "memory.oom_control", CGROUPS / "memory/memory.oom_control"]
     return files

@@ -89,13 +89,7 @@ def _run_raylet(settings: Mapping[str, Any], token: Path, directory: Path, closi
     command, log = _raylet_command(settings, directory), directory / "ray.log"
     with log.open("wb") as output:
         raylet = subprocess.Popen(
-            command,
-            cwd=directory,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=directory, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     while raylet.poll() is None and not closing.wait(0.1):
         _reap_orphans(exclude=raylet.pid)
@@ -111,18 +105,9 @@ def _run_raylet(settings: Mapping[str, Any], token: Path, directory: Path, closi
 
 def _raylet_command(settings: Mapping[str, Any], directory: Path) -> list[str]:
     address = settings["address"] or address_towards(settings["gcs"].rpartition(":")[0].strip("[]"))  # by which other nodes reach it
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        "--block",
-        "--disable-usage-stats",
-        "--include-log-monitor=false",
-    ]
-    command += [f"--address={settings['gcs']}", f"--node-ip-address={address}", "--num-cpus=1", f"--temp-dir={directory}"]
-    command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
+    command += ["--include-log-monitor=false", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={directory}"]
+    command += [f"--address={settings['gcs']}", f"--node-ip-address={address}"]
     if settings["gpus"] is not None:
         command += [f"--num-gpus={settings['gpus']}"]
     if domain := nvlink_domain():

@@ -68,7 +68,7 @@ def quiet_ray() -> Generator[None]:
     """Suppress what Ray prints to stdout, in colour, about a lost worker: the event log has it."""
     from ray._private import worker
 
-    with _replaced(worker, "_worker_logs_enabled", False):
+    with _replaced(worker, _worker_logs_enabled=False):
         yield
 
 
@@ -93,16 +93,13 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
     # Ray's processes get their own session: a hang-up, Ctrl-C or `timeout` signals the whole group of the terminal, and ranks
     # without a raylet could not save.
     detached = functools.partial(services.ConsolePopen, start_new_session=True)
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(
-            contextlib.chdir(scratch)
-        )  # workers import from here first: in the user's directory a data.py would shadow ours
-        patches.enter_context(keep_sigterm_handler())
-        patches.enter_context(_replaced(services, "ConsolePopen", detached))
-        patches.enter_context(_replaced(services, "resolve_ip_for_localhost", str))
-        for service in UNUSED_SERVICES:
-            patches.enter_context(_replaced(node.Node, service, _start_nothing))
-        patches.enter_context(quiet_warnings())
+    with (
+        contextlib.chdir(scratch),  # workers import from here first: in the user's directory a data.py would shadow ours
+        keep_sigterm_handler(),
+        _replaced(services, ConsolePopen=detached, resolve_ip_for_localhost=str),
+        _replaced(node.Node, **dict.fromkeys(UNUSED_SERVICES, _start_nothing)),
+        quiet_warnings(),
+    ):
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -137,13 +134,15 @@ def _kill_sessions(sessions: set[int]) -> None:
 
 
 @contextlib.contextmanager
-def _replaced(owner: object, name: str, value: Any) -> Generator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
+def _replaced(owner: object, **values: Any) -> Generator[None]:
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 @contextlib.contextmanager

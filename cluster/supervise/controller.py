@@ -20,7 +20,7 @@ from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import Ray
 from manta.cluster.supervise.attempt import OUTCOME_NAMES, Attempt, Completed, Outcome, Reallocated, Stopped, location
 from manta.cluster.supervise.event_log import POLL, Event, EventLog, read_events
-from manta.cluster.supervise.failure import Cause, Failure, GiveUp, RestartPolicy, decide, failing_machines
+from manta.cluster.supervise.failure import Cause, Failure, GiveUp, decide, failing_machines
 from manta.cluster.supervise.log_retention import delete_expired_logs
 from manta.cluster.supervise.requests import StopRequests
 from manta.cluster.supervise.run_state import advance, replay
@@ -40,7 +40,6 @@ class Controller:
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         self._job = replace(job, directory=job.directory.absolute(), environment={**kept, **job.environment})
         self._config, self._ray = config, ray
-        self._policy = RestartPolicy(max_restarts_without_progress=config.max_restarts_without_progress)
         self._requests = StopRequests(self._job.directory / "stop-now", seconds=config.stop_after_seconds)
 
     def run(self) -> Generator[Event, None, None]:
@@ -48,7 +47,7 @@ class Controller:
         file = self._job.directory / "events.jsonl"
         self._state = replay(read_events(file))
         self._job.directory_token.write_text(secrets.token_hex(16))
-        with EventLog(file) as log, self._requests, contextlib.closing(self._events()) as events:
+        with contextlib.closing(EventLog(file)) as log, self._requests, contextlib.closing(self._events()) as events:
             for event in events:
                 self._state = advance(self._state, event)
                 if event.kind != POLL:
@@ -154,7 +153,7 @@ class Controller:
 
     def _handle_failure(self, nodes: "NodeGroup", capacity: "Capacity") -> Generator[Event, None, int | None]:
         """Decide what follows a failure. Returns an exit code if the run gives up."""
-        decision = decide(self._state.history, self._policy)
+        decision = decide(self._state.history, max_restarts_without_progress=self._config.max_restarts_without_progress)
         if isinstance(decision, GiveUp):
             yield self._event("decided", decision="give up", reason=decision.reason)
             return decision.exit_code

@@ -3,7 +3,7 @@
 import signal
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from manta.cluster.nodes.report import RankStatus
@@ -11,6 +11,7 @@ from manta.cluster.protocol import ExitCode
 
 PEER_ERRORS = ("reset by peer", "closed by peer", "Broken pipe", "remote process exited")  # messages of gloo and NCCL
 STOPPED = frozenset({ExitCode.SAVED, ExitCode.UNSAVED})  # exit codes of a rank that was asked to stop
+BACKOFF, MAX_BACKOFF = 1.0, 60.0  # seconds before the second restart in a row; doubles up to the maximum
 MAX_FAILURES_ON_MACHINE = 1  # without progress between them; a machine with more is excluded
 
 
@@ -40,13 +41,6 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RestartPolicy:
-    max_restarts_without_progress: int = 3
-    backoff: float = 1.0  # seconds before the second restart in a row; doubles
-    max_backoff: float = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Restart:
     after: float  # seconds
 
@@ -57,7 +51,7 @@ class GiveUp:
     exit_code: int = ExitCode.FAILED
 
 
-def decide(history: Sequence[Failure], policy: RestartPolicy) -> Restart | GiveUp:
+def decide(history: Sequence[Failure], *, max_restarts_without_progress: int) -> Restart | GiveUp:
     """Return what to do after the last failure in `history` (oldest first, not empty).
 
     An attempt that got further than any before it resets the count of restarts. The same exception at the same step twice in a row is for
@@ -69,13 +63,13 @@ def decide(history: Sequence[Failure], policy: RestartPolicy) -> Restart | GiveU
     if (fatal := _fatal(last)) is not None:
         return fatal
     failures = [failure for failure in history if failure.cause is not Cause.PREEMPTED]
-    if last.cause is Cause.EXCEPTION and len(failures) > 1 and _is_same(failures[-2], last):
+    if last.cause is Cause.EXCEPTION and len(failures) > 1 and replace(failures[-2], rank=last.rank, machine=last.machine) == last:
         return GiveUp(reason=f"rank {last.rank} failed twice at step {last.step} with the same error: {last.message}")
     attempts = len(failures_without_progress(failures))
-    if attempts > policy.max_restarts_without_progress:
+    if attempts > max_restarts_without_progress:
         furthest = max(failure.step for failure in failures)
         return GiveUp(reason=f"{attempts} attempts without a step beyond {furthest}; the last failure: {last.message}")
-    return Restart(after=0.0 if attempts == 1 else min(policy.max_backoff, policy.backoff * 2 ** (attempts - 2)))
+    return Restart(after=0.0 if attempts == 1 else min(MAX_BACKOFF, BACKOFF * 2 ** (attempts - 2)))
 
 
 def _fatal(failure: Failure) -> GiveUp | None:
@@ -136,7 +130,3 @@ def failure_of(status: RankStatus) -> Failure:
 
 def _is_killed(status: RankStatus) -> bool:
     return status.code is not None and status.code < 0 and status.code != -signal.SIGABRT
-
-
-def _is_same(one: Failure, other: Failure) -> bool:
-    return (one.cause, one.step, one.message) == (other.cause, other.step, other.message)

@@ -155,10 +155,10 @@ class FaultScript:
         """
         import ray
 
-        from manta.cluster.nodes.node_group import actor_on
+        from manta.cluster.nodes.node_group import on_machine
 
         rank = self._monitor.ranks[-1]
-        injector = actor_on(FaultInjector, self._monitor.nodes[rank["node"]]["id"])
+        injector = on_machine(FaultInjector, self._monitor.nodes[rank["node"]]["id"]).remote()
         ray.get(injector.ready.remote(), timeout=ACTOR_TIMEOUT)
         when = time.time()
         done = injector.inject.remote(fault, rank["pid"])

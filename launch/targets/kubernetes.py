@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
+from manta.cluster.config import CONFIG_MOUNT
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.hosts import OBJECT_STORE_BYTES
 from manta.cluster.ray.private_ray import HEALTH
-from manta.cluster.target_config import CONFIG_MOUNT
 from manta.data.errors import InputError
 from manta.launch.config import RunConfig
 from manta.launch.targets.paths import location_problems

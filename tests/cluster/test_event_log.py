@@ -1,6 +1,7 @@
 """The event log, and the state of a run that follows from it."""
 
 import math
+from contextlib import closing
 
 import pytest
 
@@ -10,13 +11,13 @@ from manta.cluster.supervise.run_state import advance, replay
 
 def test_the_log_continues_after_a_torn_line(tmp_path):
     path = tmp_path / "events.jsonl"
-    with EventLog(path) as log:
+    with closing(EventLog(path)) as log:
         assert replay(read_events(path)).attempt == 0
         log.write(Event(kind="attempt-started", attempt=3, time=1.0, details={"ranks": []}))
     with path.open("ab") as file:
         file.write(b'{"time": 2.0, "event": "attempt-stopped", "attempt": 3, "ranks": [{}')
     assert [event["event"] for event in read_events(path)] == ["attempt-started"], "an incomplete line is skipped"
-    with EventLog(path) as log:
+    with closing(EventLog(path)) as log:
         assert replay(read_events(path)).attempt == 3
         log.write(Event(kind="run-started", attempt=0, time=3.0))
     first, last = read_events(path)
@@ -37,7 +38,7 @@ def test_a_controller_resumes_from_the_event_log(tmp_path):
         ("attempt-started", 2, {"ranks": []}),
         ("rank-failed", 2, {"rank": 0, "cause": "SIGNAL", "message": "killed", "step": 7, "machine": "m0"}),
     ]
-    with EventLog(tmp_path / "events") as log:
+    with closing(EventLog(tmp_path / "events")) as log:
         for kind, attempt, details in written:
             log.write(Event(kind=kind, attempt=attempt, time=0.0, details=details))
     state = replay(read_events(tmp_path / "events"))

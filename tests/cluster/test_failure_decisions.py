@@ -14,7 +14,6 @@ from manta.cluster.supervise.failure import (
     Failure,
     GiveUp,
     Restart,
-    RestartPolicy,
     decide,
     failing_machines,
     failure_of,
@@ -22,13 +21,16 @@ from manta.cluster.supervise.failure import (
 )
 from manta.cluster.supervise.hangs import HangLimits, detect_hang
 
-POLICY = RestartPolicy()
 LIMITS = HangLimits(start=100, step=3, other=20)
 RETRIED = st.sampled_from([Cause.SIGNAL, Cause.HANG, Cause.NODE_LOST])
 
 
 def failure(cause=Cause.SIGNAL, step=0, message="killed by SIGKILL", rank=0):
     return Failure(cause=cause, rank=rank, step=step, message=message)
+
+
+def decided(history):
+    return decide(history, max_restarts_without_progress=3)
 
 
 def status(rank=0, code=None, at=0.0, **more):
@@ -41,43 +43,42 @@ failures = st.builds(failure, cause=RETRIED, step=st.integers(0, 5), message=st.
 
 @given(st.lists(failures, min_size=1), st.integers(0, 5))
 def test_a_run_without_progress_gives_up(history, allowed):
-    policy = RestartPolicy(max_restarts_without_progress=allowed)
     stuck = [*history, *[failure(step=0)] * (allowed + 1)]
-    assert isinstance(decide(stuck, policy), GiveUp)
+    assert isinstance(decide(stuck, max_restarts_without_progress=allowed), GiveUp)
 
 
 @given(st.lists(failures))
 def test_progress_resets_the_count_and_restarts_at_once(history):
     further = failure(step=max((f.step for f in history), default=0) + 1)
-    assert decide([*history, further], POLICY) == Restart(after=0.0)
+    assert decided([*history, further]) == Restart(after=0.0)
 
 
 @given(st.integers(1, 30))
 def test_the_backoff_doubles_up_to_a_bound(count):
-    decision = decide([failure()] * count, RestartPolicy(max_restarts_without_progress=100))
+    decision = decide([failure()] * count, max_restarts_without_progress=100)
     assert decision == Restart(after=0.0 if count == 1 else min(60.0, 2.0 ** (count - 2)))
 
 
 @given(st.lists(failures, min_size=1), st.integers(1, 5))
 def test_preemptions_do_not_count(history, count):
     preempted = [failure(Cause.PREEMPTED)] * count
-    assert decide([*history, *preempted], POLICY) == Restart(after=0.0)
-    assert decide([*preempted, *history], POLICY) == decide(history, POLICY)
+    assert decided([*history, *preempted]) == Restart(after=0.0)
+    assert decided([*preempted, *history]) == decided(history)
 
 
 @given(st.lists(failures))
 def test_failures_that_the_user_must_fix_are_never_retried(history):
-    assert decide([*history, failure(Cause.INPUT, message="no such file")], POLICY) == GiveUp(reason="no such file", exit_code=2)
-    assert decide([*history, failure(Cause.UNRECOVERABLE, message="no")], POLICY) == GiveUp(reason="no", exit_code=1)
-    assert isinstance(decide([*history, failure(Cause.OUT_OF_MEMORY)], POLICY), GiveUp)
+    assert decided([*history, failure(Cause.INPUT, message="no such file")]) == GiveUp(reason="no such file", exit_code=2)
+    assert decided([*history, failure(Cause.UNRECOVERABLE, message="no")]) == GiveUp(reason="no", exit_code=1)
+    assert isinstance(decided([*history, failure(Cause.OUT_OF_MEMORY)]), GiveUp)
 
 
 def test_the_same_exception_twice_in_a_row_at_one_step_gives_up():
     raised = failure(Cause.EXCEPTION, step=7, message="ValueError: x")
-    assert isinstance(decide([raised], POLICY), Restart)
-    assert isinstance(decide([raised, failure(Cause.PREEMPTED), raised], POLICY), GiveUp)
-    assert isinstance(decide([raised, failure(Cause.EXCEPTION, step=7, message="ValueError: y")], POLICY), Restart)
-    assert isinstance(decide([failure(Cause.EXCEPTION, step=6, message="ValueError: x"), raised], POLICY), Restart)
+    assert isinstance(decided([raised]), Restart)
+    assert isinstance(decided([raised, failure(Cause.PREEMPTED), raised]), GiveUp)
+    assert isinstance(decided([raised, failure(Cause.EXCEPTION, step=7, message="ValueError: y")]), Restart)
+    assert isinstance(decided([failure(Cause.EXCEPTION, step=6, message="ValueError: x"), raised]), Restart)
 
 
 def test_machines_with_two_failures_without_progress_are_failing():

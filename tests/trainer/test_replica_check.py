@@ -14,7 +14,7 @@ from parity import LINEAR, batch, model, optimizer_config, rows
 from spmd import spmd
 
 from manta.cluster.supervise.event_log import read_events
-from manta.cluster.supervise.failure import Cause, Failure, GiveUp, Restart, RestartPolicy, decide
+from manta.cluster.supervise.failure import Cause, Failure, GiveUp, Restart, decide
 from manta.trainer.config.sections import ParallelConfig, TrainConfig
 from manta.trainer.dist.layout import layout_for
 from manta.trainer.dist.world import World
@@ -203,9 +203,9 @@ def test_only_the_same_corruption_at_the_same_step_ends_the_run():
         Failure(cause=Cause.EXCEPTION, rank=2, step=7, message=f"ReplicaError: step 8: {diagnose(reports(1, 1, bits))[1]}")
         for bits in (2, 3)
     )
-    assert isinstance(decide([first], RestartPolicy()), Restart)
-    assert isinstance(decide([first, second], RestartPolicy()), Restart)
-    assert isinstance(decide([first, first], RestartPolicy()), GiveUp)
+    assert isinstance(decide([first], max_restarts_without_progress=3), Restart)
+    assert isinstance(decide([first, second], max_restarts_without_progress=3), Restart)
+    assert isinstance(decide([first, first], max_restarts_without_progress=3), GiveUp)
 
 
 FLIPPING = """
