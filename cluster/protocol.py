@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -106,10 +106,6 @@ class HeartbeatWriter:
         self.step = 0
         self.phase: RankPhase = "start"
         self.work = 0.0  # see Heartbeat.work
-
-    @classmethod
-    def from_environment(cls) -> Self:
-        return cls(os.environ.get(Env.HEARTBEAT_FILE))
 
     @property
     def is_supervised(self) -> bool:

@@ -32,7 +32,7 @@ def main() -> int:
     stack_traces.dump_on_signal(signal.SIGUSR2)
     rank = f"attempt {os.environ.get(Env.ATTEMPT, '0')} rank {os.environ.get('RANK', '0')}"
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {rank} %(name)s: %(message)s", force=True)
-    heartbeat = HeartbeatWriter.from_environment()
+    heartbeat = HeartbeatWriter(os.environ.get(Env.HEARTBEAT_FILE))
     heartbeat("start", 0)
     try:
         from manta.trainer.rank import run

@@ -55,12 +55,10 @@ class Capacity:
             return None
         self._growth_checked = now
         placement = self._place(self.usable_machines(self._suspects))
-        if placement is None or placement.ranks <= sum(node.ranks for node in nodes):
-            self._larger_ranks, self._larger_since = 0, now
-            return None
-        if placement.ranks != self._larger_ranks:
-            self._larger_ranks, self._larger_since = placement.ranks, now
-        return placement if now - self._larger_since >= POLL_INTERVAL else None
+        larger = placement.ranks if placement and placement.ranks > sum(node.ranks for node in nodes) else 0
+        if larger != self._larger_ranks:
+            self._larger_ranks, self._larger_since = larger, now
+        return placement if larger and now - self._larger_since >= POLL_INTERVAL else None
 
     def draining_machines(self, nodes: Sequence[NodeAllocation]) -> list[Machine]:
         """Return those of these nodes' machines that Ray drains."""

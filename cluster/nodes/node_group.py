@@ -253,8 +253,7 @@ class NodeGroup:
     @staticmethod
     def _close_nodes(nodes: list[_Node]) -> None:
         agents = [agent for node in nodes for agent in node.agents]
-        closing = [agent.actor.close.remote() for agent in agents]
-        if closing:
+        if closing := [agent.actor.close.remote() for agent in agents]:
             ray.wait(closing, num_returns=len(closing), timeout=2.0)
         for agent in agents:
             _kill(agent)

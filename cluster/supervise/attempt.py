@@ -207,9 +207,10 @@ def _failed(statuses: Sequence[RankStatus]) -> list[RankStatus]:
 
 def version_differences(job: Job, facts: NodeFacts) -> list[str]:
     """Describe the packages that a node has in another version than the controller's machine."""
-    installed = [(package, facts["versions"].get(package), expected) for package, expected in job.packages]
     return [
-        f"{package} {version or 'is not installed'} (here {expected})" for package, version, expected in installed if version != expected
+        f"{package} {version or 'is not installed'} (here {expected})"
+        for package, expected in job.packages
+        if (version := facts["versions"].get(package)) != expected
     ]
 
 
