@@ -210,7 +210,7 @@ def version_differences(job: Job, facts: NodeFacts) -> list[str]:
     return [
         f"{package} {version or 'is not installed'} (here {expected})"
         for package, expected in job.packages
-        if (version := facts["versions"].get(package)) != expected
+        if (version := facts["versions"].get(package, expected)) != expected
     ]
 
 
