@@ -1,7 +1,6 @@
 """Errors in the user's input."""
 
 import json
-from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -17,6 +16,6 @@ class InvalidValueError(ValueError):
     `key` and `related`, the other keys, are relative to the section that raises it.
     """
 
-    def __init__(self, key: str, *, expected: str, got: object, remedy: str, related: Sequence[str] = ()) -> None:
+    def __init__(self, key: str, expected: str, got: object, remedy: str, *related: str) -> None:
         super().__init__(f"{key}: expected {expected}, got {json.dumps(got, default=str)}. {remedy}")
         self.keys = (key, *related)

@@ -16,7 +16,6 @@ import numpy as np
 from rich.console import Console
 
 from manta.data.sampling.samples import Samples
-from manta.trainer.loop import validation_samples
 from manta.trainer.metrics import Line, parse_lines, read_metrics
 from manta.trainer.run_directory import RunDirectory
 
@@ -106,7 +105,7 @@ def report_recovery(run_dir: RunDirectory, killed_at: int, when: float) -> None:
 def report_loss(run_dir: RunDirectory, lines: list[Line]) -> None:
     config = run_dir.config()
     samples = Samples(run_dir.prepared(), config.data, config.tokenizer, seed=config.run.seed)
-    entropy = samples.validation_unigram_entropy(np.arange(validation_samples(config, samples)))
+    entropy = samples.validation_unigram_entropy(np.arange(min(config.evaluate.samples, samples.validation_windows)))
     loss = lines[-1]["eval/loss"]
     out.print(
         f"validation loss {loss:.3f} nats per token, {entropy - loss:.3f} below the unigram entropy of the same tokens ({entropy:.3f})",

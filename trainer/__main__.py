@@ -66,14 +66,8 @@ def wait_for_environment() -> None:
 def report(error: BaseException, heartbeat: HeartbeatWriter, category: Category) -> None:
     """Write the error to the file that the supervisor reads, if there is a supervisor."""
     if path := os.environ.get(Env.ERROR_FILE):
-        described = RankError(
-            type=type(error).__name__,
-            message=str(error),
-            traceback="".join(traceback.format_exception(error)),
-            step=heartbeat.step,
-            phase=heartbeat.phase,
-            category=category,
-        )
+        name, stack = type(error).__name__, "".join(traceback.format_exception(error))
+        described = RankError(type=name, message=str(error), traceback=stack, step=heartbeat.step, phase=heartbeat.phase, category=category)
         write_error(Path(path), described)
 
 

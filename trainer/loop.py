@@ -5,6 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,21 +23,13 @@ from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine, UpdateResult
+from manta.trainer.hardware import peak_flops
 from manta.trainer.metrics import Line, MetricsLog, format_line
 from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.run_directory import RunDirectory
 from manta.trainer.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepData:
-    """What this rank reads for one step. `wait`: seconds spent waiting for the data loader."""
-
-    batches: Sequence[Batch]
-    digest: int
-    wait: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,44 +43,32 @@ class StepTotals:
     save_failed: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    line: Line
-    totals: StepTotals
-
-
+@dataclass(kw_only=True)
 class Loop:
     """One rank's part in training. All ranks do the same things in the same order."""
 
-    def __init__(
-        self,
-        *,
-        config: TrainingConfig,
-        world: World,
-        samples: Samples | LiveSamples,
-        engine: Engine,
-        run_dir: RunDirectory,
-        heartbeat: HeartbeatWriter,
-        stop: StopRequest,
-        peak_flops: float | None,
-        flops_per_token: Mapping[int, float],
-        saver: CheckpointWriter,
-    ) -> None:
-        """flops_per_token: by sequence length."""
-        self.config, self.world, self.samples, self.engine, self.run_dir = config, world, samples, engine, run_dir
-        self.heartbeat, self.stop, self.saver = heartbeat, stop, saver
-        self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
+    config: TrainingConfig
+    world: World
+    samples: Samples | LiveSamples
+    engine: Engine
+    run_dir: RunDirectory
+    heartbeat: HeartbeatWriter
+    stop: StopRequest
+    flops_per_token: Mapping[int, float]  # by sequence length
+    saver: CheckpointWriter
+
+    def __post_init__(self) -> None:
+        config, device = self.config, self.world.device
+        self.peak_flops = peak_flops(device, torch.float32 if config.precision == "fp32" else torch.bfloat16)
         self.timeline = config.timeline()
-        reading = {"rank": engine.mesh.data_rank, "seed": config.run.seed, "steps": config.train.steps}
-        self.loader = DataLoader(samples, self.timeline, engine.layout, **reading, device=world.device)
+        reading = {"rank": self.engine.mesh.data_rank, "seed": config.run.seed, "steps": config.train.steps}
+        self.loader = DataLoader(self.samples, self.timeline, self.engine.layout, **reading, device=device)
         self._compiled_lengths = set[int]()  # blocks are compiled once for each sequence length
 
     def run(self, step: int) -> int:
         """Train on from `step` finished steps. Return the number of finished steps: fewer than train.steps after a stop request."""
-        try:
+        with closing(self.loader):
             return self._run(step)
-        finally:
-            self.loader.close()
 
     def _run(self, step: int) -> int:
         metrics = MetricsLog(self.run_dir.metrics_file) if self.world.rank == 0 else None
@@ -95,8 +76,8 @@ class Loop:
         saves = SavePolicy(self.saver, self.engine, self.loader, self.config, self.run_dir.save_request_file, step=step)
         stop, line = False, Line()
         while step < last and not stop:
-            result = self._step(step, saves)
-            line, totals, stop = result.line, result.totals, result.totals.stop_requested
+            line, totals = self._step(step, saves)
+            stop = totals.stop_requested
             step += 1
             self.heartbeat("step", step)
             if step == last or (step % self.config.evaluate.every_steps == 0 and not stop):
@@ -117,23 +98,23 @@ class Loop:
         self.heartbeat("done", step)
         return step
 
-    def _step(self, step: int, saves: SavePolicy) -> StepResult:
+    def _step(self, step: int, saves: SavePolicy) -> tuple[Line, StepTotals]:
         """Do one optimizer step."""
         start = time.perf_counter()
         rate = learning_rate(self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps)
-        data = self._read(step)
-        terms_K = self.engine.accumulate(data.batches)
+        batches, digest, wait = self._read(step)
+        terms_K = self.engine.accumulate(batches)
         every = self.config.guard.replica_check_every_steps
         if every and (step + 1) % every == 0:
             self.engine.replica_check.run(step + 1)
         outcome = self.engine.update(terms_K, learning_rate=rate)
-        totals = self._reduce(outcome, data, saves)
+        totals = self._reduce(outcome, digest, saves)
         seconds = time.perf_counter() - start
-        self.heartbeat.work = data.wait + self.engine.compute_timer.take_seconds()
-        line = self._line(step, outcome, totals, learning_rate=rate, seconds=seconds, wait=data.wait)
+        self.heartbeat.work = wait + self.engine.compute_timer.take_seconds()
+        line = self._line(step, outcome, totals, learning_rate=rate, seconds=seconds, wait=wait)
         if saves.failures:
             line["checkpoint/failures"] = saves.failures
-        return StepResult(line=line, totals=totals)
+        return line, totals
 
     def _line(self, step: int, outcome: UpdateResult, totals: StepTotals, *, learning_rate: float, seconds: float, wait: float) -> Line:
         """Return a step's line of metrics.jsonl. Raises FloatingPointError if training has diverged."""
@@ -171,8 +152,8 @@ class Loop:
             line |= {"loss_scale": self.engine.loss_scale, "skipped": outcome.skipped}
         return line | {f"load/{name}": [round(share, 4) for share in load_E.tolist()] for name, load_E in self.engine.expert_loads.items()}
 
-    def _read(self, step: int) -> StepData:
-        """Read all micro batches of a step: each is weighted by what the whole step holds."""
+    def _read(self, step: int) -> tuple[list[Batch], int, float]:
+        """Return all micro batches of a step, since each is weighted by what the whole step holds, their digest, and the seconds waited."""
         self.heartbeat("read", step)
         batches, digest, wait = list[Batch](), 0, 0.0
         for microbatch in self.loader.step(step):
@@ -183,13 +164,12 @@ class Loop:
         length = self.timeline.stage(step).sequence_length
         self.heartbeat("step" if length in self._compiled_lengths else "compile", step)
         self._compiled_lengths.add(length)
-        return StepData(batches=batches, digest=digest, wait=wait)
+        return batches, digest, wait
 
-    def _reduce(self, outcome: UpdateResult, data: StepData, saves: SavePolicy) -> StepTotals:
-        status = saves.poll()
-        digest = data.digest if self.engine.mesh.is_first_of_sample else 0  # each sample's digest counts once
-        flags = (self.stop.is_made, status.is_due, status.has_failed)
-        *terms, stop, save, failed, total_digest = self._sum(*outcome.terms.tolist(), *map(float, flags), float(digest))
+    def _reduce(self, outcome: UpdateResult, digest: int, saves: SavePolicy) -> StepTotals:
+        failed, due = saves.has_failed(), saves.is_due()
+        own_digest = digest if self.engine.mesh.is_first_of_sample else 0  # each sample's digest counts once
+        *terms, stop, save, failed, total_digest = self._sum([*outcome.terms.tolist(), self.stop.is_made, due, failed, own_digest])
         return StepTotals(
             terms=[term / self.engine.layout.tensor for term in terms],  # each tensor rank has the same value
             digest=int(total_digest) % 2**DIGEST_BITS,
@@ -207,20 +187,19 @@ class Loop:
     def evaluate(self, step: int) -> Line:
         """Return the mean losses over the first `evaluate.samples` validation sequences, which the data ranks share."""
         layout, size = self.engine.layout, self.config.train.micro_batch
-        count = validation_samples(self.config, self.samples)
-        sums: list[float] = []
+        count = min(self.config.evaluate.samples, self.samples.validation_windows)
+        K = len(self.engine.module.terms)
+        totals_2K = torch.zeros(2 * K, dtype=torch.float64, device=self.world.device)
         for micro_step in range(-(-count // (layout.data * size))):  # the same number on every rank: weights and experts may be on others
             self.heartbeat("evaluate", step)
             numbers = (micro_step * layout.data + self.engine.mesh.data_rank) * size + np.arange(size)
-            sums_and_counts = torch.cat(self.engine.evaluate(self.loader.validation(numbers, count))).tolist()
-            sums = [a + b for a, b in zip(sums, sums_and_counts, strict=True)] if sums else sums_and_counts
-        totals = self._sum(*sums)
-        half = len(totals) // 2
-        terms = [total / max(count, 1) for total, count in zip(totals[:half], totals[half:], strict=True)]
+            totals_2K += torch.cat(self.engine.evaluate(self.loader.validation(numbers, count)))
+        totals = self._sum(totals_2K.tolist())
+        terms = [total / max(count, 1) for total, count in zip(totals[:K], totals[K:], strict=True)]
         # Auxiliary terms are of everything in a batch, also of samples that only fill it.
         return {"eval/loss": self.engine.loss(terms), **self._named_terms("eval", terms, exclude=self.engine.module.auxiliary)}
 
-    def _sum(self, *values: float) -> Sequence[float]:
+    def _sum(self, values: Sequence[float]) -> list[float]:
         """Return each value summed over all ranks."""
         total = torch.tensor(values, dtype=torch.float64, device=self.world.device)
         dist.all_reduce(total)
@@ -231,8 +210,3 @@ class Loop:
         if self.world.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.world.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def validation_samples(config: TrainingConfig, samples: Samples | LiveSamples) -> int:
-    """Return how many validation windows are evaluated."""
-    return min(config.evaluate.samples, samples.validation_windows)

@@ -25,7 +25,7 @@ from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import layout_from_environment
 from manta.trainer.dist.world import Mesh, World
 from manta.trainer.engine.deepspeed import Engine
-from manta.trainer.hardware import peak_flops, require_compiler
+from manta.trainer.hardware import require_compiler
 from manta.trainer.loop import Loop
 from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
@@ -56,7 +56,9 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     reading = {"seed": config.run.seed, "held_out": config.evaluate.samples, "rank": mesh.data_rank, "ranks": layout.data}
     samples = open_samples(corpus, config.data, config.tokenizer, **reading)
 
-    model = initial_model(config, samples.tokenizer_vocabulary, run_dir.code)
+    length = config.data.sequence_length
+    model = build_model(config.model, vocabulary=samples.tokenizer_vocabulary, sequence_length=length, code=run_dir.code)
+    model.initialize(config.run.seed)
     flops_per_token = {length: model.flops_per_token(length) for length in {stage.sequence_length for stage in config.timeline().stages}}
     engine = build_engine(model, config, mesh, world.device)
     checkpoints = run_dir.open_checkpoints()
@@ -77,7 +79,6 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
         run_dir=run_dir,
         heartbeat=heartbeat,
         stop=stop,
-        peak_flops=peak_flops(world.device, torch.float32 if config.precision == "fp32" else torch.bfloat16),
         flops_per_token=flops_per_token,
         saver=saver,
     )
@@ -88,25 +89,16 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
             raise
         raise LeftUnsavedError(f"stop requested: {error}") from error
     dist.destroy_process_group()
-    return exit_code(is_done=step == config.train.steps, stop=stop)
-
-
-def initial_model(config: TrainingConfig, tokenizer_vocabulary: int, code: Path) -> Transformer:
-    """Return the model with its initial weights."""
-    model = build_model(config.model, vocabulary=tokenizer_vocabulary, sequence_length=config.data.sequence_length, code=code)
-    model.initialize(config.run.seed)
-    return model
+    if step == config.train.steps:
+        return ExitCode.DONE
+    return ExitCode.INTERRUPTED if stop.signal is signal.SIGINT else ExitCode.SAVED
 
 
 def build_engine(model: Transformer, config: TrainingConfig, mesh: Mesh, device: torch.device) -> Engine:
     parameters = sum(parameter.numel() for parameter in model.parameters())  # before ZeRO-3 partitions them
+    checkpointing, compiled = config.train.activation_checkpointing, should_compile(config, device)
     engine = Engine(
-        model,
-        mesh=mesh,
-        optimizer=config.optimizer,
-        precision=config.precision,
-        checkpointing=config.train.activation_checkpointing,
-        compile_blocks=should_compile(config, device),
+        model, mesh=mesh, optimizer=config.optimizer, precision=config.precision, checkpointing=checkpointing, compile_blocks=compiled
     )
     log.info("built %s parameters in %s: %s", f"{parameters:,}", config.precision, mesh.layout)
     return engine
@@ -129,13 +121,8 @@ def should_compile(config: TrainingConfig, device: torch.device) -> bool:
 def open_saver(checkpoints: CheckpointBackend, config: TrainingConfig, identity: dict[str, str], world: World) -> CheckpointWriter:
     """Return the checkpoint writer of this attempt; earlier attempts can write no more."""
     settings = config.checkpoint
-    saver = CheckpointWriter(
-        checkpoints,
-        identity=identity,
-        attempt=world.attempt,
-        retention=Retention(newest=settings.keep, best=settings.keep_best, every=settings.keep_every),
-        asynchronous=settings.asynchronous,
-    )
+    retention = Retention(newest=settings.keep, best=settings.keep_best, every=settings.keep_every)
+    saver = CheckpointWriter(checkpoints, identity=identity, attempt=world.attempt, retention=retention, asynchronous=settings.asynchronous)
     saver.set_fence()
     return saver
 
@@ -176,18 +163,17 @@ def load_initial_weights(engine: Engine, start_from: str, tokenizer: Path | None
     tokenizer: this run's, if rows of the vocabulary are matched by token.
     """
     checkpoints, name = resolve_start_from(start_from)
-    matches = (
-        None if tokenizer is None else token_rows.shared_ranges(read_vocabulary(tokenizer_beside(checkpoints)), read_vocabulary(tokenizer))
-    )
+    matches = tokenizer and token_rows.shared_ranges(read_vocabulary(tokenizer_beside(checkpoints)), read_vocabulary(tokenizer))
 
     def load(checkpoint: Checkpoint) -> None:
         matched = checkpoint if matches is None else token_rows.match_rows(checkpoint, matches, logical_shapes(engine))
         load_weights(checkpoints, matched, engine)
 
     try:
-        checkpoint = (
-            catalog.restore_newest(checkpoints, load, set_aside=False) if name is None else catalog.restore_one(checkpoints, name, load)
-        )
+        if name is None:
+            checkpoint = catalog.restore_newest(checkpoints, load, set_aside=False)
+        else:
+            checkpoint = catalog.restore_one(checkpoints, name, load)
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
     if checkpoint is None:
@@ -197,12 +183,6 @@ def load_initial_weights(engine: Engine, start_from: str, tokenizer: Path | None
         )
     refresh_weights(engine)
     log.info("started from the weights of %s", checkpoint.location)
-
-
-def exit_code(*, is_done: bool, stop: StopRequest) -> ExitCode:
-    if is_done:
-        return ExitCode.DONE
-    return ExitCode.INTERRUPTED if stop.signal is signal.SIGINT else ExitCode.SAVED
 
 
 def _on_any_rank(claim: bool, world: World) -> bool:

@@ -3,9 +3,7 @@
 import fcntl
 import json
 import shlex
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,54 +25,19 @@ MATH_KEYS_OF_EXPERTS = ("top_k", "score", "normalize", "scale", "shared")
 """Keys of a model section that change what its weights compute, and not their shapes."""
 
 
-@dataclass(frozen=True, slots=True)
 class RunDirectory:
-    path: Path
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def manifest_file(self) -> Path:
-        return self.path / "manifest.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def events_file(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def tokenizer_file(self) -> Path:
-        """A copy of the run's tokenizer: weights are of little use without it."""
-        return self.path / "tokenizer.json"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.path / "lock"
-
-    @property
-    def save_request_file(self) -> Path:
-        """A client creates it to request a checkpoint; the run deletes it when the checkpoint is written."""
-        return self.path / "save-now"
-
-    @property
-    def stop_request_file(self) -> Path:
-        """A client creates it to have the run save and exit; the run's controller deletes it."""
-        return self.path / "stop-now"
-
-    @property
-    def logs(self) -> Path:
-        """A directory per attempt, with a file per rank."""
-        return self.path / "logs"
-
-    @property
-    def quoted(self) -> str:
-        """The path as a shell reads it."""
-        return shlex.quote(str(self.path))
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.manifest_file = path / "manifest.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.events_file = path / "events.jsonl"
+        self.tokenizer_file = path / "tokenizer.json"  # a copy: weights are of little use without their tokenizer
+        self.lock_file = path / "lock"
+        self.save_request_file = path / "save-now"  # a client creates it; the run deletes it when the checkpoint is written
+        self.stop_request_file = path / "stop-now"  # a client creates it; the run saves and exits, and its controller deletes it
+        self.logs = path / "logs"  # a directory per attempt, with a file per rank
+        self.quoted = shlex.quote(str(path))  # as a shell reads it
 
     def open_checkpoints(self) -> CheckpointBackend:
         """Return the run's checkpoints, at the checkpoint.directory of its config."""
@@ -131,26 +94,20 @@ class RunDirectory:
         recorded = self.manifest().get("code") if self.manifest_file.exists() else None
         return Path(recorded) if recorded and Path(recorded).is_dir() else Path.cwd()
 
-    @contextmanager
-    def lock(self) -> Generator[None]:
-        """Create the directory and lock it against a second run. The lock ends with this process, however that ends.
+    def lock(self) -> AbstractContextManager[object]:
+        """Create the directory and lock it against a second run, until the context or this process ends, however that ends.
 
         Raises InputError if the directory cannot be created, or if another process holds the lock.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.lock_file)
-            lock.acquire(timeout=1)  # `is_locked` of another process holds it for an instant
+            return FileLock(self.lock_file).acquire(timeout=1)  # `is_locked` of another process holds it for an instant
         except Timeout:
             remedy = f"Wait for it, or stop it: manta stop {self.quoted}"
             raise InputError(f"{self.path}: expected a run that is not running, got one that another manta is running. {remedy}") from None
         except OSError as error:
             expected = "a directory that can be written"
             raise InputError(f"run.dir: expected {expected}, got {self.path}: {error.strerror}. Use another directory.") from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     @property
     def is_locked(self) -> bool:

@@ -83,8 +83,8 @@ class Cell:
 
     @property
     def refusal(self) -> str | None:
-        model, checkpointing = MODELS[self.model], self.checkpointing
-        errors = unsupported(model, self.parallel, self.precision, sequence_length=LENGTH, activation_checkpointing=checkpointing)
+        train = TrainConfig(steps=STEPS, global_batch=1, micro_batch=1, activation_checkpointing=self.checkpointing)
+        errors = unsupported(MODELS[self.model], self.parallel, self.precision, train, lengths=[LENGTH])
         return next(map(str, errors), None)
 
 

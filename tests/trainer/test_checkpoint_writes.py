@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -59,11 +60,11 @@ def test_a_failed_asynchronous_save_is_raised_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(writer.backend, "write", raise_disk_full)
         writer.save(whole_views(random_tensors()), progress(1), wait=False)
-        writer._thread.join()
-        assert writer.has_failed
+        wait([writer._pending])
+        assert writer.outcome == "failed"
         with pytest.raises(SaveError, match=r"rank 0: .*/x: No space left on device: needs 2,8.* bytes, and .* were free\. Free"):
             writer.finish()
-    assert not writer.has_failed
+    assert writer.outcome is None
     writer.finish()
     writer.save(whole_views(random_tensors(2)), progress(2))
     assert are_equal(load_tensors(tmp_path, "step-00000002"), random_tensors(2))

@@ -5,11 +5,12 @@ import torch
 
 from manta.data.errors import InputError
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
-from manta.trainer.config.sections import ParallelConfig
+from manta.trainer.config.sections import ParallelConfig, TrainConfig
 from manta.trainer.config.supported import unsupported
 from manta.trainer.model.layers import MLP
 from manta.trainer.parallel.fp8 import convert_to_fp8, require_fp8_gpu
 
+TRAIN = TrainConfig(steps=1, global_batch=1, micro_batch=1)
 SIZES = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 128}
 
 
@@ -57,8 +58,8 @@ def test_a_tokens_result_and_gradient_depend_on_no_other_token():
 )
 def test_unsupported_fp8_configs_are_refused(model, parallel, reason):
     config = ModelConfig(**{**SIZES, **model})
-    assert str(next(unsupported(config, ParallelConfig(**parallel), "fp8", sequence_length=32))).startswith(reason)
-    assert not list(unsupported(ModelConfig(**SIZES), ParallelConfig(), "fp8", sequence_length=32))
+    assert str(next(unsupported(config, ParallelConfig(**parallel), "fp8", TRAIN, lengths=[32]))).startswith(reason)
+    assert not list(unsupported(ModelConfig(**SIZES), ParallelConfig(), "fp8", TRAIN, lengths=[32]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU on this machine")

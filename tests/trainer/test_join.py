@@ -4,9 +4,10 @@ import threading
 import time
 from datetime import timedelta
 
+from ssh_hosts import free_port
 from torch.distributed import TCPStore
 
-from manta.trainer.dist.world import _free_port, _wait_for_rank_0
+from manta.trainer.dist.world import _wait_for_rank_0
 
 HEAD_START = 0.05  # seconds by which rank 1 starts before rank 0
 
@@ -22,7 +23,7 @@ def test_torch_alone_waits_longer():
 
 def seconds_to_join(*, polls: bool) -> float:
     """Return the seconds from the start of rank 0 until rank 1 has joined."""
-    port, started = _free_port(), []
+    port, started = free_port(), []
 
     def rank_0() -> None:
         time.sleep(HEAD_START)

@@ -9,8 +9,8 @@ Private parts of DeepSpeed that are used, and named by a contract test. ZeRO 1, 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,29 +25,28 @@ from manta.trainer.optim.optimizers import STATE_KEYS
 from manta.trainer.parallel import sharding
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fragment:
-    """This rank's fragment of a parameter: `count` weights from `start` of the rank's part, stored at `offset` of a master."""
+class Fragment(NamedTuple):
+    """This rank's fragment of a parameter: `size` weights from `start` of the rank's part, stored at `offset` of a master."""
 
-    name: str
-    local_shape: tuple[int, ...]  # of the rank's part
     start: int
     master: Tensor  # what the optimizer updates: many parameters, flat; without ZeRO the parameter itself
     offset: int
-    count: int
+    size: int
 
 
 def logical_state(engine: Engine) -> dict[str, TensorViews]:
     """Return views of the masters and the optimizer state that this rank holds."""
     optimizer = _optimizer_with_state(engine)
     state: dict[str, TensorViews] = {}
-    for fragment in _fragments(engine):
-        local_shape, start = fragment.local_shape, fragment.start
-        shape, offsets = sharding.global_shape(fragment.name, local_shape, engine.mesh.shard)
-        tensors = {"master": fragment.master.data} | {key: optimizer.state[fragment.master][key] for key in STATE_KEYS[type(optimizer)]}
+    for name, parameter in engine.module.named_parameters():
+        if (fragment := _fragment(parameter, engine)) is None:
+            continue
+        local_shape, (start, master, offset, count) = _local_shape(parameter), fragment
+        shape, offsets = sharding.global_shape(name, local_shape, engine.mesh.shard)
+        tensors = {"master": master.data} | {key: optimizer.state[master][key] for key in STATE_KEYS[type(optimizer)]}
         for key, tensor in tensors.items():
-            flat = tensor.view(-1).narrow(0, fragment.offset, fragment.count)
-            state[f"{key}/{fragment.name}"] = TensorViews.from_flat(shape, flat, local_shape=local_shape, offsets=offsets, start=start)
+            flat = tensor.view(-1).narrow(0, offset, count)
+            state[f"{key}/{name}"] = TensorViews.from_flat(shape, flat, local_shape=local_shape, offsets=offsets, start=start)
     for name, bias_E in _router_biases(engine):
         state[f"master/{name}"] = TensorViews.from_whole(bias_E)
     return state
@@ -119,27 +118,22 @@ def _masters_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tensors.items() if key.startswith("master/")}
 
 
-def _fragments(engine: Engine) -> Iterator[Fragment]:
-    """Yield a fragment of each parameter that this rank holds a part of."""
-    for name, parameter in engine.module.named_parameters():
-        local_shape, zero, annotated = _local_shape(parameter), engine.zero_optimizer, _annotated(parameter)
-        match engine.layout.zero:
-            case 0:
-                count = parameter.numel()
-                yield Fragment(name=name, local_shape=local_shape, start=0, master=parameter, offset=0, count=count)
-            case 1 | 2:
-                mapping = annotated._hp_mapping  # noqa: SLF001
-                if mapping is not None:  # otherwise other ranks hold all of it
-                    start, high = mapping.lp_fragment_address.start, mapping.hp_fragment_address
-                    master = _masters(engine)[mapping.param_group_index]
-                    yield Fragment(name=name, local_shape=local_shape, start=start, master=master, offset=high.start, count=high.numel)
-            case _:
-                group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-                start = dist.get_rank(annotated.ds_process_group) * size
-                count = min(size, annotated.ds_numel - start)  # the last ranks' fragments are padded
-                if count > 0:
-                    master = _masters(engine)[group]
-                    yield Fragment(name=name, local_shape=local_shape, start=start, master=master, offset=offset, count=count)
+def _fragment(parameter: Any, engine: Engine) -> Fragment | None:
+    """Return this rank's fragment of a parameter, with DeepSpeed's attributes; None if other ranks hold all of it."""
+    zero = engine.zero_optimizer
+    match engine.layout.zero:
+        case 0:
+            return Fragment(0, parameter, 0, parameter.numel())
+        case 1 | 2:
+            if (mapping := parameter._hp_mapping) is None:  # noqa: SLF001
+                return None
+            high = mapping.hp_fragment_address
+            return Fragment(mapping.lp_fragment_address.start, _masters(engine)[mapping.param_group_index], high.start, high.numel)
+        case _:
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            start = dist.get_rank(parameter.ds_process_group) * size
+            count = min(size, parameter.ds_numel - start)  # the last ranks' fragments are padded
+            return Fragment(start, _masters(engine)[group], offset, count) if count > 0 else None
 
 
 def _masters(engine: Engine) -> list[Tensor]:
@@ -177,8 +171,3 @@ def _router_biases(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 def _local_shape(parameter: Tensor) -> tuple[int, ...]:
     """Return the shape of the part on this rank; ZeRO-3 leaves parameters themselves empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _annotated(parameter: Tensor) -> Any:
-    """Return the parameter, typed to have the attributes that DeepSpeed adds."""
-    return parameter

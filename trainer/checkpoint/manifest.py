@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -36,24 +36,26 @@ class Progress:
     cursors: list[dict[str, int]] | None = None  # of data.live: each data rank's position in its text
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointFile:
+class CheckpointFile(NamedTuple):
     name: str
     bytes: int
     xxh3: tuple[str, ...]  # of each block of BLOCK bytes; the last may be shorter
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A rectangle of a tensor, and the position of its bytes."""
 
     file: int  # index of the checkpoint's file
     start: int  # byte
-    rectangle: Rectangle
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def rectangle(self) -> Rectangle:
+        return Rectangle(self.offsets, self.sizes)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A whole tensor, as chunks that cover each element once."""
 
     dtype: str  # safetensors' name
@@ -101,15 +103,8 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         **asdict(checkpoint.progress),
         "identity": checkpoint.identity,
         "about": checkpoint.about,
-        "files": [[file.name, file.bytes, file.xxh3] for file in checkpoint.files],
-        "tensors": {
-            key: {
-                "dtype": stored.dtype,
-                "shape": stored.shape,
-                "chunks": [[chunk.file, chunk.start, chunk.rectangle.offsets, chunk.rectangle.sizes] for chunk in stored.chunks],
-            }
-            for key, stored in checkpoint.tensors.items()
-        },
+        "files": checkpoint.files,  # named tuples are written as lists
+        "tensors": {key: stored._asdict() for key, stored in checkpoint.tensors.items()},
     }
     body = json.dumps(manifest, separators=(",", ":"))[1:].encode()
     return b'{"xxh3":"%s",\n%s\n' % (xxhash.xxh3_128_hexdigest(body).encode(), body)
@@ -141,7 +136,7 @@ def _checkpoint(manifest: dict[str, Any], location: str) -> Checkpoint:
             key: StoredTensor(
                 stored["dtype"],
                 tuple(stored["shape"]),
-                tuple(Chunk(file, start, Rectangle(tuple(offsets), tuple(sizes))) for file, start, offsets, sizes in stored["chunks"]),
+                tuple(Chunk(file, start, tuple(offsets), tuple(sizes)) for file, start, offsets, sizes in stored["chunks"]),
             )
             for key, stored in manifest["tensors"].items()
         },

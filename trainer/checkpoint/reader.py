@@ -1,5 +1,6 @@
 """From a checkpoint's files into tensors. Only blocks that are needed are read, and each is checked against its hash before it is used."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ def _chunk_parts(checkpoint: Checkpoint, state: Mapping[str, TensorViews]) -> di
             for chunk in stored.chunks:
                 if (both := rectangle.overlap(chunk.rectangle)) is not None:
                     target, part = view[both.within(rectangle).slices], both.within(chunk.rectangle)
-                    copy = ChunkPart(chunk.start, chunk.rectangle.sizes, part, TORCH_DTYPES[stored.dtype], target)
+                    copy = ChunkPart(chunk.start, chunk.sizes, part, TORCH_DTYPES[stored.dtype], target)
                     parts.setdefault(chunk.file, []).append(copy)
     return parts
 
@@ -119,11 +120,7 @@ class BlockReader:
 
 def _copy(blocks: BlockReader, part: ChunkPart) -> None:
     width = part.dtype.itemsize
-    strides: list[int] = []
-    stride = width
-    for size in reversed(part.sizes):
-        strides.insert(0, stride)
-        stride *= size
+    strides = [width * math.prod(part.sizes[dimension + 1 :]) for dimension in range(len(part.sizes))]
     first = part.start + sum(offset * stride for offset, stride in zip(part.part.offsets, strides, strict=True))
     for start, target in _spans(first, part.target, strides, width):
         content = blocks.read(start, start + _extent(target, strides, width))

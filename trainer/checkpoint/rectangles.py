@@ -79,15 +79,11 @@ def rectangles(shape: Sequence[int], start: int, stop: int) -> list[Rectangle]:
     (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
     if first == last:
         return _in_row(first, rectangles(shape[1:], head, tail))
-    result: list[Rectangle] = []
-    if head:
-        result += _in_row(first, rectangles(shape[1:], head, row))
-        first += 1
-    if last > first:
-        result.append(Rectangle((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
-    if tail:
-        result += _in_row(last, rectangles(shape[1:], 0, tail))
-    return result
+    full = first + 1 if head else first  # the first whole row
+    result = _in_row(first, rectangles(shape[1:], head, row)) if head else []
+    if last > full:
+        result.append(Rectangle((full, *(0 for _ in shape[1:])), (last - full, *shape[1:])))
+    return result + _in_row(last, rectangles(shape[1:], 0, tail))
 
 
 def _in_row(row: int, inner: list[Rectangle]) -> list[Rectangle]:

@@ -3,7 +3,7 @@
 import logging
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from manta.trainer.checkpoint.engine_state import engine_progress, logical_state
 from manta.trainer.checkpoint.errors import SaveError
-from manta.trainer.checkpoint.manifest import Progress
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dataloader.loader import DataLoader
@@ -22,16 +21,8 @@ log = logging.getLogger(__name__)
 POLL = 1.0  # seconds between checks for a request
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaveStatus:
-    is_due: bool
-    """By the clock, or because the user asked for a checkpoint. Saves every N steps are not considered."""
-    has_failed: bool
-    """The save in progress has failed."""
-
-
 class SavePolicy:
-    """All ranks call `save` and `finish` together, and `poll` independently."""
+    """All ranks call `save` and `finish` together, and `has_failed` and `is_due` independently."""
 
     def __init__(
         self, writer: CheckpointWriter, engine: Engine, loader: DataLoader, config: TrainingConfig, request_file: Path, *, step: int
@@ -44,13 +35,16 @@ class SavePolicy:
         self._last_save = self._last_poll = time.monotonic()
         self._is_requested = False  # by the user
 
-    def poll(self) -> SaveStatus:
-        """Return what this rank knows; ranks may differ."""
-        if self._writer.is_busy and self._writer.is_done and not self._writer.has_failed:
+    def has_failed(self) -> bool:
+        """Whether the save in progress has failed, as far as this rank knows."""
+        if self._writer.outcome == "saved":
             self.finish()
-        return SaveStatus(is_due=dist.get_rank() == 0 and self._is_due(), has_failed=self._writer.has_failed)
+        return self._writer.outcome == "failed"
 
-    def _is_due(self) -> bool:
+    def is_due(self) -> bool:
+        """Whether rank 0 wants a save by the clock, or because the user asked for one. Saves every N steps are not considered."""
+        if dist.get_rank() > 0:
+            return False
         now, minutes = time.monotonic(), self._config.checkpoint.every_minutes
         if minutes is not None and now - self._last_save >= minutes * 60:
             return True
@@ -68,15 +62,13 @@ class SavePolicy:
         self.finish()
         if self._config.guard.replica_check_every_steps:
             self._engine.replica_check.run(step)
-        about: dict[str, Any] = {
-            "layout": str(self._engine.layout),
-            "ranks": dist.get_world_size(),
-            "validation_loss": line.get("eval/loss"),
-            "config": self._config.model_dump(mode="json"),
-        }
+        about: dict[str, Any] = {"layout": str(self._engine.layout), "ranks": dist.get_world_size()}
+        about |= {"validation_loss": line.get("eval/loss"), "config": self._config.model_dump(mode="json")}
         self._last_save = time.monotonic()
         try:
-            self._writer.save(logical_state(self._engine), self._progress(step), about=about, wait=wait)
+            samples, cursors = self._timeline.first_sample(step), self._cursors(step)
+            progress = engine_progress(self._engine, step=step, samples_consumed=samples, cursors=cursors)
+            self._writer.save(logical_state(self._engine), progress, about=about, wait=wait)
         except SaveError as error:
             self._tolerate(error, wait=wait)
         else:
@@ -119,10 +111,6 @@ class SavePolicy:
         if dist.get_rank() == 0:
             self._request_file.unlink(missing_ok=True)
         self._is_requested = False
-
-    def _progress(self, step: int) -> Progress:
-        cursors = self._cursors(step)
-        return engine_progress(self._engine, step=step, samples_consumed=self._timeline.first_sample(step), cursors=cursors)
 
     def _cursors(self, step: int) -> list[dict[str, int]] | None:
         """Return each data rank's position at the next step, or None if samples are read by number, by any rank."""

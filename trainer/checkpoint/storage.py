@@ -12,8 +12,7 @@ import logging
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -191,24 +190,19 @@ class DirectoryBackend(CheckpointBackend):
         partial = self._uncommitted(name, token)
         self.store.write(f"{partial}/{MANIFEST}", manifest)
         self._check_fence(name, token)
-        with self._vacated(name):
-            (self.path / partial).rename(self.path / name)
-        sync_directory(self.path)
-
-    @contextmanager
-    def _vacated(self, name: str) -> Generator[None]:
-        """Move a checkpoint of this name out of the way. If the block fails, or is killed before the next sweep, it is moved back."""
         final, replaced = self.path / name, self.path / f"{REPLACED}{name}"
-        if not final.exists():  # the usual case: a run resumes from a good checkpoint, and sets a bad one aside
-            yield
-            return
-        final.rename(replaced)
+        exists = final.exists()  # rarely: a run resumes from a good checkpoint, and sets a bad one aside
+        if exists:
+            final.rename(replaced)  # the next sweep moves it back if this process is killed
         try:
-            yield
+            (self.path / partial).rename(final)
         except OSError:
-            replaced.rename(final)
+            if exists:
+                replaced.rename(final)
             raise
-        replaced.rename(_unused(self.path / f"{BAD}{name}"))
+        if exists:
+            replaced.rename(_unused(self.path / f"{BAD}{name}"))
+        sync_directory(self.path)
 
 
 def _unused(path: Path) -> Path:

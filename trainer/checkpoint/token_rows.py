@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from manta.trainer.checkpoint.manifest import Checkpoint, Chunk, StoredTensor
-from manta.trainer.checkpoint.rectangles import Rectangle
 from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 
 TOKEN_ROWS = re.compile(r"master/(embedding|head)\.(weight|bias)")
@@ -48,12 +47,11 @@ def _matched(stored: StoredTensor, ranges: list[IdRange], shape: tuple[int, ...]
         return stored  # of another model, which loading reports
     chunks: list[Chunk] = []
     for chunk in stored.chunks:
-        first, rows = chunk.rectangle.offsets[0], chunk.rectangle.sizes[0]
-        row_bytes = math.prod(chunk.rectangle.sizes[1:]) * TORCH_DTYPES[stored.dtype].itemsize
+        (first, *columns), (rows, *sizes) = chunk.offsets, chunk.sizes
+        row_bytes = math.prod(sizes) * TORCH_DTYPES[stored.dtype].itemsize
         for ids in ranges:
             start, stop = max(ids.stored, first), min(ids.stored + ids.count, first + rows)
             if start < stop:
-                offsets = (ids.current + start - ids.stored, *chunk.rectangle.offsets[1:])
-                rectangle = Rectangle(offsets, (stop - start, *chunk.rectangle.sizes[1:]))
-                chunks.append(Chunk(chunk.file, chunk.start + (start - first) * row_bytes, rectangle))
+                offsets = (ids.current + start - ids.stored, *columns)
+                chunks.append(Chunk(chunk.file, chunk.start + (start - first) * row_bytes, offsets, (stop - start, *sizes)))
     return StoredTensor(stored.dtype, shape, tuple(chunks))

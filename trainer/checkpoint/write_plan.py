@@ -48,7 +48,7 @@ class WritePlan:
         for rank, regions in enumerate(self.regions):
             dtypes = [self.tensors[key][0] for key, _ in regions]
             for (key, rectangle), (start, _) in zip(regions, _file_layout(regions, dtypes)[1], strict=True):
-                chunks[key].append(Chunk(files[rank], start, rectangle))
+                chunks[key].append(Chunk(files[rank], start, rectangle.offsets, rectangle.sizes))
         return {key: StoredTensor(DTYPE_NAMES[dtype], shape, tuple(chunks[key])) for key, (dtype, shape) in self.tensors.items()}
 
 

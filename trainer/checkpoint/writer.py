@@ -6,17 +6,17 @@ One save at most is in progress. Its ranks communicate over a separate process g
 import errno
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
 
 from manta.data.errors import InputError
-from manta.trainer.checkpoint.agreement import gather_to_first, on_first_rank, rank_and_size, scatter_from_first
+from manta.trainer.checkpoint.agreement import gather_to_first, on_first_rank, rank_and_size
 from manta.trainer.checkpoint.errors import SaveError
 from manta.trainer.checkpoint.manifest import Checkpoint, CheckpointFile, Progress, name_of_step, to_bytes
 from manta.trainer.checkpoint.rectangles import TensorViews
@@ -49,8 +49,8 @@ class CheckpointWriter:
         self._plan: WritePlan | None = None
         self._file: RankFile | None = None
         self._token = on_first_rank(lambda: f"a{attempt:04d}-{secrets.token_hex(4)}", self._group)
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     def set_fence(self) -> None:
         """Stop earlier attempts from committing; call it before searching for a checkpoint. Raises FencedError in an earlier attempt.
@@ -72,36 +72,28 @@ class CheckpointWriter:
         about = {"attempt": self._attempt, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **(about or {})}
         if wait or not self._asynchronous:
             self._write(file, file.views(state), progress, about, start)
-            self.finish()
             return
         views = file.stage(state)
         log.info("step %d: copied in %.3f s; it is written while training continues", progress.step, time.monotonic() - start)
-        self._thread = threading.Thread(target=self._write, args=(file, views, progress, about, start), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._pending = self._thread.submit(self._write, file, views, progress, about, start)
 
     @property
     def is_busy(self) -> bool:
         """Whether a save was started that `finish` has not waited for."""
-        return self._thread is not None
+        return self._pending is not None
 
     @property
-    def is_done(self) -> bool:
-        """Whether `finish` would return at once."""
-        return self._thread is None or not self._thread.is_alive()
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the save has failed, as far as this rank knows. `finish` raises the error."""
-        return self._failure is not None
+    def outcome(self) -> Literal["saved", "failed"] | None:
+        """How the save in progress has ended, as far as this rank knows; None while it is written, and if there is none."""
+        if self._pending is None or not self._pending.done():
+            return None
+        return "failed" if self._pending.exception() else "saved"
 
     def finish(self) -> None:
         """Wait for the save in progress. If it failed on any rank, raises SaveError or FencedError on every rank."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def _set_fence(self) -> None:
         try:
@@ -114,19 +106,16 @@ class CheckpointWriter:
     def _planned_file(self, state: Mapping[str, TensorViews]) -> RankFile:
         if self._file is None:
             ranks = gather_to_first(regions_of(state), self._group)
-            self._plan = plan_writes(ranks) if self._rank == 0 else None
-            self._file = RankFile(scatter_from_first(self._plan.regions if self._plan else [], self._group), state)
+            self._plan = on_first_rank(lambda: plan_writes(ranks), self._group)
+            self._file = RankFile(self._plan.regions[self._rank], state)
         return self._file
 
     def _write(self, file: RankFile, views: Sequence[Tensor], progress: Progress, about: Mapping[str, Any], start: float) -> None:
         """Write this rank's file; then commit, on the first. Has the same outcome on every rank, unless one dies."""
         name = name_of_step(progress.step)
-        try:
-            files = gather_to_first(self._write_file(name, file, views), self._group)
-            on_first_rank(lambda: self._complete(name, files, progress, about), self._group)
-            log.info("saved %s in %.3f s", self.backend.location(name), time.monotonic() - start)
-        except Exception as error:  # noqa: BLE001  `finish` raises it
-            self._failure = error
+        files = gather_to_first(self._write_file(name, file, views), self._group)
+        on_first_rank(lambda: self._complete(name, files, progress, about), self._group)
+        log.info("saved %s in %.3f s", self.backend.location(name), time.monotonic() - start)
 
     def _write_file(self, name: str, file: RankFile, views: Sequence[Tensor]) -> CheckpointFile | Exception | None:
         """Return the file, None if this rank has none to write, or an error that can be sent to the first rank, which waits for it."""

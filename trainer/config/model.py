@@ -38,16 +38,14 @@ class ExpertsConfig(Section):
     @model_validator(mode="after")
     def _check_routing(self) -> "ExpertsConfig":
         if self.top_k > self.experts:
-            expected = f"at most experts ({self.experts})"
-            raise InvalidValueError("top_k", expected=expected, got=self.top_k, remedy="Lower it.", related=["experts"])
+            raise InvalidValueError("top_k", f"at most experts ({self.experts})", self.top_k, "Lower it.", "experts")
         if self.top_k == 1 and self.normalize:  # a score divided by itself is 1, which has no gradient
             expected = "false with top_k 1, because the router would learn nothing"
-            raise InvalidValueError("normalize", expected=expected, got=True, remedy="Set it to false.", related=["top_k"])
+            raise InvalidValueError("normalize", expected, True, "Set it to false.", "top_k")
         for key, balance in (("balance_weight", "loss"), ("bias_update_speed", "bias")):
             value = getattr(self, key)
             if self.balance != balance and value != type(self).model_fields[key].default:
-                expected = f"no value with balance {self.balance}"
-                raise InvalidValueError(key, expected=expected, got=value, remedy="Remove it.", related=["balance"])
+                raise InvalidValueError(key, f"no value with balance {self.balance}", value, "Remove it.", "balance")
         return self
 
 
@@ -122,33 +120,31 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check_heads(self) -> "ModelConfig":
         if self.heads % self.kv:
-            expected, remedy = f"a divisor of heads ({self.heads})", f"Use {divisors_text(self.heads)}."
-            raise InvalidValueError("kv_heads", expected=expected, got=self.kv_heads, remedy=remedy, related=["heads"])
+            remedy = f"Use {divisors_text(self.heads)}."
+            raise InvalidValueError("kv_heads", f"a divisor of heads ({self.heads})", self.kv_heads, remedy, "heads")
         if self.head_width is None and self.width % self.heads:
-            expected, remedy = f"a divisor of width ({self.width})", f"Use {divisors_text(self.width)}, or set head_width."
-            raise InvalidValueError("heads", expected=expected, got=self.heads, remedy=remedy, related=["width"])
-        if self.family == "llama" and self.head_width is not None and self.head_width % 2:
-            expected, remedy = "an even number, because rotation turns pairs", f"Use {self.head_width + 1}."
-            raise InvalidValueError("head_width", expected=expected, got=self.head_width, remedy=remedy)
+            remedy = f"Use {divisors_text(self.width)}, or set head_width."
+            raise InvalidValueError("heads", f"a divisor of width ({self.width})", self.heads, remedy, "width")
         if self.family == "llama" and self.each_head % 2:
+            if self.head_width is not None:
+                expected = "an even number, because rotation turns pairs"
+                raise InvalidValueError("head_width", expected, self.head_width, f"Use {self.head_width + 1}.")
             expected = f"an even width / heads, because rotation turns pairs (width is {self.width})"
-            remedy = f"Use {divisors_text(self.width // 2)}."
-            raise InvalidValueError("heads", expected=expected, got=self.heads, remedy=remedy, related=["width"])
+            raise InvalidValueError("heads", expected, self.heads, f"Use {divisors_text(self.width // 2)}.", "width")
         return self
 
     @model_validator(mode="after")
     def _check_family(self) -> "ModelConfig":
-        if self.family not in FAMILY_KEYS:
-            if ":" not in self.family:
-                expected = f"{', '.join(FAMILY_KEYS)} or package.module:Class"
-                raise InvalidValueError("family", expected=expected, got=self.family, remedy="Use one of them.")
+        if ":" in self.family:
             return self
+        if self.family not in FAMILY_KEYS:
+            expected = f"{', '.join(FAMILY_KEYS)} or package.module:Class"
+            raise InvalidValueError("family", expected, self.family, "Use one of them.")
         for key in sorted(set().union(*FAMILY_KEYS.values(), {"options"}) - FAMILY_KEYS[self.family]):
             value = getattr(self, key)
             if value != type(self).model_fields[key].get_default(call_default_factory=True):
                 got = value.model_dump() if isinstance(value, Section) else value
-                expected = f"no value for family {self.family}"
-                raise InvalidValueError(key, expected=expected, got=got, remedy="Remove it.", related=["family"])
+                raise InvalidValueError(key, f"no value for family {self.family}", got, "Remove it.", "family")
         return self
 
 

@@ -2,9 +2,9 @@
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from manta.data.config import WholeNumber, check_stages
 from manta.data.errors import InvalidValueError
@@ -13,12 +13,13 @@ from manta.data.storage.location import absolute
 from manta.trainer.config.divisors import divisors_text
 
 Precision = Literal["fp32", "bf16", "bf16-autocast", "fp16", "fp8"]
+Location = Annotated[str, AfterValidator(absolute)]
 
 
 class RunSection(Section):
     dir: Path = Field(examples=["runs/mine"])
     """The run directory: config, metrics, logs and checkpoints are stored in it."""
-    start_from: str | None = Field(default=None, examples=["imported/gpt2"])
+    start_from: Location | None = Field(default=None, examples=["imported/gpt2"])
     """Initial weights of a new run: a run directory, a directory from `manta import`, or one checkpoint. Only its weights are read."""
     match_tokens: bool = False
     """For another tokenizer than start_from has: copy embedding rows by the text of their token, and initialize the rows of new tokens."""
@@ -31,11 +32,6 @@ class RunSection(Section):
         if "\0" in str(value):
             raise ValueError(f"expected a path, got {str(value)!r}. Remove the NUL.")
         return value
-
-    @field_validator("start_from")
-    @classmethod
-    def _make_absolute(cls, value: str | None) -> str | None:
-        return value if value is None else absolute(value)
 
 
 class OptimizerConfig(Section):
@@ -93,25 +89,20 @@ class TrainConfig(Section):
         return tuple(stage.global_batch for stage in self.batch_ramp) or (self.global_batch,)
 
     @model_validator(mode="after")
-    def _check_micro_batch(self) -> "TrainConfig":
+    def _check_batches(self) -> "TrainConfig":
         if self.global_batch % self.micro_batch:
             expected, remedy = f"a divisor of global_batch ({self.global_batch})", f"Use {divisors_text(self.global_batch)}."
-            raise InvalidValueError("micro_batch", expected=expected, got=self.micro_batch, remedy=remedy, related=["global_batch"])
-        return self
-
-    @model_validator(mode="after")
-    def _check_ramp(self) -> "TrainConfig":
+            raise InvalidValueError("micro_batch", expected, self.micro_batch, remedy, "global_batch")
         key = "batch_ramp"
         check_stages(key, [stage.from_tokens for stage in self.batch_ramp])
         for batch in self.batches:
             if batch % self.micro_batch:
                 expected = f"global batches that are multiples of micro_batch ({self.micro_batch})"
                 remedy = f"Change it, or use micro_batch {divisors_text(math.gcd(*self.batches))}."
-                raise InvalidValueError(key, expected=expected, got=batch, remedy=remedy, related=["micro_batch"])
+                raise InvalidValueError(key, expected, batch, remedy, "micro_batch")
         if self.batches[-1] != self.global_batch:
             expected = f"train.global_batch ({self.global_batch}) in the last stage"
-            remedy = "Change it, or add a stage."
-            raise InvalidValueError(key, expected=expected, got=self.batches[-1], remedy=remedy, related=["global_batch"])
+            raise InvalidValueError(key, expected, self.batches[-1], "Change it, or add a stage.", "global_batch")
         return self
 
 
@@ -131,7 +122,7 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    directory: str | None = Field(default=None, examples=["s3://bucket/mine"])
+    directory: Location | None = Field(default=None, examples=["s3://bucket/mine"])
     """Directory, or URL in an object store, of the checkpoints. Default: run.dir/checkpoints."""
     every_steps: int = Field(default=500, ge=1)
     """Steps between checkpoints; one is also written at the end and after a stop request."""
@@ -149,11 +140,6 @@ class CheckpointConfig(Section):
     """Consecutive saves that may fail, for lack of space for example, while training continues; one more stops the run."""
     verify: Literal["full", "sizes"] = "full"
     """What is checked before a run resumes from a checkpoint: the hash of every byte, or only the sizes of files."""
-
-    @field_validator("directory")
-    @classmethod
-    def _make_absolute(cls, value: str | None) -> str | None:
-        return value if value is None else absolute(value)
 
 
 class GuardConfig(Section):

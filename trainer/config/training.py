@@ -10,83 +10,52 @@ from manta.data.config_history import identifying_keys
 from manta.data.errors import InvalidValueError
 from manta.data.sampling.step_samples import Timeline
 from manta.data.source_config import Section
+from manta.trainer.config import sections
 from manta.trainer.config.model import FAMILY_KEYS, ModelConfig
-from manta.trainer.config.sections import (
-    CheckpointConfig,
-    EvaluateConfig,
-    GuardConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Precision,
-    RunSection,
-    ScheduleConfig,
-    TrackConfig,
-    TrainConfig,
-)
 from manta.trainer.config.supported import unsupported
 
 FREE = (
-    *(
-        "run.dir",
-        "data.directory",
-        "data.workers",
-        "data.cache",
-        "data.ray_address",
-        "data.skip",
-        "model.preset",
-        "train.steps",
-        "train.micro_batch",
-        "train.activation_checkpointing",
-        "train.compile",
-    ),
+    *("run.dir", "data.directory", "data.workers", "data.cache", "data.ray_address", "data.skip", "model.preset"),
+    *("train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile"),
     *("parallel.", "checkpoint.", "guard.", "evaluate.", "track.", "cluster."),
 )
 """Keys and sections that may change when a run resumes. train.steps may only grow; data.skip may change only for samples not read yet."""
 
 
 class TrainingConfig(Section):
-    run: RunSection
+    run: sections.RunSection
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    train: TrainConfig
-    parallel: ParallelConfig = ParallelConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    guard: GuardConfig = GuardConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    track: TrackConfig = TrackConfig()
-    precision: Precision = "bf16"
+    optimizer: sections.OptimizerConfig = sections.OptimizerConfig()
+    schedule: sections.ScheduleConfig = sections.ScheduleConfig()
+    train: sections.TrainConfig
+    parallel: sections.ParallelConfig = sections.ParallelConfig()
+    checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()
+    guard: sections.GuardConfig = sections.GuardConfig()
+    evaluate: sections.EvaluateConfig = sections.EvaluateConfig()
+    track: sections.TrackConfig = sections.TrackConfig()
+    precision: sections.Precision = "bf16"
     """fp32, bf16, bf16-autocast, fp16 (dynamic loss scaling) or fp8 (Hopper). Master weights and optimizer state are always fp32."""
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> "TrainingConfig":
         length, steps, positions = self.data.sequence_length, self.train.steps, self.model.positions
         if (warmup := self.schedule.warmup_steps) > steps:
-            expected, remedy = f"at most train.steps ({steps})", "Shorten the warmup or train longer."
-            raise InvalidValueError("schedule.warmup_steps", expected=expected, got=warmup, remedy=remedy, related=["train.steps"])
+            remedy = "Shorten the warmup or train longer."
+            raise InvalidValueError("schedule.warmup_steps", f"at most train.steps ({steps})", warmup, remedy, "train.steps")
         objective = "masked" if self.model.family == "bert" else "causal"
         if self.model.family in FAMILY_KEYS and self.data.objective != objective:
             expected, remedy = f"{objective} for model.family {self.model.family}", f"Set data.objective={objective}."
-            related = ["model.family", "model.preset"]
-            raise InvalidValueError("data.objective", expected=expected, got=self.data.objective, remedy=remedy, related=related)
+            raise InvalidValueError("data.objective", expected, self.data.objective, remedy, "model.family", "model.preset")
         if positions is not None and positions < length:
             expected, remedy = f"at least data.sequence_length ({length})", "Raise it or shorten the sequences."
-            raise InvalidValueError("model.positions", expected=expected, got=positions, remedy=remedy, related=["data.sequence_length"])
+            raise InvalidValueError("model.positions", expected, positions, remedy, "data.sequence_length")
         lengths = [stage.sequence_length for stage in self.data.curriculum]
         if lengths and lengths[-1] != length:
             expected, remedy = f"data.sequence_length ({length}) in the last stage", "Change it, or add a stage."
-            raise InvalidValueError("data.curriculum", expected=expected, got=lengths[-1], remedy=remedy, related=["data.sequence_length"])
-        for error in unsupported(
-            self.model,
-            self.parallel,
-            self.precision,
-            sequence_length=length,
-            curriculum=lengths,
-            compiled=self.train.compile is True,
-            activation_checkpointing=self.train.activation_checkpointing,
-        ):
+            raise InvalidValueError("data.curriculum", expected, lengths[-1], remedy, "data.sequence_length")
+        for error in unsupported(self.model, self.parallel, self.precision, self.train, lengths=[length, *lengths]):
             raise error
         return self
 

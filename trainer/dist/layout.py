@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -139,16 +139,8 @@ def largest_layout(train: TrainConfig, parallel: ParallelConfig, ranks: int) -> 
 
 def layouts(train: TrainConfig, parallel: ParallelConfig) -> dict[int, Layout]:
     """Return a layout for each number of ranks that a run can use, in ascending order."""
-    one = Layout(
-        data=1,
-        micro_batch=train.micro_batch,
-        tensor=parallel.tensor,
-        sequence=parallel.sequence,
-        expert=parallel.expert,
-        zero=parallel.zero,
-        offload=parallel.offload,
-    )
-    candidates = (replace(one, data=data) for data in divisors(max_data_ranks(train)))
+    sizes = parallel.model_dump()
+    candidates = (Layout(data=data, micro_batch=train.micro_batch, **sizes) for data in divisors(max_data_ranks(train)))
     return {layout.ranks: layout for layout in candidates if layout.replicas % layout.expert == 0}
 
 

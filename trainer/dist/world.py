@@ -1,6 +1,5 @@
 """This process among all ranks: how it joins the others, and its process groups."""
 
-import ipaddress
 import os
 import socket
 import time
@@ -55,7 +54,7 @@ class World:
                 raise InputError(
                     "MASTER_PORT: expected a free port of rank 0's node, got nothing. Start the ranks with `manta train` or torchrun."
                 )
-            os.environ["MASTER_PORT"] = str(_free_port())
+            os.environ["MASTER_PORT"] = "0"  # a free one
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         backend = "gloo"
@@ -79,9 +78,12 @@ class World:
 
         None leaves it to torch: torchrun's agent may have a store already, and each node may resolve a host name to another address.
         """
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not _is_ip_address(address):
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return None
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            family = socket.getaddrinfo(address, port, flags=socket.AI_NUMERICHOST)[0][0]
+        except socket.gaierror:  # a name
+            return None
         with socket.socket(family) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -163,14 +165,6 @@ class Mesh:
         return self.data_rank * self.layout.sequence + self.sequence_rank
 
 
-def _is_ip_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
 def _wait_for_rank_0(address: str, port: int) -> None:
     """Return once rank 0 listens, or after some seconds. torch polls too, but sleeps half a second if rank 0 is a moment late."""
     deadline, wait = time.monotonic() + FAST_POLLING, 0.005
@@ -182,9 +176,3 @@ def _wait_for_rank_0(address: str, port: int) -> None:
         except OSError:
             time.sleep(wait)
             wait = min(2 * wait, 0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -49,10 +49,7 @@ class ReplicaCheck:
         """Raise ReplicaError on every rank if replicas differ anywhere. All ranks call this together. step: current or just finished."""
         if self._mesh.layout.replicas == 1:
             return
-        mismatches = [
-            *self._compare(self._mesh.replicas, experts=False),
-            *self._compare(self._mesh.expert_replicas, experts=True),
-        ]
+        mismatches = [*self._compare(self._mesh.replicas, experts=False), *self._compare(self._mesh.expert_replicas, experts=True)]
         count = torch.tensor(len(mismatches), device=next(self._model.parameters()).device)
         dist.all_reduce(count, dist.ReduceOp.MAX)  # so that ranks with other shards learn of it
         if not count.item():

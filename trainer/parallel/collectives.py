@@ -11,17 +11,17 @@ from torch.distributed import ProcessGroup
 
 def copy_to_group(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return x. Its gradient is summed over the group, since each rank uses x in another way."""
-    return _Copy.apply(x, group)  # type: ignore[no-any-return]
+    return _Sum.apply(x, group, False, True)  # type: ignore[no-any-return]
 
 
 def reduce_from_group(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return the sum of x over the group. Every rank continues with the same values, so the gradient passes unchanged."""
-    return _Reduce.apply(x, group)  # type: ignore[no-any-return]
+    return _Sum.apply(x, group, True, False)  # type: ignore[no-any-return]
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return the sum of x over the group. Each rank computes a share of the loss, so the gradient is summed as well."""
-    return reduce_from_group(copy_to_group(x, group), group)
+    return _Sum.apply(x, group, True, True)  # type: ignore[no-any-return]
 
 
 def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
@@ -29,27 +29,17 @@ def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: P
     return _AllToAll.apply(x, list(sent), list(received), group)  # type: ignore[no-any-return]
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+class _Sum(torch.autograd.Function):
+    """The sum over the group: of x in the forward pass, of its gradient in the backward pass, or both."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum(grads[0], ctx.group), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        del ctx
-        return _sum(x, group)
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, forward: bool, backward: bool) -> Tensor:
+        ctx.group, ctx.backward_sum = group, backward
+        return _sum(x, group) if forward else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        del ctx
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sum(grads[0], ctx.group) if ctx.backward_sum else grads[0], None, None, None
 
 
 class _AllToAll(torch.autograd.Function):

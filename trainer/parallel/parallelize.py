@@ -18,30 +18,14 @@ from manta.trainer.parallel.sharding import local_slices
 from manta.trainer.parallel.tensor import apply_tensor_parallel
 from manta.trainer.parallel.ulysses import apply_ulysses
 
-MATRIX_PRODUCTS = {
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "_grouped_mm",
-        "_scaled_mm",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
-}
+ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+PRODUCTS = ("mm", "addmm", "bmm", "_grouped_mm", "_scaled_mm", *(f"_scaled_dot_product_{name}" for name in ATTENTION))
+MATRIX_PRODUCTS = {getattr(torch.ops.aten, name).default for name in PRODUCTS}
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 def parallelize(
-    model: Transformer,
-    mesh: Mesh,
-    *,
-    checkpointing: ActivationCheckpointing = "none",
-    compile_blocks: bool = False,
-    fp8: bool = False,
+    model: Transformer, mesh: Mesh, *, checkpointing: ActivationCheckpointing = "none", compile_blocks: bool = False, fp8: bool = False
 ) -> None:
     """Shard the weights, add the collectives, then fp8, activation checkpointing and compilation, each around what came before."""
     if compile_blocks:
