@@ -75,9 +75,8 @@ def category_of(error: BaseException) -> Category:
     """Return how the supervisor should treat the error."""
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)):
         return "out_of_memory"
-    if isinstance(error, UnreachableError):
-        return "exception"
-    return "unrecoverable" if isinstance(error, CheckpointError | SaveError) else "exception"
+    is_unrecoverable = isinstance(error, CheckpointError | SaveError) and not isinstance(error, UnreachableError)
+    return "unrecoverable" if is_unrecoverable else "exception"
 
 
 if __name__ == "__main__":

@@ -11,13 +11,10 @@ from manta.trainer.config.training import TrainingConfig
 
 def identity_of(config: TrainingConfig, prepared: PreparedData) -> dict[str, str]:
     """Of the run of this config over this corpus."""
-    identity = {"corpus": prepared.fingerprint, "config": _digest(as_version_1(config.identity())), "order": str(order.VERSION)}
+    digest = hashlib.sha256(json.dumps(as_version_1(config.identity()), sort_keys=True).encode()).hexdigest()[:16]
+    identity = {"corpus": prepared.fingerprint, "config": digest, "order": str(order.VERSION)}
     if config.data.mixture:
         identity["mixture"] = str(mixture.VERSION)
     if config.data.packing == "best_fit":
         identity["packing"] = str(packing.VERSION)
     return identity
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

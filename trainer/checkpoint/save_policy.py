@@ -42,7 +42,7 @@ class SavePolicy:
         return self._writer.outcome == "failed"
 
     def is_due(self) -> bool:
-        """Whether rank 0 wants a save by the clock, or because the user asked for one. Saves every N steps are not considered."""
+        """Whether to save by the clock or at the user's request, which rank 0 decides. Saves every N steps are not considered."""
         if dist.get_rank() > 0:
             return False
         now, minutes = time.monotonic(), self._config.checkpoint.every_minutes

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -57,7 +58,12 @@ class CheckpointWriter:
 
         Raises SaveError if the disk is full or not writable: retrying would not help.
         """
-        on_first_rank(self._set_fence, self._group)
+        try:
+            on_first_rank(partial(self.backend.set_fence, self._attempt, self._token), self._group)
+        except OSError as error:
+            if error.errno not in DISK_FULL | _NOT_WRITABLE:
+                raise
+            raise SaveError(f"the attempt could not be recorded: {self._message('', error)}") from None
 
     def save(
         self, state: Mapping[str, TensorViews], progress: Progress, *, about: Mapping[str, Any] | None = None, wait: bool = True
@@ -94,14 +100,6 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-    def _set_fence(self) -> None:
-        try:
-            self.backend.set_fence(self._attempt, self._token)
-        except OSError as error:
-            if error.errno not in DISK_FULL | _NOT_WRITABLE:
-                raise
-            raise SaveError(f"the attempt could not be recorded: {self._message('', error)}") from None
 
     def _planned_file(self, state: Mapping[str, TensorViews]) -> RankFile:
         if self._file is None:
