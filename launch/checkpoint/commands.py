@@ -1,13 +1,20 @@
 """The commands of `manta checkpoint`. Each imports what it needs when it runs."""
 
 import json
+import shlex
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
 from manta.cluster.protocol import ExitCode
+from manta.data.errors import InputError
+
+POLL = 0.2  # seconds
 
 T = TypeVar("T")
 
@@ -31,10 +38,10 @@ def list_(source: Source, *, as_json: AsJson = False) -> None:
 @app.command(epilog="For example: manta checkpoint verify runs/mine")
 def verify(source: Source, *, as_json: AsJson = False) -> None:
     """Read every byte, and print which checkpoints match their manifests. Exit code 1 if one does not."""
-    from manta.launch.checkpoint.verify import show, verify
+    from manta.launch.checkpoint.inspect import show_verified, verify
 
     reports = verify(source)
-    _print(reports, show, as_json=as_json)
+    _print(reports, show_verified, as_json=as_json)
     if any(report["error"] for report in reports):
         raise typer.Exit(ExitCode.FAILED)
 
@@ -50,9 +57,9 @@ def inspect(
 
     Of a run the newest valid checkpoint, or RUN/checkpoints/step-... One tensor at a time is held in memory.
     """
-    from manta.launch.checkpoint.inspect import inspect, show
+    from manta.launch.checkpoint.inspect import inspect, show_inspected
 
-    _print(inspect(source, match), show, as_json=as_json)
+    _print(inspect(source, match), show_inspected, as_json=as_json)
 
 
 @app.command(epilog="For example: manta checkpoint prune runs/mine --keep 2 --every 10000 --dry-run")
@@ -66,10 +73,21 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
 ) -> None:
     """Delete checkpoints that are not kept. The newest valid one is always kept; every byte of it is read first."""
-    from manta.launch.checkpoint.prune import prune
+    from manta.launch.checkpoint.list_checkpoints import select_checkpoints
+    from manta.trainer.checkpoint import catalog, retention
+    from manta.trainer.run_directory import RunDirectory
 
-    for name in prune(source, keep=keep, best=best, every=every, bad=bad, dry_run=dry_run):
-        typer.echo(f"{'would delete' if dry_run else 'deleted'} {name}")
+    backend, _ = select_checkpoints(source)
+    run = RunDirectory(Path(source).absolute())
+    with run.lock() if run.config_file.exists() and not dry_run else nullcontext():
+        newest = catalog.newest_valid(backend)
+        assert newest is not None, "there is at least one name"
+        kept = retention.Retention(newest=keep, best=best, every=every)
+        names = retention.surplus(backend.names(), newest.name, kept, partial(retention.validation_loss, backend))
+        for name in [*names, *(backend.bad() if bad else [])]:
+            if not dry_run:
+                backend.delete(name)
+            typer.echo(f"{'would delete' if dry_run else 'deleted'} {name}")
 
 
 @app.command(epilog="For example: manta checkpoint now runs/mine")
@@ -79,9 +97,29 @@ def now(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the checkpoint.")] = 600.0,
 ) -> None:
     """Save a training run after its current step, and wait until the checkpoint is committed."""
-    from manta.launch.checkpoint.request import request
+    from manta.launch.config import resume_config
+    from manta.trainer.checkpoint.errors import SaveError
+    from manta.trainer.run_directory import RunDirectory
 
-    typer.echo(request(run, timeout=timeout))
+    run_directory = RunDirectory(resume_config(run).absolute().parent)
+    if not run_directory.is_locked:
+        raise InputError(f"{run}: expected a run that is training, got one that is not. Resume it: manta resume {run_directory.quoted}.")
+    backend, request_file = run_directory.open_checkpoints(), run_directory.save_request_file
+    before = set(backend.names())
+    request_file.touch()
+    deadline = time.monotonic() + timeout
+    while request_file.exists():
+        if not run_directory.is_locked:
+            request_file.unlink(missing_ok=True)
+            break  # it has ended, and saved at its end
+        if time.monotonic() > deadline:
+            request_file.unlink(missing_ok=True)
+            raise SaveError(f"{run_directory.path}: expected a checkpoint within {timeout:.0f} s, got none. Raise --timeout.")
+        time.sleep(POLL)
+    after = backend.names()
+    if not after or after[0] in before:
+        raise SaveError(f"{run_directory.path}: could not save. See {run_directory.path / 'logs'}.")
+    typer.echo(backend.location(after[0]))
 
 
 @app.command(epilog="For example: manta checkpoint convert deepspeed/checkpoints run.yaml run.dir=runs/mine")
@@ -101,10 +139,10 @@ def convert(
 
     Makes the run directory, which must be new. The config must describe the same model, optimizer and batch.
     """
-    from manta.launch.checkpoint.convert import convert, next_command
+    from manta.launch.checkpoint.convert import convert
 
     typer.echo(convert(source, file, overrides or [], names))
-    typer.echo(f"continue with: {next_command(file, overrides or [])}")
+    typer.echo(f"continue with: {shlex.join(['manta', 'train', str(file), *(overrides or [])])}")
 
 
 def _print(report: T, show: Callable[[T], None], *, as_json: bool) -> None:

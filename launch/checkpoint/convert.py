@@ -1,10 +1,9 @@
 """`manta checkpoint convert`: make a run that continues from a plain DeepSpeed checkpoint."""
 
-import shlex
 from pathlib import Path
 
 from manta.data.errors import InputError
-from manta.launch.config import RunConfig, load
+from manta.launch.config import load
 from manta.launch.messages import notify
 from manta.launch.run.corpus import open_corpus
 from manta.launch.run.preflight import check_own_model, check_writable
@@ -13,10 +12,8 @@ from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.convert.deepspeed.load import load_deepspeed
-from manta.trainer.convert.deepspeed.rename import Names, differences, logical_state, progress
+from manta.trainer.convert.deepspeed.rename import NAMES, differences, logical_state, progress
 from manta.trainer.run_directory import RunDirectory
-
-NAMES: dict[str, Names] = {"manta": "manta", "huggingface": "huggingface"}
 
 
 def convert(source: Path, file: Path, overrides: list[str], names: str | None) -> str:
@@ -25,21 +22,25 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     Raises InputError, and writes nothing, if the source is not DeepSpeed's or of another model, or if the run has trained already.
     """
     config = load(file, overrides)
-    if names is not None and names not in NAMES:
+    if names not in {None, *NAMES}:
         raise InputError(f"--names: expected {' or '.join(NAMES)}, got {names!r}. Omit it to detect the names.")
     run_directory = RunDirectory(config.run.dir.absolute())
     check_writable(run_directory, config)
     backend = run_directory.checkpoints_in(config.checkpoint.directory)
     if run_directory.has_trained or backend.names():
         raise InputError(f"{run_directory.path}: expected a new directory, got a run that has trained already. Choose another run.dir.")
-    _check_config(config)
+    if config.data.live:
+        raise InputError("data.live: expected false, got true: the position of DeepSpeed's run in its text is not known. Remove it.")
+    if config.run.start_from is not None:
+        problem = f"expected none, got {config.run.start_from}: a converted run starts from the converted checkpoint"
+        raise InputError(f"run.start_from: {problem}. Remove it.")
     saved = load_deepspeed(source)
     if saved.step > config.train.steps:
         raise InputError(f"train.steps: expected at least {saved.step}, the step of {saved.folder}, got {config.train.steps}. Raise it.")
     code = check_own_model(run_directory, config)
     corpus = open_corpus(run_directory, config)
     prepared, vocabulary = corpus.prepared, corpus.tokenizer_vocabulary
-    state = logical_state(saved, config, vocabulary=vocabulary, code=run_directory.code, names=NAMES[names] if names else None)
+    state = logical_state(saved, config, vocabulary=vocabulary, code=run_directory.code, names=names)
     with run_directory.lock():
         write_run_directory(run_directory, config, prepared, code)
         about = {"layout": f"DeepSpeed, ZeRO-{saved.stage}", "ranks": saved.ranks, "config": config.model_dump(mode="json")}
@@ -47,17 +48,3 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     for difference in differences(saved, config):
         notify(difference)
     return backend.location(name_of_step(saved.step))
-
-
-def next_command(file: Path, overrides: list[str]) -> str:
-    """Return the command that continues the run."""
-    return shlex.join(["manta", "train", str(file), *overrides])
-
-
-def _check_config(config: RunConfig) -> None:
-    """Raises InputError if the config asks for what a converted run cannot have."""
-    if config.data.live:
-        raise InputError("data.live: expected false, got true: the position of DeepSpeed's run in its text is not known. Remove it.")
-    if config.run.start_from is not None:
-        problem = f"expected none, got {config.run.start_from}: a converted run starts from the converted checkpoint"
-        raise InputError(f"run.start_from: {problem}. Remove it.")

@@ -1,12 +1,14 @@
-"""`manta checkpoint inspect`: the content of a checkpoint, tensor by tensor."""
+"""`manta checkpoint verify` and `inspect`: read checkpoints, all their bytes or tensor by tensor."""
 
+import time
 from fnmatch import fnmatchcase
 
 import torch
+from rich.filesize import decimal
 from rich.table import Table
 
 from manta.data.errors import InputError
-from manta.launch.checkpoint.list_checkpoints import Report, format_size, select_checkpoints, summary
+from manta.launch.checkpoint.list_checkpoints import Report, select_checkpoints, summary
 from manta.launch.inspect.charts import console
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
@@ -15,6 +17,27 @@ from manta.trainer.checkpoint.reader import read_tensors
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.checkpoint.storage import CheckpointBackend
 from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
+
+
+def verify(source: str) -> list[Report]:
+    """Return for each checkpoint what is wrong with it, if anything."""
+    backend, names = select_checkpoints(source)
+    reports: list[Report] = []
+    for name in names:
+        start, error, count = time.perf_counter(), None, 0
+        try:
+            count = catalog.verify(backend, name).bytes
+        except CheckpointError as damage:
+            error = str(damage)
+        reports.append({"at": backend.location(name), "bytes": count, "seconds": time.perf_counter() - start, "error": error})
+    return reports
+
+
+def show_verified(reports: list[Report]) -> None:
+    for report in reports:
+        rate = report["bytes"] / max(report["seconds"], 1e-9) / 1e9
+        verdict = f"bad: {report['error']}" if report["error"] else f"valid: {decimal(report['bytes'])}, {rate:.1f} GB/s"
+        console().print(f"{report['at']}  {verdict}", soft_wrap=True)
 
 
 def inspect(source: str, match: str) -> Report:
@@ -34,14 +57,12 @@ def inspect(source: str, match: str) -> Report:
 
 def _newest_readable(backend: CheckpointBackend, names: list[str]) -> Checkpoint:
     """Return the newest checkpoint with a readable manifest. Its blocks are checked when they are read."""
-    for name in names:
+    for name in names[:-1]:
         try:
             return catalog.read_manifest(backend, name)
         except CheckpointError as error:
-            if name == names[-1]:
-                raise
             console().print(f"skipped: {error}", soft_wrap=True)
-    raise AssertionError("there is at least one name")
+    return catalog.read_manifest(backend, names[-1])
 
 
 def _measure(backend: CheckpointBackend, checkpoint: Checkpoint, key: str) -> Report:
@@ -58,10 +79,10 @@ def _measure(backend: CheckpointBackend, checkpoint: Checkpoint, key: str) -> Re
     }
 
 
-def show(report: Report) -> None:
+def show_inspected(report: Report) -> None:
     out = console()
     out.print(report["at"], soft_wrap=True)
-    content = f"{report['tensors']} tensors, {format_size(report['bytes'])} in {report['files']} files"
+    content = f"{report['tensors']} tensors, {decimal(report['bytes'])} in {report['files']} files"
     writer = f"written {report['written']} by {report['ranks'] or 1} x {report['layout'] or 'one process'}"
     out.print(f"step {report['step']:,}, {report['samples']:,} samples read; {content}; {writer}", soft_wrap=True)
     states = list(dict.fromkeys(state for weight in report["weights"].values() for state in weight if state != "master"))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from manta.data.errors import InputError
@@ -27,15 +28,13 @@ def select_checkpoints(source: str) -> tuple[CheckpointBackend, list[str]]:
 
 def list_checkpoints(source: str) -> Report:
     backend, names = select_checkpoints(source)
-    return {"at": str(backend), "checkpoints": [_row(backend, name) for name in names], "bad": backend.bad()}
-
-
-def _row(backend: CheckpointBackend, name: str) -> Report:
-    try:
-        checkpoint = from_bytes(backend.manifest(name), backend.location(name))
-    except (CheckpointError, OSError) as error:
-        return {"name": name, "error": str(error)}
-    return {"name": name, "error": None, **summary(checkpoint)}
+    rows: list[Report] = []
+    for name in names:
+        try:
+            rows.append({"name": name, "error": None, **summary(from_bytes(backend.manifest(name), backend.location(name)))})
+        except (CheckpointError, OSError) as error:
+            rows.append({"name": name, "error": str(error)})
+    return {"at": str(backend), "checkpoints": rows, "bad": backend.bad()}
 
 
 def summary(checkpoint: Checkpoint) -> Report:
@@ -59,17 +58,9 @@ def show(report: Report) -> None:
             continue
         loss = "" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}"
         layout = "" if row["layout"] is None else f"{row['ranks']} x {row['layout']}"
-        table.add_row(row["name"], row["written"] or "", format_size(row["bytes"]), loss, layout)
+        table.add_row(row["name"], row["written"] or "", decimal(row["bytes"]), loss, layout)
     for name in report["bad"]:
         table.add_row(name, "set aside as bad")
     out = console()
     out.print(report["at"], soft_wrap=True)
     out.print(table)
-
-
-def format_size(count: int) -> str:
-    """1,234,567 -> 1.2 MB."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1000:.1f} kB"

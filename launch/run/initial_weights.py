@@ -38,7 +38,7 @@ def find_initial_weights(run_dir: RunDirectory, config: RunConfig) -> str | None
 
 def check_initial_weights(checkpoint: str, run_dir: RunDirectory, config: RunConfig, corpus: RunCorpus) -> None:
     """Report weights of another tokenizer. Raises InputError if their shapes are not this model's: else ranks would find out."""
-    from manta.trainer.pretrained.weights import start_difference  # imports torch: 1.5 s
+    from manta.trainer.pretrained.load import start_difference  # imports torch: 1.5 s
 
     try:
         difference = start_difference(

@@ -17,8 +17,7 @@ from manta.trainer.convert.huggingface.export import export
 from manta.trainer.dataloader.batch import IGNORED, Batch
 from manta.trainer.model.build import build_model
 from manta.trainer.model.decoder import Decoder
-from manta.trainer.pretrained.load import load_pretrained
-from manta.trainer.pretrained.weights import model_tensors
+from manta.trainer.pretrained.load import load_pretrained, model_tensors
 from manta.trainer.run_directory import RunDirectory
 
 SHAPE = {"layers": 2, "width": 32, "heads": 4, "mlp_width": 48}

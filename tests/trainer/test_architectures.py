@@ -9,12 +9,12 @@ from safetensors import safe_open
 from saved_models import EQUIVALENT, EXPERTS, SIGMOID, exported, logit_difference, model_config, random_run
 
 from manta.data.errors import InputError
-from manta.trainer.architectures.config_json import from_hf_config
-from manta.trainer.architectures.families import ARCHITECTURES, architecture_for, map_tensors
-from manta.trainer.architectures.gpt2 import GPT2
+from manta.trainer.architectures.architecture import map_tensors
+from manta.trainer.architectures.config_json import architecture_for, from_hf_config
+from manta.trainer.architectures.families import ARCHITECTURES, GPT2
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.model.build import build_model
-from manta.trainer.pretrained.weights import model_tensors
+from manta.trainer.pretrained.load import model_tensors
 
 UNBIASED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM"}
 REFUSED = [

@@ -19,7 +19,7 @@ from manta.launch.run.resume_check import check_same_run
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
-from manta.trainer.pretrained.load import _imported_config
+from manta.trainer.pretrained.load import ImportSource, _read_import
 from manta.trainer.run_directory import RunDirectory
 
 
@@ -181,7 +181,9 @@ def test_keys_of_version_1_are_all_still_there():
 def test_the_model_of_an_old_import_is_read(tmp_path):
     file = tmp_path / "model.yaml"
     file.write_text("{layers: 1, width: 8, heads: 2, experts: {experts: 4, width: 8, router_z: 0.0}}")
-    model = _imported_config(tmp_path)
+    source = ImportSource(architecture="", dtype="float32", dtypes={}, end_of_text="", sequence_length=8, config={})
+    (tmp_path / "source.json").write_bytes(source.to_json())
+    model = _read_import(tmp_path)[1]
     assert model.experts is not None
     assert model.experts.router_z_loss == 0
     assert RunDirectory(tmp_path).model_differences(model) == []

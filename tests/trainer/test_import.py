@@ -18,8 +18,7 @@ from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.convert.huggingface.import_model import STEP_ZERO, import_model
-from manta.trainer.pretrained.load import load_pretrained
-from manta.trainer.pretrained.weights import model_tensors
+from manta.trainer.pretrained.load import load_pretrained, model_tensors
 from manta.trainer.run_directory import RunDirectory
 
 

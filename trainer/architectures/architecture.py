@@ -1,11 +1,54 @@
-"""What the tables state about one model class of transformers. Defaults are those of most decoders, as in Llama."""
+"""What the tables state about one model class of transformers, and which of our tensors are which of its tensors.
 
-from collections.abc import Mapping
+Defaults are those of most decoders, as in Llama. Shapes: D width, F inner width, E experts, V vocabulary.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from manta.trainer.architectures.tensor_map import Row
+import torch
+from torch import Tensor
 
-Keys = Mapping[str, "Key"]
+from manta.trainer.config.model import ModelConfig
+
+Tensors = Sequence[Tensor]
+VOCABULARY_ROWS = {"embedding.weight", "head.weight", "head.bias"}  # first dimension V; only ours may be padded
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    to_hf: Callable[[Tensors], Tensors]
+    from_hf: Callable[[Tensors], Tensors]
+
+
+def _transpose(tensor: Tensor) -> Tensor:
+    return tensor.T if tensor.ndim == 2 else tensor  # a bias stays
+
+
+IDENTITY = Transform(lambda ours: ours, lambda hf: hf)
+TRANSPOSE = Transform(lambda ours: [_transpose(t) for t in ours], lambda hf: [_transpose(t) for t in hf])
+FUSE_TRANSPOSE = Transform(lambda ours: [_transpose(torch.cat(list(ours)))], lambda hf: _transpose(hf[0]).chunk(3))
+SPLIT_EXPERTS = Transform(lambda ours: ours[0].unbind(), lambda hf: [torch.stack(list(hf))])
+# transformers stores the bias of BERT's untied head twice, and reads the one beside the weight.
+UNTIED_HEAD = Transform(lambda ours: [*ours, ours[1].clone()], lambda hf: hf[:2])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Names of tensors, or of modules: then the row maps their .weight and .bias. Several are separated by spaces.
+
+    {e} is the number of an expert.
+    """
+
+    ours: str
+    hf: str
+    transform: Transform = IDENTITY
+
+
+def rows(ours: str, hf: str, parts: str, transform: Transform = IDENTITY) -> tuple[Row, ...]:
+    """Return a row for each part, a name that replaces * on both sides."""
+    return tuple(Row(ours.replace("*", part), hf.replace("*", part), transform) for part in parts.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +63,7 @@ class Key:
     """A second key that must have the same value."""
 
 
-DECODER_KEYS: Keys = {
+DECODER_KEYS: Mapping[str, Key] = {
     "vocabulary": Key("vocab_size"),
     "width": Key("hidden_size"),
     "mlp_width": Key("intermediate_size"),
@@ -46,7 +89,7 @@ class Architecture:
     model_type: str
     family: str = "llama"
     """Our model.family."""
-    keys: Keys = field(default_factory=lambda: DECODER_KEYS)
+    keys: Mapping[str, Key] = field(default_factory=lambda: DECODER_KEYS)
     """Our config keys (dotted), and the class's."""
     constants: Mapping[str, object] = field(default_factory=lambda: DECODER_CONSTANTS)
     """The class's keys that our family has no choice in, with the only value that fits."""
@@ -81,3 +124,62 @@ class Architecture:
     @property
     def has_experts(self) -> bool:
         return "experts.experts" in self.keys
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMapping:
+    """A row for one block of one model."""
+
+    ours: tuple[str, ...]
+    hf: tuple[str, ...]
+    transform: Transform
+
+    def to_hf(self, ours: Mapping[str, Tensor], vocabulary: int | None) -> dict[str, Tensor]:
+        """Return transformers' tensors by name, views if possible. vocabulary: rows that are not padding; None: all."""
+        tensors = [ours[name][:vocabulary] if name in VOCABULARY_ROWS else ours[name] for name in self.ours]
+        return dict(zip(self.hf, self.transform.to_hf(tensors), strict=True))
+
+    def from_hf(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return our tensors by name, without padding of the vocabulary."""
+        return dict(zip(self.ours, self.transform.from_hf([read(name) for name in self.hf]), strict=True))
+
+
+def map_tensors(architecture: Architecture, config: ModelConfig, names: Collection[str]) -> list[TensorMapping]:
+    """Return the mappings of a model with these tensor names, each of which is in exactly one.
+
+    First those outside of blocks, then block by block. A row without tensors in this model is skipped.
+    """
+    rows = [("", "", row) for row in architecture.tensors]
+    for i in range(config.layers):
+        rows += [(f"blocks.{i}.", f"{architecture.block}.{i}.", row) for row in architecture.block_tensors]
+    experts = range(config.experts.experts if config.experts else 0)
+    unmapped, mappings = set(names), list[TensorMapping]()
+    for prefix, hf_prefix, row in rows:
+        for ending in ("", ".weight", ".bias"):
+            ours = tuple(f"{prefix}{name}{ending}" for name in row.ours.split())
+            if unmapped.issuperset(ours):
+                hf = [f"{hf_prefix}{name}{ending}" for name in row.hf.split()]
+                hf = [name.replace("{e}", str(e)) for name in hf for e in (experts if "{e}" in name else [0])]
+                mappings.append(TensorMapping(ours, tuple(hf), row.transform))
+                unmapped.difference_update(ours)
+    assert not unmapped, f"no row for {sorted(unmapped)}"
+    return mappings
+
+
+def hf_shapes(mappings: Iterable[TensorMapping], tensors: Mapping[str, Tensor], vocabulary: int | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of transformers' tensors by name. `tensors`: ours, by name."""
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    return {name: tuple(hf.shape) for mapping in mappings for name, hf in mapping.to_hf(meta, vocabulary).items()}
+
+
+def padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a copy in fp32, with zeros for the rows that only ours has."""
+    whole = torch.zeros(shape, dtype=torch.float32)
+    whole[: len(tensor)].copy_(tensor)
+    return whole
+
+
+def substitute(name: str, patterns: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name

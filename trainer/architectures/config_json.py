@@ -1,7 +1,7 @@
-"""Translate a model section to the config.json of a class of transformers, and back."""
+"""Find the class of transformers for a model section, and translate the section to its config.json, and back."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,29 @@ from pydantic import ValidationError
 
 from manta.data.errors import InputError
 from manta.trainer.architectures.architecture import Architecture
-from manta.trainer.architectures.families import ARCHITECTURES, flatten
+from manta.trainer.architectures.families import ARCHITECTURES
 from manta.trainer.config.model import ModelConfig
 
 ConfigJson = dict[str, Any]
 
 
+def architecture_for(config: ModelConfig) -> Architecture:
+    """Return the class that computes what a model of this config computes. Raises InputError if there is none."""
+    of_family = [architecture for architecture in ARCHITECTURES.values() if architecture.family == config.family]
+    if not of_family:
+        raise InputError(f"model.family: expected llama, gpt2 or bert, got {config.family!r}. Export a model of one of these.")
+    candidates = [architecture for architecture in of_family if architecture.has_experts == (config.experts is not None)]
+    if not candidates:
+        raise InputError(f"model.experts: expected none for {config.family} in transformers, got some. Export a model without experts.")
+    conflicts, closest = min(((list(_conflicts(each, config)), each) for each in candidates), key=lambda pair: len(pair[0]))
+    if conflicts:
+        raise InputError(f"{conflicts[0]}. Train a model that {closest.name}, the closest class of transformers, supports.")
+    return closest
+
+
 def to_hf_config(architecture: Architecture, config: ModelConfig, *, vocabulary: int, positions: int) -> ConfigJson:
     """Return the keys of config.json that describe the model itself. `positions`: the sequence length that it was trained with."""
-    flat = flatten(config) | {
+    flat = _flatten(config) | {
         "vocabulary": vocabulary,
         "positions": positions,
         "kv_heads": config.kv,
@@ -50,8 +64,7 @@ def from_hf_config(hf: ConfigJson, file: Path) -> tuple[Architecture, ModelConfi
     _check_constants(architecture, hf, file)
     flat: ConfigJson = {key: values[0] for key, values in architecture.requires.items()} | {"family": architecture.family}
     for ours, key in architecture.keys.items():
-        default = hf.get(key.older, key.default) if key.older else key.default
-        flat[ours] = hf.get(key.hf, default)
+        flat[ours] = next((hf[name] for name in (key.hf, key.older) if name in hf), key.default)
         if key.twin is not None and (twin := hf.get(key.twin, key.default)) != flat[ours]:
             raise _refusal(file, key.twin, twin, f"{key.hf}'s {flat[ours]!r}")
     if architecture.rope_theta is not None:
@@ -127,3 +140,22 @@ def _window(architecture: Architecture, hf: ConfigJson, file: Path) -> object:
 
 def _refusal(file: Path, key: str, value: object, expected: str) -> InputError:
     return InputError(f"{file}: {key}: expected {expected}, got {json.dumps(value)}. Import a model that manta can train.")
+
+
+def _conflicts(architecture: Architecture, config: ModelConfig) -> Iterator[str]:
+    flat = _flatten(config)
+    for key, values in architecture.requires.items():
+        if flat[key] not in values:
+            expected = " or ".join("none" if value is None else repr(value) for value in values)
+            yield f"model.{key}: expected {expected}, got {flat[key]!r}"
+    if architecture.needs_shared_expert and not flat["experts.shared"]:
+        yield "model.experts.shared: expected at least 1, got 0"
+    if architecture.needs_divisible_width and config.width % config.heads:
+        yield f"model.heads: expected a divisor of model.width ({config.width}), got {config.heads}"
+
+
+def _flatten(config: ModelConfig) -> dict[str, object]:
+    """Return the model section by dotted key."""
+    flat = config.model_dump(mode="json")
+    experts: dict[str, object] = flat.pop("experts") or {}
+    return flat | {f"experts.{key}": value for key, value in experts.items()}

@@ -14,12 +14,12 @@ from typing import Any
 import xxhash
 
 from manta.data.errors import InputError
-from manta.trainer.pretrained.source import KEPT_FILES
 from manta.trainer.run_directory import RunDirectory
 
 CONFIG, TOKENIZER, CARD = "config.json", "tokenizer.json", "README.md"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+KEPT_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 EXPORTED = {CONFIG, CARD, SINGLE, INDEX, *KEPT_FILES}
 
 
@@ -79,6 +79,13 @@ def staged(directory: Path) -> Generator[Path]:
         partial.replace(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_kept_files(source: Path, target: Path) -> None:
+    """Copy the files of a model that an import keeps, and that an export of the import returns."""
+    for name in KEPT_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
 
 
 def refuse_to_overwrite(directory: Path, run_directory: RunDirectory) -> None:

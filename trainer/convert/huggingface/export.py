@@ -3,22 +3,24 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as Reference
+from tokenizers import processors
+from torch import Tensor
 
-from manta.trainer.architectures.architecture import Architecture
-from manta.trainer.architectures.config_json import ConfigJson, to_hf_config
-from manta.trainer.architectures.families import ARCHITECTURES, architecture_for, map_tensors
-from manta.trainer.architectures.tensor_map import hf_shapes
-from manta.trainer.convert.huggingface.directory import CARD, CONFIG, refuse_to_overwrite, staged
+from manta.data.tokenizer.tokenizer import read_tokenizer
+from manta.trainer.architectures.architecture import Architecture, map_tensors
+from manta.trainer.architectures.config_json import ConfigJson, architecture_for, to_hf_config
+from manta.trainer.architectures.families import ARCHITECTURES
+from manta.trainer.convert.huggingface.directory import CARD, CONFIG, INDEX, SINGLE, TOKENIZER, copy_kept_files, refuse_to_overwrite, staged
 from manta.trainer.convert.huggingface.model_card import model_card
-from manta.trainer.convert.huggingface.tokenizer_files import tokenizer_files
-from manta.trainer.convert.huggingface.weight_files import TensorSpec, write_weights
-from manta.trainer.pretrained.load import Pretrained
-from manta.trainer.pretrained.source import ImportSource
-from manta.trainer.pretrained.weights import model_tensors
+from manta.trainer.model.bert import Bert
+from manta.trainer.pretrained.load import ImportSource, Pretrained, model_tensors
 
 __all__ = ["export"]
 
@@ -33,22 +35,24 @@ def export(pretrained: Pretrained, directory: Path, *, dtype: torch.dtype | None
     """
     refuse_to_overwrite(directory, pretrained.run_directory)
     source, config, vocabulary = pretrained.source, pretrained.config, pretrained.vocabulary
-    architecture = architecture_for(config) if source is None else _by_name(source.architecture)
+    if source is None:
+        architecture = architecture_for(config)
+    else:
+        architecture = next(each for each in ARCHITECTURES.values() if each.name == source.architecture)
     tensors = model_tensors(pretrained.model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    mappings = map_tensors(architecture, config, shapes)
-    by_name = {name: mapping for mapping in mappings for name in mapping.hf}
-    specs = {name: TensorSpec(shape, _dtype(name, dtype, source)) for name, shape in hf_shapes(mappings, shapes, vocabulary).items()}
+    mappings = {name: mapping for mapping in map_tensors(architecture, config, tensors) for name in mapping.hf}
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    specs = {name: mapping.to_hf(meta, vocabulary)[name].to(_dtype(name, dtype, source)) for name, mapping in mappings.items()}
     most_common = Counter(spec.dtype for spec in specs.values()).most_common(1)[0][0]
     with staged(directory) as partial:
-        write_weights(partial, specs, lambda name: by_name[name].to_hf(tensors, vocabulary)[name], limit=shard_size)
-        content = _config(pretrained, architecture, most_common) if source is None else _imported_config(source, dtype)
-        write_json(partial / CONFIG, content)
-        for name, content in tokenizer_files(pretrained).items():
-            (partial / name).write_bytes(content)
-        if source is None and architecture.family != "bert":
-            end = pretrained.tokenizer.end_of_text
-            write_json(partial / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True})
+        _write_weights(partial, specs, lambda name: mappings[name].to_hf(tensors, vocabulary)[name], limit=shard_size)
+        if source is None:
+            _write_json(partial / CONFIG, _config(pretrained, architecture, most_common))
+            _write_tokenizer(partial, pretrained)
+        else:
+            key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
+            _write_json(partial / CONFIG, source.config | ({} if dtype is None else {key: str(dtype).removeprefix("torch.")}))
+            copy_kept_files(pretrained.run_directory.path, partial)
         (partial / CARD).write_text(model_card(pretrained, architecture.name, most_common))
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -57,6 +61,30 @@ def _dtype(name: str, dtype: torch.dtype | None, source: ImportSource | None) ->
     if dtype is None and source is not None:
         return getattr(torch, source.dtypes.get(name, source.dtype))
     return torch.float32 if dtype is None or name.endswith(ALWAYS_FP32) else dtype
+
+
+def _write_weights(directory: Path, specs: Mapping[str, Tensor], read: Callable[[str], Tensor], *, limit: int) -> None:
+    """Write files of at most `limit` bytes each, unless a single tensor is larger. Holds one file's tensors at a time.
+
+    specs: all tensors, on the meta device.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.nbytes
+    files: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: read(name).to(specs[name].dtype).contiguous() for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(spec.nbytes for spec in specs.values())
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
 
 
 def _config(pretrained: Pretrained, architecture: Architecture, dtype: torch.dtype) -> ConfigJson:
@@ -70,17 +98,33 @@ def _config(pretrained: Pretrained, architecture: Architecture, dtype: torch.dty
     return config | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def _imported_config(source: ImportSource, dtype: torch.dtype | None) -> ConfigJson:
-    """Return the config of the import's files, with another dtype if requested."""
-    if dtype is None:
-        return source.config
-    key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
-    return source.config | {key: str(dtype).removeprefix("torch.")}
+def _write_tokenizer(directory: Path, pretrained: Pretrained) -> None:
+    """Write the files that AutoTokenizer loads, and the special tokens for generation."""
+    tokenizer, content = pretrained.tokenizer, read_tokenizer(pretrained.tokenizer_file)
+    if isinstance(pretrained.model, Bert):
+        special = tokenizer.special_tokens()
+        names = {f"{key}_token": tokenizer.decode([getattr(special, key)]) for key in ("cls", "sep", "mask", "pad")}
+        tokens: dict[str, object] = {**names, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+        content = _with_template(content, names["cls_token"], names["sep_token"])
+    else:
+        tokens = dict.fromkeys(("bos_token", "eos_token"), pretrained.end_of_text)
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
+        _write_json(directory / "generation_config.json", {**ids, "do_sample": True})
+    (directory / TOKENIZER).write_bytes(content.encode())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "model_max_length": pretrained.sequence_length}
+    _write_json(directory / "tokenizer_config.json", config | {"clean_up_tokenization_spaces": False})
 
 
-def _by_name(name: str) -> Architecture:
-    return next(architecture for architecture in ARCHITECTURES.values() if architecture.name == name)
+def _with_template(content: str, cls: str, sep: str) -> str:
+    """Put the special tokens of BERT's pretraining around a text, or a pair of texts."""
+    tokenizer = Reference.from_str(content)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in (cls, sep)],
+    )
+    return tokenizer.to_str(pretty=True)
 
 
-def write_json(path: Path, value: object) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,10 +1,10 @@
 """The model card: what was trained, on what, and for how long."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import torch
 
-from manta.trainer.architectures.tensor_map import VOCABULARY_ROWS
+from manta.trainer.architectures.architecture import VOCABULARY_ROWS
 from manta.trainer.convert.huggingface.directory import marker
 from manta.trainer.metrics import read_metrics
 from manta.trainer.pretrained.load import Pretrained
@@ -13,12 +13,14 @@ from manta.trainer.pretrained.load import Pretrained
 def model_card(pretrained: Pretrained, architecture: str, dtype: torch.dtype) -> str:
     """Return README.md."""
     auto = "AutoModelForPreTraining" if architecture == "BertForPreTraining" else "AutoModelForCausalLM"
+    named = pretrained.model.named_parameters()
+    parameters = sum((p[: pretrained.vocabulary] if name in VOCABULARY_ROWS else p).numel() for name, p in named)  # without padding
     rows = {
         "architecture": architecture,
-        "parameters": f"{_parameters(pretrained):,}",
+        "parameters": f"{parameters:,}",
         "weights": str(dtype).removeprefix("torch."),
         **({"trained": "elsewhere: imported, and not changed"} if pretrained.source else _training(pretrained)),
-        "manta": _version(),
+        "manta": version("manta"),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
@@ -59,16 +61,3 @@ def _training(pretrained: Pretrained) -> dict[str, str]:
         "corpus": ", ".join(f"`{source.resolved_name}`" for source in run.data.sources),
         "started with manta": str(run_directory.manifest().get("manta", "unknown")),
     }
-
-
-def _parameters(pretrained: Pretrained) -> int:
-    """Count parameters without padding of the vocabulary."""
-    named = pretrained.model.named_parameters()
-    return sum((p[: pretrained.vocabulary] if name in VOCABULARY_ROWS else p).numel() for name, p in named)
-
-
-def _version() -> str:
-    try:
-        return version("manta")
-    except PackageNotFoundError:
-        return "unknown"
