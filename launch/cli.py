@@ -234,10 +234,10 @@ def export(
     refuse_to_overwrite(directory, run_dir)
     import torch
 
-    from manta.trainer.convert.formats import EXPORTERS
+    from manta.trainer.convert.huggingface.export import export
     from manta.trainer.pretrained.load import load_pretrained
 
-    EXPORTERS["hf"](load_pretrained(run_dir), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=max_bytes)
+    export(load_pretrained(run_dir), directory, dtype=None if dtype is None else getattr(torch, dtype), shard_size=max_bytes)
     typer.echo(str(directory))
 
 
@@ -260,9 +260,9 @@ def import_(
 
     destination = Path("imported") / import_name(directory) if output is None else output
     check_import(directory, destination)
-    from manta.trainer.convert.formats import IMPORTERS
+    from manta.trainer.convert.huggingface.import_model import import_model
 
-    IMPORTERS["hf"](directory, destination)
+    import_model(directory, destination)
     typer.echo(str(destination))
 
 

@@ -1,1 +1,5 @@
-"""Convert models and checkpoints from and to other formats. No rank imports this."""
+"""Other formats, a package each; no rank imports them.
+
+`huggingface` exports and imports a whole model, `deepspeed` reads checkpoints with optimizer state. To add an export format: a package here
+with a function like `huggingface.export.export`, and an option of `manta export` (launch/cli.py).
+"""
