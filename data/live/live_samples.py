@@ -169,7 +169,7 @@ class LiveSamples:
             size += len(texts[-1])
             if size >= width + (requested - 1) * stride:
                 break
-        windows = min(requested, max(0, size - width + stride) // stride)
+        windows = min(requested, self._objective.shape.count(size))
         if not windows:
             problem = f"expected at least {width} for a sample of {self.sequence_length}, got {size} validation tokens"
             raise InputError(f"data.validation: {problem}. Raise it from {share:g}, or add documents.")

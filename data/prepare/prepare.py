@@ -91,10 +91,8 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
             report(f"data.live: text is tokenized while it is read; only the tokenizer is prepared, in {tokenizer_directory.root}")
             return prepared
         directories = [_corpus_directory(data, source, tokens, fingerprint(content)) for source in data.sources]
-        corpora = [
-            _build(source, directory, data, tokens, tokenizer_directory)
-            for source, directory in zip(data.sources, directories, strict=True)
-        ]
+        pairs = zip(data.sources, directories, strict=True)
+        corpora = [_build(source, directory, data, tokens, tokenizer_directory) for source, directory in pairs]
         if data.packing == "best_fit":
             for directory, corpus in zip(directories, corpora, strict=True):
                 pack_corpus(directory, corpus, window_shape(data))

@@ -106,9 +106,8 @@ def load_packing(home: CorpusDirectory, corpus: Manifest, shape: WindowShape) ->
 def pack_corpus(home: CorpusDirectory, corpus: Manifest, shape: WindowShape) -> None:
     """Pack each shard for this shape, unless already done."""
     if find_packing(home, corpus, shape, contents=home.store.is_local) is None:
-        train, validation = (
-            tuple(_pack_shard(home, shard, shape) for shard in split.shards) for split in (corpus.train, corpus.validation)
-        )
+        train = tuple(_pack_shard(home, shard, shape) for shard in corpus.train.shards)
+        validation = tuple(_pack_shard(home, shard, shape) for shard in corpus.validation.shards)
         record = CorpusPacking(fingerprint=corpus.fingerprint, train=train, validation=validation)
         home.store.write(_record(shape), record.model_dump_json(indent=1).encode())
 

@@ -116,9 +116,8 @@ class SourceSampler:
             seed = int(hashed(seed, _SOURCE, int(digest(name)[:16], 16))[0])
         blocks = data.shuffle_shards
         order = Order(len(dataset), seed) if blocks is None else BlockOrder(dataset.counts, seed, shards_per_block=blocks)
-        limits = [
-            source.epochs for source in data.sources if source.epochs is not None and (source.resolved_name == name or not data.mixture)
-        ]
+        sources = [source for source in data.sources if source.resolved_name == name or not data.mixture]
+        limits = [source.epochs for source in sources if source.epochs is not None]
         return cls(name=name, streams=tuple(streams), dataset=dataset, order=order, max_epochs=min(limits, default=None))
 
     def prefetch(self, number: int) -> None:

@@ -88,22 +88,17 @@ def corpus_statistics(directory: CorpusDirectory, corpus: Manifest, shape: Windo
         lengths += LengthHistogram.of(lengths_D)
         cut += documents_cut(lengths_D, shape, start=0 if apart else position)
         position += shard.tokens
-        windows += window_count(shard.tokens, shape) if apart else 0
+        windows += shape.count(shard.tokens) if apart else 0
         bins += 0 if packed else len(best_fit(lengths_D, shape.width, overlap=overlap))
         pieces_D = np.maximum(1, -(-(lengths_D - overlap) // shape.stride))  # of each document, once packed
         split += int((pieces_D > 1).sum())
         filled += int(lengths_D.sum() + (pieces_D - 1).sum() * overlap)
-    windows = windows if apart else window_count(position, shape)
+    windows = windows if apart else shape.count(position)
     return CorpusStatistics(
         lengths=lengths,
         cut=PackingStatistics(samples=windows, cut=cut, padding=0, places=windows * shape.width),
         best_fit=PackingStatistics(samples=bins, cut=split, padding=bins * shape.width - filled, places=bins * shape.width),
     )
-
-
-def window_count(tokens: int, shape: WindowShape) -> int:
-    """Return the number of windows of continuous text."""
-    return max(0, tokens - shape.width + shape.stride) // shape.stride
 
 
 def documents_cut(lengths_D: Counts, shape: WindowShape, *, start: int) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,7 @@ from manta.data.storage.store import open_store
 
 class CorpusDirectory:
     def __init__(self, root: str, config: CacheConfig) -> None:
-        self.root, self.store = root, open_store(root)
-        self._config = config
-        self._remote_sizes: dict[str, int] | None = None
+        self.root, self.store, self._config = root, open_store(root), config
 
     def location(self, name: str) -> str:
         """Return a file's path or URL. Shards that are read in place have names that are absolute."""
@@ -66,9 +64,8 @@ class CorpusDirectory:
 
     def shard_problem(self, shard: Shard, *, contents: bool) -> str | None:
         """Return what is wrong with a shard's files, if anything. contents: check their hashes, not their sizes alone."""
-        return self.file_problem(shard.file, shard.bin_bytes, shard.bin_xxh3, contents=contents) or self.file_problem(
-            shard.index, shard.idx_bytes, shard.idx_xxh3, contents=contents
-        )
+        problem = self.file_problem(shard.file, shard.bin_bytes, shard.bin_xxh3, contents=contents)
+        return problem or self.file_problem(shard.index, shard.idx_bytes, shard.idx_xxh3, contents=contents)
 
     def file_problem(self, name: str, size: int, xxh3: str, *, contents: bool) -> str | None:
         location = self.location(name)
@@ -90,11 +87,13 @@ class CorpusDirectory:
         """Return a file's size. An object store is asked for all sizes at once: a corpus has thousands of files."""
         if self.store.is_local or not location.startswith(f"{self.root}/"):
             return open_store(location).stat().size
-        if self._remote_sizes is None:
-            self._remote_sizes = {url: file.size for url, file in self.store.find().files.items() if file}
         if location not in self._remote_sizes:
             raise FileNotFoundError(location)
         return self._remote_sizes[location]
+
+    @cached_property
+    def _remote_sizes(self) -> dict[str, int]:
+        return {url: file.size for url, file in self.store.find().files.items() if file}
 
     def _token_file(self, shard: Shard) -> CachedFile:
         return CachedFile(url=self.location(shard.file), size=shard.bin_bytes, xxh3=shard.bin_xxh3)

@@ -28,6 +28,10 @@ class WindowShape:
     width: int
     stride: int
 
+    def count(self, tokens: int) -> int:
+        """Return the number of windows of continuous text."""
+        return max(0, tokens - self.width + self.stride) // self.stride
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Windows:
@@ -137,7 +141,7 @@ class CutDataset(WindowDataset):
             for index, stream in enumerate(streams)
             for start, end in (zip(stream.starts[:-1], stream.starts[1:], strict=True) if by_shard else (stream.starts[[0, -1]],))
         ]
-        super().__init__([max(0, end - start - shape.width + shape.stride) // shape.stride for _, start, end in spans])
+        super().__init__([shape.count(end - start) for _, start, end in spans])
         self._streams, self._shape = streams, shape
         self._stream_of_part = np.array([index for index, _, _ in spans], dtype=np.int64)
         self._starts = np.array([start for _, start, _ in spans], dtype=np.int64)

@@ -23,6 +23,8 @@ from manta.data.storage.local import walk
 from manta.data.storage.location import StoredFile
 from manta.data.storage.store import open_store
 
+_STDLIB = sysconfig.get_path("stdlib")
+
 
 def identity(source: SourceConfig) -> list[object]:
     """Return what identifies a source's documents: the names, sizes and versions of its files, and the config that selects documents.
@@ -31,8 +33,8 @@ def identity(source: SourceConfig) -> list[object]:
     """
     files = source_files(source)
     if source.path == "stdlib:":
-        root = _stdlib()
-        found: list[object] = [source.path, platform.python_version(), [(os.path.relpath(file.path, root), file.size) for file in files]]
+        names = [(os.path.relpath(file.path, _STDLIB), file.size) for file in files]
+        found: list[object] = [source.path, platform.python_version(), names]
     else:
         found = [source.path, [(file.path, file.size, file.version) for file in [*files, *_token_indexes(files)]]]
     selection = source.model_dump(mode="json", exclude_defaults=True, exclude={"path", "name", "validation", "epochs"})
@@ -58,7 +60,7 @@ def holds_token_files(source: SourceConfig) -> bool:
 def source_files(source: SourceConfig) -> list[StoredFile]:
     """Return the files of a source, sorted. Raises InputError if there are none, or if one is empty or of an unknown format."""
     if source.path == "stdlib:":
-        return [open_store(path).stat() for path in walk(_stdlib()) if format_suffix(path) in TEXT]
+        return [open_store(path).stat() for path in walk(_STDLIB) if format_suffix(path) in TEXT]
     if is_hub_dataset(source):
         dataset, _ = dataset_name(source)
         return [open_store(path).stat() for path in walk(dataset)] if Path(dataset).is_dir() else []
@@ -141,10 +143,6 @@ def _token_indexes(files: list[StoredFile]) -> list[StoredFile]:
     names = {file.path for file in files}
     indexes = [f"{file.path.removesuffix('.bin')}.idx" for file in files if file.path.endswith(".bin")]
     return [file for path in indexes if path not in names for file in open_store(path).find().files.values() if file is not None]
-
-
-def _stdlib() -> str:
-    return sysconfig.get_path("stdlib")
 
 
 def _location(source: SourceConfig) -> str:

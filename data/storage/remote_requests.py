@@ -29,9 +29,8 @@ log = logging.getLogger(__name__)
 TRIES = 5
 WAIT = 0.2  # seconds before the second try; doubles before each further one
 
-_OPTIONS: dict[str, dict[str, Any]] = {  # we count the tries, the libraries must not; two parts at a time, each of 50 MB and more
-    "s3": {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 1}}, "max_concurrency": 2}
-}
+# We count the tries, the library must not; two parts at a time, each of 50 MB and more.
+_S3_OPTIONS: dict[str, Any] = {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 1}}, "max_concurrency": 2}
 # The libraries' errors have no common base, and a library may not be installed: they are recognized by name.
 _BROKEN = (
     {"ConnectionError", "TimeoutError", "IncompleteRead", "IncompleteReadError"}  # Python's own, and others with the same names
@@ -69,21 +68,22 @@ def _file_system(url: str) -> Any:
     import fsspec  # takes tenths of a second, with its dependencies
 
     scheme = url.partition("://")[0].lower()
+    is_s3 = scheme in {"s3", "s3a"}
     if urlsplit(url).password:
         raise InputError(f"{scheme}://…@{urlsplit(url).hostname}: expected no password in the URL. Put it into the environment.")
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
-        remedy = "pip install 'manta[s3]'" if scheme in {"s3", "s3a"} else str(error)
+        remedy = "pip install 'manta[s3]'" if is_s3 else str(error)
         raise InputError(f"{url}: the package for {scheme}:// is not installed; {remedy}") from None
     except ValueError:
         raise InputError(f"{url}: expected a scheme that fsspec knows, such as s3://, got {scheme}://. Change it.") from None
     try:
-        system, _ = fsspec.url_to_fs(url, **_OPTIONS.get("s3" if scheme == "s3a" else scheme, {}))
+        system, _ = fsspec.url_to_fs(url, **(_S3_OPTIONS if is_s3 else {}))
     except (ValueError, TypeError) as error:
         remedy = f"Check the URL, and the environment's settings for {scheme}://."
         raise InputError(f"{url}: cannot be opened ({_describe(error)}). {remedy}") from None
-    if scheme in {"s3", "s3a"}:
+    if is_s3:
         system.retries = 1
     return system
 
