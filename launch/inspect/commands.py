@@ -2,20 +2,25 @@
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
 
-if TYPE_CHECKING:
-    from manta.launch.inspect.figures import FigureWriter
-
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Inspect the data: a corpus, its files, its mixture, the text of a step."
 )
+
+
+def _require_matplotlib(directory: Path | None) -> Path | None:
+    if directory is not None and find_spec("matplotlib") is None:
+        raise InputError("--png: expected matplotlib, which is not installed. Run pip install 'manta[plots]'.")
+    return directory
+
 
 Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config in YAML, or a run directory.", show_default=False)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
@@ -23,7 +28,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override config keys: data.packing=best_fit", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Png = Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Also write charts as PNG into this directory.", show_default=False)]
+Png = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Also write charts as PNG into this directory.", show_default=False, callback=_require_matplotlib),
+]
 
 
 @app.command(epilog="For example: manta data inspect run.yaml data.sequence_length=4096 --png charts")
@@ -44,7 +52,7 @@ def inspect(
     from manta.launch.inspect import corpus, corpus_report
     from manta.launch.inspect.resolve import resolve
 
-    report = corpus.inspect_corpus(resolve(target, overrides or []), read=read, figures=_figure_writer(png))
+    report = corpus.inspect_corpus(resolve(target, overrides or []), read=read, png=png)
     _print(report, corpus_report.show, as_json=as_json)
 
 
@@ -80,7 +88,7 @@ def mixture(
     from manta.launch.inspect.mixture import mixture, show
     from manta.launch.inspect.resolve import resolve
 
-    _print(mixture(resolve(target, overrides or []), steps=steps, figures=_figure_writer(png)), show, as_json=as_json)
+    _print(mixture(resolve(target, overrides or []), steps=steps, png=png), show, as_json=as_json)
 
 
 @app.command("sample-at", epilog="For example: manta data sample-at runs/mine 1731 --rank 3")
@@ -106,15 +114,6 @@ def sample_at(
     _print(report, lambda report: step_samples.show(report, full=full), as_json=as_json)
     if report["digest"]["matches"] is False:
         raise typer.Exit(ExitCode.FAILED)
-
-
-def _figure_writer(directory: Path | None) -> "FigureWriter | None":
-    """Raises InputError without matplotlib."""
-    if directory is None:
-        return None
-    from manta.launch.inspect.figures import FigureWriter
-
-    return FigureWriter(directory)
 
 
 def _print(report: dict[str, Any], show: Callable[[dict[str, Any]], None], *, as_json: bool) -> None:

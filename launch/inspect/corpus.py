@@ -5,7 +5,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,15 +21,12 @@ from manta.data.shards.windows import TokenStream
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.launch.inspect.resolve import DataTarget
 
-if TYPE_CHECKING:
-    from manta.launch.inspect.figures import FigureWriter
-
 Report = dict[str, Any]
 _MAX_DECODED = 10_000  # tokens of a repeated document
 _LEAST_PROGRESS = 50_000_000  # tokens; a smaller corpus is read too quickly for a progress bar
 
 
-def inspect_corpus(target: DataTarget, *, read: int, figures: "FigureWriter | None") -> Report:
+def inspect_corpus(target: DataTarget, *, read: int, png: Path | None) -> Report:
     """Return all figures. read: maximum number of tokens to read for duplicates and for contamination; 0 skips both."""
     config, prepared = target.config, target.prepared()
     data, train = config.data, config.train
@@ -72,9 +70,11 @@ def inspect_corpus(target: DataTarget, *, read: int, figures: "FigureWriter | No
         validation = [TokenStream(home, corpus.validation.shards) for home, corpus in opened]
         tokenizer = Tokenizer(prepared.tokenizer, end_of_text=config.tokenizer.end_of_text)
         report |= _repetition(streams, validation, tokenizer, max_tokens=read)
-    if figures is not None:
+    if png is not None:
+        from manta.launch.inspect.figures import write_corpus
+
         by_source = {corpus.source: one.lengths for corpus, one in zip(corpora, found, strict=True)}
-        report["png"] = figures.write_corpus(report["sources"], by_source, data)
+        report["png"] = write_corpus(png, report["sources"], by_source, data)
     return report
 
 

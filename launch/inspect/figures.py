@@ -4,19 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from manta.data.config import DataConfig
 from manta.data.errors import InputError
 from manta.data.sampling.statistics import LengthHistogram
-
-try:
-    import matplotlib as mpl
-    from cycler import cycler
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-except ModuleNotFoundError:
-    raise InputError("--png: expected matplotlib, which is not installed. Run pip install 'manta[plots]'.") from None
 
 _COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#222255", "#225555", "#663333")
 """Safe for color-blind readers: Paul Tol's bright scheme, and three colors of his dark one."""
@@ -35,31 +31,31 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-class FigureWriter:
-    """Writes charts into a directory. Raises InputError if it cannot be written."""
+def write_corpus(
+    directory: Path, sources: Sequence[Mapping[str, Any]], lengths: Mapping[str, LengthHistogram], data: DataConfig
+) -> list[str]:
+    """Write lengths.png and sources.png. Returns their paths."""
+    with mpl.rc_context(_STYLE):
+        return [
+            _save(_lengths(lengths, data.sequence_length), directory / "lengths.png"),
+            _save(_sources(sources), directory / "sources.png"),
+        ]
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
 
-    def write_corpus(self, sources: Sequence[Mapping[str, Any]], lengths: Mapping[str, LengthHistogram], data: DataConfig) -> list[str]:
-        """Write lengths.png and sources.png. Returns their paths."""
-        with mpl.rc_context(_STYLE):
-            return [self._save(_lengths(lengths, data.sequence_length), "lengths.png"), self._save(_sources(sources), "sources.png")]
+def write_mixture(directory: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write mixture.png: shares over the run, and the epochs of each source. Returns its path."""
+    with mpl.rc_context(_STYLE):
+        return [_save(_mixture(names, rows), directory / "mixture.png")]
 
-    def write_mixture(self, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Write mixture.png: shares over the run, and the epochs of each source. Returns its path."""
-        with mpl.rc_context(_STYLE):
-            return [self._save(_mixture(names, rows), "mixture.png")]
 
-    def _save(self, figure: Figure, name: str) -> str:
-        path = self._directory / name
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=_DPI)
-        except OSError as error:
-            wanted = "a directory that can be written"
-            raise InputError(f"--png: expected {wanted}, got {self._directory} ({error.strerror}). Choose another one.") from None
-        return str(path)
+def _save(figure: Figure, path: Path) -> str:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=_DPI)
+    except OSError as error:
+        wanted = "a directory that can be written"
+        raise InputError(f"--png: expected {wanted}, got {path.parent} ({error.strerror}). Choose another one.") from None
+    return str(path)
 
 
 def _lengths(lengths: Mapping[str, LengthHistogram], sequence_length: int) -> Figure:
@@ -75,15 +71,14 @@ def _lengths(lengths: Mapping[str, LengthHistogram], sequence_length: int) -> Fi
         shares = [100 * count / total for count in counts]
         axis.hist([edges[:-1]] * len(counts), edges, weights=shares, stacked=True, label=list(lengths))
         axis.axvline(sequence_length, color="black", lw=1.2, ls="--")
-        axis.set_title(f"{total:,} {unit} by {'length' if unit == 'documents' else 'length of their document'}")
-        axis.set_ylabel(f"% of {unit}")
+        by = "length" if unit == "documents" else "length of their document"
+        axis.set(title=f"{total:,} {unit} by {by}", ylabel=f"% of {unit}")
         axis.grid(visible=False, axis="x")
     label = f" data.sequence_length {sequence_length:,}"
     axes[0].annotate(label, (sequence_length, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9)
     axes[1].set_xscale("log", base=2)
-    axes[1].set_xlim(edges[0], edges[-1])
+    axes[1].set(xlim=(edges[0], edges[-1]), xlabel="tokens in a document")
     axes[1].xaxis.set_major_formatter("{x:,.0f}")
-    axes[1].set_xlabel("tokens in a document")
     if len(lengths) > 1:
         _legend(figure, axes[0], len(lengths))
     return figure
@@ -103,10 +98,8 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> Figure:
     axis.set_yticks(rows, [source["source"] for source in sources])
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
-    axis.set_xticks(range(0, 101, 20))
-    axis.set_xlim(0, 1.3 * highest)
-    axis.set_xlabel("% of all")
-    axis.set_title(f"{totals[0]:,} tokens in {totals[1]:,} documents, by source")
+    title = f"{totals[0]:,} tokens in {totals[1]:,} documents, by source"
+    axis.set(xticks=range(0, 101, 20), xlim=(0, 1.3 * highest), xlabel="% of all", title=title)
     return figure
 
 
@@ -117,19 +110,14 @@ def _mixture(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Figure:
     steps = [row["step"] for row in rows]
     shares = [[100 * row["sources"][name]["share"] for row in rows] for name in names]
     above.stackplot(steps, shares, labels=names, step="post", lw=0)
-    above.set_ylim(0, 100)
-    above.set_ylabel("% of samples")
-    above.set_title("shares of a step")
+    above.set(ylim=(0, 100), ylabel="% of samples", title="shares of a step")
     for index, name in enumerate(names):
         epochs = [row["sources"][name]["epochs"] for row in rows]
         below.plot(steps, epochs, color=f"C{index}", lw=2, label=name)
         below.annotate(f" {epochs[-1]:.2f}", (steps[-1], epochs[-1]), color=f"C{index}", va="center", fontsize=9, annotation_clip=False)
     below.axhline(1, color="black", lw=1, ls="--")
     below.set_ylim(bottom=0)
-    below.set_xlim(0, steps[-1])
-    below.set_ylabel("epochs")
-    below.set_title("epochs of each source")
-    below.set_xlabel("steps done")
+    below.set(xlim=(0, steps[-1]), xlabel="steps done", ylabel="epochs", title="epochs of each source")
     below.xaxis.set_major_formatter("{x:,.0f}")
     _legend(figure, above, len(names))
     return figure

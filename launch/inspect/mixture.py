@@ -4,7 +4,8 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -15,9 +16,6 @@ from manta.data.sampling.statistics import windows_by_stream
 from manta.launch.config import RunConfig
 from manta.launch.inspect.charts import console, percent, plain_table, stacked, swatch
 from manta.launch.inspect.resolve import DataTarget
-
-if TYPE_CHECKING:
-    from manta.launch.inspect.figures import FigureWriter
 
 Report = dict[str, Any]
 _ROWS = 8  # evenly spaced rows, besides those at which something changes
@@ -65,7 +63,7 @@ class _Plan:
         return list(map(float, samples)) if self.data.mixture else [samples[0] * windows / sum(self.windows) for windows in self.windows]
 
 
-def mixture(target: DataTarget, *, steps: int | None, figures: "FigureWriter | None") -> Report:
+def mixture(target: DataTarget, *, steps: int | None, png: Path | None) -> Report:
     """Return all figures. steps: how far; default: train.steps."""
     plan = _Plan(target.config, target.samples().sampler)
     train_steps, length = target.config.train.steps, plan.data.sequence_length
@@ -82,9 +80,11 @@ def mixture(target: DataTarget, *, steps: int | None, figures: "FigureWriter | N
         "warnings": _warnings(plan, last, train_steps),
         "shares": [plan.shares(min(last - 1, column * last // _WIDTH)) for column in range(_WIDTH)],
     }
-    if figures is not None:
+    if png is not None:
+        from manta.launch.inspect.figures import write_mixture
+
         points = sorted({*rows, *(point * last // 400 for point in range(401))})
-        report["png"] = figures.write_mixture(plan.names, [_row(plan, step, []) for step in points])
+        report["png"] = write_mixture(png, plan.names, [_row(plan, step, []) for step in points])
     return report
 
 
