@@ -89,7 +89,7 @@ def resume(run: Run, overrides: Overrides = None, *, detach: Detach = False, on:
     from manta.launch import config
     from manta.launch.targets.dispatch import launch
 
-    loaded = config.load(config.resume_config(run), [*(overrides or []), f"run.dir={json.dumps(str(run.absolute()))}"])
+    loaded = config.load(config.find_run(run).config_file, [*(overrides or []), f"run.dir={json.dumps(str(run.absolute()))}"])
     detached = _arguments("resume", run, overrides or [], on, insecure=insecure) if detach else []
     raise typer.Exit(launch(loaded, on, insecure=insecure, detached=detached))
 
@@ -200,9 +200,9 @@ def generate(
     """Generate text with a run's newest checkpoint, or with an imported model."""
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"--top-p: expected a probability above 0 and at most 1, got {top_p}. Use 0.95, for example.")
-    from manta.launch.config import trained_run
+    from manta.launch.config import find_trained_run
 
-    run_dir = trained_run(run)
+    run_dir = find_trained_run(run)
     from manta.trainer.serve.generate import Sampling, generate_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -225,9 +225,9 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype: expected {', '.join(DTYPES)}, got {dtype}. Use one of them.")
     max_bytes = _parse_bytes(shard_size)
-    from manta.launch.config import trained_run
+    from manta.launch.config import find_trained_run
 
-    run_dir = trained_run(run)
+    run_dir = find_trained_run(run)
     from manta.trainer.convert.huggingface.directory import refuse_to_overwrite
 
     directory = run_dir.path / "export" / "hf" if output is None else output.absolute()

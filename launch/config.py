@@ -54,23 +54,23 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return validate(tree, file, sources)
 
 
-def resume_config(directory: Path) -> Path:
-    """Return the config file of the run in `directory`. Raises InputError if it is no run directory."""
-    file = RunDirectory(directory).config_file
-    if not file.exists():
+def find_run(directory: Path) -> RunDirectory:
+    """Raises InputError if it is no run directory."""
+    run_dir = RunDirectory(directory.absolute())
+    if not run_dir.config_file.exists():
         remedy = f"Start a run: manta train FILE run.dir={shlex.quote(str(directory))}"
-        raise InputError(f"{directory}: expected a run directory, got no {file.name}. {remedy}")
-    return file
+        raise InputError(f"{directory}: expected a run directory, got no {run_dir.config_file.name}. {remedy}")
+    return run_dir
 
 
-def trained_run(run: Path) -> RunDirectory:
+def find_trained_run(directory: Path) -> RunDirectory:
     """Return the directory of a run that has a checkpoint, or of an import. Raises InputError before torch is imported."""
-    run_dir = RunDirectory(run.absolute())
-    if (run_dir.path / "source.json").exists():
-        return run_dir
-    load(resume_config(run))
+    if (directory / "source.json").exists():
+        return RunDirectory(directory.absolute())
+    run_dir = find_run(directory)
+    load(run_dir.config_file)
     if not run_dir.saved_step():
-        raise InputError(f"{run}: expected a run with a checkpoint, got none. Train it first: manta resume {run_dir.quoted}")
+        raise InputError(f"{directory}: expected a run with a checkpoint, got none. Train it first: manta resume {run_dir.quoted}")
     return run_dir
 
 

@@ -39,6 +39,9 @@ class RunDirectory:
         self.logs = path / "logs"  # a directory per attempt, with a file per rank
         self.quoted = shlex.quote(str(path))  # as a shell reads it
 
+    def log(self, attempt: int, rank: int) -> Path:
+        return self.logs / f"attempt-{attempt:04d}" / f"rank-{rank:04d}.log"
+
     def open_checkpoints(self) -> CheckpointBackend:
         """Return the run's checkpoints, at the checkpoint.directory of its config."""
         try:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,11 @@ class EventLog:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the events so far, in order; an empty list if the file does not exist. Skips lines that are incomplete."""
     return list(parse_events(path.read_bytes())) if path.exists() else []
+
+
+def exit_code(events: Sequence[dict[str, Any]]) -> int | None:
+    """Return the exit code with which the last start of a run has ended; None if it has not ended."""
+    return events[-1]["exit_code"] if events and events[-1]["event"] == "run-ended" else None
 
 
 def parse_events(text: bytes) -> Iterator[dict[str, Any]]:

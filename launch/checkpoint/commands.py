@@ -97,11 +97,10 @@ def now(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the checkpoint.")] = 600.0,
 ) -> None:
     """Save a training run after its current step, and wait until the checkpoint is committed."""
-    from manta.launch.config import resume_config
+    from manta.launch.config import find_run
     from manta.trainer.checkpoint.errors import SaveError
-    from manta.trainer.run_directory import RunDirectory
 
-    run_directory = RunDirectory(resume_config(run).absolute().parent)
+    run_directory = find_run(run)
     if not run_directory.is_locked:
         raise InputError(f"{run}: expected a run that is training, got one that is not. Resume it: manta resume {run_directory.quoted}.")
     backend, request_file = run_directory.open_checkpoints(), run_directory.save_request_file

@@ -5,8 +5,7 @@ from pathlib import Path
 from manta.data.errors import InputError
 from manta.launch.config import load
 from manta.launch.messages import notify
-from manta.launch.run.corpus import open_corpus
-from manta.launch.run.preflight import check_own_model, check_writable
+from manta.launch.run.preflight import check_own_model, check_writable, open_corpus
 from manta.launch.run.start import write_run_directory
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import name_of_step
@@ -38,8 +37,7 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     if saved.step > config.train.steps:
         raise InputError(f"train.steps: expected at least {saved.step}, the step of {saved.folder}, got {config.train.steps}. Raise it.")
     code = check_own_model(run_directory, config)
-    corpus = open_corpus(run_directory, config)
-    prepared, vocabulary = corpus.prepared, corpus.tokenizer_vocabulary
+    prepared, vocabulary = open_corpus(run_directory, config)
     state = logical_state(saved, config, vocabulary=vocabulary, code=run_directory.code, names=names)
     with run_directory.lock():
         write_run_directory(run_directory, config, prepared, code)

@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from manta.cluster.supervise.event_log import POLL, Event, event_of, parse_events, read_events
+from manta.cluster.supervise.event_log import POLL, Event, event_of, exit_code, parse_events, read_events
 from manta.data.errors import InputError
-from manta.launch.config import resume_config
+from manta.launch.config import find_run
 from manta.launch.messages import notify, resume_hint
 from manta.launch.run.display import Display
 from manta.launch.tail import Tail
@@ -21,12 +21,17 @@ def attach(run: Path) -> int:
 
     Raises InputError if the run was never started.
     """
-    run_dir = RunDirectory(resume_config(run).absolute().parent)
+    run_dir = find_run(run)
     try:
         while run_dir.is_locked and _has_ended(run_dir):
             time.sleep(POLL_INTERVAL)  # its controller is about to start
         if not run_dir.is_locked:
-            _report_past_run(run_dir)
+            events = read_events(run_dir.events_file)
+            if not events:
+                expected = "expected a run that was started, got a new one"
+                raise InputError(f"{run_dir.path}: {expected}. Start it: manta resume {run_dir.quoted}")
+            code = exit_code(events)
+            notify(f"{run_dir.path}: not running" + ("" if code is None else f"; it ended with exit code {code}"))
         config = run_dir.config()
         code = Display(run_dir, config, shrunk_layouts(config.train, config.parallel)).follow(_events(run_dir))
     except KeyboardInterrupt:
@@ -52,14 +57,7 @@ def _events(run_dir: RunDirectory) -> Iterator[Event]:
         time.sleep(POLL_INTERVAL if is_running else 0)
 
 
-def _report_past_run(run_dir: RunDirectory) -> None:
-    events = read_events(run_dir.events_file)
-    if not events:
-        raise InputError(f"{run_dir.path}: expected a run that was started, got a new one. Start it: manta resume {run_dir.quoted}")
-    codes = [event["exit_code"] for event in events[-1:] if event["event"] == "run-ended"]
-    notify(f"{run_dir.path}: not running" + (f"; it ended with exit code {codes[0]}" if codes else ""))
-
-
 def _has_ended(run_dir: RunDirectory) -> bool:
     """Whether the last start has ended, or there was none."""
-    return [event["event"] for event in read_events(run_dir.events_file)[-1:]] in ([], ["run-ended"])
+    events = read_events(run_dir.events_file)
+    return not events or exit_code(events) is not None

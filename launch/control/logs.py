@@ -2,17 +2,17 @@
 
 import re
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
-from manta.launch.config import resume_config
+from manta.launch.config import find_run
 from manta.launch.tail import Tail
 from manta.trainer.run_directory import RunDirectory
 
 POLL_INTERVAL = 0.2  # seconds
-Logs = dict[int, dict[int, Path]]  # attempt -> rank -> file
 
 
 def logs(run: Path, *, rank: int, attempt: int | None, follow: bool) -> Iterator[bytes]:
@@ -20,18 +20,25 @@ def logs(run: Path, *, rank: int, attempt: int | None, follow: bool) -> Iterator
 
     Raises InputError if there is no such log.
     """
-    run_dir = RunDirectory(resume_config(run).absolute().parent)
+    run_dir = find_run(run)
     while follow and run_dir.is_locked and _is_expected(run_dir, rank, attempt):
         time.sleep(POLL_INTERVAL)
-    number = _attempt_of(run_dir, rank, attempt)
-    tail = Tail(_find_logs(run_dir)[number][rank])
+    found = _find_logs(run_dir)
+    if not found:
+        raise InputError(f"{run_dir.path}: expected a run that has started, got no rank's log. Check it: manta status {run_dir.quoted}")
+    number = max(found) if attempt is None else attempt
+    if number not in found:
+        raise InputError(f"--attempt: expected one whose logs are kept, got {number}. Use {_ranges_text(found)}.")
+    if rank not in found[number]:
+        raise InputError(f"--rank: expected a rank of attempt {number}, got {rank}. Use {_ranges_text(found[number])}.")
+    tail = Tail(run_dir.log(number, rank))
     while True:
         has_ended = not (follow and run_dir.is_locked)  # checked before reading, so that the last lines are read
-        later = [other for other, ranks in sorted(_find_logs(run_dir).items()) if other > number and rank in ranks]
+        later = [other for other, ranks in _find_logs(run_dir).items() if other > number and rank in ranks]
         yield tail.new()
         if follow and later:
-            number = later[0]
-            tail = Tail(_find_logs(run_dir)[number][rank])
+            number = min(later)
+            tail = Tail(run_dir.log(number, rank))
         elif has_ended:
             return
         else:
@@ -43,30 +50,19 @@ def _is_expected(run_dir: RunDirectory, rank: int, attempt: int | None) -> bool:
     found = _find_logs(run_dir)
     if not found:
         return True
-    number = max(found) if attempt is None else attempt
-    if number not in found or rank in found[number]:
+    number = attempt or max(found)
+    if rank in found.get(number, {rank}):
         return False
     started = [event for event in read_events(run_dir.events_file) if (event["event"], event["attempt"]) == ("attempt-started", number)]
     return not started or rank < len(started[-1]["ranks"])
 
 
-def _attempt_of(run_dir: RunDirectory, rank: int, attempt: int | None) -> int:
-    found = _find_logs(run_dir)
-    if not found:
-        raise InputError(f"{run_dir.path}: expected a run that has started, got no rank's log. Check it: manta status {run_dir.quoted}")
-    number = max(found) if attempt is None else attempt
-    if number not in found:
-        raise InputError(f"--attempt: expected one whose logs are kept, got {number}. Use {_ranges_text(found)}.")
-    if rank not in found[number]:
-        raise InputError(f"--rank: expected a rank of attempt {number}, got {rank}. Use {_ranges_text(found[number])}.")
-    return number
-
-
-def _find_logs(run_dir: RunDirectory) -> Logs:
-    found: Logs = {}
+def _find_logs(run_dir: RunDirectory) -> dict[int, set[int]]:
+    """Return the ranks that have a log in each attempt."""
+    found: defaultdict[int, set[int]] = defaultdict(set)
     for path in run_dir.logs.glob("attempt-*/rank-*.log"):
         if numbers := re.fullmatch(r"attempt-(\d+)/rank-(\d+)\.log", f"{path.parent.name}/{path.name}"):
-            found.setdefault(int(numbers[1]), {})[int(numbers[2])] = path
+            found[int(numbers[1])].add(int(numbers[2]))
     return found
 
 

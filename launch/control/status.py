@@ -7,11 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from manta.cluster.protocol import ExitCode
-from manta.cluster.supervise.event_log import read_events
+from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.data.errors import InputError
-from manta.data.sampling.step_samples import Timeline
 from manta.launch.messages import count_text
-from manta.trainer.metrics import Line, format_duration, format_loss, loss_terms, read_metrics
+from manta.trainer.metrics import format_duration, format_loss, loss_terms, read_metrics
 from manta.trainer.run_directory import RunDirectory
 
 STATES = {
@@ -30,35 +29,34 @@ def status(directory: Path) -> dict[str, Any]:
     if not run_dir.events_file.exists():
         remedy = f"Start a run: manta train FILE run.dir={directory}"
         raise InputError(f"{directory}: expected a run directory, got no {run_dir.events_file.name}. {remedy}")
-    events = read_events(run_dir.events_file)
-    lines = read_metrics(run_dir.metrics_file)
-    newest = lines[-1] if lines else {}
+    events, lines = read_events(run_dir.events_file), read_metrics(run_dir.metrics_file)
     config = run_dir.config()
-    steps, timeline = config.train.steps, config.timeline()
-    evaluated = [line for line in lines if "eval/loss" in line]
-    checkpoints = run_dir.open_checkpoints().names()
+    newest = lines[-1] if lines else {}
+    evaluated = next((line for line in reversed(lines) if "eval/loss" in line), {})
+    step, steps, timeline = newest.get("step", 0), config.train.steps, config.timeline()
+    seconds_left = None
+    if newest:  # later steps may have other batch sizes
+        seconds_per_sample = newest["step_time"] / timeline.stage(step - 1).global_batch
+        seconds_left = seconds_per_sample * (timeline.first_sample(steps) - timeline.first_sample(step))
+    code = exit_code(events)
+    copied = ("loss_scale", "global_batch", "sequence_length", "tokens_per_second", "world_size", "layout")
     return {
         "run": str(run_dir.path),
-        "state": _state(run_dir, events),
-        "step": newest.get("step", 0),
+        "state": "running" if run_dir.is_locked else KILLED if code is None else STATES.get(code, "failed"),
+        "step": step,
         "steps": steps,
         "train_loss": newest.get("train/loss"),
-        "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
-        "eval_step": evaluated[-1]["step"] if evaluated else None,
+        "eval_loss": evaluated.get("eval/loss"),
+        "eval_step": evaluated.get("step"),
         "train_terms": loss_terms(newest, "train"),
-        "eval_terms": loss_terms(evaluated[-1], "eval") if evaluated else {},
+        "eval_terms": loss_terms(evaluated, "eval"),
         "skipped": sum(line.get("skipped", False) for line in lines),
-        "loss_scale": newest.get("loss_scale"),
         "tokens": newest.get("tokens", 0),
-        "global_batch": newest.get("global_batch"),
-        "sequence_length": newest.get("sequence_length"),
-        "tokens_per_second": newest.get("tokens_per_second"),
-        "seconds_left": _seconds_left(newest, timeline, steps) if newest else None,
-        "world_size": newest.get("world_size"),
-        "layout": newest.get("layout"),
+        "seconds_left": seconds_left,
         "attempts": max((event["attempt"] for event in events), default=0),
         "failures": [event["message"] for event in events if event["event"] in {"rank-failed", "node-lost"}],
-        "checkpoint": checkpoints[0] if checkpoints else None,
+        "checkpoint": next(iter(run_dir.open_checkpoints().names()), None),
+        **{key: newest.get(key) for key in copied},
     }
 
 
@@ -89,17 +87,3 @@ def print_status(status: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console(soft_wrap=True, highlight=False, markup=False).print(table)
-
-
-def _state(run_dir: RunDirectory, events: list[dict[str, Any]]) -> str:
-    if run_dir.is_locked:
-        return "running"
-    last = next((event for event in reversed(events) if event["event"] in {"run-started", "run-ended"}), None)
-    return KILLED if last is None or last["event"] == "run-started" else STATES.get(last["exit_code"], "failed")
-
-
-def _seconds_left(newest: Line, timeline: Timeline, steps: int) -> float:
-    """Estimate from the newest step's time per sample: later steps may have other batch sizes."""
-    step = newest["step"]
-    seconds_per_sample = newest["step_time"] / timeline.stage(step - 1).global_batch
-    return seconds_per_sample * (timeline.first_sample(steps) - timeline.first_sample(step))

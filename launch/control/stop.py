@@ -4,10 +4,10 @@ import time
 from pathlib import Path
 
 from manta.cluster.protocol import ExitCode
-from manta.cluster.supervise.event_log import read_events
+from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.cluster.supervise.requests import AT_ONCE
 from manta.data.errors import InputError
-from manta.launch.config import resume_config
+from manta.launch.config import find_run
 from manta.launch.messages import resume_hint
 from manta.trainer.run_directory import RunDirectory
 
@@ -19,20 +19,20 @@ def stop(run: Path, *, at_once: bool, timeout: float) -> str:
 
     Raises InputError if the run is not running, TimeoutError if it does not end in time.
     """
-    run_dir = RunDirectory(resume_config(run).absolute().parent)
+    run_dir = find_run(run)
     if not run_dir.is_locked:
         raise InputError(f"{run}: expected a running run, got one that is not running. Check it: manta status {run_dir.quoted}")
     events_before = len(read_events(run_dir.events_file))
     _request(run_dir, at_once=at_once)
     deadline = time.monotonic() + timeout
-    while run_dir.is_locked and _exit_code(run_dir, events_before) is None:
+    while run_dir.is_locked and exit_code(read_events(run_dir.events_file)[events_before:]) is None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{run_dir.path}: did not stop within {timeout:.0f} s; wait longer (--timeout) or use --at-once")
         if not run_dir.stop_request_file.exists():  # a run that was starting deleted it as the request of an earlier run
             _request(run_dir, at_once=at_once)
         time.sleep(POLL_INTERVAL)
     run_dir.stop_request_file.unlink(missing_ok=True)
-    return _ending(run_dir, _exit_code(run_dir, events_before))
+    return _ending(run_dir, exit_code(read_events(run_dir.events_file)[events_before:]))
 
 
 def _request(run_dir: RunDirectory, *, at_once: bool) -> None:
@@ -46,22 +46,15 @@ def _request(run_dir: RunDirectory, *, at_once: bool) -> None:
         raise InputError(f"{run_dir.stop_request_file}: expected a writable directory, got an error: {error.strerror}. {remedy}") from None
 
 
-def _exit_code(run_dir: RunDirectory, events_before: int) -> int | None:
-    """Return the exit code that the run has logged after its first `events_before` events; None if it has not ended."""
-    events = read_events(run_dir.events_file)[events_before:]
-    return next((event["exit_code"] for event in events if event["event"] == "run-ended"), None)
-
-
 def _ending(run_dir: RunDirectory, code: int | None) -> str:
     match code:
         case ExitCode.DONE:
             return "done: it had reached its last step"
         case ExitCode.SAVED | ExitCode.INTERRUPTED:
-            how = ""
+            return resume_hint(run_dir)
         case ExitCode.UNSAVED:
-            how = "stopped without saving; "
+            return f"stopped without saving; {resume_hint(run_dir)}"
         case None:
-            how = "killed; "
+            return f"killed; {resume_hint(run_dir)}"
         case _:
-            how = f"failed, see manta attach {run_dir.quoted}; "
-    return how + resume_hint(run_dir)
+            return f"failed, see manta attach {run_dir.quoted}; {resume_hint(run_dir)}"

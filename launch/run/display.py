@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from contextlib import nullcontext
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -43,15 +43,10 @@ class Display:
     def follow(self, events: Iterator[Event]) -> int:
         """Show all events. Return the exit code of the last one."""
         code: int = ExitCode.FAILED
-        if self._bar:
-            self._bar.start()
-        try:
+        with self._bar or nullcontext():
             for event in events:
                 self._show(event)
                 code = event.details.get("exit_code", code)
-        finally:
-            if self._bar:
-                self._bar.stop()
         return code
 
     def _show(self, event: Event) -> None:
@@ -77,7 +72,7 @@ class Display:
 
     def _message(self, event: Event) -> str | None:  # noqa: C901, PLR0911, PLR0912  a table: one line per kind of event
         """Return an event's message, or None if it is only for the event log."""
-        details, attempt = event.details, f"attempt {event.attempt}"
+        details, attempt, run_dir = event.details, f"attempt {event.attempt}", self._run_dir
         match event.kind:
             case "run-started":
                 self._started = event.time
@@ -85,7 +80,7 @@ class Display:
             case "rank-failed":
                 self._failure = event
                 failure = f"rank {details['rank']} failed at step {details['step']}"
-                return f"{attempt}: {failure}: {details['message']} ({self._log(event)})"
+                return f"{attempt}: {failure}: {details['message']} ({run_dir.log(event.attempt, details['rank'] or 0)})"
             case "rank-slow":
                 ratio = details.get("ratio") or details["times"]  # times: the name in older event logs
                 straggler = f"rank {details['rank']} on {details['node']} is {ratio:.1f}x slower than the median rank"
@@ -108,16 +103,22 @@ class Display:
                 return f"{attempt}: draining {nodes}: saving{'' if details['here'] else ', then continuing without it'}"
             case "head-lost":
                 return f"{attempt}: Ray's head node is lost: saving, then continuing under a new one"
-            case "decided" if details["decision"] in {"reallocate", "regroup"}:
-                return None
-            case "decided":
+            case "decided" if details["decision"] not in {"reallocate", "regroup"}:
                 return f"{attempt}: {details['decision']}" + (f": {details['reason']}" if "reason" in details else "")
             case "first-step" if details["step"] > 1:
-                return f"{attempt}: resumed from step {details['step'] - 1}{self._skipped_checkpoints()}"
+                bad = ", ".join(sorted(set(self._checkpoints.bad()) - self._known_bad))
+                skipped = f"; skipped the damaged {bad}: see {run_dir.logs}" if bad else ""
+                return f"{attempt}: resumed from step {details['step'] - 1}{skipped}"
             case "leaving":
                 return "stop requested: saving"
-            case "run-ended":
-                return self._ending(event)
+            case "run-ended" if details["exit_code"] == ExitCode.DONE:
+                took = format_duration(event.time - self._started)
+                command = "generate" if self._config.model.family in {"llama", "gpt2"} else "status"
+                return f"done: {self._steps} steps, {took} since the last start; next: manta {command} {run_dir.quoted}"
+            case "run-ended" if details["exit_code"] in {ExitCode.SAVED, ExitCode.UNSAVED, ExitCode.INTERRUPTED}:
+                return f"stopped; {resume_hint(run_dir)}"
+            case "run-ended" if self._failure and details["exit_code"] == ExitCode.FAILED:
+                return self._error(self._failure)
             case _:
                 return None
 
@@ -132,28 +133,11 @@ class Display:
             parts += [f"parallel.{name} {size} -> {now}" for name, size, now in sizes if now != size] + ["until more are available"]
         return ", ".join(parts)
 
-    def _skipped_checkpoints(self) -> str:
-        bad = sorted(set(self._checkpoints.bad()) - self._known_bad)
-        return f"; skipped the damaged {', '.join(bad)}: see {self._run_dir.logs}" if bad else ""
-
-    def _log(self, failure: Event) -> Path:
-        return self._run_dir.logs / f"attempt-{failure.attempt:04d}" / f"rank-{failure.details['rank'] or 0:04d}.log"
-
-    def _ending(self, event: Event) -> str | None:
-        run_dir, code = self._run_dir, event.details["exit_code"]
-        if code == ExitCode.DONE:
-            took = format_duration(event.time - self._started)
-            command = "generate" if self._config.model.family in {"llama", "gpt2"} else "status"
-            return f"done: {self._steps} steps, {took} since the last start; next: manta {command} {run_dir.quoted}"
-        if code in {ExitCode.SAVED, ExitCode.UNSAVED, ExitCode.INTERRUPTED}:
-            return f"stopped; {resume_hint(run_dir)}"
-        return self._error(self._failure) if self._failure and code == ExitCode.FAILED else None
-
     def _error(self, failure: Event) -> str:
         """Return the end of the traceback of the rank that made the run give up."""
-        message, traceback = failure.details["message"], failure.details.get("traceback", "").rstrip()
+        rank, message = failure.details["rank"], failure.details["message"]
+        traceback = failure.details.get("traceback", "").rstrip()
         lines = traceback.splitlines()[-TRACEBACK_LINES:]
         if not traceback.endswith(message):
             lines.append(message)
-        lines.append(f"log of rank {failure.details['rank']} in attempt {failure.attempt}: {self._log(failure)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"log of rank {rank} in attempt {failure.attempt}: {self._run_dir.log(failure.attempt, rank or 0)}"])

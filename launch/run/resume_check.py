@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 
 from manta.cluster.protocol import ExitCode
-from manta.cluster.supervise.event_log import read_events
+from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.data.errors import InputError
 from manta.data.live.live_samples import check_data_ranks
 from manta.data.sampling.samples import sample_numbers
@@ -35,7 +35,10 @@ def check_same_run(run_dir: RunDirectory, config: RunConfig) -> None:
     if differences:
         remedy = f"Use another run.dir, or resume with the run's own config: manta resume {run_dir.quoted}"
         raise InputError(f"{run_dir.path}: expected the config of the run in it, got another one: {'; '.join(differences)}. {remedy}")
-    _check_checkpoints(run_dir, config)
+    checkpoints, now = run_dir.open_checkpoints(), run_dir.checkpoints_in(config.checkpoint.directory)
+    if str(now) != str(checkpoints) and checkpoints.names() and not now.names():  # else the run would start again from step 0
+        remedy = f"Copy them there, or keep {checkpoints}."
+        raise InputError(f"checkpoint.directory: expected the run's checkpoints, got {now}, which has none. {remedy}")
     shape = config.schedule.shape
     if config.train.steps > old.train.steps and shape != "constant":
         notify(f"train.steps {old.train.steps} -> {config.train.steps}: the learning rate now follows a {shape} over all of them")
@@ -51,18 +54,7 @@ def check_same_data_ranks(run_dir: RunDirectory, layout: Layout) -> None:
 
 def is_finished(run_dir: RunDirectory, config: RunConfig) -> bool:
     """Whether the run has ended well, with its last step saved."""
-    events = read_events(run_dir.events_file)
-    if run_dir.saved_step() != config.train.steps or not events:
-        return False
-    return events[-1]["event"] == "run-ended" and events[-1]["exit_code"] == ExitCode.DONE
-
-
-def _check_checkpoints(run_dir: RunDirectory, config: RunConfig) -> None:
-    """Raises InputError if checkpoint.directory now has no checkpoints of the run, which would start again from step 0."""
-    before, now = run_dir.open_checkpoints(), run_dir.checkpoints_in(config.checkpoint.directory)
-    if str(now) != str(before) and before.names() and not now.names():
-        remedy = f"Copy them there, or keep {before}."
-        raise InputError(f"checkpoint.directory: expected the run's checkpoints, got {now}, which has none. {remedy}")
+    return run_dir.saved_step() == config.train.steps and exit_code(read_events(run_dir.events_file)) == ExitCode.DONE
 
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

@@ -1,30 +1,33 @@
-"""Start or resume a run: preflight, write its directory, supervise its ranks, show its progress."""
+"""Start or resume a run, here or detached: preflight, write its directory, supervise its ranks, show its progress."""
 
 import json
 import os
 import platform
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from importlib.metadata import version
 
 from manta.cluster.job import Job
 from manta.cluster.machine import gpus
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import Ray
 from manta.cluster.supervise.controller import Controller
+from manta.cluster.supervise.event_log import read_events
 from manta.data.shards.manifest import PreparedData
 from manta.data.storage.atomic import write_atomically
 from manta.launch import __version__
 from manta.launch.config import RunConfig
 from manta.launch.messages import count_text, notify
-from manta.launch.run.detach import detach
 from manta.launch.run.display import Display
 from manta.launch.run.preflight import RunPlan, preflight
 from manta.trainer.dist.layout import Layout, micro_batches_text
 from manta.trainer.run_directory import RunDirectory
 
+POLL_INTERVAL = 0.1  # seconds
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
 
 
@@ -39,7 +42,7 @@ def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
         notify(f"{config.run.dir.absolute()}: already done: step {steps} of {steps}; raise train.steps to continue")
         return ExitCode.DONE
     if detached:
-        return detach(plan.run_dir, detached)
+        return _detach(plan.run_dir, detached)
     with supervise(plan, ray) as controller:
         return Display(plan.run_dir, plan.config, plan.fallback_layouts).follow(controller.run())
 
@@ -59,14 +62,22 @@ def supervise(plan: RunPlan, ray: Ray) -> Generator[Controller]:
             fallback_sizes=tuple(plan.fallback_layouts),
             environment_by_size={ranks: layout.to_environment() for ranks, layout in all_layouts.items()},
             ranks_per_node=plan.ranks_per_node,
-            packages=(("manta", __version__), *((name, found) for name in PACKAGES if (found := _version(name)) is not None)),
+            packages=(("manta", __version__), *((name, version(name)) for name in PACKAGES)),
         )
         yield Controller(job, plan.config.cluster, ray)
 
 
 def write_run_directory(run_dir: RunDirectory, config: RunConfig, prepared: PreparedData, recorded: Mapping[str, str]) -> None:
     """Write what ranks read into a locked directory. recorded: what the manifest of a new run records in addition."""
-    manifest = run_dir.manifest() if run_dir.has_trained else _new_manifest(config)
+    new = {
+        "manta": __version__,
+        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus()},
+        "seed": config.run.seed,
+    }
+    manifest = run_dir.manifest() if run_dir.has_trained else new
     content = {**manifest, **recorded, "corpus": prepared.model_dump(mode="json")}
     write_atomically(run_dir.manifest_file, json.dumps(content, indent=1).encode())
     write_atomically(run_dir.config_file, config.to_yaml().encode())
@@ -98,20 +109,30 @@ def _print_summary(plan: RunPlan) -> None:
         notify(f"{path}: data.live: text is tokenized while it is read; only {count_text(layout.data, 'data rank')} can resume this run")
 
 
-def _new_manifest(config: RunConfig) -> dict[str, Any]:
-    """Record versions, machine and seed of a new run."""
-    return {
-        "manta": __version__,
-        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus()},
-        "seed": config.run.seed,
-    }
+def _detach(run_dir: RunDirectory, arguments: Sequence[str]) -> int:
+    """Start `manta` in a new session, so that closing the terminal does not end it.
 
-
-def _version(package: str) -> str | None:
+    Returns DONE once its controller has started. If it fails before, shows its output and returns its exit code.
+    Raises InputError if another process is running the run.
+    """
+    with run_dir.lock():
+        run_dir.logs.mkdir(exist_ok=True)
+        events_before = len(read_events(run_dir.events_file))
+    file = run_dir.logs / "controller.log"
+    with file.open("ab") as log:
+        start = log.tell()
+        command = [sys.executable, "-P", "-m", "manta.launch", *arguments]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        while process.poll() is None and len(read_events(run_dir.events_file)) == events_before:
+            time.sleep(POLL_INTERVAL)
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        raise
+    if process.returncode is not None:
+        notify(file.read_bytes()[start:].decode(errors="replace").rstrip())
+        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+    notify(f"{run_dir.path}: running in the background; its messages are in {file}")
+    for purpose, subcommand in (("show progress", "attach"), ("show the ranks' logs", "logs --follow"), ("stop", "stop")):
+        notify(f"  {purpose}: manta {subcommand} {run_dir.quoted}")
+    return ExitCode.DONE
