@@ -13,7 +13,7 @@ from manta.launch.messages import count_text
 from manta.trainer.metrics import format_duration, format_loss, loss_terms, read_metrics
 from manta.trainer.run_directory import RunDirectory
 
-STATES = {
+STATES: dict[int, str] = {
     ExitCode.DONE: "done",
     ExitCode.SAVED: "stopped, saved",
     ExitCode.INTERRUPTED: "interrupted",

@@ -1,18 +1,21 @@
 """The faults of a drill: each is injected into a running run, which must detect it and resume."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from manta.cluster.ray.runtime import JoinedRay, Ray
+from manta.cluster.supervise.event_log import POLL, Event
 from manta.cluster.supervise.fault_injection import Fault, FaultInjector
 from manta.cluster.supervise.hangs import MIN_INTERVALS
 from manta.data.storage.store import open_store
 from manta.launch.config import RunConfig
-from manta.launch.drill.monitor import RunMonitor, Script, wait_for
-from manta.trainer.metrics import Line
+from manta.launch.messages import notify
+from manta.launch.tail import Tail
+from manta.trainer.metrics import Line, parse_lines
+from manta.trainer.run_directory import RunDirectory
 
 TIMEOUT = 600.0  # seconds in which a run must detect a fault, and resume after it
 NODE_RETURN_TIMEOUT = 60.0  # seconds to wait for a lost node
@@ -20,13 +23,17 @@ ACTOR_TIMEOUT = 30.0  # seconds that Ray has to start the fault injector
 STEPS_BETWEEN = 3  # steps between two faults
 COMMIT_TIME = 0.2  # seconds in which a save that all ranks have written is committed
 
+T = TypeVar("T")
+Script = Generator[None, None, T]
+"""Runs until its next `yield`, and continues at the next event of the run."""
+
 
 @dataclass(slots=True, kw_only=True)
 class FaultResult:
     """What happened after a fault. Times are in seconds after it, None if it was not detected, or the run did not resume.
 
     `skipped`: why it was not injected. `first_line`: how many lines the run had logged by then. `keeps_running`: the run never stopped.
-    `recomputed`: steps that were computed twice.
+    `recomputed`: steps that were computed twice. `losses`: how they compare with those of a run without faults.
     """
 
     fault: str
@@ -37,22 +44,91 @@ class FaultResult:
     keeps_running: bool = False
     recomputed: int = 0
     note: str = ""
+    losses: str = ""
+    has_same_losses: bool = False
 
     @property
     def is_survived(self) -> bool:
         return self.detected is not None and (self.keeps_running or self.resumed is not None)
 
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"{self.fault}: skipped: {self.skipped}"
+        if not self.is_survived:
+            return f"{self.fault}: NOT DETECTED"
+        resumed = "kept running" if self.resumed is None else f"resumed after {self.resumed:.2f} s"
+        return f"{self.fault}: detected after {self.detected:.2f} s, {resumed}"
+
+
+class RunMonitor:
+    """Collects a run's events and metrics. `lines` are in the order of writing: a step that was recomputed has two."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.events: list[Event] = []
+        self.lines: list[Line] = []
+        self._metrics = Tail(run.metrics_file)
+
+    def add(self, event: Event) -> None:
+        if event.kind != POLL:
+            self.events.append(event)
+        self.lines += parse_lines(self._metrics.lines().decode())
+
+    @property
+    def step(self) -> int:
+        """The step of the newest line."""
+        return self.lines[-1]["step"] if self.lines else 0
+
+    @property
+    def furthest_step(self) -> int:
+        return max((line["step"] for line in self.lines), default=0)
+
+    @property
+    def attempt(self) -> int:
+        """The number of the newest attempt."""
+        return self._newest("attempt-started").attempt
+
+    @property
+    def ranks(self) -> list[dict[str, Any]]:
+        """The newest attempt's ranks, with their process ids and nodes."""
+        return self._newest("attempt-started").details["ranks"]
+
+    def node_id(self, number: int) -> str:
+        return self._newest("nodes-gathered").details["nodes"][number]["id"]
+
+    @property
+    def newest_checkpoint(self) -> str:
+        """Its name; "" if there is none."""
+        return next(iter(self.run.open_checkpoints().names()), "")
+
+    def event_after(self, when: float, *kinds: str) -> Event | None:
+        """Return the first event of these kinds after a time."""
+        return next((event for event in self.events if event.kind in kinds and event.time > when), None)
+
+    def _newest(self, kind: str) -> Event:
+        return next(event for event in reversed(self.events) if event.kind == kind)
+
+
+def wait_for(find: Callable[[], T | None], timeout: float = TIMEOUT) -> Script[T]:
+    """Wait until `find` returns something. Raises TimeoutError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not (found := find()):
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        yield
+    return found
+
 
 class FaultScript:
     """Injects all faults into the last rank, whose node is not the head's. The loss of its node comes last: the run may then have fewer."""
 
-    def __init__(self, config: RunConfig, ray: Ray, monitor: RunMonitor, report: Callable[[FaultResult], None]) -> None:
-        self._config, self._ray, self._monitor, self._report = config, ray, monitor, report
+    def __init__(self, config: RunConfig, ray: Ray, monitor: RunMonitor) -> None:
+        self._config, self._ray, self._monitor = config, ray, monitor
         self.results: list[FaultResult] = []
 
     def run(self) -> Script[None]:
         """Inject one fault after the other. Raises TimeoutError if the run makes no progress."""
-        yield from wait_for(lambda: self._monitor.lines or None, TIMEOUT)
+        yield from wait_for(lambda: self._monitor.lines)
         for name, obstacle, inject in self._faults():
             result = FaultResult(fault=name, skipped=obstacle)
             self.results.append(result)
@@ -60,7 +136,7 @@ class FaultScript:
                 yield from self._settle()
                 result.first_line = len(self._monitor.lines)
                 yield from inject(result)
-            self._report(result)
+            notify(str(result))
         yield from self._settle()
 
     def _faults(self) -> list[tuple[str, str, Callable[[FaultResult], Script[None]]]]:
@@ -82,24 +158,30 @@ class FaultScript:
         """Inject a fault after which the run starts another attempt."""
         attempt = self._monitor.attempt
         _, when = self._inject(fault)
-        detected = yield from wait_for(lambda: self._monitor.event_after(when, "rank-failed", "node-lost"), TIMEOUT)
+        detected = yield from wait_for(lambda: self._monitor.event_after(when, "rank-failed", "node-lost"))
         result.detected = detected.time - when
-        line = yield from wait_for(lambda: self._monitor.line_after_attempt(attempt), TIMEOUT)
+        yield from self._resume(result, attempt, when)
+
+    def _resume(self, result: FaultResult, attempt: int, when: float) -> Script[None]:
+        """Wait for the first step of a later attempt."""
+        lines = self._monitor.lines
+        line = yield from wait_for(lambda: next((line for line in lines if line["attempt"] > attempt), None))
         result.resumed = line["time"] - when
-        result.recomputed = self._recomputed(attempt, line)
+        before = [each["step"] for each in lines if each["attempt"] == attempt]
+        result.recomputed = before[-1] - (line["step"] - 1) if before else 0
 
     def _rank_hung(self, result: FaultResult) -> Script[None]:
         """Stop a rank once this attempt has learned how long its steps take."""
         attempt = self._monitor.attempt
         steps = MIN_INTERVALS + STEPS_BETWEEN
-        yield from wait_for(lambda: sum(line["attempt"] == attempt for line in self._monitor.lines) > steps or None, TIMEOUT)
+        yield from wait_for(lambda: sum(line["attempt"] == attempt for line in self._monitor.lines) > steps)
         result.first_line = len(self._monitor.lines)
         yield from self._restart_after(result, "stop")
 
     def _rank_slowed(self, result: FaultResult) -> Script[None]:
         """Leave a rank a quarter of its time until it is reported."""
         injector, when = self._inject("slow")
-        detected = yield from wait_for(lambda: self._monitor.event_after(when, "rank-slow"), TIMEOUT)
+        detected = yield from wait_for(lambda: self._monitor.event_after(when, "rank-slow"))
         result.detected, result.keeps_running = detected.time - when, True
         result.note = f"{detected.details['ratio']:.1f} times slower, reported with its node"
         self._clear(injector)
@@ -107,11 +189,12 @@ class FaultScript:
     def _disk_full(self, result: FaultResult) -> Script[None]:
         """Let no file of a rank grow until a save has failed."""
         injector, when = self._inject("full")
-        detected = yield from wait_for(lambda: self._monitor.line_with("checkpoint/failures", when), TIMEOUT)
-        result.detected = detected["time"] - when
+        lines = self._monitor.lines
+        failed = yield from wait_for(lambda: next((one for one in lines if one["time"] > when and one.get("checkpoint/failures")), None))
+        result.detected = failed["time"] - when
         self._clear(injector)
         before = self._monitor.newest_checkpoint
-        yield from wait_for(lambda: self._monitor.newest_checkpoint != before or None, TIMEOUT)
+        yield from wait_for(lambda: self._monitor.newest_checkpoint != before)
         result.resumed = time.time() - when
         result.note = "kept training, saved once there was space"
 
@@ -123,10 +206,9 @@ class FaultScript:
         time.sleep(COMMIT_TIME)
         corrupt = self._monitor.newest_checkpoint
         flip_bit(Path(checkpoints.location(corrupt)))
-        line = yield from wait_for(lambda: self._monitor.line_after_attempt(attempt), TIMEOUT)
+        yield from self._resume(result, attempt, when)
         if set(checkpoints.bad()) - bad:
-            result.detected = result.resumed = line["time"] - when
-            result.recomputed = self._recomputed(attempt, line)
+            result.detected = result.resumed
             result.note = f"{corrupt} was rejected, the one before it loaded"
 
     def _node_lost(self, result: FaultResult) -> Script[None]:
@@ -137,7 +219,7 @@ class FaultScript:
             return
         result.note = f"resumed on {remaining} of {ranks} ranks"
         try:
-            yield from wait_for(lambda: len(self._monitor.ranks) == ranks or None, NODE_RETURN_TIMEOUT)
+            yield from wait_for(lambda: len(self._monitor.ranks) == ranks, NODE_RETURN_TIMEOUT)
         except TimeoutError:
             result.note += f", the node did not return within {NODE_RETURN_TIMEOUT:.0f} s"
         else:
@@ -146,7 +228,7 @@ class FaultScript:
     def _settle(self) -> Script[None]:
         """Wait for some steps, and for a checkpoint to resume from."""
         start = self._monitor.step
-        yield from wait_for(lambda: (self._monitor.step >= start + STEPS_BETWEEN and self._monitor.newest_checkpoint) or None, TIMEOUT)
+        yield from wait_for(lambda: self._monitor.step >= start + STEPS_BETWEEN and self._monitor.newest_checkpoint)
 
     def _inject(self, fault: Fault) -> tuple[Any, float]:
         """Inject a fault into the last rank; return the actor that did it, and when.
@@ -158,7 +240,7 @@ class FaultScript:
         from manta.cluster.nodes.node_group import on_machine
 
         rank = self._monitor.ranks[-1]
-        injector = on_machine(FaultInjector, self._monitor.nodes[rank["node"]]["id"]).remote()
+        injector = on_machine(FaultInjector, self._monitor.node_id(rank["node"])).remote()
         ray.get(injector.ready.remote(), timeout=ACTOR_TIMEOUT)
         when = time.time()
         done = injector.inject.remote(fault, rank["pid"])
@@ -171,11 +253,6 @@ class FaultScript:
 
         ray.get(injector.clear.remote(self._monitor.ranks[-1]["pid"]), timeout=ACTOR_TIMEOUT)
         ray.kill(injector)
-
-    def _recomputed(self, attempt: int, line: Line) -> int:
-        """Return how many of an attempt's steps the next one recomputed; its first line is `line`."""
-        steps = [each["step"] for each in self._monitor.lines if each["attempt"] == attempt]
-        return steps[-1] - (line["step"] - 1) if steps else 0
 
 
 def flip_bit(checkpoint: Path) -> None:
