@@ -13,6 +13,7 @@ from manta.data.errors import InputError
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.inspect.commands import app as data_app
+from manta.launch.options import AsJson, File, Overrides, Run, print_report
 
 DTYPES = ("float32", "bfloat16", "float16")
 BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -27,11 +28,6 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="The run's config, in YAML.", show_default=False)]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override config keys: train.steps=100", show_default=False)
-]
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; return when the run has started.")]
 On = Annotated[
     str,
@@ -42,6 +38,10 @@ On = Annotated[
 ]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Join a Ray cluster without a token, although anyone who reaches it can run code.")
+]
+WeightsOnly = Annotated[
+    str | None,
+    typer.Option(metavar="FROM", help="Take only the initial weights from a run, an import or a checkpoint; same as run.start_from=FROM."),
 ]
 
 
@@ -58,14 +58,7 @@ def train(
     file: File,
     overrides: Overrides = None,
     *,
-    weights_only: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FROM",
-            help="Take only the initial weights from a run, an imported model or a checkpoint; same as run.start_from=FROM.",
-            show_default=False,
-        ),
-    ] = None,
+    weights_only: WeightsOnly = None,
     detach: Detach = False,
     on: On = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted to SLURM or Kubernetes, and exit.")] = False,
@@ -107,8 +100,8 @@ def drill(file: File, overrides: Overrides = None, *, on: On = "local", insecure
 
 @app.command(context_settings={"allow_interspersed_args": False}, epilog="For example: manta at http://head:8265 status /shared/runs/mine")
 def at(
-    address: Annotated[str, typer.Argument(metavar="http://HOST:8265", help="Address of the Ray dashboard.", show_default=False)],
-    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="status, logs, stop, attach, ...", show_default=False)],
+    address: Annotated[str, typer.Argument(metavar="http://HOST:8265", help="Address of the Ray dashboard.")],
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="status, logs, stop, attach, ...")],
     *,
     insecure: Insecure = False,
 ) -> None:
@@ -148,7 +141,7 @@ def logs(
     run: Run,
     *,
     rank: Annotated[int, typer.Option(min=0, help="Rank to print the log of.")] = 0,
-    attempt: Annotated[int | None, typer.Option(min=1, help="The attempt; default: the newest.", show_default=False)] = None,
+    attempt: Annotated[int | None, typer.Option(min=1, help="The attempt; default: the newest.")] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print new lines as they are written, including those of later attempts.")
     ] = False,
@@ -173,15 +166,11 @@ def prepare(file: File, overrides: Overrides = None) -> None:
 
 
 @app.command(epilog="For example: manta status runs/mine --json")
-def status(run: Run, *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def status(run: Run, *, as_json: AsJson = False) -> None:
     """Print the state of a run: step, losses, speed, layout, failures, newest checkpoint."""
     from manta.launch.control.status import print_status, status
 
-    current = status(run)
-    if as_json:
-        typer.echo(json.dumps(current))
-    else:
-        print_status(current)
+    print_report(status(run), print_status, as_json=as_json)
 
 
 @app.command(epilog='For example: manta generate runs/mine "def read(" --tokens 64')
@@ -191,10 +180,8 @@ def generate(
     *,
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 takes the most likely token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.", show_default=False)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Nucleus sampling: the most likely tokens whose probabilities sum to this.", show_default=False)
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling: the most likely tokens whose probabilities sum to this.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling; the same seed generates the same text.")] = 1,
 ) -> None:
     """Generate text with a run's newest checkpoint, or with an imported model."""
@@ -215,10 +202,8 @@ def generate(
 def export(
     run: Run,
     *,
-    output: Annotated[Path | None, typer.Option(help="Directory to write; default: RUN/export/hf.", show_default=False)] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: float32, or that of the imported model.", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory to write; default: RUN/export/hf.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: float32, or that of the imported model.")] = None,
     shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights: 5GB, 500MB.")] = "5GB",
 ) -> None:
     """Export the newest checkpoint to Hugging Face transformers: config, safetensors, tokenizer, model card."""
@@ -243,16 +228,11 @@ def export(
 
 @app.command("import", epilog="For example: manta import their/gpt2 --output imported/gpt2")
 def import_(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A directory with config.json, safetensors and tokenizer.json.", show_default=False)
-    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory with config.json, safetensors and tokenizer.json.")],
     *,
     output: Annotated[
         Path | None,
-        typer.Option(
-            help="Directory to write; default: imported/NAME, with the name of DIR, or of the run that DIR was exported from.",
-            show_default=False,
-        ),
+        typer.Option(help="Directory to write; default: imported/NAME, with the name of DIR, or of the run that DIR was exported from."),
     ] = None,
 ) -> None:
     """Import a model from Hugging Face transformers: GPT-2, Llama, Mistral, Qwen3, BERT, and mixtures of experts."""

@@ -75,6 +75,9 @@ class CorpusStatistics:
     cut: PackingStatistics
     best_fit: PackingStatistics
 
+    def __add__(self, other: Self) -> Self:
+        return type(self)(lengths=self.lengths + other.lengths, cut=self.cut + other.cut, best_fit=self.best_fit + other.best_fit)
+
 
 def corpus_statistics(directory: CorpusDirectory, corpus: Manifest, shape: WindowShape, *, apart: bool) -> CorpusStatistics:
     """Read the indexes shard by shard, and pack shards that are not packed yet. apart: windows do not continue from shard to shard."""

@@ -1,30 +1,23 @@
 """The commands of `manta checkpoint`. Each imports what it needs when it runs."""
 
-import json
 import shlex
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
 from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
+from manta.launch.options import AsJson, Overrides, Run, print_report
 
 POLL = 0.2  # seconds
 
-T = TypeVar("T")
-
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, verify, inspect, prune and convert a run's checkpoints.")
 
-Source = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run, an import, one of its checkpoints, or the URL of checkpoints.", show_default=False)
-]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Source = Annotated[str, typer.Argument(metavar="RUN", help="A run, an import, one of its checkpoints, or the URL of checkpoints.")]
 
 
 @app.command("list", epilog="For example: manta checkpoint list runs/mine")
@@ -32,7 +25,7 @@ def list_(source: Source, *, as_json: AsJson = False) -> None:
     """List checkpoints, newest first, from their manifests. Their files are not read."""
     from manta.launch.checkpoint.list_checkpoints import list_checkpoints, show
 
-    _print(list_checkpoints(source), show, as_json=as_json)
+    print_report(list_checkpoints(source), show, as_json=as_json)
 
 
 @app.command(epilog="For example: manta checkpoint verify runs/mine")
@@ -41,7 +34,7 @@ def verify(source: Source, *, as_json: AsJson = False) -> None:
     from manta.launch.checkpoint.inspect import show_verified, verify
 
     reports = verify(source)
-    _print(reports, show_verified, as_json=as_json)
+    print_report(reports, show_verified, as_json=as_json)
     if any(report["error"] for report in reports):
         raise typer.Exit(ExitCode.FAILED)
 
@@ -59,7 +52,7 @@ def inspect(
     """
     from manta.launch.checkpoint.inspect import inspect, show_inspected
 
-    _print(inspect(source, match), show_inspected, as_json=as_json)
+    print_report(inspect(source, match), show_inspected, as_json=as_json)
 
 
 @app.command(epilog="For example: manta checkpoint prune runs/mine --keep 2 --every 10000 --dry-run")
@@ -68,7 +61,7 @@ def prune(
     *,
     keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints to keep.")] = 1,
     best: Annotated[int, typer.Option(min=0, help="Also keep this many with the lowest validation loss.")] = 0,
-    every: Annotated[int | None, typer.Option(min=1, help="Also keep multiples of this step.", show_default=False)] = None,
+    every: Annotated[int | None, typer.Option(min=1, help="Also keep multiples of this step.")] = None,
     bad: Annotated[bool, typer.Option("--bad", help="Also delete checkpoints that were set aside as bad.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
 ) -> None:
@@ -123,15 +116,13 @@ def now(
 
 @app.command(epilog="For example: manta checkpoint convert deepspeed/checkpoints run.yaml run.dir=runs/mine")
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="DS_DIR", help="The output of engine.save_checkpoint.", show_default=False)],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The config of the run that continues from it.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the config.", show_default=False)
-    ] = None,
+    source: Annotated[Path, typer.Argument(metavar="DS_DIR", help="The output of engine.save_checkpoint.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The config of the run that continues from it.")],
+    overrides: Overrides = None,
     *,
     names: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="manta or huggingface: the model's naming scheme. Detected if omitted.", show_default=False),
+        typer.Option(metavar="FORMAT", help="manta or huggingface: the model's naming scheme. Detected if omitted."),
     ] = None,
 ) -> None:
     """Convert a plain DeepSpeed checkpoint: weights, optimizer state, step and loss scale, under ZeRO 0, 1, 2 or 3.
@@ -142,10 +133,3 @@ def convert(
 
     typer.echo(convert(source, file, overrides or [], names))
     typer.echo(f"continue with: {shlex.join(['manta', 'train', str(file), *(overrides or [])])}")
-
-
-def _print(report: T, show: Callable[[T], None], *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(report))
-    else:
-        show(report)

@@ -37,7 +37,7 @@ def show_verified(reports: list[Report]) -> None:
     for report in reports:
         rate = report["bytes"] / max(report["seconds"], 1e-9) / 1e9
         verdict = f"bad: {report['error']}" if report["error"] else f"valid: {decimal(report['bytes'])}, {rate:.1f} GB/s"
-        console().print(f"{report['at']}  {verdict}", soft_wrap=True)
+        console().print(f"{report['at']}  {verdict}")
 
 
 def inspect(source: str, match: str) -> Report:
@@ -61,7 +61,7 @@ def _newest_readable(backend: CheckpointBackend, names: list[str]) -> Checkpoint
         try:
             return catalog.read_manifest(backend, name)
         except CheckpointError as error:
-            console().print(f"skipped: {error}", soft_wrap=True)
+            console().print(f"skipped: {error}")
     return catalog.read_manifest(backend, names[-1])
 
 
@@ -81,10 +81,10 @@ def _measure(backend: CheckpointBackend, checkpoint: Checkpoint, key: str) -> Re
 
 def show_inspected(report: Report) -> None:
     out = console()
-    out.print(report["at"], soft_wrap=True)
+    out.print(report["at"])
     content = f"{report['tensors']} tensors, {decimal(report['bytes'])} in {report['files']} files"
     writer = f"written {report['written']} by {report['ranks'] or 1} x {report['layout'] or 'one process'}"
-    out.print(f"step {report['step']:,}, {report['samples']:,} samples read; {content}; {writer}", soft_wrap=True)
+    out.print(f"step {report['step']:,}, {report['samples']:,} samples read; {content}; {writer}")
     states = list(dict.fromkeys(state for weight in report["weights"].values() for state in weight if state != "master"))
     table = Table.grid(padding=(0, 2))
     table.add_row("weight", "shape", "norm", "largest", *(f"{state} norm" for state in states), "")

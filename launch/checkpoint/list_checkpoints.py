@@ -62,5 +62,5 @@ def show(report: Report) -> None:
     for name in report["bad"]:
         table.add_row(name, "set aside as bad")
     out = console()
-    out.print(report["at"], soft_wrap=True)
+    out.print(report["at"])
     out.print(table)

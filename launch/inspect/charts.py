@@ -4,10 +4,11 @@ import os
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow", "bright_green")
@@ -18,17 +19,19 @@ _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not 
 _VISIBLE = _CONTROL_PICTURES | dict.fromkeys(range(128, 160), 0xFFFD)
 
 
+number_column = partial(Column, justify="right", no_wrap=True)
+
+
 def console() -> Console:
+    """Return a console for reports. Its lines are not wrapped, so that a program can read them."""
     wide = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, markup=False, emoji=False, width=None if wide else _WIDTH)
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if wide else _WIDTH)
 
 
-def plain_table(*columns: str, left: Sequence[str] = ()) -> Table:
-    """Return a table without lines. Its columns are aligned right, except for those in `left`."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name, justify="left" if name in left else "right")
-    return table
+def plain_table(*columns: Column | str) -> Table:
+    """Return a table without lines. A column given by its name alone is aligned right."""
+    all_columns = [Column(column, justify="right") if isinstance(column, str) else column for column in columns]
+    return Table(*all_columns, box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
 
 
 def bar(share: float, width: int) -> str:
@@ -43,7 +46,7 @@ def color(index: int) -> str:
 
 
 def swatch(index: int) -> Text:
-    return Text(SHADES[index % len(SHADES)] * 2, style=color(index))
+    return Text(SHADES[index % len(SHADES)], style=color(index))
 
 
 def stacked(columns: Sequence[Sequence[float]], height: int) -> list[Text]:
@@ -52,8 +55,7 @@ def stacked(columns: Sequence[Sequence[float]], height: int) -> list[Text]:
     for shares in columns:
         ends = list(accumulate(shares))
         for line, text in enumerate(lines):
-            index = bisect_right(ends, 1 - (line + 0.5) / height)
-            text.append(SHADES[index % len(SHADES)], style=color(index))
+            text.append(swatch(bisect_right(ends, 1 - (line + 0.5) / height)))
     return lines
 
 

@@ -1,15 +1,15 @@
 """The commands of `manta data`. Each imports what it needs when it runs."""
 
-import json
-from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
+from manta.launch.options import AsJson, Overrides, Run, print_report
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Inspect the data: a corpus, its files, its mixture, the text of a step."
@@ -22,15 +22,9 @@ def _require_matplotlib(directory: Path | None) -> Path | None:
     return directory
 
 
-Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config in YAML, or a run directory.", show_default=False)]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override config keys: data.packing=best_fit", show_default=False)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config in YAML, or a run directory.")]
 Png = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Also write charts as PNG into this directory.", show_default=False, callback=_require_matplotlib),
+    Path | None, typer.Option(metavar="DIR", help="Also write charts as PNG into this directory.", callback=_require_matplotlib)
 ]
 
 
@@ -49,11 +43,10 @@ def inspect(
 
     Documents, tokens and lengths by source; the effect of cutting or packing; duplicates; validation text that is also in train.
     """
-    from manta.launch.inspect import corpus, corpus_report
+    from manta.launch.inspect.corpus import inspect_corpus, show
     from manta.launch.inspect.resolve import resolve
 
-    report = corpus.inspect_corpus(resolve(target, overrides or []), read=read, png=png)
-    _print(report, corpus_report.show, as_json=as_json)
+    print_report(inspect_corpus(resolve(target, overrides or []), read=read, png=png), show, as_json=as_json)
 
 
 @app.command(epilog="For example: manta data verify runs/mine")
@@ -67,7 +60,7 @@ def verify(target: Target, overrides: Overrides = None, *, as_json: AsJson = Fal
 
     report = check(resolve(target, overrides or []))
     if as_json or not report["damaged"]:
-        _print(report, show, as_json=as_json)
+        print_report(report, show, as_json=as_json)
     if report["damaged"]:
         raise InputError("\n".join(report["damaged"]))
 
@@ -77,7 +70,7 @@ def mixture(
     target: Target,
     overrides: Overrides = None,
     *,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps to cover; default: train.steps.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps to cover; default: train.steps.")] = None,
     png: Png = None,
     as_json: AsJson = False,
 ) -> None:
@@ -88,17 +81,17 @@ def mixture(
     from manta.launch.inspect.mixture import mixture, show
     from manta.launch.inspect.resolve import resolve
 
-    _print(mixture(resolve(target, overrides or []), steps=steps, png=png), show, as_json=as_json)
+    print_report(mixture(resolve(target, overrides or []), steps=steps, png=png), show, as_json=as_json)
 
 
 @app.command("sample-at", epilog="For example: manta data sample-at runs/mine 1731 --rank 3")
 def sample_at(
     run: Run,
-    step: Annotated[int, typer.Argument(metavar="STEP", help="As in metrics.jsonl: the first is 1.", show_default=False)],
+    step: Annotated[int, typer.Argument(metavar="STEP", help="As in metrics.jsonl: the first is 1.")],
     *,
-    slot: Annotated[int | None, typer.Option(min=0, help="Show only this sample of the step.", show_default=False)] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Show only this data rank's samples.", show_default=False)] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Distribute the step over this many data ranks.", show_default=False)] = None,
+    slot: Annotated[int | None, typer.Option(min=0, help="Show only this sample of the step.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Show only this data rank's samples.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Distribute the step over this many data ranks.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Print long samples in full.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -108,16 +101,9 @@ def sample_at(
     the run logged; exits with 1 if the digests differ. To exclude samples from a new run, for example after a loss spike, use the sample
     numbers in data.skip=[[FIRST,END]].
     """
-    from manta.launch.inspect import sample_at as step_samples
+    from manta.launch.inspect.sample_at import sample_at, show
 
-    report = step_samples.sample_at(run, step, slot=slot, rank=rank, ranks=ranks)
-    _print(report, lambda report: step_samples.show(report, full=full), as_json=as_json)
+    report = sample_at(run, step, slot=slot, rank=rank, ranks=ranks)
+    print_report(report, partial(show, full=full), as_json=as_json)
     if report["digest"]["matches"] is False:
         raise typer.Exit(ExitCode.FAILED)
-
-
-def _print(report: dict[str, Any], show: Callable[[dict[str, Any]], None], *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(report))
-    else:
-        show(report)

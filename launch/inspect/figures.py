@@ -14,6 +14,8 @@ from manta.data.config import DataConfig
 from manta.data.errors import InputError
 from manta.data.sampling.statistics import LengthHistogram
 
+Rows = Sequence[Mapping[str, Any]]
+
 _COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#222255", "#225555", "#663333")
 """Safe for color-blind readers: Paul Tol's bright scheme, and three colors of his dark one."""
 _DPI = 130
@@ -31,21 +33,17 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def write_corpus(
-    directory: Path, sources: Sequence[Mapping[str, Any]], lengths: Mapping[str, LengthHistogram], data: DataConfig
-) -> list[str]:
+@mpl.rc_context(_STYLE)
+def write_corpus(directory: Path, sources: Rows, lengths: Mapping[str, LengthHistogram], data: DataConfig) -> list[str]:
     """Write lengths.png and sources.png. Returns their paths."""
-    with mpl.rc_context(_STYLE):
-        return [
-            _save(_lengths(lengths, data.sequence_length), directory / "lengths.png"),
-            _save(_sources(sources), directory / "sources.png"),
-        ]
+    lengths_figure = _lengths(lengths, data.sequence_length)
+    return [_save(lengths_figure, directory / "lengths.png"), _save(_sources(sources), directory / "sources.png")]
 
 
-def write_mixture(directory: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+@mpl.rc_context(_STYLE)
+def write_mixture(directory: Path, names: Sequence[str], rows: Rows) -> list[str]:
     """Write mixture.png: shares over the run, and the epochs of each source. Returns its path."""
-    with mpl.rc_context(_STYLE):
-        return [_save(_mixture(names, rows), directory / "mixture.png")]
+    return [_save(_mixture(names, rows), directory / "mixture.png")]
 
 
 def _save(figure: Figure, path: Path) -> str:
@@ -53,8 +51,8 @@ def _save(figure: Figure, path: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=_DPI)
     except OSError as error:
-        wanted = "a directory that can be written"
-        raise InputError(f"--png: expected {wanted}, got {path.parent} ({error.strerror}). Choose another one.") from None
+        problem = f"got {path.parent} ({error.strerror})"
+        raise InputError(f"--png: expected a directory that can be written, {problem}. Choose another one.") from None
     return str(path)
 
 
@@ -84,7 +82,7 @@ def _lengths(lengths: Mapping[str, LengthHistogram], sequence_length: int) -> Fi
     return figure
 
 
-def _sources(sources: Sequence[Mapping[str, Any]]) -> Figure:
+def _sources(sources: Rows) -> Figure:
     """Each source's shares of tokens and documents."""
     figure = Figure(figsize=(9, 1.4 + 0.55 * len(sources)), layout="constrained")
     axis = figure.subplots()
@@ -103,7 +101,7 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _mixture(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Figure:
+def _mixture(names: Sequence[str], rows: Rows) -> Figure:
     """The shares of each step, and cumulative epochs."""
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)

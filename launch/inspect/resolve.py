@@ -48,11 +48,9 @@ class DataTarget:
             raise InputError(self._not_prepared)
         return found[0].local_copy("tokenizer.json"), found[1], None
 
-    def samples(self, *, separate_documents: bool | None = None) -> Samples:
-        """separate_documents: instead of the config's."""
-        data = self.config.data
-        if separate_documents is not None:
-            data = data.model_copy(update={"separate_documents": separate_documents})
+    def samples(self, **changes: object) -> Samples:
+        """changes: of the `data` section."""
+        data = self.config.data.model_copy(update=changes)
         return Samples(self.prepared(), data, self.config.tokenizer, seed=self.config.run.seed)
 
     @property
@@ -67,17 +65,13 @@ def resolve(path: Path, overrides: Sequence[str]) -> DataTarget:
     config = configs.load(file, overrides)
     if config.data.live:
         raise InputError("data.live: expected a prepared corpus to inspect, got true. Set data.live=false, and run `manta prepare`.")
-    if run is not None and overrides and not _reads_same_tokens(configs.load(file), config):
+    if run is not None and overrides and _corpus_keys(configs.load(file)) != _corpus_keys(config):
         run = None
     return DataTarget(config=config, run=run, typed=shlex.join([str(file), *overrides]))
 
 
-def _reads_same_tokens(started: RunConfig, changed: RunConfig) -> bool:
-    """Whether a run's config, changed by overrides, still has the corpus that the run reads."""
-
-    def corpus_keys(config: RunConfig) -> list[object]:
-        keys = ("directory", "text_field", "validation", "bad_rows")
-        sources = [source.model_dump(exclude={"name", "epochs"}) for source in config.data.sources]
-        return [sources, config.tokenizer, *(getattr(config.data, key) for key in keys)]
-
-    return corpus_keys(started) == corpus_keys(changed)
+def _corpus_keys(config: RunConfig) -> list[object]:
+    """Return the part of a config that selects the corpus which a run reads."""
+    keys = ("directory", "text_field", "validation", "bad_rows")
+    sources = [source.model_dump(exclude={"name", "epochs"}) for source in config.data.sources]
+    return [sources, config.tokenizer, *(getattr(config.data, key) for key in keys)]

@@ -3,8 +3,9 @@
 It is verified by the digest that the run logged: a hash of all token ids and targets of the step, computed again from the corpus.
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from manta.data.errors import InputError
 from manta.data.objectives.examples import DIGEST_BITS, Examples
-from manta.data.objectives.render import Renderer
+from manta.data.objectives.render import RenderedSequence, Renderer
 from manta.data.sampling.samples import Sampler
 from manta.data.sampling.statistics import stream_of
 from manta.launch.inspect.charts import console, visible
@@ -57,12 +58,12 @@ def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks
         slots = [at for at in range(start, start + layout.micro_batch) if slot in {None, at} and rank in {None, data_rank}]
         if slots:
             other = separated.train(read_indices, sequence_length=stage.sequence_length)
-            parts = len(examples.tokens) // layout.micro_batch  # sequences per sample
+            sequences = _sequences(examples, renderer(examples, other), config.data.pairs)
+            parts = len(sequences) // layout.micro_batch  # sequences per sample
             for at in slots:
-                rows = slice((at - start) * parts, (at - start + 1) * parts)
-                sequences = _sequences(_rows(examples, rows), _rows(other, rows), renderer, config.data.pairs)
                 location = _locate(samples.sampler, first + at, names)
-                shown.append({"rank": data_rank, "micro_step": micro_step, "slot": at, **location, "sequences": sequences})
+                own = sequences[(at - start) * parts : (at - start + 1) * parts]
+                shown.append({"rank": data_rank, "micro_step": micro_step, "slot": at, **location, "sequences": own})
     logged = next((line for line in lines if line["step"] == step), None)
     return {
         "run": str(run),
@@ -89,9 +90,8 @@ def _layout(target: DataTarget, lines: list[Line], ranks: int | None) -> Layout:
         if limit % ranks:
             wanted = f"a divisor of train.global_batch / train.micro_batch ({limit})"
             raise InputError(f"--ranks: expected {wanted}, got {ranks}. Use {divisors_text(limit)}.")
-        return Layout(data=ranks, micro_batch=train.micro_batch)
-    if not lines:
-        return Layout(data=1, micro_batch=train.micro_batch)
+    if ranks is not None or not lines:
+        return Layout(data=ranks or 1, micro_batch=train.micro_batch)
     world, logged = lines[-1]["world_size"], lines[-1]["layout"]
     with suppress(InputError):
         layout = layout_for(train, parallel, world, may_shrink=True)
@@ -111,18 +111,14 @@ def _locate(sampler: Sampler, read_index: int, names: list[str]) -> Report:
     return {"sample": int(numbers[0]), "source": name, "epoch": epoch + 1, "window": window, "windows": len(source.dataset)}
 
 
-def _rows(examples: Examples, rows: slice) -> Examples:
-    arrays = {field.name: getattr(examples, field.name) for field in fields(examples)}
-    return Examples(**{name: array[rows] for name, array in arrays.items() if array is not None})
+def _sequences(examples: Examples, rendered: Iterable[RenderedSequence], pairs: str) -> list[Report]:
+    marks = [None] * len(examples.tokens) if examples.next_sentence is None else [_PAIRS[pairs][mark] for mark in examples.next_sentence]
+    rows = zip(examples.tokens.tolist(), marks, rendered, strict=True)
+    return [{"ids": ids, "pair": pair, **asdict(sequence, dict_factory=_without_none)} for ids, pair, sequence in rows]
 
 
-def _sequences(examples: Examples, separated: Examples, renderer: Renderer, pairs: str) -> list[Report]:
-    found: list[Report] = []
-    for row, rendered in enumerate(renderer(examples, separated)):
-        pair = None if examples.next_sentence is None else _PAIRS[pairs][int(examples.next_sentence[row])]
-        documents = asdict(rendered, dict_factory=lambda items: {name: value for name, value in items if value is not None})
-        found.append({"ids": examples.tokens[row].tolist(), "pair": pair, **documents})
-    return found
+def _without_none(items: Iterable[tuple[str, Any]]) -> Report:
+    return {name: value for name, value in items if value is not None}
 
 
 def _compare_digest(computed: int, logged: Line | None, every: int) -> Report:
@@ -135,14 +131,17 @@ def _compare_digest(computed: int, logged: Line | None, every: int) -> Report:
 def show(report: Report, *, full: bool) -> None:
     out = console()
     length, batch = report["sequence_length"], report["global_batch"]
-    out.print(f"step {report['step']:,} of {report['run']}: {batch:,} samples, in sequences of {length:,} tokens", soft_wrap=True)
-    out.print(_digest_text(report["digest"]), soft_wrap=True)
+    out.print(f"step {report['step']:,} of {report['run']}: {batch:,} samples, in sequences of {length:,} tokens")
+    out.print(_digest_text(report["digest"]))
     each = f" of {report['ranks_per_data_rank']} ranks" if report["ranks_per_data_rank"] > 1 else ""
     ranks, steps = _count(report["data_ranks"], "data rank"), _count(report["accumulation"], "accumulation step")
-    out.print(f"distributed over {ranks}{each} x micro batch {report['micro_batch']} x {steps} ({report['ranks_from']})", soft_wrap=True)
+    out.print(f"distributed over {ranks}{each} x micro batch {report['micro_batch']} x {steps} ({report['ranks_from']})")
     for sample in report["samples"]:
+        reader = f"rank {sample['rank']} · micro step {sample['micro_step']} · slot {sample['slot']}"
+        window = f"window {sample['window']:,} of {sample['windows']:,}"
+        heading = f"{reader} · sample {sample['sample']:,} · {sample['source']} · epoch {sample['epoch']} · {window}"
         out.print()
-        out.rule(_heading(sample), align="left", characters="─", style="dim")
+        out.rule(heading, align="left", characters="─", style="dim")
         sequences = sample["sequences"]
         for number, sequence in enumerate(sequences if full else sequences[:_SEQUENCES], 1):
             if len(sequences) > 1:
@@ -153,18 +152,15 @@ def show(report: Report, *, full: bool) -> None:
 
 
 def _digest_text(digest: Report) -> Text:
-    if digest["matches"] is None:
-        return Text(f"digest {digest['computed']}: cannot be verified, the step is not in metrics.jsonl ({digest['why']})")
-    if digest["matches"]:
-        return Text(f"digest {digest['computed']}, as the run logged: this is what was trained on", style="green")
-    message = f"DIGEST {digest['computed']}, BUT THE RUN LOGGED {digest['logged']}: THIS IS NOT WHAT WAS TRAINED ON"
-    return Text(f"{message}; use manta data verify to check the corpus", style="bold red")
-
-
-def _heading(sample: Report) -> str:
-    reader = f"rank {sample['rank']} · micro step {sample['micro_step']} · slot {sample['slot']}"
-    window = f"window {sample['window']:,} of {sample['windows']:,}"
-    return f"{reader} · sample {sample['sample']:,} · {sample['source']} · epoch {sample['epoch']} · {window}"
+    computed = f"digest {digest['computed']}"
+    match digest["matches"]:
+        case None:
+            return Text(f"{computed}: cannot be verified, the step is not in metrics.jsonl ({digest['why']})")
+        case True:
+            return Text(f"{computed}, as the run logged: this is what was trained on", style="green")
+        case _:
+            message = f"{computed.upper()}, BUT THE RUN LOGGED {digest['logged']}: THIS IS NOT WHAT WAS TRAINED ON"
+            return Text(f"{message}; use manta data verify to check the corpus", style="bold red")
 
 
 def _show_sequence(out: Console, sequence: Report, *, full: bool) -> None:
@@ -182,7 +178,7 @@ def _show_sequence(out: Console, sequence: Report, *, full: bool) -> None:
                 head, tail = 3 * _CHARACTERS // 4, len(text) - _CHARACTERS // 4
                 text = Text.assemble(text[:head], (f" ⋯ {tail - head:,} characters ⋯ ", "dim"), text[tail:])
             for line, part in enumerate(text.split("\n", allow_blank=not text.plain.endswith("\n"))):
-                out.print(Text.assemble((f"{number:>3} ┃ " if line == 0 else "    ┃ ", "cyan"), part), soft_wrap=True)
+                out.print(Text.assemble((f"{number:>3} ┃ " if line == 0 else "    ┃ ", "cyan"), part))
     if sequence["padding"]:
         out.print(f"    ┃ {_count(sequence['padding'], 'token')} of padding", style="dim")
 

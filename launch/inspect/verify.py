@@ -1,13 +1,12 @@
 """`manta data verify`: read every byte of a prepared corpus and report all damage."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 from manta.data.errors import InputError
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare.progress import progress
-from manta.data.prepare.verify import Damage, corpus_size, verify
+from manta.data.prepare.verify import corpus_size, verify
 from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
@@ -26,7 +25,13 @@ def check(target: DataTarget) -> dict[str, Any]:
             corpora.append((directory, manifest.load(directory)))
         except InputError as error:
             damaged.append(str(error))
-    damaged += _check_tokenizer(tokenizer_file, corpora)
+    try:
+        found = tokenizer.fingerprint(tokenizer.read_tokenizer(tokenizer_file))
+        for other in {corpus.tokenizer for _, corpus in corpora} - {found}:
+            expected = f"expected {other}, as the corpus was written with, got xxh3 {found}"
+            damaged.append(f"{tokenizer_file}: {expected}. Restore that file.")
+    except InputError as error:
+        damaged.append(str(error))
     if fingerprint is not None and len(corpora) == len(directories):
         found = manifest.joint_fingerprint(tuple(corpus for _, corpus in corpora))
         if found != fingerprint:
@@ -36,7 +41,10 @@ def check(target: DataTarget) -> dict[str, Any]:
     files, total = corpus_size(corpora, shape)
     start = time.perf_counter()
     with progress("verify", total) as advance:
-        damaged += [_describe(damage, target.typed, directories) for damage in verify(corpora, shape, advance=advance)]
+        for damage in verify(corpora, shape, advance=advance):
+            is_ours = any(damage.path.startswith(f"{directory.root}/") for directory in directories)
+            again, restore = f"Prepare it again: manta prepare {target.typed}", "Restore it: it is a source file, which is read in place."
+            damaged.append(f"{damage.path}: expected {damage.expected}, got {damage.got}. {again if is_ours else restore}")
     splits = [split for _, corpus in corpora for split in (corpus.train, corpus.validation)]
     return {
         "corpora": [directory.root for directory in directories],
@@ -50,29 +58,9 @@ def check(target: DataTarget) -> dict[str, Any]:
     }
 
 
-def _check_tokenizer(file: Path, corpora: list[tuple[CorpusDirectory, Manifest]]) -> list[str]:
-    try:
-        found = tokenizer.fingerprint(tokenizer.read_tokenizer(file))
-    except InputError as error:
-        return [str(error)]
-    others = {corpus.tokenizer for _, corpus in corpora} - {found}
-    return [f"{file}: expected {other}, as the corpus was written with, got xxh3 {found}. Restore that file." for other in others]
-
-
-def _describe(damage: Damage, typed: str, directories: list[CorpusDirectory]) -> str:
-    is_ours = any(damage.path.startswith(f"{directory.root}/") for directory in directories)
-    remedy = f"Prepare it again: manta prepare {typed}" if is_ours else "Restore it: it is a source file, which is read in place."
-    return f"{damage.path}: expected {damage.expected}, got {damage.got}. {remedy}"
-
-
 def show(report: dict[str, Any]) -> None:
     """Print the report of an undamaged corpus."""
     rate = report["bytes"] / max(report["seconds"], 1e-9) / 1e9
-    out = console()
-    for corpus in report["corpora"]:
-        out.print(corpus, soft_wrap=True)
-    out.print(
-        f"verified: {report['files']:,} files, {report['bytes'] / 1e6:,.1f} MB, {rate:.1f} GB/s; {report['documents']:,} documents,"
-        f" {report['tokens']:,} tokens, each id below {report['vocabulary']:,}",
-        soft_wrap=True,
-    )
+    size, ids = f"{report['bytes'] / 1e6:,.1f} MB, {rate:.1f} GB/s", f"each id below {report['vocabulary']:,}"
+    counts = f"{report['documents']:,} documents, {report['tokens']:,} tokens"
+    console().print("\n".join([*report["corpora"], f"verified: {report['files']:,} files, {size}; {counts}, {ids}"]))
