@@ -223,10 +223,10 @@ def counts(results: Sequence[Recovery], systems: Sequence[str]) -> str:
 
 def table(results: Sequence[Recovery], start: dict[str, Any], machine: str) -> str:
     """Return the part of docs/recovery.md. start: what start_and_stop returned."""
-    measured = f"{counts(results, ['manta'])} (Ray Train: of {counts(results, [*SYSTEMS][1:])})"
-    text = f"""On {machine}. Seconds: the median of {measured}, in brackets the slowest.
+    measured = f"{counts(results, ['manta'])} runs (Ray Train: {counts(results, [*SYSTEMS][1:])})"
+    text = f"""On {machine}. Seconds: the median of {measured}, with the slowest in parentheses. Each recovery must stay within its limit.
 
-| fault | detected after | next optimizer step after | bound | steps recomputed | Ray Train v2 | Ray Train v2, tuned |
+| fault | detected after | next optimizer step after | limit | steps recomputed | Ray Train v2 | Ray Train v2, tuned |
 |---|---|---|---|---|---|---|
 """
     for name, fault in FAULTS.items():
@@ -237,7 +237,7 @@ def table(results: Sequence[Recovery], start: dict[str, Any], machine: str) -> s
         cells.append(f"{statistics.median(one.recomputed for one in manta):g}")
         for others in ([one.resumed for one in of_system] for of_system in by_system.values()):
             ratio = statistics.median(others) / statistics.median(one.resumed for one in manta) if others else inf
-            cells.append(median_and_slowest(others) + (f", {ratio:.0f} times" if ratio < inf else "") if others else "-")
+            cells.append(median_and_slowest(others) + (f", {ratio:.0f}x slower" if ratio < inf else "") if others else "-")
         text += f"| {fault.name} | {' | '.join(cells)} |\n"
     busy = max(start["busy"], *(one.busy for one in results))
     if busy > BUSY:
