@@ -2,7 +2,7 @@
 
 python benchmarks/elastic.py [--directory DIRECTORY]
 
-Exits with 1 if a loss differs by more than 1e-5. Takes about six minutes on two cores. Runs that are complete in DIRECTORY are not repeated.
+Exits with 1 if a loss differs by more than 1e-5. Takes about six minutes on two cores. Complete runs in DIRECTORY are not repeated.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -48,7 +49,7 @@ def main() -> int:
         train_elastic(elastic)
     expected, actual = losses(undisturbed), losses(elastic)
     differences = [abs(actual[step] - expected[step]) for step in sorted(expected)]
-    starts = [1, *(first_step_of_attempt(elastic))]
+    starts = [1, *first_steps_of_layouts(elastic)]
     draw(expected, actual, differences, starts)
     print(f"largest difference of a loss: {max(differences):.1e}; {sum(d == 0 for d in differences)} of {STEPS} are bitwise identical")
     print(f"wrote {IMAGE}")
@@ -67,10 +68,10 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["train/loss"] for line in read_metrics(run / "metrics.jsonl")}
 
 
-def first_step_of_attempt(run: Path) -> list[int]:
+def first_steps_of_layouts(run: Path) -> list[int]:
     """Return the first step under each new layout."""
     lines = read_metrics(run / "metrics.jsonl")
-    return [line["step"] for before, line in zip(lines, lines[1:], strict=False) if line["layout"] != before["layout"]]
+    return [line["step"] for before, line in pairwise(lines) if line["layout"] != before["layout"]]
 
 
 def train_elastic(run: Path) -> None:
