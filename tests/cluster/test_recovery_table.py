@@ -34,9 +34,9 @@ def measurements(recovery, seconds, ray_train=30.0, busy=2.0):
 def test_the_table_has_median_slowest_and_ratio_to_ray_train(recovery):
     text = recovery.table(measurements(recovery, 0.5), START_AND_STOP, "2 cores")
     row = next(line for line in text.splitlines() if line.startswith("| a rank is killed"))
-    assert row == "| a rank is killed | 0.10 (0.10) | 0.50 (1.00) | 2 | 7 | not within 120 | 30.00 (60.00), 60 times |"
+    assert row == "| a rank is killed | 0.10 (0.10) | 0.50 (1.00) | 2 | 7 | not within 120 | 30.00 (60.00), 60x slower |"
     assert len([line for line in text.splitlines() if line.startswith("| a")]) == len(recovery.FAULTS)
-    assert "the median of 3 (Ray Train: of 3), in brackets the slowest" in text
+    assert "the median of 3 runs (Ray Train: 3), with the slowest in parentheses" in text
     assert "MISSED" not in text
     assert "not quiet" not in text
 
