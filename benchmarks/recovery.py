@@ -84,7 +84,7 @@ FAULTS = {
         settings=(f"cluster.node_timeout={LIMIT}",),
     ),
     "rank-frozen": Fault(
-        name=f"a rank is stopped; step_timeout is {LIMIT:g} s",
+        name=f"a rank hangs (SIGSTOP); step_timeout is {LIMIT:g} s",
         victims=itself,
         bound=LIMIT + 3,
         number=signal.SIGSTOP,
