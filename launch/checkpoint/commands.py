@@ -129,7 +129,7 @@ def convert(
 
     Makes the run directory, which must be new. The config must describe the same model, optimizer and batch.
     """
-    from manta.launch.checkpoint.convert import convert
+    from manta.launch.checkpoint.from_deepspeed import convert
 
     typer.echo(convert(source, file, overrides or [], names))
     typer.echo(f"continue with: {shlex.join(['manta', 'train', str(file), *(overrides or [])])}")

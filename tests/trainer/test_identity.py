@@ -1,7 +1,6 @@
 """The identity of a run stays the same across renamed and added config keys, and changes with everything else."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,7 @@ def test_an_old_run_is_refused_under_another_config(run):
 def test_an_old_corpus_is_found(run):
     config = run.config()
     found = prepare.find_prepared(config.data, config.tokenizer)
-    assert found == replace(run.prepared(), tokenizer=Path("prepared/tokenizer-89bf5898d874/tokenizer.json").absolute())
+    assert found == run.prepared().model_copy(update={"tokenizer": Path("prepared/tokenizer-89bf5898d874/tokenizer.json").absolute()})
     os.utime("text/code.jsonl", ns=(0, 0))
     assert prepare.find_prepared(config.data, config.tokenizer) is None
 
