@@ -1,6 +1,6 @@
 """Decisions that ranks make as one: the first rank decides, or all have to succeed. A process without ranks is the first of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +38,16 @@ def gather_to_first(value: T, group: Group = None) -> list[T]:
     values: list[Any] = [None] * size
     dist.gather_object(value, values if rank == 0 else None, dst=0, group=group)
     return values if rank == 0 else []
+
+
+def scatter_from_first(values: Sequence[T], group: Group = None) -> T:
+    """Return this rank's value of those that the first rank has, one for each rank."""
+    rank, size = rank_and_size()
+    if size == 1:
+        return values[0]
+    received: list[Any] = [None]
+    dist.scatter_object_list(received, list(values) if rank == 0 else None, src=0, group=group)
+    return received[0]
 
 
 def all_or_raise(function: Callable[[], None], error: type[Exception]) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from manta.data.errors import InputError
-from manta.trainer.checkpoint.agreement import gather_to_first, on_first_rank, rank_and_size
+from manta.trainer.checkpoint.agreement import gather_to_first, on_first_rank, rank_and_size, scatter_from_first
 from manta.trainer.checkpoint.errors import SaveError
 from manta.trainer.checkpoint.manifest import Checkpoint, CheckpointFile, Progress, name_of_step, to_bytes
 from manta.trainer.checkpoint.rectangles import TensorViews
@@ -104,8 +104,8 @@ class CheckpointWriter:
     def _planned_file(self, state: Mapping[str, TensorViews]) -> RankFile:
         if self._file is None:
             ranks = gather_to_first(regions_of(state), self._group)
-            self._plan = on_first_rank(lambda: plan_writes(ranks), self._group)
-            self._file = RankFile(self._plan.regions[self._rank], state)
+            self._plan = plan_writes(ranks) if self._rank == 0 else None
+            self._file = RankFile(scatter_from_first(self._plan.regions if self._plan else [], self._group), state)
         return self._file
 
     def _write(self, file: RankFile, views: Sequence[Tensor], progress: Progress, about: Mapping[str, Any], start: float) -> None:
