@@ -87,11 +87,9 @@ class _Problem:
     @property
     def loc(self) -> Location:
         """The location as far as it names keys: of a value with several types, pydantic appends the type."""
-        loc = self.details["loc"]
-        end = len(_known(self.root, loc))
-        field = _field(self.root, loc[:end])
+        loc, field = _find(self.root, self.details["loc"])
         is_mapping = field is not None and any(get_origin(a) is dict for a in (field.annotation, *get_args(field.annotation)))
-        return loc if is_mapping or self.details["type"] == "extra_forbidden" else loc[:end]
+        return self.details["loc"] if is_mapping or self.details["type"] == "extra_forbidden" else loc
 
     def _value_error(self, section: str) -> str:
         """Render a validator's error: of a field, or of a section whose keys it names."""
@@ -111,7 +109,8 @@ class _Problem:
         old = _dotted(part for part in loc if isinstance(part, str))
         if old in RENAMED:
             return "the key's new name", f"Rename it to {RENAMED[old]}."
-        section = _section(self.root, loc[:-1])
+        _, field = _find(self.root, loc[:-1])
+        section = self.root if field is None else section_of(field)
         assert section is not None
         names, name = list(section.model_fields), _dotted(loc[:-1]) or "the config"
         return f"a key of {name}", did_you_mean(str(loc[-1]), names) or f"Use one of {', '.join(names)}."
@@ -125,20 +124,18 @@ class _Problem:
 
     def _about(self) -> str:
         """Return the start of the field's description, without its capital and period."""
-        loc = _known(self.root, self.details["loc"])
-        field = _field(self.root, loc)
+        loc, field = _find(self.root, self.details["loc"])
         if field is None or isinstance(loc[-1], int):
             return ""
         sentence = re.split(r"[.;] ", description(field))[0].rstrip(".")
         return sentence[:1].lower() + sentence[1:] if sentence.partition(" ")[0].istitle() else sentence
 
     def _remedy(self) -> str:
-        loc = _known(self.root, self.details["loc"])
-        field, key = _field(self.root, loc), _dotted(part for part in loc if isinstance(part, str))
+        loc, field = _find(self.root, self.details["loc"])
         if field is None or isinstance(loc[-1], int):
             return "Change it."
-        if any(isinstance(part, int) for part in loc):  # a key of a list's entry, which no override can name
-            key = str(loc[-1])
+        # No override can name a key of a list's entry.
+        key = str(loc[-1]) if any(isinstance(part, int) for part in loc) else _dotted(loc)
         example, section = next(iter(field.examples or ()), None), section_of(field)
         if example is None and section is not None and field.is_required():
             required = {name: inner.examples for name, inner in section.model_fields.items() if inner.is_required() and inner.examples}
@@ -166,25 +163,14 @@ def _dotted(parts: Iterator[int | str] | Sequence[int | str]) -> str:
     return ".".join(str(part) for part in parts)
 
 
-def _known(root: type[BaseModel], loc: Location) -> Location:
-    """Return the part of a location that names keys of the config: of an entry of a mapping, only the mapping."""
+def _find(root: type[BaseModel], loc: Location) -> tuple[Location, FieldInfo | None]:
+    """Return the part of a location that names keys of the config, and the last key's field: of an entry of a mapping, the mapping's."""
     section: type[BaseModel] | None = root
+    field: FieldInfo | None = None
     for end, part in enumerate(loc):
-        if isinstance(part, str):
+        if isinstance(part, str):  # a number is an index in a list of sections
             if section is None:
-                return loc[:end]
-            section = section_of(section.model_fields[part]) if part in section.model_fields else None
-    return loc
-
-
-def _section(root: type[BaseModel], loc: Location) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = root
-    for name in (part for part in loc if isinstance(part, str)):  # a number is an index in a list of sections
-        section = section_of(section.model_fields[name]) if section is not None and name in section.model_fields else None
-    return section
-
-
-def _field(root: type[BaseModel], loc: Location) -> FieldInfo | None:
-    names = tuple(part for part in loc if isinstance(part, str))
-    section = _section(root, names[:-1])
-    return section.model_fields.get(names[-1]) if section is not None and names else None
+                return loc[:end], field
+            field = section.model_fields.get(part)
+            section = None if field is None else section_of(field)
+    return loc, field

@@ -53,8 +53,8 @@ def submit(config: RunConfig) -> int:
         return ExitCode.FAILED
     if not re.search(r"^rayjob\S* created", result.stdout, re.MULTILINE):
         namespace = config.cluster.kubernetes.namespace
-        option = "" if namespace is None else f" --namespace {namespace}"
-        remedy = f"If it has ended, run kubectl delete rayjob {job_name(config)}{option}, then the same command."
+        delete = f"kubectl delete rayjob {job_name(config)}" + ("" if namespace is None else f" --namespace {namespace}")
+        remedy = f"If it has ended, run {delete}, then the same command."
         sys.stderr.write(f"{job_name(config)}: this job exists already, and does not start again. {remedy}\n")
     return ExitCode.DONE
 
@@ -68,10 +68,10 @@ def render(config: RunConfig) -> str:
     if ranks:
         largest_layout(config.train, config.parallel, config.cluster.max_nodes * ranks)  # raises if they cannot share a batch
     in_pod = config.model_copy(update={"cluster": config.cluster.model_copy(update={"ranks_per_node": ranks or None})})
-    metadata: Manifest = {"name": job_name(config), **_if_set(namespace=target.namespace)}
+    metadata: Manifest = {"name": job_name(config), "namespace": target.namespace}
     labels = {"app.kubernetes.io/managed-by": "manta"}
+    queue = {"kueue.x-k8s.io/queue-name": target.queue}
     run = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata | {"labels": labels}, "data": {"run.yaml": in_pod.to_yaml()}}
-    queue = {} if target.queue is None else {"kueue.x-k8s.io/queue-name": target.queue}
     job = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata | {"labels": labels | queue}, "spec": _job(config)}
     return yaml.dump_all([run, job], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**20)
 
@@ -86,14 +86,31 @@ def job_name(config: RunConfig) -> str:
 
 
 def _job(config: RunConfig) -> Manifest:
-    target = config.cluster.kubernetes
-    auth: Manifest = {"mode": "token", **_if_set(secretName=target.token_secret)}
-    head = {"rayStartParams": {"num-cpus": "0", "num-gpus": "0", **OBJECT_STORE}, "template": {"spec": _head_pod(config)}}
+    target, gpus = config.cluster.kubernetes, _gpus(config)
+    resources: Manifest = {"cpu": str(target.head_cpus), "memory": target.head_memory}
+    stop = {"RAY_JOB_STOP_WAIT_TIME_S": str(_stop_timeout(config))}  # between SIGTERM and SIGKILL for the controller
+    mount = {"name": "run", "mountPath": CONFIG_MOUNT, "readOnly": True}
+    volume = {"name": "run", "configMap": {"name": job_name(config)}}
+    head = _pod(config, "ray-head", resources, RAY_ENVIRONMENT | HEALTH | stop | NO_GPU, mount=mount, volume=volume)
+
+    resources = {"cpu": str(target.cpus), "memory": target.memory, "nvidia.com/gpu": gpus or None}
+    mount = {"name": "shared-memory", "mountPath": "/dev/shm"}  # noqa: S108  the pod's
+    volume = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": target.shared_memory}}
+    node = _pod(config, "ray-worker", resources, RAY_ENVIRONMENT if gpus else RAY_ENVIRONMENT | NO_GPU, mount=mount, volume=volume)
+    tolerations = [{"key": key, "operator": "Exists"} for key in target.tolerations]
+    node |= {"nodeSelector": target.node_selector or None, "tolerations": tolerations or None}
+
     workers = {
         "groupName": "node",
         **dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), config.cluster.max_nodes),
         "rayStartParams": OBJECT_STORE,
-        "template": {"spec": _node_pod(config)},
+        "template": {"spec": node},
+    }
+    cluster = {
+        "rayVersion": RAY_VERSION,
+        "authOptions": {"mode": "token", "secretName": target.token_secret},
+        "headGroupSpec": {"rayStartParams": {"num-cpus": "0", "num-gpus": "0", **OBJECT_STORE}, "template": {"spec": head}},
+        "workerGroupSpecs": [workers],
     }
     return {
         "entrypoint": f"{target.python} -P -m manta.launch train {CONFIG} --on auto",
@@ -101,52 +118,30 @@ def _job(config: RunConfig) -> Manifest:
         "backoffLimit": target.backoff_limit,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": TTL,
-        "rayClusterSpec": {"rayVersion": RAY_VERSION, "authOptions": auth, "headGroupSpec": head, "workerGroupSpecs": [workers]},
+        "rayClusterSpec": cluster,
     }
 
 
-def _head_pod(config: RunConfig) -> Manifest:
-    target = config.cluster.kubernetes
-    stop = {"RAY_JOB_STOP_WAIT_TIME_S": str(_stop_timeout(config))}  # between SIGTERM and SIGKILL for the controller
-    environment = RAY_ENVIRONMENT | HEALTH | stop | NO_GPU
-    pod = _pod(config, "ray-head", {"cpu": str(target.head_cpus), "memory": target.head_memory}, environment)
-    pod["containers"][0]["volumeMounts"].append({"name": "run", "mountPath": CONFIG_MOUNT, "readOnly": True})
-    pod["volumes"].append({"name": "run", "configMap": {"name": job_name(config)}})
-    return pod
-
-
-def _node_pod(config: RunConfig) -> Manifest:
-    target = config.cluster.kubernetes
-    gpus = _gpus(config)
-    resources: Manifest = {"cpu": str(target.cpus), "memory": target.memory} | ({"nvidia.com/gpu": gpus} if gpus else {})
-    pod = _pod(config, "ray-worker", resources, RAY_ENVIRONMENT if gpus else RAY_ENVIRONMENT | NO_GPU)
-    pod["containers"][0]["volumeMounts"].append({"name": "shared-memory", "mountPath": "/dev/shm"})  # noqa: S108  the pod's
-    pod["volumes"].append({"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": target.shared_memory}})
-    tolerations = [{"key": key, "operator": "Exists"} for key in target.tolerations]
-    return pod | _if_set(nodeSelector=target.node_selector or None, tolerations=tolerations or None)
-
-
-def _pod(config: RunConfig, container: str, resources: Manifest, environment: Mapping[str, str]) -> Manifest:
+def _pod(
+    config: RunConfig, name: str, resources: Manifest, environment: Mapping[str, str], *, mount: Manifest, volume: Manifest
+) -> Manifest:
     """Return what head and nodes have in common. Requests equal limits: such pods are evicted last, and Ray counts by them."""
-    target = config.cluster.kubernetes
-    timeout = _stop_timeout(config)
+    target, timeout = config.cluster.kubernetes, _stop_timeout(config)
     stop = [target.python, "-P", "-m", "manta.launch.targets.pre_stop", CONFIG, str(config.run.dir), str(timeout)]
-    secrets = [{"secretRef": {"name": secret}} for secret in target.secrets]
+    container = {
+        "name": name,
+        "image": target.image,
+        "resources": {"requests": resources, "limits": resources},
+        "env": [{"name": key, "value": value} for key, value in environment.items()],
+        "envFrom": [{"secretRef": {"name": secret}} for secret in target.secrets] or None,
+        "lifecycle": {"preStop": {"exec": {"command": stop}}},
+        "volumeMounts": [{"name": "storage", "mountPath": target.mount}, mount],
+    }
     return {
-        **_if_set(serviceAccountName=target.service_account),
+        "serviceAccountName": target.service_account,
         "terminationGracePeriodSeconds": timeout + SHUTDOWN,
-        "containers": [
-            {
-                "name": container,
-                "image": target.image,
-                "resources": {"requests": resources, "limits": resources},
-                "env": [{"name": key, "value": value} for key, value in environment.items()],
-                **_if_set(envFrom=secrets or None),
-                "lifecycle": {"preStop": {"exec": {"command": stop}}},
-                "volumeMounts": [{"name": "storage", "mountPath": target.mount}],
-            }
-        ],
-        "volumes": [{"name": "storage", "persistentVolumeClaim": {"claimName": target.claim}}],
+        "containers": [container],
+        "volumes": [{"name": "storage", "persistentVolumeClaim": {"claimName": target.claim}}, volume],
     }
 
 
@@ -184,19 +179,19 @@ def _problems(config: RunConfig) -> Iterator[str]:
         yield f"data.cache.directory: expected an absolute path, or one below ~, got {cache}. Change it to one on a node's disk."
 
 
-def _if_set(**values: object) -> Manifest:
-    return {key: value for key, value in values.items() if value is not None}
-
-
 class _Dumper(yaml.SafeDumper):
-    """Writes multi-line strings as blocks, and quotes strings that YAML readers other than Python's take for numbers or booleans."""
+    """Omits keys without a value, writes multi-line strings as blocks, and quotes what other YAML readers take for numbers or booleans."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         return True
+
+    def mapping(self, data: Manifest) -> yaml.MappingNode:
+        return self.represent_dict({key: value for key, value in data.items() if value is not None})
 
     def text(self, data: str) -> yaml.ScalarNode:
         style = "|" if "\n" in data else '"' if re.fullmatch(r"[yYnN]|[-+.\d].*", data) else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
+_Dumper.add_representer(dict, _Dumper.mapping)
 _Dumper.add_representer(str, _Dumper.text)

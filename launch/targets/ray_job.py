@@ -12,8 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,10 +47,7 @@ def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
     if message := "\n".join(problems):
         raise InputError(message)
     client = _client("--on", address, insecure=insecure)
-    entrypoint = f"python -P -m manta.launch train {CONFIG} --on auto{' --insecure' if insecure else ''}"
-    with _code() as folder:
-        copy_run(folder, config)
-        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(folder)}, metadata={"run": str(config.run.dir)})
+    job = _submit(client, ["train", CONFIG, "--on", "auto", *(["--insecure"] if insecure else [])], config)
     logs, status = f"ray job logs --address {address} {job}", f"manta status {shlex.quote(str(config.run.dir))}"
     notify(f"{config.run.dir}: submitted as {job}; see: {logs}; or, on a machine that sees its directory: {status}")
     sys.stdout.write(f"{job}\n")
@@ -61,15 +57,24 @@ def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
 def run_command(address: str, command: Sequence[str], *, insecure: bool) -> int:
     """Run a command of manta on a node of that Ray, print its output, and return its exit code. Raises InputError if that fails."""
     client = _client("at", address, insecure=insecure)
-    with _code() as folder:
-        entrypoint = f"python -P -m manta.launch {shlex.join(command)}"
-        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(folder)})
+    job = _submit(client, command)
     asyncio.run(_print_output(client, job))
     while not (info := client.get_job_info(job)).status.is_terminal():
         time.sleep(POLL)
     if info.driver_exit_code is None:
         raise InputError(f"at: expected a Ray cluster that can run manta, got {address}: {info.message}. Check the packages there.")
     return int(info.driver_exit_code)
+
+
+def _submit(client: Any, command: Sequence[str], config: RunConfig | None = None) -> str:
+    """Submit a command of manta, with manta and perhaps a run in its working directory. Return the job's ID."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy_manta(Path(folder))
+        if config is not None:
+            copy_run(Path(folder), config)
+        metadata = None if config is None else {"run": str(config.run.dir)}
+        entrypoint = f"python -P -m manta.launch {shlex.join(command)}"
+        return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder}, metadata=metadata)
 
 
 async def _print_output(client: Any, job: str) -> None:
@@ -84,14 +89,6 @@ async def _print_output(client: Any, job: str) -> None:
             before, text = None, rest.partition("\n")[2]  # noqa: PLW2901
         sys.stdout.write(text)
         sys.stdout.flush()
-
-
-@contextmanager
-def _code() -> Generator[Path]:
-    """Yield a temporary folder with manta in it, the working directory of a job."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy_manta(Path(folder))
-        yield Path(folder)
 
 
 def copy_manta(folder: Path) -> None:
@@ -119,28 +116,25 @@ def _client(key: str, address: str, *, insecure: bool) -> Any:
     """Raises InputError if there is no dashboard, or one that accepts anyone, unless `insecure`."""
     if find_spec("aiohttp") is None:
         raise InputError(f"{key}: expected the packages of ray[default], got none. Run pip install 'manta[dashboard]'.")
-    if not insecure and _accepts_anyone(key, address):
-        raise InputError(f"{key}: expected a Ray cluster with a token, got {address}. Set RAY_AUTH_MODE=token there, or add --insecure.")
-    from ray.job_submission import JobSubmissionClient
-
     try:
-        return JobSubmissionClient(address)
+        if insecure or not _accepts_anyone(address):
+            from ray.job_submission import JobSubmissionClient
+
+            return JobSubmissionClient(address)
     except Exception as error:  # noqa: BLE001  of several libraries
-        raise _no_dashboard(key, address, str(error).strip().splitlines()[0]) from None
+        problem = str(error).strip().splitlines()[0].removeprefix("<urlopen error ").removesuffix(">")
+        raise InputError(
+            f"{key}: expected a Ray dashboard's address, got {address} ({problem}). Start it there with ray[default]."
+        ) from None
+    raise InputError(f"{key}: expected a Ray cluster with a token, got {address}. Set RAY_AUTH_MODE=token there, or add --insecure.")
 
 
-def _accepts_anyone(key: str, address: str) -> bool:
-    """Return whether the dashboard answers without a token. Raises InputError if there is none."""
+def _accepts_anyone(address: str) -> bool:
+    """Return whether the dashboard answers without a token."""
     try:
         urllib.request.urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=TIMEOUT).close()  # noqa: S310  http or https: --on is checked
     except urllib.error.HTTPError as error:
-        if error.code in {401, 403}:
-            return False
-        raise _no_dashboard(key, address, error) from None
-    except OSError as error:
-        raise _no_dashboard(key, address, getattr(error, "reason", error)) from None
+        if error.code not in {401, 403}:
+            raise
+        return False
     return True
-
-
-def _no_dashboard(key: str, address: str, problem: object) -> InputError:
-    return InputError(f"{key}: expected a Ray dashboard's address, got {address} ({problem}). Start it there with ray[default].")

@@ -91,9 +91,9 @@ def _directives(config: RunConfig) -> Iterator[str]:
     yield "--ntasks-per-node=1"
     if slurm.exclusive:
         yield "--exclusive"
-    optional = {"gpus-per-node": slurm.gpus_per_node, "partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
-    optional |= {"time": slurm.time, "constraint": slurm.constraint}
-    yield from (f"--{option}={value}" for option, value in optional.items() if value is not None)
+    for key in ("gpus_per_node", "partition", "account", "qos", "time", "constraint"):
+        if (value := getattr(slurm, key)) is not None:
+            yield f"--{key.replace('_', '-')}={value}"
     yield f"--signal=B:USR1@{slurm.warning}"
     yield "--requeue" if slurm.requeue else "--no-requeue"
     yield f'--output="{_folder(config) / "job-%j.log"}"'
@@ -107,23 +107,16 @@ def ray_of_allocation(cluster: ClusterConfig) -> HostsRay:
         raise InputError("--on allocation: expected SLURM_JOB_ID in the environment of a SLURM job, got none. Submit one with --on slurm.")
     nodes, slurm = os.environ["SLURM_JOB_NUM_NODES"], cluster.slurm
     # One step with a task per node. All tasks read the same standard input, and one that fails does not end the others.
-    reach = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap"]
-    reach += ["--input=all", "--kill-on-bad-exit=0", "--no-kill", "--quit-on-interrupt"]
+    options = "--ntasks-per-node=1 --overlap --input=all --kill-on-bad-exit=0 --no-kill --quit-on-interrupt"
+    reach = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", *options.split()]
     if slurm.container is not None:
         reach += [f"--container-image={slurm.container}", *([f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else [])]
     host = Host(name=f"job {os.environ['SLURM_JOB_ID']}", reach=tuple(reach), python=slurm.python or sys.executable)
-    return HostsRay((host,), address=_node_address(), grace=cluster.grace_period)
-
-
-def _node_address() -> str:
-    """Return the address under which the job's other nodes reach this one.
-
-    That is its name's, unless /etc/hosts maps the name to loopback, as Debian's does: then that of the outgoing route.
-    """
-    named = socket.gethostbyname(socket.gethostname())
-    if not named.startswith("127."):
-        return named
-    try:
-        return address_towards("192.0.2.1")  # reserved for documentation: no host has it
-    except OSError:
-        return LOOPBACK
+    # Other nodes reach this one by its name's address, unless /etc/hosts maps it to loopback, as Debian's does.
+    address = socket.gethostbyname(socket.gethostname())
+    if address.startswith("127."):
+        try:
+            address = address_towards("192.0.2.1")  # of the outgoing route; no host has this address, reserved for documentation
+        except OSError:
+            address = LOOPBACK
+    return HostsRay((host,), address=address, grace=cluster.grace_period)

@@ -21,28 +21,28 @@ OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "Server
 
 def ray_of_hosts(file: str, cluster: ClusterConfig) -> HostsRay:
     """Raises InputError if the file has a wrong line, or fewer hosts than cluster.nodes."""
-    hosts = [_host(file, number, line, cluster.ssh.options) for number, line in _lines(Path(file))]
-    if len(hosts) < cluster.min_nodes:
-        raise InputError(f"{file}: expected {cluster.min_nodes} hosts, as in cluster.nodes, got {len(hosts)}. Add some, or lower it.")
-    return HostsRay(tuple(hosts), address=_address_towards(file, hosts[0]), grace=cluster.grace_period)
-
-
-def _lines(file: Path) -> list[tuple[int, str]]:
-    """Return the lines that are not empty, with their numbers."""
     try:
-        text = file.read_text()
+        lines = Path(file).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "no text"
         raise InputError(f"--on ssh:{file}: expected a file with one host per line, got: {problem}. Write one.") from None
-    stripped = [(number, line.partition("#")[0].strip()) for number, line in enumerate(text.splitlines(), start=1)]
-    return [(number, line) for number, line in stripped if line]
+    numbered = ((number, line.partition("#")[0].strip()) for number, line in enumerate(lines, start=1))
+    hosts = [_host(f"{file}:{number}", line, cluster.ssh.options) for number, line in numbered if line]
+    if len(hosts) < cluster.min_nodes:
+        raise InputError(f"{file}: expected {cluster.min_nodes} hosts, as in cluster.nodes, got {len(hosts)}. Add some, or lower it.")
+    first = hosts[0]
+    try:
+        address = address_towards(first.address or first.name)  # this machine's, on the route to that host
+    except OSError as error:  # a name that only ssh's config knows
+        raise InputError(f"{file}: expected a host that resolves, got {first.name} ({error.strerror}). Add its address=.") from None
+    return HostsRay(tuple(hosts), address=LOOPBACK if address.startswith("127.") else address, grace=cluster.grace_period)
 
 
-def _host(file: str, number: int, line: str, options: tuple[str, ...]) -> Host:
+def _host(location: str, line: str, options: tuple[str, ...]) -> Host:
     match = LINE.fullmatch(line)
     settings = {key: value for key, _, value in (option.partition("=") for option in match["options"].split())} if match else {}
     if match is None or not settings.keys() <= KEYS or not all(settings.values()):
-        raise InputError(f"{file}:{number}: expected [user@]host[:port] [address=ADDRESS] [python=PATH], got {line!r}. Correct the line.")
+        raise InputError(f"{location}: expected [user@]host[:port] [address=ADDRESS] [python=PATH], got {line!r}. Correct the line.")
     port = ("-p", match["port"]) if match["port"] else ()
     return Host(
         name=match["host"].strip("[]"),
@@ -51,12 +51,3 @@ def _host(file: str, number: int, line: str, options: tuple[str, ...]) -> Host:
         python=settings.get("python", sys.executable),
         address=settings.get("address"),
     )
-
-
-def _address_towards(file: str, host: Host) -> str:
-    """Return this machine's address on the route to a host. A name that only ssh's config knows needs address= in the file."""
-    try:
-        address = address_towards(host.address or host.name)
-    except OSError as error:
-        raise InputError(f"{file}: expected a host that resolves, got {host.name} ({error.strerror}). Add its address=.") from None
-    return LOOPBACK if address.startswith("127.") else address
