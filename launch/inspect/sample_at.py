@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
@@ -50,20 +51,15 @@ def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks
     renderer = Renderer(target.prepared().tokenizer, end_of_text=config.tokenizer.end_of_text, masked=is_masked)
     names = [source.resolved_name for source in config.data.sources]
     digest, shown = 0, list[Report]()
-    for start in range(0, stage.global_batch, layout.micro_batch):
-        micro_step, data_rank = divmod(start // layout.micro_batch, layout.data)
-        read_indices = np.arange(first + start, first + start + layout.micro_batch)
-        examples = samples.train(read_indices, sequence_length=stage.sequence_length)
+    for at in range(stage.global_batch):
+        micro_step, data_rank = divmod(at // layout.micro_batch, layout.data)
+        index = np.array([first + at])
+        examples = samples.train(index, sequence_length=stage.sequence_length)
         digest += examples.digest()
-        slots = [at for at in range(start, start + layout.micro_batch) if slot in {None, at} and rank in {None, data_rank}]
-        if slots:
-            other = separated.train(read_indices, sequence_length=stage.sequence_length)
-            sequences = _sequences(examples, renderer(examples, other), config.data.pairs)
-            parts = len(sequences) // layout.micro_batch  # sequences per sample
-            for at in slots:
-                location = _locate(samples.sampler, first + at, names)
-                own = sequences[(at - start) * parts : (at - start + 1) * parts]
-                shown.append({"rank": data_rank, "micro_step": micro_step, "slot": at, **location, "sequences": own})
+        if slot in {None, at} and rank in {None, data_rank}:
+            rendered = renderer(examples, separated.train(index, sequence_length=stage.sequence_length))
+            location, sequences = _locate(samples.sampler, index, names), _sequences(examples, rendered, config.data.pairs)
+            shown.append({"rank": data_rank, "micro_step": micro_step, "slot": at, **location, "sequences": sequences})
     logged = next((line for line in lines if line["step"] == step), None)
     return {
         "run": str(run),
@@ -88,8 +84,8 @@ def _layout(target: DataTarget, lines: list[Line], ranks: int | None) -> Layout:
     if ranks is not None:
         limit = max_data_ranks(train)
         if limit % ranks:
-            wanted = f"a divisor of train.global_batch / train.micro_batch ({limit})"
-            raise InputError(f"--ranks: expected {wanted}, got {ranks}. Use {divisors_text(limit)}.")
+            expected = f"a divisor of train.global_batch / train.micro_batch ({limit})"
+            raise InputError(f"--ranks: expected {expected}, got {ranks}. Use {divisors_text(limit)}.")
     if ranks is not None or not lines:
         return Layout(data=ranks or 1, micro_batch=train.micro_batch)
     world, logged = lines[-1]["world_size"], lines[-1]["layout"]
@@ -101,9 +97,9 @@ def _layout(target: DataTarget, lines: list[Line], ranks: int | None) -> Layout:
     raise InputError(f"{target.config.run.dir}: config.yaml: expected {wanted}, got a changed one. Use --ranks.")
 
 
-def _locate(sampler: Sampler, read_index: int, names: list[str]) -> Report:
-    """Return where in the corpus the sample is that the run reads at this index."""
-    numbers = sampler.sample_numbers(np.array([read_index]))
+def _locate(sampler: Sampler, read_index: NDArray[np.integer], names: list[str]) -> Report:
+    """Return where in the corpus the sample is that the run reads at this index [1]."""
+    numbers = sampler.sample_numbers(read_index)
     (index,), own = sampler.locate(numbers)
     source = sampler.sources[index]
     epoch, window = (int(found[0]) for found in source.order(own))
@@ -153,14 +149,12 @@ def show(report: Report, *, full: bool) -> None:
 
 def _digest_text(digest: Report) -> Text:
     computed = f"digest {digest['computed']}"
-    match digest["matches"]:
-        case None:
-            return Text(f"{computed}: cannot be verified, the step is not in metrics.jsonl ({digest['why']})")
-        case True:
-            return Text(f"{computed}, as the run logged: this is what was trained on", style="green")
-        case _:
-            message = f"{computed.upper()}, BUT THE RUN LOGGED {digest['logged']}: THIS IS NOT WHAT WAS TRAINED ON"
-            return Text(f"{message}; use manta data verify to check the corpus", style="bold red")
+    if digest["matches"] is None:
+        return Text(f"{computed}: cannot be verified, the step is not in metrics.jsonl ({digest['why']})")
+    if digest["matches"]:
+        return Text(f"{computed}, as the run logged: this is what was trained on", style="green")
+    message = f"{computed.upper()}, BUT THE RUN LOGGED {digest['logged']}: THIS IS NOT WHAT WAS TRAINED ON"
+    return Text(f"{message}; use manta data verify to check the corpus", style="bold red")
 
 
 def _show_sequence(out: Console, sequence: Report, *, full: bool) -> None:

@@ -13,21 +13,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import manta.cluster
-import manta.data
-import manta.launch
-import manta.trainer
 from manta.data.errors import InputError
 from manta.launch import __version__
 from manta.launch.config import RunConfig
 from manta.launch.messages import notify
 from manta.launch.targets.paths import location_problems
 
-PACKAGES = (manta.cluster, manta.data, manta.launch, manta.trainer)
 CONFIG = "run.yaml"
 TIMEOUT = 10.0  # seconds for the dashboard to answer
 ENTRYPOINT_LINE = "Running entrypoint for job"  # Ray's last line before the output of the job
@@ -37,13 +33,9 @@ POLL = 0.1  # seconds
 
 def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
     """Submit the run and return the exit code. Raises InputError before anything is submitted."""
-    problems = location_problems(
-        config,
-        root="/",
-        expected="an absolute path that the Ray's nodes share",
-        remedy="Change it: the job starts in another directory.",
-        url_remedy="Set it in the environment of the Ray's nodes.",
-    )
+    expected, remedy = "an absolute path that the Ray's nodes share", "Change it: the job starts in another directory."
+    url_remedy = "Set it in the environment of the Ray's nodes."
+    problems = location_problems(config, root="/", expected=expected, remedy=remedy, url_remedy=url_remedy)
     if message := "\n".join(problems):
         raise InputError(message)
     client = _client("--on", address, insecure=insecure)
@@ -92,8 +84,9 @@ async def _print_output(client: Any, job: str) -> None:
 
 
 def copy_manta(folder: Path) -> None:
-    for package in PACKAGES:
-        shutil.copytree(Path(str(package.__file__)).parent, folder / "manta" / package.__name__.rpartition(".")[2], ignore=NOT_CODE)
+    for package in ("cluster", "data", "launch", "trainer"):
+        source = Path(str(import_module(f"manta.{package}").__file__)).parent
+        shutil.copytree(source, folder / "manta" / package, ignore=NOT_CODE)
     metadata = folder / f"manta-{__version__}.dist-info"  # nodes read the version from it
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: manta\nVersion: {__version__}\n")
