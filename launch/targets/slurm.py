@@ -112,11 +112,18 @@ def ray_of_allocation(cluster: ClusterConfig) -> HostsRay:
     if slurm.container is not None:
         reach += [f"--container-image={slurm.container}", *([f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else [])]
     host = Host(name=f"job {os.environ['SLURM_JOB_ID']}", reach=tuple(reach), python=slurm.python or sys.executable)
-    # Other nodes reach this one by its name's address, unless /etc/hosts maps it to loopback, as Debian's does.
-    address = socket.gethostbyname(socket.gethostname())
-    if address.startswith("127."):
-        try:
-            address = address_towards("192.0.2.1")  # of the outgoing route; no host has this address, reserved for documentation
-        except OSError:
-            address = LOOPBACK
-    return HostsRay((host,), address=address, grace=cluster.grace_period)
+    return HostsRay((host,), address=_node_address(), grace=cluster.grace_period)
+
+
+def _node_address() -> str:
+    """Return the address under which the job's other nodes reach this one.
+
+    That is its name's, unless /etc/hosts maps the name to loopback, as Debian's does: then that of the outgoing route.
+    """
+    named = socket.gethostbyname(socket.gethostname())
+    if not named.startswith("127."):
+        return named
+    try:
+        return address_towards("192.0.2.1")  # reserved for documentation: no host has it
+    except OSError:
+        return LOOPBACK
