@@ -6,6 +6,7 @@ from contextlib import closing
 import pytest
 
 from manta.cluster.supervise.event_log import Event, EventLog, read_events
+from manta.cluster.supervise.failure import Cause
 from manta.cluster.supervise.run_state import advance, replay
 
 
@@ -57,6 +58,14 @@ def test_a_machine_lost_twice_is_excluded_for_good():
     lost = {"event": "node-lost", "attempt": 1, "time": 0.0, "node": 1, "message": "gone", "machine": "m1", "suspect": True}
     assert replay([{**lost, "trusted_again": 60.0}]).suspects == {"m1": 60.0}
     assert replay([{**lost, "trusted_again": 60.0}, {**lost, "trusted_again": None}]).suspects == {"m1": math.inf}
+
+
+def test_event_logs_of_earlier_versions_are_read():
+    decided = {"event": "decided", "attempt": 1, "time": 0.0, "decision": "restart", "after": 0, "leave_out": ["m2"]}
+    failed = {"event": "rank-failed", "attempt": 1, "time": 0.0, "rank": 0, "message": "fp16 loss scale", "step": 7, "machine": "m0"}
+    state = replay([decided, {**failed, "cause": "HOPELESS"}])
+    assert state.suspects == {"m2": math.inf}
+    assert [failure.cause for failure in state.history] == [Cause.UNRECOVERABLE]
 
 
 def test_an_announced_loss_is_a_preemption():
