@@ -199,7 +199,7 @@ def _sources(report: Report) -> Table:
         shares = ("", "") if share is None else (percent(share), Text(bar(share, 16), style=color(index)))
         text = ("?", "?") if text_bytes is None else (f"{text_bytes / 1e6:,.1f} MB", f"{source['bytes_per_token']:.2f}")
         counts = f"{source['documents']:,}", f"{source['tokens']:,}"
-        held_out = f"{validation['tokens']:,} tokens of {validation['documents']:,}"
+        held_out = f"{validation['tokens']:,} tokens in {validation['documents']:,} documents"
         table.add_row(source["source"], *counts, *shares, *text, held_out, style="bold" if share is None else None)
     return table
 
@@ -251,7 +251,7 @@ def _show_repetition(out: Console, found: Report, overlap: Report) -> None:
     out.print(
         f"validation in train: {overlap['documents']:,} of {overlap['validation_documents_compared']:,} documents are identical;"
         f" {percent(overlap['share_of_tokens'])} of {overlap['validation_tokens_searched_for']:,} tokens are in spans of"
-        f" {overlap['span']} or more that train also has"
+        f" {overlap['span']} or more that also occur in the training text"
     )
     if not found["all_compared"]:
         out.print("  sampled: all documents of some lengths were compared; --read sets how many tokens")

@@ -145,10 +145,10 @@ def show(report: Report) -> None:
     out.print(f"       step 1{end:>{_WIDTH - 6}}")
     for warning in report["warnings"]:
         name, step = warning["source"], warning["step"]
-        text = f"{name}: read once by step {step:,}, and repeated from there"
+        text = f"{name}: first epoch ends at step {step:,}, then repeats"
         if warning["kind"] == "cap":
             remedy = "shorten the run, lower its weight, or raise epochs"
-            text = f"{name}: read more than its epochs {warning['epochs']:g} from step {step:,}: {remedy}"
+            text = f"{name}: exceeds its limit (epochs: {warning['epochs']:g}) from step {step:,}: {remedy}"
         out.print(text, style="bold")
     for path in report.get("png", ()):
         out.print(f"wrote {path}")

@@ -133,7 +133,7 @@ def show(report: Report, *, full: bool) -> None:
     ranks, steps = _count(report["data_ranks"], "data rank"), _count(report["accumulation"], "accumulation step")
     out.print(f"distributed over {ranks}{each} x micro batch {report['micro_batch']} x {steps} ({report['ranks_from']})")
     for sample in report["samples"]:
-        reader = f"rank {sample['rank']} · micro step {sample['micro_step']} · slot {sample['slot']}"
+        reader = f"data rank {sample['rank']} · micro step {sample['micro_step']} · slot {sample['slot']}"
         window = f"window {sample['window']:,} of {sample['windows']:,}"
         heading = f"{reader} · sample {sample['sample']:,} · {sample['source']} · epoch {sample['epoch']} · {window}"
         out.print()
@@ -152,7 +152,7 @@ def _digest_text(digest: Report) -> Text:
     if digest["matches"] is None:
         return Text(f"{computed}: cannot be verified, the step is not in metrics.jsonl ({digest['why']})")
     if digest["matches"]:
-        return Text(f"{computed}, as the run logged: this is what was trained on", style="green")
+        return Text(f"{computed} equals the run's log: this is what was trained on", style="green")
     message = f"{computed.upper()}, BUT THE RUN LOGGED {digest['logged']}: THIS IS NOT WHAT WAS TRAINED ON"
     return Text(f"{message}; use manta data verify to check the corpus", style="bold red")
 

@@ -131,7 +131,7 @@ def test_a_run_saves_and_exits_with_75_when_its_own_node_drains(workspace):
         drain(run, run.event("nodes-gathered", 0)["nodes"][0]["id"])
         code, output = run.end(within=60)
         assert code == 75, output
-        assert "to be taken away" in output
+        assert ": draining " in output
     with RunProcess(workspace, "own node drained", "resume", "own node drained") as again:
         assert again.end()[0] == 0
         assert exact_values(again.lines()) == reference

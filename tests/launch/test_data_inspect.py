@@ -186,7 +186,7 @@ def test_mixture_warns_when_a_source_exceeds_its_epochs(workspace, run, tmp_path
     ]
     assert steps[0] <= 1 < steps[1]
     assert (
-        f"late: read more than its epochs 1 from step {warning['step']:,}: "
+        f"late: exceeds its limit (epochs: 1) from step {warning['step']:,}: "
         in workspace.manta("data", "mixture", run, "--steps", "20000").stdout
     )
     assert (tmp_path / "mixture.png").read_bytes().startswith(b"\x89PNG")
@@ -233,7 +233,7 @@ def test_sample_at_distributes_a_step_over_any_ranks(workspace, run, steps):
     (only,) = step_json(workspace, run, 8, "--slot", "3")["samples"]
     assert only == whole["samples"][3]
     printed = workspace.manta("data", "sample-at", run, "8", "--slot", "3", "--full").stdout
-    assert "as the run logged: this is what was trained on" in printed
+    assert "equals the run's log: this is what was trained on" in printed
     assert f"sample {only['sample']:,} · {only['source']} · epoch 1" in printed
     shown = "".join(line[6:] for line in printed.splitlines() if "┃" in line)
     assert "".join(only["sequences"][0]["documents"][0]["text"].split("\n")) in shown

@@ -71,7 +71,7 @@ def test_a_run_over_ssh_survives_a_killed_session(workspace, sshds):
         os.kill(session, signal.SIGKILL)
     _, output = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert "lost" in output or "to be taken away" in output, "a host that drains may be noticed before it is lost"
+    assert "lost" in output or "draining" in output, "a host that drains may be noticed before it is lost"
     both = [
         {line["step"]: line for line in read_metrics(workspace.directory / run / "metrics.jsonl")} for run in ("without ssh", "over ssh")
     ]
