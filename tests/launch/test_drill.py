@@ -6,7 +6,9 @@ import time
 
 import pytest
 
-DRILL = ("run.dir=drilled", "cluster.step_timeout=5", "cluster.hot_standby=true", "precision=fp32")
+# Forward passes take longer than the 10 ms per step that straggler detection ignores.
+BATCH = ("train.global_batch=64", "train.micro_batch=32")
+DRILL = ("run.dir=drilled", "cluster.step_timeout=5", "cluster.hot_standby=true", "precision=fp32", *BATCH)
 
 DRIFTING = """
 import os
