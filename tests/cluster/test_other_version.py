@@ -1,5 +1,6 @@
 """A node that has another version of manta is named and refused, even if that version can not make an agent."""
 
+import shlex
 import shutil
 import sys
 from importlib.metadata import version
@@ -25,7 +26,7 @@ def test_a_node_with_another_version_is_named(tmp_path, monkeypatch, change):
         case "module":
             agent.rename(agent.with_name("another.py"))
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={other} exec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(other))} exec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o700)
     monkeypatch.setenv("OTHER_PYTHON", str(python))
     run = FakeRun(tmp_path / "run", {"steps": 3}, cluster={"nodes": 2}, sizes=(4,))
