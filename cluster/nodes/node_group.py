@@ -131,7 +131,7 @@ class NodeGroup:
         return [(index, node.facts) for index, node, _ in new if node.facts is not None]
 
     def _facts_without_agent(self, index: int, error: Exception) -> NodeFacts:
-        """Return facts about a node whose agent can not start because manta has another version there; else raise the error."""
+        """Return facts about a node whose agent failed to start, if another version of manta is installed there; else raise the error."""
         has_raised = isinstance(error, ray.exceptions.RayTaskError) or getattr(error.__cause__, "actor_init_failed", False)
         if not has_raised or not self._job.packages:
             raise error

@@ -9,7 +9,7 @@ from manta.cluster.machine import Machine
 
 
 class PlacementError(ValueError):
-    """Nodes that the run can not use as they are; the message says what the user can do."""
+    """Nodes that the run cannot use as they are; the message says what the user can do."""
 
 
 @dataclass(frozen=True, slots=True)

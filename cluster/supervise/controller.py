@@ -1,4 +1,4 @@
-"""The controller of a run: it runs attempt after attempt, until the run is done, is asked to stop, or can not succeed.
+"""The controller of a run: it runs attempt after attempt, until the run is done, is asked to stop, or cannot succeed.
 
 The state follows from the events alone (run_state.py); every event is in the event log before the controller acts on it.
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def delete_expired_logs(logs: Path, *, attempt: int, keep: int) -> None:
-    """Keep the `keep` newest attempts, of which `attempt` is the last. A log that can not be deleted is skipped."""
+    """Keep the `keep` newest attempts, of which `attempt` is the last. A log that cannot be deleted is skipped."""
     for log in logs.glob("attempt-*"):
         number = log.name.removeprefix("attempt-")
         if number.isdecimal() and int(number) <= attempt - keep:

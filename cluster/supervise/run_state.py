@@ -46,7 +46,7 @@ class RunState:
 
 
 def advance(state: RunState, event: Event) -> RunState:
-    """Return the state after an event. Raises ValueError if the event can not happen in this state."""
+    """Return the state after an event. Raises ValueError if the event cannot happen in this state."""
     allowed, _ = TRANSITIONS.get(event.kind, (None, None))
     if allowed is not None and state.phase not in allowed:
         raise ValueError(f"{event.kind}: expected phase {' or '.join(sorted(allowed))}, got {state.phase}")

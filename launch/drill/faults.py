@@ -140,7 +140,7 @@ class FaultScript:
         yield from self._settle()
 
     def _faults(self) -> list[tuple[str, str, Callable[[FaultResult], Script[None]]]]:
-        """Return name, why the fault can not be injected here ("" if it can), and script of each fault."""
+        """Return name, why the fault cannot be injected here ("" if it can), and script of each fault."""
         checkpoints = self._config.checkpoint
         remote = "" if open_store(checkpoints.directory or "").is_local else f"checkpoints are in {checkpoints.directory}"
         unverified = "checkpoint.verify is sizes" if checkpoints.verify == "sizes" else ""

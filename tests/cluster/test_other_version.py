@@ -1,4 +1,4 @@
-"""A node that has another version of manta is named and refused, even if that version can not make an agent."""
+"""A node that has another version of manta is named and refused, even if that version cannot start an agent."""
 
 import shlex
 import shutil
