@@ -1,16 +1,21 @@
-"""What the tables state about one model class of transformers, and which of our tensors are which of its tensors.
+"""One model class of transformers, and which of our tensors are which of its tensors. families.yaml has all classes.
 
-Defaults are those of most decoders, as in Llama. Shapes: D width, F inner width, E experts, V vocabulary.
+Shapes: D width, F inner width, E experts, V vocabulary.
 """
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from manta.trainer.config.model import ModelConfig
+from manta.trainer.config.yaml_file import read_yaml
 
 Tensors = Sequence[Tensor]
 VOCABULARY_ROWS = {"embedding.weight", "head.weight", "head.bias"}  # first dimension V; only ours may be padded
@@ -26,76 +31,59 @@ def _transpose(tensor: Tensor) -> Tensor:
     return tensor.T if tensor.ndim == 2 else tensor  # a bias stays
 
 
-IDENTITY = Transform(lambda ours: ours, lambda hf: hf)
-TRANSPOSE = Transform(lambda ours: [_transpose(t) for t in ours], lambda hf: [_transpose(t) for t in hf])
-FUSE_TRANSPOSE = Transform(lambda ours: [_transpose(torch.cat(list(ours)))], lambda hf: _transpose(hf[0]).chunk(3))
-SPLIT_EXPERTS = Transform(lambda ours: ours[0].unbind(), lambda hf: [torch.stack(list(hf))])
-# transformers stores the bias of BERT's untied head twice, and reads the one beside the weight.
-UNTIED_HEAD = Transform(lambda ours: [*ours, ours[1].clone()], lambda hf: hf[:2])
+TRANSFORMS = {
+    "identity": Transform(lambda ours: ours, lambda hf: hf),
+    "transpose": Transform(lambda ours: [_transpose(t) for t in ours], lambda hf: [_transpose(t) for t in hf]),
+    "fuse_transpose": Transform(lambda ours: [_transpose(torch.cat(list(ours)))], lambda hf: _transpose(hf[0]).chunk(3)),
+    "split_experts": Transform(lambda ours: ours[0].unbind(), lambda hf: [torch.stack(list(hf))]),
+    # transformers stores the bias of BERT's untied head twice, and reads the one beside the weight.
+    "untied_head": Transform(lambda ours: [*ours, ours[1].clone()], lambda hf: hf[:2]),
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Names of tensors, or of modules: then the row maps their .weight and .bias. Several are separated by spaces.
+class Entry(BaseModel):
+    """An entry of families.yaml. A text or a list gives the first fields, in order."""
 
-    {e} is the number of an expert.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    ours: str
-    hf: str
-    transform: Transform = IDENTITY
-
-
-def rows(ours: str, hf: str, parts: str, transform: Transform = IDENTITY) -> tuple[Row, ...]:
-    """Return a row for each part, a name that replaces * on both sides."""
-    return tuple(Row(ours.replace("*", part), hf.replace("*", part), transform) for part in parts.split())
+    @model_validator(mode="before")
+    @classmethod
+    def _name_fields(cls, value: Any) -> Any:
+        values = [value] if isinstance(value, str) else value
+        return dict(zip(cls.model_fields, values, strict=False)) if isinstance(values, list) else value
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A key of config.json. `default`: the value that transformers uses if the key is omitted."""
+class Key(Entry):
+    """A key of config.json."""
 
     hf: str
-    default: object = None
+    default: Any = None
+    """The value that transformers uses if the key is omitted."""
     older: str | None = None
     """Its name in older files."""
     twin: str | None = None
     """A second key that must have the same value."""
 
 
-DECODER_KEYS: Mapping[str, Key] = {
-    "vocabulary": Key("vocab_size"),
-    "width": Key("hidden_size"),
-    "mlp_width": Key("intermediate_size"),
-    "layers": Key("num_hidden_layers"),
-    "heads": Key("num_attention_heads"),
-    "kv_heads": Key("num_key_value_heads"),
-    "head_width": Key("head_dim"),
-    "norm_epsilon": Key("rms_norm_eps", 1e-6),
-    "tied_head": Key("tie_word_embeddings", default=False),
-    "attention_dropout": Key("attention_dropout", 0.0),
-}
-DECODER_CONSTANTS: Mapping[str, object] = {"hidden_act": "silu", "attention_bias": False}
-DECODER_TENSORS = (Row("embedding", "model.embed_tokens"), Row("norm", "model.norm"), Row("head", "lm_head"))
+class Row(Entry):
+    """Names of the class's tensors or modules."""
+
+    hf: str
+    transform: str = "identity"
 
 
-def _tied_head() -> dict[str, str]:
-    return {"lm_head.weight": "model.embed_tokens.weight"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
+class Architecture(Entry):
     name: str
     model_type: str
     family: str = "llama"
     """Our model.family."""
-    keys: Mapping[str, Key] = field(default_factory=lambda: DECODER_KEYS)
+    keys: dict[str, Key]
     """Our config keys (dotted), and the class's."""
-    constants: Mapping[str, object] = field(default_factory=lambda: DECODER_CONSTANTS)
+    constants: dict[str, Any]
     """The class's keys that our family has no choice in, with the only value that fits."""
-    constant_defaults: Mapping[str, object] = field(default_factory=dict[str, object])
+    constant_defaults: dict[str, Any] = {}
     """What transformers uses for an omitted constant, if that does not fit."""
-    requires: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
+    requires: dict[str, tuple[Any, ...]] = {}
     """Our config keys that the class lacks, with the values that fit; an import gets the first."""
     needs_divisible_width: bool = False
     """Whether width must be a multiple of heads."""
@@ -108,11 +96,11 @@ class Architecture:
     """Whether the class has use_sliding_window."""
     has_window_layers: bool = False
     """Whether the class has max_window_layers and layer_types."""
-    tensors: tuple[Row, ...] = DECODER_TENSORS
-    """Outside of blocks."""
-    block: str = "model.layers"
-    block_tensors: tuple[Row, ...]
-    copies: Mapping[str, str] = field(default_factory=_tied_head)
+    tensors: dict[str, Row]
+    """Outside of blocks: our names, and the class's."""
+    block: str
+    block_tensors: dict[str, Row]
+    copies: dict[str, str] = {}
     """Tensors that files of a tied model may hold a second time, and the originals."""
     old_names: tuple[tuple[str, str], ...] = ()
     """Substitutions that turn tensor names of older files into today's."""
@@ -124,6 +112,11 @@ class Architecture:
     @property
     def has_experts(self) -> bool:
         return "experts.experts" in self.keys
+
+
+_CLASSES = map(Architecture.model_validate, read_yaml(Path(__file__).with_name("families.yaml"))["classes"])
+ARCHITECTURES = {architecture.model_type: architecture for architecture in _CLASSES}
+"""By model_type. Of several that fit a config, the first is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,18 +142,17 @@ def map_tensors(architecture: Architecture, config: ModelConfig, names: Collecti
 
     First those outside of blocks, then block by block. A row without tensors in this model is skipped.
     """
-    rows = [("", "", row) for row in architecture.tensors]
-    for i in range(config.layers):
-        rows += [(f"blocks.{i}.", f"{architecture.block}.{i}.", row) for row in architecture.block_tensors]
+    tables = [("", "", architecture.tensors)]
+    tables += [(f"blocks.{i}.", f"{architecture.block}.{i}.", architecture.block_tensors) for i in range(config.layers)]
     experts = range(config.experts.experts if config.experts else 0)
     unmapped, mappings = set(names), list[TensorMapping]()
-    for prefix, hf_prefix, row in rows:
-        for ending in ("", ".weight", ".bias"):
-            ours = tuple(f"{prefix}{name}{ending}" for name in row.ours.split())
+    for prefix, hf_prefix, rows in tables:
+        for (own_names, row), ending in product(rows.items(), ("", ".weight", ".bias")):
+            ours = tuple(f"{prefix}{name}{ending}" for name in own_names.split())
             if unmapped.issuperset(ours):
                 hf = [f"{hf_prefix}{name}{ending}" for name in row.hf.split()]
                 hf = [name.replace("{e}", str(e)) for name in hf for e in (experts if "{e}" in name else [0])]
-                mappings.append(TensorMapping(ours, tuple(hf), row.transform))
+                mappings.append(TensorMapping(ours, tuple(hf), TRANSFORMS[row.transform]))
                 unmapped.difference_update(ours)
     assert not unmapped, f"no row for {sorted(unmapped)}"
     return mappings

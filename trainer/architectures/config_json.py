@@ -8,8 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from manta.data.errors import InputError
-from manta.trainer.architectures.architecture import Architecture
-from manta.trainer.architectures.families import ARCHITECTURES
+from manta.trainer.architectures.architecture import ARCHITECTURES, Architecture
 from manta.trainer.config.model import ModelConfig
 
 ConfigJson = dict[str, Any]

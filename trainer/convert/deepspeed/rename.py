@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from manta.data.errors import InputError
-from manta.trainer.architectures.architecture import IDENTITY, Architecture, TensorMapping, hf_shapes, map_tensors, padded, substitute
+from manta.trainer.architectures.architecture import TRANSFORMS, Architecture, TensorMapping, hf_shapes, map_tensors, padded, substitute
 from manta.trainer.architectures.config_json import architecture_for
 from manta.trainer.checkpoint.manifest import Progress, first_difference
 from manta.trainer.checkpoint.rectangles import TensorViews
@@ -49,7 +49,7 @@ def logical_state(
     )
     architecture = _architecture(source, config.model, tensors, names)
     if architecture is None:
-        mappings, rows = [TensorMapping((name,), (name,), IDENTITY) for name in tensors], None  # padding is included
+        mappings, rows = [TensorMapping((name,), (name,), TRANSFORMS["identity"]) for name in tensors], None  # padding is included
     else:
         mappings, rows = map_tensors(architecture, config.model, tensors), config.model.vocabulary or vocabulary
         source = replace(source, parameters=_as_in_files(source.parameters, architecture))

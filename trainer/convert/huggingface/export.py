@@ -14,9 +14,8 @@ from tokenizers import processors
 from torch import Tensor
 
 from manta.data.tokenizer.tokenizer import read_tokenizer
-from manta.trainer.architectures.architecture import Architecture, map_tensors
+from manta.trainer.architectures.architecture import ARCHITECTURES, Architecture, map_tensors
 from manta.trainer.architectures.config_json import ConfigJson, architecture_for, to_hf_config
-from manta.trainer.architectures.families import ARCHITECTURES
 from manta.trainer.convert.huggingface.directory import CARD, CONFIG, INDEX, SINGLE, TOKENIZER, copy_kept_files, refuse_to_overwrite, staged
 from manta.trainer.convert.huggingface.model_card import model_card
 from manta.trainer.model.bert import Bert
