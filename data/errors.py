@@ -10,6 +10,11 @@ class InputError(ValueError):
     """
 
 
+def one_line(error: Exception) -> str:
+    """Return an error's message, with every line break and every run of spaces as one space."""
+    return " ".join(str(error).split())
+
+
 class InvalidValueError(ValueError):
     """A config value that a validator rejects because of another key's value. pydantic collects it.
 

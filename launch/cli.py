@@ -1,7 +1,6 @@
 """The `manta` command. Each command imports what it needs when it runs, so that help and config errors appear at once."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,6 @@ from manta.launch.inspect.commands import app as data_app
 from manta.launch.options import AsJson, File, Overrides, Run, print_report
 
 DTYPES = ("float32", "bfloat16", "float16")
-BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -209,7 +207,12 @@ def export(
     """Export the newest checkpoint to Hugging Face transformers: config, safetensors, tokenizer, model card."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype: expected {', '.join(DTYPES)}, got {dtype}. Use one of them.")
-    max_bytes = _parse_bytes(shard_size)
+    from pydantic import ByteSize, Field, TypeAdapter, ValidationError
+
+    try:
+        max_bytes = TypeAdapter(Annotated[ByteSize, Field(gt=0)]).validate_python(shard_size)
+    except ValidationError:
+        raise InputError(f"--shard-size: expected a size, got {shard_size!r}. Use 5GB or 500MB, for example.") from None
     from manta.launch.config import find_trained_run
 
     run_dir = find_trained_run(run)
@@ -249,14 +252,6 @@ def import_(
 def _arguments(command: str, path: Path, overrides: list[str], on: str, *, insecure: bool) -> list[str]:
     """Return the arguments of the same command without --detach."""
     return [command, str(path), *overrides, f"--on={on}", *(["--insecure"] if insecure else [])]
-
-
-def _parse_bytes(text: str) -> int:
-    """Return 5GB as 5 000 000 000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise InputError(f"--shard-size: expected a size, got {text!r}. Use 5GB or 500MB, for example.")
-    return int(float(match[1]) * BYTES[match[2].upper()])
 
 
 def main() -> None:

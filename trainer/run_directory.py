@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from manta.data.config_history import upgrade
-from manta.data.errors import InputError
+from manta.data.errors import InputError, one_line
 from manta.data.shards.manifest import PreparedData
 from manta.data.storage.location import local_path
 from manta.trainer.checkpoint.manifest import step_of_name
@@ -149,7 +149,7 @@ def _math(model: ModelConfig) -> dict[str, object]:
 
 
 def _not_written_by_manta(file: Path, error: Exception) -> InputError:
-    message = " ".join(str(error).split())
+    message = one_line(error)
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         message = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"

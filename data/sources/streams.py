@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import BinaryIO, cast
 from urllib.parse import urlsplit
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, one_line
 from manta.data.storage.store import open_store
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
@@ -37,16 +37,12 @@ def reading(path: str, *errors: type[Exception]) -> Generator[None]:
     try:
         yield
     except PermissionError as error:
-        raise InputError(f"{path}: expected read access, got {one_line(error)}. Change its permissions.") from None
+        raise InputError(f"{path}: expected read access, got {type(error).__name__}: {one_line(error)}. Change its permissions.") from None
     except InputError:
         raise
     except (OSError, *errors) as error:
-        problem = f"expected a readable file, got {one_line(error)}; it may be truncated or damaged"
+        problem = f"expected a readable file, got {type(error).__name__}: {one_line(error)}; it may be truncated or damaged"
         raise InputError(f"{path}: {problem}. Download it again.") from None
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, one_line
 from manta.data.sources.input_split import BadRow, Document, ReadOptions
 from manta.data.sources.rows import Content, FieldReader, RowError, RowReader, UndecodableValue, missing_field
-from manta.data.sources.streams import one_line, reading
+from manta.data.sources.streams import reading
 from manta.data.storage.location import StoredFile
 from manta.data.storage.store import open_store
 
@@ -150,7 +150,7 @@ def _open_dataset(dataset: str, config: str | None) -> Any:
     try:
         return datasets.load_dataset(dataset, config, split="train", streaming=True)
     except (ValueError, OSError, DatasetsError) as error:
-        problem = f"expected a dataset that can be opened, got {one_line(error)}. Check its name, its config and your login."
+        problem = f"expected a dataset that can be opened, got {type(error).__name__}: {one_line(error)}. Check name, config and login."
         raise InputError(f"data.sources: hf:{dataset}: {problem}") from None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, one_line
 from manta.data.tokenizer import byte_level
 
 Encoder = Literal["tokenizers", "tiktoken"]
@@ -69,11 +69,11 @@ class Tokenizer:
         from tokenizers import Tokenizer as Reference
 
         content = read_tokenizer(file)
-        self._file = file
+        self.file = file
         try:
             self._reference = Reference.from_str(content)
         except Exception as error:  # noqa: BLE001  `tokenizers` raises nothing narrower
-            problem = f"expected a tokenizer.json as tokenizers.Tokenizer saves it, got an invalid one ({_one_line(error)})"
+            problem = f"expected a tokenizer.json as tokenizers.Tokenizer saves it, got an invalid one ({one_line(error)})"
             raise InputError(f"{file}: {problem}. Set tokenizer.file to another.") from None
         _check_ids(file, json.loads(content))
         # A file may ask to truncate or pad texts; documents are encoded in full.
@@ -84,7 +84,7 @@ class Tokenizer:
             special = ", ".join(token["content"] for token in self._spec["added_tokens"] if token["special"]) or "none"
             raise InputError(f"{file}: expected a token {end_of_text!r}, got only the special tokens {special}. Set {key}.")
         self.end_of_text: int = end
-        self._end_of_text = end_of_text
+        self.end_of_text_name = end_of_text
         self.fingerprint = fingerprint(content)
         # One more than the largest id, the size of an embedding; ids may have gaps.
         self.vocabulary = max(self._reference.get_vocab(with_added_tokens=True).values()) + 1
@@ -121,7 +121,7 @@ class Tokenizer:
             begins_word |= ~is_text
         elif whole_words:
             problem = "expected WordPiece, a byte-level model or one that writes ▁ before words, got tokens without word boundaries"
-            raise InputError(f"{self._file}: {problem}. Set data.whole_words to false.")
+            raise InputError(f"{self.file}: {problem}. Set data.whole_words to false.")
         return SpecialTokens(end_of_text=self.end_of_text, cls=cls, sep=sep, mask=mask, pad=pad, is_text=is_text, begins_word=begins_word)
 
     def fim_tokens(self) -> FimTokens:
@@ -137,7 +137,7 @@ class Tokenizer:
         try:
             fast = [self._encode_fast(text) for text in sample]
         except ValueError as error:
-            return f"tiktoken cannot compile its pattern ({_one_line(error)})"
+            return f"tiktoken cannot compile its pattern ({one_line(error)})"
         differ = sum(not np.array_equal(a, b) for a, b in zip(fast, self._encode_reference(sample), strict=True))
         return f"tiktoken gave other ids on {differ} of {_extent(sample)}" if differ else None
 
@@ -156,13 +156,13 @@ class Tokenizer:
         except Exception as error:
             if type(error) is not Exception:  # `tokenizers` raises nothing narrower
                 raise
-            problem = f"expected a token for any text, got a document it cannot encode ({_one_line(error)})"
-            raise InputError(f"{self._file}: {problem}. Set its unknown token to one that it has.") from None
+            problem = f"expected a token for any text, got a document it cannot encode ({one_line(error)})"
+            raise InputError(f"{self.file}: {problem}. Set its unknown token to one that it has.") from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     @cached_property
     def _tiktoken(self) -> tuple[Any, frozenset[str]]:
-        return byte_level.tiktoken_encoding(self._spec, self._end_of_text)
+        return byte_level.tiktoken_encoding(self._spec, self.end_of_text_name)
 
     @cached_property
     def _spec(self) -> dict[str, Any]:
@@ -174,10 +174,10 @@ class Tokenizer:
         found = {name: token for name in names if (token := self._reference.token_to_id(name)) is not None}
         if not found:
             remedy = "Set tokenizer.file to one that has them, or omit it to train one."
-            raise InputError(f"{self._file}: expected {expected}, got no token {' or '.join(names)}. {remedy}")
+            raise InputError(f"{self.file}: expected {expected}, got no token {' or '.join(names)}. {remedy}")
         name, token = next(iter(found.items()))
         if token in self._encode_reference([name])[0]:
-            raise InputError(f"{self._file}: expected {expected}, got {name} for text as well. Mark it as special among its added_tokens.")
+            raise InputError(f"{self.file}: expected {expected}, got {name} for text as well. Mark it as special among its added_tokens.")
         return token
 
     def _word_starts(self, vocabulary: dict[str, int]) -> NDArray[np.bool_] | None:
@@ -235,7 +235,3 @@ def _check_ids(file: Path, spec: dict[str, Any]) -> None:
 
 def _extent(sample: list[str]) -> str:
     return f"{len(sample)} documents, {sum(len(text.encode()) for text in sample)} bytes,"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -16,7 +16,7 @@ from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import Layout, layout_for
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine
-from manta.trainer.engine.memory import MOMENTS, MemoryEstimate, estimate_memory, weight_shapes
+from manta.trainer.engine.memory import MOMENTS, MemoryEstimate, estimate_memory
 from manta.trainer.model.build import build_model
 from manta.trainer.optim.optimizers import STATE_KEYS, build_optimizer
 
@@ -45,6 +45,7 @@ def measure(config: ModelConfig, precision: Precision, parallel: ParallelConfig,
     mesh = world.mesh(layout)
     before = _storages()
     model = build_model(config, vocabulary=VOCABULARY, sequence_length=LENGTH)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # before they are sharded
     model.initialize(seed=1)
     extra = [parameter.detach().clone() for parameter in model.parameters()] if copied else []
     engine = Engine(model, mesh=mesh, optimizer=OptimizerConfig(name=optimizer), precision=precision)
@@ -64,8 +65,7 @@ def measure(config: ModelConfig, precision: Precision, parallel: ParallelConfig,
         engine.step([batch] * layout.accumulation(2 * world.size), learning_rate=1e-3)
         between.append(_bytes(before))
     del extra
-    global_shapes = weight_shapes(config, vocabulary=VOCABULARY, sequence_length=LENGTH)
-    formula = estimate_memory(global_shapes, layout, precision, optimizer)
+    formula = estimate_memory(shapes, layout, precision, optimizer)
     return Measurement(stepping=max(stepping), between=max(between), formula=formula, layout=layout)
 
 
@@ -172,14 +172,6 @@ def test_tensor_ranks_share_the_weights_with_a_sharding_spec():
 def test_offloaded_state_counts_as_host_memory():
     memory = estimate_memory(WEIGHTS, layout(zero=2, offload=True), "bf16", "adamw")
     assert (memory.device, memory.host) == (2 * P + 2 * P // 4, 12 * P // 4)
-
-
-def test_weight_shapes_are_the_models_and_allocate_nothing():
-    shapes = weight_shapes(MODEL.model_copy(update={"width": 2**16, "layers": 80}), vocabulary=VOCABULARY, sequence_length=LENGTH)
-    assert shapes["embedding.weight"] == (4096, 2**16)
-    model = build_model(MODEL, vocabulary=VOCABULARY, sequence_length=LENGTH)
-    built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert weight_shapes(MODEL, vocabulary=VOCABULARY, sequence_length=LENGTH) == built
 
 
 @pytest.mark.parametrize("name", MOMENTS)

@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import xxhash
+from pydantic import TypeAdapter
 
+from manta.data.errors import one_line
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.rectangles import Rectangle
 
@@ -32,7 +34,7 @@ class Progress:
     step: int  # optimizer steps taken
     samples_consumed: int
     optimizer_steps: int  # as counted by the optimizer's bias correction
-    loss_scaler: dict[str, float] | None = None  # of fp16: the state of the dynamic loss scale
+    loss_scaler: dict[str, int | float] | None = None  # of fp16: the state of the dynamic loss scale
     cursors: list[dict[str, int]] | None = None  # of data.live: each data rank's position in its text
 
 
@@ -87,6 +89,9 @@ class Checkpoint:
         return sum(file.bytes for file in self.files)
 
 
+_ADAPTER = TypeAdapter(Checkpoint)
+
+
 def name_of_step(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -121,27 +126,9 @@ def from_bytes(content: bytes, location: str) -> Checkpoint:
         xxh3 = xxhash.xxh3_128_hexdigest(body.rstrip(b"\n"))
         if xxh3 != manifest["xxh3"] or head != b'{"xxh3":"%s",' % xxh3.encode():
             raise CheckpointError(f"{location}/{MANIFEST}: xxh3: expected {manifest['xxh3']}, got {xxh3}")
-        return _checkpoint(manifest, location)
+        return _ADAPTER.validate_python({**manifest, "location": location, "progress": manifest})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{location}/{MANIFEST}: damaged ({type(error).__name__}: {error})") from None
-
-
-def _checkpoint(manifest: dict[str, Any], location: str) -> Checkpoint:
-    return Checkpoint(
-        location=location,
-        progress=Progress(**{key: manifest[key] for key in Progress.__dataclass_fields__ if key in manifest}),
-        identity=manifest["identity"],
-        files=tuple(CheckpointFile(name, size, tuple(hashes)) for name, size, hashes in manifest["files"]),
-        tensors={
-            key: StoredTensor(
-                stored["dtype"],
-                tuple(stored["shape"]),
-                tuple(Chunk(file, start, tuple(offsets), tuple(sizes)) for file, start, offsets, sizes in stored["chunks"]),
-            )
-            for key, stored in manifest["tensors"].items()
-        },
-        about=manifest["about"],
-    )
+        raise CheckpointError(f"{location}/{MANIFEST}: damaged ({type(error).__name__}: {one_line(error)})") from None
 
 
 def first_difference(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str:

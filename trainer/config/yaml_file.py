@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, one_line
 
 
 class ConfigError(InputError):
@@ -62,7 +62,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: expected UTF-8, got another encoding at byte {error.start}. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: expected YAML, got an error: {' '.join(str(error).split())}. Correct it.") from None
+        raise ConfigError(f"{file}: expected YAML, got an error: {one_line(error)}. Correct it.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected sections, got {type(tree).__name__}. Write section: and, indented below it, key: value.")
     return tree

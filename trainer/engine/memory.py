@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.sections import Precision
 from manta.trainer.dist.layout import Layout, WeightShard
 from manta.trainer.parallel.sharding import is_sharded, local_slices
@@ -68,14 +67,3 @@ def estimate_memory(
         optimizer=4 * MOMENTS[optimizer] * (partitioned if layout.zero >= 1 else whole),
         offloaded=layout.offload,
     )
-
-
-def weight_shapes(config: ModelConfig, *, vocabulary: int, sequence_length: int) -> dict[str, tuple[int, ...]]:
-    """Return the global shape of each weight, by name. The model is built on the meta device, which allocates nothing."""
-    import torch
-
-    from manta.trainer.model.build import build_model
-
-    with torch.device("meta"):
-        model = build_model(config, vocabulary=vocabulary, sequence_length=sequence_length)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

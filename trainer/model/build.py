@@ -6,7 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, one_line
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.model.bert import Bert
 from manta.trainer.model.gpt2 import GPT2
@@ -48,8 +48,7 @@ def load_class(path: str, code: Path | None = None) -> type[Transformer]:
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         position = "" if isinstance(error, SyntaxError) else f" ({at.filename}:{at.lineno})"  # a SyntaxError names its own
-        message = " ".join(str(error).split())
-        raise _unusable(path, f"its import raises {type(error).__name__}: {message}{position}", "Fix the module.") from error
+        raise _unusable(path, f"its import raises {type(error).__name__}: {one_line(error)}{position}", "Fix the module.") from error
     finally:
         sys.path.remove(directory)
     return _check_class(path, getattr(module, name, None), file=getattr(module, "__file__", None) or module_name)

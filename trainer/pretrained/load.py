@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from manta.data.config_history import upgrade
-from manta.data.errors import InputError
+from manta.data.errors import InputError, one_line
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
@@ -54,8 +54,6 @@ class Pretrained:
     config: ModelConfig
     model: Transformer  # fp32, in evaluation mode
     tokenizer: Tokenizer
-    tokenizer_file: Path
-    end_of_text: str
     sequence_length: int
     checkpoint: Checkpoint
     source: ImportSource | None  # None for a run
@@ -93,8 +91,6 @@ def load_pretrained(run_directory: RunDirectory) -> Pretrained:
         config=config,
         model=model.eval(),
         tokenizer=tokenizer,
-        tokenizer_file=file,
-        end_of_text=end_of_text,
         sequence_length=sequence_length,
         checkpoint=checkpoint,
         source=source,
@@ -152,4 +148,4 @@ def _read_import(directory: Path) -> tuple[ImportSource, ModelConfig]:
         file = directory / MODEL_FILE
         return source, ModelConfig.model_validate_json(json.dumps(upgrade(read_yaml(file), "model")), strict=True)
     except (OSError, InputError, TypeError, ValidationError) as error:
-        raise InputError(f"{file}: expected the file that manta import wrote: {' '.join(str(error).split())}. Import again.") from None
+        raise InputError(f"{file}: expected the file that manta import wrote: {one_line(error)}. Import again.") from None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, one_line
 from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS
 from manta.trainer.convert.deepspeed.files import model_file, newest_folder, read_file, shard_files
 
@@ -52,7 +52,7 @@ def load_deepspeed(directory: Path) -> DeepSpeedCheckpoint:
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        problem = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{folder}: expected files that engine.save_checkpoint wrote, got {problem}. Copy them again.") from None
 
 

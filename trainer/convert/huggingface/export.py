@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as Reference
 from tokenizers import processors
@@ -16,7 +17,7 @@ from torch import Tensor
 from manta.data.tokenizer.tokenizer import read_tokenizer
 from manta.trainer.architectures.architecture import ARCHITECTURES, Architecture, map_tensors
 from manta.trainer.architectures.config_json import ConfigJson, architecture_for, to_hf_config
-from manta.trainer.convert.huggingface.directory import CARD, CONFIG, INDEX, SINGLE, TOKENIZER, copy_kept_files, refuse_to_overwrite, staged
+from manta.trainer.convert.huggingface.directory import CARD, CONFIG, INDEX, TOKENIZER, copy_kept_files, refuse_to_overwrite, staged
 from manta.trainer.convert.huggingface.model_card import model_card
 from manta.trainer.model.bert import Bert
 from manta.trainer.pretrained.load import ImportSource, Pretrained, model_tensors
@@ -41,7 +42,8 @@ def export(pretrained: Pretrained, directory: Path, *, dtype: torch.dtype | None
     tensors = model_tensors(pretrained.model)
     mappings = {name: mapping for mapping in map_tensors(architecture, config, tensors) for name in mapping.hf}
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    specs = {name: mapping.to_hf(meta, vocabulary)[name].to(_dtype(name, dtype, source)) for name, mapping in mappings.items()}
+    views = {name: mapping.to_hf(meta, vocabulary)[name] for name, mapping in mappings.items()}
+    specs = {name: view.to(_dtype(name, dtype, source), copy=True) for name, view in views.items()}  # without the padding of its storage
     most_common = Counter(spec.dtype for spec in specs.values()).most_common(1)[0][0]
     with staged(directory) as partial:
         _write_weights(partial, specs, lambda name: mappings[name].to_hf(tensors, vocabulary)[name], limit=shard_size)
@@ -67,23 +69,12 @@ def _write_weights(directory: Path, specs: Mapping[str, Tensor], read: Callable[
 
     specs: all tensors, on the meta device.
     """
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, spec in specs.items():
-        if shards[-1] and size + spec.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += spec.nbytes
-    files: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    split = split_torch_state_dict_into_shards(dict(specs), filename_pattern="model{suffix}.safetensors", max_shard_size=limit)
+    for file, names in split.filename_to_tensors.items():
         tensors = {name: read(name).to(specs[name].dtype).contiguous() for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(spec.nbytes for spec in specs.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
+    if split.is_sharded:
+        _write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))})
 
 
 def _config(pretrained: Pretrained, architecture: Architecture, dtype: torch.dtype) -> ConfigJson:
@@ -99,14 +90,14 @@ def _config(pretrained: Pretrained, architecture: Architecture, dtype: torch.dty
 
 def _write_tokenizer(directory: Path, pretrained: Pretrained) -> None:
     """Write the files that AutoTokenizer loads, and the special tokens for generation."""
-    tokenizer, content = pretrained.tokenizer, read_tokenizer(pretrained.tokenizer_file)
+    tokenizer, content = pretrained.tokenizer, read_tokenizer(pretrained.tokenizer.file)
     if isinstance(pretrained.model, Bert):
         special = tokenizer.special_tokens()
         names = {f"{key}_token": tokenizer.decode([getattr(special, key)]) for key in ("cls", "sep", "mask", "pad")}
         tokens: dict[str, object] = {**names, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
         content = _with_template(content, names["cls_token"], names["sep_token"])
     else:
-        tokens = dict.fromkeys(("bos_token", "eos_token"), pretrained.end_of_text)
+        tokens = dict.fromkeys(("bos_token", "eos_token"), tokenizer.end_of_text_name)
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
         _write_json(directory / "generation_config.json", {**ids, "do_sample": True})
     (directory / TOKENIZER).write_bytes(content.encode())

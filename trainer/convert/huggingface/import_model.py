@@ -16,7 +16,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as Reference
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, one_line
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.architectures.architecture import Architecture, hf_shapes, map_tensors, padded, substitute
 from manta.trainer.architectures.config_json import ConfigJson, from_hf_config, whole_number
@@ -86,8 +86,7 @@ def _open_weights(directory: Path, architecture: Architecture) -> Generator[Slic
         try:
             files: list[Any] = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(directory)]
         except (SafetensorError, OSError) as error:
-            problem = " ".join(str(error).split())
-            raise InputError(f"{directory}: expected complete safetensors, got {problem}. Fetch them again.") from None
+            raise InputError(f"{directory}: expected complete safetensors, got {one_line(error)}. Fetch them again.") from None
         yield {substitute(name, architecture.old_names): file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
 
 
@@ -125,8 +124,7 @@ def _end_of_text(directory: Path, hf: ConfigJson) -> tuple[str, str]:
         try:
             token = Reference.from_file(str(directory / TOKENIZER)).id_to_token(number)
         except Exception as error:  # noqa: BLE001  `tokenizers` raises nothing narrower
-            problem = " ".join(str(error).split())
-            raise InputError(f"{directory / TOKENIZER}: expected a tokenizer.json, got {problem}. Fetch it again.") from None
+            raise InputError(f"{directory / TOKENIZER}: expected a tokenizer.json, got {one_line(error)}. Fetch it again.") from None
         if token is not None:
             return token, f"eos_token_id of {CONFIG}"
     return "[SEP]", f"eos_token of {config_file.name}"

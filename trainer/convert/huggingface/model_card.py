@@ -1,6 +1,7 @@
 """The model card: what was trained, on what, and for how long."""
 
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -23,24 +24,8 @@ def model_card(pretrained: Pretrained, architecture: str, dtype: torch.dtype) ->
         "manta": version("manta"),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"""---
-library_name: transformers
----
-# {pretrained.run_directory.path.name}
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("path/of/this/directory")
-tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")
-```
-
-{marker(pretrained.run_directory)}
-"""
+    template = Path(__file__).with_name("model_card.md").read_text()
+    return template.format(name=pretrained.run_directory.path.name, table=table, auto=auto, marker=marker(pretrained.run_directory))
 
 
 def _training(pretrained: Pretrained) -> dict[str, str]:
