@@ -6,49 +6,17 @@ checkpoints and corpora stay valid across both.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
-RENAMED = {
-    "checkpoint.tolerate": "checkpoint.max_failed_saves",
-    "cluster.grace": "cluster.grace_period",
-    "cluster.keep_warm": "cluster.hot_standby",
-    "cluster.restarts_without_progress": "cluster.max_restarts_without_progress",
-    "data.ray": "data.ray_address",
-    "data.sources.filter.unique": "data.sources.filter.dedup",
-    "data.sources.filter.without": "data.sources.filter.not_matching",
-    "guard.replicas_every_steps": "guard.replica_check_every_steps",
-    "model.experts.bias_speed": "model.experts.bias_update_speed",
-    "model.experts.router_z": "model.experts.router_z_loss",
-    "train.recompute": "train.activation_checkpointing",
-}
-"""Old dotted key -> today's. A key stays in its section. Never remove an entry: run directories hold the old name."""
-
+_TABLES = yaml.safe_load(Path(__file__).with_name("config_history.yaml").read_text())
+RENAMED: dict[str, str] = _TABLES["renamed"]
+"""Old dotted key -> today's."""
 _VERSION_1_NAMES = {new: old for old, new in RENAMED.items()}
-
-_VERSION_1 = {
-    section: frozenset(names.split())
-    for section, names in {
-        "": "run data tokenizer model optimizer schedule train precision",
-        "run": "start_from match_tokens seed",
-        "data": "sources mixture sequence_length curriculum packing separate_documents objective fill_in_the_middle suffix_first mask_share"
-        " whole_words pairs shuffle_shards text_field validation bad_rows live",
-        "data.sources": "path name format text_field template validation epochs filter",
-        "data.sources.filter": "minimum_characters maximum_characters matching without unique",
-        "data.mixture": "from_tokens weights",
-        "data.curriculum": "from_tokens sequence_length",
-        "tokenizer": "algorithm vocabulary lowercase file train_bytes end_of_text",
-        "model": "family layers width heads kv_heads head_width mlp_width positions vocabulary rope_theta norm_epsilon tied_head qk_norm"
-        " logit_soft_cap sliding_window dropout attention_dropout label_smoothing z_loss experts options",
-        "model.experts": "experts top_k width shared score normalize scale balance balance_weight bias_speed router_z",
-        "optimizer": "name learning_rate beta1 beta2 epsilon weight_decay gradient_clipping",
-        "schedule": "shape warmup_steps minimum_ratio",
-        "train": "global_batch batch_ramp",
-        "train.batch_ramp": "from_tokens global_batch",
-    }.items()
-}
-"""Section -> the keys that count in an identity at any value. This list is frozen: a new key is not added to it."""
+_VERSION_1 = {section: set(names.split()) for section, names in _TABLES["version_1"].items()}
 
 
 def version_1_keys(section: str) -> set[str]:

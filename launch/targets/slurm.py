@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from manta.cluster.config import ClusterConfig
@@ -23,6 +22,7 @@ from manta.data.errors import InputError
 from manta.data.storage.atomic import write_atomically
 from manta.launch.config import RunConfig
 from manta.launch.messages import notify
+from manta.launch.targets.template import fill
 
 
 def submit(config: RunConfig) -> int:
@@ -54,51 +54,10 @@ def render(config: RunConfig) -> str:
         raise InputError(f"cluster.slurm.warning: expected more than cluster.grace_period ({grace:g} s), got {slurm.warning} s. Raise it.")
     if slurm.mounts and slurm.container is None:
         raise InputError("cluster.slurm.mounts: expected none without a container, got some. Set cluster.slurm.container.")
-    python = shlex.quote(slurm.python or sys.executable)
-    modules = "".join(f"module load {shlex.quote(module)}\n" for module in slurm.modules)
-    directives = "".join(f"#SBATCH {line}\n" for line in _directives(config))
-    requeue = 'scontrol requeue "$SLURM_JOB_ID"' if slurm.requeue else "echo 'The time is up. Run the same command again to resume.'"
-    return f"""#!/bin/bash
-{directives}
-set -u
-{modules}
-# The controller runs on the first node, and starts the others with srun.
-{python} -P -m manta.launch train {shlex.quote(str(_folder(config) / "run.yaml"))} --on allocation &
-run=$!
-
-# SLURM signals only this script. The job is requeued if its time is up, but not if it is canceled.
-time_is_up=no
-trap 'time_is_up=yes; kill -USR1 "$run"' USR1
-trap 'kill -TERM "$run"' TERM
-wait "$run"
-code=$?
-while kill -0 "$run" 2>/dev/null; do
-    wait "$run"
-    code=$?
-done
-
-if [ "$code" = 75 ] && [ "$time_is_up" = yes ]; then
-    {requeue}
-fi
-exit "$code"
-"""
-
-
-def _directives(config: RunConfig) -> Iterator[str]:
-    cluster, slurm = config.cluster, config.cluster.slurm
-    yield f"--job-name={re.sub(r'[^A-Za-z0-9_.-]+', '-', config.run.dir.absolute().name)}"
-    yield f"--nodes={cluster.min_nodes}" + (f"-{cluster.max_nodes}" if cluster.max_nodes > cluster.min_nodes else "")
-    yield "--ntasks-per-node=1"
-    if slurm.exclusive:
-        yield "--exclusive"
-    for key in ("gpus_per_node", "partition", "account", "qos", "time", "constraint"):
-        if (value := getattr(slurm, key)) is not None:
-            yield f"--{key.replace('_', '-')}={value}"
-    yield f"--signal=B:USR1@{slurm.warning}"
-    yield "--requeue" if slurm.requeue else "--no-requeue"
-    yield f'--output="{_folder(config) / "job-%j.log"}"'
-    yield "--open-mode=append"
-    yield from slurm.options
+    cluster, name = config.cluster, re.sub(r"[^A-Za-z0-9_.-]+", "-", config.run.dir.absolute().name)
+    nodes = f"{cluster.min_nodes}" + (f"-{cluster.max_nodes}" if cluster.max_nodes > cluster.min_nodes else "")
+    python = slurm.python or sys.executable
+    return fill("slurm_job.sh.jinja", name=name, nodes=nodes, slurm=slurm, folder=_folder(config), python=python)
 
 
 def ray_of_allocation(cluster: ClusterConfig) -> HostsRay:
