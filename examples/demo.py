@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from manta.data.sampling.samples import Samples
+from manta.data.sampling.samples import Samples, entropy
 from manta.trainer.metrics import Line, parse_lines, read_metrics
 from manta.trainer.run_directory import RunDirectory
 
@@ -105,10 +105,11 @@ def report_recovery(run_dir: RunDirectory, killed_at: int, when: float) -> None:
 def report_loss(run_dir: RunDirectory, lines: list[Line]) -> None:
     config = run_dir.config()
     samples = Samples(run_dir.prepared(), config.data, config.tokenizer, seed=config.run.seed)
-    entropy = samples.validation_unigram_entropy(np.arange(min(config.evaluate.samples, samples.validation_windows)))
+    targets = samples.validation(np.arange(min(config.evaluate.samples, samples.validation_windows))).targets
+    baseline = entropy(np.bincount(targets.ravel()))
     loss = lines[-1]["eval/loss"]
     out.print(
-        f"validation loss {loss:.3f} nats per token, {entropy - loss:.3f} below the unigram entropy of the same tokens ({entropy:.3f})",
+        f"validation loss {loss:.3f} nats per token, {baseline - loss:.3f} below the unigram entropy of the same tokens ({baseline:.3f})",
         style="bold",
     )
 

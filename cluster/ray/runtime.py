@@ -11,8 +11,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from manta.cluster.ray import hosts
-from manta.cluster.ray.hosts import Host
+from manta.cluster.ray.hosts import Host, running
 from manta.cluster.ray.private_ray import TOKEN, gcs_address, keep_sigterm_handler, private_ray, quiet_ray, quiet_warnings
 
 ONE_NODE_ADDRESS = "127.0.0.1"  # with this address Ray listens on it alone; with any other it listens on all of the machine's
@@ -41,7 +40,7 @@ class LocalRay:
             return
         addresses = [f"127.0.0.{3 + node}" for node in range(self.nodes)]
         nodes = [Host(name=address, address=address, gpus=0) for address in addresses]
-        with private_ray(LOOPBACK, cpus=0) as scratch, hosts.running(nodes, gcs_address(), scratch / TOKEN, grace=LOCAL_GRACE):
+        with private_ray(LOOPBACK, cpus=0) as scratch, running(nodes, gcs_address(), scratch / TOKEN, grace=LOCAL_GRACE):
             yield scratch
 
 
@@ -56,7 +55,7 @@ class HostsRay:
 
     @contextlib.contextmanager
     def connected(self) -> Generator[None]:
-        with private_ray(self.address, cpus=0) as scratch, hosts.running(self.hosts, gcs_address(), scratch / TOKEN, grace=self.grace):
+        with private_ray(self.address, cpus=0) as scratch, running(self.hosts, gcs_address(), scratch / TOKEN, grace=self.grace):
             yield
 
 

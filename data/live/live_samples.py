@@ -22,7 +22,7 @@ from manta.data.live.live_sources import LiveSplit, live_splits, prepare_live, w
 from manta.data.objectives.examples import Examples
 from manta.data.objectives.objective import Objective
 from manta.data.sampling.order import Permutation
-from manta.data.sampling.samples import Samples, entropy
+from manta.data.sampling.samples import Samples
 from manta.data.shards.manifest import PreparedData
 from manta.data.shards.windows import Windows, check_indices
 from manta.data.source_config import FilterConfig
@@ -93,17 +93,8 @@ class LiveSamples:
     def validation(self, indices: NDArray[np.integer]) -> Examples:
         """Return validation examples [K] in range(validation_windows), which are the same for every seed and on every rank."""
         samples = np.asarray(indices, dtype=np.int64)
-        return self._objective(self.validation_text(samples), samples, seed=None)
-
-    def validation_text(self, indices: NDArray[np.integer]) -> Windows:
-        """Return the text of validation windows [K]."""
-        check_indices(indices, self.validation_windows)
-        return Windows(tokens=self._validation[indices])
-
-    def validation_unigram_entropy(self, indices: NDArray[np.integer]) -> float:
-        """See `Samples.validation_unigram_entropy`."""
-        tokens = self.validation_text(indices).tokens[:, -self._objective.shape.stride :]
-        return entropy(np.bincount(tokens.ravel(), minlength=self.tokenizer_vocabulary))
+        check_indices(samples, self.validation_windows)
+        return self._objective(Windows(tokens=self._validation[samples]), samples, seed=None)
 
     def seek(self, cursor: Cursor) -> None:
         """Continue from a cursor."""

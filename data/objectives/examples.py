@@ -39,21 +39,6 @@ class Examples:
         rows = zip(self.tokens, self.targets, strict=True)
         return sum(xxhash.xxh3_64_intdigest(np.stack(row).tobytes()) % 2**DIGEST_BITS for row in rows)
 
-    def cumulative_lengths(self) -> NDArray[np.int32]:
-        """Return the boundaries of documents in the flattened batch [K * T], the cu_seqlens of varlen attention kernels.
-
-        int32 [D + 1], from 0 to K * T. No document crosses the end of a row. Padding counts as a document, and so does a whole row
-        if documents are not separated. Raises ValueError if a document is not contiguous, as in a pair among other documents.
-        """
-        K, T = self.tokens.shape
-        if self.documents is None:
-            return np.arange(0, K * T + 1, T, dtype=np.int32)
-        starts_KT = document_starts(self.documents)
-        torn_K = starts_KT.sum(axis=1) > document_starts(np.sort(self.documents, axis=1)).sum(axis=1)
-        if torn_K.any():
-            raise ValueError(f"sample {self.samples[torn_K][0]}: expected contiguous documents, got one in several pieces")
-        return np.append(np.flatnonzero(starts_KT), K * T).astype(np.int32)
-
 
 def sample_keys(samples: Tokens, seed: int | None, part: Tokens | None = None) -> Hashes:
     """Return the keys [K] from which all random draws of these samples are hashed.

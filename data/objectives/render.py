@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manta.data.objectives.examples import IGNORED, PADDING, Examples, document_starts, number_documents
-from manta.data.tokenizer import tokenizer
-from manta.data.tokenizer.tokenizer import Tokenizer
+from manta.data.tokenizer.tokenizer import Tokenizer, read_tokenizer
 
 Tokens = NDArray[np.int64]
 Kind = Literal["text", "special", "hidden", "replaced", "kept"]
@@ -52,7 +51,7 @@ class Renderer:
     def __init__(self, file: Path, *, end_of_text: str, masked: bool) -> None:
         """file: tokenizer.json. masked: whether targets are masked tokens instead of next tokens."""
         self._tokenizer = Tokenizer(file, end_of_text=end_of_text)
-        added = json.loads(tokenizer.read_tokenizer(file)).get("added_tokens", [])
+        added = json.loads(read_tokenizer(file)).get("added_tokens", [])
         self._special = {self._tokenizer.end_of_text, *(token["id"] for token in added if token["special"])}
         self._mask = None
         if masked:

@@ -14,9 +14,8 @@ from manta.data.prepare.pool import run_tasks
 from manta.data.prepare.progress import report
 from manta.data.prepare.token_files import index_token_file, token_file_splits
 from manta.data.sampling.samples import entropy
-from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
-from manta.data.shards.manifest import CorpusSplit, Manifest, SplitRecord
+from manta.data.shards.manifest import FORMAT, MANIFEST, CorpusSplit, Manifest, SplitRecord, content_fingerprint, load_manifest
 from manta.data.shards.shard import Shard
 from manta.data.source_config import SourceConfig
 from manta.data.sources.input_split import InputSplit
@@ -31,7 +30,7 @@ def build_shards(
     source: SourceConfig, directory: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, *, tokenizer_file: str, end_of_text: str
 ) -> tuple[list[SplitRecord], str]:
     """Write the shards of all splits, except those that are complete. Return their records, and which library encoded, and why."""
-    directory.store.delete(manifest.MANIFEST)
+    directory.store.delete(MANIFEST)
     directory.store.create()
     validation, is_tokens = validation_source(source), holds_token_files(source)
 
@@ -84,7 +83,7 @@ def write_manifest(
     if not train and not validation:
         raise InputError(f"{key}: expected documents, got none{summary}. Add text.")
     corpus = Manifest(
-        format=manifest.FORMAT,
+        format=FORMAT,
         source=source.resolved_name,
         path=source.path,
         held_out=source.validation or f"{data.validation:g}",
@@ -95,9 +94,9 @@ def write_manifest(
         left_out=dict(sorted(removed.items())),
         train=CorpusSplit.of(train),
         validation=CorpusSplit.of(validation, _unigram_entropy(directory, validation, tokenizer.vocabulary)),
-        fingerprint=manifest.content_fingerprint(train, validation),
+        fingerprint=content_fingerprint(train, validation),
     )
-    directory.store.write(manifest.MANIFEST, corpus.model_dump_json(indent=1).encode())
+    directory.store.write(MANIFEST, corpus.model_dump_json(indent=1).encode())
     if removed[MALFORMED]:
         first = next(record.refused for record in records if record.refused)
         report(f"prepare: skipped {removed[MALFORMED]:,} malformed rows, first {first}")
@@ -110,10 +109,10 @@ def write_manifest(
 
 def complete_corpus(directory: CorpusDirectory, *, contents: bool) -> Manifest | None:
     """Return the manifest of a complete and undamaged corpus, else None. contents: check every byte, not only sizes."""
-    if not directory.store.exists(manifest.MANIFEST):
+    if not directory.store.exists(MANIFEST):
         return None
     try:
-        corpus = manifest.load(directory)
+        corpus = load_manifest(directory)
         if not (damage := corpus.problem(directory, contents=contents)):
             return corpus
     except InputError as error:

@@ -24,12 +24,6 @@ Advance = Callable[[int], None]  # called with the tokens read since the last ca
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RepeatedDocument:
-    count: int
-    tokens: NDArray[np.integer]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Duplicates:
     """Documents that repeat an earlier one of their source or of a source before it. Tuples have an entry per source."""
 
@@ -38,7 +32,8 @@ class Duplicates:
     tokens: tuple[int, ...]
     repeated: tuple[int, ...]
     repeated_tokens: tuple[int, ...]
-    most_frequent: tuple[RepeatedDocument, ...]
+    most_frequent: tuple[tuple[int, NDArray[np.integer]], ...]
+    """How often each occurs, and its tokens."""
     validation_documents: tuple[int, ...]
     validation_in_train: tuple[int, ...]
 
@@ -71,9 +66,7 @@ def find_duplicates(train: Streams, validation: Streams, *, max_tokens: int, adv
         tokens=tuple(int(sample.lengths.sum()) for sample in samples),
         repeated=tuple(int(part.sum()) for part in np.split(repeated, bounds)),
         repeated_tokens=tuple(int(part.sum()) for part in np.split(np.where(repeated, lengths, 0), bounds)),
-        most_frequent=tuple(
-            RepeatedDocument(count=int(counts[at]), tokens=_document(train, samples, share, int(firsts[at]))) for at in most
-        ),
+        most_frequent=tuple((int(counts[at]), _document(train, samples, share, int(firsts[at]))) for at in most),
         validation_documents=tuple(len(sample.hashes) for sample in others),
         validation_in_train=tuple(int(is_among(sample.hashes, known).sum()) for sample in others),
     )

@@ -25,9 +25,8 @@ from manta.data.prepare.encode import record_file
 from manta.data.prepare.progress import report
 from manta.data.sampling.packed_windows import find_packing, pack_corpus
 from manta.data.sampling.samples import Samples
-from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
-from manta.data.shards.manifest import Manifest, PreparedData, digest
+from manta.data.shards.manifest import FORMAT, Manifest, PreparedData, digest, joint_fingerprint
 from manta.data.source_config import SourceConfig
 from manta.data.sources.source import identity, ignored_files, source_files, validation_source
 from manta.data.sources.splits import content_kind, input_splits, sample_text
@@ -209,7 +208,7 @@ def _corpus_directory(data: DataConfig, source: SourceConfig, tokens: TokenizerC
 
 def _directory(data: DataConfig, name: str, content: Sequence[object]) -> CorpusDirectory:
     """Return the directory that is named by a hash of what determines its content."""
-    key = digest([manifest.FORMAT, *content])[:12]
+    key = digest([FORMAT, *content])[:12]
     return CorpusDirectory(join(absolute(data.directory), f"{name}-{key}"), data.cache)
 
 
@@ -217,7 +216,7 @@ def _prepared(tokenizer_directory: CorpusDirectory, directories: Sequence[Corpus
     return PreparedData(
         tokenizer=tokenizer_directory.local_copy(_TOKENIZER),
         corpora=tuple(directory.root for directory in directories),
-        fingerprint=manifest.joint_fingerprint(tuple(corpora)),
+        fingerprint=joint_fingerprint(tuple(corpora)),
     )
 
 

@@ -93,19 +93,9 @@ def index_token_file(task: SplitTask, position: c_int64) -> SplitRecord:
         if not len(lengths_D):
             return None
         index = index_bytes(lengths_D, layout.dtype)
-        shard = Shard(
-            file=absolute(split.path),
-            index=f"{task.stem}.{side}.idx",
-            dtype=layout.dtype.name,
-            offset=layout.offset + first * layout.dtype.itemsize,
-            tokens=int(lengths_D.sum()),
-            documents=len(lengths_D),
-            text_bytes=0,
-            bin_bytes=split.size,
-            idx_bytes=len(index),
-            bin_xxh3=xxh3,
-            idx_xxh3=xxhash.xxh3_64_hexdigest(index),
-        )
+        offset = layout.offset + first * layout.dtype.itemsize
+        file = {"file": absolute(split.path), "offset": offset, "bin_bytes": split.size, "bin_xxh3": xxh3, "text_bytes": 0}
+        shard = Shard.describe(lengths_D, layout.dtype, index, index=f"{task.stem}.{side}.idx", **file)
         task.directory.store.write(shard.index, index)
         return shard
 

@@ -15,9 +15,8 @@ import xxhash
 
 from manta.data.errors import InputError
 from manta.data.sampling.packed_windows import recorded_packing
-from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
-from manta.data.shards.manifest import Manifest
+from manta.data.shards.manifest import MANIFEST, Manifest, content_fingerprint
 from manta.data.shards.shard import Shard, parse_index
 from manta.data.shards.windows import WindowShape
 from manta.data.storage.store import open_store
@@ -141,7 +140,7 @@ def _files(directory: CorpusDirectory, corpus: Manifest, shape: WindowShape) -> 
 
 def _count_damage(directory: CorpusDirectory, corpus: Manifest) -> Damage | None:
     """Return where a manifest contradicts itself."""
-    path = directory.location(manifest.MANIFEST)
+    path = directory.location(MANIFEST)
     for name, split in (("train", corpus.train), ("validation", corpus.validation)):
         for key in ("tokens", "documents", "text_bytes"):
             count, total = getattr(split, key), sum(getattr(shard, key) for shard in split.shards)
@@ -151,7 +150,7 @@ def _count_damage(directory: CorpusDirectory, corpus: Manifest) -> Damage | None
         if shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize > shard.bin_bytes:
             expected = f"no more than its {shard.bin_bytes:,} bytes hold"
             return Damage(path=path, got=f"{shard.tokens:,} tokens of {shard.file}", expected=expected)
-    fingerprint = manifest.content_fingerprint(corpus.train.shards, corpus.validation.shards)
+    fingerprint = content_fingerprint(corpus.train.shards, corpus.validation.shards)
     if fingerprint != corpus.fingerprint:
         return Damage(path=path, got=f"fingerprint {corpus.fingerprint}", expected=f"{fingerprint}, that of its shards")
     return None

@@ -24,9 +24,8 @@ from manta.data.objectives.objective import Objective
 from manta.data.sampling.mixture import Mixture
 from manta.data.sampling.order import BlockOrder, Order, Permutation
 from manta.data.sampling.packed_windows import PackedDataset, ShardPacking, load_packing
-from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
-from manta.data.shards.manifest import Manifest, PreparedData, digest
+from manta.data.shards.manifest import Manifest, PreparedData, digest, load_corpora
 from manta.data.shards.windows import CutDataset, TokenStream, WindowDataset, Windows, WindowShape, check_indices
 from manta.data.tokenizer.tokenizer import Tokenizer
 
@@ -44,7 +43,7 @@ class Samples:
         tokenizer lacks tokens that the objective needs.
         """
         self._seed = seed
-        corpora = manifest.load_corpora(prepared, data.cache)
+        corpora = load_corpora(prepared, data.cache)
         _check_cache(data, corpora)
         tokenizer = Tokenizer(prepared.tokenizer, end_of_text=tokens.end_of_text)
         self._objective = Objective(data, tokenizer)
@@ -66,22 +65,9 @@ class Samples:
     def validation(self, indices: NDArray[np.integer]) -> Examples:
         """Return validation examples [K] in range(validation_windows). They are spread over all sources and independent of the seed."""
         samples = np.asarray(indices, dtype=np.int64)
-        windows = self._read(self._validation, self._validation_numbers(samples), samples, seed=None)
+        check_indices(samples, self.validation_windows)
+        windows = self._read(self._validation, self._validation_order(samples).astype(np.int64), samples, seed=None)
         return self._objective(windows, samples, seed=None)
-
-    def validation_text(self, indices: NDArray[np.integer]) -> Windows:
-        """Return the text of validation windows [K]."""
-        return self._validation.read(self._validation_numbers(np.asarray(indices)))
-
-    def validation_unigram_entropy(self, indices: NDArray[np.integer]) -> float:
-        """Return the loss on these windows, in nats per token, of a model that knows only their token frequencies."""
-        text, new = self.validation_text(indices), slice(-self._objective.shape.stride, None)
-        tokens = text.tokens[:, new] if text.documents is None else text.tokens[:, new][text.documents[:, new] >= 0]
-        return entropy(np.bincount(tokens.ravel(), minlength=self.tokenizer_vocabulary))
-
-    def _validation_numbers(self, indices: NDArray[np.integer]) -> Numbers:
-        check_indices(indices, self.validation_windows)
-        return self._validation_order(indices).astype(np.int64)
 
     def _read_source(self, index: int, own: Numbers, samples: Numbers) -> Windows:
         self.sampler.prefetch(index, int(own[0]))

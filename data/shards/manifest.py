@@ -90,7 +90,7 @@ class PreparedData(BaseModel, frozen=True):
     fingerprint: str
 
 
-def load(directory: CorpusDirectory) -> Manifest:
+def load_manifest(directory: CorpusDirectory) -> Manifest:
     """Return a corpus's manifest. Raises InputError if it is missing, damaged or of another format."""
     path = directory.location(MANIFEST)
     try:
@@ -114,7 +114,7 @@ def is_complete(prepared: PreparedData, cache: CacheConfig) -> bool:
 def load_corpora(prepared: PreparedData, cache: CacheConfig) -> tuple[tuple[CorpusDirectory, Manifest], ...]:
     """Return a run's corpora. Raises InputError if a file is missing, or if corpora or tokenizer are not those that were prepared."""
     directories = [CorpusDirectory(root, cache) for root in prepared.corpora]
-    manifests = tuple(load(directory) for directory in directories)
+    manifests = tuple(load_manifest(directory) for directory in directories)
     for directory, manifest in zip(directories, manifests, strict=True):
         if problem := manifest.problem(directory):
             raise InputError(f"{problem}. {_REMEDY}")

@@ -47,6 +47,12 @@ class Shard(BaseModel, frozen=True, extra="forbid"):
     bin_xxh3: str
     idx_xxh3: str
 
+    @classmethod
+    def describe(cls, lengths: NDArray[np.integer], dtype: np.dtype[Any], index_content: bytes, **fields: Any) -> Self:
+        """Return the record of documents with these lengths in tokens. fields: the other fields."""
+        counts = {"tokens": int(lengths.sum()), "documents": len(lengths), "idx_bytes": len(index_content)}
+        return cls(dtype=dtype.name, **counts, idx_xxh3=xxhash.xxh3_64_hexdigest(index_content), **fields)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DocumentIndex:
@@ -102,20 +108,9 @@ class ShardWriter:
             return None
         self._bin.flush()
         os.fsync(self._bin.fileno())
-        bin_bytes = self._bin.tell()
-        index = index_bytes(lengths, self._dtype)
-        shard = Shard(
-            file=f"{self._prefix.name}.bin",
-            index=f"{self._prefix.name}.idx",
-            dtype=self._dtype.name,
-            tokens=int(lengths.sum()),
-            documents=len(lengths),
-            text_bytes=self._text_bytes,
-            bin_bytes=bin_bytes,
-            idx_bytes=len(index),
-            bin_xxh3=self._hash.hexdigest(),
-            idx_xxh3=xxhash.xxh3_64_hexdigest(index),
-        )
+        index, name = index_bytes(lengths, self._dtype), self._prefix.name
+        own = {"file": f"{name}.bin", "bin_bytes": self._bin.tell(), "bin_xxh3": self._hash.hexdigest(), "text_bytes": self._text_bytes}
+        shard = Shard.describe(lengths, self._dtype, index, index=f"{name}.idx", **own)
         write_atomically(self._prefix.with_name(shard.index), index)
         self._temporary.replace(self._prefix.with_name(shard.file))
         return shard

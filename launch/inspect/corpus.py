@@ -18,8 +18,7 @@ from manta.data.prepare.contamination import SPAN, find_contamination
 from manta.data.prepare.dedup import find_duplicates
 from manta.data.prepare.progress import progress
 from manta.data.sampling.statistics import CorpusStatistics, LengthHistogram, PackingStatistics, corpus_statistics
-from manta.data.shards import manifest
-from manta.data.shards.manifest import Manifest
+from manta.data.shards.manifest import Manifest, load_corpora
 from manta.data.shards.windows import TokenStream
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.launch.inspect.charts import bar, color, console, number_column, percent, plain_table, visible
@@ -36,7 +35,7 @@ def inspect_corpus(target: DataTarget, *, read: int, png: Path | None) -> Report
     """Return all figures. read: maximum number of tokens to read for duplicates and for contamination; 0 skips both."""
     config, prepared = target.config, target.prepared()
     data, train = config.data, config.train
-    opened = manifest.load_corpora(prepared, data.cache)
+    opened = load_corpora(prepared, data.cache)
     corpora = [corpus for _, corpus in opened]
     shape, by_shard = window_shape(data), data.shuffle_shards is not None
     found = [corpus_statistics(home, corpus, shape, apart=by_shard) for home, corpus in opened]
@@ -146,8 +145,8 @@ def _repetition(train: list[TokenStream], validation: list[TokenStream], tokeniz
             "share_of_tokens": repeated_tokens / max(compared_tokens, 1),
             "by_source": list(duplicates.repeated),
             "most": [
-                {"count": one.count, "tokens": len(one.tokens), "text": tokenizer.decode(one.tokens[:_MAX_DECODED].tolist())}
-                for one in duplicates.most_frequent
+                {"count": count, "tokens": len(ids), "text": tokenizer.decode(ids[:_MAX_DECODED].tolist())}
+                for count, ids in duplicates.most_frequent
             ],
             "seconds": between - start,
             "all_compared": compared_tokens == tokens,

@@ -10,8 +10,7 @@ from manta.data.prepare import prepare
 from manta.data.sampling.samples import Samples
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import PreparedData
-from manta.launch import config as configs
-from manta.launch.config import RunConfig, find_run
+from manta.launch.config import RunConfig, find_run, load
 from manta.trainer.run_directory import RunDirectory
 
 
@@ -62,10 +61,10 @@ def resolve(path: Path, overrides: Sequence[str]) -> DataTarget:
     """Return the target of FILE or RUN. Raises InputError if the config is wrong, or its data is never prepared."""
     run = find_run(path) if path.is_dir() else None
     file = path if run is None else run.config_file
-    config = configs.load(file, overrides)
+    config = load(file, overrides)
     if config.data.live:
         raise InputError("data.live: expected a prepared corpus to inspect, got true. Set data.live=false, and run `manta prepare`.")
-    if run is not None and overrides and _corpus_keys(configs.load(file)) != _corpus_keys(config):
+    if run is not None and overrides and _corpus_keys(load(file)) != _corpus_keys(config):
         run = None
     return DataTarget(config=config, run=run, typed=shlex.join([str(file), *overrides]))
 

@@ -7,9 +7,8 @@ from manta.data.errors import InputError
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare.progress import progress
 from manta.data.prepare.verify import corpus_size, verify
-from manta.data.shards import manifest
 from manta.data.shards.corpus_directory import CorpusDirectory
-from manta.data.shards.manifest import Manifest
+from manta.data.shards.manifest import Manifest, joint_fingerprint, load_manifest
 from manta.data.tokenizer import tokenizer
 from manta.launch.inspect.charts import console
 from manta.launch.inspect.resolve import DataTarget
@@ -22,7 +21,7 @@ def check(target: DataTarget) -> dict[str, Any]:
     damaged: list[str] = []
     for directory in directories:
         try:
-            corpora.append((directory, manifest.load(directory)))
+            corpora.append((directory, load_manifest(directory)))
         except InputError as error:
             damaged.append(str(error))
     try:
@@ -33,7 +32,7 @@ def check(target: DataTarget) -> dict[str, Any]:
     except InputError as error:
         damaged.append(str(error))
     if fingerprint is not None and len(corpora) == len(directories):
-        found = manifest.joint_fingerprint(tuple(corpus for _, corpus in corpora))
+        found = joint_fingerprint(tuple(corpus for _, corpus in corpora))
         if found != fingerprint:
             names = ", ".join(directory.root for directory in directories)
             damaged.append(f"{names}: fingerprint: expected {fingerprint}, as the run started with, got {found}. Restore that corpus.")

@@ -141,7 +141,7 @@ def test_a_corrupt_object_is_refused(bucket, store):
             read(data)
         (root,) = prepare.find_prepared(data, SMALL).corpora
         directory = CorpusDirectory(root, data.cache)
-        damage = verify([(directory, manifest.load(directory))], window_shape(data), advance=lambda _: None)
+        damage = verify([(directory, manifest.load_manifest(directory))], window_shape(data), advance=lambda _: None)
         assert [one.path for one in damage] == [f"{root}/piece-00003.train.bin"]
     finally:
         store[0].put(key, whole)
@@ -165,7 +165,7 @@ def test_an_interrupted_preparation_into_a_bucket_is_continued(bucket):
 
 def _keys(data: DataConfig) -> list[str]:
     (root,) = prepare.find_prepared(data, SMALL).corpora
-    made = manifest.load(CorpusDirectory(root, data.cache))
+    made = manifest.load_manifest(CorpusDirectory(root, data.cache))
     return [f"{root.removeprefix(f's3://{BUCKET}/')}/{shard.file}" for shard in (*made.train.shards, *made.validation.shards)]
 
 

@@ -41,7 +41,7 @@ def test_packing_statistics_equal_those_of_the_samples(tmp_path, way, by_shard):
     samples = open_way(write_sources(tmp_path), **WAYS[way] | ({"shuffle_shards": 2} if by_shard else {}))
     shape = WindowShape(width=17, stride=16) if way == "one" else WindowShape(width=14, stride=14)
     (source,) = samples.sampler.sources
-    found = [corpus_statistics(stream.home, manifest.load(stream.home), shape, apart=by_shard) for stream in source.streams]
+    found = [corpus_statistics(stream.home, manifest.load_manifest(stream.home), shape, apart=by_shard) for stream in source.streams]
     packings = [one.cut if way == "one" else one.best_fit for one in found]
     assert sum(packing.samples for packing in packings) == len(source.dataset)
     if way != "one":

@@ -16,7 +16,7 @@ from manta.data.shards.manifest import PreparedData
 
 
 def find_damage(prepared: PreparedData, data: DataConfig) -> list[Damage]:
-    corpora = [(home := CorpusDirectory(root, CacheConfig()), manifest.load(home)) for root in prepared.corpora]
+    corpora = [(home := CorpusDirectory(root, CacheConfig()), manifest.load_manifest(home)) for root in prepared.corpora]
     read = []
     found = verify(corpora, window_shape(data), advance=read.append)
     if not found:
@@ -49,7 +49,7 @@ def test_a_file_of_several_shards_is_read_once(tmp_path, change):
     """One of llm.c's files, with a header before the ids, has both train and validation shards."""
     prepared = prepare.prepare(config(tmp_path / "corpora", write_lines(tmp_path / "some.jsonl", documents(80))), SMALL)
     home = CorpusDirectory(prepared.corpora[0], CacheConfig())
-    ids = np.concatenate([home.tokens(shard) for shard in manifest.load(home).train.shards])
+    ids = np.concatenate([home.tokens(shard) for shard in manifest.load_manifest(home).train.shards])
     header = np.zeros(256, np.int32)
     header[:3] = 20240520, 1, len(ids)
     file = tmp_path / "llm-c.bin"
@@ -66,7 +66,7 @@ def test_wrong_ids_and_counts_are_found_despite_intact_hashes(tmp_path):
     data = config(tmp_path / "corpora", write_lines(tmp_path / "some.jsonl", documents(80)))
     prepared = prepare.prepare(data, SMALL)
     home = CorpusDirectory(prepared.corpora[0], CacheConfig())
-    corpus, shape = manifest.load(home), window_shape(data)
+    corpus, shape = manifest.load_manifest(home), window_shape(data)
     (shard,) = corpus.train.shards
     (small,) = verify([(home, corpus.model_copy(update={"vocabulary": 100}))], shape, advance=lambda _: None)[:1]
     assert (small.path, small.expected) == (home.location(shard.file), "ids below 100")

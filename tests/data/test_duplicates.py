@@ -28,8 +28,8 @@ def test_all_copies_but_the_first_are_duplicates(tmp_path):
     assert found.documents == (60, 60)
     assert found.repeated == (60 - new, 60 - (len(times) - new))
     assert sum(found.repeated_tokens) == sum((count - 1) * len(document) for document, count in times.items())
-    assert [one.count for one in found.most_frequent] == sorted(times.values(), reverse=True)[:5]
-    assert all(times[tuple(one.tokens.tolist())] == one.count for one in found.most_frequent)
+    assert [count for count, _ in found.most_frequent] == sorted(times.values(), reverse=True)[:5]
+    assert all(times[tuple(ids.tolist())] == count for count, ids in found.most_frequent)
     assert found.validation_in_train == (sum(tuple(document) in times for document in chosen[2]), 0)
     assert sum(read) == sum(int(stream.starts[-1]) for stream in (*train, *validation))
 
@@ -41,9 +41,9 @@ def test_a_large_corpus_is_sampled_by_document_length(tmp_path):
     tokens = sum(map(len, chosen))
     found = find_duplicates([write_stream(tmp_path, chosen)], [], max_tokens=tokens // 4, advance=ignore)
     assert 0.1 * tokens < found.tokens[0] < 0.4 * tokens
-    compared = {len(one.tokens) for one in found.most_frequent}
+    compared = {len(ids) for _, ids in found.most_frequent}
     times = Counter(len(document) for document in chosen)  # no two documents of the pool have the same length
-    assert [one.count for one in found.most_frequent] == [times[len(one.tokens)] for one in found.most_frequent]
+    assert [count for count, _ in found.most_frequent] == [times[len(ids)] for _, ids in found.most_frequent]
     assert len(compared) == 5
     assert found.repeated[0] / found.documents[0] == pytest.approx(1 - 199 / 800, abs=0.1)
 

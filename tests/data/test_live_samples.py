@@ -232,7 +232,7 @@ def test_validation_documents_are_those_of_a_prepared_corpus(folder, tokens):
     samples = opened(data, tokens, held_out=10**6)
     prepared = prepare.prepare(data.model_copy(update={"live": False}), tokens)
     indices = np.arange(samples.validation_windows)
-    found = documents_of(samples.validation_text(indices).tokens[:, :-1].ravel().tolist(), Tokenizer(tokens.file))
+    found = documents_of(samples.validation(indices).tokens.ravel().tolist(), Tokenizer(tokens.file))
     expected = texts_of(prepared, "validation")
     assert len(expected) - 1 <= len(found) <= len(expected)
     assert set(found) <= set(expected)
@@ -241,8 +241,6 @@ def test_validation_documents_are_those_of_a_prepared_corpus(folder, tokens):
     few = opened(data, tokens, 1, 2, seed=8, held_out=5)
     assert few.validation_windows == 5
     assert same_examples(few.validation(indices[:5]), samples.validation(indices[:5]))
-    shares = np.bincount(samples.validation_text(indices[:4]).tokens[:, 1:].ravel()) / 64
-    assert samples.validation_unigram_entropy(indices[:4]) == pytest.approx(-sum(p * np.log(p) for p in shares[shares > 0]))
     assert samples.tokenizer_vocabulary == Samples(prepared, data, tokens, seed=0).tokenizer_vocabulary
     with pytest.raises(IndexError, match="expected indices below 5"):
         few.validation(np.array([5]))
@@ -253,7 +251,7 @@ def test_a_source_with_its_own_validation_holds_out_only_that(tmp_path, tokens):
     path, held_out = write_lines(tmp_path / "a.jsonl", texts), write_lines(tmp_path / "b.jsonl", apart)
     samples = opened(config(tmp_path, {"path": str(path), "validation": str(held_out)}), tokens, held_out=10**6)
     assert sorted(texts_by_epoch(samples, tokens, 1)[0]) == sorted(texts)
-    stream = samples.validation_text(np.arange(samples.validation_windows)).tokens[:, :2].ravel()
+    stream = samples.validation(np.arange(samples.validation_windows)).tokens[:, :2].ravel()
     assert Tokenizer(tokens.file).decode(stream).startswith(apart[0] + "<|endoftext|>" + apart[1])
 
 

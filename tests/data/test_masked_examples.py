@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from example_cases import BEGINS_WORD, CLS, END, MASK, ONLY, PAD, SEP, SPECIAL, V, bins, digest, near, rows
+from example_cases import BEGINS_WORD, CLS, END, MASK, PAD, SEP, SPECIAL, V, bins, digest, near, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,13 +195,6 @@ def test_documents_that_meet_in_a_pair_are_joined(ends, width, kind, seed):
     assert np.array_equal(whole.tokens, framed.tokens)
 
 
-def test_cumulative_lengths_need_contiguous_documents():
-    text_KW = np.array([[10, 11, END, 12, 13, 14, END, 15]])
-    framed = frame("next_sentence", text_KW, number_documents(text_KW, END))
-    with pytest.raises(ValueError, match="sample 0: expected contiguous documents"):
-        mask_tokens(framed, sample_keys(ONLY, 5), share=0.15, special=SPECIAL).cumulative_lengths()
-
-
 def test_framed_text_by_hand():
     text_KW, documents_KW = bins([[10, 11, END], [12, END]], [[10, 11, 12, 13, 14, 15, END]], width=7)
     first, second = rows(mask_tokens(frame("none", text_KW, documents_KW), sample_keys(np.arange(2), 5), share=0.01, special=SPECIAL))
@@ -215,8 +208,6 @@ def test_framed_text_by_hand():
     cut = frame("none", text_KW)
     assert cut.documents is None
     assert cut.tokens.tolist() == [[CLS, *text, SEP] for text in text_KW.tolist()]
-    examples = mask_tokens(frame("none", text_KW, documents_KW), sample_keys(np.arange(2), 5), share=0.01, special=SPECIAL)
-    assert examples.cumulative_lengths().tolist() == [0, 4, 7, 9, 18]
 
 
 def words(framed: Examples, row: int) -> list[list[int]]:

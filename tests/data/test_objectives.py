@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example_cases import DOCUMENTS, END, FIELDS, ONLY, bins, digest, rows
+from example_cases import END, FIELDS, ONLY, bins, digest, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpora import SMALL, config, documents, write_lines
@@ -111,18 +111,6 @@ def test_padding_predicts_nothing_and_nothing_predicts_it():
     assert first["documents"] == [0, 0, 0, 0, 0, 0, -1, -1]
 
 
-@given(found=st.lists(DOCUMENTS, min_size=1, max_size=4), width=st.integers(2, 60))
-def test_cumulative_lengths_by_definition(found, width):
-    text_KW, documents_KW = (whole[:, :width] for whole in bins(*found, width=100))
-    examples = causal_examples(text_KW, np.arange(len(found)), documents_KW)
-    lengths = examples.cumulative_lengths()
-    flat = [(row, document) for row, documents in enumerate(examples.documents.tolist()) for document in documents]
-    assert lengths.dtype == np.int32
-    assert lengths.tolist() == [0, *(at for at in range(1, len(flat)) if flat[at] != flat[at - 1]), len(flat)]
-    rows_alone = causal_examples(text_KW, np.arange(len(found))).cumulative_lengths()
-    assert rows_alone.tolist() == [row * (width - 1) for row in range(len(found) + 1)]
-
-
 def test_masks_depend_on_epoch_and_seed(opened, prepared, settings_of):
     samples = opened["masked"]
     total = len(samples.sampler.sources[0].dataset)
@@ -142,18 +130,12 @@ def test_masks_depend_on_epoch_and_seed(opened, prepared, settings_of):
 def test_masked_windows_cover_the_text_without_overlap(opened, prepared):
     """Windows of W = T - 3 tokens are consecutive: special tokens around the text replace none of it."""
     samples = opened["masked"]
-    text = samples.validation_text(np.arange(samples.validation_windows)).tokens
+    text = samples._validation.read(np.arange(samples.validation_windows)).tokens
     assert text.shape[1] == 61
     end = Tokenizer(prepared["masked"].tokenizer).end_of_text
     tokens = np.fromfile(next(Path(prepared["masked"].corpora[0]).glob("*.validation.bin")), dtype=np.uint16)
     assert sorted(text.tolist()) == sorted(tokens[: text.size].reshape(text.shape).tolist())
     assert end in text
-    assert samples.validation_unigram_entropy(np.arange(2)) == pytest.approx(entropy_of(text[:2]))
-
-
-def entropy_of(tokens: np.ndarray) -> float:
-    shares = np.unique(tokens, return_counts=True)[1] / tokens.size
-    return float(-(shares * np.log(shares)).sum())
 
 
 def test_causal_examples_are_frozen():
@@ -216,7 +198,7 @@ def test_a_bert_tokenizer_ends_documents_with_its_sep(bert, source, tmp_path):
     prepared = prepare.prepare(data, tokens)
     samples = Samples(prepared, data, tokens, seed=1)
     windows = samples.sampler.sources[0].dataset
-    text = np.concatenate([windows.read(np.arange(len(windows))).tokens, samples.validation_text(np.arange(3)).tokens])
+    text = np.concatenate([windows.read(np.arange(len(windows))).tokens, samples._validation.read(np.arange(3)).tokens])
     assert set(text[text < 5]) == {1, 3}  # unknown words and the ends of documents: no text became [MASK]
     examples = samples.train(np.arange(200))
     assert (examples.tokens[:, 0] == 2).all()

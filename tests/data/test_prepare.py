@@ -57,7 +57,7 @@ def test_many_workers_write_the_same_bytes_as_one(lines, undisturbed, tmp_path, 
 
 def test_the_manifest_adds_up(undisturbed):
     home = CorpusDirectory(undisturbed.corpora[0], CacheConfig())
-    corpus = manifest.load(home)
+    corpus = manifest.load_manifest(home)
     assert corpus.encoder.startswith("tiktoken: same ids as tokenizers on")
     assert corpus.tokenizer == Tokenizer(undisturbed.tokenizer).fingerprint
     assert corpus.text_bytes == sum(len(text) for part in range(12) for text in documents(100, seed=part))

@@ -50,7 +50,7 @@ def total(opened: Samples) -> int:
 
 def stream(root: str, split: str) -> np.ndarray:
     home = CorpusDirectory(root, CacheConfig())
-    return np.concatenate([home.tokens(shard) for shard in getattr(manifest.load(home), split).shards])
+    return np.concatenate([home.tokens(shard) for shard in getattr(manifest.load_manifest(home), split).shards])
 
 
 def windows(prepared: PreparedData, split: str) -> list[list[int]]:
@@ -98,7 +98,7 @@ def test_a_sample_can_span_several_shards(prepared):
     length = 2500
     opened = open_samples(prepared, sequence_length=length)
     tokens = stream(prepared.corpora[0], "train")
-    assert max(shard.tokens for shard in manifest.load(CorpusDirectory(prepared.corpora[0], CacheConfig())).train.shards) < length
+    assert max(shard.tokens for shard in manifest.load_manifest(CorpusDirectory(prepared.corpora[0], CacheConfig())).train.shards) < length
     order = Order(total(opened), seed=0)(np.arange(total(opened)))[1]
     first = int(np.flatnonzero(order == 0)[0])
     assert np.array_equal(text(opened.train(np.array([first])))[0], tokens[: length + 1])
@@ -109,14 +109,6 @@ def test_samples_do_not_depend_on_the_limit_of_open_shards(prepared, monkeypatch
     expected = open_samples(prepared, seed=5).train(numbers).tokens
     monkeypatch.setattr(windows_module, "_OPEN_SHARDS", 1)
     assert np.array_equal(open_samples(prepared, seed=5).train(numbers).tokens, expected)
-
-
-def test_the_unigram_entropy_is_that_of_the_targets(prepared):
-    opened = open_samples(prepared, seed=5)
-    targets = opened.validation(np.arange(4)).targets.ravel().tolist()
-    shares = [targets.count(token) / len(targets) for token in set(targets)]
-    assert opened.validation_unigram_entropy(np.arange(4)) == pytest.approx(-sum(p * np.log(p) for p in shares))
-    assert opened.tokenizer_vocabulary == 400
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def config(tmp_path: Path, path: Path, **source) -> DataConfig:
 def documents_by_side(prepared: PreparedData) -> dict[str, list[list[int]]]:
     """Return the documents of train and of validation, as attention and packing see them."""
     home = CorpusDirectory(prepared.corpora[0], CacheConfig())
-    made = manifest.load(home)
+    made = manifest.load_manifest(home)
     found: dict[str, list[list[int]]] = {}
     for side in sorted(SPLIT):
         shards = getattr(made, side).shards

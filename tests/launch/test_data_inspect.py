@@ -60,7 +60,7 @@ def steps(workspace, run) -> list[dict]:
 
 def corpora(workspace, run: str) -> list[tuple[CorpusDirectory, manifest.Manifest]]:
     homes = [CorpusDirectory(root, CacheConfig()) for root in data_json(workspace, "verify", run)["corpora"]]
-    return [(home, manifest.load(home)) for home in homes]
+    return [(home, manifest.load_manifest(home)) for home in homes]
 
 
 def test_inspect_reports_what_manifests_and_shards_contain(workspace, run, tmp_path):

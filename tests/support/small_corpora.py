@@ -48,7 +48,7 @@ def texts_of(prepared: PreparedData, split: str) -> list[str]:
     texts = []
     for root in prepared.corpora:
         home = CorpusDirectory(root, CacheConfig())
-        for shard in getattr(manifest.load(home), split).shards:
+        for shard in getattr(manifest.load_manifest(home), split).shards:
             for document in np.split(home.tokens(shard), np.cumsum(home.read_index(shard).lengths)[:-1]):
                 assert document[-1] == tokenizer.end_of_text
                 texts.append(tokenizer.decode(document[:-1]))
