@@ -225,11 +225,6 @@ class ClusterConfig(ClusterSection):
     """What `manta train --on kubernetes` creates."""
 
     @property
-    def quarantine(self) -> float:
-        """Seconds that a lost node is excluded although Ray, which checks it every second, lists it as alive."""
-        return max(60.0, 10 * self.node_timeout)
-
-    @property
     def stop_after_seconds(self) -> float:
         """Infinite if stop_after is unset."""
         if self.stop_after is None:

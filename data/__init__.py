@@ -1,1 +1,1 @@
-"""Which tokens come next?"""
+"""Which tokens does a step train on?"""

@@ -136,11 +136,6 @@ class DataConfig(Section):
         quoted = (f"{next(iter(source))}:" if _is_unquoted(source) else source for source in cast("Sequence[Any]", listed))
         return tuple({"path": source} if isinstance(source, str) else source for source in quoted)
 
-    @field_validator("directory", mode="before")
-    @classmethod
-    def _accept_path(cls, value: object) -> object:
-        return str(value) if isinstance(value, Path) else value
-
     @field_validator("mixture", mode="before")
     @classmethod
     def _accept_single_stage(cls, value: object) -> object:

@@ -1,4 +1,4 @@
-"""The `manta` command. Each command imports what it needs when it runs, so that help and config errors appear at once."""
+"""The `manta` command. Each command imports torch and Ray only when it runs, so that help and config errors appear at once."""
 
 import json
 import sys
@@ -11,8 +11,9 @@ from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
+from manta.launch.config import find_run, find_trained_run, load
 from manta.launch.inspect.commands import app as data_app
-from manta.launch.options import AsJson, File, Overrides, Run, print_report
+from manta.launch.terminal import AsJson, File, Overrides, Run, print_report
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -27,20 +28,10 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; return when the run has started.")]
-On = Annotated[
-    str,
-    typer.Option(
-        metavar="TARGET",
-        help="Where to run: local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (submit to a Ray cluster), auto or HOST:PORT (join one).",
-    ),
-]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Join a Ray cluster without a token, although anyone who reaches it can run code.")
-]
-WeightsOnly = Annotated[
-    str | None,
-    typer.Option(metavar="FROM", help="Take only the initial weights from a run, an import or a checkpoint; same as run.start_from=FROM."),
-]
+TARGETS = "local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (submit to a Ray cluster), auto or HOST:PORT (join one)"
+On = Annotated[str, typer.Option(metavar="TARGET", help=f"Where to run: {TARGETS}.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Accept a Ray cluster without a token: anyone who reaches it can run code.")]
+WeightsOnly = Annotated[str | None, typer.Option(metavar="FROM", help="Start from the weights of a run or an import: run.start_from=FROM.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -63,13 +54,12 @@ def train(
     insecure: Insecure = False,
 ) -> None:
     """Start a run, or resume it if it was started before. Prepares the corpus first, unless already done."""
-    from manta.launch import config
     from manta.launch.targets.dispatch import launch
 
     all_overrides = overrides or []
     if weights_only is not None:
         all_overrides = [*all_overrides, f"run.start_from={json.dumps(weights_only)}"]
-    loaded = config.load(file, all_overrides)
+    loaded = load(file, all_overrides)
     detached = _arguments("train", file, all_overrides, on, insecure=insecure) if detach else []
     raise typer.Exit(launch(loaded, on, dry_run=dry_run, insecure=insecure, detached=detached))
 
@@ -77,10 +67,9 @@ def train(
 @app.command(epilog="For example: manta resume runs/mine cluster.nodes=2")
 def resume(run: Run, overrides: Overrides = None, *, detach: Detach = False, on: On = "local", insecure: Insecure = False) -> None:
     """Resume a run from its newest valid checkpoint, on the nodes that are available now."""
-    from manta.launch import config
     from manta.launch.targets.dispatch import launch
 
-    loaded = config.load(config.find_run(run).config_file, [*(overrides or []), f"run.dir={json.dumps(str(run.absolute()))}"])
+    loaded = load(find_run(run).config_file, [*(overrides or []), f"run.dir={json.dumps(str(run.absolute()))}"])
     detached = _arguments("resume", run, overrides or [], on, insecure=insecure) if detach else []
     raise typer.Exit(launch(loaded, on, insecure=insecure, detached=detached))
 
@@ -88,11 +77,10 @@ def resume(run: Run, overrides: Overrides = None, *, detach: Detach = False, on:
 @app.command(epilog="For example: manta drill run.yaml --on ssh:hosts.txt")
 def drill(file: File, overrides: Overrides = None, *, on: On = "local", insecure: Insecure = False) -> None:
     """Inject faults into a short copy of a run, and check that it recovers, with the same losses as without faults."""
-    from manta.launch import config
     from manta.launch.drill.drill import DRILL_DEFAULTS, drill
     from manta.launch.targets.dispatch import connect
 
-    loaded = config.load(file, [*DRILL_DEFAULTS, *(overrides or [])])
+    loaded = load(file, [*DRILL_DEFAULTS, *(overrides or [])])
     raise typer.Exit(drill(loaded, connect(loaded, on, insecure=insecure)))
 
 
@@ -140,9 +128,7 @@ def logs(
     *,
     rank: Annotated[int, typer.Option(min=0, help="Rank to print the log of.")] = 0,
     attempt: Annotated[int | None, typer.Option(min=1, help="The attempt; default: the newest.")] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Print new lines as they are written, including those of later attempts.")
-    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines as they are written, until the run ends.")] = False,
 ) -> None:
     """Print the log of a rank, including the output of libraries."""
     from manta.launch.control.logs import logs
@@ -156,9 +142,8 @@ def logs(
 def prepare(file: File, overrides: Overrides = None) -> None:
     """Prepare the config's corpus: tokenize it and write token shards. `manta train` does this automatically."""
     from manta.data.prepare.prepare import prepare
-    from manta.launch import config
 
-    loaded = config.load(file, overrides or [])
+    loaded = load(file, overrides or [])
     for corpus in prepare(loaded.data, loaded.tokenizer).corpora:
         typer.echo(corpus)
 
@@ -185,8 +170,6 @@ def generate(
     """Generate text with a run's newest checkpoint, or with an imported model."""
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"--top-p: expected a probability above 0 and at most 1, got {top_p}. Use 0.95, for example.")
-    from manta.launch.config import find_trained_run
-
     run_dir = find_trained_run(run)
     from manta.trainer.serve.generate import Sampling, generate_text
 
@@ -213,8 +196,6 @@ def export(
         max_bytes = TypeAdapter(Annotated[ByteSize, Field(gt=0)]).validate_python(shard_size)
     except ValidationError:
         raise InputError(f"--shard-size: expected a size, got {shard_size!r}. Use 5GB or 500MB, for example.") from None
-    from manta.launch.config import find_trained_run
-
     run_dir = find_trained_run(run)
     from manta.trainer.convert.huggingface.directory import refuse_to_overwrite
 
@@ -229,14 +210,11 @@ def export(
     typer.echo(str(directory))
 
 
-@app.command("import", epilog="For example: manta import their/gpt2 --output imported/gpt2")
+@app.command("import", epilog="For example: manta import downloads/gpt2 --output imported/gpt2")
 def import_(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory with config.json, safetensors and tokenizer.json.")],
     *,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Directory to write; default: imported/NAME, with the name of DIR, or of the run that DIR was exported from."),
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory to write; default: imported/NAME, named after DIR or its run.")] = None,
 ) -> None:
     """Import a model from Hugging Face transformers: GPT-2, Llama, Mistral, Qwen3, BERT, and mixtures of experts."""
     from manta.trainer.convert.huggingface.directory import check_import, import_name
@@ -261,14 +239,10 @@ def main() -> None:
         sys.exit(ExitCode.USAGE)
     try:
         app(prog_name="manta")
-    except InputError as error:
-        for line in str(error).splitlines():
-            sys.stderr.write(f"manta: {line}\n")
-        sys.exit(ExitCode.USAGE)
     except Exception as error:
         from manta.trainer.checkpoint.errors import CheckpointError, SaveError
 
-        if not isinstance(error, CheckpointError | SaveError):
+        if not isinstance(error, InputError | CheckpointError | SaveError):
             raise
-        sys.stderr.write(f"manta: {error}\n")
-        sys.exit(ExitCode.FAILED)
+        sys.stderr.writelines(f"manta: {line}\n" for line in str(error).splitlines())
+        sys.exit(ExitCode.USAGE if isinstance(error, InputError) else ExitCode.FAILED)

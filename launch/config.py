@@ -38,7 +38,8 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     A run directory's config is read under today's key names; in a user's file an old name is an error.
     """
     tree, complete = read_yaml(file), set(ModelConfig.model_fields)
-    if _is_in_run_directory(file):  # an earlier version may have written it, and may have known fewer keys
+    run_dir = RunDirectory(file.parent)
+    if file == run_dir.config_file and run_dir.manifest_file.exists():  # an earlier version may have written it, and known fewer keys
         tree, complete = upgrade(tree), version_1_keys("model")
     sources = dict.fromkeys(_leaves(tree), str(file))
     for override in overrides:
@@ -105,11 +106,6 @@ def preset(name: object, place: str) -> Tree:
     if "preset" in tree or any(section in tree for section in RunConfig.model_fields):
         raise ConfigError(f"{path}: expected the keys of a model section, got {', '.join(tree)}. Write layers: 12 and so on.")
     return tree
-
-
-def _is_in_run_directory(file: Path) -> bool:
-    run_dir = RunDirectory(file.parent)
-    return file.name == run_dir.config_file.name and run_dir.manifest_file.exists()
 
 
 def _is_path(preset: object) -> bool:

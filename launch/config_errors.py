@@ -5,8 +5,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -17,26 +19,7 @@ from manta.trainer.config.yaml_file import did_you_mean
 
 Location = tuple[int | str, ...]
 
-EXPECTED = {
-    "bool_type": "true or false",
-    "dict_type": "a section",
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "greater_than": "a number greater than {gt}",
-    "greater_than_equal": "a number of at least {ge}",
-    "int_type": "an integer",
-    "less_than": "a number less than {lt}",
-    "less_than_equal": "a number of at most {le}",
-    "list_type": "a list",
-    "literal_error": "{expected}",
-    "model_type": "a section",
-    "path_type": "a path",
-    "string_type": "text",
-    "string_too_short": "text that is not empty",
-    "too_short": "at least one",
-    "tuple_type": "a list",
-}
-"""What pydantic expected, by the type of its error; for other types its own message is used."""
+EXPECTED: dict[str, str] = yaml.safe_load(Path(__file__).with_name("config_errors.yaml").read_text())
 
 
 def render_errors(error: ValidationError, root: type[BaseModel], file: str, sources: Mapping[str, str]) -> list[str]:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from manta.cluster.protocol import Category, Env, ExitCode, HeartbeatWriter, RankError, write_error
 from manta.data.errors import InputError
-from manta.trainer import stack_traces
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
-from manta.trainer.stop_request import StopRequest
+from manta.trainer.signals import StopRequest, dump_on_signal
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # texts of torch's RuntimeErrors
 
@@ -29,7 +28,7 @@ def main() -> int:
     stop = StopRequest()
     if Env.STANDBY in os.environ:
         wait_for_environment()
-    stack_traces.dump_on_signal(signal.SIGUSR2)
+    dump_on_signal(signal.SIGUSR2)
     rank = f"attempt {os.environ.get(Env.ATTEMPT, '0')} rank {os.environ.get('RANK', '0')}"
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {rank} %(name)s: %(message)s", force=True)
     heartbeat = HeartbeatWriter(os.environ.get(Env.HEARTBEAT_FILE))

@@ -10,21 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 
 from manta.data.errors import InputError
 
 COMPILER_REMEDY = "Install g++ and python3-dev (Debian), or set train.compile=false."
-# Dense bf16 without sparsity, from NVIDIA's data sheets.
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+PEAKS: dict[str, float] = yaml.safe_load(Path(__file__).with_name("peak_tflops.yaml").read_text())
 
 
 def device_type() -> Literal["cuda", "cpu"]:
@@ -38,10 +29,9 @@ def check_gpus(devices: Path = Path("/dev")) -> None:
     hidden = not {name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")} - {"", "-1"}
     gpus = [device.name for device in devices.iterdir() if re.fullmatch(r"nvidia\d+", device.name)]
     if gpus and not hidden and not torch.cuda.is_available():
-        raise InputError(
-            f"GPU: expected torch to find this machine's {len(gpus)} GPUs, got none from torch {torch.__version__}."
-            " Install torch's CUDA build and a recent driver, or train on the CPU with CUDA_VISIBLE_DEVICES=."
-        )
+        expected, got = f"torch to find this machine's {len(gpus)} GPUs", f"none from torch {torch.__version__}"
+        remedy = "Install torch's CUDA build and a recent driver, or train on the CPU with CUDA_VISIBLE_DEVICES=."
+        raise InputError(f"GPU: expected {expected}, got {got}. {remedy}")
 
 
 def require_compiler(device: str) -> None:
@@ -52,10 +42,8 @@ def require_compiler(device: str) -> None:
     if not any(map(shutil.which, names)):
         raise InputError(f"train.compile: expected a compiler on PATH, got no {' or '.join(names)}. {COMPILER_REMEDY}")
     if device == "cpu" and " " in torch.__file__:
-        raise InputError(
-            f"train.compile: expected torch's headers in a path without spaces, got {Path(torch.__file__).parent}."
-            " Install it elsewhere, or omit train.compile."
-        )
+        expected, got = "torch's headers in a path without spaces", Path(torch.__file__).parent
+        raise InputError(f"train.compile: expected {expected}, got {got}. Install it elsewhere, or omit train.compile.")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         raise InputError(f"train.compile: expected Python's headers, got no {header}. {COMPILER_REMEDY}")
@@ -68,7 +56,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((peak for key, peak in PEAKS.items() if key in name), None) if dtype is torch.bfloat16 else None
+        return next((1e12 * peak for key, peak in PEAKS.items() if key in name), None) if dtype is torch.bfloat16 else None
     side = 512
     seconds = min(_product_seconds(torch.ones(side, side, dtype=kind)) for _ in range(12) for kind in {dtype, torch.float32})
     return 2 * side**3 / seconds

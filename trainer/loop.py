@@ -1,5 +1,6 @@
 """The training loop: step, log, evaluate and save, until the last step or a stop request."""
 
+import json
 import logging
 import math
 import resource
@@ -7,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +26,15 @@ from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine, UpdateResult
 from manta.trainer.hardware import peak_flops
-from manta.trainer.metrics import Line, MetricsLog, format_line
+from manta.trainer.metrics import Line, format_line, open_metrics
 from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.run_directory import RunDirectory
-from manta.trainer.stop_request import StopRequest
+from manta.trainer.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTotals:
+class StepTotals(NamedTuple):
     """One step's values, reduced over all ranks. `terms`: of the loss. A flag is set if any rank sets it."""
 
     terms: Sequence[float]
@@ -43,7 +44,7 @@ class StepTotals:
     save_failed: bool
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Loop:
     """One rank's part in training. All ranks do the same things in the same order."""
 
@@ -71,7 +72,7 @@ class Loop:
             return self._run(step)
 
     def _run(self, step: int) -> int:
-        metrics = MetricsLog(self.run_dir.metrics_file) if self.world.rank == 0 else None
+        metrics = open_metrics(self.run_dir.metrics_file) if self.world.rank == 0 else None
         last = self.config.train.steps
         saves = SavePolicy(self.saver, self.engine, self.loader, self.config, self.run_dir.save_request_file, step=step)
         stop, line = False, Line()
@@ -83,7 +84,7 @@ class Loop:
             if step == last or (step % self.config.evaluate.every_steps == 0 and not stop):
                 line |= self.evaluate(step)
             if metrics and (step % self.config.track.every_steps == 0 or "eval/loss" in line):
-                metrics.write(line)
+                metrics.write(json.dumps(line) + "\n")
                 log.info("step %d/%d  %s", step, last, format_line(line))
             if totals.save_failed:
                 self.heartbeat("save", step)
@@ -121,10 +122,8 @@ class Loop:
         loss = self.engine.loss(totals.terms)
         # fp16 skips a step whose gradients overflow and retries with a smaller loss scale; nothing helps a loss that is not finite.
         if not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.grad_norm))):
-            raise FloatingPointError(
-                f"step {step + 1}: expected finite numbers, got loss {loss} and gradient norm {outcome.grad_norm}."
-                " Lower optimizer.learning_rate or lengthen the warmup."
-            )
+            got, remedy = f"loss {loss} and gradient norm {outcome.grad_norm}", "Lower optimizer.learning_rate or lengthen the warmup."
+            raise FloatingPointError(f"step {step + 1}: expected finite numbers, got {got}. {remedy}")
         stage = self.timeline.stage(step)
         speed = stage.global_batch * self.config.data.sequence_length / seconds
         peak = self.peak_flops and self.peak_flops * self.world.size

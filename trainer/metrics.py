@@ -4,25 +4,18 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 Line = dict[str, Any]
 LONGEST_LINE = 1 << 16  # bytes
 AUXILIARY = frozenset({"z_loss", "balance", "router_z"})  # terms that are minimised as well, but excluded from the logged loss
 
 
-class MetricsLog:
-    """Appends lines. One process writes at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)  # line buffered: readers see whole lines, also after this process is killed
-        self._file.truncate(end_of_last_line(path))
-
-    def write(self, line: Line) -> None:
-        self._file.write(json.dumps(line) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
+def open_metrics(path: Path) -> TextIO:
+    """Open the file to append lines to it; one process at a time. Removes an incomplete last line."""
+    file = path.open("a", buffering=1)  # line buffered: readers see whole lines, also after this process is killed
+    file.truncate(end_of_last_line(path))
+    return file
 
 
 def parse_lines(text: str) -> list[Line]:

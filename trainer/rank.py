@@ -31,7 +31,7 @@ from manta.trainer.model.build import build_model
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.parallel.fp8 import require_fp8_gpu
 from manta.trainer.run_directory import RunDirectory, resolve_start_from, tokenizer_beside
-from manta.trainer.stop_request import StopRequest
+from manta.trainer.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -71,21 +71,13 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     if isinstance(samples, LiveSamples):
         resume_live_samples(samples, progress, mesh)
 
-    loop = Loop(
-        config=config,
-        world=world,
-        samples=samples,
-        engine=engine,
-        run_dir=run_dir,
-        heartbeat=heartbeat,
-        stop=stop,
-        flops_per_token=flops_per_token,
-        saver=saver,
-    )
+    loop = Loop(config, world, samples, engine, run_dir, heartbeat, stop, flops_per_token, saver)
     try:
         step = loop.run(progress.step if progress else 0)
     except SaveError as error:  # raised on all ranks, while the signal may have reached only one of them
-        if not _on_any_rank(stop.is_made, world):
+        requests = torch.tensor(float(stop.is_made), device=world.device)
+        dist.all_reduce(requests)
+        if not requests.item():
             raise
         raise LeftUnsavedError(f"stop requested: {error}") from error
     dist.destroy_process_group()
@@ -177,15 +169,7 @@ def load_initial_weights(engine: Engine, start_from: str, tokenizer: Path | None
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
     if checkpoint is None:
-        raise InputError(
-            f"run.start_from: expected a run directory, an imported model or a checkpoint, got {start_from}, which has no checkpoint."
-            " Name another one."
-        )
+        expected = "a run directory, an imported model or a checkpoint"
+        raise InputError(f"run.start_from: expected {expected}, got {start_from}, which has no checkpoint. Name another one.")
     refresh_weights(engine)
     log.info("started from the weights of %s", checkpoint.location)
-
-
-def _on_any_rank(claim: bool, world: World) -> bool:
-    total = torch.tensor(float(claim), device=world.device)
-    dist.all_reduce(total)
-    return total.item() > 0

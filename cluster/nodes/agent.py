@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -29,8 +29,7 @@ STACK_DUMP_TIME = 1.0  # seconds that ranks have to write their stack traces
 NOT_FOR_RANKS = ("RAY_", "PYTHONPATH", "PYTHONBREAKPOINT", "OMP_NUM_THREADS", "SPT_NOENV")  # prefixes of what Ray sets for its workers
 
 
-@dataclass(frozen=True, slots=True)
-class _Rank:
+class _Rank(NamedTuple):
     process: Process
     number: int
     log: Path

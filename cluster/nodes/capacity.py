@@ -6,6 +6,8 @@ Import it after Ray has started: Ray reads its environment when it is imported.
 import time
 from collections.abc import Collection, Mapping, Sequence
 
+import ray
+
 from manta.cluster.config import ClusterConfig
 from manta.cluster.job import Job
 from manta.cluster.machine import Machine
@@ -74,7 +76,7 @@ class Capacity:
     @property
     def is_own_node_draining(self) -> bool:
         """Whether Ray drains the node of this process: the run must then resume from another one."""
-        return bool(self.draining) and view.own_node_id() in self.draining
+        return bool(self.draining) and ray.get_runtime_context().get_node_id() in self.draining
 
     def usable_machines(self, suspects: Mapping[str, float]) -> list[Machine]:
         self._suspects = suspects

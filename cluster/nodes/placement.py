@@ -3,7 +3,7 @@
 import ipaddress
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from manta.cluster.machine import Machine
 
@@ -12,14 +12,12 @@ class PlacementError(ValueError):
     """Nodes that the run cannot use as they are; the message says what the user can do."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodeAllocation:
+class NodeAllocation(NamedTuple):
     machine: Machine
     ranks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Ranks are numbered along the nodes."""
 
     nodes: tuple[NodeAllocation, ...]
@@ -51,20 +49,15 @@ def place_ranks(machines: Collection[Machine], *, max_nodes: int, sizes: Collect
 def by_locality(machines: Collection[Machine]) -> list[Machine]:
     """Sort by NVLink domain, the largest first; within a domain, and without one, by address."""
     sizes = Counter(machine.nvlink_domain for machine in machines)
-    return sorted(machines, key=lambda m: (-sizes[m.nvlink_domain], m.nvlink_domain, _sortable(m.address), m.id))
+    addresses = {machine.address: ipaddress.ip_address(machine.address) for machine in machines}
+    by_version = {address: (parsed.version, int(parsed)) for address, parsed in addresses.items()}  # the two versions do not compare
+    return sorted(machines, key=lambda m: (-sizes[m.nvlink_domain], m.nvlink_domain, by_version[m.address], m.id))
 
 
 def _default_ranks(machines: Sequence[Machine]) -> int:
     gpus = sorted({machine.gpus for machine in machines})
     if len(gpus) > 1:
         counts = ", ".join(f"{machine}: {machine.gpus}" for machine in machines[:8])
-        raise PlacementError(
-            f"cluster.ranks_per_node: expected a number, since nodes differ in GPUs ({counts}), got nothing. Set it to {gpus[0]},"
-            " or to more to exclude nodes with fewer GPUs."
-        )
+        expected, remedy = f"a number, since nodes differ in GPUs ({counts})", "or to more to exclude nodes with fewer GPUs"
+        raise PlacementError(f"cluster.ranks_per_node: expected {expected}, got nothing. Set it to {gpus[0]}, {remedy}.")
     return gpus[0] or min(2, *(machine.cpus for machine in machines))
-
-
-def _sortable(address: str) -> tuple[int, int]:
-    parsed = ipaddress.ip_address(address)
-    return parsed.version, int(parsed)

@@ -37,10 +37,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def main() -> int:
-    settings = json.loads(sys.stdin.readline() or "{}")
-    if not settings:
-        sys.stderr.write("manta.cluster.ray.host: expected a line of JSON on standard input, got nothing. Start it by `manta train`.\n")
-        return ExitCode.USAGE
+    settings = json.loads(sys.stdin.readline())
     closing = threading.Event()
 
     def close_later(_number: int, _frame: object) -> None:

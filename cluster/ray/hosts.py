@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 80_000_000  # nothing large passes through it; this is close to Ray's minimum
@@ -21,8 +21,7 @@ MAX_BACKOFF = 60.0
 SHUTDOWN_TIMEOUT = 8.0  # seconds that the hosts have to end their processes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class Host(NamedTuple):
     """`reach`: the command that runs another one on the host, such as ("ssh", "node1"); empty for this machine.
 
     `has_shell`: whether that command passes its arguments to a shell, as ssh does. `address`: None if the host finds its own.

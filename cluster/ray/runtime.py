@@ -94,9 +94,8 @@ class JoinedRay:
                     ray.shutdown()
 
     def _unusable(self, reason: str) -> "NoClusterError":
-        return NoClusterError(
-            f"expected the address of a Ray cluster that this machine is a node of, got {self.address} ({reason}). Check the address."
-        )
+        expected = "the address of a Ray cluster that this machine is a node of"
+        return NoClusterError(f"expected {expected}, got {self.address} ({reason}). Check the address.")
 
 
 Ray = LocalRay | HostsRay | JoinedRay

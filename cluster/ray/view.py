@@ -44,10 +44,6 @@ def is_head_lost() -> bool:
     return any(head.process.poll() is not None for head in heads)
 
 
-def own_node_id() -> str:
-    return ray.get_runtime_context().get_node_id()
-
-
 def is_reachable(machine: Machine) -> bool:
     """Whether anything listens on its raylet's port."""
     try:

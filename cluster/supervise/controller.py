@@ -6,6 +6,7 @@ The state follows from the events alone (run_state.py); every event is in the ev
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import time
 from collections.abc import Generator
@@ -21,7 +22,6 @@ from manta.cluster.ray.runtime import Ray
 from manta.cluster.supervise.attempt import OUTCOME_NAMES, Attempt, Completed, Outcome, Reallocated, Stopped, location
 from manta.cluster.supervise.event_log import POLL, Event, EventLog, read_events
 from manta.cluster.supervise.failure import Cause, Failure, GiveUp, decide, failing_machines
-from manta.cluster.supervise.log_retention import delete_expired_logs
 from manta.cluster.supervise.requests import StopRequests
 from manta.cluster.supervise.run_state import advance, replay
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 KEPT_VARIABLES = ("OMP_NUM_THREADS",)  # Ray sets them for its workers, so the user's values are passed on explicitly
 POLL_INTERVAL = 0.25  # seconds between two checks for nodes
+MIN_QUARANTINE = 60.0  # seconds that a lost node is excluded although Ray, which checks it every second, lists it as alive
 
 
 class Controller:
@@ -147,7 +148,7 @@ class Controller:
             message=f"{machine}: {lost.reason}",
             **location(machine),
             suspect=lost.is_silent or not is_reachable(machine),
-            trusted_again=None if machine.id in self._state.suspects else time.time() + self._config.quarantine,
+            trusted_again=None if machine.id in self._state.suspects else time.time() + max(MIN_QUARANTINE, 10 * self._config.node_timeout),
             announced=machine.id in capacity.draining,
         )
 
@@ -179,3 +180,11 @@ class Controller:
 
     def _event(self, kind: str, attempt: int | None = None, **details: Any) -> Event:
         return Event(kind=kind, attempt=self._state.attempt if attempt is None else attempt, time=time.time(), details=details)
+
+
+def delete_expired_logs(logs: Path, *, attempt: int, keep: int) -> None:
+    """Keep the logs of the `keep` newest attempts, of which `attempt` is the last. A log that cannot be deleted is skipped."""
+    for log in logs.glob("attempt-*"):
+        number = log.name.removeprefix("attempt-")
+        if number.isdecimal() and int(number) <= attempt - keep:
+            shutil.rmtree(log, ignore_errors=True)

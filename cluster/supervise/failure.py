@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from manta.cluster.nodes.report import RankStatus
 from manta.cluster.protocol import ExitCode
@@ -40,13 +41,11 @@ class Failure:
     machine: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Restart:
+class Restart(NamedTuple):
     after: float  # seconds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GiveUp:
+class GiveUp(NamedTuple):
     reason: str
     exit_code: int = ExitCode.FAILED
 

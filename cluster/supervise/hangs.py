@@ -1,7 +1,7 @@
 """Detect a hung rank: one that has sent no heartbeat for too long. The limit for a step is learned from the steps so far."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from manta.cluster.nodes.report import RankStatus
 from manta.cluster.supervise.failure import Cause, Failure
@@ -12,8 +12,7 @@ STEP_LIMIT_FACTOR = 20  # times the longest interval between heartbeats
 MIN_INTERVALS = 20  # intervals of every rank before the limit is learned
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HangLimits:
+class HangLimits(NamedTuple):
     """Seconds without a heartbeat after which a rank counts as hung."""
 
     start: float  # before its first step, and in phases compile and save

@@ -40,8 +40,7 @@ class StopRequests:
         self._check()
         return self._at_once
 
-    def record(self, number: int, frame: FrameType | None = None) -> None:
-        del frame
+    def record(self, number: int, _frame: FrameType | None = None) -> None:
         self._at_once = self._at_once or (self._signal is not None and number == signal.SIGINT)
         self._signal = self._signal or signal.Signals(number)
 

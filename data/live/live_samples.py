@@ -73,7 +73,8 @@ class LiveSamples:
         by_source = [live_splits(source, data) for source in data.sources]
         self._splits = [split for train, _ in by_source for split in train]
         self._reads_whole_splits = _divides_evenly([split.split.size for split in self._splits], ranks)
-        self._tokenizer.choose_encoder(_encoder_test_text(self._splits))
+        spread = self._splits[:: max(1, len(self._splits) // _ENCODER_TEST_SPLITS)][:_ENCODER_TEST_SPLITS]
+        self._tokenizer.choose_encoder(list(sample_text([(split.split, FilterConfig()) for split in spread], _ENCODER_TEST_BYTES)))
         self._bad_rows = 0
         self._last_read = -1
         self.seek(Cursor())
@@ -139,15 +140,11 @@ class LiveSamples:
             if number < first or not (self._reads_whole_splits or (number + position) % self._ranks == self._rank):
                 continue
             if isinstance(document, BadRow):
-                self._log_bad_row(document)
+                self._bad_rows += 1
+                if self._bad_rows.bit_count() == 1:  # the first, and again each time their number has doubled
+                    log.warning("skipped %d malformed rows so far, most recently: %s", self._bad_rows, document.message)
             if (text := split.text(document)) is not None and not split.holds_out(text):
                 yield number, text
-
-    def _log_bad_row(self, row: BadRow) -> None:
-        """Log the first bad row, and again each time their number has doubled."""
-        self._bad_rows += 1
-        if self._bad_rows & (self._bad_rows - 1) == 0:
-            log.warning("skipped %d malformed rows so far, most recently: %s", self._bad_rows, row.message)
 
     def _read_validation(self, by_source: Sequence[Sequence[LiveSplit]], requested: int, *, share: float) -> Numbers:
         """Return up to `requested` validation windows [<= requested, W], from the validation documents of all sources in turn."""
@@ -200,11 +197,6 @@ def _divides_evenly(sizes: Sequence[int], ranks: int) -> bool:
     The shards of a stream have unknown sizes: all are 0.
     """
     return bool(sizes) and len(sizes) % ranks == 0 and max(sizes) * len(sizes) <= _MAX_SIZE_RATIO * sum(sizes)
-
-
-def _encoder_test_text(splits: Sequence[LiveSplit]) -> list[str]:
-    spread = splits[:: max(1, len(splits) // _ENCODER_TEST_SPLITS)][:_ENCODER_TEST_SPLITS]
-    return list(sample_text([(split.split, FilterConfig()) for split in spread], _ENCODER_TEST_BYTES))
 
 
 def _first_tokens(buffer: Iterable[tuple[Cursor, Ids]], width: int) -> Numbers:

@@ -2,8 +2,8 @@
 
 import glob
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.errors import InputError
@@ -18,8 +18,7 @@ from manta.data.tokenizer import tokenizer
 VERSION = 1  # of the order in which ranks read; part of the fingerprint
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveSplit:
+class LiveSplit(NamedTuple):
     """An input split, with the filter and the validation share of its source."""
 
     split: InputSplit

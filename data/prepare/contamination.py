@@ -8,9 +8,8 @@ Legend: N tokens, H hashes.
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +27,7 @@ _RUN = 1 << 14  # tokens: longer validation text is sampled in runs of this leng
 _THREADS = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contamination:
+class Contamination(NamedTuple):
     """Validation tokens in spans of at least SPAN tokens that training text contains. Tuples have an entry per source."""
 
     searched_for: tuple[int, ...]
@@ -39,8 +37,7 @@ class Contamination:
     """Train tokens; if these are not all, the others may contain more."""
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class _ValidationRun:
+class _ValidationRun(NamedTuple):
     tokens: int
     blocks: Hashes
     spans: Hashes  # at each token

@@ -5,7 +5,7 @@ one length, so either all copies of a document are read or none. Legend: D docum
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -23,8 +23,7 @@ Streams = Sequence[TokenStream]
 Advance = Callable[[int], None]  # called with the tokens read since the last call
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Duplicates:
+class Duplicates(NamedTuple):
     """Documents that repeat an earlier one of their source or of a source before it. Tuples have an entry per source."""
 
     documents: tuple[int, ...]
@@ -38,8 +37,7 @@ class Duplicates:
     validation_in_train: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class _Sample:
+class _Sample(NamedTuple):
     """The sampled documents of one stream."""
 
     hashes: Hashes  # [D]

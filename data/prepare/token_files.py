@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from ctypes import c_int64
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -58,8 +58,7 @@ class TokenFileSplit:
         return f"{self.path}: token {position}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layout:
+class _Layout(NamedTuple):
     dtype: np.dtype[Any]
     offset: int
     """Bytes before the first id."""

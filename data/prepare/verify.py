@@ -6,9 +6,9 @@ All problems are reported, not only the first. Each file is read once, by one of
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -26,15 +26,13 @@ _THREADS = 8
 Advance = Callable[[int], None]  # called with the bytes read since the last call
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Damage:
+class Damage(NamedTuple):
     path: str
     got: str
     expected: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _CorpusFile:
+class _CorpusFile(NamedTuple):
     """A file of token ids and the shards in it; or the index of one shard; or a packing."""
 
     path: str
@@ -48,14 +46,14 @@ class _CorpusFile:
         try:
             return self._damage(advance)
         except FileNotFoundError:
-            return self._unlike("no such file", f"{self.size:,} bytes")
+            return Damage(self.path, "no such file", f"{self.size:,} bytes")
         except (OSError, InputError) as error:
-            return self._unlike(f"an error ({error})", f"{self.size:,} bytes")
+            return Damage(self.path, f"an error ({error})", f"{self.size:,} bytes")
 
     def _damage(self, advance: Advance) -> Damage | None:
         store = open_store(self.path)
         if (size := store.stat().size) != self.size:
-            return self._unlike(f"{size:,} bytes", f"{self.size:,}")
+            return Damage(self.path, f"{size:,} bytes", f"{self.size:,}")
         digest, position, index = xxhash.xxh3_64(), 0, list[bytes]()
         lowest = highest = 0
         for block in store.blocks(size):
@@ -68,11 +66,11 @@ class _CorpusFile:
             position += len(block)
             advance(len(block))
         if digest.hexdigest() != self.xxh3:
-            return self._unlike(f"xxh3 {digest.hexdigest()}", self.xxh3)
+            return Damage(self.path, digest.hexdigest(), f"xxh3 {self.xxh3}")
         if self.is_index:
             return self._index_damage(b"".join(index), self.shards[0])
         if self.shards and (lowest < 0 or highest >= self.vocabulary):
-            return self._unlike(f"id {lowest if lowest < 0 else highest}", f"ids below {self.vocabulary}")
+            return Damage(self.path, f"id {lowest if lowest < 0 else highest}", f"ids below {self.vocabulary}")
         return None
 
     def _ids(self, block: memoryview, position: int) -> Iterator[np.ndarray[tuple[int], np.dtype[np.integer]]]:
@@ -89,15 +87,12 @@ class _CorpusFile:
             lengths = parse_index(raw, self.path).document_lengths()
         except (InputError, ValueError, IndexError) as error:
             problem = str(error).removeprefix(f"{self.path}: ")
-            return self._unlike(f"no index ({problem})", f"an index of {shard.documents:,} documents")
+            return Damage(self.path, f"no index ({problem})", f"an index of {shard.documents:,} documents")
         if len(lengths) != shard.documents:
-            return self._unlike(f"{len(lengths):,} documents", f"{shard.documents:,}")
+            return Damage(self.path, f"{len(lengths):,} documents", f"{shard.documents:,}")
         if (lengths < 0).any() or int(lengths.sum()) != shard.tokens:
-            return self._unlike(f"documents of {int(lengths.sum()):,} tokens", f"{shard.tokens:,} tokens")
+            return Damage(self.path, f"documents of {int(lengths.sum()):,} tokens", f"{shard.tokens:,} tokens")
         return None
-
-    def _unlike(self, got: str, expected: str) -> Damage:
-        return Damage(path=self.path, got=got, expected=expected)
 
 
 def verify(corpora: Sequence[tuple[CorpusDirectory, Manifest]], shape: WindowShape, *, advance: Advance) -> list[Damage]:
@@ -145,12 +140,12 @@ def _count_damage(directory: CorpusDirectory, corpus: Manifest) -> Damage | None
         for key in ("tokens", "documents", "text_bytes"):
             count, total = getattr(split, key), sum(getattr(shard, key) for shard in split.shards)
             if count != total:
-                return Damage(path=path, got=f"{name}.{key} {count:,}", expected=f"{total:,}, the sum of its shards")
+                return Damage(path, f"{name}.{key} {count:,}", f"{total:,}, the sum of its shards")
     for shard in (*corpus.train.shards, *corpus.validation.shards):
         if shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize > shard.bin_bytes:
             expected = f"no more than its {shard.bin_bytes:,} bytes hold"
-            return Damage(path=path, got=f"{shard.tokens:,} tokens of {shard.file}", expected=expected)
+            return Damage(path, f"{shard.tokens:,} tokens of {shard.file}", expected)
     fingerprint = content_fingerprint(corpus.train.shards, corpus.validation.shards)
     if fingerprint != corpus.fingerprint:
-        return Damage(path=path, got=f"fingerprint {corpus.fingerprint}", expected=f"{fingerprint}, that of its shards")
+        return Damage(path, f"fingerprint {corpus.fingerprint}", f"{fingerprint}, that of its shards")
     return None

@@ -9,7 +9,7 @@ The table is part of a run's identity. It must never change within one `VERSION`
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,7 @@ PERIOD = 2**16
 Numbers = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _MixtureStage:
+class _MixtureStage(NamedTuple):
     first: int  # first sample number
     before: Numbers  # [S]: samples of each source in previous stages
     counts: Numbers  # [S]: slots of each source in a period

@@ -11,6 +11,7 @@ The packing is part of a run's identity. It must never change within one `VERSIO
 from bisect import bisect_left, insort
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +35,7 @@ class Bins:
         return len(self.edges) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class _BinContents:
+class _BinContents(NamedTuple):
     """A linked list of what a bin holds: `copies` pieces of one length, added to the contents `previous`."""
 
     length: int

@@ -6,13 +6,12 @@ per step; neither changes the order of samples. A stage takes effect at the firs
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 Stages = Sequence[tuple[int, int]]  # the first token of each, and its value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimelineStage:
+class TimelineStage(NamedTuple):
     """Consecutive steps with the same global batch and sequence length."""
 
     first_step: int

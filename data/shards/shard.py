@@ -9,9 +9,8 @@ A shard appears under its name once it is complete: it is written to a temporary
 
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import xxhash
@@ -54,8 +53,7 @@ class Shard(BaseModel, frozen=True, extra="forbid"):
         return cls(dtype=dtype.name, **counts, idx_xxh3=xxhash.xxh3_64_hexdigest(index_content), **fields)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DocumentIndex:
+class DocumentIndex(NamedTuple):
     """The content of an .idx file with S sequences and D documents."""
 
     dtype: np.dtype[Any]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,7 @@ _OPEN_SHARDS = 256  # shards mapped at a time: each holds a file descriptor
 Numbers = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowShape:
+class WindowShape(NamedTuple):
     """Tokens per window, and from the start of one window to the start of the next. Long documents are cut the same way."""
 
     width: int

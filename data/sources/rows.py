@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,7 @@ class MixedKindsError(RowError):
     """Text among token ids, or ids among text: an error of the source, not of the row, so it is never skipped."""
 
 
-@dataclass(frozen=True, slots=True)
-class UndecodableValue:
+class UndecodableValue(NamedTuple):
     """A value in a row that is not UTF-8."""
 
     reason: str

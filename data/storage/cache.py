@@ -18,11 +18,11 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from itertools import accumulate
 from os.path import samestat
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import xxhash
 
@@ -40,8 +40,7 @@ _NAME = re.compile(r"[0-9a-f]{16}-\d+(\.\w{1,16})?")  # other files in the direc
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedFile:
+class CachedFile(NamedTuple):
     """A remote file, with its size and hash."""
 
     url: str

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
@@ -16,8 +17,7 @@ class StoredFile:
     """Changes with the content: mtime in ns; of an object its ETag, hash or time, whichever the store has, or empty."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileListing:
+class FileListing(NamedTuple):
     files: dict[str, StoredFile | None]
     """By path or URL, sorted. None for a local file, which was not asked for its size yet."""
     is_directory: bool

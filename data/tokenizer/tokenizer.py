@@ -7,10 +7,9 @@ produced the same ids on a sample of the documents to be encoded (`choose_encode
 import json
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -34,8 +33,7 @@ _OTHER_FIM_TOKENS = (
 _MAX_VOCABULARY = 2**24  # a larger id is a mistake: its embedding would take many gigabytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SpecialTokens:
+class SpecialTokens(NamedTuple):
     """The special tokens of a masked objective. Arrays are indexed by token id."""
 
     end_of_text: int
@@ -47,8 +45,7 @@ class SpecialTokens:
     begins_word: NDArray[np.bool_] | None = None  # [vocabulary]; None if the tokens do not show where words start
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FimTokens:
+class FimTokens(NamedTuple):
     """The tokens that mark the parts of a document for fill-in-the-middle."""
 
     prefix: int

@@ -11,7 +11,8 @@ import typer
 
 from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
-from manta.launch.options import AsJson, Overrides, Run, print_report
+from manta.launch.config import find_run
+from manta.launch.terminal import AsJson, Overrides, Run, print_report
 
 POLL = 0.2  # seconds
 
@@ -23,9 +24,9 @@ Source = Annotated[str, typer.Argument(metavar="RUN", help="A run, an import, on
 @app.command("list", epilog="For example: manta checkpoint list runs/mine")
 def list_(source: Source, *, as_json: AsJson = False) -> None:
     """List checkpoints, newest first, from their manifests. Their files are not read."""
-    from manta.launch.checkpoint.list_checkpoints import list_checkpoints, show
+    from manta.launch.checkpoint.inspect import list_checkpoints, show_listed
 
-    print_report(list_checkpoints(source), show, as_json=as_json)
+    print_report(list_checkpoints(source), show_listed, as_json=as_json)
 
 
 @app.command(epilog="For example: manta checkpoint verify runs/mine")
@@ -66,7 +67,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
 ) -> None:
     """Delete checkpoints that are not kept. The newest valid one is always kept; every byte of it is read first."""
-    from manta.launch.checkpoint.list_checkpoints import select_checkpoints
+    from manta.launch.checkpoint.inspect import select_checkpoints
     from manta.trainer.checkpoint import catalog, retention
     from manta.trainer.run_directory import RunDirectory
 
@@ -84,13 +85,8 @@ def prune(
 
 
 @app.command(epilog="For example: manta checkpoint now runs/mine")
-def now(
-    run: Run,
-    *,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the checkpoint.")] = 600.0,
-) -> None:
+def now(run: Run, *, timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the checkpoint.")] = 600.0) -> None:
     """Save a training run after its current step, and wait until the checkpoint is committed."""
-    from manta.launch.config import find_run
     from manta.trainer.checkpoint.errors import SaveError
 
     run_directory = find_run(run)
@@ -120,10 +116,7 @@ def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The config of the run that continues from it.")],
     overrides: Overrides = None,
     *,
-    names: Annotated[
-        str | None,
-        typer.Option(metavar="FORMAT", help="manta or huggingface: the model's naming scheme. Detected if omitted."),
-    ] = None,
+    names: Annotated[str | None, typer.Option(help="Names of the weights: manta or huggingface; detected if omitted.")] = None,
 ) -> None:
     """Convert a plain DeepSpeed checkpoint: weights, optimizer state, step and loss scale, under ZeRO 0, 1, 2 or 3.
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from manta.data.errors import InputError
 from manta.launch.config import load
-from manta.launch.messages import notify
 from manta.launch.run.preflight import check_own_model, check_writable, open_corpus
 from manta.launch.run.start import write_run_directory
+from manta.launch.terminal import notify
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.checkpoint.writer import CheckpointWriter

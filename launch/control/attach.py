@@ -7,9 +7,9 @@ from pathlib import Path
 from manta.cluster.supervise.event_log import POLL, Event, event_of, exit_code, parse_events, read_events
 from manta.data.errors import InputError
 from manta.launch.config import find_run
-from manta.launch.messages import notify, resume_hint
 from manta.launch.run.display import Display
 from manta.launch.tail import Tail
+from manta.launch.terminal import notify, resume_hint
 from manta.trainer.dist.layout import shrunk_layouts
 from manta.trainer.run_directory import RunDirectory
 

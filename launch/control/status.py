@@ -3,23 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.data.errors import InputError
-from manta.launch.messages import count_text
+from manta.launch.inspect.charts import console
+from manta.launch.terminal import count_text
 from manta.trainer.metrics import format_duration, format_loss, loss_terms, read_metrics
 from manta.trainer.run_directory import RunDirectory
 
-STATES: dict[int, str] = {
+STATES: dict[int | None, str] = {
     ExitCode.DONE: "done",
     ExitCode.SAVED: "stopped, saved",
     ExitCode.INTERRUPTED: "interrupted",
     ExitCode.UNSAVED: "stopped, not saved",
+    None: "killed",
 }
-KILLED = "killed"
+"""By the exit code of a run; any other is a failure."""
 NONE = "none yet"
 
 
@@ -42,7 +43,7 @@ def status(directory: Path) -> dict[str, Any]:
     copied = ("loss_scale", "global_batch", "sequence_length", "tokens_per_second", "world_size", "layout")
     return {
         "run": str(run_dir.path),
-        "state": "running" if run_dir.is_locked else KILLED if code is None else STATES.get(code, "failed"),
+        "state": "running" if run_dir.is_locked else STATES.get(code, "failed"),
         "step": step,
         "steps": steps,
         "train_loss": newest.get("train/loss"),
@@ -63,7 +64,7 @@ def status(directory: Path) -> dict[str, Any]:
 def print_status(status: dict[str, Any]) -> None:
     """Print the state as a table."""
     is_running, left = status["state"] == "running", status["seconds_left"]
-    hint = f"; resume with: manta resume {RunDirectory(Path(status['run'])).quoted}" if status["state"] == KILLED else ""
+    hint = f"; resume with: manta resume {RunDirectory(Path(status['run'])).quoted}" if status["state"] == STATES[None] else ""
     rows = {
         "run": status["run"],
         "state": status["state"] + hint,
@@ -86,4 +87,4 @@ def print_status(status: dict[str, Any]) -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+    console().print(table)

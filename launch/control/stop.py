@@ -8,7 +8,8 @@ from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.cluster.supervise.requests import AT_ONCE
 from manta.data.errors import InputError
 from manta.launch.config import find_run
-from manta.launch.messages import resume_hint
+from manta.launch.control.status import STATES
+from manta.launch.terminal import resume_hint
 from manta.trainer.run_directory import RunDirectory
 
 POLL_INTERVAL = 0.2  # seconds
@@ -32,7 +33,10 @@ def stop(run: Path, *, at_once: bool, timeout: float) -> str:
             _request(run_dir, at_once=at_once)
         time.sleep(POLL_INTERVAL)
     run_dir.stop_request_file.unlink(missing_ok=True)
-    return _ending(run_dir, exit_code(read_events(run_dir.events_file)[events_before:]))
+    code = exit_code(read_events(run_dir.events_file)[events_before:])
+    hint = "it had reached its last step" if code == ExitCode.DONE else resume_hint(run_dir)
+    state = "" if code == ExitCode.SAVED else f"{STATES.get(code, f'failed, see manta attach {run_dir.quoted}')}; "
+    return state + hint
 
 
 def _request(run_dir: RunDirectory, *, at_once: bool) -> None:
@@ -44,17 +48,3 @@ def _request(run_dir: RunDirectory, *, at_once: bool) -> None:
     except OSError as error:
         remedy = "Stop it as a user who may write there."
         raise InputError(f"{run_dir.stop_request_file}: expected a writable directory, got an error: {error.strerror}. {remedy}") from None
-
-
-def _ending(run_dir: RunDirectory, code: int | None) -> str:
-    match code:
-        case ExitCode.DONE:
-            return "done: it had reached its last step"
-        case ExitCode.SAVED | ExitCode.INTERRUPTED:
-            return resume_hint(run_dir)
-        case ExitCode.UNSAVED:
-            return f"stopped without saving; {resume_hint(run_dir)}"
-        case None:
-            return f"killed; {resume_hint(run_dir)}"
-        case _:
-            return f"failed, see manta attach {run_dir.quoted}; {resume_hint(run_dir)}"

@@ -14,9 +14,9 @@ from manta.cluster.ray.runtime import Ray
 from manta.data.storage.location import join, local_path
 from manta.launch.config import RunConfig
 from manta.launch.drill.faults import FaultResult, FaultScript, RunMonitor, Script
-from manta.launch.messages import count_text, notify
 from manta.launch.run.preflight import RunPlan, preflight
 from manta.launch.run.start import supervise
+from manta.launch.terminal import notify
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
 
@@ -49,7 +49,8 @@ def drill(config: RunConfig, ray: Ray) -> int:
     for result, (start, end) in zip(injected, bounds, strict=True):  # the lines logged from each fault until the next
         result.losses, result.has_same_losses = compare(monitor.lines[start:end], reference_monitor.lines, config.precision)
     typer.echo(table(script.results))
-    failed = [result.fault for result in injected if not (result.is_survived and result.has_same_losses)]
+    survived = [result.detected is not None and (result.keeps_running or result.resumed is not None) for result in injected]
+    failed = [result.fault for result, is_survived in zip(injected, survived, strict=True) if not (is_survived and result.has_same_losses)]
     if code or failed:
         typer.echo(f"failed: {', '.join(failed) or f'the run ended with exit code {code}'}; both runs are in {directory}")
         return ExitCode.FAILED
@@ -78,20 +79,9 @@ def compare(lines: Sequence[Line], reference: Sequence[Line], precision: str) ->
 
 def table(results: Sequence[FaultResult]) -> str:
     """Return a line per fault, in columns."""
-    rows: list[tuple[str, ...]] = [COLUMNS]
-    for result in results:
-        if result.skipped:
-            rows.append((result.fault, "skipped", "", "", "", result.skipped))
-            continue
-        resumed = "kept running" if result.keeps_running else _seconds(result.resumed)
-        recomputed = count_text(result.recomputed, "step") if result.recomputed else ""
-        rows.append((result.fault, _seconds(result.detected), resumed, recomputed, result.losses, result.note))
+    rows = [COLUMNS, *(result.cells() for result in results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _seconds(value: float | None) -> str:
-    return "NEVER" if value is None else f"{value:.2f} s"
 
 
 def _plan(config: RunConfig, ray: Ray, drill_name: str, run_name: str) -> RunPlan:

@@ -12,8 +12,8 @@ from manta.cluster.supervise.fault_injection import Fault, FaultInjector
 from manta.cluster.supervise.hangs import MIN_INTERVALS
 from manta.data.storage.store import open_store
 from manta.launch.config import RunConfig
-from manta.launch.messages import notify
 from manta.launch.tail import Tail
+from manta.launch.terminal import count_text, notify
 from manta.trainer.metrics import Line, parse_lines
 from manta.trainer.run_directory import RunDirectory
 
@@ -47,17 +47,13 @@ class FaultResult:
     losses: str = ""
     has_same_losses: bool = False
 
-    @property
-    def is_survived(self) -> bool:
-        return self.detected is not None and (self.keeps_running or self.resumed is not None)
-
-    def __str__(self) -> str:
+    def cells(self) -> tuple[str, ...]:
+        """Return a row of the drill's table: fault, detected after, resumed after, recomputed, losses, note."""
         if self.skipped:
-            return f"{self.fault}: skipped: {self.skipped}"
-        if not self.is_survived:
-            return f"{self.fault}: NOT DETECTED"
-        resumed = "kept running" if self.resumed is None else f"resumed after {self.resumed:.2f} s"
-        return f"{self.fault}: detected after {self.detected:.2f} s, {resumed}"
+            return self.fault, "skipped", "", "", "", self.skipped
+        detected, resumed = ("NEVER" if time is None else f"{time:.2f} s" for time in (self.detected, self.resumed))
+        recomputed = count_text(self.recomputed, "step") if self.recomputed else ""
+        return self.fault, detected, "kept running" if self.keeps_running else resumed, recomputed, self.losses, self.note
 
 
 class RunMonitor:
@@ -136,7 +132,7 @@ class FaultScript:
                 yield from self._settle()
                 result.first_line = len(self._monitor.lines)
                 yield from inject(result)
-            notify(str(result))
+            notify(": ".join(filter(None, result.cells())))
         yield from self._settle()
 
     def _faults(self) -> list[tuple[str, str, Callable[[FaultResult], Script[None]]]]:

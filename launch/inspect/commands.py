@@ -9,7 +9,7 @@ import typer
 
 from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
-from manta.launch.options import AsJson, Overrides, Run, print_report
+from manta.launch.terminal import AsJson, Overrides, Run, print_report
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Inspect the data: a corpus, its files, its mixture, the text of a step."
@@ -23,9 +23,7 @@ def _require_matplotlib(directory: Path | None) -> Path | None:
 
 
 Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config in YAML, or a run directory.")]
-Png = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Also write charts as PNG into this directory.", callback=_require_matplotlib)
-]
+Png = Annotated[Path | None, typer.Option(metavar="DIR", help="Also write charts as PNG here.", callback=_require_matplotlib)]
 
 
 @app.command(epilog="For example: manta data inspect run.yaml data.sequence_length=4096 --png charts")
@@ -33,9 +31,7 @@ def inspect(
     target: Target,
     overrides: Overrides = None,
     *,
-    read: Annotated[
-        int, typer.Option(min=0, help="Maximum number of tokens to read for duplicates and contamination; 0 skips both.")
-    ] = 2_000_000_000,
+    read: Annotated[int, typer.Option(min=0, help="Most tokens to read for duplicates and contamination; 0: none.")] = 2_000_000_000,
     png: Png = None,
     as_json: AsJson = False,
 ) -> None:

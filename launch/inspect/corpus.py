@@ -177,10 +177,9 @@ def show(report: Report) -> None:
         if source["left_out"]:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in source["left_out"].items())
             out.print(f"excluded from {source['source']}: {reasons}")
-    out.print()
-    out.print(_histogram(report))
-    out.print()
-    out.print(_packing_table(report["packing"]))
+    for table in (_histogram(report), _packing_table(report["packing"])):
+        out.print()
+        out.print(table)
     out.print(_epochs(report["steps_per_epoch"], report["train"]))
     if "duplicates" in report:
         out.print()
@@ -205,14 +204,14 @@ def _sources(report: Report) -> Table:
 
 def _histogram(report: Report) -> Table:
     length, rows = report["packing"]["sequence_length"], report["lengths"]
-    table = plain_table(number_column("tokens each"), "documents", Column(width=_BAR), "tokens", Column(width=_BAR), Column())
+    table = plain_table(number_column("document length"), "documents", Column(width=_BAR), "tokens", Column(width=_BAR), Column())
     totals = {name: max(sum(row[name] for row in rows), 1) for name in ("documents", "tokens")}
     highest = {name: max((row[name] / total for row in rows), default=1) for name, total in totals.items()}
     for row in rows:
         shares = {name: row[name] / total for name, total in totals.items()}
         cells = [cell for name, share in shares.items() for cell in (percent(share), bar(share / highest[name], _BAR))]
         bounds = f"{row['from']:,}" if row["below"] - row["from"] == 1 else f"{row['from']:,} to {row['below'] - 1:,}"
-        table.add_row(bounds, *cells, "◂ a sample" if row["from"] <= length < row["below"] else "")
+        table.add_row(bounds, *cells, "◂ sequence length" if row["from"] <= length < row["below"] else "")
     return table
 
 
@@ -246,7 +245,7 @@ def _show_repetition(out: Console, found: Report, overlap: Report) -> None:
     for one in found["most"]:
         text = visible(" ".join(one["text"].split()))
         snippet = f"{text[:_SNIPPET]}…" if len(text) > _SNIPPET else text
-        out.print(f"  {one['count']:,} times {one['tokens']:,} tokens: {snippet}", no_wrap=True, overflow="ellipsis", soft_wrap=False)
+        out.print(f"  {one['count']:,} copies of {one['tokens']:,} tokens: {snippet}", no_wrap=True, overflow="ellipsis", soft_wrap=False)
     out.print(
         f"validation in train: {overlap['documents']:,} of {overlap['validation_documents_compared']:,} documents are identical;"
         f" {percent(overlap['share_of_tokens'])} of {overlap['validation_tokens_searched_for']:,} tokens are in spans of"
@@ -259,4 +258,4 @@ def _show_repetition(out: Console, found: Report, overlap: Report) -> None:
     if not overlap["all_searched"]:
         out.print(f"  sampled: {overlap['train_tokens_searched']:,} train tokens were searched; the others may have more")
     speeds = (found["tokens_compared"] / found["seconds"], overlap["train_tokens_searched"] / overlap["seconds"])
-    out.print(f"  read at {speeds[0] / 1e6:,.0f} Mtok/s for documents, {speeds[1] / 1e6:,.0f} Mtok/s for spans")
+    out.print(f"search speed: duplicates {speeds[0] / 1e6:,.0f} Mtok/s, validation in train {speeds[1] / 1e6:,.0f} Mtok/s")

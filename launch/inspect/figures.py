@@ -6,7 +6,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,31 +15,17 @@ from manta.data.sampling.statistics import LengthHistogram
 
 Rows = Sequence[Mapping[str, Any]]
 
-_COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#222255", "#225555", "#663333")
-"""Safe for color-blind readers: Paul Tol's bright scheme, and three colors of his dark one."""
-_DPI = 130
-_STYLE: dict[Any, Any] = {
-    "axes.prop_cycle": cycler(color=_COLORS),  # sources are "C0", "C1", ...
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
+_STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(fname=_STYLE)
 def write_corpus(directory: Path, sources: Rows, lengths: Mapping[str, LengthHistogram], data: DataConfig) -> list[str]:
     """Write lengths.png and sources.png. Returns their paths."""
     lengths_figure = _lengths(lengths, data.sequence_length)
     return [_save(lengths_figure, directory / "lengths.png"), _save(_sources(sources), directory / "sources.png")]
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(fname=_STYLE)
 def write_mixture(directory: Path, names: Sequence[str], rows: Rows) -> list[str]:
     """Write mixture.png: shares over the run, and the epochs of each source. Returns its path."""
     return [_save(_mixture(names, rows), directory / "mixture.png")]
@@ -49,7 +34,7 @@ def write_mixture(directory: Path, names: Sequence[str], rows: Rows) -> list[str
 def _save(figure: Figure, path: Path) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path)
     except OSError as error:
         problem = f"got {path.parent} ({error.strerror})"
         raise InputError(f"--png: expected a directory that can be written, {problem}. Choose another one.") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.filesize import pick_unit_and_suffix
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -108,7 +109,7 @@ def _changes(plan: _Plan, last: int) -> dict[int, list[str]]:
     changes: defaultdict[int, list[str]] = defaultdict(list)
     for before, stage in pairwise(plan.timeline.stages):
         if before.global_batch != stage.global_batch:
-            changes[stage.first_step].append(f"batch {stage.global_batch:,}")
+            changes[stage.first_step].append(f"global batch {stage.global_batch:,}")
         if before.sequence_length != stage.sequence_length:
             changes[stage.first_step].append(f"length {stage.sequence_length:,}")
     for number in range(1, len(plan.data.mixture)):
@@ -166,8 +167,6 @@ def _table(rows: Sequence[Report], names: Sequence[str]) -> Table:
 
 
 def _short(tokens: int) -> str:
-    """Format a count in three digits: 999, 12.3 k, 1.25 M."""
-    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if tokens >= size:
-            return f"{tokens / size:.3g} {unit}" if tokens < 999.5 * size else f"{tokens / size:,.0f} {unit}"
-    return f"{tokens}"
+    """Format a count in four digits: 999, 12.35 k, 1.25 M."""
+    unit, suffix = pick_unit_and_suffix(tokens, ["", "k", "M", "G", "T"], 1000)
+    return f"{tokens / unit:.4g} {suffix}".rstrip()

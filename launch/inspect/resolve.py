@@ -2,8 +2,8 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from manta.data.errors import InputError
 from manta.data.prepare import prepare
@@ -14,8 +14,7 @@ from manta.launch.config import RunConfig, find_run, load
 from manta.trainer.run_directory import RunDirectory
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataTarget:
+class DataTarget(NamedTuple):
     config: RunConfig
     run: RunDirectory | None
     """If a run was named."""

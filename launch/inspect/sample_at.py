@@ -21,6 +21,7 @@ from manta.data.sampling.samples import Sampler
 from manta.data.sampling.statistics import stream_of
 from manta.launch.inspect.charts import console, visible
 from manta.launch.inspect.resolve import DataTarget, resolve
+from manta.launch.terminal import count_text
 from manta.trainer.config.divisors import divisors_text
 from manta.trainer.dist.layout import Layout, layout_for, max_data_ranks
 from manta.trainer.metrics import Line, read_metrics
@@ -110,11 +111,7 @@ def _locate(sampler: Sampler, read_index: NDArray[np.integer], names: list[str])
 def _sequences(examples: Examples, rendered: Iterable[RenderedSequence], pairs: str) -> list[Report]:
     marks = [None] * len(examples.tokens) if examples.next_sentence is None else [_PAIRS[pairs][mark] for mark in examples.next_sentence]
     rows = zip(examples.tokens.tolist(), marks, rendered, strict=True)
-    return [{"ids": ids, "pair": pair, **asdict(sequence, dict_factory=_without_none)} for ids, pair, sequence in rows]
-
-
-def _without_none(items: Iterable[tuple[str, Any]]) -> Report:
-    return {name: value for name, value in items if value is not None}
+    return [{"ids": ids, "pair": pair, **asdict(sequence)} for ids, pair, sequence in rows]
 
 
 def _compare_digest(computed: int, logged: Line | None, every: int) -> Report:
@@ -130,7 +127,7 @@ def show(report: Report, *, full: bool) -> None:
     out.print(f"step {report['step']:,} of {report['run']}: {batch:,} samples, in sequences of {length:,} tokens")
     out.print(_digest_text(report["digest"]))
     each = f" of {report['ranks_per_data_rank']} ranks" if report["ranks_per_data_rank"] > 1 else ""
-    ranks, steps = _count(report["data_ranks"], "data rank"), _count(report["accumulation"], "accumulation step")
+    ranks, steps = count_text(report["data_ranks"], "data rank"), count_text(report["accumulation"], "accumulation step")
     out.print(f"distributed over {ranks}{each} x micro batch {report['micro_batch']} x {steps} ({report['ranks_from']})")
     for sample in report["samples"]:
         reader = f"data rank {sample['rank']} · micro step {sample['micro_step']} · slot {sample['slot']}"
@@ -174,7 +171,7 @@ def _show_sequence(out: Console, sequence: Report, *, full: bool) -> None:
             for line, part in enumerate(text.split("\n", allow_blank=not text.plain.endswith("\n"))):
                 out.print(Text.assemble((f"{number:>3} ┃ " if line == 0 else "    ┃ ", "cyan"), part))
     if sequence["padding"]:
-        out.print(f"    ┃ {_count(sequence['padding'], 'token')} of padding", style="dim")
+        out.print(f"    ┃ {count_text(sequence['padding'], 'token')} of padding", style="dim")
 
 
 def _styled(piece: Report) -> tuple[str, str]:
@@ -183,7 +180,3 @@ def _styled(piece: Report) -> tuple[str, str]:
     if kind == "text":
         return text, ""
     return f"⟦{text}→{target}⟧" if kind in {"hidden", "replaced"} else f"⟦{text}⟧", _STYLES[kind]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

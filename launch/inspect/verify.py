@@ -27,7 +27,7 @@ def check(target: DataTarget) -> dict[str, Any]:
     try:
         found = tokenizer.fingerprint(tokenizer.read_tokenizer(tokenizer_file))
         for other in {corpus.tokenizer for _, corpus in corpora} - {found}:
-            expected = f"expected {other}, as the corpus was written with, got xxh3 {found}"
+            expected = f"expected xxh3 {other}, as the corpus was written with, got {found}"
             damaged.append(f"{tokenizer_file}: {expected}. Restore that file.")
     except InputError as error:
         damaged.append(str(error))

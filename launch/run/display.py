@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
-from manta.launch.messages import MessageConsole, count_text, resume_hint
 from manta.launch.tail import Tail
+from manta.launch.terminal import MessageConsole, count_text, resume_hint
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import Layout
 from manta.trainer.metrics import Line, end_of_last_line, format_duration, format_line, parse_lines

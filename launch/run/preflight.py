@@ -16,14 +16,14 @@ from manta.data.shards.manifest import PreparedData, is_complete
 from manta.data.storage.store import open_store
 from manta.data.tokenizer.tokenizer import fingerprint, read_tokenizer, read_vocabulary
 from manta.launch.config import RunConfig
-from manta.launch.messages import notify
 from manta.launch.run.resume_check import check_same_data_ranks, check_same_run, is_finished
+from manta.launch.terminal import notify
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.dist.layout import Layout, largest_layout, layouts, shrunk_layouts
 from manta.trainer.run_directory import RunDirectory, resolve_start_from, tokenizer_beside
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RunPlan:
     """Everything that is known about a run before it starts."""
 
@@ -65,16 +65,7 @@ def preflight(config: RunConfig, ray: Ray) -> RunPlan | None:
     if initial_weights is not None:
         _check_initial_weights(initial_weights, run_dir, config, prepared, vocabulary)
         recorded |= {"start_from": initial_weights}
-    return RunPlan(
-        run_dir=run_dir,
-        config=config,
-        prepared=prepared,
-        layout=layout,
-        layouts=possible,
-        fallback_layouts=fallbacks,
-        ranks_per_node=per_node,
-        recorded=recorded,
-    )
+    return RunPlan(run_dir, config, prepared, layout, possible, fallbacks, per_node, recorded)
 
 
 def check_writable(run_dir: RunDirectory, config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """Whether a config resumes the run that is in its directory, or would change it."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -12,7 +13,7 @@ from manta.data.errors import InputError
 from manta.data.live.live_samples import check_data_ranks
 from manta.data.sampling.samples import sample_numbers
 from manta.launch.config import RunConfig, load
-from manta.launch.messages import notify
+from manta.launch.terminal import notify
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.dist.layout import Layout
@@ -59,9 +60,6 @@ def is_finished(run_dir: RunDirectory, config: RunConfig) -> bool:
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Return a text for each key that differs. An identity has no key that is newer than version 1 and at its default."""
-
-    def value(identity: Mapping[str, object], key: str) -> str:
-        return json.dumps(identity[key]) if key in identity else "default"
-
-    keys = dict.fromkeys([*before, *now])
-    return [f"{key} {value(before, key)} -> {value(now, key)}" for key in keys if value(before, key) != value(now, key)]
+    texts = [defaultdict(lambda: "default", {key: json.dumps(value) for key, value in identity.items()}) for identity in (before, now)]
+    pairs = {key: (texts[0][key], texts[1][key]) for key in dict.fromkeys([*before, *now])}
+    return [f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new]

@@ -21,9 +21,9 @@ from manta.data.shards.manifest import PreparedData
 from manta.data.storage.atomic import write_atomically
 from manta.launch import __version__
 from manta.launch.config import RunConfig
-from manta.launch.messages import count_text, notify
 from manta.launch.run.display import Display
 from manta.launch.run.preflight import RunPlan, preflight
+from manta.launch.terminal import count_text, notify
 from manta.trainer.dist.layout import Layout, micro_batches_text
 from manta.trainer.run_directory import RunDirectory
 

@@ -21,8 +21,8 @@ from typing import Any
 from manta.data.errors import InputError
 from manta.launch import __version__
 from manta.launch.config import RunConfig
-from manta.launch.messages import notify
 from manta.launch.targets.paths import location_problems
+from manta.launch.terminal import notify
 
 CONFIG = "run.yaml"
 TIMEOUT = 10.0  # seconds for the dashboard to answer
@@ -116,9 +116,7 @@ def _client(key: str, address: str, *, insecure: bool) -> Any:
             return JobSubmissionClient(address)
     except Exception as error:  # noqa: BLE001  of several libraries
         problem = str(error).strip().splitlines()[0].removeprefix("<urlopen error ").removesuffix(">")
-        raise InputError(
-            f"{key}: expected a Ray dashboard's address, got {address} ({problem}). Start it there with ray[default]."
-        ) from None
+        raise InputError(f"{key}: expected a Ray dashboard, got {address} ({problem}). Start it there with ray[default].") from None
     raise InputError(f"{key}: expected a Ray cluster with a token, got {address}. Set RAY_AUTH_MODE=token there, or add --insecure.")
 
 

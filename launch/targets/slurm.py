@@ -21,8 +21,8 @@ from manta.cluster.ray.runtime import LOOPBACK, HostsRay
 from manta.data.errors import InputError
 from manta.data.storage.atomic import write_atomically
 from manta.launch.config import RunConfig
-from manta.launch.messages import notify
 from manta.launch.targets.template import fill
+from manta.launch.terminal import notify
 
 
 def submit(config: RunConfig) -> int:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manta.cluster.config import ClusterConfig
-from manta.cluster.supervise.log_retention import delete_expired_logs
+from manta.cluster.supervise.controller import delete_expired_logs
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("3:50:00", 13_800), ("0:00:15", 15), ("2-01:00:00", 176_400), (None, math.inf)])

@@ -153,7 +153,7 @@ def test_of_ranks_at_one_step_the_one_in_no_collective_is_named():
 
 def test_ranks_that_never_sent_a_heartbeat_are_listed():
     absent = [status(rank, silent_seconds=700, step=0, phase="") for rank in (1, 3)]
-    failed = detect_hang([status(0, silent_seconds=600, phase="start", step=0), *absent], replace(LIMITS, start=650))
+    failed = detect_hang([status(0, silent_seconds=600, phase="start", step=0), *absent], LIMITS._replace(start=650))
     assert failed.message == "no heartbeat for 700.0 s from rank 1, 3"
 
 

@@ -59,7 +59,7 @@ def test_a_file_of_several_shards_is_read_once(tmp_path, change):
     assert find_damage(in_place, data) == []
     flip_bit(file, change)
     (found,) = find_damage(in_place, data)
-    assert (found.path, found.got[:5]) == (str(file), "xxh3 ")
+    assert (found.path, found.expected[:5]) == (str(file), "xxh3 ")
 
 
 def test_wrong_ids_and_counts_are_found_despite_intact_hashes(tmp_path):

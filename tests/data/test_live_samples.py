@@ -65,7 +65,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def config(directory: Path, *sources: object, **more) -> DataConfig:
-    settings = {"sequence_length": 2, "validation": 0.1, "workers": 1, "live": True, "directory": directory / "corpora"} | more
+    settings = {"sequence_length": 2, "validation": 0.1, "workers": 1, "live": True, "directory": str(directory / "corpora")} | more
     return DataConfig(sources=tuple(source if isinstance(source, dict) else str(source) for source in sources), **settings)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from config_reference import reference
 
 from manta.launch import config
-from manta.launch.config_reference import reference
 from manta.trainer.model.build import build_model
 
 
@@ -78,7 +78,7 @@ def test_each_preset_has_the_number_of_parameters_in_its_name(workspace, name):
 
 def test_docs_config_md_agrees_with_the_code():
     written = Path(__file__).parents[2] / "docs" / "config.md"
-    remedy = "run: .venv/bin/python -m manta.launch.config_reference > docs/config.md"
+    remedy = "run: .venv/bin/python tests/support/config_reference.py > docs/config.md"
     assert written.read_text().rstrip() == reference().rstrip(), remedy
 
 

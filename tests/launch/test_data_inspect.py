@@ -125,7 +125,7 @@ def test_verify_reports_all_damage(workspace, run, of):
     assert done.returncode == 2
     assert done.stdout == ""
     assert [line.split(": expected ")[0].removeprefix("manta: ") for line in lines] == expected
-    assert "got xxh3 " in lines[0]
+    assert "expected xxh3 " in lines[0]
     assert f"expected {short.stat().st_size + 8:,}, got {short.stat().st_size:,} bytes. Prepare it again: manta prepare " in lines[-2]
     assert "got no such file" in lines[-1]
     assert [f"manta: {line}" for line in data_json(workspace, "verify", *where, code=2)["damaged"]] == lines
@@ -154,13 +154,13 @@ def test_a_corpus_in_an_object_store_is_inspected_in_place(workspace, tmp_path):
         store.put(shard.removeprefix("s3://corpus/"), b"\0" * 2 * whole["all"]["validation"]["tokens"])
         damaged = workspace.manta("data", "verify", *where, **store.environment)
         assert damaged.returncode == 2
-        assert re.search(rf"^manta: {re.escape(shard)}: expected \w{{16}}, got xxh3 \w{{16}}\. ", damaged.stderr, re.MULTILINE)
+        assert re.search(rf"^manta: {re.escape(shard)}: expected xxh3 \w{{16}}, got \w{{16}}\. ", damaged.stderr, re.MULTILINE)
 
 
 def test_mixture_equals_what_the_run_read(workspace, run, steps):
     found = data_json(workspace, "mixture", run)
     begins = {row["step"]: row["begins"] for row in found["rows"] if row["begins"]}
-    assert begins == {2: ["length 32"], 4: ["batch 8"], 5: ["stage 2"]}
+    assert begins == {2: ["length 32"], 4: ["global batch 8"], 5: ["stage 2"]}
     whole = Timeline(sequence_length=32, global_batch=8, ramp=[(0, 4), (512, 8)])
     read = {step: [sample for found in steps[:step] for sample in found["samples"]] for step in range(STEPS + 1)}
     for row in found["rows"]:

@@ -102,7 +102,7 @@ def test_a_submitted_run_has_the_losses_of_a_local_one(workspace, python, tmp_pa
     with running_ray(python, **environment):
         refused = workspace.manta(*arguments, RAY_AUTH_MODE="disabled")
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-        assert f"--on: expected a Ray dashboard's address, got {HTTP}" in refused.stderr
+        assert f"--on: expected a Ray dashboard, got {HTTP}" in refused.stderr
         submitted = workspace.manta(*arguments, **environment)
         assert submitted.returncode == 0, submitted.stderr
         run_directory = RunDirectory(workspace.directory / "submitted")
@@ -142,7 +142,7 @@ def test_nothing_is_submitted_to_a_ray_without_token(workspace, python):
 def test_a_command_for_an_unreachable_ray_is_refused(workspace):
     result = workspace.manta("at", f"http://{ADDRESS}:1", "status", "/shared/run")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert f"manta: at: expected a Ray dashboard's address, got http://{ADDRESS}:1" in result.stderr
+    assert f"manta: at: expected a Ray dashboard, got http://{ADDRESS}:1" in result.stderr
 
 
 def test_a_job_contains_config_manta_and_the_model_of_the_user(workspace, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ OTHER_PYTHON: the interpreter of one of two hosts.
 import json
 import os
 import sys
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def main():
     ray = LocalRay(config.max_nodes)
     if other := os.environ.get("OTHER_PYTHON"):
         one, two = (Host(name=address, address=address, gpus=0) for address in ("127.0.0.3", "127.0.0.4"))
-        ray = HostsRay((one, replace(two, python=other)), LOOPBACK, 5.0)
+        ray = HostsRay((one, two._replace(python=other)), LOOPBACK, 5.0)
     code = 1
     for event in Controller(job, config, ray).run():
         if event.kind == "run-ended":

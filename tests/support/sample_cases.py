@@ -34,7 +34,7 @@ WAYS = {
 
 def config_of(folder: Path, **more) -> DataConfig:
     sources = {"web": str(folder / "web"), "code": str(folder / "code.jsonl")}
-    settings = {"sequence_length": T, "validation": 0.1, "workers": 1, "sources": sources, "directory": folder / "corpora"}
+    settings = {"sequence_length": T, "validation": 0.1, "workers": 1, "sources": sources, "directory": str(folder / "corpora")}
     return DataConfig(**settings | more)
 
 

@@ -17,7 +17,7 @@ SMALL = TokenizerConfig(vocabulary=400, train_bytes=100_000)
 
 def config(directory: Path, *sources: object, **more) -> DataConfig:
     settings = {"sequence_length": 16, "validation": 0.1, "workers": 1} | more
-    return DataConfig(sources=tuple(map(str, sources)), directory=directory, **settings)
+    return DataConfig(sources=tuple(map(str, sources)), directory=str(directory), **settings)
 
 
 def documents(count: int, seed: int = 0) -> list[str]:

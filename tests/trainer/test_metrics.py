@@ -1,15 +1,16 @@
 """metrics.jsonl stays readable when its writer is killed, and has one valid line per step."""
 
+import json
+
 import pytest
 
-from manta.trainer.metrics import MetricsLog, format_duration, read_metrics
+from manta.trainer.metrics import format_duration, open_metrics, read_metrics
 
 
 def write(path, *steps, attempt=1):
-    log = MetricsLog(path)
-    for step in steps:
-        log.write({"step": step, "attempt": attempt})
-    log.close()
+    with open_metrics(path) as file:
+        for step in steps:
+            file.write(json.dumps({"step": step, "attempt": attempt}) + "\n")
 
 
 def test_an_incomplete_last_line_is_ignored_then_removed(tmp_path):

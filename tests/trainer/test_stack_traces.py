@@ -8,8 +8,8 @@ import time
 
 RANK = """
 import signal, sys, time
-from manta.trainer import stack_traces
-stack_traces.dump_on_signal(signal.SIGUSR2)
+from manta.trainer import signals
+signals.dump_on_signal(signal.SIGUSR2)
 import torch, torch.distributed as dist
 rank, port = map(int, sys.argv[1:])
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -119,8 +119,7 @@ ARCHITECTURES = {architecture.model_type: architecture for architecture in _CLAS
 """By model_type. Of several that fit a config, the first is used."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorMapping:
+class TensorMapping(NamedTuple):
     """A row for one block of one model."""
 
     ours: tuple[str, ...]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -17,8 +17,7 @@ from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 SPAN = 4 * BLOCK  # bytes read at once, so that they are still in the CPU's cache when they are checked and copied
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkPart:
+class ChunkPart(NamedTuple):
     """A part of a chunk, and the tensor to copy it to."""
 
     start: int  # byte of the chunk in its file

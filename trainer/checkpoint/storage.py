@@ -13,9 +13,9 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
+from typing import NamedTuple
 
 from manta.data.errors import InputError
 from manta.data.storage.atomic import sync_directory
@@ -32,8 +32,7 @@ FENCE, LATEST, BAD, REPLACED = "fence.json", "latest", "bad-", ".replaced-"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-@dataclass(frozen=True, slots=True)
-class Fence:
+class Fence(NamedTuple):
     """The attempt that may commit and delete checkpoints."""
 
     attempt: int = 0
@@ -65,7 +64,7 @@ class CheckpointBackend(ABC):
         fence = self._fence()
         if attempt and fence.attempt > attempt:
             raise FencedError(f"{self}: attempt {fence.attempt} has started since; this is attempt {attempt}, which can no longer save")
-        content = json.dumps(asdict(Fence(max(attempt, fence.attempt), token))).encode()
+        content = json.dumps(Fence(max(attempt, fence.attempt), token)._asdict()).encode()
         self.store.create()
         try:
             self.store.write(FENCE, content)

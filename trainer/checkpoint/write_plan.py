@@ -6,9 +6,8 @@ Planned once per layout, because shapes do not change between saves. A rank writ
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -25,8 +24,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Region = tuple[str, Rectangle]  # a tensor's key, and a rectangle of it
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRegions:
+class TensorRegions(NamedTuple):
     """What a rank holds of one tensor, without the data."""
 
     key: str
@@ -35,8 +33,7 @@ class TensorRegions:
     rectangles: tuple[Rectangle, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class WritePlan:
+class WritePlan(NamedTuple):
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     """Type and whole shape, by key."""
     regions: list[list[Region]]
@@ -72,7 +69,8 @@ def plan_writes(ranks: Sequence[Iterable[TensorRegions]]) -> WritePlan:
         assert covered[key] == math.prod(shape), f"{key}: ranks hold {covered[key]} of its {math.prod(shape)} elements"
     regions: list[list[Region]] = [[] for _ in ranks]
     load = [0] * len(regions)
-    for (key, rectangle), owners in sorted(holders.items(), key=_choice):
+    # First what one rank alone holds; then the largest rectangles, so that the smallest even out the rest.
+    for (key, rectangle), owners in sorted(holders.items(), key=lambda item: (len(item[1]) > 1, -item[0][1].count)):
         parts = _split(rectangle, len(owners))
         writers = owners if len(parts) == len(owners) else [min(owners, key=load.__getitem__)]
         for part, writer in zip(parts, writers, strict=True):
@@ -82,12 +80,6 @@ def plan_writes(ranks: Sequence[Iterable[TensorRegions]]) -> WritePlan:
     for own in regions:  # wide elements first, so that each starts at a multiple of its width
         own.sort(key=lambda region: (-tensors[region[0]][0].itemsize, order[region[0]], region[1]))
     return WritePlan(tensors, regions)
-
-
-def _choice(holders: tuple[Region, list[int]]) -> tuple[bool, int]:
-    """Sort first what one rank alone holds; then the largest, so that the smallest even out the rest."""
-    (_, rectangle), owners = holders
-    return len(owners) > 1, -rectangle.count
 
 
 def _split(rectangle: Rectangle, parts: int) -> list[Rectangle]:

@@ -112,9 +112,8 @@ class ModelConfig(Section):
     def embedding_rows(self, tokenizer_vocabulary: int) -> int:
         """Return the number of tokens that the embedding holds. Raises InputError if the tokenizer has more."""
         if self.vocabulary is not None and self.vocabulary < tokenizer_vocabulary:
-            raise InputError(
-                f"model.vocabulary: expected at least the tokenizer's {tokenizer_vocabulary}, got {self.vocabulary}. Raise or omit it."
-            )
+            expected = f"at least the tokenizer's {tokenizer_vocabulary}"
+            raise InputError(f"model.vocabulary: expected {expected}, got {self.vocabulary}. Raise or omit it.")
         return self.vocabulary or tokenizer_vocabulary
 
     @model_validator(mode="after")

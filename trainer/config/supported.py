@@ -71,18 +71,16 @@ def _unproven(model: ModelConfig, parallel: ParallelConfig, precision: Precision
         expected = f"{stages} in {precision}, because DeepSpeed without ZeRO does not keep fp32 masters as it should"
         yield InvalidValueError("parallel.zero", expected, 0, f"Use {stages}.", "precision")
     if parallel.zero == 0 and parallel.offload:
-        yield InvalidValueError(
-            "parallel.offload", "false without ZeRO, which offloads nothing", True, "Use zero 1, 2 or 3.", "parallel.zero"
-        )
+        expected = "false without ZeRO, which offloads nothing"
+        yield InvalidValueError("parallel.offload", expected, True, "Use zero 1, 2 or 3.", "parallel.zero")
     if parallel.tensor > 1 and parallel.expert > 1:
         expected = f"1 with parallel.tensor {parallel.tensor}, because no parity test proves both"
         yield InvalidValueError("parallel.expert", expected, parallel.expert, "Use one of the two.", "parallel.tensor")
     if ":" in model.family:
         for name in ("tensor", "sequence", "expert"):
             if (size := getattr(parallel, name)) > 1:
-                yield InvalidValueError(
-                    f"parallel.{name}", "1 for your own model, which is proven only under ZeRO", size, "Omit it.", "model.family"
-                )
+                expected = "1 for your own model, which is proven only under ZeRO"
+                yield InvalidValueError(f"parallel.{name}", expected, size, "Omit it.", "model.family")
 
 
 def _not_in_fp8(model: ModelConfig, parallel: ParallelConfig) -> Iterator[InvalidValueError]:

@@ -1,5 +1,5 @@
 """Other formats, a package each; no rank imports them.
 
-`huggingface` exports and imports a whole model, `deepspeed` reads checkpoints with optimizer state. To add an export format: a package here
-with a function like `huggingface.export.export`, and an option of `manta export` (launch/cli.py).
+`huggingface` exports and imports a whole model, `deepspeed` reads checkpoints with optimizer state. To add an export format, write a
+package beside them with a function like `huggingface.export.export`, and an option of `manta export` (launch/cli.py).
 """

@@ -3,8 +3,9 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import Layout
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Microbatch:
+class Microbatch(NamedTuple):
     """What this rank reads for one micro step."""
 
     batch: Batch

@@ -98,9 +98,8 @@ def layout_from_environment(train: TrainConfig, parallel: ParallelConfig, ranks:
     except ValidationError as error:
         raise InputError(f"{Env.LAYOUT}: expected a layout in JSON, got {text!r}. Start the ranks with `manta train`.") from error
     if not layout.suits(train, parallel, ranks):
-        raise InputError(
-            f"{Env.LAYOUT}: expected a layout of {ranks} ranks that suits config.yaml, got {layout}. Start the ranks with `manta train`."
-        )
+        expected = f"a layout of {ranks} ranks that suits config.yaml"
+        raise InputError(f"{Env.LAYOUT}: expected {expected}, got {layout}. Start the ranks with `manta train`.")
     return layout
 
 
@@ -113,10 +112,8 @@ def layout_for(train: TrainConfig, parallel: ParallelConfig, ranks: int, *, may_
         return shrunk
     layout = largest_layout(train, parallel, ranks)
     if layout.ranks != ranks:
-        raise InputError(
-            f"WORLD_SIZE: expected a divisor of {micro_batches_text(train)}, got {ranks} ranks."
-            f" Start {layout.ranks} ranks or lower train.micro_batch."
-        )
+        remedy = f"Start {layout.ranks} ranks or lower train.micro_batch."
+        raise InputError(f"WORLD_SIZE: expected a divisor of {micro_batches_text(train)}, got {ranks} ranks. {remedy}")
     return layout
 
 
@@ -124,16 +121,12 @@ def largest_layout(train: TrainConfig, parallel: ParallelConfig, ranks: int) -> 
     """Return the layout with the most data ranks for at most `ranks` ranks; the others stay idle. Raises InputError if there is none."""
     least = parallel.tensor * parallel.sequence
     if ranks < least:
-        raise InputError(
-            f"cluster: expected at least parallel.tensor {parallel.tensor} x parallel.sequence {parallel.sequence} = {least} ranks,"
-            f" got {ranks}. Raise cluster.ranks_per_node or lower these sizes."
-        )
+        sizes = f"parallel.tensor {parallel.tensor} x parallel.sequence {parallel.sequence} = {least} ranks"
+        raise InputError(f"cluster: expected at least {sizes}, got {ranks}. Raise cluster.ranks_per_node or lower these sizes.")
     fitting = [layout for size, layout in layouts(train, parallel).items() if size <= ranks]
     if not fitting:
-        raise InputError(
-            f"parallel.expert: expected a divisor of the data ranks, got {parallel.expert} for {ranks} ranks."
-            " Lower it, or raise cluster.ranks_per_node or train.global_batch."
-        )
+        got, remedy = f"{parallel.expert} for {ranks} ranks", "Lower it, or raise cluster.ranks_per_node or train.global_batch."
+        raise InputError(f"parallel.expert: expected a divisor of the data ranks, got {got}. {remedy}")
     return fitting[-1]
 
 

@@ -51,19 +51,16 @@ class World:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in os.environ:
             if self.size > 1:
-                raise InputError(
-                    "MASTER_PORT: expected a free port of rank 0's node, got nothing. Start the ranks with `manta train` or torchrun."
-                )
+                remedy = "Start the ranks with `manta train` or torchrun."
+                raise InputError(f"MASTER_PORT: expected a free port of rank 0's node, got nothing. {remedy}")
             os.environ["MASTER_PORT"] = "0"  # a free one
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         backend = "gloo"
         if self.device.type == "cuda":
             if self.local_rank >= (gpus := torch.cuda.device_count()):
-                raise InputError(
-                    f"LOCAL_RANK: expected one rank per GPU, of which this node has {gpus}, got {self.local_rank}."
-                    " Lower cluster.ranks_per_node."
-                )
+                expected = f"one rank per GPU, of which this node has {gpus}"
+                raise InputError(f"LOCAL_RANK: expected {expected}, got {self.local_rank}. Lower cluster.ranks_per_node.")
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
         store = None

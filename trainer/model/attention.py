@@ -110,12 +110,7 @@ class AttentionMask:
 
 
 def attend(
-    q_BNTH: Tensor,
-    k_BKSH: Tensor,
-    v_BKSH: Tensor,
-    mask: AttentionMask,
-    *,
-    dropout: Callable[[Tensor], Tensor] | None = None,
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMask, *, dropout: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
     """Return o_BNTH. `dropout` is applied to the softmax weights_BNTS, which only the matrix-product kernel exposes."""
     device = q_BNTH.device

@@ -1,4 +1,8 @@
-"""The optimizer: fused AdamW or SGD, with weight decay on matrices only."""
+"""The optimizer: fused AdamW or SGD, with weight decay on matrices only.
+
+To add one, extend this file, OptimizerConfig.name (config/sections.py), MOMENTS (engine/memory.py) and OPTIMIZERS
+(convert/deepspeed/rename.py).
+"""
 
 from collections.abc import Iterable
 

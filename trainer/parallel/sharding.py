@@ -6,16 +6,14 @@ weights may have these names with another meaning.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from manta.trainer.dist.layout import WeightShard
 
 Axis = Literal["tensor", "expert"]
 
 
-@dataclass(frozen=True, slots=True)
-class ShardingSpec:
+class ShardingSpec(NamedTuple):
     """Weights with a full name that matches `pattern` are split into equal shards on `dimension`, over the ranks of `axis`."""
 
     pattern: str

@@ -48,7 +48,7 @@ class ImportSource(BaseModel):
         return (json.dumps(self.model_dump(), indent=2) + "\n").encode()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Pretrained:
     run_directory: RunDirectory
     config: ModelConfig
@@ -86,15 +86,7 @@ def load_pretrained(run_directory: RunDirectory) -> Pretrained:
     with torch.device("meta"):
         model = build_model(config, vocabulary=tokenizer.vocabulary, sequence_length=sequence_length, code=run_directory.code)
     _fill_weights(model, weights, checkpoint.location)
-    return Pretrained(
-        run_directory=run_directory,
-        config=config,
-        model=model.eval(),
-        tokenizer=tokenizer,
-        sequence_length=sequence_length,
-        checkpoint=checkpoint,
-        source=source,
-    )
+    return Pretrained(run_directory, config, model.eval(), tokenizer, sequence_length, checkpoint, source)
 
 
 def model_tensors(model: Transformer) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Shapes: B = 1 batch, T time, V vocabulary.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ __all__ = ["Sampling", "generate", "generate_text"]
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class Sampling(NamedTuple):
     """How the next token is sampled."""
 
     temperature: float = 0.8  # below MIN_TEMPERATURE: the most likely token

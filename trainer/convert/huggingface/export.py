@@ -1,4 +1,7 @@
-"""Export a model to a directory that the Auto classes of transformers load."""
+"""Export a model to a directory that the Auto classes of transformers load.
+
+To add an export format, write a package beside `huggingface` with an `export`, and an option of `manta export` (launch/cli.py).
+"""
 
 import json
 import shutil

@@ -55,16 +55,10 @@ def import_model(directory: Path, output: Path) -> None:
         _check_weights(directory, architecture, shapes, slices)
         dtypes = {name: DTYPES[slices[name].get_dtype()] for name in shapes}
         most_common = Counter(dtypes.values()).most_common(1)[0][0]
-        source = ImportSource.model_validate(
-            {
-                "architecture": architecture.name,
-                "dtype": most_common,
-                "dtypes": {name: dtype for name, dtype in sorted(dtypes.items()) if dtype != most_common},
-                "end_of_text": end_of_text,
-                "sequence_length": config.positions or whole_number(hf, "max_position_embeddings", directory / CONFIG, default=2048),
-                "config": hf,
-            }
-        )
+        others = {name: dtype for name, dtype in sorted(dtypes.items()) if dtype != most_common}
+        length = config.positions or whole_number(hf, "max_position_embeddings", directory / CONFIG, default=2048)
+        described = {"architecture": architecture.name, "dtype": most_common, "dtypes": others, "sequence_length": length}
+        source = ImportSource.model_validate({**described, "end_of_text": end_of_text, "config": hf})
         with staged(output) as partial:
             identity = {"source": xxhash.xxh3_128_hexdigest(source.to_json())}
             weights: dict[str, TensorViews] = {}

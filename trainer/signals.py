@@ -1,7 +1,8 @@
-"""Log where a hung rank is, when it is asked by a signal: the stack of each thread, and the collectives it is in.
+"""Signals that a rank handles: requests to stop, and requests to log where it is.
 
-The signal handler itself writes the stacks, wherever the process hangs. A thread writes the collectives, from torch's flight recorder; it
-needs Python's lock, which a rank that waits for its peers has released.
+A rank that is asked where it is logs the stack of each thread, and the collectives it is in. The signal handler itself writes the stacks,
+wherever the process hangs. A thread writes the collectives, from torch's flight recorder; it needs Python's lock, which a rank that waits
+for its peers has released.
 """
 
 import faulthandler
@@ -12,12 +13,35 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from manta.cluster.protocol import Env, collective_line
 
 RECORDED = "2000"  # collectives that the flight recorder keeps, the newest
 SETTINGS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # the newer name, and the older
+
+
+class StopRequest:
+    """Records SIGTERM and the first SIGINT from its construction on. A second SIGINT raises KeyboardInterrupt.
+
+    Ranks act on a request between steps, all together: a rank that exited alone, even while importing, would leave the others waiting.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._record)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # a supervisor may have blocked it until now
+
+    @property
+    def is_made(self) -> bool:
+        return self.signal is not None
+
+    def _record(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal is signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
 
 
 def dump_on_signal(number: signal.Signals) -> None:
@@ -33,14 +57,10 @@ def dump_on_signal(number: signal.Signals) -> None:
             os.environ.setdefault(name, str(Path(log).parent / "nccl-timeout-rank-"))  # torch appends the rank
     received, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
-    signal.signal(number, _ignore)  # faulthandler chains to Python's handler, which writes into the pipe at once
+    signal.signal(number, lambda _number, _frame: None)  # faulthandler chains to Python's handler, which writes into the pipe at once
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     faulthandler.register(number, all_threads=True, chain=True)
     threading.Thread(target=_log_collectives, args=(received, number), name="stacks", daemon=True).start()
-
-
-def _ignore(*_: object) -> None:
-    pass
 
 
 def _log_collectives(received: int, number: signal.Signals) -> None:

@@ -1,8 +1,28 @@
-"""Messages for the user. They go to standard error: standard output has only what a command was asked for."""
+"""What several commands share: their arguments and options, JSON or a table on standard output, and messages on standard error."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
 from rich.console import Console
 
 from manta.trainer.run_directory import RunDirectory
+
+T = TypeVar("T")
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The run's config, in YAML.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override config keys: train.steps=100")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def print_report(report: T, show: Callable[[T], None], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        show(report)
 
 
 class MessageConsole(Console):
@@ -29,4 +49,4 @@ def resume_hint(run_dir: RunDirectory) -> str:
 
 def count_text(count: int, noun: str) -> str:
     """Return `1 rank` or `2 ranks`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

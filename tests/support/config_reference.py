@@ -1,6 +1,6 @@
 """Write docs/config.md: every key of a config, with its default and description.
 
-python -m manta.launch.config_reference > docs/config.md
+.venv/bin/python tests/support/config_reference.py > docs/config.md
 """
 
 import json
