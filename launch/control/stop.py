@@ -35,7 +35,7 @@ def stop(run: Path, *, at_once: bool, timeout: float) -> str:
     run_dir.stop_request_file.unlink(missing_ok=True)
     code = exit_code(read_events(run_dir.events_file)[events_before:])
     hint = "it had reached its last step" if code == ExitCode.DONE else resume_hint(run_dir)
-    state = "" if code == ExitCode.SAVED else f"{STATES.get(code, f'failed, see manta attach {run_dir.quoted}')}; "
+    state = "" if code in (ExitCode.SAVED, ExitCode.INTERRUPTED) else f"{STATES.get(code, f'failed, see manta attach {run_dir.quoted}')}; "
     return state + hint
 
 
