@@ -20,8 +20,12 @@ from manta.data.errors import InputError
 from manta.launch import config
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.sections import ParallelConfig
+from manta.trainer.dataloader.batch import Batch
+from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.metrics import read_metrics
 from manta.trainer.model.build import build_model, load_class
+from manta.trainer.model.gpt2 import GPT2
+from manta.trainer.model.transformer import count_targets
 from manta.trainer.pretrained.load import load_pretrained
 from manta.trainer.run_directory import RunDirectory
 
@@ -225,6 +229,32 @@ def test_the_example_has_parity_under_zero(plain_traces):
 def test_the_parity_comparison_detects_a_fault_in_it(plain_traces, fault):
     trace = spmd(with_mine, 2, run_cell, Cell("mine", 2, "fp32"), "sgd", fault)[0]
     assert not trace.difference(plain_traces["mine", "fp32", "sgd"]).within(BOUNDS["fp32"])
+
+
+class Measured(GPT2):
+    """Has a metric with a gradient, as written by a user who forgets torch.no_grad()."""
+
+    metrics = frozenset({"size"})
+
+    def forward(self, batch: Batch, divisors_K: torch.Tensor) -> torch.Tensor:
+        x_BTD, _ = self.hidden(batch)
+        loss, _ = self.head(x_BTD.flatten(0, 1), batch.targets.flatten())
+        return torch.stack([loss, self.embedding.weight.float().square().sum()]) / divisors_K
+
+    def counts(self, batch: Batch) -> torch.Tensor:
+        return count_targets(batch.targets).repeat(2)
+
+
+def measure(engine: Engine) -> None:
+    engine.module.__class__, engine.module.terms = Measured, ("loss", "size")
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_metric_with_a_gradient_is_not_trained_on(zero):
+    cell = Cell("gpt2", 1, "fp32", ParallelConfig(zero=zero))
+    without, measured = (spmd(run_cell, 1, cell, "adamw", fault)[0] for fault in (None, measure))
+    assert measured.norms == without.norms
+    assert all((measured.movements[name] == movement).all() for name, movement in without.movements.items())
 
 
 def test_the_document_shows_the_examples_files():

@@ -89,7 +89,8 @@ class Engine:
             local = self._local(batch)
             with self.compute_timer.forward():
                 terms_K = self.deepspeed(local, divisors_K)
-            self.deepspeed.backward(terms_K.sum(), scale_wrt_gas=False)  # ZeRO divides by the number of replicas
+            trained = [term for name, term in zip(self.module.terms, terms_K, strict=True) if name not in self.module.metrics]
+            self.deepspeed.backward(torch.stack(trained).sum(), scale_wrt_gas=False)  # ZeRO divides by the number of replicas
             total_K += terms_K.detach()
             if number < len(batches):
                 self.deepspeed.step()  # only counts before the last micro batch
