@@ -228,7 +228,7 @@ def _packing_table(packing: Report) -> Table:
 
 def _epochs(steps_per_epoch: float | None, train: Report) -> str:
     if steps_per_epoch is None:
-        return "samples of all sources; in a mixture, each has its own epochs: see manta data mixture"
+        return "an epoch here is one pass over all sources; in a mixture, each source has its own: see manta data mixture"
     epoch = f"an epoch is {steps_per_epoch:,.1f} steps of {train['global_batch']:,} samples"
     if train["batch_ramp"]:
         return f"{epoch}, once the batch has grown to that"
