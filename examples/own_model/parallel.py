@@ -1,6 +1,6 @@
 """A decoder with parallel attention and MLP, as in GPT-J (Wang and Komatsuzaki 2021), and squared ReLU (So et al. 2021).
 
-Shapes: B batch, T time, D model width, F inner width.
+Shapes: B batch, T time, D model width.
 """
 
 from dataclasses import replace
