@@ -226,7 +226,7 @@ def table(results: Sequence[Recovery], start: dict[str, Any], machine: str) -> s
     measured = f"{counts(results, ['manta'])} runs (Ray Train: {counts(results, [*SYSTEMS][1:])})"
     text = f"""On {machine}. Seconds: the median of {measured}, with the slowest in parentheses. Each recovery must stay within its limit.
 
-| fault | detected after | next optimizer step after | limit | steps recomputed | next step after, Ray Train v2 | next step after, Ray Train v2 tuned |
+| fault | detected after | next optimizer step after | limit | steps recomputed | next step after, Ray Train v2 | the same, tuned |
 |---|---|---|---|---|---|---|
 """
     for name, fault in FAULTS.items():
