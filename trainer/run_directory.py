@@ -145,7 +145,7 @@ def tokenizer_beside(checkpoints: CheckpointBackend) -> Path:
 
 def _math(model: ModelConfig) -> dict[str, object]:
     experts: dict[str, object] = {f"experts.{key}": getattr(model.experts, key, None) for key in MATH_KEYS_OF_EXPERTS}
-    return experts | {key: getattr(model, key) for key in MATH_KEYS} | {"kv_heads": model.kv, "head_width": model.each_head}
+    return experts | {key: getattr(model, key) for key in MATH_KEYS} | {"kv_heads": model.kv, "head_width": model.head_dim}
 
 
 def _not_written_by_manta(file: Path, error: Exception) -> InputError:

@@ -43,7 +43,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.attention = Attention(config)
-        self.mlp = PoweredMLP(config.width, config.inner, power_of(config))
+        self.mlp = PoweredMLP(config.width, config.inner_width, power_of(config))
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, context: ForwardContext, cache: KVCache | None = None) -> tuple[Tensor, None]:
@@ -61,5 +61,5 @@ class Parallel(Decoder):
 
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor, context: ForwardContext) -> tuple[Tensor, ForwardContext]:
         x_BTD = self.embedding(tokens_BT)
-        rotary = rotary_embedding(self.config.each_head, self.config.rope_theta, positions_BT, x_BTD.dtype)
+        rotary = rotary_embedding(self.config.head_dim, self.config.rope_theta, positions_BT, x_BTD.dtype)
         return x_BTD, replace(context, rotary=rotary)

@@ -34,8 +34,8 @@ def to_hf_config(architecture: Architecture, config: ModelConfig, *, vocabulary:
         "vocabulary": vocabulary,
         "positions": positions,
         "kv_heads": config.kv,
-        "head_width": config.each_head,
-        "mlp_width": config.inner,
+        "head_width": config.head_dim,
+        "mlp_width": config.inner_width,
     }
     hf: ConfigJson = {"architectures": [architecture.name], "model_type": architecture.model_type}
     for ours, key in architecture.keys.items():

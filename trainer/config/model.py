@@ -102,11 +102,11 @@ class ModelConfig(Section):
         return self.kv_heads or self.heads
 
     @property
-    def each_head(self) -> int:
+    def head_dim(self) -> int:
         return self.head_width or self.width // self.heads
 
     @property
-    def inner(self) -> int:
+    def inner_width(self) -> int:
         return self.mlp_width or 4 * self.width
 
     def embedding_rows(self, tokenizer_vocabulary: int) -> int:
@@ -124,7 +124,7 @@ class ModelConfig(Section):
         if self.head_width is None and self.width % self.heads:
             remedy = f"Use {divisors_text(self.width)}, or set head_width."
             raise InvalidValueError("heads", f"a divisor of width ({self.width})", self.heads, remedy, "width")
-        if self.family == "llama" and self.each_head % 2:
+        if self.family == "llama" and self.head_dim % 2:
             if self.head_width is not None:
                 expected = "an even number, because rotation turns pairs"
                 raise InvalidValueError("head_width", expected, self.head_width, f"Use {self.head_width + 1}.")

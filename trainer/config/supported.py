@@ -49,7 +49,7 @@ def _indivisible_sizes(model: ModelConfig, parallel: ParallelConfig, lengths: Se
     experts = model.experts
     if experts is None and parallel.expert > 1:
         yield InvalidValueError("parallel.expert", "1 for a model without experts", parallel.expert, "Set model.experts, or omit it.")
-    inner = ("model.mlp_width", model.inner) if experts is None else ("model.experts.width", experts.width)
+    inner = ("model.mlp_width", model.inner_width) if experts is None else ("model.experts.width", experts.width)
     heads = [("model.heads", model.heads), ("model.kv_heads", model.kv)]
     vocabulary = ("the vocabulary's padding", VOCABULARY_MULTIPLE)
     named_lengths = [("data.sequence_length", lengths[0]), *(("data.curriculum's sequence_length", length) for length in lengths[1:])]
@@ -95,8 +95,8 @@ def _not_in_fp8(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Invali
         expected = "another one for your own model, which is not proven in fp8"
         yield InvalidValueError("precision", expected, "fp8", "Use bf16.", "model.family")
     experts = model.experts
-    inner = ("model.mlp_width", model.inner) if experts is None else ("model.experts.shared x width", experts.shared * experts.width)
-    heads = [(f"model.{key} x head_width", count * model.each_head) for key, count in (("heads", model.heads), ("kv_heads", model.kv))]
+    inner = ("model.mlp_width", model.inner_width) if experts is None else ("model.experts.shared x width", experts.shared * experts.width)
+    heads = [(f"model.{key} x head_width", count * model.head_dim) for key, count in (("heads", model.heads), ("kv_heads", model.kv))]
     for key, size in (("model.width", model.width), *heads, inner):
         if size % FP8_MULTIPLE:
             yield InvalidValueError(key, f"a multiple of {FP8_MULTIPLE} in fp8", size, "Change it, or use bf16.", "precision")

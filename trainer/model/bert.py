@@ -22,7 +22,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.attention = Attention(config, bias=True)
         self.attention_norm = nn.LayerNorm(config.width, config.norm_epsilon)
-        self.mlp = MLP(config.width, config.inner, approximate="none")
+        self.mlp = MLP(config.width, config.inner_width, approximate="none")
         self.mlp_norm = nn.LayerNorm(config.width, config.norm_epsilon)
         self.attention_dropout, self.mlp_dropout = Dropout(config.dropout), Dropout(config.dropout)
 

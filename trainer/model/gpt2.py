@@ -15,7 +15,7 @@ class GPT2(Decoder):
         super().__init__(config, vocabulary=vocabulary)
         self.position_embedding = nn.Embedding(config.positions or sequence_length, config.width)
         self.embedding_dropout = Dropout(config.dropout)
-        mlp = partial(MLP, config.width, config.inner, approximate="tanh")
+        mlp = partial(MLP, config.width, config.inner_width, approximate="tanh")
         self.blocks = nn.ModuleList(DecoderBlock(config, norm=nn.LayerNorm, mlp=mlp, bias=True) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, config.norm_epsilon)
         self.finish()

@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, *, bias: bool = False) -> None:
         super().__init__()
-        self.head_width = config.each_head
+        self.head_width = config.head_dim
         queries, keys = config.heads * self.head_width, config.kv * self.head_width
         self.q_proj = nn.Linear(config.width, queries, bias=bias)
         self.k_proj = nn.Linear(config.width, keys, bias=bias)

@@ -20,12 +20,12 @@ class Llama(Decoder):
         del sequence_length
         super().__init__(config, vocabulary=vocabulary)
         self.embedding_dropout = Dropout(config.dropout)
-        mlp = partial(SwiGLU, config.width, config.inner)
+        mlp = partial(SwiGLU, config.width, config.inner_width)
         self.blocks = nn.ModuleList(DecoderBlock(config, norm=RMSNorm, mlp=mlp) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.finish()
 
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor, context: ForwardContext) -> tuple[Tensor, ForwardContext]:
         x_BTD = self.embedding(tokens_BT)
-        rotary = rotary_embedding(self.config.each_head, self.config.rope_theta, positions_BT, x_BTD.dtype)
+        rotary = rotary_embedding(self.config.head_dim, self.config.rope_theta, positions_BT, x_BTD.dtype)
         return self.embedding_dropout(x_BTD, context.dropout_keys), replace(context, rotary=rotary)
