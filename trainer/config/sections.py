@@ -77,7 +77,7 @@ class TrainConfig(Section):
     batch_ramp: tuple[BatchConfig, ...] = ()
     """Global batch by stage: gradient accumulation changes, the number of ranks does not; the schedule still counts steps."""
     micro_batch: int = Field(ge=1, examples=[8])
-    """Samples per rank in one forward pass; lower it if memory is short."""
+    """Samples per data-parallel rank in one forward pass; lower it if memory is short."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes. none: nothing; selective: all but the results of matrix multiplications; full: each block."""
     compile: bool | None = None
