@@ -43,7 +43,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.attention = Attention(config)
-        self.mlp = PoweredMLP(config.width, config.inner_width, power_of(config))
+        self.mlp = PoweredMLP(config.width, config.inner_width, power_of(config))  # inner_width: mlp_width or its default
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, context: ForwardContext, cache: KVCache | None = None) -> tuple[Tensor, None]:
