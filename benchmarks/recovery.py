@@ -224,9 +224,9 @@ def counts(results: Sequence[Recovery], systems: Sequence[str]) -> str:
 def table(results: Sequence[Recovery], start: dict[str, Any], machine: str) -> str:
     """Return the part of docs/recovery.md. start: what start_and_stop returned."""
     measured = f"{counts(results, ['manta'])} runs (Ray Train: {counts(results, [*SYSTEMS][1:])})"
-    text = f"""On {machine}. Seconds: the median of {measured}, with the slowest in parentheses. The benchmark fails beyond a row's limit.
+    text = f"""On {machine}. Seconds: the median of {measured}, with the slowest in parentheses. The benchmark fails if a step comes later.
 
-| fault | detected after | next optimizer step after | limit | steps recomputed | next step, Ray Train v2 | next step, Ray Train v2 tuned |
+| fault | detected after | next step after | limit for that | steps recomputed | next step, Ray Train v2 | next step, Ray Train v2 tuned |
 |---|---|---|---|---|---|---|
 """
     for name, fault in FAULTS.items():
