@@ -67,13 +67,20 @@ class RankError:
 class Heartbeat:
     """`step` counts finished optimizer steps; `time` is the rank's monotonic clock; `phase` is "" before the first heartbeat.
 
+    `resumed_from`: the step that the rank trains on from, 0 in a new run; None until it is known.
     `work`: seconds of the last step that the rank spent on its own, not waiting for other ranks; 0 if unknown.
     """
 
     step: int
     phase: RankPhase | Literal[""]
     time: float
+    resumed_from: int | None = None
     work: float = 0.0
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the rank has finished a step since it started, or had none to do."""
+        return self.phase == "done" or (self.resumed_from is not None and self.step > self.resumed_from)
 
 
 _HEARTBEAT, _ERROR = TypeAdapter(Heartbeat), TypeAdapter(RankError)
@@ -103,19 +110,20 @@ class HeartbeatWriter:
 
     def __init__(self, path: str | None) -> None:
         self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        self.is_supervised = path is not None
         self.step = 0
         self.phase: RankPhase = "start"
+        self.resumed_from: int | None = None
         self.work = 0.0  # see Heartbeat.work
-
-    @property
-    def is_supervised(self) -> bool:
-        return self._file is not None
 
     def __call__(self, phase: RankPhase, step: int) -> None:
         """Report the phase, and the number of finished optimizer steps."""
         self.step, self.phase = step, phase
+        if self.resumed_from is None and phase not in {"start", "load"}:
+            self.resumed_from = step
         if self._file is not None:
-            heartbeat = json.dumps({"step": step, "phase": phase, "time": time.monotonic(), "work": round(self.work, 6)})
+            progress = {"step": step, "phase": phase, "resumed_from": self.resumed_from}
+            heartbeat = json.dumps({**progress, "time": time.monotonic(), "work": round(self.work, 6)})
             os.pwrite(self._file, heartbeat.ljust(HEARTBEAT_SIZE).encode(), 0)
 
 
@@ -128,7 +136,6 @@ class HeartbeatReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._changed = time.monotonic()
-        self._first_step: int | None = None  # a resumed rank does not start at 0
         self.last = Heartbeat(step=0, phase="", time=0.0)
         # Intervals between two heartbeats in phase "step", without the first step's: how many, and the longest, in seconds.
         self.intervals, self.longest = 0, 0.0
@@ -139,19 +146,12 @@ class HeartbeatReader:
         except (FileNotFoundError, ValidationError):  # not written yet, or torn
             return self.last
         if heartbeat != self.last:
-            if self.has_stepped and self.last.phase == heartbeat.phase == "step":
+            if self.last.has_stepped and self.last.phase == heartbeat.phase == "step":
                 self.intervals, self.longest = self.intervals + 1, max(self.longest, self.silent_seconds)
             self.last, self._changed = heartbeat, time.monotonic()
-        if self._first_step is None and heartbeat.phase not in {"", "start", "load"}:
-            self._first_step = heartbeat.step
         return self.last
 
     @property
     def silent_seconds(self) -> float:
         """Seconds since the heartbeat last changed."""
         return time.monotonic() - self._changed
-
-    @property
-    def has_stepped(self) -> bool:
-        """Whether this process has finished a step, or had none to do."""
-        return self.last.phase == "done" or (self._first_step is not None and self.last.step > self._first_step)

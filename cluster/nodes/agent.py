@@ -164,7 +164,7 @@ class NodeAgent:
         """A value whose change makes `poll` return immediately."""
         for rank in self._ranks:
             rank.heartbeat.read()
-        return sum(not rank.process.is_alive for rank in self._ranks), all(rank.heartbeat.has_stepped for rank in self._ranks)
+        return sum(not rank.process.is_alive for rank in self._ranks), all(rank.heartbeat.last.has_stepped for rank in self._ranks)
 
 
 def _status(rank: _Rank) -> RankStatus:
@@ -178,7 +178,8 @@ def _status(rank: _Rank) -> RankStatus:
         step=heartbeat.step,
         phase=heartbeat.phase,
         silent_seconds=rank.heartbeat.silent_seconds,
-        has_stepped=rank.heartbeat.has_stepped,
+        has_stepped=heartbeat.has_stepped,
+        resumed_from=heartbeat.resumed_from,
         state=rank.process.state,
         code=rank.process.code,
         exited_at=rank.process.exited_at or 0.0,

@@ -21,7 +21,7 @@ class NodeFacts(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStatus:
-    """The state of one rank. `phase`, `step` and `work` are those of its last heartbeat; `silent_seconds`: since then.
+    """The state of one rank. `phase`, `step`, `resumed_from` and `work` are those of its last heartbeat; `silent_seconds`: since then.
 
     `code`: exit code; None while it runs, negative if a signal ended it. `intervals`: how many intervals between two heartbeats in phase
     "step" were measured; `longest`: the longest of them, in seconds.
@@ -33,6 +33,7 @@ class RankStatus:
     phase: RankPhase | Literal[""]
     silent_seconds: float
     has_stepped: bool
+    resumed_from: int | None = None
     state: str = ""
     code: int | None = None
     exited_at: float = 0.0

@@ -73,7 +73,7 @@ class Attempt:
                 all_stepped = True
                 if self.config.hot_standby:
                     self.nodes.start_standby()
-                yield self._event("first-step", step=min(status.step for status in statuses))
+                yield self._event("first-step", step=1 + min(status.resumed_from or 0 for status in statuses))
             if (reason := self._reason_to_reallocate(all_stepped=all_stepped)) is not None:
                 yield reason
                 return (yield from self._reallocate())

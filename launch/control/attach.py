@@ -28,15 +28,13 @@ def attach(run: Path) -> int:
         if not run_dir.is_locked:
             events = read_events(run_dir.events_file)
             if not events:
-                expected = "expected a run that was started, got a new one"
-                raise InputError(f"{run_dir.path}: {expected}. Start it: manta resume {run_dir.quoted}")
+                raise InputError(f"{run_dir.path}: expected a run that was started, got a new one. Start it: manta resume {run_dir.quoted}")
             code = exit_code(events)
             notify(f"{run_dir.path}: not running" + ("" if code is None else f"; it ended with exit code {code}"))
         config = run_dir.config()
         code = Display(run_dir, config, shrunk_layouts(config.train, config.parallel)).follow(_events(run_dir))
     except KeyboardInterrupt:
-        quoted = run_dir.quoted
-        notify(f"{run_dir.path}: still running; show it again: manta attach {quoted}; stop it: manta stop {quoted}")
+        notify(f"{run_dir.path}: still running; show it again: manta attach {run_dir.quoted}; stop it: manta stop {run_dir.quoted}")
         return 0
     if not _has_ended(run_dir):
         notify(f"killed; {resume_hint(run_dir)}")

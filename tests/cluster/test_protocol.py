@@ -27,10 +27,30 @@ def test_a_torn_heartbeat_is_ignored(tmp_path_factory, cut):
 def test_a_resumed_rank_has_stepped_after_its_own_first_step(tmp_path):
     path = tmp_path / "heartbeat"
     reader = HeartbeatReader(path)
-    for step, phase, has_stepped in [(0, "start", False), (40, "load", False), (40, "step", False), (41, "step", True), (41, "save", True)]:
-        path.write_bytes(heartbeat(step, phase))
-        reader.read()
-        assert reader.has_stepped is has_stepped
+    writer = HeartbeatWriter(str(path))
+    assert not reader.read().has_stepped
+    for step, phase, has_stepped in [(0, "start", False), (0, "load", False), (40, "read", False), (40, "step", False), (41, "step", True)]:
+        writer(phase, step)
+        assert reader.read().has_stepped is has_stepped
+    assert reader.read().resumed_from == 40
+
+
+def test_a_reader_that_missed_the_first_steps_knows_where_the_rank_resumed(tmp_path):
+    """With fast steps, many pass between two reads."""
+    path = tmp_path / "heartbeat"
+    writer = HeartbeatWriter(str(path))
+    for step in range(40, 45):
+        writer("step", step)
+    heartbeat = HeartbeatReader(path).read()
+    assert (heartbeat.resumed_from, heartbeat.step, heartbeat.has_stepped) == (40, 44, True)
+
+
+def test_a_rank_that_had_no_step_to_do_has_stepped(tmp_path):
+    writer = HeartbeatWriter(str(tmp_path / "heartbeat"))
+    writer("save", 40)
+    assert not HeartbeatReader(tmp_path / "heartbeat").read().has_stepped
+    writer("done", 40)
+    assert HeartbeatReader(tmp_path / "heartbeat").read().has_stepped
 
 
 def test_silent_seconds_count_since_the_heartbeat_changed(tmp_path):
@@ -67,7 +87,7 @@ def test_intervals_are_measured_between_steps_but_not_the_first(tmp_path):
     written = [(3, "load"), (3, "step"), (4, "step"), (5, "step"), (5, "save"), (5, "step"), (5, "read"), (5, "step"), (6, "step")]
     for step, phase in written:
         time.sleep(0.1 if (step, phase) != (5, "step") else 0.02)
-        path.write_bytes(heartbeat(step, phase))
+        path.write_bytes(heartbeat(step, phase, resumed_from=3))
         reader.read()
     assert reader.intervals == 2  # to 5, and to 6
     assert 0.1 <= reader.longest < 1.0

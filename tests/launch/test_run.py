@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,14 +51,17 @@ def test_a_killed_rank_changes_no_loss(workspace, finished_run):
         wait_for_step(workspace, "killed", 10, running)
         victim = next(e for e in events(workspace, "killed") if e["event"] == "attempt-started")["ranks"][1]["pid"]
         os.kill(victim, signal.SIGKILL)
-        assert running.wait(90) == 0, running.stderr.read()
-        running.communicate()
+        shown = "".join(running.communicate(timeout=90))
+        assert running.returncode == 0, shown
     failed = [event for event in events(workspace, "killed") if event["event"] == "rank-failed"]
     assert [event["rank"] for event in failed] == [1]
     assert losses(workspace, "killed") == losses(workspace, finished_run)  # bitwise
     assert [line["data/digest"] for line in lines(workspace, "killed")] == [line["data/digest"] for line in lines(workspace, finished_run)]
     written = parse_lines((workspace.directory / "killed/metrics.jsonl").read_text())
     assert len(written) > STEPS, "no step was recomputed: the kill was too late to prove anything"
+    recomputed = next(after["step"] for before, after in pairwise(written) if after["step"] <= before["step"])
+    assert [event["step"] for event in events(workspace, "killed") if event["event"] == "first-step"] == [1, recomputed]
+    assert re.findall(r"attempt (\d): resumed from step (\d+)", shown) == [("2", str(recomputed - 1))]
 
 
 FROM_ONE_TO_TWO = pytest.param(1, 2, signal.SIGINT, 130, marks=pytest.mark.slow)

@@ -35,12 +35,12 @@ def main():
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     signal.signal(signal.SIGTERM, stop)
     file = os.open(os.environ["MANTA_HEARTBEAT"], os.O_WRONLY | os.O_CREAT)
-    progress, work = {"step": 0, "phase": "start"}, {}
+    progress, optional = {"step": 0, "phase": "start"}, {}
 
-    def beat(step, phase, **new_work):
+    def beat(step, phase, **fields):
         progress.update(step=step, phase=phase)
-        work.update(new_work)
-        os.pwrite(file, json.dumps({**progress, "time": time.monotonic(), **work}).encode().ljust(256), 0)
+        optional.update(fields)
+        os.pwrite(file, json.dumps({**progress, "time": time.monotonic(), **optional}).encode().ljust(256), 0)
 
     beat(0, "start")
     try:
@@ -62,7 +62,7 @@ def run(plan, beat):
     rank, attempt = int(os.environ["RANK"]), int(os.environ["MANTA_ATTEMPT"])
     faults = {int(step): fault for step, where, fault in plan.get("faults", []) if rank == where[1] and attempt in where[0]}
     start = plan.get("every", 0) * (attempt - 1)
-    beat(start, "load")
+    beat(start, "load", resumed_from=start)
     sys.stdout.write(f"environment {json.dumps(dict(os.environ))}\n")
     sys.stdout.flush()
     for step in range(start, plan.get("steps", 10)):
