@@ -135,6 +135,7 @@ def test_a_warned_job_saves_is_requeued_and_finishes(workspace, cluster):
 
     def has_started() -> bool:  # scontrol may refuse this while the job is being requeued
         cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        time.sleep(5)  # each update makes the scheduler consider the job anew
         return cluster.state(job) != "PENDING"
 
     wait_for(has_started)
