@@ -1,4 +1,4 @@
-"""How long a run needs to start and to recover from each fault, under manta and under Ray Train v2. Writes it into docs/recovery.md.
+"""How long a run needs to start and to recover from each fault, under manta and under Ray Train v2. Writes it into docs/drill.md.
 
 python benchmarks/recovery.py [--times N] [--patience SECONDS] [--results FILE] [--systems NAME...] [FAULT...]
 
@@ -29,7 +29,7 @@ import psutil
 from manta.trainer.metrics import parse_lines
 
 HERE = Path(__file__).parent
-DOCUMENT = HERE.parent / "docs/recovery.md"
+DOCUMENT = HERE.parent / "docs/drill.md"
 START, END = "<!-- what follows is written by `python benchmarks/recovery.py` -->\n", "<!-- here it ends -->\n"
 MANTA = Path(sys.executable).with_name("manta")
 EXAMPLE = HERE.parent / "examples/gpt-tiny.yaml"
@@ -222,11 +222,11 @@ def counts(results: Sequence[Recovery], systems: Sequence[str]) -> str:
 
 
 def table(results: Sequence[Recovery], start: dict[str, Any], machine: str) -> str:
-    """Return the part of docs/recovery.md. start: what start_and_stop returned."""
-    measured = f"{counts(results, ['manta'])} runs (Ray Train: {counts(results, [*SYSTEMS][1:])})"
-    text = f"""On {machine}. Seconds: the median of {measured}, with the slowest in parentheses. The benchmark fails if a step comes later.
+    """Return the part of docs/drill.md. start: what start_and_stop returned."""
+    measured = f"{counts(results, ['manta'])} runs (for Ray Train, of {counts(results, [*SYSTEMS][1:])})"
+    text = f"""On {machine}. Times are in seconds from the fault: the median of {measured}, with the slowest in parentheses.
 
-| fault | detected after | next step after | limit for that | steps recomputed | next step, Ray Train v2 | next step, Ray Train v2 tuned |
+| fault | detected after | recovered after | limit | steps recomputed | Ray Train v2 recovered after | Ray Train v2 tuned |
 |---|---|---|---|---|---|---|
 """
     for name, fault in FAULTS.items():
@@ -243,7 +243,7 @@ def table(results: Sequence[Recovery], start: dict[str, Any], machine: str) -> s
     if busy > BUSY:
         text += f"\nThe machine was not quiet: other processes used up to {busy:.0f} % of it right before a run.\n"
     return text + (
-        f"\n`manta train examples/gpt-tiny.yaml`, two ranks on one node, corpus prepared: the first optimizer step is done after"
+        f"\n`manta train examples/gpt-tiny.yaml`, two ranks on one node, corpus already prepared: the first optimizer step is done after"
         f" {start['first_step']:.1f} s. From SIGTERM until it has saved and exited with {start['code']}: {start['stopped']:.1f} s.\n"
     )
 

@@ -1,4 +1,4 @@
-"""The table in docs/recovery.md, as benchmarks/recovery.py writes it from its measurements. Measuring takes an hour."""
+"""The table in docs/drill.md, as benchmarks/recovery.py writes it from its measurements. Measuring takes an hour."""
 
 import re
 import sys
@@ -36,7 +36,7 @@ def test_the_table_has_median_slowest_and_ratio_to_ray_train(recovery):
     row = next(line for line in text.splitlines() if line.startswith("| a rank is killed"))
     assert row == "| a rank is killed | 0.10 (0.10) | 0.50 (1.00) | 2 | 7 | not within 120 | 30.00 (60.00), 60x slower |"
     assert len([line for line in text.splitlines() if line.startswith("| a")]) == len(recovery.FAULTS)
-    assert "the median of 3 runs (Ray Train: 3), with the slowest in parentheses" in text
+    assert "the median of 3 runs (for Ray Train, of 3), with the slowest in parentheses" in text
     assert "MISSED" not in text
     assert "not quiet" not in text
 
@@ -53,7 +53,7 @@ def test_a_missed_bound_is_marked(recovery):
 
 def test_only_the_table_is_replaced(recovery):
     document = recovery.DOCUMENT.read_text()
-    assert re.search(r"\A# Recovery\n", document)
+    assert re.search(r"\A# Fault injection\n", document)
     twice = recovery.replace_in(recovery.replace_in(document, "once\n"), "| a table |\n")
     before, after = document.split(recovery.START)[0], document.split(recovery.END)[1]
     assert twice == f"{before}{recovery.START}| a table |\n{recovery.END}{after}"

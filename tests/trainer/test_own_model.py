@@ -1,4 +1,4 @@
-"""A user's model class trains like the built-in models. docs/models.md shows how, and its example is what these tests run."""
+"""A user's model class trains like the built-in models. docs/own_model.md shows how, and its example is what these tests run."""
 
 import json
 import os
@@ -31,7 +31,8 @@ from manta.trainer.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/own_model"
-DOCUMENT = (ROOT / "docs/models.md").read_text()
+DOCUMENT = (ROOT / "docs/own_model.md").read_text()
+PRESETS = (ROOT / "docs/models.md").read_text()
 FAMILY = "parallel:Parallel"
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
 
@@ -134,7 +135,7 @@ MODULES = {
     "model_module": ("import torch\nclass Mine(torch.nn.Module): pass\n", "it is <class 'model_module.Mine'> in"),
     "model_unfinished": (
         "from manta.trainer.model.transformer import Transformer\nclass Mine(Transformer): pass\n",
-        r"the class in .*model_unfinished.py does not define counts, forward\. docs/models\.md shows an example",
+        r"the class in .*model_unfinished.py does not define counts, forward\. docs/own_model\.md shows an example",
     ),
     "model_signature": (
         "from manta.trainer.model.decoder import Decoder\nclass Mine(Decoder):\n    embed = None\n",
@@ -165,7 +166,7 @@ def test_a_class_without_terms_and_blocks_is_refused_when_built(tmp_path):
         "    def __init__(self, config, *, vocabulary, sequence_length): super().__init__()\n"
         "    forward = counts = None\n"
     )
-    with pytest.raises(InputError, match=r"got 'model_bare:Mine': its __init__ sets no terms and no blocks\. docs/models\.md shows"):
+    with pytest.raises(InputError, match=r"got 'model_bare:Mine': its __init__ sets no terms and no blocks\. docs/own_model\.md shows"):
         build_model(mine().model_copy(update={"family": "model_bare:Mine"}), vocabulary=9, sequence_length=8, code=tmp_path)
 
 
@@ -268,7 +269,7 @@ def yaml_section(name: str) -> str:
 
 
 def test_the_document_lists_each_preset_with_its_parameters():
-    rows = re.findall(r"^\| `([\w.-]+)` \|.*\| ([\d,]+) \| (?:[\d,]+|-) \| ([\d,]+) \|", DOCUMENT, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w.-]+)` \|.*\| ([\d,]+) \| (?:[\d,]+|-) \| ([\d,]+) \|", PRESETS, re.MULTILINE)
     assert {name for name, *_ in rows} == {path.stem for path in (ROOT / "launch/presets").glob("*.yaml")}
     for name, *sizes in rows:
         vocabulary, expected = (int(size.replace(",", "")) for size in sizes)
@@ -280,5 +281,5 @@ def test_the_document_lists_each_preset_with_its_parameters():
 
 def positions(name: str) -> int:
     """Return the learned positions in a preset's row; with rotary positions, which have none, any length will do."""
-    (row,) = re.findall(rf"^\| `{re.escape(name)}` \|.*\| [\d,]+ \| ([\d,]+|-) \| [\d,]+ \|", DOCUMENT, re.MULTILINE)
+    (row,) = re.findall(rf"^\| `{re.escape(name)}` \|.*\| [\d,]+ \| ([\d,]+|-) \| [\d,]+ \|", PRESETS, re.MULTILINE)
     return 1024 if row == "-" else int(row.replace(",", ""))

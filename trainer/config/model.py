@@ -55,7 +55,7 @@ class ModelConfig(Section):
     preset: str | None = None
     """A named model, or a YAML file, whose values the other keys of this section override."""
     family: str = Field(default="llama", examples=["llama", "gpt2", "bert", "mine.model:Mine"])
-    """llama, gpt2, bert, or the dotted path of your own class, package.module:Class (docs/models.md)."""
+    """llama, gpt2, bert, or the dotted path of your own class, package.module:Class (docs/own_model.md)."""
     layers: int = Field(ge=1, examples=[12])
     """Number of blocks; a preset sets it."""
     width: int = Field(ge=1, examples=[768])

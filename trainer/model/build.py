@@ -14,7 +14,7 @@ from manta.trainer.model.llama import Llama
 from manta.trainer.model.transformer import Transformer
 
 FAMILIES: dict[str, type[Transformer]] = {"llama": Llama, "gpt2": GPT2, "bert": Bert}
-MANUAL = "docs/models.md shows an example."
+MANUAL = "docs/own_model.md shows an example."
 
 
 def build_model(config: ModelConfig, *, vocabulary: int, sequence_length: int, code: Path | None = None) -> Transformer:

@@ -1,7 +1,7 @@
 """The base class of all models: how they return a loss, and how their weights are initialized.
 
-A model is single-device code. It returns each loss term as a sum over the batch, divided by how many items the whole step holds:
-so padding that differs between ranks and micro batches gets the right weight.
+A model is single-device code. It returns each loss term as a sum over the micro batch, divided by a number that it is given: how many items
+the whole step holds, per rank over which gradients are averaged. So each item has the same weight in the step, wherever it is read.
 """
 
 import math
