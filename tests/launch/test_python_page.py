@@ -1,4 +1,4 @@
-"""Run the examples of docs/python.md: one program per page, in an empty directory."""
+"""Run the examples of docs/python.md, as one program in an empty directory, and the model classes of docs/own_model.md with its config."""
 
 import os
 import re
@@ -6,25 +6,44 @@ import subprocess
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs/python.md"
-BLOCK = re.compile(r'^```python(?: title="(?P<file>[\w.]+)")?\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
+import pytest
+from conftest import MANTA
+
+from manta.trainer.metrics import read_metrics
+
+DOCS = Path(__file__).parents[2] / "docs"
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def test_every_example_runs(tmp_path):
-    program = ""
-    for block in BLOCK.finditer(PAGE.read_text()):
-        if block["file"]:
-            (tmp_path / block["file"]).write_text(block["code"])
-        else:
-            program += block["code"] + "\n"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-P", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False)
+def blocks(page: str, opening: str) -> list[str]:
+    return re.findall(rf"^{re.escape(opening)}\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run(directory: Path, *command: str | Path) -> str:
+    done = subprocess.run(command, cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The directory in which the program of docs/python.md ran, and what it printed."""
+    directory = tmp_path_factory.mktemp("examples")
+    return directory, run(directory, sys.executable, "-P", "-c", "\n".join(blocks("python.md", "```python")))
+
+
+def test_every_example_runs(page):
+    lines = page[1].splitlines()
     assert lines[0] == "8 0.001"
     assert lines[1:4] == ["(8, 64) (8, 64)"] * 3
-    train_accuracy, eval_accuracy = map(float, lines[-2].strip("[]").split(", "))
-    assert 0 < train_accuracy < 0.5
-    assert 0 < eval_accuracy < 0.5
-    assert all(0 < float(loss) < 7 for loss in lines[-1].strip("[]").split(", "))
+
+
+@pytest.mark.parametrize(("model", "terms"), [("WithAccuracy", ["accuracy"]), ("TwoAhead", ["next", "after_next"])])
+def test_a_model_with_other_terms_trains_and_logs_them(page, model, terms):
+    directory, _ = page
+    (code,) = blocks("own_model.md", '```python title="my_models.py"')
+    (directory / "my_models.py").write_text(code)
+    run(directory, MANTA, "train", "run.yaml", f"model.family=my_models:{model}", f"run.dir=runs/{model}")
+    last = read_metrics(directory / f"runs/{model}/metrics.jsonl")[-1]
+    highest = 0.5 if model == "WithAccuracy" else 7
+    assert all(0 < last[f"{split}/{term}"] < highest for split in ("train", "eval") for term in terms)
