@@ -12,7 +12,9 @@ from fake_run import FakeRun
 import manta.cluster
 
 
-@pytest.mark.parametrize("change", ["none", "arguments", pytest.param("module", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "change", ["none", pytest.param("arguments", marks=pytest.mark.slow), pytest.param("module", marks=pytest.mark.slow)]
+)
 def test_a_node_with_another_version_is_named(tmp_path, monkeypatch, change):
     other = tmp_path / "other"
     shutil.copytree(Path(manta.cluster.__file__).parent, other / "manta/cluster", ignore=shutil.ignore_patterns("__pycache__"))

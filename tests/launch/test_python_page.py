@@ -38,7 +38,10 @@ def test_every_example_runs(page):
     assert lines[1:4] == ["(8, 64) (8, 64)"] * 3
 
 
-@pytest.mark.parametrize(("model", "terms"), [("WithAccuracy", ["accuracy"]), ("TwoAhead", ["next", "after_next"])])
+TWO_AHEAD = pytest.param("TwoAhead", ["next", "after_next"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("model", "terms"), [("WithAccuracy", ["accuracy"]), TWO_AHEAD])
 def test_a_model_with_other_terms_trains_and_logs_them(page, model, terms):
     directory, _ = page
     (code,) = blocks("own_model.md", '```python title="my_models.py"')

@@ -179,7 +179,7 @@ FAMILIES = {
     "bf16": ("sgd", cells("gpt2", "bf16", 2, {"zero": 2}, {"zero": 3})),
     "experts": ("adamw", cells("gpt2-moe", "fp32", 2, *EXPERTS)),
 }
-QUICK = ["llama", "fp16"]
+QUICK = ["llama"]
 
 
 @pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in QUICK)])
