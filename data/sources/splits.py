@@ -90,15 +90,16 @@ def _splits(source: SourceConfig, options: ReadOptions) -> Iterator[DocumentSpli
 
 def _groups(source: SourceConfig) -> Iterator[tuple[Format | None, list[StoredFile]]]:
     """Yield text files in groups, and every other file alone."""
-    texts: list[StoredFile] = []
+    texts, size = list[StoredFile](), 0
     for file in source_files(source):
         if (file_format := format_of(file.path, source)) != "text":
             yield file_format, [file]
             continue
         texts.append(file)
-        if sum(text.size for text in texts) >= TEXT_SPLIT_BYTES:
+        size += file.size
+        if size >= TEXT_SPLIT_BYTES:
             yield "text", texts
-            texts = []
+            texts, size = [], 0
     if texts:
         yield "text", texts
 

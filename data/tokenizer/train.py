@@ -13,6 +13,7 @@ Algorithm = Literal["bpe", "wordpiece", "unigram"]
 UNKNOWN = "[UNK]"  # WordPiece's token for a word with letters outside of its vocabulary
 _ALPHABET = 1000  # largest alphabet of a WordPiece vocabulary, as BERT's
 _NEVER = -1e6  # the score of a special token in a unigram model: any other spelling of it is more probable
+_LONGEST_WORD = 4096  # bytes; characters for WordPiece. Trainers take the square of a word's length, so longer words are cut
 _SEEDS = 4  # candidate pieces for each piece of a unigram vocabulary
 
 
@@ -28,7 +29,8 @@ def train(
     """Train a tokenizer and return the text of its tokenizer.json.
 
     vocabulary: its size, special tokens included; a small corpus may fill less of it. special_tokens: those besides end_of_text.
-    lowercase: let WordPiece remove case and accents. Raises InputError if a text could contain a special token.
+    lowercase: let WordPiece remove case and accents. A longer run of letters, digits, punctuation or spaces than _LONGEST_WORD counts as
+    several words. Raises InputError if a text could contain a special token.
     """
     special = list(dict.fromkeys((end_of_text, *special_tokens)))
     if algorithm == "bpe":
@@ -56,7 +58,9 @@ def _bpe(texts: Iterable[str], vocabulary: int, special: list[str], max_length: 
         max_token_length=max_length,
         show_progress=False,
     )
+    words, reference.pre_tokenizer = reference.pre_tokenizer, _cut_long_words(reference.pre_tokenizer)
     reference.train_from_iterator(texts, trainer)
+    reference.pre_tokenizer = words
     return reference
 
 
@@ -97,7 +101,7 @@ def _wordpiece(texts: list[str], vocabulary: int, special: list[str], *, lowerca
 
     reference = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     reference.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)
-    reference.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    reference.pre_tokenizer = _cut_long_words(pre_tokenizers.BertPreTokenizer())
     frequency: Counter[str] = Counter()
     for text in texts:
         frequency.update(reference.normalizer.normalize_str(text))
@@ -107,7 +111,7 @@ def _wordpiece(texts: list[str], vocabulary: int, special: list[str], *, lowerca
     within_words = sorted(fit(0, []).keys() - set(letters))
     pieces = fit(vocabulary, [*special, *letters, *within_words])
     result = Tokenizer(models.WordPiece(pieces, unk_token=UNKNOWN))
-    result.normalizer, result.pre_tokenizer, result.decoder = reference.normalizer, reference.pre_tokenizer, decoders.WordPiece()
+    result.normalizer, result.pre_tokenizer, result.decoder = reference.normalizer, pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     result.add_special_tokens(special)
     return result
 
@@ -118,3 +122,9 @@ def _byte_level(reference: Any) -> Any:
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     reference.decoder = decoders.ByteLevel()
     return reference
+
+
+def _cut_long_words(words: Any) -> Any:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(length=_LONGEST_WORD)])

@@ -145,6 +145,19 @@ def test_an_end_of_text_that_may_occur_in_text_is_refused(tmp_path, algorithm):
         assert str(caught.value) == f"tokenizer.end_of_text: {expected}"
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_words_of_up_to_4096_bytes_are_not_cut(algorithm, monkeypatch):
+    """A corpus without longer words keeps the tokenizer that it had before words were cut."""
+    texts = [*TEXTS, " ".join(letter * 4095 for letter in "abcde"), "-" * 4096, " " * 4096]
+
+    def fingerprint() -> str:
+        return train(texts, vocabulary=600, end_of_text=END, algorithm=algorithm)
+
+    cut = fingerprint()
+    monkeypatch.setattr("manta.data.tokenizer.train._cut_long_words", lambda words: words)
+    assert fingerprint() == cut
+
+
 def test_unigram_never_encodes_text_as_a_special_token(tmp_path):
     tokenizer = trained(tmp_path, "unigram", ["xyz"], end_of_text="eos")
     assert tokenizer.decode([tokenizer.end_of_text]) == "eos"
