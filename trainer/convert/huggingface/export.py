@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as Reference
 from tokenizers import processors
 from torch import Tensor
 
@@ -92,31 +91,40 @@ def _config(pretrained: Pretrained, architecture: Architecture, dtype: torch.dty
 
 
 def _write_tokenizer(directory: Path, pretrained: Pretrained) -> None:
-    """Write the files that AutoTokenizer loads, and the special tokens for generation."""
+    """Write the files that AutoTokenizer loads, and the special tokens for generation.
+
+    They do what training did, whatever the run's tokenizer.json adds to a text, how it pads and where it cuts.
+    """
     tokenizer, content = pretrained.tokenizer, read_tokenizer(pretrained.tokenizer.file)
+    spec: dict[str, Any] = json.loads(content)
+    tokens: dict[str, object]
     if isinstance(pretrained.model, Bert):
         special = tokenizer.special_tokens()
         names = {f"{key}_token": tokenizer.decode([getattr(special, key)]) for key in ("cls", "sep", "mask", "pad")}
-        tokens: dict[str, object] = {**names, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
-        content = _with_template(content, names["cls_token"], names["sep_token"])
+        tokens = {**names, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+        frame = _frame((names["cls_token"], special.cls), (names["sep_token"], special.sep))
     else:
         tokens = dict.fromkeys(("bos_token", "eos_token"), tokenizer.end_of_text_name)
+        if pretrained.run_directory.config().data.packing == "best_fit":
+            tokens["pad_token"] = tokenizer.end_of_text_name
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
         _write_json(directory / "generation_config.json", {**ids, "do_sample": True})
+        steps = spec.get("post_processor") or {}
+        frame = next((step for step in steps.get("processors", [steps]) if step.get("type") == "ByteLevel"), None)  # it adds no token
+    trained_with = {"truncation": None, "padding": None, "post_processor": frame}
+    if any(spec.get(key) != value for key, value in trained_with.items()):
+        content = json.dumps(spec | trained_with, indent=2, ensure_ascii=False)
     (directory / TOKENIZER).write_bytes(content.encode())
+    split = spec.get("pre_tokenizer") or {}
+    tokens |= {key: split[key] for key in ("add_prefix_space",) if key in split}  # transformers overrides the file's by its own default
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "model_max_length": pretrained.sequence_length}
-    _write_json(directory / "tokenizer_config.json", config | {"clean_up_tokenization_spaces": False})
+    _write_json(directory / "tokenizer_config.json", config | {"padding_side": "right", "clean_up_tokenization_spaces": False})
 
 
-def _with_template(content: str, cls: str, sep: str) -> str:
-    """Put the special tokens of BERT's pretraining around a text, or a pair of texts."""
-    tokenizer = Reference.from_str(content)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}",
-        pair=f"{cls} $A {sep} $B:1 {sep}:1",
-        special_tokens=[(name, tokenizer.token_to_id(name)) for name in (cls, sep)],
-    )
-    return tokenizer.to_str(pretty=True)
+def _frame(cls: tuple[str, int], sep: tuple[str, int]) -> dict[str, Any]:
+    """Return the step that puts the special tokens of BERT's pretraining around a text, or a pair of texts."""
+    single, pair = f"{cls[0]} $A {sep[0]}", f"{cls[0]} $A {sep[0]} $B:1 {sep[0]}:1"
+    return json.loads(processors.TemplateProcessing(single=single, pair=pair, special_tokens=[cls, sep]).__getstate__())
 
 
 def _write_json(path: Path, value: object) -> None:
