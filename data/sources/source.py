@@ -19,6 +19,7 @@ from manta.data.errors import InputError
 from manta.data.source_config import SourceConfig
 from manta.data.sources.file_formats import SUFFIXES, TEXT, configured_format, format_of
 from manta.data.sources.streams import COMPRESSION, format_suffix, reading
+from manta.data.storage.links import boundary, regular_file
 from manta.data.storage.local import walk
 from manta.data.storage.location import StoredFile
 from manta.data.storage.store import open_store
@@ -60,10 +61,11 @@ def holds_token_files(source: SourceConfig) -> bool:
 def source_files(source: SourceConfig) -> list[StoredFile]:
     """Return the files of a source, sorted. Raises InputError if there are none, or if one is empty or of an unknown format."""
     if source.path == "stdlib:":
-        return [open_store(path).stat() for path in walk(_STDLIB) if format_suffix(path) in TEXT]
+        return [open_store(path).stat() for path in walk(_STDLIB, follow_all=True) if format_suffix(path) in TEXT]
     if is_hub_dataset(source):
         dataset, _ = dataset_name(source)
-        return [open_store(path).stat() for path in walk(dataset)] if Path(dataset).is_dir() else []
+        with reading(dataset):
+            return [regular_file(path, boundary(dataset)) for path in walk(dataset)] if Path(dataset).is_dir() else []
     location = _location(source)
     with reading(location):
         listing = open_store(location).find()
@@ -71,7 +73,8 @@ def source_files(source: SourceConfig) -> list[StoredFile]:
         if not listing.files and configured_format(source) == "tokens":  # a pair of shards is often named without its suffixes
             listing, is_directory = open_store(f"{glob.escape(location)}.*").find(), True
         paths = _without_dataset_metadata(location, list(listing.files))
-        files = [listing.files[path] or open_store(path).stat() for path in (_known(paths, source) if is_directory else paths)]
+        known = _known(paths, source) if is_directory else paths
+        files = [listing.files[path] or regular_file(path, listing.boundary) for path in known]
         for file in files:
             _check_file(file, source)
     if not files:

@@ -80,6 +80,7 @@ def _reader(source: SourceConfig, data: DataConfig) -> RowReader:
 
 def _splits(source: SourceConfig, options: ReadOptions) -> Iterator[DocumentSplit]:
     if is_hub_dataset(source):
+        source_files(source)  # raises InputError for what `datasets` must not open
         yield from HuggingFaceSplit.from_dataset(*dataset_name(source), options)
         return
     for file_format, files in _groups(source):

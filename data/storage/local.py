@@ -1,7 +1,9 @@
 """Files on a local disk, or on a shared one that is mounted."""
 
+import errno
 import glob
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,11 +12,13 @@ from typing import Any, BinaryIO
 
 from manta.data.errors import InputError
 from manta.data.storage.atomic import TEMPORARY, write_atomically
+from manta.data.storage.links import boundary, check_link
 from manta.data.storage.location import FileListing, StoredFile
+from manta.data.storage.regular_file import open_regular
 
 BLOCK = 1 << 22  # bytes of a block, a multiple of any token id's
 _BUFFER = 1 << 20  # bytes read at once by a stream
-_NOT_A_CORPUS = {"site-packages", "__pycache__"}
+_NOT_A_CORPUS = {"site-packages", "__pycache__", "lost+found"}
 
 
 class LocalStore:
@@ -42,27 +46,37 @@ class LocalStore:
         return StoredFile(self.location(name), status.st_size, status.st_mtime_ns)
 
     def find(self) -> FileListing:
-        """Return the files that the root names: itself, all that match if it is a glob, or all below it. Hidden files are skipped."""
+        """Return the files that the root names: itself, all that match if it is a glob, or all below it. Hidden files are skipped.
+
+        Raises InputError if a folder among them is a link out of the directory: it is not entered.
+        """
+        path = self.location()
         if self.path.is_dir():
-            return FileListing(files=dict.fromkeys(walk(self.location())), is_directory=True)
-        found = [self.location()] if self.path.is_file() else glob.glob(self.location(), recursive=True)  # noqa: PTH207  absolute
-        return FileListing(files=dict.fromkeys(sorted(path for path in found if Path(path).is_file())), is_directory=False)
+            return FileListing(files=dict.fromkeys(walk(path)), is_directory=True, boundary=boundary(path))
+        if os.path.lexists(path):
+            return FileListing(files={path: None}, is_directory=False)
+        folder, pattern = _split_glob(path)
+        root, found = boundary(folder), _matches(folder, pattern)
+        for parent in {os.path.dirname(match) for match in found}:  # noqa: PTH120  pathlib is too slow for many files
+            check_link(parent, root)
+        return FileListing(files=dict.fromkeys(found), is_directory=False, boundary=root)
 
     def read(self, name: str = "") -> bytes:
-        return (self.path / name).read_bytes()
+        with open_regular(self.path / name) as stream:
+            return stream.read()
 
     def blocks(self, size: int, name: str = "") -> Iterator[memoryview]:
         """Yield the first `size` bytes of a file, fewer if it is shorter. A block is valid until the next one is asked for."""
         block = memoryview(bytearray(min(size, BLOCK)))
-        with (self.path / name).open("rb") as stream:
-            while size > 0 and (count := stream.readinto(block[:size])):
+        with open_regular(self.path / name) as stream:
+            while size > 0 and (count := stream.readinto(block[:size])):  # type: ignore[attr-defined]
                 yield block[:count]
                 size -= count
 
     def open(self, name: str = "", *, size: int | None = None) -> BinaryIO:
         """Return a buffered stream that can seek. If the size is known, an object store is not asked for it."""
         del size
-        return (self.path / name).open("rb", _BUFFER)
+        return open_regular(self.path / name, _BUFFER)
 
     def open_arrow(self, name: str = "", *, mapped: bool = False) -> Any:
         """Return the same as a pyarrow.NativeFile. mapped: memory-mapped if it is local, so that only what is used is read."""
@@ -142,9 +156,13 @@ class LocalStore:
         return next(each for each in (path, *path.parents) if each.exists())
 
 
-def walk(directory: str) -> Iterator[str]:
-    """Yield every file below, sorted, without hidden, installed and compiled ones."""
+def walk(directory: str, *, follow_all: bool = False) -> Iterator[str]:
+    """Yield every file below, sorted, without hidden, installed and compiled ones.
+
+    Raises InputError for a folder that is a link out of the directory, unless `follow_all`.
+    """
     seen: set[tuple[int, int]] = set()  # a link may point to a parent
+    root = boundary(directory)
     for folder, children, names in os.walk(directory, onerror=_raise, followlinks=True):
         status = Path(folder).stat()
         inode = (status.st_dev, status.st_ino)
@@ -153,7 +171,30 @@ def walk(directory: str) -> Iterator[str]:
             continue
         seen.add(inode)
         children[:] = sorted(child for child in children if child not in _NOT_A_CORPUS and not child.startswith("."))
+        for child in () if follow_all else children:
+            check_link(f"{folder}/{child}", root)
         yield from (str(Path(folder, name)) for name in sorted(names) if not name.startswith("."))
+
+
+def _split_glob(path: str) -> tuple[str, str]:
+    """Split a glob into the folder that it names, and the pattern below. A folder that exists with wildcards in its name is meant."""
+    folder, parts = Path(), Path(path).parts
+    for index, part in enumerate(parts[:-1]):
+        is_literal = not glob.has_magic(re.sub(r"\[[*?[]\]", "", part))  # glob.escape writes such brackets
+        if not is_literal and not (folder / part).is_dir():
+            return str(folder), str(Path(*parts[index:]))
+        folder /= re.sub(r"\[([*?[])\]", r"\1", part) if is_literal else part
+    return str(folder), parts[-1]
+
+
+def _matches(folder: str, pattern: str) -> list[str]:
+    """Return the files that a glob matches, sorted. Raises PermissionError for a folder of the glob that cannot be read."""
+    path = Path(glob.escape(folder), pattern)
+    levels = path.parents[: len(Path(pattern).parts)]
+    for parent in (parent for level in levels for parent in glob.iglob(f"{level}/", recursive=True)):  # noqa: PTH207  absolute
+        if not os.access(parent, os.R_OK | os.X_OK, effective_ids=True) and Path(parent).name not in _NOT_A_CORPUS:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), parent)
+    return sorted(match for match in glob.glob(str(path), recursive=True) if not os.path.isdir(match))  # noqa: PTH112, PTH207
 
 
 def _raise(error: OSError) -> None:

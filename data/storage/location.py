@@ -22,6 +22,8 @@ class FileListing(NamedTuple):
     """By path or URL, sorted. None for a local file, which was not asked for its size yet."""
     is_directory: bool
     """Whether the location is a directory, which may hold other files as well."""
+    boundary: str | None = None
+    """Where links of a local directory or glob may lead; None for a file that was named itself: it may be a link to anywhere."""
 
 
 def is_remote(location: str) -> bool:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading. Never waits, as opening a named pipe would.
 
     Raises OSError, also if the path is not a regular file.
     """
-    return open(path, "rb", opener=_open_regular)
+    return open(path, "rb", buffering, opener=_open_regular)
 
 
 def read_regular(path: Path, limit: int) -> bytes:

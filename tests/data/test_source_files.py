@@ -1,5 +1,6 @@
 """A source's files: which are found, which are refused, and when a source has changed."""
 
+import glob
 import json
 import os
 import sysconfig
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from source_reading import error_of, splits_of, write_file
+from source_reading import error_of, read, splits_of, write_file
 
 from manta.data.errors import InputError
 from manta.data.source_config import SourceConfig
@@ -47,8 +48,73 @@ def test_a_missing_empty_or_unknown_file_is_refused(tmp_path):
     assert "got an empty file" in error_of(write_file(tmp_path / "empty.jsonl", b""))
     assert "expected a known format (.arrow .bin .c" in error_of(write_file(tmp_path / "x.docx", b"x"))
     assert "expected a known format" in error_of(write_file(tmp_path / "x.parquet.gz", b"x"))
-    (tmp_path / "z.txt").symlink_to(tmp_path / "gone")
-    assert "expected a readable file, got FileNotFoundError" in error_of(tmp_path)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """A directory with a file, beside a file and a folder that are not in it."""
+    write_file(tmp_path / "secret.txt", b"a secret")
+    write_file(tmp_path / "private" / "key.txt", b"another secret")
+    write_file(tmp_path / "corpus" / "text" / "a.txt", b"text")
+    return tmp_path / "corpus"
+
+
+@pytest.mark.parametrize("link", ["text/b.txt", "text/b", "b"])
+def test_no_link_leads_out_of_a_directory_or_a_glob(corpus, link):
+    target = corpus.parent / ("secret.txt" if link.endswith(".txt") else "private")
+    (corpus / link).symlink_to(os.path.relpath(target, (corpus / link).parent))
+    message = f"{corpus / link}: expected a link that stays in {corpus}, got one to {target}, which is not read. Name {target} in"
+    for path in (corpus, corpus / "**", corpus / "**" / "*.txt", f"file://{corpus}", f"hf:{corpus}"):
+        assert error_of(path).startswith(message), path
+    (corpus.parent / "other").symlink_to(corpus)  # a link that the user names
+    assert message.removeprefix(str(corpus)) in error_of(corpus.parent / "other")
+
+
+def test_links_inside_of_a_directory_and_links_that_the_user_names_are_followed(corpus):
+    (corpus / "z.txt").symlink_to("text/a.txt")
+    (corpus.parent / "other").symlink_to(corpus)
+    (corpus.parent / "named.txt").symlink_to("secret.txt")
+    assert read(corpus) == read(corpus.parent / "other" / "**" / "*.txt") == ["text", "text"]
+    assert read(corpus.parent / "named.txt") == ["a secret"]
+    assert read(corpus.parent / "*.txt") == ["a secret", "a secret"]
+
+
+def test_a_snapshot_in_the_cache_of_hugging_face_is_read(tmp_path):
+    repository = tmp_path / "datasets--owner--name"
+    write_file(repository / "blobs" / "0123", b"text")
+    link = repository / "snapshots" / "4567" / "data" / "train.txt"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("../../../blobs/0123")
+    assert read(link.parent.parent) == read(link.parent / "*.txt") == ["text"]
+    (link.parent / "x.txt").symlink_to(write_file(tmp_path / "secret", b"a secret"))
+    assert f"expected a link that stays in {repository}, got one to {tmp_path}/secret" in error_of(link.parent)
+
+
+def test_what_is_no_regular_file_is_refused_and_never_opened(corpus):
+    path = corpus / "b.txt"
+    pipe = f"{path}: expected a regular file, got a named pipe. Remove it, or write its content to a file."
+    for make, message in [
+        (lambda: os.mkfifo(path), pipe),
+        (lambda: path.symlink_to("/dev/zero"), "b.txt: expected a link that stays in"),
+        (lambda: path.symlink_to("gone"), f"{path}: expected a file, got a link to gone (No such file or directory). Restore that file,"),
+        (lambda: path.symlink_to("b.txt"), f"{path}: expected a file, got a link to b.txt (Too many levels of symbolic links)."),
+    ]:
+        make()
+        for source in (corpus, corpus / "*.txt", f"hf:{corpus}"):
+            assert message in error_of(source)
+        named = message if "stays in" not in message else f"{path}: expected a regular file, got a device. Remove it"
+        assert named in error_of(path)
+        path.unlink()
+    os.mkfifo(corpus / "notes")  # of no format: not a part of the source
+    assert read(corpus) == ["text"]
+
+
+def test_a_folder_with_wildcards_in_its_name_is_meant_if_it_exists(tmp_path):
+    write_file(tmp_path / "[a]*" / "b?" / "x.txt", b"literal")
+    write_file(tmp_path / "a1" / "b2" / "x.txt", b"matched")
+    assert read(tmp_path / "[a]*" / "b?" / "*.txt") == read(tmp_path / "[a]*") == ["literal"]
+    assert read(Path(glob.escape(str(tmp_path / "[a]*"))) / "**" / "*.txt") == ["literal"]
+    assert read(tmp_path / "[a]?" / "b?" / "*.txt") == ["matched"]
 
 
 def test_a_file_without_read_access_is_refused():
@@ -56,13 +122,15 @@ def test_a_file_without_read_access_is_refused():
         Path(home).chmod(0o755)
         path = write_file(Path(home, "x.jsonl"), LINES)
         inner = write_file(Path(home, "locked", "x.jsonl"), LINES)
+        write_file(Path(home, "locked", "sub", "x.jsonl"), LINES)
         Path(path).chmod(0)
         Path(inner).parent.chmod(0)
         try:
             with as_unprivileged_user():
                 assert error_of(path).startswith(f"{path}: expected read access, got PermissionError")
                 assert error_of(inner).startswith(f"{inner}: expected read access, got PermissionError")
-                assert error_of(home).startswith(f"{home}: expected read access, got PermissionError")  # a locked folder is not skipped
+                for path in (home, f"{home}/**/*.jsonl", f"{home}/locked/*.jsonl", f"{home}/*/x.jsonl", f"{home}/*/*/x.jsonl"):
+                    assert error_of(path).startswith(f"{path}: expected read access, got PermissionError")  # it is not skipped
         finally:
             Path(inner).parent.chmod(0o755)
 
