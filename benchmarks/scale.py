@@ -71,7 +71,6 @@ class Agent:
                     lambda: NodeFacts(
                         host=f"n{self.machine}",
                         address=_address(self.machine),
-                        interface="eth0",
                         versions={},
                         directory_token=arguments[1].read_text(),
                     ),

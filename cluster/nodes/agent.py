@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import psutil
 
+from manta.cluster.environment import inherited
 from manta.cluster.machine import cores
 from manta.cluster.nodes.oom_kills import count_oom_kills
 from manta.cluster.nodes.process import Process
@@ -26,7 +27,6 @@ from manta.cluster.protocol import PENDING_COLLECTIVE, Env, ExitCode, HeartbeatR
 POLL_INTERVAL = 0.05  # seconds between two readings of the heartbeats; an exit is noticed at once
 TAIL = 4096  # last bytes of a log, used as the error message
 STACK_DUMP_TIME = 1.0  # seconds that ranks have to write their stack traces
-NOT_FOR_RANKS = ("RAY_", "PYTHONPATH", "PYTHONBREAKPOINT", "OMP_NUM_THREADS", "SPT_NOENV")  # prefixes of what Ray sets for its workers
 
 
 class _Rank(NamedTuple):
@@ -53,8 +53,9 @@ class NodeAgent:
             scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._scratch = Path(tempfile.mkdtemp(prefix="manta-agent-", dir=scratch))
         self._environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(NOT_FOR_RANKS)},
+            **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _interface(address)),
             "OMP_NUM_THREADS": str(max(1, cores() // host_ranks)),
+            **inherited(os.environ),
             **environment,
             Env.STANDBY: "1",
         }
@@ -74,7 +75,6 @@ class NodeAgent:
         return NodeFacts(
             host=socket.gethostname(),
             address=self._address,
-            interface=_interface(self._address),
             versions={package: _version(package) for package in packages},
             directory_token=_read_from(directory_token, 0),
         )

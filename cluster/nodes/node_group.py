@@ -142,7 +142,7 @@ class NodeGroup:
             installed = None
         if installed == expected:
             raise error
-        return NodeFacts(host=machine.host, address=machine.address, interface="", versions={package: installed}, directory_token="")
+        return NodeFacts(host=machine.host, address=machine.address, versions={package: installed}, directory_token="")
 
     def start(self, attempt: int, environments: list[list[dict[str, str]]]) -> list[int]:
         """Start the ranks of an attempt; return their process ids. environments: of each node's ranks."""

@@ -14,7 +14,6 @@ class NodeFacts(TypedDict):
 
     host: str
     address: str
-    interface: str
     versions: dict[str, str | None]
     directory_token: str
 

@@ -242,9 +242,8 @@ def rank_environments(
                 "MASTER_PORT": str(port),
                 Env.ATTEMPT: str(attempt),
                 **job.environment_by_size.get(world_size, {}),
-                **{name: job.environment.get(name, own["interface"]) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
             }
             for local_rank in range(node.ranks)
         ]
-        for node, own in zip(nodes, facts, strict=True)
+        for node in nodes
     ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manta.cluster.config import ClusterConfig
+from manta.cluster.environment import taken_along
 from manta.cluster.job import Job
 from manta.cluster.nodes.placement import PlacementError
 from manta.cluster.protocol import ExitCode
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from manta.cluster.nodes.capacity import Capacity
     from manta.cluster.nodes.node_group import NodeGroup, NodeLostError
 
-KEPT_VARIABLES = ("OMP_NUM_THREADS",)  # Ray sets them for its workers, so the user's values are passed on explicitly
 POLL_INTERVAL = 0.25  # seconds between two checks for nodes
 MIN_QUARANTINE = 60.0  # seconds that a lost node is excluded although Ray, which checks it every second, lists it as alive
 
@@ -38,8 +38,7 @@ class Controller:
     """Supervises a job from this process's main thread. `run` yields events; the last one, run-ended, has the exit code."""
 
     def __init__(self, job: Job, config: ClusterConfig, ray: Ray) -> None:
-        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        self._job = replace(job, directory=job.directory.absolute(), environment={**kept, **job.environment})
+        self._job = replace(job, directory=job.directory.absolute(), environment={**taken_along(os.environ), **job.environment})
         self._config, self._ray = config, ray
         self._requests = StopRequests(self._job.directory / "stop-now", seconds=config.stop_after_seconds)
 

@@ -56,7 +56,7 @@ def supervise(plan: RunPlan, ray: Ray) -> Generator[Controller]:
         all_layouts = {**plan.layouts, **plan.fallback_layouts}
         job = Job(
             program=("-P", "-m", "manta.trainer", str(plan.run_dir.path)),
-            environment={name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # Ray would not pass it on
+            environment={},
             directory=plan.run_dir.path,
             sizes=tuple(plan.layouts),
             fallback_sizes=tuple(plan.fallback_layouts),

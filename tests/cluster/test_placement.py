@@ -44,12 +44,12 @@ def test_nodes_with_different_gpus_need_ranks_per_node():
 def test_ranks_are_numbered_along_the_nodes(tmp_path):
     job = Job(
         program=("x",),
-        environment={"NCCL_SOCKET_IFNAME": "mine"},
+        environment={},
         directory=tmp_path,
         sizes=(4, 5),
         environment_by_size={4: {"SIZE": "four"}, 5: {"SIZE": "five"}},
     )
-    facts = [NodeFacts(host=f"h{n}", address=f"10.0.0.{n}", interface=f"eth{n}", versions={}, directory_token="") for n in range(3)]
+    facts = [NodeFacts(host=f"h{n}", address=f"10.0.0.{n}", versions={}, directory_token="") for n in range(3)]
     nodes = [NodeAllocation(machine(n, cpus=2), ranks) for n, ranks in enumerate((2, 2, 1))]
     by_node = rank_environments(job, 7, nodes, facts, 1234)
     assert [[rank["RANK"] for rank in node] for node in by_node] == [["0", "1"], ["2", "3"], ["4"]]
@@ -57,8 +57,6 @@ def test_ranks_are_numbered_along_the_nodes(tmp_path):
     assert {rank["MASTER_ADDR"] for node in by_node for rank in node} == {"10.0.0.0"}
     assert {rank["SIZE"] for node in by_node for rank in node} == {"five"}
     assert by_node[2][0]["LOCAL_WORLD_SIZE"] == "1"
-    assert by_node[1][0]["GLOO_SOCKET_IFNAME"] == "eth1"
-    assert by_node[1][0]["NCCL_SOCKET_IFNAME"] == "mine"
 
 
 def test_hidden_gpus_do_not_count(monkeypatch):
@@ -79,7 +77,7 @@ def test_an_nvlink_domain_is_read_from_nvidia_smi():
 def test_a_node_with_another_directory_or_manta_is_refused(tmp_path):
     job = Job(program=("x",), environment={}, directory=tmp_path, sizes=(1,), packages=(("manta", "1.0"), ("torch", "2.13")))
     job.directory_token.write_text("a token")
-    same = {"host": "h", "address": "10.0.0.1", "interface": "eth0", "directory_token": "a token"}
+    same = {"host": "h", "address": "10.0.0.1", "directory_token": "a token"}
     fit = {**same, "versions": {"manta": "1.0", "torch": "2.12"}}
     assert unfit_reason(job, fit) is None
     assert version_differences(job, fit) == ["torch 2.12 (here 2.13)"]

@@ -5,6 +5,7 @@ import signal
 import stat
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from fake_run import FakeRun
@@ -13,6 +14,28 @@ HOSTILE = ["ray.py", "manta.py", "pydantic.py", "psutil.py", "json.py", "data.py
 RAISE, KILL, STOP, SEGV = 1, 2, 3, 4  # the attempt in which each fault happens
 AGENT_LOST, LAST = 5, 6
 RAYLET = "/raylet --"  # its path may hold a space
+LEFT_BY_OTHERS = {
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCHELASTIC_ERROR_FILE": "/dev/full",
+    "GROUP_RANK": "3",
+    "ROLE_NAME": "x",
+    "RANK": "7",
+    "WORLD_SIZE": "9",
+    "MASTER_ADDR": "10.9.9.9",
+    "MASTER_PORT": "tcp://10.0.0.1:80",
+    "PET_NNODES": "2",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "PMI_RANK": "1",
+    "PMIX_RANK": "1",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "NCCL_COMM_ID": "10.9.9.9:1",
+    "MANTA_LAYOUT": "{}",
+    "RAY_ADDRESS": "10.9.9.9:6379",
+    "RAY_AUTH_TOKEN": "none",
+    "RAY_RUNTIME_ENV_HOOK": "no.such.hook",
+}
+KEPT = {"NCCL_SOCKET_IFNAME": "^nosuch0", "OMP_NUM_THREADS": "3", "NCCL_DEBUG": "WARN", "SLURM_JOB_ID": "12"}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +48,8 @@ def run(tmp_path_factory):
         (cwd / name).write_text(f"raise SystemExit('shadowed by {name}')")
     faults = [[8, [[RAISE], 0], "raise"], [80, [[KILL], 1], "SIGKILL"], [90, [[STOP], 1], "SIGSTOP"], [130, [[SEGV], 0], "SIGSEGV"]]
     plan = {"every": 40, "steps": 270, "step_time": 0.05, "warm_time": 0.3, "faults": faults, "slow": [1, 220, 270]}
-    run = FakeRun(root / "run", plan, cluster={"step_timeout": 1.0}, cwd=cwd)
+    with patch.dict(os.environ, LEFT_BY_OTHERS | KEPT):
+        run = FakeRun(root / "run", plan, cluster={"step_timeout": 1.0}, cwd=cwd)
     yield run
     run.close()
 
@@ -171,7 +195,7 @@ def test_ranks_get_their_variables_and_none_of_rays(run):
         "MASTER_ADDR": "127.0.0.1",
         "MANTA_ATTEMPT": str(KILL),
     }
-    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
     assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"  # Ray hides all GPUs from an actor that reserves none
     assert [name for name in environment if name.startswith("RAY_")] == []
     assert environment["MASTER_PORT"] == run.rank_environment(KILL, 0)["MASTER_PORT"]
@@ -197,3 +221,14 @@ def test_a_lost_ray_is_started_again(tmp_path):
         assert run.end(within=90) == 0
     finally:
         run.close()
+
+
+def test_what_others_left_in_the_environment_is_removed_and_what_the_user_set_is_kept(run):
+    run.event("first-step")
+    environment = run.rank_environment()
+    left = LEFT_BY_OTHERS.keys() - {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    assert not left & environment.keys()
+    assert not [name for name in environment if name.startswith(("RAY_", "TORCHELASTIC_"))]
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_ADDR"]) == ("0", "2", "127.0.0.1")
+    assert environment["MASTER_PORT"].isdecimal()
+    assert KEPT.items() <= environment.items()

@@ -4,10 +4,12 @@ import threading
 import time
 from datetime import timedelta
 
+import pytest
 from ssh_hosts import free_port
 from torch.distributed import TCPStore
 
-from manta.trainer.dist.world import _wait_for_rank_0
+from manta.data.errors import InputError
+from manta.trainer.dist.world import World, _wait_for_rank_0
 
 HEAD_START = 0.05  # seconds by which rank 1 starts before rank 0
 
@@ -39,3 +41,10 @@ def seconds_to_join(*, polls: bool) -> float:
     joined = time.monotonic()
     thread.join()
     return joined - started[0]
+
+
+def test_an_interface_that_this_machine_lacks_is_refused(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,nosuch0")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(InputError, match=r"^GLOO_SOCKET_IFNAME: expected a network interface of \S+ \(.*lo.*\), got nosuch0\. Unset it"):
+        World(rank=0, size=1, local_rank=0, attempt=0).join()

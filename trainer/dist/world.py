@@ -56,6 +56,7 @@ class World:
             os.environ["MASTER_PORT"] = "0"  # a free one
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        _check_interface()
         backend = "gloo"
         if self.device.type == "cuda":
             if self.local_rank >= (gpus := torch.cuda.device_count()):
@@ -160,6 +161,14 @@ class Mesh:
 
     def get_data_parallel_rank(self) -> int:
         return self.data_rank * self.layout.sequence + self.sequence_rank
+
+
+def _check_interface() -> None:
+    """Raises InputError if gloo is told to use a network interface that this machine does not have."""
+    named, present = os.environ.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
+    if missing := [name for name in named.split(",") if name and name not in present]:
+        expected = f"a network interface of {socket.gethostname()} ({', '.join(present)})"
+        raise InputError(f"GLOO_SOCKET_IFNAME: expected {expected}, got {missing[0]}. Unset it, or name another one.")
 
 
 def _wait_for_rank_0(address: str, port: int) -> None:
