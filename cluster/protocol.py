@@ -83,6 +83,15 @@ class Heartbeat:
         return self.phase == "done" or (self.resumed_from is not None and self.step > self.resumed_from)
 
 
+def deny_writes_by_others() -> None:
+    """Set the process's umask so that new files are only its user's to write, even if the umask before denied nothing.
+
+    A umask that lets the group write, and nobody else, was chosen for a group that works together: it stays.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask if umask & 0o002 else umask | 0o022)
+
+
 _HEARTBEAT, _ERROR = TypeAdapter(Heartbeat), TypeAdapter(RankError)
 
 

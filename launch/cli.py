@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from manta.cluster.protocol import ExitCode
+from manta.cluster.protocol import ExitCode, deny_writes_by_others
 from manta.data.errors import InputError
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
@@ -237,6 +237,7 @@ def main() -> None:
     if sys.platform != "linux":
         sys.stderr.write(f"manta: expected Linux, because it uses Linux process supervision, got {sys.platform}. Use a Linux machine.\n")
         sys.exit(ExitCode.USAGE)
+    deny_writes_by_others()
     try:
         app(prog_name="manta")
     except Exception as error:

@@ -30,7 +30,8 @@ class Workspace:
 
     def manta(self, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
         variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment  # without GPUs there are two ranks on any machine
-        options = {"capture_output": True, "text": True, "timeout": timeout}
+        # The umask is the worst that a user can have.
+        options = {"capture_output": True, "text": True, "timeout": timeout, "umask": 0}
         return subprocess.run([MANTA, *arguments], cwd=self.directory, env=variables, check=False, **options)
 
     def train(self, run: str, *overrides: str, code: int = 0) -> subprocess.CompletedProcess:

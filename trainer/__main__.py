@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from manta.cluster.protocol import Category, Env, ExitCode, HeartbeatWriter, RankError, write_error
+from manta.cluster.protocol import Category, Env, ExitCode, HeartbeatWriter, RankError, deny_writes_by_others, write_error
 from manta.data.errors import InputError
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
 from manta.trainer.signals import StopRequest, dump_on_signal
@@ -25,6 +25,7 @@ def main() -> int:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m manta.trainer RUN_DIRECTORY\n")
         return ExitCode.USAGE
+    deny_writes_by_others()
     stop = StopRequest()
     if Env.STANDBY in os.environ:
         wait_for_environment()

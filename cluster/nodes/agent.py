@@ -22,7 +22,7 @@ from manta.cluster.machine import cores
 from manta.cluster.nodes.oom_kills import count_oom_kills
 from manta.cluster.nodes.process import Process
 from manta.cluster.nodes.report import NodeFacts, RankStatus
-from manta.cluster.protocol import PENDING_COLLECTIVE, Env, ExitCode, HeartbeatReader, RankError, read_error
+from manta.cluster.protocol import PENDING_COLLECTIVE, Env, ExitCode, HeartbeatReader, RankError, deny_writes_by_others, read_error
 
 POLL_INTERVAL = 0.05  # seconds between two readings of the heartbeats; an exit is noticed at once
 TAIL = 4096  # last bytes of a log, used as the error message
@@ -49,8 +49,7 @@ class NodeAgent:
     ) -> None:
         """program, environment, directory: see Job. host_ranks: ranks of the run on this machine, including those of other agents."""
         self._program, self._directory, self._address = program, directory, address
-        if scratch is not None:
-            scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        deny_writes_by_others()
         self._scratch = Path(tempfile.mkdtemp(prefix="manta-agent-", dir=scratch))
         self._environment = {
             **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _interface(address)),

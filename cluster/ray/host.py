@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from manta.cluster.machine import address_towards, nvlink_domain
-from manta.cluster.protocol import ExitCode
+from manta.cluster.protocol import ExitCode, deny_writes_by_others
 from manta.cluster.ray.hosts import NVLINK_DOMAIN_LABEL, OBJECT_STORE_BYTES
 
 TEMPORARY = Path("/tmp")  # noqa: S108  ignores TMPDIR: Ray's socket paths must fit into 107 bytes
@@ -37,6 +37,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def main() -> int:
+    deny_writes_by_others()
     settings = json.loads(sys.stdin.readline())
     closing = threading.Event()
 

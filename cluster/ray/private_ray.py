@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import tempfile
 import time
 import warnings
@@ -189,9 +190,25 @@ def _token_file(scratch: Path) -> Generator[Path]:
 
 
 def _remove_stale_directories() -> None:
-    """Remove the directories of killed runs. Only those older than a minute: a younger one may not be locked yet."""
-    for token in TEMPORARY.glob(f"{PREFIX}*/{TOKEN}"):
-        with contextlib.suppress(OSError), token.open() as file:  # locked, another user's, or just removed
-            if time.time() - os.fstat(file.fileno()).st_mtime > 60:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(token.parent, ignore_errors=True)
+    """Remove the directories of this user's killed runs. Only those older than a minute: a younger one may not be locked yet.
+
+    Any user can make a directory of such a name here. What another user made is not even opened: opening a named pipe would wait for ever.
+    """
+    for directory in TEMPORARY.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # locked, or just removed
+            if not (_is_own(directory, stat.S_IFDIR) and _is_own(directory / TOKEN, stat.S_IFREG)):
+                continue
+            with open(directory / TOKEN, opener=_open_at_once) as token:
+                if time.time() - os.fstat(token.fileno()).st_mtime > 60:
+                    fcntl.flock(token, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_own(path: Path, kind: int) -> bool:
+    """Return whether this user made it and it is of that kind. Links are not followed."""
+    status = path.lstat()
+    return status.st_uid == os.geteuid() and stat.S_IFMT(status.st_mode) == kind
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

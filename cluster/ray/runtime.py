@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,8 @@ class JoinedRay:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()  # Ray would try for minutes
             except OSError as error:
                 raise self._unusable(error.strerror or str(error)) from None
+        elif not os.environ.get("RAY_ADDRESS"):
+            self._check_address_file()
         with quiet_ray():
             import ray
             from ray.exceptions import AuthenticationError
@@ -92,6 +95,15 @@ class JoinedRay:
             finally:
                 with quiet_warnings():
                     ray.shutdown()
+
+    def _check_address_file(self) -> None:
+        """Raises NoClusterError if another user wrote the file in which Ray looks for the address: of his own cluster, or a named pipe."""
+        temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108  as Ray does
+        file = Path(temporary, "ray", "ray_current_cluster")
+        with contextlib.suppress(FileNotFoundError):
+            status = file.lstat()
+            if status.st_uid not in {0, os.geteuid()} or not stat.S_ISREG(status.st_mode):
+                raise self._unusable(f"{file} is another user's; name HOST:PORT")
 
     def _unusable(self, reason: str) -> "NoClusterError":
         expected = "the address of a Ray cluster that this machine is a node of"

@@ -31,6 +31,7 @@ from manta.data.source_config import SourceConfig
 from manta.data.sources.source import identity, ignored_files, source_files, validation_source
 from manta.data.sources.splits import content_kind, input_splits, sample_text
 from manta.data.storage.location import absolute, join, local_path, resolve
+from manta.data.storage.regular_file import make_own_directory
 from manta.data.tokenizer.tokenizer import FIM_TOKENS, MASKING_TOKENS, Tokenizer, fingerprint, read_tokenizer
 from manta.data.tokenizer.train import train
 
@@ -223,9 +224,13 @@ def _prepared(tokenizer_directory: CorpusDirectory, directories: Sequence[Corpus
 @contextmanager
 def _lock(data: DataConfig) -> Generator[None]:
     """Allow one preparation at a time in a directory; of a URL, one per node: two write the same bytes."""
-    directory = local_path(data.directory) or data.cache.directory.expanduser() / f"prepare-{digest(data.directory)[:12]}"
+    local = local_path(data.directory)
+    directory = local or data.cache.directory.expanduser() / f"prepare-{digest(data.directory)[:12]}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if local:
+            directory.mkdir(parents=True, exist_ok=True)
+        else:
+            make_own_directory(directory)
         lock = FileLock(directory / "prepare.lock")
         try:
             lock.acquire(timeout=0)

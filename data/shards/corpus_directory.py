@@ -11,10 +11,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data.config import CacheConfig
+from manta.data.errors import InputError
 from manta.data.shards.shard import DocumentIndex, Shard, parse_index
 from manta.data.storage.atomic import write_atomically
 from manta.data.storage.cache import CachedFile, ShardCache
 from manta.data.storage.location import join
+from manta.data.storage.regular_file import make_own_directory
 from manta.data.storage.store import open_store
 
 
@@ -32,7 +34,11 @@ class CorpusDirectory:
             return Path(self.location(name))
         content = self.store.read(name)
         folder = self._config.directory.expanduser() / "small"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            make_own_directory(folder)
+        except OSError as error:
+            expected = "a directory in which this user can write"
+            raise InputError(f"data.cache.directory: expected {expected}, got {folder} ({error.strerror}). Choose another.") from None
         path = folder / f"{xxhash.xxh3_128_hexdigest(content)}-{name}"
         if not path.exists():
             write_atomically(path, content)

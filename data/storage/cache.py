@@ -28,6 +28,7 @@ import xxhash
 
 from manta.data.errors import InputError
 from manta.data.storage.atomic import TEMPORARY
+from manta.data.storage.regular_file import open_own, open_own_to_write
 from manta.data.storage.store import open_store
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class ShardCache:
         self._queue: deque[CachedFile] = deque()
         self._workers = 0
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._locked():
                 self._evict(0)  # the limit may be lower than before, and a process may have died
             problem = None if os.access(self._directory, os.W_OK) else "not writable"
@@ -81,7 +82,8 @@ class ShardCache:
         """Yield the local path of a file, which is downloaded if necessary.
 
         No process evicts it inside the block. What is opened or mapped there stays readable afterwards. A file in the cache is trusted by
-        its name and size. Raises InputError if the object is damaged or larger than the limit, OSError if the store or the disk fails.
+        its name and size, so it must be this user's. Raises InputError if it is not, or if the object is damaged or larger than the limit,
+        OSError if the store or the disk fails.
         """
         while True:
             with self._hold_if_present(file) as is_present:
@@ -126,9 +128,11 @@ class ShardCache:
         path = self._directory / file.name
         with ExitStack() as stack:
             try:
-                stream = stack.enter_context(path.open("rb"))
+                stream = stack.enter_context(open_own(path))
             except FileNotFoundError:
                 stream = None
+            except PermissionError as error:
+                raise _not_own(path, error) from None
             if stream is not None:
                 fcntl.flock(stream, fcntl.LOCK_SH)
             if stream is None or not _is_at(stream, path):
@@ -146,7 +150,11 @@ class ShardCache:
     def _download(self, file: CachedFile) -> None:
         """Download the file, or wait until another process or thread has done so, or has failed."""
         path, temporary = self._directory / file.name, self._directory / f".{file.name}{TEMPORARY}"
-        with open(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as stream:  # noqa: PTH123  pathlib truncates
+        try:
+            opened = open_own_to_write(temporary)
+        except PermissionError as error:
+            raise _not_own(temporary, error) from None
+        with opened as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             if not _is_at(stream, temporary):
                 return
@@ -236,6 +244,11 @@ def _fill(stream: FileIO, file: CachedFile) -> None:
     raise InputError(f"{file.url}: {expected}, got {got}, {BAD_DOWNLOADS} times. Prepare the corpus again: the object is damaged.")
 
 
+def _not_own(path: Path, error: PermissionError) -> InputError:
+    """Nothing that another user made is trusted: a file is not hashed again when it is read."""
+    return InputError(f"data.cache.directory: expected files of this user, got {path} ({error.strerror}). Choose another directory.")
+
+
 def _touch(path: Path) -> None:
     """Mark a file as just used. The kernel's own time would be the same for some milliseconds."""
     now = time.time_ns()
@@ -243,11 +256,13 @@ def _touch(path: Path) -> None:
 
 
 def _delete_unlocked(path: Path) -> bool:
-    """Delete a file unless a process holds it. Return whether it is gone."""
+    """Delete a file unless a process holds it or another user made it. Return whether it is gone."""
     try:
-        stream = path.open("rb")
+        stream = open_own(path)
     except FileNotFoundError:
         return True
+    except PermissionError:
+        return False
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

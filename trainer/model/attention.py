@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from manta.data.errors import InputError
-from manta.trainer.hardware import require_compiler
+from manta.trainer.hardware import require_compiler, use_own_compile_cache
 
 log = logging.getLogger(__name__)
 MATMUL_LIMIT = 256  # keys up to which plain matrix products beat SDPA's backward on CPU: +15 % at 256, a loss at 512
@@ -182,4 +182,5 @@ def _compiled_on_gpu(function: Callable[..., Any], device: torch.device) -> Call
 
 @functools.cache  # importing this file must not load the compiler
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    use_own_compile_cache()
     return torch.compile(function)

@@ -1,0 +1,140 @@
+"""What another user of the machine may put in the folder for temporary files, and what the umask may be, does not matter."""
+
+import os
+import stat
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from manta.cluster.protocol import deny_writes_by_others
+from manta.cluster.ray import private_ray
+from manta.cluster.ray.runtime import JoinedRay, NoClusterError
+from manta.data.errors import InputError
+from manta.data.storage.cache import CachedFile, ShardCache
+from manta.trainer.hardware import use_own_compile_cache
+
+OTHER = 12345  # a user who need not exist
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+never_waits = pytest.mark.timeout(60)  # a named pipe that is opened waits for ever
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """A folder for temporary files, as /tmp is."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(parent.stat().st_mode | 0o011)
+    monkeypatch.setattr(private_ray, "TEMPORARY", folder)
+    return folder
+
+
+def as_other(script: str) -> None:
+    """Run a shell script as another user."""
+    command = ["setpriv", "--reuid", str(OTHER), "--regid", str(OTHER), "--clear-groups", "sh", "-euc", script]
+    subprocess.run(command, check=True, timeout=20)
+
+
+def stale(directory: Path) -> Path:
+    """Make what a killed run has left behind."""
+    directory.mkdir(mode=0o700)
+    (directory / "token").write_text("secret")
+    old = time.time() - 3600
+    os.utime(directory / "token", (old, old))
+    return directory
+
+
+@never_waits
+def test_only_what_killed_runs_left_is_removed(temporary):
+    left = stale(temporary / "manta-ray-left")
+    pipe, elsewhere = temporary / "manta-ray-pipe", stale(temporary / "elsewhere")
+    pipe.mkdir()
+    os.mkfifo(pipe / "token")
+    (temporary / "manta-ray-link").symlink_to(elsewhere)
+    (temporary / "manta-ray-inner").mkdir()
+    (temporary / "manta-ray-inner/token").symlink_to(elsewhere / "token")
+    (temporary / "manta-ray-file").touch()
+    stale(temporary / "manta-ray-young")
+    os.utime(temporary / "manta-ray-young/token")
+    private_ray._remove_stale_directories()
+    assert not left.exists()
+    names = {path.name for path in temporary.iterdir()}
+    assert names == {"elsewhere", *(f"manta-ray-{name}" for name in ("pipe", "link", "inner", "file", "young"))}
+    assert (elsewhere / "token").exists()
+
+
+@never_waits
+@pytest.mark.root
+@needs_root
+def test_another_user_s_directory_is_never_opened(temporary):
+    as_other(
+        f"cd {temporary}; mkdir -m 777 manta-ray-theirs manta-ray-fifo; echo x > manta-ray-theirs/token; mkfifo -m 666 manta-ray-fifo/token"
+    )
+    old = time.time() - 3600
+    for name in ("theirs/token", "fifo/token"):
+        os.utime(temporary / f"manta-ray-{name}", (old, old))
+    private_ray._remove_stale_directories()
+    assert (temporary / "manta-ray-theirs/token").exists()
+
+
+@never_waits
+@pytest.mark.root
+@needs_root
+@pytest.mark.parametrize("make", ["echo 127.0.0.1:1 >", "mkfifo"])
+def test_auto_joins_no_cluster_that_another_user_has_named(temporary, monkeypatch, make):
+    monkeypatch.setenv("RAY_TMPDIR", str(temporary))
+    as_other(f"mkdir {temporary}/ray; {make} {temporary}/ray/ray_current_cluster")
+    with pytest.raises(NoClusterError, match="is another user's; name HOST:PORT"), JoinedRay("auto").connected():
+        pass
+
+
+@never_waits
+@pytest.mark.root
+@needs_root
+@pytest.mark.parametrize("make", ["echo 12345 >", "mkfifo -m 666", "ln -s /etc/hostname"])
+@pytest.mark.parametrize("name", ["{}", ".{}.tmp"])
+def test_a_file_that_another_user_put_into_the_cache_is_never_read(temporary, make, name):
+    file = CachedFile(url="s3://bucket/shard.bin", size=6, xxh3="0" * 16)
+    as_other(f"{make} {temporary}/{name.format(file.name)}")
+    cached = ShardCache(temporary, limit=1000)
+    with pytest.raises(InputError, match=r"expected files of this user, got .*Choose another directory"), cached.hold(file):
+        pass
+
+
+@pytest.mark.root
+@needs_root
+@pytest.mark.parametrize("make", ["mkdir -m 777", "ln -s /", "mkfifo"])
+def test_compiled_code_is_loaded_from_no_directory_of_another_user(temporary, monkeypatch, make):
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    own = temporary / f"manta-compiled-{os.geteuid()}"
+    as_other(f"{make} {own}")
+    for expected in (False, True):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        use_own_compile_cache()
+        used = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert (used == own) is expected
+        assert (used.stat().st_uid, used.stat().st_mode & 0o777) == (os.geteuid(), 0o700)
+        if not expected:
+            as_other(f"rm -r {own}")
+
+
+@pytest.mark.parametrize(("before", "after"), [(0o000, 0o022), (0o002, 0o002), (0o022, 0o022), (0o077, 0o077), (0o020, 0o022)])
+def test_a_umask_that_lets_everybody_write_is_not_kept(before, after):
+    own = os.umask(before)
+    deny_writes_by_others()
+    assert os.umask(own) == after
+
+
+def writable_by_others(directory: Path) -> list[str]:
+    modes = [(path, path.lstat().st_mode) for path in (directory, *directory.rglob("*"))]
+    return [str(path) for path, mode in modes if mode & 0o022 and not stat.S_ISLNK(mode)]
+
+
+def test_nothing_that_a_run_writes_is_writable_by_others(workspace, finished_run):
+    """The fixtures prepare the corpus and train under umask 000."""
+    assert writable_by_others(workspace.directory / finished_run) == []
+    assert writable_by_others(workspace.directory / "corpora") == []
