@@ -13,7 +13,7 @@ from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.config import find_run, find_trained_run, load
 from manta.launch.inspect.commands import app as data_app
-from manta.launch.terminal import AsJson, File, Overrides, Run, print_report
+from manta.launch.terminal import AsJson, File, Overrides, Run, notify, print_report
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -53,7 +53,11 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted to SLURM or Kubernetes, and exit.")] = False,
     insecure: Insecure = False,
 ) -> None:
-    """Start a run, or resume it if it was started before. Prepares the corpus first, unless already done."""
+    """Start a run, or resume it if it was started before. Prepares the corpus first, unless already done.
+
+    Progress goes to standard output: a bar on a terminal, else a line every ten seconds (manta train ... | tee log). Errors that end
+    the command, and how far the corpus is prepared, go to standard error.
+    """
     from manta.launch.targets.dispatch import launch
 
     all_overrides = overrides or []
@@ -245,5 +249,6 @@ def main() -> None:
 
         if not isinstance(error, InputError | CheckpointError | SaveError):
             raise
-        sys.stderr.writelines(f"manta: {line}\n" for line in str(error).splitlines())
+        for line in str(error).splitlines():
+            notify(f"manta: {line}")
         sys.exit(ExitCode.USAGE if isinstance(error, InputError) else ExitCode.FAILED)

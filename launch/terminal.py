@@ -1,9 +1,11 @@
 """What several commands share: their arguments and options, JSON or a table on standard output, and messages on standard error."""
 
 import json
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -26,18 +28,27 @@ def print_report(report: T, show: Callable[[T], None], *, as_json: bool) -> None
 
 
 class MessageConsole(Console):
-    """Writes plain lines to standard error. If its reader is gone, it stays silent, and the run continues."""
+    """Writes messages, on a terminal wrapped between words, elsewhere as they are. If its reader is gone, it stays silent."""
 
-    def __init__(self) -> None:
-        super().__init__(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    def __init__(self, stream: TextIO) -> None:
+        # Not rich's own check: FORCE_COLOR would make any file a terminal.
+        super().__init__(file=stream, force_terminal=stream.isatty(), soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+    def message(self, text: str) -> None:
+        """Print a message. A word that is longer than a line, such as a path, is not cut, so that it can be copied."""
+        text = text.encode(self.encoding, "backslashreplace").decode(self.encoding)  # a file's name may be any bytes
+        if self.is_terminal:
+            wrapper = textwrap.TextWrapper(self.width, break_long_words=False, break_on_hyphens=False)
+            text = "\n".join(wrapper.fill(line) for line in text.split("\n"))
+        self.print(text)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 def notify(text: str) -> None:
-    """Print a message."""
-    MessageConsole().print(text)
+    """Print a message to standard error."""
+    MessageConsole(sys.stderr).message(text)
 
 
 def resume_hint(run_dir: RunDirectory) -> str:

@@ -64,9 +64,12 @@ class Attempt:
         if (failure := (yield from self._check_new_nodes())) is not None:
             return failure
         yield self._start()
-        all_stepped, history = False, WorkHistory()
+        all_loaded, all_stepped, history = False, False, WorkHistory()
         while True:
             statuses = self.nodes.poll(self._poll_interval)
+            if not all_loaded and statuses and all(status.resumed_from is not None for status in statuses):
+                all_loaded = True
+                yield self._event("loaded", step=min(status.resumed_from or 0 for status in statuses))
             if (outcome := (yield from self._end(statuses))) is not None:
                 return outcome
             if not all_stepped and statuses and all(status.has_stepped for status in statuses):

@@ -18,6 +18,7 @@ TRANSITIONS: dict[str, tuple[frozenset[RunPhase] | None, RunPhase | None]] = {
     "node-ready": (frozenset({"starting"}), None),
     "node-unfit": (frozenset({"starting"}), None),
     "attempt-started": (frozenset({"starting"}), "running"),
+    "loaded": (frozenset({"running"}), None),  # `step`: of the checkpoint that the ranks resume from; 0 if there is none
     "first-step": (frozenset({"running"}), None),
     "rank-failed": (frozenset({"running", "leaving"}), None),
     "node-lost": (frozenset({"gathering", "starting", "running", "leaving"}), None),

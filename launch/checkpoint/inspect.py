@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from rich.filesize import decimal
-from rich.table import Table
 
 from manta.data.errors import InputError
-from manta.launch.inspect.charts import console
+from manta.launch.inspect.charts import console, grid
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint, from_bytes
@@ -57,7 +56,7 @@ def summary(checkpoint: Checkpoint) -> Report:
 
 
 def show_listed(report: Report) -> None:
-    table = Table.grid(padding=(0, 2))
+    table = grid(5)
     table.add_row("checkpoint", "written", "size", "validation loss", "by")
     for row in report["checkpoints"]:
         if row["error"]:
@@ -140,7 +139,7 @@ def show_inspected(report: Report) -> None:
     writer = f"written {report['written']} by {report['ranks'] or 1} x {report['layout'] or 'one process'}"
     out.print(f"step {report['step']:,}, {report['samples']:,} samples read; {content}; {writer}")
     states = list(dict.fromkeys(state for weight in report["weights"].values() for state in weight if state != "master"))
-    table = Table.grid(padding=(0, 2))
+    table = grid(5 + len(states))
     table.add_row("weight", "shape", "norm", "largest", *(f"{state} norm" for state in states), "")
     for name, weight in report["weights"].items():
         master = weight.get("master") or next(iter(weight.values()))

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.data.errors import InputError
-from manta.launch.inspect.charts import console
+from manta.launch.inspect.charts import console, grid
 from manta.launch.terminal import count_text
 from manta.trainer.metrics import format_duration, format_loss, loss_terms, read_metrics
 from manta.trainer.run_directory import RunDirectory
@@ -84,7 +82,7 @@ def print_status(status: dict[str, Any]) -> None:
         rows["batch"] = f"{status['global_batch']} samples, in sequences of {status['sequence_length']} tokens"
     if status["skipped"]:
         rows["skipped"] = f"{count_text(status['skipped'], 'step')} with gradient overflow; the loss scale is now {status['loss_scale']:g}"
-    table = Table.grid(padding=(0, 2))
+    table = grid(2)
     for name, value in rows.items():
         table.add_row(name, value)
     console().print(table)

@@ -1,6 +1,5 @@
 """Charts in text: bars, and shares stacked over time. Each source has a color, and a shade for terminals without color."""
 
-import os
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -8,13 +7,15 @@ from functools import partial
 from itertools import accumulate
 
 from rich.console import Console
+from rich.rule import Rule
 from rich.table import Column, Table
 from rich.text import Text
 
 COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow", "bright_green")
 SHADES = "█▒░▓▚▞#+:="
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_WIDTH = 110  # without a terminal
+_WIDTH = 110  # of a heading without a terminal
+_UNLIMITED = 100_000  # characters, wider than any table
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _VISIBLE = _CONTROL_PICTURES | dict.fromkeys(range(128, 160), 0xFFFD)
 
@@ -23,15 +24,26 @@ number_column = partial(Column, justify="right", no_wrap=True)
 
 
 def console() -> Console:
-    """Return a console for reports. Its lines are not wrapped, so that a program can read them."""
-    wide = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if wide else _WIDTH)
+    """Return a console for reports. On a terminal it wraps between words; elsewhere a line stays one line, for other programs."""
+    is_terminal = sys.stdout.isatty()
+    width = None if is_terminal else _UNLIMITED
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not is_terminal, width=width)
+
+
+def rule(out: Console, text: str) -> None:
+    """Print a heading with a line after it."""
+    out.print(Rule(text, align="left", characters="─", style="dim"), width=min(out.width, _WIDTH))
 
 
 def plain_table(*columns: Column | str) -> Table:
     """Return a table without lines. A column given by its name alone is aligned right."""
-    all_columns = [Column(column, justify="right") if isinstance(column, str) else column for column in columns]
+    all_columns = [Column(column, justify="right", overflow="fold") if isinstance(column, str) else column for column in columns]
     return Table(*all_columns, box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+
+
+def grid(columns: int) -> Table:
+    """Return a table without lines and headers. On a narrow terminal no cell is cut."""
+    return Table.grid(*(Column(overflow="fold") for _ in range(columns)), padding=(0, 2))
 
 
 def bar(share: float, width: int) -> str:

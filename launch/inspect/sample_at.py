@@ -19,7 +19,7 @@ from manta.data.objectives.examples import DIGEST_BITS, Examples
 from manta.data.objectives.render import RenderedSequence, Renderer
 from manta.data.sampling.samples import Sampler
 from manta.data.sampling.statistics import stream_of
-from manta.launch.inspect.charts import console, visible
+from manta.launch.inspect.charts import console, rule, visible
 from manta.launch.inspect.resolve import DataTarget, resolve
 from manta.launch.terminal import count_text
 from manta.trainer.config.divisors import divisors_text
@@ -134,7 +134,7 @@ def show(report: Report, *, full: bool) -> None:
         window = f"window {sample['window']:,} of {sample['windows']:,}"
         heading = f"{reader} · sample {sample['sample']:,} · {sample['source']} · epoch {sample['epoch']} · {window}"
         out.print()
-        out.rule(heading, align="left", characters="─", style="dim")
+        rule(out, heading)
         sequences = sample["sequences"]
         for number, sequence in enumerate(sequences if full else sequences[:_SEQUENCES], 1):
             if len(sequences) > 1:

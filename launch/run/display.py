@@ -1,5 +1,6 @@
-"""What the user sees while a run is running: a progress bar on a terminal, a line per interval elsewhere, and every transition."""
+"""What the user sees of a run on standard output: a progress bar on a terminal, a line per interval elsewhere, and every transition."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -9,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
 from manta.launch.tail import Tail
-from manta.launch.terminal import MessageConsole, count_text, resume_hint
+from manta.launch.terminal import MessageConsole, count_text, notify, resume_hint
+from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import Layout
 from manta.trainer.metrics import Line, end_of_last_line, format_duration, format_line, parse_lines
@@ -27,15 +29,17 @@ class Display:
         """fallback_layouts: the run's layouts on fewer ranks than its config asks for."""
         self._run_dir, self._config, self._fallback_layouts = run_dir, config, fallback_layouts
         self._steps, self._timeline, self._checkpoints = config.train.steps, config.timeline(), run_dir.open_checkpoints()
-        self._console = MessageConsole()
+        self._console = MessageConsole(sys.stdout)
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=self._steps, completed=run_dir.saved_step(), status="starting")
         self._metrics = Tail(run_dir.metrics_file, end_of_last_line(run_dir.metrics_file))
         self._seconds_per_sample: float | None = None
         self._last_print = 0.0
+        self._unprinted = ""  # the newest step's line, if it was not due
+        self._is_loading = False  # the ranks of an attempt have started, and it is unknown what they resume from
         self._started = time.time()
         self._failure: Event | None = None  # the rank failure that ended the newest attempt
         self._known_bad = set(self._checkpoints.bad())
@@ -51,10 +55,16 @@ class Display:
 
     def _show(self, event: Event) -> None:
         try:
-            for line in parse_lines(self._metrics.lines().decode()):
-                self._show_metrics(line)
+            if not self._is_loading:  # else the first steps could be shown before the step that they resume from
+                for line in parse_lines(self._metrics.lines().decode()):
+                    self._show_metrics(line)
+            self._is_loading = event.kind == "attempt-started" or (self._is_loading and event.kind == POLL)
+            if event.kind == "run-ended" and self._unprinted:
+                self._console.message(self._unprinted)
             if event.kind != POLL and (message := self._message(event)):
-                self._console.print(message)
+                self._console.message(message)
+            if event.kind == "run-ended" and event.details["exit_code"] == ExitCode.FAILED and self._failure:
+                notify(self._error(self._failure))
         except OSError:  # the terminal was closed
             self._console.quiet = True
 
@@ -65,10 +75,11 @@ class Display:
         status = f"{format_line(line)}  ETA {format_duration(self._seconds_per_sample * samples_left)}"
         if self._bar:
             self._bar.update(self._task, completed=line["step"], status=status)
+        self._unprinted = f"step {line['step']}/{self._steps}  {status}"
         is_due = time.monotonic() - self._last_print >= INTERVAL and not self._bar
         if is_due or "eval/loss" in line or line.get("skipped") or line.get("checkpoint/failures"):
-            self._console.print(f"step {line['step']}/{self._steps}  {status}")
-            self._last_print = time.monotonic()
+            self._console.message(self._unprinted)
+            self._last_print, self._unprinted = time.monotonic(), ""
 
     def _message(self, event: Event) -> str | None:  # noqa: C901, PLR0911, PLR0912  a table: one line per kind of event
         """Return an event's message, or None if it is only for the event log."""
@@ -105,10 +116,8 @@ class Display:
                 return f"{attempt}: Ray's head node is lost: saving, then continuing under a new one"
             case "decided" if details["decision"] not in {"reallocate", "regroup"}:
                 return f"{attempt}: {details['decision']}" + (f": {details['reason']}" if "reason" in details else "")
-            case "first-step" if details["step"] > 1:
-                bad = ", ".join(sorted(set(self._checkpoints.bad()) - self._known_bad))
-                skipped = f"; skipped the damaged {bad}: see {run_dir.logs}" if bad else ""
-                return f"{attempt}: resumed from step {details['step'] - 1}{skipped}"
+            case "loaded":
+                return self._loaded(attempt, details["step"])
             case "leaving":
                 return "stop requested: saving"
             case "run-ended" if details["exit_code"] == ExitCode.DONE:
@@ -117,10 +126,18 @@ class Display:
                 return f"done: {self._steps} steps, {took} since the last start; next: manta {command} {run_dir.quoted}"
             case "run-ended" if details["exit_code"] in {ExitCode.SAVED, ExitCode.UNSAVED, ExitCode.INTERRUPTED}:
                 return f"stopped; {resume_hint(run_dir)}"
-            case "run-ended" if self._failure and details["exit_code"] == ExitCode.FAILED:
-                return self._error(self._failure)
             case _:
                 return None
+
+    def _loaded(self, attempt: str, step: int) -> str | None:
+        """Name the checkpoint that the ranks have loaded, and those that they found damaged and skipped."""
+        bad = ", ".join(sorted(set(self._checkpoints.bad()) - self._known_bad))
+        skipped = f"; skipped the damaged {bad}: see {self._run_dir.logs}" if bad else ""
+        if step:
+            return f"{attempt}: resumed from step {step} ({self._checkpoints.location(name_of_step(step))}){skipped}"
+        if self._config.run.start_from is not None:
+            return f"{attempt}: started from the weights of {self._config.run.start_from}"
+        return None if attempt == "attempt 1" else f"{attempt}: started from step 1: there is no checkpoint yet"
 
     def _gathered(self, ranks: int, addresses: Sequence[str]) -> str | None:
         """Describe the ranks of an attempt, and the sizes that differ from the config's because there are too few."""

@@ -23,7 +23,7 @@ from manta.launch import __version__
 from manta.launch.config import RunConfig
 from manta.launch.run.display import Display
 from manta.launch.run.preflight import RunPlan, preflight
-from manta.launch.terminal import count_text, notify
+from manta.launch.terminal import MessageConsole, count_text, notify
 from manta.trainer.dist.layout import Layout, micro_batches_text
 from manta.trainer.run_directory import RunDirectory
 
@@ -98,15 +98,16 @@ def step_text(config: RunConfig, layout: Layout) -> str:
 
 
 def _print_summary(plan: RunPlan) -> None:
-    config, layout, path = plan.config, plan.layout, plan.run_dir.path
+    """Print it to standard output, before the progress."""
+    config, layout, path, show = plan.config, plan.layout, plan.run_dir.path, MessageConsole(sys.stdout).message
     if plan.ranks_per_node:
         ranks = config.cluster.max_nodes * plan.ranks_per_node
         if ranks > layout.ranks:
             reason = f"{micro_batches_text(config.train)} divides evenly over {count_text(layout.data, 'data rank')}"
-            notify(f"{ranks - layout.ranks} of {count_text(ranks, 'rank')} will be idle: {reason}")
-        notify(f"{path}: {step_text(config, layout)}; {config.precision}, {layout}")
+            show(f"{ranks - layout.ranks} of {count_text(ranks, 'rank')} will be idle: {reason}")
+        show(f"{path}: {step_text(config, layout)}; {config.precision}, {layout}")
     if config.data.live:
-        notify(f"{path}: data.live: text is tokenized while it is read; only {count_text(layout.data, 'data rank')} can resume this run")
+        show(f"{path}: data.live: text is tokenized while it is read; only {count_text(layout.data, 'data rank')} can resume this run")
 
 
 def _detach(run_dir: RunDirectory, arguments: Sequence[str]) -> int:

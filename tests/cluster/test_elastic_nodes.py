@@ -120,7 +120,7 @@ def test_frozen_ranks_of_a_killed_controller_save_nothing(workspace):
     for pid in old:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-    _, output = second.communicate(timeout=200)
+    output = "".join(second.communicate(timeout=200))
     assert second.returncode == 0, output
     started = [event for event in read_events(home / "events.jsonl") if event["event"] == "run-started"]
     assert [event["took_over"] for event in started] == [False, True]
@@ -145,7 +145,7 @@ def test_losses_stay_the_same_after_the_loss_of_a_node(workspace):
     home = workspace.directory / "lost"
     until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
     os.kill(local_raylet("127.0.0.4"), signal.SIGKILL)
-    _, output = process.communicate(timeout=250)
+    output = "".join(process.communicate(timeout=250))
     assert process.returncode == 0, output
     assert "node 1 lost" in output
     reference, lost = (read_metrics(workspace.directory / run / "metrics.jsonl") for run in ("two nodes", "lost"))
@@ -162,7 +162,7 @@ def test_tensor_parallelism_shrinks_when_too_few_ranks_remain(workspace):
     home = workspace.directory / "halved"
     until(lambda: (home / "metrics.jsonl").exists() and len(read_metrics(home / "metrics.jsonl")) > 20)
     os.kill(local_raylet("127.0.0.4"), signal.SIGKILL)
-    _, output = process.communicate(timeout=250)
+    output = "".join(process.communicate(timeout=250))
     assert process.returncode == 0, output
     assert "1 rank on 127.0.0.3, parallel.tensor 2 -> 1, until more are available" in output
     shared, halved = (read_metrics(workspace.directory / run / "metrics.jsonl") for run in ("shared", "halved"))

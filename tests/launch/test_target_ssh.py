@@ -69,7 +69,7 @@ def test_a_run_over_ssh_survives_a_killed_session(workspace, sshds):
         time.sleep(0.2)
     for session in sshds.sessions(1):
         os.kill(session, signal.SIGKILL)
-    _, output = process.communicate(timeout=300)
+    output = "".join(process.communicate(timeout=300))
     assert process.returncode == 0, output
     assert "lost" in output or "draining" in output, "a host that drains may be noticed before it is lost"
     both = [

@@ -162,8 +162,8 @@ def test_a_run_with_a_full_disk_trains_on_for_the_tolerated_saves(workspace, dis
     run = (f"checkpoint.directory={disk}", "checkpoint.every_steps=4", "checkpoint.max_failed_saves=1", "evaluate.every_steps=100")
     failed = workspace.train("full", *run, code=1)
     full = r"rank \d failed at step \d+: SaveError: rank \d: .*/step-00000012: No space left on device: needs [\d,]+ bytes, and [\d,]+ were"
-    assert re.search(full, failed.stderr)
-    assert "CHECKPOINT FAILED, 1 in a row" in failed.stderr
+    assert re.search(full, failed.stdout)
+    assert "CHECKPOINT FAILED, 1 in a row" in failed.stdout
     lines = read_metrics(workspace.directory / "full/metrics.jsonl")
     failing = [line["step"] for line in lines if line.get("checkpoint/failures") == 1]
     assert failing[0] in range(9, 12), "the second save, of step 8, is the first to fail"
@@ -196,7 +196,7 @@ def test_a_stopped_run_that_cannot_save_reports_it(workspace, disk, stopped):
             time.sleep(0.05)
         ranks = next(e for e in read_events(workspace.directory / run / "events.jsonl") if e["event"] == "attempt-started")["ranks"]
         os.kill(running.pid if stopped == "manta" else ranks[1]["pid"], signal.SIGTERM)
-        _, output = running.communicate(timeout=60)
+        output = "".join(running.communicate(timeout=60))
         assert running.returncode == 143, output
     assert re.search(r"LeftUnsavedError: stop requested: rank \d: .*: No space left on device: needs [\d,]+ bytes, and [\d,]+ were", output)
     assert "stopped; step 4 is saved; resume with: manta resume" in output

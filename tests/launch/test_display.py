@@ -1,0 +1,116 @@
+"""What `manta train` prints: what was loaded before the first step, plain lines in a pipe, whole words on a terminal."""
+
+import json
+import os
+import pty
+import sys
+
+import pytest
+
+from manta.cluster.supervise.event_log import POLL, Event
+from manta.launch.config import load
+from manta.launch.inspect.charts import console, grid
+from manta.launch.run.display import Display
+from manta.launch.terminal import MessageConsole
+from manta.trainer.run_directory import RunDirectory
+
+STEP = {"train/loss": 5.0, "tokens_per_second": 1e4, "step_time": 0.01, "global_batch": 8}
+
+
+@pytest.fixture
+def shown(workspace, tmp_path, capsys):
+    """A function: events and numbers of steps that ranks log between them -> what is shown on standard output."""
+
+    def show(*happenings: Event | int, overrides: tuple[str, ...] = ()) -> list[str]:
+        home = RunDirectory(tmp_path / "a run")
+        home.path.mkdir(exist_ok=True)
+        config = load(workspace.config_file, [f"run.dir={json.dumps(str(home.path))}", *overrides])
+        home.config_file.write_text(config.to_yaml())
+
+        def events():
+            for happening in happenings:
+                if isinstance(happening, Event):
+                    yield happening
+                    continue
+                with home.metrics_file.open("a") as file:
+                    file.write(json.dumps({**STEP, "step": happening}) + "\n")
+
+        Display(home, config, {}).follow(events())
+        return capsys.readouterr().out.splitlines()
+
+    return show
+
+
+def event(kind: str, attempt: int = 1, **details) -> Event:
+    return Event(kind=kind, attempt=attempt, time=0.0, details=details)
+
+
+def test_a_resumed_run_names_the_checkpoint_before_its_first_step(shown, tmp_path):
+    """Its first steps may be logged before the controller knows what the ranks have loaded."""
+    lines = shown(event("attempt-started", 2), 25, event(POLL, 2), 26, event("loaded", 2, step=24), 27, event("first-step", 2, step=25))
+    assert lines[0] == f"attempt 2: resumed from step 24 ({tmp_path / 'a run'}/checkpoints/step-00000024)"
+    assert lines[1].startswith("step 25/40  loss 5.0000")
+
+
+def test_a_new_run_names_no_step_to_resume_from(shown):
+    lines = shown(event("attempt-started"), 1, 2, event(POLL), event("loaded", step=0), 3, event("first-step", step=1))
+    assert lines[0].startswith("step 1/40")
+    assert len(lines) == 1
+    (again,) = shown(event("attempt-started", 2), event("loaded", 2, step=0))
+    assert again == "attempt 2: started from step 1: there is no checkpoint yet"
+
+
+def test_a_run_from_other_weights_names_them(shown):
+    assert shown(event("attempt-started"), event("loaded", step=0), overrides=("run.start_from=/other/checkpoints/step-00000008",)) == [
+        "attempt 1: started from the weights of /other/checkpoints/step-00000008"
+    ]
+
+
+def test_a_pipe_gets_plain_lines_at_a_bounded_rate_and_the_last_step(shown, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in CI
+    lines = shown(event("attempt-started"), event("loaded", step=0), *range(1, 41), event("run-ended", exit_code=0))
+    assert [line.split()[:2] for line in lines[:-1]] == [["step", "1/40"], ["step", "40/40"]]
+    assert lines[-1].startswith("done: 40 steps")
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal of 40 columns, and a function that returns what was written to it."""
+    reader, writer = pty.openpty()
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(writer, "w", buffering=1) as stream, os.fdopen(reader, "rb", buffering=0) as output:
+        yield stream, lambda: output.read(100_000).decode().replace("\r\n", "\n")
+
+
+def test_messages_are_wrapped_between_words_on_a_terminal_only(terminal, tmp_path):
+    path = "/a/path/that-is/longer/than/one/line/of/the/terminal"
+    message = f"run.dir: expected a directory that can be written, got {path}: Permission denied. Use another directory."
+    stream, written = terminal
+    MessageConsole(stream).message(message)
+    lines = written().splitlines()
+    assert " ".join(lines) == message
+    assert all(len(line) <= 40 or line == f"{path}:" for line in lines)
+    with (tmp_path / "log").open("w") as file:
+        MessageConsole(file).message(f"{message} \udcff")
+    assert (tmp_path / "log").read_text() == f"{message} \\udcff\n"
+
+
+def test_tables_are_wrapped_on_a_terminal_only(terminal, monkeypatch, tmp_path):
+    path = "/".join(["a folder"] * 20)
+    stream, written = terminal
+
+    def show(stream) -> None:
+        monkeypatch.setattr(sys, "stdout", stream)
+        table = grid(2)
+        table.add_row("run", path)
+        console().print(table)
+
+    show(stream)
+    lines = written().splitlines()
+    assert len(lines) > 5
+    assert "".join(lines).replace(" ", "") == f"run{path}".replace(" ", "")
+    with (tmp_path / "log").open("w") as file:
+        show(file)
+    assert (tmp_path / "log").read_text().strip() == f"run  {path}"
