@@ -10,6 +10,13 @@ class InputError(ValueError):
     """
 
 
+class DataError(RuntimeError):
+    """Data was not prepared or read, through no fault of the config: a killed process, a full disk, a store that fails. In one line.
+
+    The command line prints the message without a traceback and exits with code 1.
+    """
+
+
 def one_line(error: Exception) -> str:
     """Return an error's message, with every line break and every run of spaces as one space."""
     return " ".join(str(error).split())

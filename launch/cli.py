@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from manta.cluster.protocol import ExitCode, deny_writes_by_others
-from manta.data.errors import InputError
+from manta.data.errors import DataError, InputError
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.config import find_run, find_trained_run, load
@@ -247,7 +247,7 @@ def main() -> None:
     except Exception as error:
         from manta.trainer.checkpoint.errors import CheckpointError, SaveError
 
-        if not isinstance(error, InputError | CheckpointError | SaveError):
+        if not isinstance(error, InputError | DataError | CheckpointError | SaveError):
             raise
         for line in str(error).splitlines():
             notify(f"manta: {line}")

@@ -11,7 +11,7 @@ from manta.data.config import DataConfig
 from manta.data.errors import InputError
 from manta.data.prepare.encode import DUPLICATE, MALFORMED, SplitTask, encode_split, hash_split, record_file
 from manta.data.prepare.pool import run_tasks
-from manta.data.prepare.progress import report
+from manta.data.prepare.progress import progress, report
 from manta.data.prepare.token_files import index_token_file, token_file_splits
 from manta.data.sampling.samples import entropy
 from manta.data.shards.corpus_directory import CorpusDirectory
@@ -32,6 +32,24 @@ def build_shards(
     """Write the shards of all splits, except those that are complete. Return their records, and which library encoded, and why."""
     directory.store.delete(MANIFEST)
     directory.store.create()
+    with progress(f"prepare {source.resolved_name}: planning"):
+        tasks, encoder = _plan(source, directory, data, tokenizer, tokenizer_file=tokenizer_file, end_of_text=end_of_text)
+        records = {task.index: record for task in tasks if (record := _complete_record(task, directory))}
+    missing = [task for task in tasks if task.index not in records]
+    if records and missing:
+        report(f"prepare {source.resolved_name}: {len(records)} of {len(tasks)} splits are complete")
+    if source.filter.dedup and missing:
+        missing = [task for task in _mark_duplicates(source, tasks, data) if task.index not in records]
+    work = index_token_file if holds_token_files(source) else encode_split
+    records |= run_tasks(f"prepare {source.resolved_name}", work, missing, data)
+    directory.store.create()  # deletes the temporary files of workers that died with their node
+    return [records[task.index] for task in tasks], encoder
+
+
+def _plan(
+    source: SourceConfig, directory: CorpusDirectory, data: DataConfig, tokenizer: Tokenizer, *, tokenizer_file: str, end_of_text: str
+) -> tuple[list[SplitTask], str]:
+    """Return a task for each input split, and which library encodes, and why."""
     validation, is_tokens = validation_source(source), holds_token_files(source)
 
     def splits(part: SourceConfig) -> Sequence[InputSplit]:
@@ -57,16 +75,7 @@ def build_shards(
         )
         for index, (split, share) in enumerate(shares)
     ]
-    records = {task.index: record for task in tasks if (record := _complete_record(task, directory))}
-    missing = [task for task in tasks if task.index not in records]
-    if records and missing:
-        report(f"prepare {source.resolved_name}: {len(records)} of {len(tasks)} splits are complete")
-    if source.filter.dedup and missing:
-        missing = [task for task in _mark_duplicates(source, tasks, data) if task.index not in records]
-    work = index_token_file if is_tokens else encode_split
-    records |= run_tasks(f"prepare {source.resolved_name}", work, missing, data)
-    directory.store.create()  # deletes the temporary files of workers that died with their node
-    return [records[task.index] for task in tasks], encoder
+    return tasks, encoder
 
 
 def write_manifest(
@@ -135,11 +144,13 @@ def _mark_duplicates(source: SourceConfig, tasks: list[SplitTask], data: DataCon
     hashes = run_tasks(f"read {source.resolved_name} for {DUPLICATE}s", hash_split, tasks, data)
     parts = [hashes[task.index] for task in tasks]
     repeated = np.ones(sum(map(len, parts)), dtype=np.bool_)
-    repeated[np.unique(np.concatenate(parts), return_index=True)[1]] = False
+    with progress(f"prepare {source.resolved_name}: comparing documents"):
+        repeated[np.unique(np.concatenate(parts), return_index=True)[1]] = False
     marks = np.split(repeated, np.cumsum([len(part) for part in parts])[:-1])
     return [replace(task, duplicates=np.packbits(part).tobytes()) for task, part in zip(tasks, marks, strict=True)]
 
 
 def _unigram_entropy(directory: CorpusDirectory, shards: Sequence[Shard], vocabulary: int) -> float | None:
     counts = (np.bincount(directory.tokens(shard), minlength=vocabulary) for shard in shards)
-    return entropy(sum(counts, start=np.zeros(vocabulary, dtype=np.int64))) if shards else None
+    with progress("prepare: counting validation tokens"):
+        return entropy(sum(counts, start=np.zeros(vocabulary, dtype=np.int64))) if shards else None

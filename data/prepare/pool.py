@@ -21,7 +21,7 @@ from threading import Thread
 from typing import Any, TypeVar, cast
 
 from manta.data.config import DataConfig
-from manta.data.errors import InputError
+from manta.data.errors import DataError, InputError
 from manta.data.prepare.encode import SplitTask
 from manta.data.prepare.progress import progress, report
 
@@ -70,7 +70,7 @@ class WorkerProcess:
             return
 
     def result(self) -> Any:
-        """Return the result of the task, or raise its error. Raises RuntimeError if the process died."""
+        """Return the result of the task, or raise its error. Raises DataError if the process died."""
         try:
             error, result = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -78,7 +78,9 @@ class WorkerProcess:
             position = self._position.value
             near = self._split.name if position == _NO_POSITION else f"near {self._split.location(position)}"
             died = f"a process died ({_cause(self._process.exitcode)})"
-            raise RuntimeError(f"{near}: {died}. Fix or remove the file, or try again.") from None
+            raise DataError(
+                f"{near}: {died}. Run the same command again, which resumes; if it dies again, fix or remove the file."
+            ) from None
         if error is not None:
             raise error
         return result
@@ -150,7 +152,7 @@ def _run(ray: Any, actors: list[Any], work: Work[T], tasks: Sequence[SplitTask])
         except ray.exceptions.RayActorError as error:  # Ray restarts the actor on free cores
             losses[task.index] += 1
             if losses[task.index] == _MAX_LOSSES:
-                raise RuntimeError(f"{task.split.name}: lost {_MAX_LOSSES} times with its node: {_first_line(error)}") from None
+                raise DataError(f"{task.split.name}: lost {_MAX_LOSSES} times with its node: {_first_line(error)}") from None
             report(f"prepare: {task.split.name} was lost with its node and is started again")
             pending.append(task)
         except ray.exceptions.RayTaskError as error:
@@ -194,7 +196,7 @@ def _serve(connection: Connection, position: c_int64) -> None:
         try:
             answer: tuple[Exception | None, Any] = (None, work(task, position))
         except Exception as error:  # noqa: BLE001  the parent raises it
-            answer = (error if isinstance(error, InputError) else _picklable(error), None)
+            answer = (error if isinstance(error, InputError | DataError) else _picklable(error), None)
         connection.send(answer)
 
 
@@ -218,6 +220,6 @@ def _exit_with_parent() -> None:
 
 def _cause(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        return f"{name}, maybe out of memory" if name == "SIGKILL" else name
+        name = next((known.name for known in signal.Signals if known == -exitcode), f"signal {-exitcode}")
+        return f"{name}, maybe out of memory: fewer data.workers need less" if name == "SIGKILL" else name
     return f"exit code {exitcode}"

@@ -16,13 +16,13 @@ from filelock import FileLock, Timeout
 
 from manta.data.config import BYTES, DataConfig, TokenizerConfig
 from manta.data.config_history import as_version_1, identifying_keys
-from manta.data.errors import InputError
+from manta.data.errors import DataError, InputError, one_line
 from manta.data.live import live_sources
 from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare.build import build_shards, complete_corpus, write_manifest
 from manta.data.prepare.encode import record_file
-from manta.data.prepare.progress import report
+from manta.data.prepare.progress import progress, report
 from manta.data.sampling.packed_windows import find_packing, pack_corpus
 from manta.data.sampling.samples import Samples
 from manta.data.shards.corpus_directory import CorpusDirectory
@@ -75,14 +75,25 @@ def find_directories(data: DataConfig, tokens: TokenizerConfig) -> tuple[CorpusD
 def prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
     """Make what is missing, and check every byte of what exists. A second preparation at the same time waits for the first.
 
-    Raises InputError for a bad source or tokenizer file, or if there is too little text for a sample.
+    Raises InputError for a bad source or tokenizer file, or if there is too little text for a sample; DataError if a process dies, or if
+    the disk or the store fails.
     """
-    if data.live:
-        data = live_sources.with_absolute_paths(data)
-        live_sources.refuse_token_ids(data)
-    tokenizer_directory = _tokenizer_directory(data, tokens)
-    _check_tokenizer(data, tokens)
-    _check_sources(data, tokens)
+    try:
+        return _prepare(data, tokens)
+    except MemoryError:
+        raise DataError("prepare: out of memory. Use fewer data.workers or smaller files; the same command resumes.") from None
+    except OSError as error:
+        raise DataError(f"{error.filename or data.directory}: {error.strerror or one_line(error)}. The same command resumes.") from None
+
+
+def _prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
+    with progress("prepare: reading the list of files"):
+        if data.live:
+            data = live_sources.with_absolute_paths(data)
+            live_sources.refuse_token_ids(data)
+        tokenizer_directory = _tokenizer_directory(data, tokens)
+        _check_tokenizer(data, tokens)
+        _check_sources(data, tokens)
     with _lock(data):
         content = _find_tokenizer(tokenizer_directory, tokens) or _make_tokenizer(tokenizer_directory, data, tokens)
         if data.live:
@@ -94,10 +105,12 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
         pairs = zip(data.sources, directories, strict=True)
         corpora = [_build(source, directory, data, tokens, tokenizer_directory) for source, directory in pairs]
         if data.packing == "best_fit":
-            for directory, corpus in zip(directories, corpora, strict=True):
-                pack_corpus(directory, corpus, window_shape(data))
-    prepared = _prepared(tokenizer_directory, directories, corpora)
-    Samples(prepared, data, tokens, seed=0)  # raises InputError if there is no sample
+            with progress("prepare: packing documents"):
+                for directory, corpus in zip(directories, corpora, strict=True):
+                    pack_corpus(directory, corpus, window_shape(data))
+    with progress("prepare: opening the corpus"):
+        prepared = _prepared(tokenizer_directory, directories, corpora)
+        Samples(prepared, data, tokens, seed=0)  # raises InputError if there is no sample
     return prepared
 
 
@@ -160,15 +173,17 @@ def _make_tokenizer(directory: CorpusDirectory, data: DataConfig, tokens: Tokeni
         content = read_tokenizer(tokens.file)
     else:
         report(f"tokenizer: training {tokens.vocabulary} tokens on up to {tokens.train_bytes / 1e6:.1f} MB of text")
-        splits = [(split, source.filter) for source in data.sources for split in input_splits(source, data)]
-        content = train(
-            sample_text(splits, tokens.train_bytes),
-            algorithm=tokens.algorithm,
-            vocabulary=tokens.vocabulary,
-            lowercase=tokens.lowercase,
-            end_of_text=tokens.end_of_text,
-            special_tokens=_special_tokens(data),
-        )
+        with progress("tokenizer: reading the list of files"):
+            splits = [(split, source.filter) for source in data.sources for split in input_splits(source, data)]
+        with progress("tokenizer: training"):
+            content = train(
+                sample_text(splits, tokens.train_bytes),
+                algorithm=tokens.algorithm,
+                vocabulary=tokens.vocabulary,
+                lowercase=tokens.lowercase,
+                end_of_text=tokens.end_of_text,
+                special_tokens=_special_tokens(data),
+            )
     directory.store.create()
     directory.store.write(_TOKENIZER, content.encode())
     return content
@@ -177,7 +192,9 @@ def _make_tokenizer(directory: CorpusDirectory, data: DataConfig, tokens: Tokeni
 def _build(
     source: SourceConfig, directory: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig, tokenizer_directory: CorpusDirectory
 ) -> Manifest:
-    if corpus := complete_corpus(directory, contents=directory.store.is_local):
+    with progress(f"prepare {source.resolved_name}: verifying what exists"):
+        corpus = complete_corpus(directory, contents=directory.store.is_local)
+    if corpus is not None:
         return corpus
     tokenizer = Tokenizer(tokenizer_directory.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
     file = tokenizer_directory.location(_TOKENIZER)
@@ -236,7 +253,8 @@ def _lock(data: DataConfig) -> Generator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             report(f"prepare: waiting for another preparation in {data.directory}")
-            lock.acquire()
+            with progress("prepare: waiting"):
+                lock.acquire()
     except OSError as error:
         problem = f"expected a directory that can be written, got {directory} ({error.strerror})"
         raise InputError(f"data.directory: {problem}. Choose another.") from None

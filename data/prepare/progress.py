@@ -1,13 +1,26 @@
-"""Progress of a long preparation, on stderr: a bar on a terminal, a few plain lines elsewhere."""
+"""Progress of a long preparation, on stderr: a bar or a spinner on a terminal, a plain line every few seconds elsewhere."""
 
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from threading import Event, Thread
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-_INTERVAL = 60.0  # seconds between plain lines, at most
+INTERVAL = 4.0  # seconds between lines: a silence of 5 looks like a hang
+
+_BAR = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+_SPINNER = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
 
 
 def report(message: str) -> None:
@@ -15,34 +28,52 @@ def report(message: str) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Generator[Callable[[int], None]]:
-    """Yield a function `advance(bytes)` that shows progress towards `total` bytes."""
+def progress(title: str, total: int | None = None) -> Generator[Callable[[int], None]]:
+    """Yield a function `advance(bytes)` that shows progress towards `total` bytes; if omitted, only the time is shown."""
     console = _console()
-    if not console.is_terminal:
-        yield _ProgressLines(console, title, max(total, 1)).advance
+    if console.is_terminal:
+        with Progress(*(_SPINNER if total is None else _BAR), console=console, transient=total is None) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda amount: bar.advance(task, amount)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda amount: bar.advance(task, amount)
+    lines = _ProgressLines(console, title, total)
+    thread = Thread(target=lines.print_regularly, daemon=True)
+    thread.start()
+    try:
+        yield lines.advance
+    finally:
+        lines.ended.set()
+        thread.join()
 
 
 class _ProgressLines:
-    """Prints a line at each quarter, and each minute."""
+    """Prints a line at each quarter, and every few seconds."""
 
-    def __init__(self, console: Console, title: str, total: int) -> None:
+    def __init__(self, console: Console, title: str, total: int | None) -> None:
+        self.ended = Event()
         self._console, self._title, self._total = console, title, total
         self._done = self._quarters = 0
         self._started = self._printed = time.monotonic()
 
+    def print_regularly(self) -> None:
+        while not self.ended.wait(max(0.0, self._printed + INTERVAL - time.monotonic())):
+            if time.monotonic() - self._printed >= INTERVAL:
+                self._print()
+
     def advance(self, amount: int) -> None:
         self._done += amount
-        now, quarters = time.monotonic(), 4 * self._done // self._total
-        if quarters == self._quarters and now - self._printed < _INTERVAL:
+        if self._total and (quarters := 4 * self._done // self._total) > self._quarters:
+            self._quarters = quarters
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        seconds = self._printed - self._started
+        if not self._total or not self._done:
+            self._console.print(f"{self._title}, {seconds:.0f} s")
             return
-        self._quarters, self._printed = quarters, now
-        speed = self._done / max(now - self._started, 1e-6)
-        remaining = int((self._total - self._done) / speed)
+        speed = self._done / max(seconds, 1e-6)
+        remaining = int(max(0, self._total - self._done) / speed)
         share = f"{100 * self._done // self._total} % of {self._total / 1e6:.1f} MB"
         self._console.print(f"{self._title} {share}, {speed / 1e6:.1f} MB/s, {remaining // 60}:{remaining % 60:02d} left")
 

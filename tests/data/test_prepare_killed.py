@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import MANTA
 from small_corpora import SMALL, config, content, write_source
 from split_tasks import HangingSplit
 
@@ -117,3 +118,25 @@ def test_two_preparations_at_once_agree(lines, undisturbed, tmp_path):
     processes = [start(prepare_alone, tmp_path, lines) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert content(prepare.find_prepared(config(tmp_path, lines), SMALL)) == content(undisturbed)
+
+
+def test_a_killed_worker_ends_prepare_in_one_line_and_the_command_resumes(lines, undisturbed, tmp_path):
+    yaml = (
+        f"run: {{dir: run}}\ndata: {{sources: [{lines}], sequence_length: 16, validation: 0.1, workers: 2}}\n"
+        "tokenizer: {vocabulary: 400, train_bytes: 100000}\nmodel: {preset: llama-tiny}\n"
+        "train: {steps: 2, global_batch: 8, micro_batch: 4}\n"
+    )
+    (tmp_path / "run.yaml").write_text(yaml)
+    command, options = [MANTA, "prepare", "run.yaml"], {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **options)
+    while not (workers := [child for child in psutil.Process(process.pid).children() if "spawn_main" in str(child.cmdline())]):
+        time.sleep(0.01)
+    workers[0].kill()
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 1, stderr
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("manta: ")
+    assert "a process died (SIGKILL, maybe out of memory" in stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("corpora/*/manifest.json"))
+    again = subprocess.run(command, check=True, **options)
+    assert content(undisturbed.model_copy(update={"corpora": (again.stdout.strip(),)})) == content(undisturbed)
