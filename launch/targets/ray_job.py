@@ -5,6 +5,8 @@ can run there in the same way, which helps if this machine cannot see the run di
 """
 
 import asyncio
+import contextlib
+import re
 import shlex
 import shutil
 import sys
@@ -12,11 +14,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from manta.data.errors import InputError
 from manta.launch import __version__
@@ -25,10 +28,14 @@ from manta.launch.targets.paths import location_problems
 from manta.launch.terminal import notify
 
 CONFIG = "run.yaml"
-TIMEOUT = 10.0  # seconds for the dashboard to answer
+TIMEOUT = 30.0  # seconds for the dashboard to answer
+AGENT_TIMEOUT = 30.0  # seconds in which a Ray that has just started has an agent that runs jobs
+NO_AGENT = "No available agent to submit job"  # Ray's words
+LONGEST = 300  # characters of an error of Ray's
 ENTRYPOINT_LINE = "Running entrypoint for job"  # Ray's last line before the output of the job
 NOT_CODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 POLL = 0.1  # seconds
+RETRY = 1.0  # seconds between two tries to submit
 
 
 def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
@@ -38,8 +45,9 @@ def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
     problems = location_problems(config, root="/", expected=expected, remedy=remedy, url_remedy=url_remedy)
     if message := "\n".join(problems):
         raise InputError(message)
-    client = _client("--on", address, insecure=insecure)
-    job = _submit(client, ["train", CONFIG, "--on", "auto", *(["--insecure"] if insecure else [])], config)
+    with _errors_in_one_line("--on", address):
+        client = _client("--on", address, insecure=insecure)
+        job = _submit(client, ["train", CONFIG, "--on", "auto", *(["--insecure"] if insecure else [])], config)
     logs, status = f"ray job logs --address {address} {job}", f"manta status {shlex.quote(str(config.run.dir))}"
     notify(f"{config.run.dir}: submitted as {job}; see: {logs}; or, on a machine that sees its directory: {status}")
     sys.stdout.write(f"{job}\n")
@@ -48,11 +56,12 @@ def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
 
 def run_command(address: str, command: Sequence[str], *, insecure: bool) -> int:
     """Run a command of manta on a node of that Ray, print its output, and return its exit code. Raises InputError if that fails."""
-    client = _client("at", address, insecure=insecure)
-    job = _submit(client, command)
-    asyncio.run(_print_output(client, job))
-    while not (info := client.get_job_info(job)).status.is_terminal():
-        time.sleep(POLL)
+    with _errors_in_one_line("at", address):
+        client = _client("at", address, insecure=insecure)
+        job = _submit(client, command)
+        asyncio.run(_print_output(client, job))
+        while not (info := client.get_job_info(job)).status.is_terminal():
+            time.sleep(POLL)
     if info.driver_exit_code is None:
         raise InputError(f"at: expected a Ray cluster that can run manta, got {address}: {info.message}. Check the packages there.")
     return int(info.driver_exit_code)
@@ -66,7 +75,17 @@ def _submit(client: Any, command: Sequence[str], config: RunConfig | None = None
             copy_run(Path(folder), config)
         metadata = None if config is None else {"run": str(config.run.dir)}
         entrypoint = f"python -P -m manta.launch {shlex.join(command)}"
-        return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder}, metadata=metadata)
+        deadline, is_waiting = time.monotonic() + AGENT_TIMEOUT, False
+        while True:
+            try:
+                return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder}, metadata=metadata)
+            except RuntimeError as error:
+                if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    raise
+            if not is_waiting:
+                notify(f"waiting up to {AGENT_TIMEOUT:g} s for an agent of that Ray, which runs jobs")
+            is_waiting = True
+            time.sleep(RETRY)
 
 
 async def _print_output(client: Any, job: str) -> None:
@@ -106,26 +125,61 @@ def copy_run(folder: Path, config: RunConfig) -> None:
 
 
 def _client(key: str, address: str, *, insecure: bool) -> Any:
-    """Raises InputError if there is no dashboard, or one that accepts anyone, unless `insecure`."""
+    """Raises InputError if the address is none, or if the dashboard accepts anyone, unless `insecure`."""
+    try:
+        url = urlsplit(address)
+        host = url.hostname if url.port != 0 else None
+    except ValueError:
+        url, host = None, None
+    if url is None or not host:
+        raise InputError(f"{key}: expected http://HOST:PORT, got {address.rpartition('@')[2][:LONGEST]!r}. Correct it.")
+    if url.password is not None:
+        remedy = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH instead."
+        raise InputError(f"{key}: expected a URL without a password, got one for {host}. {remedy}")
     if find_spec("aiohttp") is None:
         raise InputError(f"{key}: expected the packages of ray[default], got none. Run pip install 'manta[dashboard]'.")
-    try:
-        if insecure or not _accepts_anyone(address):
-            from ray.job_submission import JobSubmissionClient
+    if not insecure and _accepts_anyone(address):
+        raise InputError(f"{key}: expected a Ray cluster with a token, got {address}. Set RAY_AUTH_MODE=token there, or add --insecure.")
+    from ray.job_submission import JobSubmissionClient
 
-            return JobSubmissionClient(address)
-    except Exception as error:  # noqa: BLE001  of several libraries
-        problem = str(error).strip().splitlines()[0].removeprefix("<urlopen error ").removesuffix(">")
-        raise InputError(f"{key}: expected a Ray dashboard, got {address} ({problem}). Start it there with ray[default].") from None
-    raise InputError(f"{key}: expected a Ray cluster with a token, got {address}. Set RAY_AUTH_MODE=token there, or add --insecure.")
+    class Client(JobSubmissionClient):
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            """Without a timeout, a dashboard that does not answer would be waited for until it ends."""
+            return super()._do_request(*arguments, timeout=TIMEOUT, **options)
+
+    return Client(address)
 
 
 def _accepts_anyone(address: str) -> bool:
     """Return whether the dashboard answers without a token."""
     try:
-        urllib.request.urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=TIMEOUT).close()  # noqa: S310  http or https: --on is checked
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=TIMEOUT) as answer:  # noqa: S310  http or https: --on is checked
+            if answer.headers.get_content_type() != "application/json":
+                raise ValueError
     except urllib.error.HTTPError as error:
         if error.code not in {401, 403}:
             raise
         return False
     return True
+
+
+@contextlib.contextmanager
+def _errors_in_one_line(key: str, address: str) -> Generator[None]:
+    """Raise an InputError for any error of Ray's client, which raises those of several libraries."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        remedy = "Check the address, the token (RAY_AUTH_TOKEN_PATH), and that ray[default] is installed there."
+        raise InputError(f"{key}: expected a Ray dashboard, got {address} ({_gist(error)}). {remedy}") from None
+
+
+def _gist(error: Exception) -> str:
+    """Return what an error says without tracebacks and web pages of a server."""
+    if isinstance(error, ValueError | TypeError | KeyError):  # not JSON, or JSON of another shape
+        return "something else answers there"
+    lines = [line for line in str(error).splitlines() if line.strip(" .")] or [type(error).__name__]
+    first = lines[0].removeprefix("<urlopen error ").removesuffix(">")
+    text = lines[-1] if first.endswith("Traceback (most recent call last):") else first
+    return re.split("<!doctype|<html", text, maxsplit=1, flags=re.IGNORECASE)[0].rstrip(" .:")[:LONGEST] or type(error).__name__

@@ -1,6 +1,7 @@
 """Jobs of another Ray: a run is submitted over HTTP with its code, and does not need the process that submitted it."""
 
 import contextlib
+import http.server
 import json
 import os
 import secrets
@@ -9,8 +10,10 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import ray
@@ -190,3 +193,116 @@ def test_without_the_dashboard_packages_the_extra_is_named(workspace, monkeypatc
     overrides = ["run.dir=/nowhere/run", "data.directory=/nowhere", "data.sources=[/nowhere/a.txt]"]
     with pytest.raises(InputError, match=r"--on: expected the packages of ray\[default\], got none. Run pip install 'manta\[dashboard\]'."):
         ray_job.submit(config.load(workspace.config_file, overrides), HTTP, insecure=False)
+
+
+class Dashboard(http.server.BaseHTTPRequestHandler):
+    """Answers as Ray's dashboard does, except where `answers` has something else for a path."""
+
+    answers: ClassVar = {}
+    submitted = 0
+
+    def answer(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        self.rfile.read(length)
+        path = self.path.partition("?")[0]
+        if self.command == "POST":
+            type(self).submitted += 1
+        default = {
+            "/api/version": VERSION,
+            "/api/jobs/": "[]" if self.command == "GET" else '{"job_id": "1", "submission_id": "raysubmit_1"}',
+        }
+        code, body, *kind = self.answers.get((self.command, path)) or (200, default.get(path, "{}"))
+        if callable(body):
+            code, body = body(self)
+        self.send_response(code)
+        self.send_header("Content-Type", *(kind or ["application/json"]))
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    do_GET = do_PUT = do_POST = answer  # noqa: N815  their names
+
+    def log_message(self, *_):
+        pass
+
+
+VERSION = json.dumps({"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": "s"})
+NO_AGENT = f"Traceback (most recent call last):\n  File\nRuntimeError: {ray_job.NO_AGENT}, please try again later.\n"
+PAGE = "<!DOCTYPE html>\n<html><body>It works!</body></html>"
+
+
+@pytest.fixture
+def dashboard():
+    """A function: what to answer, by method and path -> the address of a dashboard that does."""
+    servers = []
+
+    def start(**answers):
+        handler = type("Own", (Dashboard,), {"answers": {tuple(key.split(" ")): answer for key, answer in answers.items()}})
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}", handler
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def submit(workspace, address: str) -> int:
+    return ray_job.submit(config.load(workspace.config_file, NOWHERE), address, insecure=True)
+
+
+def test_a_ray_without_an_agent_is_tried_again(workspace, dashboard, monkeypatch, capsys):
+    monkeypatch.setattr(ray_job, "RETRY", 0.05)
+
+    def late(handler):
+        return (500, NO_AGENT) if handler.submitted < 3 else (200, '{"job_id": "1", "submission_id": "raysubmit_1"}')
+
+    address, handler = dashboard(**{"POST /api/jobs/": (200, late)})
+    assert submit(workspace, address) == 0
+    out, messages = capsys.readouterr()
+    assert (out, handler.submitted) == ("raysubmit_1\n", 3)
+    assert messages.count("waiting up to 30 s for an agent of that Ray") == 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "problem"),
+    [
+        ({"POST /api/jobs/": (500, NO_AGENT)}, f"RuntimeError: {ray_job.NO_AGENT}, please try again later"),
+        ({"POST /api/jobs/": (500, "Traceback (most recent call last):\n File\nOSError: no space")}, "OSError: no space"),
+        ({"POST /api/jobs/": (502, PAGE, "text/html")}, "Request failed with status code 502"),
+        ({"GET /api/version": (200, PAGE, "text/html")}, "something else answers there"),
+        ({"GET /api/version": (200, '{"hello": 1}')}, "something else answers there"),
+        ({"GET /api/version": (404, "")}, "Version check returned 404"),
+        ({"POST /api/jobs/": (200, '{"hello": 1}')}, "something else answers there"),
+        ({"POST /api/jobs/": (401, "no")}, "uthentication"),
+        ({"POST /api/jobs/": (200, lambda _: time.sleep(1.5) or (200, ""))}, "Read timed out"),
+    ],
+)
+def test_every_error_of_a_dashboard_is_one_line(workspace, dashboard, monkeypatch, answers, problem):
+    for name, seconds in (("RETRY", 0.05), ("AGENT_TIMEOUT", 0.2), ("TIMEOUT", 0.5)):
+        monkeypatch.setattr(ray_job, name, seconds)
+    address, _ = dashboard(**answers)
+    with pytest.raises(InputError) as refused:
+        submit(workspace, address)
+    message = str(refused.value)
+    assert message.startswith(f"--on: expected a Ray dashboard, got {address} (")
+    assert problem in message
+    assert "\n" not in message
+    assert len(message) < 700
+    assert "<" not in message
+
+
+def test_an_address_that_is_none_or_has_a_password_is_refused(workspace):
+    for address in ("http://", "http://host:port", "http://[::1", "http://host:99999", "http://me:geheim@host:port"):
+        with pytest.raises(InputError, match=r"^--on: expected http://HOST:PORT, got (?!.*geheim)"):
+            submit(workspace, address)
+    with pytest.raises(InputError, match=r"^--on: expected a URL without a password, got one for host\.") as refused:
+        submit(workspace, "http://me:geheim@host:8265")
+    assert "geheim" not in str(refused.value)
+
+
+def test_a_web_server_is_not_taken_for_a_ray_without_token(workspace, dashboard):
+    address, _ = dashboard(**{"GET /api/jobs/": (200, PAGE, "text/html")})
+    with pytest.raises(InputError, match="something else answers there"):
+        ray_job.submit(config.load(workspace.config_file, NOWHERE), address, insecure=False)
