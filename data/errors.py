@@ -17,9 +17,16 @@ class DataError(RuntimeError):
     """
 
 
-def one_line(error: Exception) -> str:
-    """Return an error's message, with every line break and every run of spaces as one space."""
-    return " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+    """Return an error's message, cut, with every line break and every run of spaces as one space."""
+    return cut(" ".join(str(error).split()), 500)
+
+
+def cut(text: str, limit: int = 200) -> str:
+    """Return a text from elsewhere as a message may quote it: its start, without what a terminal would obey or could not encode."""
+    text = text[: limit + 1]
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 class InvalidValueError(ValueError):

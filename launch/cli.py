@@ -204,6 +204,8 @@ def export(
     from manta.trainer.convert.huggingface.directory import refuse_to_overwrite
 
     directory = run_dir.path / "export" / "hf" if output is None else output.absolute()
+    if output is None and (linked := directory.resolve()) != run_dir.path.resolve() / "export" / "hf":
+        raise InputError(f"{directory}: expected a directory in the run, got a link to {linked}. Use --output to export there.")
     refuse_to_overwrite(directory, run_dir)
     import torch
 
