@@ -1,6 +1,12 @@
 """Errors in the user's input."""
 
 import json
+import re
+
+LONGEST_VALUE, LONGEST_LINE = 200, 1000  # characters in a message
+_USER = re.compile(r"(?<=[a-z0-9]:/)/?[^/\s@:]+@", re.IGNORECASE)  # one slash: a Path of a URL
+_PASSWORD = re.compile(r"(?<=[a-z0-9]:/)/?[^/\s@:]*:(?!\d+(?:[/\s]|$))\S*@", re.IGNORECASE)  # digits before a slash are a port
+_SIGNATURE = re.compile(r"([?&][\w.-]*(?:sig|signature|token|secret|password|credential|key)[\w.-]*=)[^&\s\"']+", re.IGNORECASE)
 
 
 class InputError(ValueError):
@@ -8,6 +14,9 @@ class InputError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(cut(line, LONGEST_LINE) for line in redact(message).split("\n")))
 
 
 class DataError(RuntimeError):
@@ -29,6 +38,26 @@ def cut(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
+def redact(text: str) -> str:
+    """Return a text with `***` in place of the user names, passwords and signatures in its URLs."""
+    return _SIGNATURE.sub(r"\1***", _USER.sub("/***@", _PASSWORD.sub("/***@", text)))
+
+
+def has_password(url: str) -> bool:
+    return _PASSWORD.search(url) is not None
+
+
+def cut(text: str, length: int = LONGEST_VALUE) -> str:
+    """Return a text of at most this length: of a longer one, the middle is left out."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[: length - half]}…{text[1 - half :]}"
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: as JSON, and cut if it is long."""
+    return cut(json.dumps(value, default=str))
+
+
 class InvalidValueError(ValueError):
     """A config value that a validator rejects because of another key's value. pydantic collects it.
 
@@ -36,5 +65,5 @@ class InvalidValueError(ValueError):
     """
 
     def __init__(self, key: str, expected: str, got: object, remedy: str, *related: str) -> None:
-        super().__init__(f"{key}: expected {expected}, got {json.dumps(got, default=str)}. {remedy}")
+        super().__init__(f"{key}: expected {expected}, got {shown(got)}. {remedy}")
         self.keys = (key, *related)
