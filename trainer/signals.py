@@ -19,7 +19,8 @@ from typing import Any
 from manta.cluster.protocol import Env, collective_line
 
 RECORDED = "2000"  # collectives that the flight recorder keeps, the newest
-SETTINGS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # the newer name, and the older
+OLD_NAMES = {"TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"}
+"""Of torch's settings. torch warns if they are set, so only a user sets them."""
 
 
 class StopRequest:
@@ -49,12 +50,12 @@ def dump_on_signal(number: signal.Signals) -> None:
 
     NCCL's own watchdog writes its dump of a collective that timed out beside the log. Keeps what the user has set.
     """
-    if not any(name in os.environ for name in SETTINGS):
-        os.environ.update(dict.fromkeys(SETTINGS, RECORDED))
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    settings = {"TORCH_FR_BUFFER_SIZE": RECORDED, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     if log := os.environ.get(Env.LOG_FILE):
-        for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-            os.environ.setdefault(name, str(Path(log).parent / "nccl-timeout-rank-"))  # torch appends the rank
+        settings["TORCH_FR_DUMP_TEMP_FILE"] = str(Path(log).parent / "nccl-timeout-rank-")  # torch appends the rank
+    for name, value in settings.items():
+        if OLD_NAMES.get(name, name) not in os.environ:
+            os.environ.setdefault(name, value)
     received, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     signal.signal(number, lambda _number, _frame: None)  # faulthandler chains to Python's handler, which writes into the pipe at once

@@ -41,4 +41,5 @@ def test_a_hung_rank_logs_its_pending_collective_and_its_stacks():
     logs = [rank.communicate()[1] for rank in ranks]
     assert "process group 0 (default_pg): collective 4, gloo:all_reduce of [[2, 3]], is pending" in logs[0]
     assert "process group 0 (default_pg): collective 3, gloo:all_reduce of [[4]], is done" in logs[1]
+    assert not any("deprecated" in text for text in logs)
     assert all("Current thread" in text or "Thread 0x" in text for text in logs)
