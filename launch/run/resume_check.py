@@ -17,6 +17,7 @@ from manta.launch.terminal import notify
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.dist.layout import Layout
+from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.run_directory import RunDirectory
 
 
@@ -40,9 +41,7 @@ def check_same_run(run_dir: RunDirectory, config: RunConfig) -> None:
     if str(now) != str(checkpoints) and checkpoints.names() and not now.names():  # else the run would start again from step 0
         remedy = f"Copy them there, or keep {checkpoints}."
         raise InputError(f"checkpoint.directory: expected the run's checkpoints, got {now}, which has none. {remedy}")
-    shape = config.schedule.shape
-    if config.train.steps > old.train.steps and shape != "constant":
-        notify(f"train.steps {old.train.steps} -> {config.train.steps}: the learning rate now follows a {shape} over all of them")
+    _report_learning_rate(old, config, run_dir.saved_step())
 
 
 def check_same_data_ranks(run_dir: RunDirectory, layout: Layout) -> None:
@@ -56,6 +55,17 @@ def check_same_data_ranks(run_dir: RunDirectory, layout: Layout) -> None:
 def is_finished(run_dir: RunDirectory, config: RunConfig) -> bool:
     """Whether the run has ended well, with its last step saved."""
     return run_dir.saved_step() == config.train.steps and exit_code(read_events(run_dir.events_file)) == ExitCode.DONE
+
+
+def _report_learning_rate(old: RunConfig, new: RunConfig, step: int) -> None:
+    """Say so if the learning rate of the next step depends on how far the run was planned to go. step: finished ones."""
+    before, now = (
+        learning_rate(config.schedule, peak=config.optimizer.learning_rate, step=step, steps=config.train.steps) for config in (old, new)
+    )
+    if before != now:
+        plans = [config.schedule.steps or config.train.steps for config in (old, new)]
+        rates = f"{before:.3g} in the schedule of {plans[0]} steps, {now:.3g} in that of {plans[1]}"
+        notify(f"learning rate of step {step + 1}: {rates}; to keep the first schedule: schedule.steps={plans[0]}")
 
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

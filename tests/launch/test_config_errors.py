@@ -55,6 +55,10 @@ INVALID = {
         "schedule:\n  warmup_steps: 99\ntrain:\n  steps: 50\n",
         ": schedule.warmup_steps: expected at most train.steps (50), got 99. Shorten the warmup or train longer.",
     ),
+    "warmup longer than a schedule of its own length": (
+        "schedule:\n  warmup_steps: 40\n  steps: 30\ntrain:\n  steps: 50\n",
+        ": schedule.warmup_steps: expected at most schedule.steps (30), got 40. Shorten the warmup or raise schedule.steps.",
+    ),
     "unknown ZeRO stage": (
         "parallel:\n  zero: 4\n",
         ": parallel.zero: expected 0, 1, 2 or 3 (...), got 4. Omit it, or set parallel.zero=1, the default.",
@@ -172,9 +176,9 @@ INVALID = {
         "data:\n  sequence_length: 6\n  curriculum: [{sequence_length: 3}, {from_tokens: 9, sequence_length: 6}]\nparallel:\n  sequence: 2",
         ": parallel.sequence: expected a divisor of data.curriculum's sequence_length (3), got 2. Use 1.",
     ),
-    "nothing instead of sources": (
-        "data:\n  sources: null\n",
-        ": data.sources: expected a list (...), got null. Set data.sources=[my-text/*.txt], for example.",
+    "number instead of sources": (
+        "data:\n  sources: 4\n",
+        ": data.sources: expected a list (...), got 4. Set data.sources=[my-text/*.txt], for example.",
     ),
     "0 ranks per node": (
         "cluster:\n  ranks_per_node: 0\n",
@@ -239,7 +243,7 @@ def test_a_list_as_a_key_and_an_invalid_path_are_reported(workspace, tmp_path):
     file.write_text("? [a, b]\n: 1\n")
     with pytest.raises(InputError, match=r"odd.yaml:1: expected a name as the key, got a list or section. Write name: value."):
         config.load(file)
-    with pytest.raises(InputError, match=r"run.dir: expected a path, got .*. Remove the control characters."):
+    with pytest.raises(InputError, match=r"run.dir: expected a path, got .*. Remove the NUL."):
         config.load(workspace.config_file, [r'run.dir="a\0b"'])
 
 

@@ -18,6 +18,7 @@ from manta.launch.run.resume_check import check_same_run
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import from_bytes
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
+from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.pretrained.load import ImportSource, _read_import
 from manta.trainer.run_directory import RunDirectory
 
@@ -54,6 +55,19 @@ def test_an_old_run_is_refused_under_another_config(run):
     check_same_run(run, load(run.config_file, ["train.activation_checkpointing=none", "guard.replica_check_every_steps=1"]))
     with pytest.raises(InputError, match=r"model.dropout 0.1 -> 0.2\. "):
         check_same_run(run, load(run.config_file, ["model.dropout=0.2"]))
+
+
+def test_an_extended_run_says_how_its_learning_rate_jumps(run, capsys):
+    """The run was saved at step 10 of 20: linear warmup over 5 steps, then a cosine."""
+    check_same_run(run, load(run.config_file))
+    check_same_run(run, load(run.config_file, ["train.steps=40", "schedule.steps=20"]))
+    assert capsys.readouterr().err == ""
+    check_same_run(run, load(run.config_file, ["train.steps=40"]))
+    old = load(run.config_file)
+    rates = [learning_rate(old.schedule, peak=old.optimizer.learning_rate, step=10, steps=steps) for steps in (20, 40)]
+    assert rates[0] < 0.9 * rates[1]
+    told = f"learning rate of step 11: {rates[0]:.3g} in the schedule of 20 steps, {rates[1]:.3g} in that of 40"
+    assert capsys.readouterr().err == f"{told}; to keep the first schedule: schedule.steps=20\n"
 
 
 def test_an_old_corpus_is_found(run):

@@ -128,3 +128,14 @@ def test_the_learning_rate_warms_up_and_falls_to_its_minimum():
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1)
     assert learning_rate(schedule, peak=1.0, step=500, steps=100) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+def test_a_schedule_of_its_own_length_goes_on_at_its_minimum(shape):
+    first, own = (ScheduleConfig(shape=shape, warmup_steps=10, steps=steps) for steps in (None, 100))
+    planned = [learning_rate(first, peak=1.0, step=step, steps=100) for step in range(100)]
+    extended = [learning_rate(own, peak=1.0, step=step, steps=150) for step in range(150)]
+    assert extended[:100] == planned
+    assert extended[100:] == [planned[-1]] * 50
+    shortened = [learning_rate(own, peak=1.0, step=step, steps=50) for step in range(50)]
+    assert shortened == planned[:50]

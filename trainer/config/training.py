@@ -16,7 +16,7 @@ from manta.trainer.config.supported import unsupported
 
 FREE = (
     *("run.dir", "data.directory", "data.workers", "data.cache", "data.ray_address", "data.skip", "model.preset"),
-    *("train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile"),
+    *("train.steps", "schedule.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile"),
     *("parallel.", "checkpoint.", "guard.", "evaluate.", "track.", "cluster."),
 )
 """Keys and sections that may change when a run resumes. train.steps may only grow; data.skip may change only for samples not read yet."""
@@ -40,10 +40,11 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> "TrainingConfig":
-        length, steps, positions = self.data.sequence_length, self.train.steps, self.model.positions
+        length, positions = self.data.sequence_length, self.model.positions
+        key, steps = ("schedule.steps", self.schedule.steps) if self.schedule.steps else ("train.steps", self.train.steps)
         if (warmup := self.schedule.warmup_steps) > steps:
-            remedy = "Shorten the warmup or train longer."
-            raise InvalidValueError("schedule.warmup_steps", f"at most train.steps ({steps})", warmup, remedy, "train.steps")
+            remedy = "Shorten the warmup or train longer." if key == "train.steps" else f"Shorten the warmup or raise {key}."
+            raise InvalidValueError("schedule.warmup_steps", f"at most {key} ({steps})", warmup, remedy, key)
         objective = "masked" if self.model.family == "bert" else "causal"
         if self.model.family in FAMILY_KEYS and self.data.objective != objective:
             expected, remedy = f"{objective} for model.family {self.model.family}", f"Set data.objective={objective}."
