@@ -18,6 +18,7 @@ from manta.data.errors import InputError
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
 from manta.trainer.signals import StopRequest, dump_on_signal
 
+EXPLAINED = (CheckpointError, SaveError, FloatingPointError)  # their messages are for the user, and say all that a traceback could
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # texts of torch's RuntimeErrors
 
 
@@ -43,7 +44,10 @@ def main() -> int:
         report(error, heartbeat, "input")
         return ExitCode.USAGE
     except BaseException as error:  # noqa: BLE001  the supervisor decides what to do about any error
-        traceback.print_exc()
+        if isinstance(error, EXPLAINED):
+            logging.getLogger("manta").error("%s", error)  # noqa: TRY400  as above
+        else:
+            traceback.print_exc()
         report(error, heartbeat, category_of(error))
         return ExitCode.UNSAVED if isinstance(error, LeftUnsavedError) else ExitCode.FAILED
 
@@ -66,7 +70,8 @@ def wait_for_environment() -> None:
 def report(error: BaseException, heartbeat: HeartbeatWriter, category: Category) -> None:
     """Write the error to the file that the supervisor reads, if there is a supervisor."""
     if path := os.environ.get(Env.ERROR_FILE):
-        name, stack = type(error).__name__, "".join(traceback.format_exception(error))
+        name = type(error).__name__
+        stack = "" if isinstance(error, (InputError, *EXPLAINED)) else "".join(traceback.format_exception(error))
         described = RankError(type=name, message=str(error), traceback=stack, step=heartbeat.step, phase=heartbeat.phase, category=category)
         write_error(Path(path), described)
 
@@ -75,7 +80,7 @@ def category_of(error: BaseException) -> Category:
     """Return how the supervisor should treat the error."""
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)):
         return "out_of_memory"
-    is_unrecoverable = isinstance(error, CheckpointError | SaveError) and not isinstance(error, UnreachableError)
+    is_unrecoverable = isinstance(error, EXPLAINED) and not isinstance(error, UnreachableError)
     return "unrecoverable" if is_unrecoverable else "exception"
 
 

@@ -121,9 +121,14 @@ class Loop:
         """Return a step's line of metrics.jsonl. Raises FloatingPointError if training has diverged."""
         loss = self.engine.loss(totals.terms)
         # fp16 skips a step whose gradients overflow and retries with a smaller loss scale; nothing helps a loss that is not finite.
-        if not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.grad_norm))):
-            got, remedy = f"loss {loss} and gradient norm {outcome.grad_norm}", "Lower optimizer.learning_rate or lengthen the warmup."
-            raise FloatingPointError(f"step {step + 1}: expected finite numbers, got {got}. {remedy}")
+        if outcome.exhausted or not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.grad_norm))):
+            got, remedy = f"loss {loss} and gradient norm {outcome.grad_norm}", "Lower optimizer.learning_rate or lengthen the warmup"
+            if outcome.exhausted:
+                got, remedy = (
+                    f"gradients that overflow fp16 at loss scale {self.engine.loss_scale:g}, the smallest",
+                    f"Use precision=bf16, or {remedy.lower()}",
+                )
+            raise FloatingPointError(f"step {step + 1}: expected finite numbers, got {got}. {remedy}, in a new run.")
         stage = self.timeline.stage(step)
         speed = stage.global_batch * self.config.data.sequence_length / seconds
         peak = self.peak_flops and self.peak_flops * self.world.size

@@ -186,6 +186,21 @@ def test_fp16_skips_steps_with_overflow_and_resumes_with_its_loss_scale(workspac
     assert again[0]["loss_scale"] == scales[-1] / (1 + again[0]["skipped"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_gradients_that_overflow_at_every_loss_scale_end_the_run_in_a_line(workspace, zero):
+    run, huge = f"fp16 storm {zero}", ("precision=fp16", "model.z_loss=1e30", "train.steps=60", "evaluate.samples=1")
+    done = workspace.train(run, *huge, f"parallel.zero={zero}", code=1)
+    step = len(lines(workspace, run)) + 1
+    assert 16 < step < 20, "the scale falls from 2^16 to 1"
+    problem = f"step {step}: expected finite numbers, got gradients that overflow fp16 at loss scale 1, the smallest."
+    remedy = "Use precision=bf16, or lower optimizer.learning_rate or lengthen the warmup, in a new run."
+    assert f"{problem} {remedy}" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Traceback" not in (workspace.directory / run / "logs/attempt-0001/rank-0000.log").read_text()
+    assert [event["attempt"] for event in events(workspace, run) if event["event"] == "rank-failed"] == [1], "no second try"
+
+
 def test_another_config_is_refused_with_its_differences(workspace, finished_run):
     before = (workspace.directory / finished_run / "config.yaml").read_bytes()
     refused = workspace.train(finished_run, "optimizer.learning_rate=2e-3", "train.steps=12", code=2)

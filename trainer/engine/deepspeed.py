@@ -28,6 +28,7 @@ class UpdateResult:
     terms: Tensor  # [K]: this rank's share of each loss term; their sum over the replicas is the step's
     grad_norm: float  # global, before clipping
     skipped: bool  # fp16: a gradient overflowed on some rank, so the weights did not change and the loss scale was lowered
+    exhausted: bool  # fp16: skipped, and the loss scale is already the smallest
 
 
 class Engine:
@@ -57,6 +58,8 @@ class Engine:
         mark_sharded(model, mesh)
         config = deepspeed_config(mesh.layout, optimizer, precision, memory)
         self.deepspeed = build_deepspeed(model, mesh, build_optimizer(model.parameters(), optimizer), config)
+        if precision == "fp16":
+            self.zero_optimizer.loss_scaler.raise_error_at_min_scale = False  # the training loop does, and names the step
         self.replica_check = ReplicaCheck(model, mesh)
         self.compute_timer = ComputeTimer(model, mesh.layout, self.device, compiled=compile_blocks)
 
@@ -101,12 +104,14 @@ class Engine:
         for group in self.zero_optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._clip_gradients() if self.layout.zero == 0 else None
+        is_smallest = self._has_smallest_scale()
         self.deepspeed.step()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         skipped = self.precision == "fp16" and bool(self.zero_optimizer.overflow)
         self._update_routers(skipped=skipped)
-        return UpdateResult(terms=terms_K / self.layout.replicas, grad_norm=float(norm or 0.0), skipped=skipped)
+        terms_K = terms_K / self.layout.replicas
+        return UpdateResult(terms=terms_K, grad_norm=float(norm or 0.0), skipped=skipped, exhausted=skipped and is_smallest)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -128,6 +133,13 @@ class Engine:
     def loss_scale(self) -> float | None:
         """fp16's dynamic loss scale; None in other precisions."""
         return float(self.zero_optimizer.loss_scale) if self.precision == "fp16" else None
+
+    def _has_smallest_scale(self) -> bool:
+        """Return whether fp16's loss scale cannot be lowered any more. DeepSpeed tolerates some overflows before it lowers it."""
+        if self.precision != "fp16":
+            return False
+        scaler = self.zero_optimizer.loss_scaler
+        return scaler.cur_scale <= scaler.min_scale and scaler.cur_hysteresis == 1
 
     def _divisors(self, batches: list[Batch]) -> Tensor:
         """Return each term's divisor, such that the term is a mean over the whole step once ZeRO has averaged over replicas."""
