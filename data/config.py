@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
-from manta.data.source_config import LocalPath, Location, Section, SourceConfig
-from manta.data.storage.location import check_local
+from manta.data.source_config import Section, SourceConfig
 
 BYTES = 256  # a byte-level vocabulary has a token for each byte, so that it can encode any text
 
@@ -51,8 +50,8 @@ class CurriculumStageConfig(Section):
 class CacheConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """The cache of remote shards on each node."""
 
-    directory: Annotated[Path, BeforeValidator(check_local)] = Path("~/.cache/manta/shards")
-    """Directory on a local disk, shared by all runs on the node; `~` is the home directory there."""
+    directory: Path = Path("~/.cache/manta/shards")
+    """Directory on a local disk, shared by all runs on the node."""
     bytes: WholeNumber = Field(default=200_000_000_000, ge=1)
     """Maximum size; the least recently used shards are removed first."""
 
@@ -100,7 +99,7 @@ class DataConfig(Section):
     shuffle_shards: int | None = Field(default=None, ge=1)
     """Shuffle within groups of this many shards, so that a corpus may be larger than the cache; default: all at once."""
 
-    directory: Location = Field(default="corpora", min_length=1)
+    directory: str = Field(default="corpora", min_length=1)
     """Directory or URL of prepared corpora, which runs share."""
 
     cache: CacheConfig = CacheConfig()
@@ -118,7 +117,7 @@ class DataConfig(Section):
     workers: int | None = Field(default=None, ge=1)
     """Processes that prepare a corpus, without effect on the result; default: one per core."""
 
-    ray_address: Location | None = Field(default=None, min_length=1)
+    ray_address: str | None = Field(default=None, min_length=1)
     """Address of a Ray cluster whose cores prepare the corpus (auto, or ray://…); all its nodes must see the directory."""
 
     live: bool = False
@@ -141,9 +140,7 @@ class DataConfig(Section):
     @classmethod
     def _accept_single_stage(cls, value: object) -> object:
         if isinstance(value, dict):
-            stage = cast("dict[str, Any]", value)
-            is_whole = isinstance(stage.get("weights"), dict) and stage.keys() <= MixtureStageConfig.model_fields.keys()
-            return (stage if is_whole else {"weights": stage},)
+            return ({"weights": value},)
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
@@ -232,7 +229,7 @@ class TokenizerConfig(Section):
     lowercase: bool = False
     """Lowercase text and strip accents, as BERT's uncased models do; for wordpiece."""
 
-    file: LocalPath | None = None
+    file: Path | None = None
     """A tokenizer.json to load instead of training; a masked objective needs `[CLS] [SEP] [MASK] [PAD]` or `<s> </s> <mask> <pad>`."""
 
     train_bytes: int = Field(default=30_000_000, ge=1)

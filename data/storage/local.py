@@ -5,7 +5,6 @@ import glob
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from manta.data.errors import InputError
 from manta.data.storage.atomic import TEMPORARY, write_atomically
 from manta.data.storage.links import boundary, check_link
 from manta.data.storage.location import FileListing, StoredFile
-from manta.data.storage.regular_file import open_regular
+from manta.data.storage.regular_file import MAX_READ, open_regular, read_regular
 
 BLOCK = 1 << 22  # bytes of a block, a multiple of any token id's
 _BUFFER = 1 << 20  # bytes read at once by a stream
@@ -62,9 +61,9 @@ class LocalStore:
             check_link(parent, root)
         return FileListing(files=dict.fromkeys(found), is_directory=False, boundary=root)
 
-    def read(self, name: str = "") -> bytes:
-        with open_regular(self.path / name) as stream:
-            return stream.read()
+    def read(self, name: str = "", limit: int = MAX_READ) -> bytes:
+        """Raises OSError, also if it is not a regular file, or has more than `limit` bytes."""
+        return read_regular(self.path / name, limit)
 
     def blocks(self, size: int, name: str = "") -> Iterator[memoryview]:
         """Yield the first `size` bytes of a file, fewer if it is shorter. A block is valid until the next one is asked for."""
@@ -87,23 +86,20 @@ class LocalStore:
 
     @contextmanager
     def open_ranges(self, name: str = "") -> Generator[Callable[[int, memoryview], int]]:
-        """Open a file for reads at any offset.
+        """Open a regular file for reads at any offset.
 
         The function that is yielded fills a buffer from a byte of the file, and returns how many bytes it read: fewer than the buffer
         holds only if the file ends before.
         """
-        descriptor = os.open(self.path / name, os.O_RDONLY)
+        with open_regular(self.path / name) as file:
 
-        def read_into(start: int, buffer: memoryview) -> int:
-            done = 0
-            while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
-                done += count
-            return done
+            def read_into(start: int, buffer: memoryview) -> int:
+                done = 0
+                while done < len(buffer) and (count := os.preadv(file.fileno(), [buffer[done:]], start + done)):
+                    done += count
+                return done
 
-        try:
             yield read_into
-        finally:
-            os.close(descriptor)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file, which appears whole or not at all, also after a power cut."""
@@ -143,13 +139,9 @@ class LocalStore:
         path = self.path.absolute()
         nearest = self._nearest()
         if not nearest.is_dir():
-            kind = "a link to nothing" if nearest.is_symlink() and not os.path.exists(nearest) else "a file"  # noqa: PTH110  a loop is no error
-            raise InputError(f"{key}: expected a directory, got {path}, and {nearest} is {kind}. Choose another.")
-        try:
-            tempfile.TemporaryFile(dir=nearest).close()  # root may write anywhere, but not on a read-only or a full disk
-        except OSError as error:
-            problem = f"{path}, and {nearest} has an error: {error.strerror}"
-            raise InputError(f"{key}: expected a directory that can be written, got {problem}. Choose another.") from None
+            raise InputError(f"{key}: expected a directory, got {path}, and {nearest} is a file. Choose another.")
+        if not os.access(nearest, os.W_OK):
+            raise InputError(f"{key}: expected a directory that can be written, got {path}. Choose another, or make {nearest} writable.")
 
     def free_bytes(self) -> int | None:
         """Return the bytes available, or None if the store has no limit that it reports."""
@@ -158,7 +150,7 @@ class LocalStore:
     def _nearest(self) -> Path:
         """Return the root, or the nearest parent that exists."""
         path = self.path.absolute()
-        return next(each for each in (path, *path.parents) if os.path.lexists(each))
+        return next(each for each in (path, *path.parents) if each.exists())
 
 
 def walk(directory: str, *, follow_all: bool = False) -> Iterator[str]:

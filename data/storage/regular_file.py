@@ -7,6 +7,8 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+MAX_READ = 1 << 34  # bytes of a file that is read whole, unless its reader knows a lower limit: the index of a very large corpus
+
 
 def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading. Never waits, as opening a named pipe would.
@@ -19,7 +21,7 @@ def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
 def read_regular(path: Path, limit: int) -> bytes:
     """Return the content of a regular file. Raises OSError, also if the path is not a regular file or has more than `limit` bytes."""
     with open_regular(path) as file:
-        content = file.read(limit + 1)
+        content = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
     return content

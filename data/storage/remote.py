@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from manta.data.errors import InputError
 from manta.data.storage.location import FileListing, StoredFile, join
+from manta.data.storage.regular_file import MAX_READ
 from manta.data.storage.remote_requests import http_status, request
 
 BLOCK = 16 << 20  # bytes of one request: what a broken connection costs, and what a download or a stream holds in memory
@@ -81,8 +82,11 @@ class RemoteStore:
         except FileNotFoundError:
             return []
 
-    def read(self, name: str = "") -> bytes:
-        return b"".join(self.blocks(self.stat(name).size, name))
+    def read(self, name: str = "", limit: int = MAX_READ) -> bytes:
+        """Raises OSError, also if the object has more than `limit` bytes."""
+        if (size := self.stat(name).size) > limit:
+            raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", self.location(name))
+        return b"".join(self.blocks(size, name))
 
     def blocks(self, size: int, name: str = "") -> Iterator[memoryview]:
         """A broken connection costs one block."""

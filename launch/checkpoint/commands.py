@@ -12,15 +12,13 @@ import typer
 from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
 from manta.launch.config import find_run
-from manta.launch.terminal import AsJson, File, Overrides, Run, print_report, user_path
+from manta.launch.terminal import AsJson, Overrides, Run, count_text, notify, print_report
 
 POLL = 0.2  # seconds
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, verify, inspect, prune and convert a run's checkpoints.")
 
-Source = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run, an import, one of its checkpoints, or the URL of checkpoints.", callback=user_path)
-]
+Source = Annotated[str, typer.Argument(metavar="RUN", help="A run, an import, one of its checkpoints, or the URL of checkpoints.")]
 
 
 @app.command("list", epilog="For example: manta checkpoint list runs/mine")
@@ -38,7 +36,8 @@ def verify(source: Source, *, as_json: AsJson = False) -> None:
 
     reports = verify(source)
     print_report(reports, show_verified, as_json=as_json)
-    if any(report["error"] for report in reports):
+    if bad := sum(report["error"] is not None for report in reports):
+        notify(f"{bad} of {count_text(len(reports), 'checkpoint')} cannot be used")
         raise typer.Exit(ExitCode.FAILED)
 
 
@@ -114,8 +113,8 @@ def now(run: Run, *, timeout: Annotated[float, typer.Option(min=1, help="Seconds
 
 @app.command(epilog="For example: manta checkpoint convert deepspeed/checkpoints run.yaml run.dir=runs/mine")
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="DS_DIR", help="The output of engine.save_checkpoint.", callback=user_path)],
-    file: File,
+    source: Annotated[Path, typer.Argument(metavar="DS_DIR", help="The output of engine.save_checkpoint.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The config of the run that continues from it.")],
     overrides: Overrides = None,
     *,
     names: Annotated[str | None, typer.Option(help="Names of the weights: manta or huggingface; detected if omitted.")] = None,

@@ -9,13 +9,12 @@ from rich.filesize import decimal
 
 from manta.data.errors import InputError
 from manta.launch.inspect.charts import console, grid
+from manta.launch.terminal import notify
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.checkpoint.manifest import Checkpoint, from_bytes
-from manta.trainer.checkpoint.reader import read_tensors
-from manta.trainer.checkpoint.rectangles import TensorViews
+from manta.trainer.checkpoint.manifest import Checkpoint
+from manta.trainer.checkpoint.reader import check_headers, read_whole
 from manta.trainer.checkpoint.storage import CheckpointBackend
-from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 from manta.trainer.run_directory import resolve_start_from
 
 Report = dict[str, Any]
@@ -37,8 +36,8 @@ def list_checkpoints(source: str) -> Report:
     rows: list[Report] = []
     for name in names:
         try:
-            rows.append({"name": name, "error": None, **summary(from_bytes(backend.manifest(name), backend.location(name)))})
-        except (CheckpointError, OSError) as error:
+            rows.append({"name": name, "error": None, **summary(catalog.read_manifest(backend, name))})
+        except CheckpointError as error:
             rows.append({"name": name, "error": str(error)})
     return {"at": str(backend), "checkpoints": rows, "bad": backend.bad()}
 
@@ -51,7 +50,7 @@ def summary(checkpoint: Checkpoint) -> Report:
         "bytes": checkpoint.bytes,
         "files": len(checkpoint.files),
         "tensors": len(checkpoint.tensors),
-        **{key: checkpoint.about.get(key) for key in ("written", "layout", "ranks", "attempt", "validation_loss")},
+        **{key: getattr(checkpoint.about, key) for key in ("written", "layout", "ranks", "attempt", "validation_loss")},
     }
 
 
@@ -101,6 +100,7 @@ def inspect(source: str, match: str) -> Report:
     if not keys:
         some = ", ".join(list(dict.fromkeys(key.partition("/")[2] for key in checkpoint.tensors))[:3])
         raise InputError(f"--match: expected weights of {checkpoint.location}, such as {some}, got {match!r}. Try 'blocks.*'.")
+    check_headers(backend, checkpoint)
     weights: dict[str, Report] = {}
     for key in keys:
         state, _, name = key.partition("/")
@@ -114,14 +114,13 @@ def _newest_readable(backend: CheckpointBackend, names: list[str]) -> Checkpoint
         try:
             return catalog.read_manifest(backend, name)
         except CheckpointError as error:
-            console().print(f"skipped: {error}")
+            notify(f"skipped: {error}")
     return catalog.read_manifest(backend, names[-1])
 
 
 def _measure(backend: CheckpointBackend, checkpoint: Checkpoint, key: str) -> Report:
     stored = checkpoint.tensors[key]
-    tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
-    read_tensors(backend, checkpoint, {key: TensorViews.from_whole(tensor)}, check_files=None)
+    tensor = read_whole(backend, checkpoint, [key], check_files=False)[key]
     return {
         "shape": list(stored.shape),
         "dtype": stored.dtype,

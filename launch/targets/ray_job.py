@@ -41,7 +41,8 @@ RETRY = 1.0  # seconds between two tries to submit
 def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
     """Submit the run and return the exit code. Raises InputError before anything is submitted."""
     expected, remedy = "an absolute path that the Ray's nodes share", "Change it: the job starts in another directory."
-    problems = location_problems(config, root="/", expected=expected, remedy=remedy)
+    url_remedy = "Set it in the environment of the Ray's nodes."
+    problems = location_problems(config, root="/", expected=expected, remedy=remedy, url_remedy=url_remedy)
     if message := "\n".join(problems):
         raise InputError(message)
     with _errors_in_one_line("--on", address):

@@ -1,26 +1,27 @@
 """Which checkpoints exist, and which are valid. A valid one matches its manifest in every byte."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from manta.trainer.checkpoint.agreement import all_or_raise, on_first_rank, rank_and_size
 from manta.trainer.checkpoint.errors import CheckpointError, UnreachableError, read_error
 from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, first_difference, from_bytes, step_of_name
-from manta.trainer.checkpoint.reader import read_tensors
+from manta.trainer.checkpoint.reader import check_headers, check_sizes, read_tensors, read_whole
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.checkpoint.storage import CheckpointBackend
-from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 
 log = logging.getLogger(__name__)
 Verification = Literal["full", "sizes"]
 
 
 def read_manifest(backend: CheckpointBackend, name: str) -> Checkpoint:
-    """Return a checkpoint without checking its files. Raises CheckpointError if it has no readable manifest."""
+    """Return a checkpoint. Raises CheckpointError if its manifest is damaged, or if local files are missing or of another size.
+
+    The content of its files is not read.
+    """
     location = backend.location(name)
     try:
         checkpoint = from_bytes(backend.manifest(name), location)
@@ -28,12 +29,15 @@ def read_manifest(backend: CheckpointBackend, name: str) -> Checkpoint:
         raise read_error(f"{location}/{MANIFEST}", error) from None
     if (step := step_of_name(name)) != checkpoint.progress.step:
         raise CheckpointError(f"{location}: expected step {step}, as its name says, got step {checkpoint.progress.step}")
+    if backend.store.is_local:
+        check_sizes(backend, checkpoint)
     return checkpoint
 
 
 def verify(backend: CheckpointBackend, name: str) -> Checkpoint:
     """Read every byte of a checkpoint. Raises CheckpointError with the first problem."""
     checkpoint = read_manifest(backend, name)
+    check_headers(backend, checkpoint)
     read_tensors(backend, checkpoint, {})
     return checkpoint
 
@@ -56,17 +60,31 @@ def restore_newest(backend: CheckpointBackend, restore: Callable[[Checkpoint], N
             bad[name] = str(error)
             continue
         if set_aside:
-            on_first_rank(lambda: [backend.set_aside(name) for name in bad])
+            on_first_rank(lambda: _set_aside(backend, bad))
         return checkpoint
     if bad:
         raise CheckpointError(f"{backend}: every checkpoint is bad: {'; '.join(bad.values())}. Restore one, or choose another run.dir.")
     return None
 
 
+def _set_aside(backend: CheckpointBackend, names: Iterable[str]) -> None:
+    for name in names:
+        try:
+            backend.set_aside(name)
+        except OSError as error:
+            log.warning("%s: could not be set aside: %s", backend.location(name), error.strerror)
+
+
 def restore_one(backend: CheckpointBackend, name: str, restore: Callable[[Checkpoint], None]) -> Checkpoint:
     """Restore this checkpoint. Raises CheckpointError on all ranks if one cannot."""
     checkpoint = on_first_rank(lambda: read_manifest(backend, name))
-    all_or_raise(lambda: restore(checkpoint), CheckpointError)
+    rank, ranks = rank_and_size()
+
+    def check_and_restore() -> None:
+        check_headers(backend, checkpoint, rank=rank, ranks=ranks)
+        restore(checkpoint)
+
+    all_or_raise(check_and_restore, CheckpointError)
     return checkpoint
 
 
@@ -96,14 +114,11 @@ def load(
 
 def load_newest_weights(backend: CheckpointBackend) -> tuple[Checkpoint, dict[str, Tensor]] | None:
     """Return the newest valid checkpoint and its whole master weights by parameter name, or None if there are no checkpoints."""
-    weights: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def restore(checkpoint: Checkpoint) -> None:
-        weights.clear()
-        for key, stored in checkpoint.tensors.items():
-            if key.startswith("master/"):
-                weights[key.removeprefix("master/")] = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
-        read_tensors(backend, checkpoint, {f"master/{name}": TensorViews.from_whole(tensor) for name, tensor in weights.items()})
+        tensors.clear()
+        tensors.update(read_whole(backend, checkpoint, [key for key in checkpoint.tensors if key.startswith("master/")]))
 
     checkpoint = restore_newest(backend, restore, set_aside=False)
-    return None if checkpoint is None else (checkpoint, weights)
+    return None if checkpoint is None else (checkpoint, {key.removeprefix("master/"): tensor for key, tensor in tensors.items()})

@@ -2,7 +2,8 @@
 
 import errno
 
-_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.EFBIG}
+_NO_ACCESS = {errno.EACCES, errno.EPERM}
 
 
 class CheckpointError(RuntimeError):
@@ -17,7 +18,8 @@ def read_error(location: str, error: OSError) -> CheckpointError:
     """Return what an OSError means for the checkpoint that was read."""
     message = error.strerror or str(error)
     kind = CheckpointError if error.errno in _DAMAGE else UnreachableError
-    return kind(message if message.startswith(location) else f"{location}: {message}")
+    remedy = ". Let this user read it." if error.errno in _NO_ACCESS else ""
+    return kind((message if message.startswith(location) else f"{location}: {message}") + remedy)
 
 
 class SaveError(RuntimeError):

@@ -6,8 +6,10 @@ be read under any other layout.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import add
 from typing import TYPE_CHECKING
 
@@ -67,6 +69,29 @@ def _views(flat: "Tensor", local_shape: Sequence[int], offsets: Sequence[int], s
         rectangle = Rectangle(tuple(map(add, offsets, local.offsets)), local.sizes)
         yield rectangle, flat.narrow(0, position, rectangle.count).view(rectangle.sizes)
         position += rectangle.count
+
+
+def cover_once(parts: Sequence[Rectangle], shape: tuple[int, ...]) -> bool:
+    """Return whether the parts cover each element of a tensor of this shape exactly once. Takes time in proportion to their number.
+
+    A sum of boxes is known by its corners, with signs that alternate along each edge: differentiate it once in every direction. So the
+    parts' corners must cancel but for those of the whole.
+    """
+    whole = Rectangle((0,) * len(shape), shape)
+    if list(parts) == [whole]:
+        return True
+    corners: defaultdict[tuple[int, ...], int] = defaultdict(int)
+    for rectangle, weight in chain([(whole, -1)], ((part, 1) for part in parts)):
+        for corner, sign in _corners(rectangle):
+            corners[corner] += weight * sign
+    return not any(corners.values())
+
+
+def _corners(rectangle: Rectangle) -> list[tuple[tuple[int, ...], int]]:
+    corners: list[tuple[tuple[int, ...], int]] = [((), 1)]
+    for offset, size in zip(rectangle.offsets, rectangle.sizes, strict=True):
+        corners = [((*corner, x), sign * end) for corner, sign in corners for x, end in ((offset, 1), (offset + size, -1))]
+    return corners
 
 
 def rectangles(shape: Sequence[int], start: int, stop: int) -> list[Rectangle]:

@@ -1,5 +1,6 @@
 """Which checkpoints are kept, and the deletion of the others."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +21,12 @@ class Retention:
 
 
 def validation_loss(backend: CheckpointBackend, name: str) -> float | None:
-    """Return the loss measured at a checkpoint's step; None if none was, or if its manifest is unreadable."""
+    """Return the loss measured at a checkpoint's step; None if none was, or if it is not finite, or if the manifest is damaged."""
     try:
-        return read_manifest(backend, name).about.get("validation_loss")
+        loss = read_manifest(backend, name).about.validation_loss
     except CheckpointError:
         return None
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def surplus(names: Sequence[str], newest: str, retention: Retention, loss: Callable[[str], float | None]) -> list[str]:

@@ -17,14 +17,17 @@ from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
-from manta.data.errors import InputError
+from pydantic import TypeAdapter
+from pydantic_core import from_json
+
+from manta.data.errors import InputError, one_line
 from manta.data.storage.atomic import sync_directory
 from manta.data.storage.local import LocalStore
 from manta.data.storage.location import local_path
 from manta.data.storage.remote import RemoteStore
 from manta.data.storage.store import Store
-from manta.trainer.checkpoint.errors import CheckpointError, FencedError
-from manta.trainer.checkpoint.manifest import MANIFEST, step_of_name
+from manta.trainer.checkpoint.errors import CheckpointError, FencedError, UnreachableError, read_error
+from manta.trainer.checkpoint.manifest import MANIFEST, MAX_BYTES, Count, Text, step_of_name
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +38,12 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 class Fence(NamedTuple):
     """The attempt that may commit and delete checkpoints."""
 
-    attempt: int = 0
-    token: str = ""  # empty: any attempt may commit
+    attempt: Count = 0
+    token: Text = ""  # empty: any attempt may commit
+
+
+_FENCE = TypeAdapter(Fence)
+_MAX_FENCE = 10_000  # bytes
 
 
 class CheckpointBackend(ABC):
@@ -49,7 +56,10 @@ class CheckpointBackend(ABC):
         return self.store.location()
 
     def names(self) -> list[str]:
-        """Return the names of all committed checkpoints, newest first. Their content is not checked."""
+        """Return the names of all committed checkpoints, newest first. Their content is not checked.
+
+        Raises UnreachableError if this user may not list them.
+        """
         steps = {name: step for name in self._committed() if (step := step_of_name(name)) is not None}
         return sorted(steps, key=steps.__getitem__, reverse=True)
 
@@ -97,7 +107,8 @@ class CheckpointBackend(ABC):
         """Return the names of the checkpoints that were set aside."""
 
     @abstractmethod
-    def manifest(self, name: str) -> bytes: ...
+    def manifest(self, name: str) -> bytes:
+        """Return the content of a checkpoint's manifest. Raises OSError, also if it is no regular file, or too large to be one."""
 
     @abstractmethod
     def abandon(self, name: str, token: str) -> None:
@@ -126,11 +137,14 @@ class CheckpointBackend(ABC):
 
     def _fence(self) -> Fence:
         try:
-            return Fence(**json.loads(self.store.read(FENCE)))
+            return _FENCE.validate_python(from_json(self.store.read(FENCE, _MAX_FENCE)))
         except FileNotFoundError:
             return Fence()
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self}/{FENCE}: damaged ({error}). Delete it once no other attempt runs.") from None
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and isinstance(unreachable := read_error(f"{self}/{FENCE}", error), UnreachableError):
+                raise unreachable from None
+            problem = getattr(error, "strerror", None) or one_line(error)[:200]
+            raise CheckpointError(f"{self}/{FENCE}: damaged ({problem}). Delete it once no other attempt runs.") from None
 
     def _check_fence(self, name: str, token: str) -> None:
         if (fence := self._fence()).token not in {token, ""}:
@@ -148,7 +162,7 @@ class DirectoryBackend(CheckpointBackend):
         return sorted(path.name for path in self.path.glob(f"{BAD}*"))
 
     def manifest(self, name: str) -> bytes:
-        return self.store.read(f"{name}/{MANIFEST}")
+        return self.store.read(f"{name}/{MANIFEST}", MAX_BYTES)
 
     def abandon(self, name: str, token: str) -> None:
         shutil.rmtree(self.path / self._uncommitted(name, token), ignore_errors=True)
@@ -167,7 +181,12 @@ class DirectoryBackend(CheckpointBackend):
         (self.path / name).rename(_unused(self.path / f"{BAD}{name}"))
 
     def _committed(self) -> Iterable[str]:
-        return (path.name for path in self.path.glob("step-*"))
+        try:
+            return [path.name for path in self.path.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise read_error(str(self), error) from None
 
     def _uncommitted(self, name: str, token: str) -> str:
         return f".{name}.{token}.partial"
@@ -222,7 +241,7 @@ class ObjectStoreBackend(CheckpointBackend):
         return [name for name, _ in self._manifests(f"{BAD}{MANIFEST}")]
 
     def manifest(self, name: str) -> bytes:
-        return self.store.read(f"{name}/{self._token_of(name)}/{MANIFEST}")
+        return self.store.read(f"{name}/{self._token_of(name)}/{MANIFEST}", MAX_BYTES)
 
     def write(self, name: str, token: str, file: str, parts: Callable[[], Iterable[memoryview]]) -> str:
         return f"{token}/{super().write(name, token, file, parts)}"

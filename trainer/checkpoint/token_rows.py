@@ -39,7 +39,7 @@ def match_rows(checkpoint: Checkpoint, ranges: list[IdRange], shapes: Mapping[st
         key: _matched(stored, ranges, shapes[key]) if TOKEN_ROWS.fullmatch(key) and key in shapes else stored
         for key, stored in checkpoint.tensors.items()
     }
-    return replace(checkpoint, tensors=tensors)
+    return replace(checkpoint, tensors=tensors, partial=frozenset(filter(TOKEN_ROWS.fullmatch, tensors)))
 
 
 def _matched(stored: StoredTensor, ranges: list[IdRange], shape: tuple[int, ...]) -> StoredTensor:

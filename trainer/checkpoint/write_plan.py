@@ -13,13 +13,19 @@ import torch
 import xxhash
 from torch import Tensor
 
-from manta.trainer.checkpoint.manifest import BLOCK, Chunk, StoredTensor
+from manta.trainer.checkpoint.manifest import BLOCK, Chunk, Dtype, StoredTensor, entry_name
 from manta.trainer.checkpoint.rectangles import Rectangle, TensorViews
 
 GPU_COPY = 64 * BLOCK  # bytes of GPU memory copied at once
 MIN_SPLIT = 1 << 16  # elements: a smaller rectangle that several ranks hold is written by one of them
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+DTYPE_NAMES: dict[torch.dtype, Dtype] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 Region = tuple[str, Rectangle]  # a tensor's key, and a rectangle of it
 
@@ -161,7 +167,7 @@ def _file_layout(regions: Sequence[Region], dtypes: Sequence[torch.dtype]) -> tu
     position = 0
     for (key, rectangle), dtype in zip(regions, dtypes, strict=True):
         end = position + rectangle.count * dtype.itemsize
-        name = f"{key}@{','.join(map(str, rectangle.offsets))}"
+        name = entry_name(key, rectangle.offsets)
         entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(rectangle.sizes), "data_offsets": [position, end]}
         spans.append((position, end))
         position = end

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.trainer.checkpoint.agreement import gather_to_first, on_first_rank, rank_and_size, scatter_from_first
-from manta.trainer.checkpoint.errors import SaveError
-from manta.trainer.checkpoint.manifest import Checkpoint, CheckpointFile, Progress, name_of_step, to_bytes
+from manta.trainer.checkpoint.errors import CheckpointError, SaveError
+from manta.trainer.checkpoint.manifest import About, Checkpoint, CheckpointFile, Progress, name_of_step, to_bytes
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.checkpoint.retention import Retention, delete_surplus
 from manta.trainer.checkpoint.storage import DISK_FULL, CheckpointBackend
@@ -144,7 +144,7 @@ class CheckpointWriter:
                 identity=self._identity,
                 files=tuple(written.values()),
                 tensors=self._plan.stored_tensors({rank: index for index, rank in enumerate(written)}),
-                about=dict(about),
+                about=About(**about),
             )
             manifest = to_bytes(checkpoint)
             needed, free = len(manifest), self.backend.store.free_bytes()
@@ -152,13 +152,13 @@ class CheckpointWriter:
         except Exception as error:
             with suppress(*_STORAGE_ERRORS):  # the first error is reported; the next attempt sweeps
                 self.backend.abandon(name, self._token)
-            if isinstance(error, _STORAGE_ERRORS):
+            if isinstance(error, (*_STORAGE_ERRORS, CheckpointError)):  # the latter of a damaged fence
                 raise SaveError(self._message(name, error, needed, free)) from None
             raise
         try:
             if self._retention is not None:
                 delete_surplus(self.backend, name, self._retention, token=self._token)
-        except _STORAGE_ERRORS as error:
+        except (*_STORAGE_ERRORS, CheckpointError) as error:
             log.warning("%s: could not delete older checkpoints: %s", self.backend.location(name), error)
 
     def _message(self, name: str, error: Exception, needed: int | None = None, free: int | None = None) -> str:
