@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
-from manta.data.source_config import Section, SourceConfig
+from manta.data.source_config import LONGEST_DOCUMENT, Section, SourceConfig
 
 BYTES = 256  # a byte-level vocabulary has a token for each byte, so that it can encode any text
 
@@ -113,6 +113,9 @@ class DataConfig(Section):
 
     bad_rows: Literal["fail", "skip"] = "fail"
     """What a malformed line or row does: fail stops the preparation, skip excludes the row and counts it."""
+
+    longest_document: WholeNumber = Field(default=LONGEST_DOCUMENT, ge=1)
+    """Bytes of the longest line, or text of a row, that is read into memory; a longer one is a malformed row."""
 
     workers: int | None = Field(default=None, ge=1)
     """Processes that prepare a corpus, without effect on the result; default: one per core."""

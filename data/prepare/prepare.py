@@ -27,7 +27,7 @@ from manta.data.sampling.packed_windows import find_packing, pack_corpus
 from manta.data.sampling.samples import Samples
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import FORMAT, Manifest, PreparedData, digest, joint_fingerprint
-from manta.data.source_config import SourceConfig
+from manta.data.source_config import LONGEST_DOCUMENT, SourceConfig
 from manta.data.sources.source import identity, ignored_files, source_files, validation_source
 from manta.data.sources.splits import content_kind, input_splits, sample_text
 from manta.data.storage.location import absolute, join, local_path, resolve
@@ -221,6 +221,8 @@ def _corpus_directory(data: DataConfig, source: SourceConfig, tokens: TokenizerC
     del config["name"], config["epochs"]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", source.resolved_name).strip("-")[-40:].strip("-") or "corpus"
     content = [identity(source), config, tokenizer, tokens.end_of_text, data.validation, data.text_field, data.bad_rows]
+    if data.bad_rows == "skip" and data.longest_document != LONGEST_DOCUMENT:
+        content.append(data.longest_document)
     return _directory(data, slug, content)
 
 

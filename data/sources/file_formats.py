@@ -40,6 +40,6 @@ def format_of(path: str, source: SourceConfig) -> Format | None:
     """Return the format of a file; None if it is unknown. Only text and JSON may be compressed."""
     suffix = format_suffix(path)
     found = configured_format(source) or SUFFIXES.get(suffix)
-    if found == "tokens" and suffix not in TOKENS:
+    if found == "tokens" and (suffix not in TOKENS or suffix not in path):  # .BIN: the index beside it could not be found
         return None
     return None if compression_of(path) is not None and found not in {"text", "json"} else found

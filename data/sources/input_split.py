@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 import xxhash
 
 from manta.data.errors import InputError
+from manta.data.source_config import LONGEST_DOCUMENT
 from manta.data.sources.rows import Content, MixedKindsError, RowError, RowReader
 
 
@@ -52,6 +53,18 @@ class ReadOptions:
     bad_rows: Literal["fail", "skip"] = "fail"
     ignore_undecodable: bool = False
     """Ignore text that is not UTF-8: the standard library's tests contain such files on purpose."""
+    longest_document: int = LONGEST_DOCUMENT
+    """Bytes of a line, or of the text or the token ids of a row."""
+
+    def too_long(self) -> RowError:
+        expected = f"at most {self.longest_document:,} bytes (data.longest_document)"
+        return RowError(f"expected {expected}, got a longer document. Split it, or raise data.longest_document.")
+
+    def check_length(self, content: Content) -> None:
+        """Raise RowError if a document is too long."""
+        size = content.nbytes if not isinstance(content, str) else len(content)
+        if size * 4 > self.longest_document and (size if not isinstance(content, str) else len(content.encode())) > self.longest_document:
+            raise self.too_long()
 
     def bad_row(self, location: str, error: RowError) -> BadRow:
         """Return what to yield for a bad row. Raises InputError unless bad rows are skipped."""

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -16,6 +16,8 @@ Kind = Literal["text", "ids"]
 KIND_NAMES: dict[Kind, str] = {"text": "text", "ids": "a list of token ids"}
 
 _FIX_ROW = "Fix or remove the row."
+_MAX_SHOWN = 12  # fields in an error
+_USUAL_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "passage", "story", "code", "input_ids")
 
 
 class RowError(ValueError):
@@ -48,10 +50,11 @@ class FieldReader:
 
     def read(self, row: Mapping[str, Any]) -> Content:
         """Raises RowError."""
-        if self.name not in row:
-            raise RowError(missing_field(self.name, list(row), self.key))
-        value = row[self.name]
+        value = _field(row, self.name, self.key)
         kind: Kind
+        if isinstance(value, list) and value and isinstance(value[0], str):
+            problem = f"expected text or a list of token ids, got a list of {len(value)} texts"
+            raise RowError(f"field {self.name!r}: {problem}. Join them to one text.")
         if isinstance(value, str):
             kind, content = "text", _check_text(value, self.name)
         elif isinstance(value, list) and (self.kind != "text" or set(map(type, value)) == {int}):
@@ -90,9 +93,7 @@ class TemplateReader:
         for literal, name in self.parts:
             texts.append(literal)
             if name is not None:
-                if name not in row:
-                    raise RowError(missing_field(name, list(row), self.key))
-                texts.append(_format_value(row[name], name))
+                texts.append(_format_value(_field(row, name, self.key), name))
                 has_content |= bool(texts[-1])
         return "".join(texts) if has_content else ""
 
@@ -102,8 +103,17 @@ RowReader = FieldReader | TemplateReader
 
 def missing_field(name: str, names: list[str], key: str) -> str:
     """Return the error for a row or a table that has only the fields `names`."""
-    similar = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:8]
-    return f"expected a field {name!r}, got {', '.join(map(repr, similar)) or 'no fields'}. Set {key}."
+    usual = [field for field in _USUAL_FIELDS if field in names]
+    best = difflib.get_close_matches(name, names, n=1) + usual
+    remedy = f"Set {key} to {best[0]!r}" if best and not key.startswith("template") else f"Set {key}"
+    shown = [f"{field!r:.60}" for field in names[:_MAX_SHOWN]]
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return f"expected a field {name!r:.60}, got {', '.join(shown) or 'no fields'}{more}. {remedy}."
+
+
+def column_of(name: str, names: Collection[str]) -> str:
+    """Return the column that holds a field: `meta` for `meta.text`, unless a column has that name itself."""
+    return name if name in names else name.partition(".")[0]
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
@@ -125,6 +135,19 @@ def parse_json(line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise RowError(f"expected one JSON object per line, got a {type(record).__name__}. {_FIX_ROW}")
     return cast("dict[str, Any]", record)
+
+
+def _field(row: Mapping[str, Any], name: str, key: str) -> object:
+    """Return the value of a field, or of a field in an object: `meta.text`. Raises RowError if there is none."""
+    if name in row:
+        return row[name]
+    column, dot, rest = name.partition(".")
+    inner = row.get(column)
+    if isinstance(inner, UndecodableValue):
+        return inner
+    if not dot or not isinstance(inner, dict):
+        raise RowError(missing_field(name, list(row), key))
+    return _field(cast("dict[str, Any]", inner), rest, key)
 
 
 def _to_ids(values: list[object], name: str) -> NDArray[np.uint32]:
@@ -159,6 +182,9 @@ def _check_text(text: str, name: str) -> str:
 def _wrong_type(value: object, name: str, expected: str) -> RowError:
     if isinstance(value, UndecodableValue):
         return RowError(f"field {name!r}: expected UTF-8, got an {value.reason}. Convert it.")
+    if isinstance(value, dict) and value:
+        inner = f"{next(iter(cast('dict[str, Any]', value)))!r:.60}"
+        return RowError(f"field {name!r}: expected {expected}, got an object with fields. Name one of them, such as {name}.{inner[1:-1]}.")
     return RowError(f"field {name!r}: expected {expected}, got {_type_name(value)}. {_FIX_ROW}")
 
 

@@ -136,7 +136,8 @@ def _known(paths: list[str], source: SourceConfig) -> list[str]:
 def _check_file(file: StoredFile, source: SourceConfig) -> None:
     if not format_of(file.path, source):
         known = f"{' '.join(sorted(SUFFIXES))}; text and JSON may end in {' '.join(COMPRESSION)}"
-        raise InputError(f"{file.path}: expected a known format ({known}), got another one. Convert it, or set the source's format.")
+        got = format_suffix(file.path) or "no suffix"
+        raise InputError(f"{file.path}: expected a known format ({known}), got {got}. Unpack or convert it, or set the source's format.")
     if not file.size and not open_store(file.path).stat().size:  # which raises if a store does not know sizes
         raise InputError(f"{file.path}: expected data, got an empty file. Download it again, or remove it from data.sources.")
 

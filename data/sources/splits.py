@@ -28,7 +28,12 @@ def input_splits(source: SourceConfig, data: DataConfig) -> Sequence[DocumentSpl
 
     The first document decides whether the source holds text or token ids; from then on the other kind is an error.
     """
-    options = ReadOptions(reader=_reader(source, data), bad_rows=data.bad_rows, ignore_undecodable=source.path == "stdlib:")
+    options = ReadOptions(
+        reader=_reader(source, data),
+        bad_rows=data.bad_rows,
+        ignore_undecodable=source.path == "stdlib:",
+        longest_document=data.longest_document,
+    )
     splits = list(_splits(source, options))
     if not isinstance(options.reader, FieldReader):
         return splits

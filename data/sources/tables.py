@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from manta.data.errors import InputError, one_line
 from manta.data.sources.input_split import BadRow, Document, ReadOptions
-from manta.data.sources.rows import Content, FieldReader, RowError, RowReader, UndecodableValue, missing_field
+from manta.data.sources.rows import Content, FieldReader, RowError, UndecodableValue, column_of, missing_field
 from manta.data.sources.streams import reading
 from manta.data.storage.location import StoredFile
 from manta.data.storage.store import open_store
 
-_BATCH = 1024  # rows held as Python objects at a time
+_BATCH = 1024  # rows read at a time
+_MEMORY = 1 << 30  # bytes that these may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,21 +33,23 @@ class _TableFileSplit(ABC):
         return f"{self.path} from row {self.first_row + 1}" if self.first_row else self.path
 
     def documents(self) -> Iterator[Document | BadRow]:
-        contents = (content for columns in self._batches() for content in _contents(columns, self.options.reader))
+        contents = (content for columns in self._batches() for content in _contents(columns, self.options))
         yield from _documents(contents, self, self.first_row)
 
     def location(self, position: int) -> str:
         return f"{self.path}: row {position + 1}"
 
     @abstractmethod
-    def _batches(self) -> Iterator[list[Any]]:
-        """Yield the columns that the reader needs, some rows at a time."""
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        """Yield the columns that the reader needs by name, some rows at a time."""
 
-    def _check_columns(self, names: list[str]) -> None:
-        """Raise InputError for a missing column. It is missing in each row, so it is never skipped as a bad row."""
-        for name in self.options.reader.names:
-            if name not in names:
+    def _needed(self, names: list[str]) -> list[str]:
+        """Return the columns to read. Raises InputError for a missing one: it is missing in each row, so it is never skipped."""
+        needed = [(name, column_of(name, names)) for name in self.options.reader.names]
+        for name, column in needed:
+            if column not in names:
                 raise InputError(f"{self.path}: {missing_field(name, names, self.options.reader.key)}")
+        return [column for _, column in needed]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +76,13 @@ class ParquetSplit(_TableFileSplit):
                     yield cls(path=file.path, size=on_disk, options=options, groups=(first, end), first_row=first_row)
                     first, first_row, rows, size = end, first_row + rows, 0, 0
 
-    def _batches(self) -> Iterator[list[Any]]:
-        names = self.options.reader.names
+    def _batches(self) -> Iterator[dict[str, Any]]:
         with _open_parquet(self.path) as table:
-            self._check_columns(table.schema_arrow.names)
-            groups = range(*self.groups) if self.groups else range(table.num_row_groups)
-            for batch in table.iter_batches(batch_size=_BATCH, row_groups=list(groups), columns=list(names)):
-                yield _columns(batch, names)
+            names = self._needed(table.schema_arrow.names)
+            for group in range(*self.groups) if self.groups else range(table.num_row_groups):
+                rows = _rows_at_once(table.metadata.row_group(group), names)
+                for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=names):
+                    yield _columns(batch, names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +106,11 @@ class ArrowSplit(_TableFileSplit):
                 if first < end:
                     yield cls(path=file.path, size=file.size * (end - first) // rows, options=options, first_row=first, end_row=end)
 
-    def _batches(self) -> Iterator[list[Any]]:
-        with _open_arrow(self.path) as (names, batches):
-            self._check_columns(names)
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        with _open_arrow(self.path) as (existing, batches):
+            names = self._needed(existing)
             for batch in _slices(batches, self.first_row, self.end_row):
-                yield [_validated(column) for column in _columns(batch, self.options.reader.names)]
+                yield {name: _validated(column) for name, column in _columns(batch, names).items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +139,7 @@ class HuggingFaceSplit:
 
         stream: Iterable[dict[str, Any]] = _open_dataset(self.dataset, self.config).shard(self.count, self.index)
         with reading(self.name, ValueError, DatasetsError):
-            yield from _documents((_content(row, self.options.reader) for row in stream), self, first_row=0)
+            yield from _documents((_content(row, self.options) for row in stream), self, first_row=0)
 
     def location(self, position: int) -> str:
         return f"{self.name}, row {position + 1}"
@@ -206,8 +209,16 @@ def _documents(
             yield Document(content, row)
 
 
-def _columns(batch: Any, names: Sequence[str]) -> list[Any]:
-    return [batch.column(batch.schema.names.index(name)) for name in names]  # by name, pyarrow refuses a name that occurs twice
+def _columns(batch: Any, names: Sequence[str]) -> dict[str, Any]:
+    return {name: batch.column(batch.schema.names.index(name)) for name in names}  # by name, pyarrow refuses a name that occurs twice
+
+
+def _rows_at_once(group: Any, names: Sequence[str]) -> int:
+    """Return how many rows of a row group can be held in memory, if each of them repeats the group's longest value."""
+    columns = (group.column(index) for index in range(group.num_columns))
+    read = [column for column in columns if any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in names)]
+    longest = max((column.total_uncompressed_size for column in read), default=0)
+    return max(1, min(_BATCH, _MEMORY // max(longest, 1)))
 
 
 def _validated(column: Any) -> Any:
@@ -222,20 +233,24 @@ def _validated(column: Any) -> Any:
     return column
 
 
-def _contents(columns: list[Any], reader: RowReader) -> Iterator[Content | RowError]:
-    """Yield the content or the error of each row."""
-    if isinstance(reader, FieldReader) and reader.kind != "text" and (ids := _id_lists(columns[0])) is not None:
-        yield from ids
+def _contents(columns: dict[str, Any], options: ReadOptions) -> Iterator[Content | RowError]:
+    """Yield the content or the error of each row, one at a time: small tables can hold long text."""
+    reader = options.reader
+    if isinstance(reader, FieldReader) and reader.kind != "text" and (ids := _id_lists(columns.get(reader.name))) is not None:
+        yield from (options.too_long() if row.nbytes > options.longest_document else row for row in ids)
         return
-    for values in zip(*map(_values, columns), strict=True):
-        yield _content(dict(zip(reader.names, values, strict=True)), reader)
+    for cells in zip(*columns.values(), strict=True):
+        yield _content(dict(zip(columns, cells, strict=True)), options)
 
 
-def _content(row: Mapping[str, Any], reader: RowReader) -> Content | RowError:
+def _content(row: Mapping[str, Any], options: ReadOptions) -> Content | RowError:
+    """Return the content of a row of Arrow cells or of Python objects, or its error."""
     try:
-        return reader.read(row)
+        content = options.reader.read({name: _value(cell, options) for name, cell in row.items()})
+        options.check_length(content)
     except RowError as error:
         return error
+    return content
 
 
 def _id_lists(column: Any) -> list[NDArray[np.uint32]] | None:
@@ -243,7 +258,9 @@ def _id_lists(column: Any) -> list[NDArray[np.uint32]] | None:
     import pyarrow as pa
 
     is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(check(column.type) for check in is_list) or not pa.types.is_integer(column.type.value_type) or column.null_count:
+    if column is None or not any(check(column.type) for check in is_list):
+        return None
+    if not pa.types.is_integer(column.type.value_type) or column.null_count:
         return None
     flat = column.flatten()
     ids = flat.to_numpy(zero_copy_only=False)
@@ -254,14 +271,15 @@ def _id_lists(column: Any) -> list[NDArray[np.uint32]] | None:
     return np.split(ids.astype(np.uint32), np.cumsum(lengths)[:-1])
 
 
-def _values(column: Any) -> list[Any]:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_value(cell) for cell in column]
+def _value(cell: Any, options: ReadOptions) -> Any:
+    """Return a cell as a Python object. Raises RowError for text that is too long, before it is copied."""
+    if not hasattr(cell, "as_py"):
+        return cell
+    import pyarrow as pa
 
-
-def _value(cell: Any) -> Any:
+    text = cell.value if isinstance(cell, pa.DictionaryScalar) else cell
+    if isinstance(text, pa.BinaryScalar) and (buffer := text.as_buffer()) is not None and buffer.size > options.longest_document:
+        raise options.too_long()
     try:
         return cell.as_py()
     except UnicodeDecodeError as error:

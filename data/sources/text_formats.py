@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import BinaryIO, Self
 
 from manta.data.sources.input_split import BadRow, Document, ReadOptions
 from manta.data.sources.rows import RowError, parse_json
@@ -15,6 +15,7 @@ from manta.data.storage.store import open_store
 MAX_DOCUMENT = 64 * 1024
 CUT_DOCUMENT = 16 * 1024
 
+_BLOCK = 1 << 20  # bytes read at a time
 _FILE = 1 << 40  # a position in one of several text files is file * _FILE + character
 _MAX_COUNTED = 1 << 30  # bytes: beyond, a bad line that is skipped is named by its byte instead of by counting all lines before it
 
@@ -53,7 +54,7 @@ class TextSplit:
         index, remaining = divmod(position, _FILE)
         line = 1
         with open_text(self.paths[index]) as text:
-            while remaining > 0 and (block := text.read(min(remaining, 1 << 20))):
+            while remaining > 0 and (block := text.read(min(remaining, _BLOCK))):
                 remaining, line = remaining - len(block), line + block.count("\n")
         return f"{self.paths[index]}: from line {line}"
 
@@ -84,16 +85,17 @@ class JsonLinesSplit:
         return self.path if self.start == 0 else f"{self.path} from byte {self.start}"
 
     def documents(self) -> Iterator[Document | BadRow]:
-        offset = self.start
         with open_bytes(self.path) as stream:
+            first, lines_before = self.start, -1
             if self.start:  # a line belongs to the range that holds its first byte
                 stream.seek(self.start - 1)
-                offset += len(stream.readline()) - 1
-            first, lines_before = offset, -1
-            for number, line in enumerate(stream, start=1):
+                first += _skip_line(stream) - 1
+            for number, (offset, line) in enumerate(_lines(stream, first, self.options.longest_document), start=1):
                 if self.stop is not None and offset >= self.stop:
                     return
                 try:
+                    if line is None:
+                        raise self.options.too_long()
                     content = "" if line.isspace() else self.options.reader.read(parse_json(line))
                 except RowError as error:
                     countable = not first or (open_store(self.path).is_local and (self.options.bad_rows != "skip" or first <= _MAX_COUNTED))
@@ -104,10 +106,27 @@ class JsonLinesSplit:
                 else:
                     if len(content):
                         yield Document(content, offset)
-                offset += len(line)
 
     def location(self, position: int) -> str:
         return f"{self.path}: line {1 + _count_lines(self.path, position)}"
+
+
+def _lines(stream: BinaryIO, offset: int, longest: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the first byte of each line, and the line; None for one that is too long, which is not held in memory."""
+    while line := stream.readline(longest + 1):
+        is_whole = len(line) <= longest or line.endswith(b"\n")
+        yield offset, line if is_whole else None
+        offset += len(line) + (0 if is_whole else _skip_line(stream))
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Read up to the end of a line. Return the number of its bytes."""
+    count = 0
+    while part := stream.readline(_BLOCK):
+        count += len(part)
+        if part.endswith(b"\n"):
+            break
+    return count
 
 
 def _cut(text: io.TextIOWrapper) -> Iterator[str]:
@@ -149,6 +168,6 @@ def _count_lines(path: str, stop: int) -> int:
     """Count the line ends in the first `stop` bytes."""
     lines = 0
     with open_bytes(path) as stream:
-        while stop > 0 and (block := stream.read(min(stop, 1 << 20))):
+        while stop > 0 and (block := stream.read(min(stop, _BLOCK))):
             stop, lines = stop - len(block), lines + block.count(b"\n")
     return lines

@@ -77,8 +77,8 @@ def test_a_bad_row_is_reported_with_file_and_row(tmp_path, monkeypatch):
 def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path, bad_rows):
     columns = {"texts": ["a"], "url": ["b"]}
     for path in (write_parquet(tmp_path / "other.parquet", **columns), write_arrow(tmp_path / "other.arrow", **columns)):
-        assert error_of(path, bad_rows=bad_rows) == f"{path}: expected a field 'text', got 'texts'. Set data.text_field."
-        message = f"{path}: expected a field 'title', got 'texts'. Set template of {path!r}."
+        assert error_of(path, bad_rows=bad_rows) == f"{path}: expected a field 'text', got 'texts', 'url'. Set data.text_field to 'texts'."
+        message = f"{path}: expected a field 'title', got 'texts', 'url'. Set template of {path!r}."
         assert error_of(path, bad_rows=bad_rows, template="{texts} {title}") == message
 
 
@@ -288,3 +288,50 @@ def test_identity_of_a_saved_dataset_depends_on_its_tables_only(tmp_path):
     assert identity(SourceConfig(path=saved)) == before
     os.utime(f"{saved}/data-00000-of-00002.arrow", ns=(0, 1))
     assert identity(SourceConfig(path=saved)) != before
+
+
+def test_a_row_that_is_too_long_is_bad(tmp_path):
+    texts, limit = ["a" * 10, "b" * 11, "ß" * 5, "ß" * 6, "c"], {"longest_document": 10}
+    message = "row 2: expected at most 10 bytes (data.longest_document), got a longer document. Split it, or raise data.longest_document."
+    for number, kind in enumerate((pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view())):
+        column = pa.array(texts, pa.string()).cast(kind)
+        for path in (write_arrow(tmp_path / f"{number}.arrow", text=column), write_parquet(tmp_path / f"{number}.parquet", text=column)):
+            assert error_of(path, data=limit) == f"{path}: {message}"
+            assert read_skipping(path, data=limit)[0] == [texts[0], texts[2], texts[4]]
+    path = write_parquet(tmp_path / "ids.parquet", ids=[[1, 2], [1, 2, 3]])
+    assert error_of(path, text_field="ids", data=limit) == f"{path}: {message}"
+    path = write_file(tmp_path / "ids.jsonl", b'{"ids": [1,2]}\n{"ids": [1,22]}\n')
+    assert error_of(path, text_field="ids", data={"longest_document": 14}).startswith(f"{path}: line 2: expected at most 14 bytes")
+
+
+def test_a_field_of_an_object_is_read(tmp_path):
+    rows = [{"meta": {"text": "a", "ids": [1]}}, {"meta": {"text": "b", "ids": [2, 3]}}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    metas = [row["meta"] for row in rows]
+    for path in (
+        write_file(tmp_path / "x.jsonl", lines),
+        write_parquet(tmp_path / "x.parquet", meta=metas),
+        write_arrow(tmp_path / "x.arrow", meta=metas),
+    ):
+        assert read(path, text_field="meta.text") == ["a", "b"]
+        assert read(path, text_field="meta.ids") == [[1], [2, 3]]
+        assert read(path, template="{meta.text}!") == ["a!", "b!"]
+        assert ": expected a field 'txt', got 'text', 'ids'. Set text_field of" in error_of(path, text_field="meta.txt")
+        assert "field 'meta': expected text or a list of token ids, got an object with fields. Name one of them, such as meta." in error_of(
+            path, text_field="meta"
+        )
+        assert read_skipping(path, text_field="meta.text.x")[0] == []
+    columns = {"meta": metas, "meta.text": ["c", "d"]}
+    for path in (write_parquet(tmp_path / "y.parquet", **columns), write_arrow(tmp_path / "y.arrow", **columns)):
+        assert read(path, text_field="meta.text") == ["c", "d"]
+
+
+def test_the_fields_of_a_row_are_listed_with_the_most_likely_one(tmp_path):
+    for row, words in [
+        ({"title": "t", "body": "b"}, "got 'title', 'body'. Set data.text_field to 'body'."),
+        ({"id": 1, "txt": "a", "content": "b"}, "got 'id', 'txt', 'content'. Set data.text_field to 'txt'."),
+        ({f"f{number}": 1 for number in range(30)}, "'f11' and 18 more. Set data.text_field."),
+        ({"k" * 500: 1}, f"got {'k' * 500!r:.60}. Set data.text_field."),
+        ({"text": ["one", "two"]}, "field 'text': expected text or a list of token ids, got a list of 2 texts. Join them to one text."),
+    ]:
+        assert words in error_of(write_file(tmp_path / "x.jsonl", json.dumps(row).encode()))

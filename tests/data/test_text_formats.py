@@ -1,7 +1,9 @@
 """Text and JSON lines: documents, their locations, templates, and the error of each bad row."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import random
 from pathlib import Path
@@ -19,6 +21,7 @@ from manta.data.sources.rows import FieldReader
 from manta.data.sources.text_formats import JsonLinesSplit
 from manta.data.storage.store import open_store
 
+ZST_SKIPPED = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"  # a frame that readers skip
 LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(DOCUMENTS)).encode()
 
 
@@ -29,7 +32,14 @@ LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumer
         ("x.json", b"\xef\xbb\xbf" + LINES + b"\n\n"),
         ("x.jsonl.gz", gzip.compress(LINES)),
         ("x.json.gz", gzip.compress(LINES[:50]) + gzip.compress(LINES[50:])),
+        ("x.jsonl.gz", gzip.compress(b"") + gzip.compress(LINES) + gzip.compress(b"")),
         ("x.jsonl.zst", zstandard.compress(LINES[:50]) + zstandard.compress(LINES[50:])),
+        ("x.jsonl.zst", ZST_SKIPPED + zstandard.compress(LINES[:50]) + ZST_SKIPPED + zstandard.compress(LINES[50:]) + ZST_SKIPPED),
+        ("x.jsonl.bz2", bz2.compress(LINES[:50]) + bz2.compress(b"") + bz2.compress(LINES[50:])),
+        ("x.jsonl.xz", lzma.compress(LINES)),
+        ("x.jsonl.xz", lzma.compress(LINES[:50]) + bytes(4) + lzma.compress(b"") + lzma.compress(LINES[50:]) + bytes(1 << 21)),
+        ("x.JSONL", LINES),
+        ("X.JSONL.GZ", gzip.compress(LINES)),
     ],
 )
 def test_json_lines_are_read_plain_and_compressed(tmp_path, name, content):
@@ -97,10 +107,12 @@ def test_byte_ranges_of_json_lines_yield_each_line_once(tmp_path_factory, size):
 BAD_LINES = [
     (b'{"text": "half', "got malformed JSON"),
     (b"[" * 100_000, "got malformed JSON"),
+    (b'{"text": "a", "n": ' + b"7" * 5000 + b"}", "got malformed JSON"),
+    (b'{"text": ["a"]}', "expected text or a list of token ids, got a list of 1 texts. Join"),
     (b'{"txt": "a", "id": 3}', "expected a field 'text', got 'txt'"),
     (b'{"text": 7}', "field 'text': expected text, got int"),
     (b'{"text": null}', "field 'text': expected text, got null"),
-    (b'{"text": ["a"]}', "field 'text': expected text, got list"),
+    (b'{"text": [7.5]}', "field 'text': expected text, got list"),
     (b'["text"]', "expected one JSON object per line, got a list"),
     (b'{"text": "\xff"}', "expected UTF-8"),
     (b'{"text": "\\ud800"}', "lone surrogate"),
@@ -173,7 +185,7 @@ def test_a_template_joins_fields(tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"title": "a", "boy": "b"}, "expected a field 'body', got 'boy'. Set template of 'news'"),
+        ({"title": "a", "boy": "b"}, "expected a field 'body', got 'title', 'boy'. Set template of 'news'."),
         ({"title": "a", "body": None}, "field 'body': expected text, a number or a boolean, got null"),
         ({"title": ["a"], "body": "b"}, "field 'title': expected text, a number or a boolean, got list"),
         ({"title": "\ud800", "body": "b"}, "field 'title': expected text, got a lone surrogate"),
@@ -194,7 +206,7 @@ def test_text_field_is_set_per_source_or_for_all(tmp_path):
     path = write_file(tmp_path / "x.jsonl", b'{"body": "b", "text": "t"}\n')
     assert read(path) == ["t"]
     assert read(path, text_field="body") == ["b"]
-    assert "Set text_field of 'news'." in error_of(path, text_field="boddy", name="news")
+    assert "Set text_field of 'news' to 'body'." in error_of(path, text_field="boddy", name="news")
 
 
 def test_a_truncated_or_damaged_file_is_never_skipped(tmp_path):
@@ -204,7 +216,15 @@ def test_a_truncated_or_damaged_file_is_never_skipped(tmp_path):
         "t.jsonl.gz": gzip.compress(lines)[:-100],
         "t.jsonl.zst": zstandard.compress(lines)[:-100],
         "t.txt.zst": zstandard.compress(noise)[:-100],
+        "t.jsonl.bz2": bz2.compress(lines)[:-100],
+        "t.jsonl.xz": lzma.compress(lines)[:-100],
+        "u.jsonl.xz": lzma.compress(lines)[:20],
         "g.jsonl.gz": b"this is not gzip",
+        "h.jsonl.gz": gzip.compress(lines) + b"garbage",
+        "h.jsonl.zst": zstandard.compress(lines) + b"garbage",
+        "h.jsonl.bz2": bz2.compress(lines) + b"garbage",
+        "h.jsonl.xz": lzma.compress(lines) + bytes(4) + b"garbage",
+        "i.jsonl.xz": bytes(8),
     }.items():
         path = write_file(tmp_path / name, content)
         for bad_rows in ("fail", "skip"):
@@ -219,3 +239,20 @@ def test_a_file_deleted_before_it_is_read_is_an_error(tmp_path):
     for read_it in (lambda: list(split.documents()), lambda: split.location(30)):
         with pytest.raises(InputError, match=f"{path}: expected a readable file"):
             read_it()
+
+
+def test_a_line_that_is_too_long_is_bad_and_does_not_shift_others(tmp_path, monkeypatch):
+    short = [json.dumps({"text": text}).encode() for text in ("a", "b", "c")]
+    longest = max(map(len, short))
+    long = b'{"text": "' + b"x" * longest + b'"}'
+    monkeypatch.setattr(text_formats, "_BLOCK", 7)
+    for newline, last in ((b"\n", b"\n"), (b"\r\n", b""), (b"\n", b"")):
+        content = newline.join([short[0], long, short[1], long + b" " * 50, short[2], long]) + last
+        for size, compress in ((splits.SPLIT_BYTES, bytes), (10, bytes), (20, bytes), (splits.SPLIT_BYTES, gzip.compress)):
+            monkeypatch.setattr(splits, "SPLIT_BYTES", size)
+            path = write_file(tmp_path / ("x.jsonl" if compress is bytes else "x.jsonl.gz"), compress(content))
+            keys = {"data": {"longest_document": longest + len(newline) - 1}}
+            found, messages = read_skipping(path, **keys)
+            assert found == ["a", "b", "c"]
+            assert [message.partition(": expected at")[0] for message in messages] == [f"{path}: line {line}" for line in (2, 4, 6)]
+            assert error_of(path, **keys) == messages[0]

@@ -1,6 +1,7 @@
 """Helpers for tests of sources: write small files, read a source as a worker does, and catch its error."""
 
 import pickle
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from manta.data.sources import splits
 from manta.data.sources.input_split import BadRow, Document, InputSplit
 
 DOCUMENTS = ["Guten Tag.\n", "雪が降る", "a\r\nb", "🙂 <|endoftext|> not the end"]
+NONE: Mapping[str, object] = {}
 
 
-def splits_of(path, bad_rows: str = "fail", **keys) -> list[InputSplit]:
+def splits_of(path, bad_rows: str = "fail", data: Mapping[str, object] = NONE, **keys) -> list[InputSplit]:
+    """keys: of the source. data: keys of the data section."""
     source = SourceConfig(path=str(path), **keys)
-    data = DataConfig(sources=(source,), sequence_length=8, bad_rows=bad_rows)
-    return pickle.loads(pickle.dumps(splits.input_splits(source, data)))
+    config = DataConfig(sources=(source,), sequence_length=8, bad_rows=bad_rows, **data)
+    return pickle.loads(pickle.dumps(splits.input_splits(source, config)))
 
 
 def read_all(path, **keys) -> list[tuple[InputSplit, Document | BadRow]]:
