@@ -10,6 +10,10 @@ class InputError(ValueError):
     """
 
 
+class AccessError(InputError):
+    """A file that this user may not read. It is not damaged: nothing replaces it."""
+
+
 class DataError(RuntimeError):
     """Data was not prepared or read, through no fault of the config: a killed process, a full disk, a store that fails. In one line.
 

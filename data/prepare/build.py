@@ -8,13 +8,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from manta.data.config import DataConfig
-from manta.data.errors import InputError
+from manta.data.errors import AccessError, InputError
 from manta.data.prepare.encode import DUPLICATE, MALFORMED, SplitTask, encode_split, hash_split, record_file
 from manta.data.prepare.pool import run_tasks
 from manta.data.prepare.progress import progress, report
 from manta.data.prepare.token_files import index_token_file, token_file_splits
 from manta.data.sampling.samples import entropy
-from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.corpus_directory import REMEDY, CorpusDirectory
 from manta.data.shards.manifest import FORMAT, MANIFEST, CorpusSplit, Manifest, SplitRecord, content_fingerprint, load_manifest
 from manta.data.shards.shard import Shard
 from manta.data.source_config import SourceConfig
@@ -118,14 +118,16 @@ def write_manifest(
 
 def complete_corpus(directory: CorpusDirectory, *, contents: bool) -> Manifest | None:
     """Return the manifest of a complete and undamaged corpus, else None. contents: check every byte, not only sizes."""
-    if not directory.store.exists(MANIFEST):
+    if not directory.exists(MANIFEST):
         return None
     try:
         corpus = load_manifest(directory)
         if not (damage := corpus.problem(directory, contents=contents)):
             return corpus
+    except AccessError:
+        raise
     except InputError as error:
-        damage = str(error)
+        damage = str(error).removesuffix(f". {REMEDY}")
     report(f"prepare: {damage}; it is made again")
     return None
 
@@ -133,8 +135,10 @@ def complete_corpus(directory: CorpusDirectory, *, contents: bool) -> Manifest |
 def _complete_record(task: SplitTask, directory: CorpusDirectory) -> SplitRecord | None:
     """Return the record of a split with complete shards, checked by every byte on a disk, and by size in an object store."""
     try:
-        record = SplitRecord.model_validate_json(directory.store.read(record_file(task.index)))
-    except (FileNotFoundError, ValidationError):
+        record = SplitRecord.model_validate_json(directory.read(record_file(task.index)))
+    except AccessError:
+        raise
+    except (FileNotFoundError, ValidationError, InputError):
         return None
     return None if any(directory.shard_problem(shard, contents=directory.store.is_local) for shard in record.shards()) else record
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from manta.data.config import BYTES, DataConfig, TokenizerConfig
 from manta.data.config_history import as_version_1, identifying_keys
-from manta.data.errors import DataError, InputError, one_line
+from manta.data.errors import AccessError, DataError, InputError, one_line
 from manta.data.live import live_sources
 from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.objective import window_shape
@@ -66,7 +66,7 @@ def find_directories(data: DataConfig, tokens: TokenizerConfig) -> tuple[CorpusD
     """Return the directory of the tokenizer and those of the corpora, which may not exist; None if there is no tokenizer yet."""
     tokenizer_directory = _tokenizer_directory(data, tokens)
     try:
-        content = tokenizer_directory.store.read(_TOKENIZER).decode()
+        content = tokenizer_directory.read(_TOKENIZER).decode(errors="replace")
     except FileNotFoundError:
         return None
     return tokenizer_directory, [_corpus_directory(data, source, tokens, fingerprint(content)) for source in data.sources]
@@ -158,10 +158,12 @@ def _special_tokens(data: DataConfig) -> tuple[str, ...]:
 def _find_tokenizer(directory: CorpusDirectory, tokens: TokenizerConfig) -> str | None:
     """Return the text of an existing tokenizer; None if there is none, or a damaged one."""
     try:
-        content = directory.store.read(_TOKENIZER)
+        content = directory.read(_TOKENIZER)
         Tokenizer(directory.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
     except FileNotFoundError:
         return None
+    except AccessError:
+        raise
     except InputError as error:
         report(f"prepare: {error} It is built again.")
         return None
@@ -258,7 +260,7 @@ def _lock(data: DataConfig) -> Generator[None]:
             with progress("prepare: waiting"):
                 lock.acquire()
     except OSError as error:
-        problem = f"expected a directory that can be written, got {directory} ({error.strerror})"
+        problem = f"expected a directory that can be written, got {error.filename or directory} ({error.strerror})"
         raise InputError(f"data.directory: {problem}. Choose another.") from None
     try:
         yield

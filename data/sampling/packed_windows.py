@@ -12,12 +12,12 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from manta.data.errors import InputError
+from manta.data.errors import AccessError, InputError
 from manta.data.sampling import packing
 from manta.data.sampling.packing import Bins, best_fit
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
-from manta.data.shards.shard import Shard
+from manta.data.shards.shard import Count, Shard
 from manta.data.shards.windows import TokenStream, WindowDataset, Windows, WindowShape
 
 _OPEN_PACKINGS = 256  # mapped at a time
@@ -27,8 +27,8 @@ class ShardPacking(BaseModel, frozen=True, extra="forbid"):
     """The packing of one shard."""
 
     file: str
-    bins: int
-    pieces: int
+    bins: Count
+    pieces: Count
     xxh3: str
 
     @property
@@ -82,6 +82,8 @@ def find_packing(home: CorpusDirectory, corpus: Manifest, shape: WindowShape, *,
     found = recorded_packing(home, shape)
     if found is None or found.fingerprint != corpus.fingerprint:
         return None
+    if (len(found.train), len(found.validation)) != (len(corpus.train.shards), len(corpus.validation.shards)):
+        return None
     files = (*found.train, *found.validation)
     return None if any(home.file_problem(one.file, one.bytes, one.xxh3, contents=contents) for one in files) else found
 
@@ -89,8 +91,10 @@ def find_packing(home: CorpusDirectory, corpus: Manifest, shape: WindowShape, *,
 def recorded_packing(home: CorpusDirectory, shape: WindowShape) -> CorpusPacking | None:
     """Return the packing's record, whether or not its files are intact."""
     try:
-        return CorpusPacking.model_validate_json(home.store.read(_record(shape)))
-    except (FileNotFoundError, ValidationError):
+        return CorpusPacking.model_validate_json(home.read(_record(shape)))
+    except AccessError:
+        raise
+    except (FileNotFoundError, ValidationError, InputError):
         return None
 
 

@@ -43,6 +43,7 @@ class Samples:
         tokenizer lacks tokens that the objective needs.
         """
         self._seed = seed
+        self._roots = prepared.corpora
         corpora = load_corpora(prepared, data.cache)
         _check_cache(data, corpora)
         tokenizer = Tokenizer(prepared.tokenizer, end_of_text=tokens.end_of_text)
@@ -78,6 +79,9 @@ class Samples:
     def _read(self, dataset: WindowDataset, numbers: Numbers, samples: Numbers, *, seed: int | None, by_part: bool = False) -> Windows:
         """by_part: draw part B of pairs from the same shard, because others may not be in the cache."""
         windows = dataset.read(numbers)
+        if (highest := int(windows.tokens.view(np.uint64).max(initial=0))) >= self.tokenizer_vocabulary:  # a negative id is larger still
+            problem = f"damaged; expected token ids below {self.tokenizer_vocabulary}, got {highest}"
+            raise InputError(f"{', '.join(self._roots)}: {problem}. Run `manta data verify`, which names the file.")
         if not self._objective.needs_pairs:
             return windows
         first, count = dataset.part(numbers) if by_part else (0, len(dataset))

@@ -1,5 +1,8 @@
 """The directory of a prepared corpus. If it is a URL, a file is downloaded into the node's cache when it is first read."""
 
+import errno
+import os
+import stat
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -11,13 +14,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from manta.data.config import CacheConfig
-from manta.data.errors import InputError
+from manta.data.errors import AccessError, DataError, InputError, one_line
 from manta.data.shards.shard import DocumentIndex, Shard, parse_index
 from manta.data.storage.atomic import write_atomically
 from manta.data.storage.cache import CachedFile, ShardCache
 from manta.data.storage.location import join
-from manta.data.storage.regular_file import make_own_directory
+from manta.data.storage.regular_file import make_own_directory, read_regular
 from manta.data.storage.store import open_store
+
+REMEDY = "Run `manta prepare` again."
+_LARGEST = 1 << 28  # bytes of a file that is read whole: a manifest, a record, a tokenizer
 
 
 class CorpusDirectory:
@@ -28,11 +34,28 @@ class CorpusDirectory:
         """Return a file's path or URL. Shards that are read in place have names that are absolute."""
         return join(self.root, name)
 
+    def read(self, name: str) -> bytes:
+        """Return a small file. Raises FileNotFoundError, AccessError, InputError if it is damaged, and DataError if a store fails."""
+        location = self.location(name)
+        try:
+            return read_regular(Path(location), _LARGEST) if self.store.is_local else self.store.read(name)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise InputError(f"{self._problem(location, error)}. {REMEDY}") from None
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is such a file. Raises AccessError if this user may not know."""
+        try:
+            return self.store.exists(name)
+        except PermissionError as error:
+            raise self._access_error(self.location(name), error) from None
+
     def local_copy(self, name: str) -> Path:
         """Return the path of a small file on this node's disk."""
         if self.store.is_local:
             return Path(self.location(name))
-        content = self.store.read(name)
+        content = self.read(name)
         folder = self._config.directory.expanduser() / "small"
         try:
             make_own_directory(folder)
@@ -45,18 +68,22 @@ class CorpusDirectory:
         return path
 
     def tokens(self, shard: Shard) -> NDArray[Any]:
-        """Return a shard's ids, memory-mapped; as a plain array, because a memmap takes microseconds to slice."""
+        """Return a shard's ids, memory-mapped."""
         with self._local_file(self._token_file(shard)) as path:
-            return np.asarray(np.memmap(path, dtype=shard.dtype, mode="r", offset=shard.offset, shape=(shard.tokens,)))
+            return _map(path, dtype=shard.dtype, offset=shard.offset, shape=(shard.tokens,))
 
     def map_file(self, name: str, *, size: int, xxh3: str) -> NDArray[Any]:
-        """Return the bytes of a file, memory-mapped."""
+        """Return the bytes of a file, memory-mapped. Raises InputError if they are not those that were written."""
         with self._local_file(CachedFile(url=self.location(name), size=size, xxh3=xxh3)) as path:
-            return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+            content = _map(path, dtype=np.uint8, shape=(size,))
+            _check_hash(content, xxh3, path)
+            return content
 
     def read_index(self, shard: Shard) -> DocumentIndex:
         with self._local_file(CachedFile(url=self.location(shard.index), size=shard.idx_bytes, xxh3=shard.idx_xxh3)) as path:
-            return parse_index(path.read_bytes(), str(path))
+            content = read_regular(path, shard.idx_bytes)
+            _check_hash(content, shard.idx_xxh3, path)
+            return parse_index(content, str(path))
 
     def prefetch(self, shards: Iterable[Shard]) -> None:
         """Download the shards that are read next, in this order, in the background. Does nothing for local ones."""
@@ -74,24 +101,27 @@ class CorpusDirectory:
         return problem or self.file_problem(shard.index, shard.idx_bytes, shard.idx_xxh3, contents=contents)
 
     def file_problem(self, name: str, size: int, xxh3: str, *, contents: bool) -> str | None:
-        location = self.location(name)
+        """Return what is wrong with a file, if anything. Raises AccessError if this user may not read it."""
+        location, digest = self.location(name), xxhash.xxh3_64()
         try:
-            found = self._size(location)
-        except FileNotFoundError:
-            return f"{location}: missing"
-        if found != size:
-            return f"{location}: expected {size} bytes, got {found}"
-        if contents:
-            digest = xxhash.xxh3_64()
-            for block in open_store(location).blocks(size):
+            if (found := self._size(location)) != size:
+                return f"{location}: expected {size} bytes, got {found}"
+            for block in open_store(location).blocks(size) if contents else ():
                 digest.update(block)
-            if digest.hexdigest() != xxh3:
-                return f"{location}: its content has changed since it was written"
-        return None
+        except OSError as error:
+            return self._problem(location, error)
+        return f"{location}: its content has changed since it was written" if contents and digest.hexdigest() != xxh3 else None
 
     def _size(self, location: str) -> int:
         """Return a file's size. An object store is asked for all sizes at once: a corpus has thousands of files."""
-        if self.store.is_local or not location.startswith(f"{self.root}/"):
+        if open_store(location).is_local:
+            status = Path(location).stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", location)
+            if not os.access(location, os.R_OK, effective_ids=True):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), location)
+            return status.st_size
+        if not location.startswith(f"{self.root}/"):
             return open_store(location).stat().size
         if location not in self._remote_sizes:
             raise FileNotFoundError(location)
@@ -107,11 +137,42 @@ class CorpusDirectory:
     @contextmanager
     def _local_file(self, file: CachedFile) -> Generator[Path]:
         """Yield the path of a file on this node, which is not evicted before this ends."""
-        if open_store(file.url).is_local:
-            yield Path(file.url)
+        if not open_store(file.url).is_local:
+            with _cache(self._config).hold(file) as path:
+                yield path
             return
-        with _cache(self._config).hold(file) as path:
-            yield path
+        try:
+            yield Path(file.url)
+        except OSError as error:
+            raise InputError(f"{self._problem(file.url, error)}. {REMEDY}") from None
+
+    def _problem(self, location: str, error: OSError) -> str:
+        """Return what is wrong with a file. Raises AccessError if this user may not read it, and DataError if a store fails."""
+        if isinstance(error, FileNotFoundError):
+            return f"{location}: missing"
+        if not open_store(location).is_local:
+            raise DataError(one_line(error)) from None
+        if isinstance(error, PermissionError):
+            raise self._access_error(location, error) from None
+        return f"{location}: damaged; {error.strerror}"
+
+    def _access_error(self, location: str, error: PermissionError) -> AccessError:
+        shared = Path(self.root).parent if location.startswith(f"{self.root}/") else location
+        remedy = f"Its owner can share it (chmod -R go+rX {shared}); or set another data.directory."
+        return AccessError(f"{location}: expected read access, got {error.strerror}. {remedy}")
+
+
+def _map(path: Path, *, shape: tuple[int], dtype: Any, offset: int = 0) -> NDArray[Any]:
+    """Map part of a file, as a plain array, because a memmap takes microseconds to slice."""
+    try:
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape))
+    except ValueError as error:  # it is shorter
+        raise OSError(errno.EINVAL, one_line(error), str(path)) from None
+
+
+def _check_hash(content: Any, xxh3: str, path: Path) -> None:
+    if xxhash.xxh3_64_hexdigest(content) != xxh3:
+        raise InputError(f"{path}: damaged; its content has changed since it was written. {REMEDY}")
 
 
 @cache

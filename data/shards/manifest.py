@@ -2,20 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from manta.data.config import CacheConfig
 from manta.data.errors import InputError
-from manta.data.shards.corpus_directory import CorpusDirectory
-from manta.data.shards.shard import Shard
+from manta.data.shards.corpus_directory import REMEDY, CorpusDirectory
+from manta.data.shards.shard import Count, Shard
 from manta.data.tokenizer import tokenizer
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-_REMEDY = "Run `manta prepare` again."
 
 
 class SplitRecord(BaseModel, frozen=True, extra="forbid"):
@@ -33,9 +32,9 @@ class SplitRecord(BaseModel, frozen=True, extra="forbid"):
 
 
 class CorpusSplit(BaseModel, frozen=True, extra="forbid"):
-    tokens: int
-    documents: int
-    text_bytes: int
+    tokens: Count
+    documents: Count
+    text_bytes: Count
     unigram_entropy: float | None
     """Of validation: the loss in nats per token of a model that knows only its token frequencies."""
     shards: tuple[Shard, ...]
@@ -52,7 +51,7 @@ class CorpusSplit(BaseModel, frozen=True, extra="forbid"):
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    format: int
+    format: Literal[2]
     source: str
     """Its name in the config."""
     path: str
@@ -60,11 +59,11 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     """The share that is held out for validation, or the path of the held-out files."""
     tokenizer: str
     """Fingerprint of the tokenizer that wrote the ids."""
-    vocabulary: int
+    vocabulary: int = Field(ge=1, le=2**24)
     """One more than the tokenizer's largest id."""
     encoder: str
     """The library that encoded the text, and why it was chosen; or how token ids were imported."""
-    text_bytes: int
+    text_bytes: Count
     left_out: dict[str, int]
     """Excluded documents, by reason."""
     train: CorpusSplit
@@ -94,21 +93,16 @@ def load_manifest(directory: CorpusDirectory) -> Manifest:
     """Return a corpus's manifest. Raises InputError if it is missing, damaged or of another format."""
     path = directory.location(MANIFEST)
     try:
-        content = json.loads(directory.store.read(MANIFEST))
-        if isinstance(content, dict) and content.get("format") != FORMAT:
-            raise InputError(f"{path}: format: expected {FORMAT}, got {content.get('format')}. {_REMEDY}")
-        return Manifest.model_validate(content)
+        return Manifest.model_validate_json(directory.read(MANIFEST))
     except FileNotFoundError:
-        raise InputError(f"{path}: missing; the corpus is not prepared, or only in part. {_REMEDY}") from None
+        raise InputError(f"{path}: missing; the corpus is not prepared, or only in part. {REMEDY}") from None
     except ValidationError as error:
-        raise InputError(f"{path}: damaged; {error.error_count()} fields are wrong. {_REMEDY}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged; malformed JSON ({error}). {_REMEDY}") from None
+        raise InputError(f"{path}: {_first_problem(error)}. {REMEDY}") from None
 
 
 def is_complete(prepared: PreparedData, cache: CacheConfig) -> bool:
     """Return whether the tokenizer and all manifests are still in place."""
-    return prepared.tokenizer.exists() and all(CorpusDirectory(root, cache).store.exists(MANIFEST) for root in prepared.corpora)
+    return prepared.tokenizer.exists() and all(CorpusDirectory(root, cache).exists(MANIFEST) for root in prepared.corpora)
 
 
 def load_corpora(prepared: PreparedData, cache: CacheConfig) -> tuple[tuple[CorpusDirectory, Manifest], ...]:
@@ -117,16 +111,26 @@ def load_corpora(prepared: PreparedData, cache: CacheConfig) -> tuple[tuple[Corp
     manifests = tuple(load_manifest(directory) for directory in directories)
     for directory, manifest in zip(directories, manifests, strict=True):
         if problem := manifest.problem(directory):
-            raise InputError(f"{problem}. {_REMEDY}")
+            raise InputError(f"{problem}. {REMEDY}")
     if not prepared.tokenizer.is_file():
-        raise InputError(f"{prepared.tokenizer}: missing. {_REMEDY}")
+        raise InputError(f"{prepared.tokenizer}: missing. {REMEDY}")
     tokenizer_fingerprint = tokenizer.fingerprint(tokenizer.read_tokenizer(prepared.tokenizer))
     if any(manifest.tokenizer != tokenizer_fingerprint for manifest in manifests):
-        raise InputError(f"{prepared.tokenizer}: not the tokenizer that the corpora were written with. {_REMEDY}")
+        raise InputError(f"{prepared.tokenizer}: not the tokenizer that the corpora were written with. {REMEDY}")
     if (fingerprint := joint_fingerprint(manifests)) != prepared.fingerprint:
         problem = f"fingerprint: expected {prepared.fingerprint}, with which the run started, got {fingerprint}"
         raise InputError(f"{', '.join(prepared.corpora)}: {problem}. Restore the corpus, or choose another run.dir.")
     return tuple(zip(directories, manifests, strict=True))
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Return the first of the errors, which name values of a file: in one line, and not a long one."""
+    errors = error.errors(include_url=False)
+    for one in errors:
+        if one["loc"] == ("format",) and isinstance(one["input"], int):
+            return f"format: expected {FORMAT}, got {str(one['input'])[:50]}"
+    key = ".".join(map(str, errors[0]["loc"]))[:100]
+    return f"damaged; {key and f'{key}: '}{errors[0]['msg'][:300]}"
 
 
 def content_fingerprint(train: tuple[Shard, ...], validation: tuple[Shard, ...]) -> str:

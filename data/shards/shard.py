@@ -10,12 +10,12 @@ A shard appears under its name once it is complete: it is written to a temporary
 import os
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, model_validator
 
 from manta.data.errors import InputError
 from manta.data.storage.atomic import TEMPORARY, write_atomically
@@ -26,6 +26,8 @@ LONGEST = 2**31 - 1  # tokens of a document
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 DTYPES = {code: np.dtype(name) for code, name in {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}.items()}
 
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+
 
 class Shard(BaseModel, frozen=True, extra="forbid"):
     """A range of token ids in a file, and their documents' lengths in another, as the manifest records them."""
@@ -34,17 +36,23 @@ class Shard(BaseModel, frozen=True, extra="forbid"):
     """Name beside the manifest; an absolute path or a URL if token files are read in place."""
     index: str
     """Name beside the manifest."""
-    dtype: str
-    offset: int = 0
+    dtype: str = Field(pattern="^u?int(8|16|32|64)$")
+    offset: Count = 0
     """Bytes of the file before the first token."""
-    tokens: int
-    documents: int
-    text_bytes: int
-    bin_bytes: int
+    tokens: Count
+    documents: Count
+    text_bytes: Count
+    bin_bytes: Count
     """Of the whole file."""
-    idx_bytes: int
+    idx_bytes: Count
     bin_xxh3: str
     idx_xxh3: str
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.offset + self.tokens * np.dtype(self.dtype).itemsize > self.bin_bytes:
+            raise ValueError(f"expected no more tokens than the {self.bin_bytes:,} bytes of {self.file} hold, got {self.tokens:,}")
+        return self
 
     @classmethod
     def describe(cls, lengths: NDArray[np.integer], dtype: np.dtype[Any], index_content: bytes, **fields: Any) -> Self:
