@@ -18,11 +18,11 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager, suppress
-from io import BufferedReader, FileIO
+from io import FileIO
 from itertools import accumulate
 from os.path import samestat
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import xxhash
 
@@ -273,7 +273,7 @@ def _delete_unlocked(path: Path) -> bool:
         return True
 
 
-def _is_at(stream: FileIO | BufferedReader, path: Path) -> bool:
+def _is_at(stream: BinaryIO | FileIO, path: Path) -> bool:
     """Return whether the open file still has this path: it may have been deleted or renamed while its lock was waited for."""
     try:
         return samestat(os.fstat(stream.fileno()), path.stat())
