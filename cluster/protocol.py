@@ -1,19 +1,29 @@
-"""What a supervisor and a rank agree on: exit codes, environment variables, the heartbeat file and the error file.
+"""What a supervisor and a rank agree on: exit codes, environment variables, the heartbeat file, the error file, and how files are read
+that somebody may have damaged or replaced.
 
 The leaf of `manta.cluster`: it imports no other module of manta, so that a rank can import it without the rest of the package.
 """
 
+import errno
+import functools
 import json
+import logging
 import os
 import re
+import stat
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+LONGEST_LINE = 1 << 20  # bytes of a line of JSON; a longer one is damaged
+MAX_MESSAGE, MAX_TRACEBACK = 10_000, 100_000  # characters of an error
 HEARTBEAT_SIZE = 256  # bytes: one write, padded with spaces, so that a shorter heartbeat fully overwrites a longer one
 
 PENDING_COLLECTIVE = re.compile(r"^process group .* is pending$", re.MULTILINE)  # in a rank's log, see collective_line
@@ -35,6 +45,10 @@ class ExitCode(IntEnum):
     """Stop requested by Ctrl-C."""
     UNSAVED = 143
     """Stop requested, checkpoint not saved."""
+    RUNNING = 3
+    """Of `manta status --exit-code` alone: the run has not ended."""
+    KILLED = 4
+    """Of `manta status --exit-code` alone: it ended without saying so, killed with its machine, for example. Run it again to resume."""
 
 
 class Env(StrEnum):
@@ -102,11 +116,33 @@ def write_error(path: Path, error: RankError) -> None:
 
 
 def read_error(path: Path) -> RankError | None:
-    """Return the error that a rank wrote; None if it wrote none, or died while writing."""
+    """Return the error that a rank wrote; None if it wrote none, died while writing, or the file cannot be read."""
     try:
-        return _ERROR.validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+        with open_regular(path) as file:
+            return _ERROR.validate_json(file.read(LONGEST_LINE))
+    except (OSError, ValidationError):
         return None
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError if it is not a regular file: to open a named pipe, for example, would wait for ever."""
+    return open(path, "rb", opener=_open_regular)
+
+
+def read_lines(file: BinaryIO, parse: Callable[[bytes], T], *, path: Path, start: int = 0) -> Iterator[T]:
+    """Yield what `parse` makes of each complete line. Lines for which it raises ValueError are skipped, and the first one is logged.
+
+    path, start: the file's path, and the byte of it at which `file` starts, to name the line.
+    """
+    first_damaged, damaged = "", 0
+    for number, line in enumerate(_complete_lines(file), start=1):
+        try:
+            yield parse(line)
+        except (ValueError, RecursionError) as error:  # RecursionError: of JSON that is nested too deeply
+            damaged += 1
+            first_damaged = first_damaged or f"{path}:{_lines_before(path, start) + number}: {_problem(error)}"
+    if damaged:
+        _warn_once(f"{first_damaged}. The line is skipped" + (f", as are {damaged - 1:,} more." if damaged > 1 else "."))
 
 
 def collective_line(group: str, *, number: int, collective: str, is_done: bool) -> str:
@@ -118,7 +154,7 @@ class HeartbeatWriter:
     """Reports this rank's progress to its supervisor; without a supervisor (`path` is None), writes nothing."""
 
     def __init__(self, path: str | None) -> None:
-        self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         self.is_supervised = path is not None
         self.step = 0
         self.phase: RankPhase = "start"
@@ -151,8 +187,9 @@ class HeartbeatReader:
 
     def read(self) -> Heartbeat:
         try:
-            heartbeat = _HEARTBEAT.validate_json(self._path.read_bytes()[:HEARTBEAT_SIZE])
-        except (FileNotFoundError, ValidationError):  # not written yet, or torn
+            with open_regular(self._path) as file:
+                heartbeat = _HEARTBEAT.validate_json(file.read(HEARTBEAT_SIZE))
+        except (OSError, ValidationError):  # not written yet, or torn
             return self.last
         if heartbeat != self.last:
             if self.last.has_stepped and self.last.phase == heartbeat.phase == "step":
@@ -164,3 +201,41 @@ class HeartbeatReader:
     def silent_seconds(self) -> float:
         """Seconds since the heartbeat last changed."""
         return time.monotonic() - self._changed
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor
+
+
+def _complete_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield each line that ends; one that is too long as an empty one. The memory that it takes is limited."""
+    is_start = True
+    while piece := file.readline(LONGEST_LINE):
+        if piece.endswith(b"\n"):
+            yield piece if is_start else b""
+        is_start = piece.endswith(b"\n")
+
+
+def _lines_before(path: Path, start: int) -> int:
+    count = 0
+    with open_regular(path) as file:
+        while start > 0 and (block := file.read(min(start, LONGEST_LINE))):
+            count, start = count + block.count(b"\n"), start - len(block)
+    return count
+
+
+def _problem(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return "expected JSON that the run wrote, got something else"
+    first = error.errors(include_url=False, include_input=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    return f"{key or 'line'}: expected what the run wrote, got an error: {first['msg']}"[:300]
+
+
+@functools.lru_cache(maxsize=100)  # some files are read again and again
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)

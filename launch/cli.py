@@ -15,6 +15,7 @@ from manta.launch.config import find_run, find_trained_run, load
 from manta.launch.inspect.commands import app as data_app
 from manta.launch.terminal import AsJson, File, Overrides, Run, notify, print_report
 
+LONGEST_LINE = 1900  # characters of a message
 DTYPES = ("float32", "bfloat16", "float16")
 
 app = typer.Typer(
@@ -153,11 +154,21 @@ def prepare(file: File, overrides: Overrides = None) -> None:
 
 
 @app.command(epilog="For example: manta status runs/mine --json")
-def status(run: Run, *, as_json: AsJson = False) -> None:
+def status(
+    run: Run,
+    *,
+    as_json: AsJson = False,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit with the run's own exit code; 3: it is running, 4: it was killed.")
+    ] = False,
+) -> None:
     """Print the state of a run: step, losses, speed, layout, failures, newest checkpoint."""
-    from manta.launch.control.status import print_status, status
+    from manta.launch.control.status import print_status, status, status_code
 
-    print_report(status(run), print_status, as_json=as_json)
+    state = status(run)
+    print_report(state, print_status, as_json=as_json)
+    if exit_code:
+        raise typer.Exit(status_code(state))
 
 
 @app.command(epilog='For example: manta generate runs/mine "def read(" --tokens 64')
@@ -247,8 +258,11 @@ def main() -> None:
     except Exception as error:
         from manta.trainer.checkpoint.errors import CheckpointError, SaveError
 
-        if not isinstance(error, InputError | DataError | CheckpointError | SaveError):
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{error.filename}: expected a file that can be used, got an error: {error.strerror}. Correct it, and try again."
+        elif not isinstance(error, InputError | DataError | CheckpointError | SaveError):
             raise
-        for line in str(error).splitlines():
-            notify(f"manta: {line}")
+        for line in message.splitlines():
+            notify(f"manta: {line}" if len(line) <= LONGEST_LINE else f"manta: {line[:LONGEST_LINE]}…")
         sys.exit(ExitCode.USAGE if isinstance(error, InputError) else ExitCode.FAILED)

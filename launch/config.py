@@ -58,6 +58,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def find_run(directory: Path) -> RunDirectory:
     """Raises InputError if it is no run directory."""
     run_dir = RunDirectory(directory.absolute())
+    run_dir.check()
     if not run_dir.config_file.exists():
         remedy = f"Start a run: manta train FILE run.dir={shlex.quote(str(directory))}"
         raise InputError(f"{directory}: expected a run directory, got no {run_dir.config_file.name}. {remedy}")

@@ -1,6 +1,15 @@
 """Follow a file that another process appends to."""
 
+from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
+
+from manta.cluster.protocol import LONGEST_LINE, open_regular, read_lines
+
+T = TypeVar("T")
+CHUNK = 16 * LONGEST_LINE  # bytes read at a time
 
 
 class Tail:
@@ -11,21 +20,31 @@ class Tail:
         self._position = start
 
     def new(self) -> bytes:
-        """Return the new bytes; none if there is no file yet."""
+        """Return new bytes, up to CHUNK at a time; none if there is no file yet. Raises OSError if it cannot be read."""
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 if self._position > file.seek(0, 2):
                     self._position = 0
                 file.seek(self._position)
-                content = file.read()
+                content = file.read(CHUNK)
         except FileNotFoundError:
             return b""
         self._position += len(content)
         return content
 
-    def lines(self) -> bytes:
-        """Return the new complete lines. An incomplete last line is returned later, with its rest."""
-        content = self.new()
-        incomplete = len(content) - (content.rfind(b"\n") + 1)
-        self._position -= incomplete
-        return content[: len(content) - incomplete]
+    def lines(self, parse: Callable[[bytes], T]) -> list[T]:
+        """Return what `parse` makes of the new complete lines. Those for which it raises ValueError are skipped, and the first is logged.
+
+        An incomplete last line is returned later, with its rest. So is everything while the file cannot be read: it may be on a shared disk
+        that is away for a moment.
+        """
+        lines: list[T] = []
+        with suppress(OSError):
+            while content := self.new():
+                start, is_all = self._position - len(content), len(content) < CHUNK
+                complete = content.rfind(b"\n") + 1 or (0 if is_all else CHUNK)  # CHUNK: of a line that is too long
+                lines += read_lines(BytesIO(content[:complete]), parse, path=self.path, start=start)
+                self._position = start + complete
+                if is_all:
+                    break
+        return lines

@@ -13,7 +13,17 @@ import sys
 import traceback
 from pathlib import Path
 
-from manta.cluster.protocol import Category, Env, ExitCode, HeartbeatWriter, RankError, deny_writes_by_others, write_error
+from manta.cluster.protocol import (
+    MAX_MESSAGE,
+    MAX_TRACEBACK,
+    Category,
+    Env,
+    ExitCode,
+    HeartbeatWriter,
+    RankError,
+    deny_writes_by_others,
+    write_error,
+)
 from manta.data.errors import InputError
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
 from manta.trainer.signals import StopRequest, dump_on_signal
@@ -72,7 +82,14 @@ def report(error: BaseException, heartbeat: HeartbeatWriter, category: Category)
     if path := os.environ.get(Env.ERROR_FILE):
         name = type(error).__name__
         stack = "" if isinstance(error, (InputError, *EXPLAINED)) else "".join(traceback.format_exception(error))
-        described = RankError(type=name, message=str(error), traceback=stack, step=heartbeat.step, phase=heartbeat.phase, category=category)
+        described = RankError(
+            type=name,
+            message=str(error)[:MAX_MESSAGE],
+            traceback=stack[-MAX_TRACEBACK:],
+            step=heartbeat.step,
+            phase=heartbeat.phase,
+            category=category,
+        )
         write_error(Path(path), described)
 
 

@@ -1,14 +1,40 @@
 """metrics.jsonl: one JSON object per logged step. A restart may log a step again; the last line of a step is the valid one."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
+
+from manta.cluster.protocol import LONGEST_LINE, open_regular, read_lines
 
 Line = dict[str, Any]
-LONGEST_LINE = 1 << 16  # bytes
 AUXILIARY = frozenset({"z_loss", "balance", "router_z"})  # terms that are minimised as well, but excluded from the logged loss
+
+
+class _Metrics(BaseModel):
+    """The keys that readers of a line rely on. A line has more."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    step: Annotated[int, Field(ge=1, le=10**15)]
+    attempt: Annotated[int, Field(ge=0, le=10**9)]
+    tokens: Annotated[int, Field(ge=0)]
+    loss: Annotated[float, Field(alias="train/loss")]
+    validation_loss: Annotated[float, Field(alias="eval/loss")] = 0.0
+    digest: Annotated[int, Field(alias="data/digest")]
+    global_batch: Annotated[int, Field(ge=1, le=10**12)]
+    sequence_length: Annotated[int, Field(ge=1, le=10**12)]
+    step_time: Annotated[float, Field(ge=0, le=1e9)]
+    tokens_per_second: float
+    mfu: float | None = None
+    world_size: Annotated[int, Field(ge=1, le=10**6)]
+    layout: Annotated[str, Field(max_length=200)]
+    skipped: bool = False
+    loss_scale: float = 1.0
+    failures: Annotated[int, Field(alias="checkpoint/failures")] = 0
 
 
 def open_metrics(path: Path) -> TextIO:
@@ -18,22 +44,32 @@ def open_metrics(path: Path) -> TextIO:
     return file
 
 
+def parse_line(text: str | bytes) -> Line:
+    """Return the metrics of a line. Raises ValueError if a key is missing, or of another type, that readers rely on."""
+    line = from_json(text)
+    _Metrics.model_validate(line)
+    return line
+
+
 def parse_lines(text: str) -> list[Line]:
     """Parse a part of the file that starts and ends at line boundaries."""
-    return [json.loads(line) for line in text.splitlines()]
+    return [parse_line(line) for line in text.splitlines()]
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """Return the valid line of each step, in order. An incomplete last line is ignored.
+    """Return the valid line of each step, in order. An incomplete last line is ignored, and a damaged line is skipped and logged.
 
-    A run that resumed at an earlier step replaces all lines from that step on.
+    A run that resumed at an earlier step replaces all lines from that step on. Raises OSError if the file cannot be read.
     """
-    text = path.read_text() if path.exists() else ""
     lines: list[Line] = []
-    for line in parse_lines(text[: text.rfind("\n") + 1]):
-        while lines and lines[-1]["step"] >= line["step"]:
-            lines.pop()
-        lines.append(line)
+    try:
+        with open_regular(path) as file:
+            for line in read_lines(file, parse_line, path=path):
+                while lines and lines[-1]["step"] >= line["step"]:
+                    lines.pop()
+                lines.append(line)
+    except FileNotFoundError:
+        return []
     return lines
 
 
@@ -54,7 +90,7 @@ def format_line(line: Line) -> str:
 def loss_terms(line: Line, split: str) -> dict[str, float]:
     """Return what is logged beside the loss of `train` or `eval`: its terms, if there are several, and metrics."""
     named = {key.removeprefix(f"{split}/"): value for key, value in line.items() if key.startswith(f"{split}/")}
-    return {name: value for name, value in named.items() if name not in {"loss"} | AUXILIARY}
+    return {name: value for name, value in named.items() if name not in {"loss"} | AUXILIARY and isinstance(value, float)}
 
 
 def format_loss(loss: float, terms: Mapping[str, float]) -> str:
@@ -75,7 +111,7 @@ def end_of_last_line(path: Path) -> int:
     """Return the offset after the last complete line. A rank killed while writing leaves an incomplete one. Reads only the file's end."""
     if not path.exists():
         return 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         first = file.seek(max(0, size - LONGEST_LINE))
         return first + file.read().rfind(b"\n") + 1

@@ -66,7 +66,7 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     saver = open_saver(checkpoints, config, identity, world)
     progress = resume(engine, checkpoints, identity, verify=config.checkpoint.verify)
     if progress is None and config.run.start_from is not None:
-        start_from = run_dir.manifest().get("start_from", config.run.start_from)
+        start_from = run_dir.manifest().start_from or config.run.start_from
         load_initial_weights(engine, start_from, corpus.tokenizer if config.run.match_tokens else None)
     if isinstance(samples, LiveSamples):
         resume_live_samples(samples, progress, mesh)

@@ -2,18 +2,21 @@
 
 import fcntl
 import json
+import os
 import shlex
+import stat
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from manta.data.config_history import upgrade
 from manta.data.errors import InputError, one_line
 from manta.data.shards.manifest import PreparedData
 from manta.data.storage.location import local_path
+from manta.data.storage.regular_file import open_regular, read_regular
 from manta.trainer.checkpoint.manifest import step_of_name
 from manta.trainer.checkpoint.storage import CheckpointBackend, open_backend
 from manta.trainer.config.model import ModelConfig
@@ -23,6 +26,30 @@ from manta.trainer.config.yaml_file import read_yaml
 MATH_KEYS = ("family", "heads", "rope_theta", "norm_epsilon", "qk_norm", "logit_soft_cap", "sliding_window")
 MATH_KEYS_OF_EXPERTS = ("top_k", "score", "normalize", "scale", "shared")
 """Keys of a model section that change what its weights compute, and not their shapes."""
+
+
+MAX_MANIFEST = 1 << 24  # bytes
+KINDS = {stat.S_IFDIR: "a directory", stat.S_IFREG: "a file", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
+
+class RunManifest(BaseModel):
+    """manifest.json: what was recorded when the run started. It may have more keys."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    manta: str = "unknown"
+    """The version that the run was started with."""
+    corpus: PreparedData
+    code: str | None = None
+    """Where the user's own model is imported from."""
+    start_from: str | None = None
+    """The checkpoint that the run started from."""
+
+    @model_validator(mode="after")
+    def _has_paths(self) -> Self:
+        if any("\0" in path for path in (str(self.corpus.tokenizer), *self.corpus.corpora, self.code or "", self.start_from or "")):
+            raise ValueError("expected paths, got one with a NUL")
+        return self
 
 
 class RunDirectory:
@@ -42,13 +69,21 @@ class RunDirectory:
     def log(self, attempt: int, rank: int) -> Path:
         return self.logs / f"attempt-{attempt:04d}" / f"rank-{rank:04d}.log"
 
+    def check(self) -> None:
+        """Raise InputError if the directory or a file in it cannot be read, or is something else: a named pipe would wait for ever."""
+        _check_kind(self.path, stat.S_IFDIR, "a run directory")
+        _check_kind(self.logs, stat.S_IFDIR, "a directory")
+        files = (self.config_file, self.manifest_file, self.metrics_file, self.events_file, self.tokenizer_file)
+        for file in (*files, self.lock_file, self.save_request_file, self.stop_request_file):
+            _check_kind(file, stat.S_IFREG, "a regular file")
+
     def open_checkpoints(self) -> CheckpointBackend:
         """Return the run's checkpoints, at the checkpoint.directory of its config."""
         try:
             directory = upgrade(read_yaml(self.config_file))["checkpoint"]["directory"]
         except (InputError, TypeError, KeyError):
             directory = None  # an import or a new run; `config` reports an invalid config
-        return self.checkpoints_in(directory)
+        return self.checkpoints_in(directory if isinstance(directory, str) else None)
 
     def checkpoints_in(self, directory: str | None) -> CheckpointBackend:
         """Return the checkpoints at this checkpoint.directory. None: its default, in the run directory."""
@@ -69,32 +104,37 @@ class RunDirectory:
             sections = upgrade(read_yaml(self.config_file))
             sections.pop("cluster", None)
             return TrainingConfig.model_validate_json(json.dumps(sections), strict=True)
-        except (TypeError, ValidationError) as error:
+        except InputError:
+            raise
+        except (TypeError, ValueError, RecursionError) as error:
             raise _not_written_by_manta(self.config_file, error) from None
 
-    def manifest(self) -> dict[str, Any]:
-        """Return what was recorded when the run started."""
+    def manifest(self) -> RunManifest:
+        """Return what was recorded when the run started. Raises InputError if that cannot be read."""
         try:
-            return json.loads(self.manifest_file.read_text())
+            return RunManifest.model_validate_json(read_regular(self.manifest_file, MAX_MANIFEST))
         except (OSError, ValueError) as error:
             raise _not_written_by_manta(self.manifest_file, error) from None
 
     def model_differences(self, model: ModelConfig) -> list[str]:
         """Return how `model` differs from the model that was trained or imported here. Shapes are not compared: loading compares them."""
         file = self.path / "model.yaml"
-        trained = ModelConfig.model_validate(upgrade(read_yaml(file), "model")) if file.exists() else self.config().model
+        try:
+            trained = ModelConfig.model_validate(upgrade(read_yaml(file), "model")) if file.exists() else self.config().model
+        except ValidationError as error:
+            raise _not_written_by_manta(file, error) from None
         before, now = _math(trained), _math(model)
         return [f"model.{key} {before[key]} -> {now[key]}" for key in now if now[key] != before[key]]
 
     def prepared(self) -> PreparedData:
         """Return the corpus and tokenizer that the run reads."""
-        prepared = PreparedData.model_validate(self.manifest()["corpus"])
+        prepared = self.manifest().corpus
         return prepared.model_copy(update={"tokenizer": self.tokenizer_file}) if self.tokenizer_file.exists() else prepared
 
     @property
     def code(self) -> Path:
         """Where the user's own model is imported from: the directory the run was started in; if that is gone, the working directory."""
-        recorded = self.manifest().get("code") if self.manifest_file.exists() else None
+        recorded = self.manifest().code if self.manifest_file.exists() else None
         return Path(recorded) if recorded and Path(recorded).is_dir() else Path.cwd()
 
     def lock(self) -> AbstractContextManager[object]:
@@ -115,13 +155,13 @@ class RunDirectory:
     @property
     def is_locked(self) -> bool:
         """Whether a process is running the run. Only reads, because the run may belong to another user."""
-        if not self.lock_file.exists():
-            return False
-        with self.lock_file.open() as lock:
-            try:
+        try:
+            with open_regular(self.lock_file) as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
         return False
 
 
@@ -131,7 +171,11 @@ def resolve_start_from(start: str) -> tuple[CheckpointBackend, str | None]:
     if step_of_name(name) is not None:
         return open_backend(parent), name
     path = local_path(start)
-    return open_backend(start) if path is None else RunDirectory(path).open_checkpoints(), None
+    if path is None:
+        return open_backend(start), None
+    run_dir = RunDirectory(path)
+    run_dir.check()
+    return run_dir.open_checkpoints(), None
 
 
 def tokenizer_beside(checkpoints: CheckpointBackend) -> Path:
@@ -146,6 +190,24 @@ def tokenizer_beside(checkpoints: CheckpointBackend) -> Path:
 def _math(model: ModelConfig) -> dict[str, object]:
     experts: dict[str, object] = {f"experts.{key}": getattr(model.experts, key, None) for key in MATH_KEYS_OF_EXPERTS}
     return experts | {key: getattr(model, key) for key in MATH_KEYS} | {"kv_heads": model.kv, "head_width": model.head_dim}
+
+
+def _check_kind(path: Path, kind: int, expected: str) -> None:
+    """Raise InputError if there is something at the path that is not of this kind, or cannot be read. Links are followed."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return
+        got = f"a link to {path.readlink()}, which does not exist"
+    except OSError as error:
+        got = f"an error: {error.strerror}"
+    else:
+        needed = os.R_OK | os.X_OK if kind == stat.S_IFDIR else os.R_OK
+        if stat.S_IFMT(mode) == kind and os.access(path, needed):
+            return
+        got = "no permission to read it" if stat.S_IFMT(mode) == kind else KINDS.get(stat.S_IFMT(mode), "a device")
+    raise InputError(f"{path}: expected {expected}, got {got}. Restore it, or name another run directory.")
 
 
 def _not_written_by_manta(file: Path, error: Exception) -> InputError:

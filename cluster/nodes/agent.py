@@ -22,7 +22,17 @@ from manta.cluster.machine import cores
 from manta.cluster.nodes.oom_kills import count_oom_kills
 from manta.cluster.nodes.process import Process
 from manta.cluster.nodes.report import NodeFacts, RankStatus
-from manta.cluster.protocol import PENDING_COLLECTIVE, Env, ExitCode, HeartbeatReader, RankError, deny_writes_by_others, read_error
+from manta.cluster.protocol import (
+    LONGEST_LINE,
+    PENDING_COLLECTIVE,
+    Env,
+    ExitCode,
+    HeartbeatReader,
+    RankError,
+    deny_writes_by_others,
+    open_regular,
+    read_error,
+)
 
 POLL_INTERVAL = 0.05  # seconds between two readings of the heartbeats; an exit is noticed at once
 TAIL = 4096  # last bytes of a log, used as the error message
@@ -206,11 +216,12 @@ def _size(path: Path) -> int:
 
 
 def _read_from(path: Path, offset: int) -> str:
-    if not path.exists():
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, offset))
+            return file.read(LONGEST_LINE).decode(errors="replace")
+    except OSError:
         return ""
-    with path.open("rb") as file:
-        file.seek(max(0, offset))
-        return file.read().decode(errors="replace")
 
 
 def _version(package: str) -> str | None:

@@ -2,11 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, create_model
+
+from manta.cluster.protocol import ExitCode, open_regular, read_lines
+from manta.cluster.supervise.failure import Cause
 
 POLL = "poll"  # the kind of event that only reports the ranks' progress; it is not written to the log
 
@@ -19,6 +23,63 @@ class Event:
     attempt: int
     time: float
     details: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+class _Line(BaseModel):
+    """What every line of the log has."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    time: Annotated[float, Field(ge=0, le=1e12)]
+    event: Annotated[str, Field(max_length=100)]
+    attempt: Annotated[int, Field(ge=0, le=10**9)]
+
+
+_Number = Annotated[int, Field(ge=0, le=10**15)]
+_OptionalNumber = Annotated[int | None, Field(ge=0, le=10**15)]
+_Text = Annotated[str, Field(max_length=1 << 18)]
+_Node = create_model("_Node", __config__=ConfigDict(strict=True, extra="allow"), address=(_Text, ...))
+_MACHINE: dict[str, Any] = {"host": (_Text, ""), "address": (_Text, ""), "machine": (_Text, "")}
+_KEYS: dict[str, dict[str, Any]] = {
+    # kind: the keys that readers of such an event rely on. `...`: each line has it. Older versions wrote fewer keys, newer ones write more.
+    "waiting": {"message": (_Text, ...)},
+    "nodes-gathered": {"ranks": (_Number, ...), "nodes": (list[_Node], ...)},
+    "node-ready": {"host": (_Text, ...), "address": (_Text, ...), "differs": (list[_Text], [])},
+    "node-unfit": {"message": (_Text, ...)},
+    "attempt-started": {"ranks": (list[dict[str, Any]], ...)},
+    "loaded": {"step": (_Number, ...)},
+    "first-step": {"step": (_Number, ...)},
+    "rank-failed": {
+        "rank": (_OptionalNumber, ...),
+        "cause": (Annotated[str, Field(pattern=f"^({'|'.join(Cause.__members__)})$")], ...),
+        "step": (_Number, ...),
+        "message": (_Text, ...),
+        "traceback": (_Text, ""),
+        **_MACHINE,
+    },
+    "rank-slow": {
+        "rank": (_Number, ...),
+        "node": (_Text, ...),
+        "step": (_Number, ...),
+        "ratio": (float, Field(validation_alias=AliasChoices("ratio", "times"))),  # times: the name in older event logs
+        "work": (float, ...),
+        "median": (float, ...),
+    },
+    "node-lost": {
+        "node": (_Number, ...),
+        "message": (_Text, ...),
+        "suspect": (bool, False),
+        "announced": (bool, False),
+        "trusted_again": (float | None, None),
+        **_MACHINE,
+    },
+    "nodes-appeared": {"ranks": (_Number, ...)},
+    "nodes-draining": {"nodes": (list[_Text], ...), "here": (bool, ...)},
+    "decided": {"decision": (_Text, ...), "reason": (_Text, ""), "exclude": (list[_Text], []), "leave_out": (list[_Text], [])},
+    "leaving": {"signal": (str | None, None)},
+    "run-ended": {"exit_code": (Annotated[int, AfterValidator(ExitCode)], ...)},
+}
+_MODELS: Mapping[str, type[_Line]] = {kind: create_model(kind, __base__=_Line, **keys) for kind, keys in _KEYS.items()}
 
 
 class EventLog:
@@ -42,8 +103,15 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events so far, in order; an empty list if the file does not exist. Skips lines that are incomplete."""
-    return list(parse_events(path.read_bytes())) if path.exists() else []
+    """Return the events so far, in order; an empty list if the file does not exist. Skips lines that are incomplete or damaged.
+
+    Raises OSError if the file cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return list(read_lines(file, parse_event, path=path))
+    except FileNotFoundError:
+        return []
 
 
 def exit_code(events: Sequence[dict[str, Any]]) -> int | None:
@@ -51,11 +119,12 @@ def exit_code(events: Sequence[dict[str, Any]]) -> int | None:
     return events[-1]["exit_code"] if events and events[-1]["event"] == "run-ended" else None
 
 
-def parse_events(text: bytes) -> Iterator[dict[str, Any]]:
-    """Parse a part of the log that starts with a whole line."""
-    for line in text[: text.rfind(b"\n") + 1].splitlines():
-        with suppress(ValueError):  # incomplete, and ended by the next controller
-            yield json.loads(line)
+def parse_event(line: bytes) -> dict[str, Any]:
+    """Return the event of a line of the log. Raises ValueError if a key is missing, or of another type, that readers rely on."""
+    event = json.loads(line)
+    kind = event.get("event") if isinstance(event, dict) else None
+    (_MODELS.get(kind, _Line) if isinstance(kind, str) else _Line).model_validate(event)
+    return event
 
 
 def event_of(line: dict[str, Any]) -> Event:

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import psutil
 
+from manta.cluster.protocol import open_regular
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 AT_ONCE = b"at once"  # content of a stop file that asks to stop without saving
 
@@ -50,12 +52,14 @@ class StopRequests:
         if self._file is None:
             return
         with suppress(OSError):  # no such file; or a shared directory is unreachable for a moment, and the next check succeeds
-            self._at_once = self._file.read_bytes().startswith(AT_ONCE) or self._at_once
+            with open_regular(self._file) as file:
+                self._at_once = file.read(len(AT_ONCE)) == AT_ONCE or self._at_once
             self._signal = self._signal or signal.SIGTERM
 
     def __enter__(self) -> Self:
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
         handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
         self._handlers = {number: signal.signal(number, self.record) for number in handled}
         return self

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from manta.cluster.supervise.event_log import POLL, Event, event_of, exit_code, parse_events, read_events
+from manta.cluster.supervise.event_log import POLL, Event, event_of, exit_code, parse_event, read_events
 from manta.data.errors import InputError
 from manta.launch.config import find_run
 from manta.launch.run.display import Display
@@ -45,7 +45,7 @@ def _events(run_dir: RunDirectory) -> Iterator[Event]:
     event_log, is_running = Tail(run_dir.events_file), True
     while is_running:
         is_running = run_dir.is_locked  # checked before reading, so that the last events are read
-        events = [event_of(line) for line in parse_events(event_log.lines())]
+        events = [event_of(line) for line in event_log.lines(parse_event)]
         starts = [index for index, event in enumerate(events) if event.kind == "run-started"]
         for event in events[starts[-1] if starts else 0 :]:
             yield event

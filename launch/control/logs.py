@@ -35,7 +35,8 @@ def logs(run: Path, *, rank: int, attempt: int | None, follow: bool) -> Iterator
     while True:
         has_ended = not (follow and run_dir.is_locked)  # checked before reading, so that the last lines are read
         later = [other for other, ranks in _find_logs(run_dir).items() if other > number and rank in ranks]
-        yield tail.new()
+        while text := tail.new():
+            yield text
         if follow and later:
             number = min(later)
             tail = Tail(run_dir.log(number, rank))

@@ -1,6 +1,8 @@
 """`manta status`: the state of a run, read from its directory alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from manta.cluster.protocol import ExitCode
@@ -19,12 +21,15 @@ STATES: dict[int | None, str] = {
     None: "killed",
 }
 """By the exit code of a run; any other is a failure."""
+RUNNING = "running"
 NONE = "none yet"
+Event = dict[str, Any]
 
 
 def status(directory: Path) -> dict[str, Any]:
     """Return the state as JSON has it. Raises InputError if the directory has no run."""
     run_dir = RunDirectory(directory.absolute())
+    run_dir.check()
     if not run_dir.events_file.exists():
         remedy = f"Start a run: manta train FILE run.dir={directory}"
         raise InputError(f"{directory}: expected a run directory, got no {run_dir.events_file.name}. {remedy}")
@@ -33,15 +38,15 @@ def status(directory: Path) -> dict[str, Any]:
     newest = lines[-1] if lines else {}
     evaluated = next((line for line in reversed(lines) if "eval/loss" in line), {})
     step, steps, timeline = newest.get("step", 0), config.train.steps, config.timeline()
-    seconds_left = None
-    if newest:  # later steps may have other batch sizes
+    code, is_running = exit_code(events), run_dir.is_locked
+    ended: dict[str, Any] = {} if is_running else {"exit_code": code, "exit_reason": exit_reason(events)}
+    if newest and is_running:  # later steps may have other batch sizes
         seconds_per_sample = newest["step_time"] / timeline.stage(step - 1).global_batch
-        seconds_left = seconds_per_sample * (timeline.first_sample(steps) - timeline.first_sample(step))
-    code = exit_code(events)
+        ended = {"seconds_left": seconds_per_sample * (timeline.first_sample(steps) - timeline.first_sample(step))}
     copied = ("loss_scale", "global_batch", "sequence_length", "tokens_per_second", "world_size", "layout")
     return {
         "run": str(run_dir.path),
-        "state": "running" if run_dir.is_locked else STATES.get(code, "failed"),
+        "state": RUNNING if is_running else STATES.get(code, "failed"),
         "step": step,
         "steps": steps,
         "train_loss": newest.get("train/loss"),
@@ -51,7 +56,7 @@ def status(directory: Path) -> dict[str, Any]:
         "eval_terms": loss_terms(evaluated, "eval"),
         "skipped": sum(line.get("skipped", False) for line in lines),
         "tokens": newest.get("tokens", 0),
-        "seconds_left": seconds_left,
+        **ended,
         "attempts": max((event["attempt"] for event in events), default=0),
         "failures": [event["message"] for event in events if event["event"] in {"rank-failed", "node-lost"}],
         "checkpoint": next(iter(run_dir.open_checkpoints().names()), None),
@@ -59,20 +64,45 @@ def status(directory: Path) -> dict[str, Any]:
     }
 
 
+def exit_reason(events: Sequence[Event]) -> str:
+    """Return why the last start of a run that does not run has ended."""
+    code = exit_code(events)
+    if code in {None, ExitCode.DONE}:
+        return STATES[code]
+    for event in reversed(events):
+        match event:
+            case {"event": "run-started"}:
+                break
+            case {"event": "decided", "reason": str(reason)} | {"event": "rank-failed" | "node-lost", "message": str(reason)}:
+                return reason
+            case {"event": "leaving", "signal": str(name)}:
+                return f"stop requested by {name}"
+            case _:
+                pass
+    return STATES.get(code, "failed")
+
+
+def status_code(status: dict[str, Any]) -> int:
+    """Return the exit code of `manta status --exit-code`: the run's own, if it has ended."""
+    if status["state"] == RUNNING:
+        return ExitCode.RUNNING
+    return ExitCode.KILLED if status["exit_code"] is None else status["exit_code"]
+
+
 def print_status(status: dict[str, Any]) -> None:
     """Print the state as a table."""
-    is_running, left = status["state"] == "running", status["seconds_left"]
+    left = status.get("seconds_left")
     hint = f"; resume with: manta resume {RunDirectory(Path(status['run'])).quoted}" if status["state"] == STATES[None] else ""
     rows = {
         "run": status["run"],
         "state": status["state"] + hint,
-        "step": f"{status['step']} of {status['steps']}" + (f", {format_duration(left)} left" if left and is_running else ""),
+        "step": f"{status['step']} of {status['steps']}" + (f", {format_duration(left)} left" if left else ""),
         "loss": NONE if status["train_loss"] is None else format_loss(status["train_loss"], status["train_terms"]),
         "validation": NONE,
         "speed": NONE,
         "batch": NONE,
         "layout": status["layout"] or NONE,
-        "attempts": f"{status['attempts']}" + (f"; last failure: {status['failures'][-1]}" if status["failures"] else ""),
+        "attempts": f"{status['attempts']}" + (f"; last failure: {shorten(status['failures'][-1], 300)}" if status["failures"] else ""),
         "checkpoint": status["checkpoint"] or NONE,
     }
     if status["eval_loss"] is not None:

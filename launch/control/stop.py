@@ -1,5 +1,6 @@
 """`manta stop`: request a run to save and exit, through a file in its directory, on whichever machine its controller is."""
 
+import os
 import time
 from pathlib import Path
 
@@ -41,10 +42,15 @@ def stop(run: Path, *, at_once: bool, timeout: float) -> str:
 
 def _request(run_dir: RunDirectory, *, at_once: bool) -> None:
     try:
-        if at_once:
-            run_dir.stop_request_file.write_bytes(AT_ONCE)
-        else:
-            run_dir.stop_request_file.touch()  # keeps an earlier request to stop at once
+        with open(run_dir.stop_request_file, "ab", opener=_open_at_once) as file:
+            if at_once:  # else an earlier request to stop at once stays
+                file.truncate(0)
+                file.write(AT_ONCE)
     except OSError as error:
         remedy = "Stop it as a user who may write there."
         raise InputError(f"{run_dir.stop_request_file}: expected a writable directory, got an error: {error.strerror}. {remedy}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open it, or fail: a named pipe would wait for a reader."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)

@@ -14,7 +14,7 @@ from manta.data.storage.store import open_store
 from manta.launch.config import RunConfig
 from manta.launch.tail import Tail
 from manta.launch.terminal import count_text, notify
-from manta.trainer.metrics import Line, parse_lines
+from manta.trainer.metrics import Line, parse_line
 from manta.trainer.run_directory import RunDirectory
 
 TIMEOUT = 600.0  # seconds in which a run must detect a fault, and resume after it
@@ -68,7 +68,7 @@ class RunMonitor:
     def add(self, event: Event) -> None:
         if event.kind != POLL:
             self.events.append(event)
-        self.lines += parse_lines(self._metrics.lines().decode())
+        self.lines += self._metrics.lines(parse_line)
 
     @property
     def step(self) -> int:

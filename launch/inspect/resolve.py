@@ -58,7 +58,8 @@ class DataTarget(NamedTuple):
 
 def resolve(path: Path, overrides: Sequence[str]) -> DataTarget:
     """Return the target of FILE or RUN. Raises InputError if the config is wrong, or its data is never prepared."""
-    run = find_run(path) if path.is_dir() else None
+    is_run = path.is_dir() or (path.is_symlink() and not path.exists())  # find_run says where such a link leads
+    run = find_run(path) if is_run else None
     file = path if run is None else run.config_file
     config = load(file, overrides)
     if config.data.live:

@@ -19,6 +19,7 @@ from manta.data.objectives.examples import DIGEST_BITS, Examples
 from manta.data.objectives.render import RenderedSequence, Renderer
 from manta.data.sampling.samples import Sampler
 from manta.data.sampling.statistics import stream_of
+from manta.launch.config import find_run
 from manta.launch.inspect.charts import console, rule, visible
 from manta.launch.inspect.resolve import DataTarget, resolve
 from manta.launch.terminal import count_text
@@ -34,8 +35,7 @@ _PAIRS = {"next_sentence": ("B follows A", "B is from elsewhere"), "sentence_ord
 
 def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks: int | None) -> Report:
     """Return the samples of a step, counted from 1 as in metrics.jsonl. ranks: data ranks to distribute the step over."""
-    if not run.is_dir():
-        raise InputError(f"{run}: expected a run directory, got no directory. Start a run with: manta train FILE")
+    find_run(run)
     target = resolve(run, [])
     assert target.run is not None
     config, timeline, lines = target.config, target.config.timeline(), read_metrics(target.run.metrics_file)

@@ -14,7 +14,7 @@ from manta.launch.terminal import MessageConsole, count_text, notify, resume_hin
 from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import Layout
-from manta.trainer.metrics import Line, end_of_last_line, format_duration, format_line, parse_lines
+from manta.trainer.metrics import Line, end_of_last_line, format_duration, format_line, parse_line
 from manta.trainer.run_directory import RunDirectory
 
 INTERVAL = 10.0  # seconds between lines without a terminal
@@ -56,7 +56,7 @@ class Display:
     def _show(self, event: Event) -> None:
         try:
             if not self._is_loading:  # else the first steps could be shown before the step that they resume from
-                for line in parse_lines(self._metrics.lines().decode()):
+                for line in self._metrics.lines(parse_line):
                     self._show_metrics(line)
             self._is_loading = event.kind == "attempt-started" or (self._is_loading and event.kind == POLL)
             if event.kind == "run-ended" and self._unprinted:

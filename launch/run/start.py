@@ -77,7 +77,7 @@ def write_run_directory(run_dir: RunDirectory, config: RunConfig, prepared: Prep
         "machine": {"node": platform.node(), "system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus()},
         "seed": config.run.seed,
     }
-    manifest = run_dir.manifest() if run_dir.has_trained else new
+    manifest = run_dir.manifest().model_dump(mode="json", exclude_unset=True) if run_dir.has_trained else new
     content = {**manifest, **recorded, "corpus": prepared.model_dump(mode="json")}
     write_atomically(run_dir.manifest_file, json.dumps(content, indent=1).encode())
     write_atomically(run_dir.config_file, config.to_yaml().encode())

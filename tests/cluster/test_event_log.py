@@ -1,5 +1,6 @@
 """The event log, and the state of a run that follows from it."""
 
+import json
 import math
 from contextlib import closing
 
@@ -52,6 +53,32 @@ def test_a_controller_resumes_from_the_event_log(tmp_path):
     ended = advance(after, Event(kind="run-ended", attempt=2, time=0.0))
     restarted = advance(ended, Event(kind="run-started", attempt=2, time=0.0))
     assert (restarted.attempt, restarted.history, restarted.suspects, restarted.has_started) == (2, (), {}, False)
+
+
+def test_damaged_lines_are_skipped_and_the_first_is_named(tmp_path, caplog):
+    path, common = tmp_path / "events.jsonl", {"time": 1.0, "attempt": 1}
+    damaged = [
+        {"event": "run-started"},
+        {**common, "event": 5},
+        {**common, "event": "run-started", "attempt": -1},
+        {**common, "event": "run-started", "time": math.nan},
+        {**common, "event": "run-ended"},
+        {**common, "event": "run-ended", "exit_code": 77},
+        {**common, "event": "rank-failed", "rank": 0, "step": 1, "cause": "BOREDOM", "message": "x"},
+        {**common, "event": "rank-failed", "rank": 0, "step": 1, "cause": "SIGNAL", "message": ["x"]},
+        {**common, "event": "nodes-gathered", "ranks": 2, "nodes": [5]},
+        {**common, "event": "decided"},
+        [],
+        None,
+    ]
+    lines = [*(json.dumps(line) for line in damaged), "[" * 100_000, "\0" * 100, '{"attempt": ' + "9" * 5000]
+    right = {**common, "event": "rank-failed", "rank": 0, "step": 1, "cause": "SIGNAL", "message": "SIGKILL", "new": {"key": 1}}
+    path.write_text("\n".join([json.dumps(right), *lines, json.dumps(right), ""]))
+    assert read_events(path) == [right, right]
+    assert caplog.messages == [
+        f"{path}:2: time: expected what the run wrote, got an error: Field required. The line is skipped, as are 14 more."
+    ]
+    assert len(replay(read_events(path)).history) == 2
 
 
 def test_a_machine_lost_twice_is_excluded_for_good():

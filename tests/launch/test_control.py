@@ -174,6 +174,7 @@ def test_a_run_that_gave_up_shows_the_error_of_the_failed_rank(workspace, past):
             "rank-failed",
             attempt,
             rank=1,
+            cause="EXCEPTION",
             step=5,
             message="own.Error: no such\nthing",
             traceback=f"{TRACE}own.Error: no such\nthing\n",

@@ -280,7 +280,7 @@ def test_sample_at_shows_masked_tokens(workspace, masked):
         ),
         (["verify", "FILE", "tokenizer.vocabulary=333"], "expected a prepared corpus, got none. Run: manta prepare 'run file.yaml'"),
         (["mixture", "FILE", "data.mixture=[{weights: {web: 1}}]"], "mixture: expected names of sources, got 'web'"),
-        (["sample-at", "FILE", "1"], "run file.yaml: expected a run directory, got no directory"),
+        (["sample-at", "FILE", "1"], "run file.yaml: expected a run directory, got a file"),
         (["sample-at", "RUN", "0"], "STEP: expected 1 to 9, the run's train.steps, got 0"),
         (["sample-at", "RUN", "10"], "STEP: expected 1 to 9, the run's train.steps, got 10"),
         (["sample-at", "RUN", "1", "--slot", "4"], "--slot: expected 0 to 3, the samples of step 1, got 4"),

@@ -545,7 +545,7 @@ def test_the_convert_command_writes_a_run_that_resumes(workspace, tmp_path, monk
     path, advice = done.stdout.splitlines()
     assert path == str(workspace.directory / "from deepspeed/checkpoints/step-00000005")
     assert advice == f"continue with: {shlex.join(['manta', 'train', str(workspace.config_file), *overrides])}"
-    assert RunDirectory(workspace.directory / "from deepspeed").manifest()["manta"]
+    assert RunDirectory(workspace.directory / "from deepspeed").manifest().manta
     with monkeypatch.context() as patch_directory:
         patch_directory.chdir(workspace.directory)
         code, message = run_command(patch_directory, capsys, *command)

@@ -80,7 +80,7 @@ def test_the_documents_commands_train_the_example_and_resume_elsewhere(trained, 
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["world_size"] for line in lines] == [2] * 8 + [1] * 4
     assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.1
-    assert trained.manifest()["code"] == str(checkout / "examples/own_model")
+    assert trained.manifest().code == str(checkout / "examples/own_model")
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_its_cache_and_head_work_like_any_decoders(trained):
 
 @pytest.mark.slow
 def test_a_missing_code_directory_falls_back_to_the_current_one(trained, tmp_path, monkeypatch):
-    (tmp_path / "manifest.json").write_text(json.dumps(trained.manifest() | {"code": str(tmp_path / "gone")}))
+    (tmp_path / "manifest.json").write_text(trained.manifest().model_copy(update={"code": str(tmp_path / "gone")}).model_dump_json())
     monkeypatch.chdir(EXAMPLE)
     assert RunDirectory(tmp_path).code == EXAMPLE
 

@@ -51,7 +51,7 @@ class SavePolicy:
         if self._is_requested or now - self._last_poll < POLL:
             return False
         self._last_poll = now
-        self._is_requested = self._request_file.exists()
+        self._is_requested = self._request_file.is_file()
         return self._is_requested
 
     def save(self, step: int, line: Line, *, wait: bool) -> None:
@@ -109,7 +109,8 @@ class SavePolicy:
 
     def _clear_request(self) -> None:
         if dist.get_rank() == 0:
-            self._request_file.unlink(missing_ok=True)
+            with suppress(OSError):  # it is no file, and so no request
+                self._request_file.unlink(missing_ok=True)
         self._is_requested = False
 
     def _cursors(self, step: int) -> list[dict[str, int]] | None:

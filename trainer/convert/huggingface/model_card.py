@@ -44,5 +44,5 @@ def _training(pretrained: Pretrained) -> dict[str, str]:
         "validation loss": f"{last['eval/loss']:.4f}" if "eval/loss" in last else "not measured",
         "precision": run.precision,
         "corpus": ", ".join(f"`{source.resolved_name}`" for source in run.data.sources),
-        "started with manta": str(run_directory.manifest().get("manta", "unknown")),
+        "started with manta": run_directory.manifest().manta,
     }
