@@ -8,7 +8,10 @@ from typing import Annotated, Any, Self, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from manta.cluster.environment import set_by_the_run
+
 _DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+_SECRETS = frozenset(["TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASS", "PASSPHRASE", "KEY", "APIKEY", "CREDENTIAL"])  # words of a name
 _RANGE = re.compile(r"([1-9]\d*)(?:\.\.([1-9]\d*))?")
 CONFIG_MOUNT = "/manta"  # directory of run.yaml in the head pod
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -66,6 +69,12 @@ SlurmTime = Annotated[
     AfterValidator(_matching(r"(\d+-)?\d+(:\d+){0,2}", 32, "a time in SLURM's form: minutes, hours:minutes:seconds, or days-hours")),
     BeforeValidator(lambda value: str(value) if type(value) is int else value),
 ]
+
+
+def _lines(value: object) -> object:
+    """Accept a list and a block of text."""
+    lines = value.splitlines() if isinstance(value, str) else value
+    return tuple(cast("list[object]", lines)) if isinstance(lines, list) else lines
 
 
 class ClusterSection(BaseModel):
@@ -167,12 +176,14 @@ class Slurm(ClusterSection):
     """Other options of sbatch, one each."""
     modules: tuple[Directive, ...] = Field(default=(), examples=['["cuda/13.0"]'])
     """Environment modules to load, in this order."""
+    setup: Annotated[tuple[str, ...], BeforeValidator(_lines)] = Field(default=(), examples=['["ulimit -l unlimited"]'])
+    """Shell lines that the job's script runs on its first node before everything else; SLURM passes exports and limits on to the others."""
     container: Directive | None = Field(default=None, examples=["/images/manta.sqsh"])
-    """The image that nodes run in, for sites with Pyxis; manta must be installed in it, at cluster.slurm.python."""
+    """The image that everything of the run runs in, its controller too, for sites with Pyxis; needs cluster.slurm.python."""
     mounts: tuple[Directive, ...] = Field(default=(), examples=['["/data"]'])
     """Paths that the container mounts: path, or path:inside. The run directory must be in one of them."""
     python: Directive | None = Field(default=None, examples=["/opt/manta/bin/python"])
-    """The interpreter that has manta installed, on every node; the current one if unset."""
+    """The interpreter that has manta installed, on every node, or in the container; the current one if unset."""
 
     @model_validator(mode="after")
     def _options_are_options(self) -> Self:
@@ -193,6 +204,27 @@ def _duration(text: str) -> str:
     if _DURATION.fullmatch(text) is None:
         raise ValueError(f"expected hours:minutes:seconds, got {text!r}. Write 3:50:00, or 2-01:00:00 for days.")
     return text
+
+
+def _environment(variables: object) -> object:
+    """Check the mapping at once: its keys are the user's, so an error names cluster.environment, not one of them. Repeats no value."""
+    if not isinstance(variables, Mapping):
+        return variables
+    checked: dict[str, str] = {}
+    for name, value in cast("Mapping[Any, Any]", variables).items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w{0,255}", name, re.ASCII):
+            raise ValueError(f"expected names of letters, digits and _, got {str(name)[:80]!r}. Correct it.")
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise ValueError(f"expected text for {name}, got {type(value).__name__}. Put the value in quotes.")  # noqa: TRY004  as above
+        checked[name] = str(value)
+        if _SECRETS & set(name.upper().split("_")) or re.search(r"://[^/@\s]*:[^/@\s]*@", checked[name]):
+            remedy = "Export it where the run and its nodes are started; in Kubernetes, use cluster.kubernetes.secrets."
+            raise ValueError(f"expected no secrets, because the run directory keeps them, got {name}. {remedy}")
+        if why := set_by_the_run(name):
+            raise ValueError(f"expected variables that the run does not set or remove, got {name} ({why}). Remove it.")
+        if "\0" in checked[name]:
+            raise ValueError(f"expected text without NUL for {name}. Correct it.")
+    return checked
 
 
 class ClusterConfig(ClusterSection):
@@ -217,6 +249,8 @@ class ClusterConfig(ClusterSection):
     """Keep standby processes with everything imported, so that a restart takes tenths of a second. Costs their memory."""
     keep_logs: int = Field(default=20, ge=1)
     """Number of newest attempts to keep logs of. A rank's log is only appended to, so logrotate (copytruncate) may truncate it."""
+    environment: Annotated[dict[str, str], BeforeValidator(_environment)] = Field(default={}, examples=["{NCCL_IB_HCA: mlx5}"])
+    """Environment variables of every rank, on every target, by name. They override those of the nodes. Not for secrets: export those."""
     ssh: Ssh = Ssh()
     """How `manta train --on ssh:FILE` reaches its hosts."""
     slurm: Slurm = Slurm()

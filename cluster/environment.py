@@ -37,6 +37,21 @@ TAKEN_ALONG = {
 """Names that ranks on every node take from the environment of the controller, and why."""
 
 
+COUNTED = {
+    **dict.fromkeys(
+        ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+        "it decides how many ranks a node has: export it there",
+    ),
+}
+"""Names that must be set before a node's ranks are counted, and why."""
+
+
+def set_by_the_run(name: str) -> str | None:
+    """Return why a variable cannot be set for the ranks; None if it can."""
+    removed = (why for pattern, why in REMOVED.items() if fnmatchcase(name, pattern) and name not in TAKEN_ALONG)
+    return COUNTED.get(name) or next(removed, None)
+
+
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of a node that its ranks inherit."""
     return {name: value for name, value in environment.items() if not any(fnmatchcase(name, pattern) for pattern in REMOVED)}

@@ -38,7 +38,9 @@ class Controller:
     """Supervises a job from this process's main thread. `run` yields events; the last one, run-ended, has the exit code."""
 
     def __init__(self, job: Job, config: ClusterConfig, ray: Ray) -> None:
-        self._job = replace(job, directory=job.directory.absolute(), environment={**taken_along(os.environ), **job.environment})
+        self._job = replace(
+            job, directory=job.directory.absolute(), environment={**taken_along(os.environ), **config.environment, **job.environment}
+        )
         self._config, self._ray = config, ray
         self._requests = StopRequests(self._job.directory / "stop-now", seconds=config.stop_after_seconds)
 

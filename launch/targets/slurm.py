@@ -1,7 +1,7 @@
 """SLURM: a script for sbatch, and a private Ray cluster on the nodes of the job.
 
-The script starts the controller on the job's first node. SLURM signals the script shortly before the job's time is up, and the script
-signals the controller.
+The script starts the controller on the job's first node, in the container if there is one. SLURM signals the script shortly before the
+job's time is up, and the script signals the controller.
 """
 
 import os
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from manta.cluster.config import ClusterConfig
+from manta.cluster.config import ClusterConfig, Slurm
 from manta.cluster.machine import address_towards
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.hosts import Host
@@ -23,6 +23,10 @@ from manta.data.storage.atomic import write_atomically
 from manta.launch.config import RunConfig
 from manta.launch.targets.template import fill
 from manta.launch.terminal import notify
+
+PIPE = "MANTA_SLURM_NODES"  # the variable with the path of the pipe through which a container's controller has nodes started
+# One step with a task per node. All tasks read the same standard input, and one that fails does not end the others.
+PER_NODE = ("--ntasks-per-node=1", "--overlap", "--input=all", "--kill-on-bad-exit=0", "--no-kill", "--quit-on-interrupt")
 
 
 def submit(config: RunConfig) -> int:
@@ -54,24 +58,44 @@ def render(config: RunConfig) -> str:
         raise InputError(f"cluster.slurm.warning: expected more than cluster.grace_period ({grace:g} s), got {slurm.warning} s. Raise it.")
     if slurm.mounts and slurm.container is None:
         raise InputError("cluster.slurm.mounts: expected none without a container, got some. Set cluster.slurm.container.")
+    if slurm.container is not None and slurm.python is None:
+        remedy = "Set it, for example to /usr/bin/python3."
+        raise InputError(f"cluster.slurm.python: expected the interpreter in cluster.slurm.container, got nothing. {remedy}")
     cluster, name = config.cluster, re.sub(r"[^A-Za-z0-9_.-]+", "-", config.run.dir.absolute().name)
     nodes = f"{cluster.min_nodes}" + (f"-{cluster.max_nodes}" if cluster.max_nodes > cluster.min_nodes else "")
-    python = slurm.python or sys.executable
-    return fill("slurm_job.sh.jinja", name=name, nodes=nodes, slurm=slurm, folder=_folder(config), python=python)
+    python, folder = [slurm.python or sys.executable, "-P", "-m"], _folder(config)
+    return fill(
+        "slurm_job.sh.jinja",
+        name=name,
+        nodes=nodes,
+        slurm=slurm,
+        folder=str(folder),
+        pipe=PIPE,
+        per_node=shlex.join(PER_NODE),
+        container=shlex.join(_container(slurm)),
+        host=shlex.join([*python, "manta.cluster.ray.host"]),
+        controller=shlex.join([*python, "manta.launch", "train", str(folder / "run.yaml"), "--on", "allocation"]),
+    )
 
 
 def ray_of_allocation(cluster: ClusterConfig) -> HostsRay:
     """Return a Ray cluster on the nodes of the job that this process is in. Raises InputError outside of a job."""
     if "SLURM_JOB_ID" not in os.environ:
         raise InputError("--on allocation: expected SLURM_JOB_ID in the environment of a SLURM job, got none. Submit one with --on slurm.")
-    nodes, slurm = os.environ["SLURM_JOB_NUM_NODES"], cluster.slurm
-    # One step with a task per node. All tasks read the same standard input, and one that fails does not end the others.
-    options = "--ntasks-per-node=1 --overlap --input=all --kill-on-bad-exit=0 --no-kill --quit-on-interrupt"
-    reach = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", *options.split()]
-    if slurm.container is not None:
-        reach += [f"--container-image={slurm.container}", *([f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else [])]
+    slurm = cluster.slurm
+    if PIPE in os.environ:  # in the container of the job's script, which starts the nodes
+        reach = [sys.executable, "-P", "-m", "manta.cluster.ray.relay", os.environ[PIPE]]
+    else:
+        nodes = os.environ["SLURM_JOB_NUM_NODES"]
+        reach = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", *PER_NODE, *_container(slurm)]
     host = Host(name=f"job {os.environ['SLURM_JOB_ID']}", reach=tuple(reach), python=slurm.python or sys.executable)
     return HostsRay((host,), address=_node_address(), grace=cluster.grace_period)
+
+
+def _container(slurm: Slurm) -> list[str]:
+    """Return srun's options for the container; none without one."""
+    mounts = [f"--container-mounts={','.join(slurm.mounts)}"] if slurm.mounts else []
+    return [] if slurm.container is None else [f"--container-image={slurm.container}", *mounts]
 
 
 def _node_address() -> str:

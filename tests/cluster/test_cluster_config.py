@@ -3,14 +3,20 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pydantic
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.supervise.controller import delete_expired_logs
+from manta.data.errors import InputError
+from manta.launch.config import validate
+
+EXAMPLE = Path(__file__).parents[2] / "examples/gpt-tiny.yaml"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("3:50:00", 13_800), ("0:00:15", 15), ("2-01:00:00", 176_400), (None, math.inf)])
@@ -28,6 +34,37 @@ def test_every_key_is_described_and_bad_values_are_refused():
             ClusterConfig.model_validate({"nodes": nodes})
     with pytest.raises(pydantic.ValidationError, match="step_timeout"):
         ClusterConfig.model_validate({"step_timeout": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"HF_TOKEN": "geheim"}, "expected no secrets, because the run directory keeps them, got HF_TOKEN. Export it"),
+        ({"AWS_SECRET_ACCESS_KEY": "geheim"}, "expected no secrets"),
+        ({"wandb_api_key": "geheim"}, "expected no secrets"),
+        ({"https_proxy": "http://me:geheim@proxy:3128"}, "expected no secrets, because the run directory keeps them, got https_proxy."),
+        ({"A-B": "geheim"}, "expected names of letters, digits and _, got 'A-B'"),
+        ({"NCCL_DEBUG": True}, "expected text for NCCL_DEBUG, got bool. Put the value in quotes."),
+        ({"NCCL_DEBUG": ["geheim"]}, "expected text for NCCL_DEBUG, got list"),
+        ({"A": "geheim\0"}, "expected text without NUL for A"),
+        ({"RANK": "1"}, "expected variables that the run does not set or remove, got RANK (the run sets its own)"),
+        ({"RAY_ADDRESS": "x"}, "got RAY_ADDRESS (Ray's: "),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "got CUDA_VISIBLE_DEVICES (it decides how many ranks a node has: export it there)"),
+    ],
+)
+def test_variables_that_ranks_cannot_get_are_refused_and_no_value_is_repeated(variables, problem):
+    tree = {"cluster": {"environment": variables}}
+    with pytest.raises(InputError) as refused:
+        validate({**yaml.safe_load(EXAMPLE.read_text()), **tree}, EXAMPLE, {})
+    (message,) = [line for line in str(refused.value).splitlines() if "cluster" in line]
+    assert "cluster.environment: expected" in message
+    assert problem in message
+    assert "geheim" not in str(refused.value)
+
+
+def test_variables_may_have_names_that_contain_those_of_secrets():
+    variables = {"TOKENIZERS_PARALLELISM": "false", "MONKEY": "1", "GOOGLE_APPLICATION_CREDENTIALS": "/a/file", "NCCL_IB_TC": 106}
+    assert ClusterConfig.model_validate({"environment": variables}).environment == {**variables, "NCCL_IB_TC": "106"}
 
 
 @settings(deadline=None)

@@ -35,7 +35,7 @@ LEFT_BY_OTHERS = {
     "RAY_AUTH_TOKEN": "none",
     "RAY_RUNTIME_ENV_HOOK": "no.such.hook",
 }
-KEPT = {"NCCL_SOCKET_IFNAME": "^nosuch0", "OMP_NUM_THREADS": "3", "NCCL_DEBUG": "WARN", "SLURM_JOB_ID": "12"}
+KEPT = {"NCCL_SOCKET_IFNAME": "^nosuch0", "OMP_NUM_THREADS": "3", "SLURM_JOB_ID": "12"}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,9 @@ def run(tmp_path_factory):
         (cwd / name).write_text(f"raise SystemExit('shadowed by {name}')")
     faults = [[8, [[RAISE], 0], "raise"], [80, [[KILL], 1], "SIGKILL"], [90, [[STOP], 1], "SIGSTOP"], [130, [[SEGV], 0], "SIGSEGV"]]
     plan = {"every": 40, "steps": 270, "step_time": 0.05, "warm_time": 0.3, "faults": faults, "slow": [1, 220, 270]}
-    with patch.dict(os.environ, LEFT_BY_OTHERS | KEPT):
-        run = FakeRun(root / "run", plan, cluster={"step_timeout": 1.0}, cwd=cwd)
+    with patch.dict(os.environ, LEFT_BY_OTHERS | KEPT | {"NCCL_DEBUG": "WARN"}):
+        environment = {"NCCL_DEBUG": "INFO", "LD_LIBRARY_PATH": "/opt/lib", "NCCL_IB_DISABLE": 1}
+        run = FakeRun(root / "run", plan, cluster={"step_timeout": 1.0, "environment": environment}, cwd=cwd)
     yield run
     run.close()
 
@@ -232,3 +233,4 @@ def test_what_others_left_in_the_environment_is_removed_and_what_the_user_set_is
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_ADDR"]) == ("0", "2", "127.0.0.1")
     assert environment["MASTER_PORT"].isdecimal()
     assert KEPT.items() <= environment.items()
+    assert {"NCCL_DEBUG": "INFO", "LD_LIBRARY_PATH": "/opt/lib", "NCCL_IB_DISABLE": "1"}.items() <= environment.items()

@@ -14,8 +14,8 @@
 #SBATCH --mem=0
 #SBATCH --exclude=n7
 
-set -u
 module load cuda/13.0
+set -u
 
 # The controller runs on the first node, and starts the others with srun.
 /opt/manta/bin/python -P -m manta.launch train '/shared/my runs/first/slurm/run.yaml' --on allocation &

@@ -8,13 +8,16 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import slurm_cluster
 
 from manta.cluster.config import ClusterConfig
+from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
 from manta.launch.config import load
 from manta.launch.targets import slurm
@@ -35,19 +38,25 @@ EXAMPLE = (
 )
 
 
-def example() -> str:
-    return slurm.render(load(Path(__file__).parents[2] / "examples/gpt2-124m.yaml", EXAMPLE))
+SETUP = 'cluster.slurm.setup=["export NCCL_IB_HCA=mlx5", "ulimit -l unlimited"]'
+CONTAINER = ("cluster.slurm.container=/images/manta.sqsh", 'cluster.slurm.mounts=["/shared", "/scratch:/tmp"]', SETUP)
 
 
-def test_the_script_matches_the_golden_file():
+def example(*overrides: str) -> str:
+    return slurm.render(load(Path(__file__).parents[2] / "examples/gpt2-124m.yaml", [*EXAMPLE, *overrides]))
+
+
+@pytest.mark.parametrize(("golden", "overrides"), [(GOLDEN, ()), (GOLDEN.with_name("golden_slurm_container_job.sh"), CONTAINER)])
+def test_the_script_matches_the_golden_file(golden, overrides):
     if "MANTA_WRITE_GOLDEN" in os.environ:
-        GOLDEN.write_text(example())
-    assert example() == GOLDEN.read_text()
+        golden.write_text(example(*overrides))
+    assert example(*overrides) == golden.read_text()
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck on this machine")
-def test_shellcheck_accepts_the_script():
-    result = subprocess.run(["shellcheck", "-"], input=example(), capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("overrides", [(), CONTAINER])
+def test_shellcheck_accepts_the_script(overrides):
+    result = subprocess.run(["shellcheck", "-"], input=example(*overrides), capture_output=True, text=True, check=False)
     assert result.stdout == ""
     wrong = example().replace("set -u\n", "set -u\necho $1\n")
     assert "SC2086" in subprocess.run(["shellcheck", "-"], input=wrong, capture_output=True, text=True, check=False).stdout
@@ -57,6 +66,7 @@ def test_settings_that_slurm_would_refuse_are_refused(workspace):
     for overrides, message in (
         (("cluster.slurm.warning=30",), "cluster.slurm.warning: expected more than cluster.grace_period (60 s), got 30 s"),
         (('cluster.slurm.mounts=["/data"]',), "cluster.slurm.mounts: expected none without a container, got some"),
+        (("cluster.slurm.container=/a.sqsh",), "cluster.slurm.python: expected the interpreter in cluster.slurm.container, got nothing"),
         (("cluster.slurm.partition=a;b",), "cluster.slurm.partition"),
         (("cluster.slurm.time=soon",), "cluster.slurm.time"),
         (('cluster.slurm.options=["mem=0"]',), "expected options of sbatch"),
@@ -95,9 +105,10 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
-def submit(workspace, cluster, run: str, *overrides: str) -> str:
+def submit(workspace, cluster, run: str, *overrides: str, **environment: str) -> str:
     settings = ("cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.grace_period=20", "cluster.slurm.time=10:00", *overrides)
-    result = workspace.manta("train", str(workspace.config_file), f"run.dir={run}", "--on", "slurm", *settings, **cluster.environment)
+    environment = {**cluster.environment, **environment}
+    result = workspace.manta("train", str(workspace.config_file), f"run.dir={run}", "--on", "slurm", *settings, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -157,3 +168,52 @@ def test_a_terminated_job_saves_and_is_not_requeued(workspace, cluster):
     events = [json.loads(line) for line in (workspace.directory / "cancelled/events.jsonl").read_text().splitlines()]
     assert (events[-1]["event"], events[-1]["exit_code"]) == ("run-ended", 75)
     assert list((workspace.directory / "cancelled/checkpoints").glob("step-*"))
+
+
+SRUN = """#!/bin/bash
+# As Pyxis does: --container-image makes a step see another system. This one has an interpreter that the host lacks, and no srun.
+options=() inside=() enter='mount --bind {venv} {image} && mount --bind /dev/null /usr/bin/srun && exec "$0" "$@"'
+while [[ "$1" = --* ]]; do
+    case "$1" in
+        --container-image=*) inside=(unshare --mount sh -c "$enter") ;;
+        --container-mounts=*) ;;
+        *) options+=("$1") ;;
+    esac
+    shift
+done
+exec /usr/bin/srun "${{options[@]}}" "${{inside[@]}}" "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_job_in_a_container_needs_nothing_of_the_host(workspace, cluster, tmp_path):
+    """Its controller runs in the container too. It survives the loss of all nodes' processes, and saves when it is warned."""
+    image, programs = tmp_path / "image", tmp_path / "bin"
+    image.mkdir()
+    programs.mkdir()
+    (programs / "srun").write_text(SRUN.format(venv=Path(sys.prefix), image=image))
+    (programs / "srun").chmod(0o755)
+    settings = (f"cluster.slurm.python={image}/bin/python", "cluster.slurm.container=/images/manta.sqsh", "train.steps=100000")
+    more = (f'cluster.slurm.mounts=["{workspace.directory.parent.parent}"]', "cluster.environment={OF_THE_CONFIG: 1}")
+    setup = "cluster.slurm.setup=[export OF_THE_SCRIPT=2]"
+    job = submit(workspace, cluster, "contained", *settings, *more, setup, PATH=f"{programs}:{os.environ['PATH']}")
+    wait_for(lambda: len(steps(workspace, "contained")) > 5)
+    events = read_events(workspace.directory / "contained/events.jsonl")
+    (started,) = [event for event in events if event["event"] == "attempt-started"]
+    for rank in started["ranks"]:
+        environment = Path(f"/proc/{rank['pid']}/environ").read_text().split("\0")
+        assert {"OF_THE_CONFIG=1", "OF_THE_SCRIPT=2"} <= set(environment)
+        assert Path(f"/proc/{rank['pid']}/exe").resolve() == Path(sys.executable).resolve()
+    assert not list(image.iterdir()), "the host does not see the interpreter"
+    for process in psutil.process_iter(["cmdline"]):  # as if SLURM had ended the step
+        command = process.info["cmdline"] or [""]
+        if command[0] == "/usr/bin/srun" and "manta.cluster.ray.host" in command:
+            process.kill()
+    wait_for(lambda: [event for event in read_events(workspace.directory / "contained/events.jsonl") if event["event"] == "loaded"][1:])
+    cluster.ask("scancel", "--signal=USR1", "--batch", job)
+    wait_for(lambda: cluster.state(job) == "PENDING")
+    last = read_events(workspace.directory / "contained/events.jsonl")[-1]
+    assert (last["event"], last["exit_code"]) == ("run-ended", 75)
+    wait_for(lambda: not processes_of(workspace, "contained"), within=20)
+    assert not list((workspace.directory / "contained/slurm").glob("nodes-*"))
+    cluster.ask("scancel", job)
