@@ -28,7 +28,7 @@ from manta.data.sampling.samples import Samples
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import FORMAT, Manifest, PreparedData, digest, joint_fingerprint
 from manta.data.source_config import LONGEST_DOCUMENT, SourceConfig
-from manta.data.sources.source import identity, ignored_files, source_files, validation_source
+from manta.data.sources.source import identity, select_files, source_files, validation_source
 from manta.data.sources.splits import content_kind, input_splits, sample_text
 from manta.data.storage.location import absolute, join, local_path, resolve
 from manta.data.storage.regular_file import make_own_directory
@@ -118,7 +118,10 @@ def _check_sources(data: DataConfig, tokens: TokenizerConfig) -> None:
     """Raise InputError for a missing file, a validation path that does not fit, token ids without their tokenizer, or unused keys."""
     for source in data.sources:
         key = f"data.sources: {source.resolved_name!r}"
-        files, kind, validation = source_files(source), content_kind(source, data), validation_source(source)
+        files, notes = select_files(source)
+        for note in notes:
+            report(f"prepare: {source.resolved_name}: {note}")
+        kind, validation = content_kind(source, data), validation_source(source)
         if kind != "text" and tokens.file is None:
             raise InputError(f"{key}: expected text, or the tokenizer that wrote its token ids, got token ids. Set tokenizer.file.")
         for name in ("filter", "template", "text_field") if kind == "shards" else ():
@@ -129,8 +132,6 @@ def _check_sources(data: DataConfig, tokens: TokenizerConfig) -> None:
                 raise InputError(f"{key}: validation: expected {_KIND_NAMES[kind]} as in its path, got {_KIND_NAMES[other]}. Use one kind.")
             if shared := {resolve(file.path) for file in files} & {resolve(file.path) for file in source_files(validation)}:
                 raise InputError(f"{key}: validation: expected other files than its path has, got {min(shared)} in both. Separate them.")
-        if ignored := ignored_files(source):
-            report(f"prepare: {source.resolved_name}: ignored {len(ignored)} files by their format, first {ignored[0]}")
 
 
 def _check_tokenizer(data: DataConfig, tokens: TokenizerConfig) -> None:

@@ -18,7 +18,8 @@ from manta.data.config_history import as_version_1
 from manta.data.errors import InputError
 from manta.data.source_config import SourceConfig
 from manta.data.sources.file_formats import SUFFIXES, TEXT, configured_format, format_of
-from manta.data.sources.streams import COMPRESSION, format_suffix, reading
+from manta.data.sources.selection import check_saved_dataset, select
+from manta.data.sources.streams import COMPRESSION, compression_of, format_suffix, reading
 from manta.data.storage.links import boundary, regular_file
 from manta.data.storage.local import walk
 from manta.data.storage.location import StoredFile
@@ -60,38 +61,40 @@ def holds_token_files(source: SourceConfig) -> bool:
 
 def source_files(source: SourceConfig) -> list[StoredFile]:
     """Return the files of a source, sorted. Raises InputError if there are none, or if one is empty or of an unknown format."""
+    return select_files(source)[0]
+
+
+def select_files(source: SourceConfig) -> tuple[list[StoredFile], list[str]]:
+    """Return the files of a source, sorted, and notes on those of its directory or glob that are not read."""
     if source.path == "stdlib:":
-        return [open_store(path).stat() for path in walk(_STDLIB, follow_all=True) if format_suffix(path) in TEXT]
+        return [open_store(path).stat() for path in walk(_STDLIB, follow_all=True) if format_suffix(path) in TEXT], []
     if is_hub_dataset(source):
         dataset, _ = dataset_name(source)
         with reading(dataset):
-            return [regular_file(path, boundary(dataset)) for path in walk(dataset)] if Path(dataset).is_dir() else []
+            return [regular_file(path, boundary(dataset)) for path in walk(dataset)] if Path(dataset).is_dir() else [], []
     location = _location(source)
     with reading(location):
         listing = open_store(location).find()
         is_directory = listing.is_directory
         if not listing.files and configured_format(source) == "tokens":  # a pair of shards is often named without its suffixes
             listing, is_directory = open_store(f"{glob.escape(location)}.*").find(), True
-        paths = _without_dataset_metadata(location, list(listing.files))
-        known = _known(paths, source) if is_directory else paths
-        files = [listing.files[path] or regular_file(path, listing.boundary) for path in known]
+        paths, notes = select(check_saved_dataset(location, list(listing.files)), source, is_directory=is_directory)
+        files = [listing.files[path] or regular_file(path, listing.boundary) for path in paths]
         for file in files:
-            _check_file(file, source)
+            _check_format(file.path, source)
+        if empty := [file.path for file in files if _is_empty(file)]:
+            needed = [path for path in empty if len(files) == 1 or format_of(path, source) not in {"text", "json"} or compression_of(path)]
+            if needed or len(empty) == len(files):
+                remedy = "Download it again, or remove it from data.sources."
+                raise InputError(f"{(needed or empty)[0]}: expected data, got an empty file. {remedy}")
+            notes.append(f"left out {len(empty)} without content, first {empty[0]}")
+            files = [file for file in files if file.path not in set(empty)]
     if not files:
         found = "none of them" if is_directory else "no such files"
         problem = f"expected text, JSONL, Parquet or Arrow files, or token shards, got {found}"
-        raise InputError(f"data.sources: {source.path!r}: {problem}. Name a file, directory or glob that exists, stdlib: or hf:name.")
-    return files
-
-
-def ignored_files(source: SourceConfig) -> list[str]:
-    """Return the files of its directory that are not read: those of unknown formats, and token shards beside documents."""
-    if source.path == "stdlib:" or is_hub_dataset(source):
-        return []
-    location = _location(source)
-    listing = open_store(location).find()
-    paths = _without_dataset_metadata(location, list(listing.files))
-    return sorted({*paths} - {*_known(paths, source)}) if listing.is_directory else []
+        also = f" ({'; '.join(notes)})" if notes else ""
+        raise InputError(f"data.sources: {source.path!r}: {problem}{also}. Name a file, directory or glob that exists, stdlib: or hf:name.")
+    return files, notes
 
 
 def is_hub_dataset(source: SourceConfig) -> bool:
@@ -107,39 +110,15 @@ def dataset_name(source: SourceConfig) -> tuple[str, str | None]:
     return dataset, config or None
 
 
-def _without_dataset_metadata(location: str, paths: list[str]) -> list[str]:
-    """Remove what `datasets` saves beside a dataset's tables: JSON metadata, and cached tables computed from them.
-
-    Raises InputError for a dataset that was saved in several splits.
-    """
-    by_folder: dict[str, set[str]] = {}
-    for path in paths:
-        folder, _, name = path.rpartition("/")
-        by_folder.setdefault(folder, set()).add(name)
-    for folder, names in by_folder.items():
-        if "dataset_dict.json" in names:
-            splits = ", ".join(sorted(other.rpartition("/")[2] for other, saved in by_folder.items() if "state.json" in saved))
-            problem = "expected one split of a dataset, got several"
-            raise InputError(f"data.sources: {location!r}: {problem}. Name a folder of {folder}: {splits}.")
-    metadata = {"state.json", "dataset_info.json"}
-    saved = {folder for folder, names in by_folder.items() if metadata <= names and any(name.endswith(".arrow") for name in names)}
-    parts = [(path, *path.rpartition("/")[::2]) for path in paths]
-    return [path for path, folder, name in parts if folder not in saved or (name not in metadata and not name.startswith("cache-"))]
-
-
-def _known(paths: list[str], source: SourceConfig) -> list[str]:
-    """Return the files of known formats; token shards only if there are no documents."""
-    documents = [path for path in paths if format_of(path, source) not in {None, "tokens"}]
-    return documents or [path for path in paths if format_of(path, source)]
-
-
-def _check_file(file: StoredFile, source: SourceConfig) -> None:
-    if not format_of(file.path, source):
+def _check_format(path: str, source: SourceConfig) -> None:
+    if not format_of(path, source):
         known = f"{' '.join(sorted(SUFFIXES))}; text and JSON may end in {' '.join(COMPRESSION)}"
-        got = format_suffix(file.path) or "no suffix"
-        raise InputError(f"{file.path}: expected a known format ({known}), got {got}. Unpack or convert it, or set the source's format.")
-    if not file.size and not open_store(file.path).stat().size:  # which raises if a store does not know sizes
-        raise InputError(f"{file.path}: expected data, got an empty file. Download it again, or remove it from data.sources.")
+        got = format_suffix(path) or "no suffix"
+        raise InputError(f"{path}: expected a known format ({known}), got {got}. Unpack or convert it, or set the source's format.")
+
+
+def _is_empty(file: StoredFile) -> bool:
+    return not file.size and not open_store(file.path).stat().size  # which raises if a store does not know sizes
 
 
 def _token_indexes(files: list[StoredFile]) -> list[StoredFile]:

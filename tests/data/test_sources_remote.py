@@ -120,8 +120,8 @@ def test_a_bucket_is_read_despite_broken_responses(bucket, tmp_path):
     before = identity(source)
     store.put("web/a.jsonl", LINES.replace(b"Guten", b"guten"))
     assert identity(source) != before
-    store.put("web/empty.jsonl", b"")
-    assert "s3://corpus/web/empty.jsonl: expected data, got an empty file" in error_of("s3://corpus/web")
+    store.put("web/empty.jsonl.gz", b"")
+    assert "s3://corpus/web/empty.jsonl.gz: expected data, got an empty file" in error_of("s3://corpus/web")
     assert "no such files" in error_of("s3://corpus/other")
     assert "no such files" in error_of("s3://other/web")
     store.check_keys(on=True)
