@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from manta.data.config import DataConfig
 from manta.data.errors import AccessError, InputError
 from manta.data.prepare.encode import DUPLICATE, MALFORMED, SplitTask, encode_split, hash_split, record_file
+from manta.data.prepare.full_disk import disk_error, space_needed
 from manta.data.prepare.pool import run_tasks
 from manta.data.prepare.progress import progress, report
 from manta.data.prepare.token_files import index_token_file, token_file_splits
@@ -41,7 +42,10 @@ def build_shards(
     if source.filter.dedup and missing:
         missing = [task for task in _mark_duplicates(source, tasks, data) if task.index not in records]
     work = index_token_file if holds_token_files(source) else encode_split
-    records |= run_tasks(f"prepare {source.resolved_name}", work, missing, data)
+    try:
+        records |= run_tasks(f"prepare {source.resolved_name}", work, missing, data)
+    except OSError as error:
+        raise disk_error(error, directory.root, *space_needed(directory, tasks)) from None
     directory.store.create()  # deletes the temporary files of workers that died with their node
     return [records[task.index] for task in tasks], encoder
 

@@ -16,12 +16,13 @@ from filelock import FileLock, Timeout
 
 from manta.data.config import BYTES, DataConfig, TokenizerConfig
 from manta.data.config_history import as_version_1, identifying_keys
-from manta.data.errors import AccessError, DataError, InputError, one_line
+from manta.data.errors import AccessError, DataError, InputError
 from manta.data.live import live_sources
 from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare.build import build_shards, complete_corpus, write_manifest
 from manta.data.prepare.encode import record_file
+from manta.data.prepare.full_disk import disk_error
 from manta.data.prepare.progress import progress, report
 from manta.data.sampling.packed_windows import find_packing, pack_corpus
 from manta.data.sampling.samples import Samples
@@ -83,7 +84,7 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
     except MemoryError:
         raise DataError("prepare: out of memory. Use fewer data.workers or smaller files; the same command resumes.") from None
     except OSError as error:
-        raise DataError(f"{error.filename or data.directory}: {error.strerror or one_line(error)}. The same command resumes.") from None
+        raise disk_error(error, absolute(data.directory)) from None
 
 
 def _prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
@@ -260,7 +261,7 @@ def _lock(data: DataConfig) -> Generator[None]:
             report(f"prepare: waiting for another preparation in {data.directory}")
             with progress("prepare: waiting"):
                 lock.acquire()
-    except OSError as error:
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
         problem = f"expected a directory that can be written, got {error.filename or directory} ({error.strerror})"
         raise InputError(f"data.directory: {problem}. Choose another.") from None
     try:

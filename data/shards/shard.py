@@ -96,8 +96,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bin.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._bin.close()  # which writes what is buffered
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def extend(self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], text_bytes: int) -> None:
         """Append documents end to end, with these lengths in tokens. Each includes its end-of-text id."""

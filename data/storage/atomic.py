@@ -9,11 +9,15 @@ TEMPORARY = ".tmp"  # suffix of files that are still being written
 def write_atomically(path: Path, content: bytes) -> None:
     """Raises OSError if the disk fails; then the old content remains."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk it takes room
+        raise
     sync_directory(path.parent)
 
 
