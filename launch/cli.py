@@ -31,6 +31,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; return when the run has started.")]
 TARGETS = "local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (submit to a Ray cluster), auto or HOST:PORT (join one)"
 On = Annotated[str, typer.Option(metavar="TARGET", help=f"Where to run: {TARGETS}.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print layout, idle ranks, batches, nodes and what would run. Start nothing.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Accept a Ray cluster without a token: anyone who reaches it can run code.")]
 WeightsOnly = Annotated[str | None, typer.Option(metavar="FROM", help="Start from the weights of a run or an import: run.start_from=FROM.")]
 
@@ -51,7 +52,7 @@ def train(
     weights_only: WeightsOnly = None,
     detach: Detach = False,
     on: On = "local",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted to SLURM or Kubernetes, and exit.")] = False,
+    dry_run: DryRun = False,
     insecure: Insecure = False,
 ) -> None:
     """Start a run, or resume it if it was started before. Prepares the corpus first, unless already done.
@@ -70,13 +71,21 @@ def train(
 
 
 @app.command(epilog="For example: manta resume runs/mine cluster.nodes=2")
-def resume(run: Run, overrides: Overrides = None, *, detach: Detach = False, on: On = "local", insecure: Insecure = False) -> None:
+def resume(
+    run: Run,
+    overrides: Overrides = None,
+    *,
+    detach: Detach = False,
+    on: On = "local",
+    dry_run: DryRun = False,
+    insecure: Insecure = False,
+) -> None:
     """Resume a run from its newest valid checkpoint, on the nodes that are available now."""
     from manta.launch.targets.dispatch import launch
 
     loaded = load(find_run(run).config_file, [*(overrides or []), f"run.dir={json.dumps(str(run.absolute()))}"])
     detached = _arguments("resume", run, overrides or [], on, insecure=insecure) if detach else []
-    raise typer.Exit(launch(loaded, on, insecure=insecure, detached=detached))
+    raise typer.Exit(launch(loaded, on, dry_run=dry_run, insecure=insecure, detached=detached))
 
 
 @app.command(epilog="For example: manta drill run.yaml --on ssh:hosts.txt")

@@ -49,13 +49,13 @@ def preflight(config: RunConfig, ray: Ray) -> RunPlan | None:
     run_dir = RunDirectory(config.run.dir.absolute())
     run_dir.check()
     check_writable(run_dir, config)
-    per_node = _local_ranks(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
+    per_node = local_ranks(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
     possible, fallbacks = layouts(config.train, config.parallel), shrunk_layouts(config.train, config.parallel)
     # Until nodes have reported their GPUs, plan for the largest number of ranks that the run can use.
     ranks = max(possible, default=1) if per_node is None else config.cluster.max_nodes * per_node
     layout = largest_layout(config.train, config.parallel, ranks)
     check_same_run(run_dir, config)
-    initial_weights = _find_initial_weights(run_dir, config)
+    initial_weights = find_initial_weights(run_dir, config)
     if is_finished(run_dir, config):
         return None
     if config.data.live:
@@ -76,7 +76,7 @@ def check_writable(run_dir: RunDirectory, config: RunConfig) -> None:
         open_store(config.checkpoint.directory).check_writable("checkpoint.directory")
 
 
-def _local_ranks(config: RunConfig) -> int:
+def local_ranks(config: RunConfig) -> int:
     """Return the number of ranks on this machine. Raises InputError if it has too few GPUs."""
     if config.precision == "fp8" and gpus() == 0:
         raise InputError("precision: expected another one on a machine without GPUs, got fp8. Use bf16.")
@@ -125,7 +125,7 @@ def open_corpus(run_dir: RunDirectory, config: RunConfig) -> tuple[PreparedData,
     return prepared, samples.tokenizer_vocabulary
 
 
-def _find_initial_weights(run_dir: RunDirectory, config: RunConfig) -> str | None:
+def find_initial_weights(run_dir: RunDirectory, config: RunConfig) -> str | None:
     """Return the checkpoint that run.start_from refers to; None if it is omitted, or if the run has trained already.
 
     The run's manifest records it, so that every attempt starts from the same one, even if the source run writes newer checkpoints.

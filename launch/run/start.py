@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 
@@ -97,15 +97,20 @@ def step_text(config: RunConfig, layout: Layout) -> str:
     return f"{groups} x micro batch {layout.micro_batch} x {', '.join(stages)}"
 
 
+def summary(config: RunConfig, layout: Layout, ranks: int) -> Iterator[str]:
+    """Yield how many of `ranks` ranks are idle and why, what each step reads, and the layout."""
+    if ranks > layout.ranks:
+        reason = f"{micro_batches_text(config.train)} divides evenly over {count_text(layout.data, 'data rank')}"
+        yield f"{ranks - layout.ranks} of {count_text(ranks, 'rank')} will be idle: {reason}"
+    yield f"{step_text(config, layout)}; {config.precision}, {layout}"
+
+
 def _print_summary(plan: RunPlan) -> None:
     """Print it to standard output, before the progress."""
     config, layout, path, show = plan.config, plan.layout, plan.run_dir.path, MessageConsole(sys.stdout).message
     if plan.ranks_per_node:
-        ranks = config.cluster.max_nodes * plan.ranks_per_node
-        if ranks > layout.ranks:
-            reason = f"{micro_batches_text(config.train)} divides evenly over {count_text(layout.data, 'data rank')}"
-            show(f"{ranks - layout.ranks} of {count_text(ranks, 'rank')} will be idle: {reason}")
-        show(f"{path}: {step_text(config, layout)}; {config.precision}, {layout}")
+        for line in summary(config, layout, config.cluster.max_nodes * plan.ranks_per_node):
+            show(f"{path}: {line}")
     if config.data.live:
         show(f"{path}: data.live: text is tokenized while it is read; only {count_text(layout.data, 'data rank')} can resume this run")
 

@@ -1,15 +1,19 @@
 """The launch targets, by the value of --on. To add one: a function in a module beside this one, and a case in `launch` or `connect`."""
 
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 
 from manta.cluster.protocol import ExitCode
-from manta.cluster.ray.runtime import JoinedRay, LocalRay, NoClusterError, Ray
+from manta.cluster.ray.runtime import HostsRay, JoinedRay, LocalRay, NoClusterError, Ray
 from manta.data.errors import InputError
 from manta.launch.config import RunConfig
+from manta.launch.run.dry_run import describe
+from manta.launch.run.preflight import local_ranks
 from manta.launch.run.start import train
 from manta.launch.targets import kubernetes, ray_job, slurm, ssh
+from manta.launch.terminal import MessageConsole, notify
 
 BATCH = {"slurm": slurm, "kubernetes": kubernetes}  # they run the whole job elsewhere; the command ends when it is submitted
 DASHBOARD = ("http://", "https://")  # of a Ray that does so, too
@@ -24,10 +28,7 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
     detached: arguments for a background manta process that runs instead of this one.
     """
     if dry_run:
-        if on not in BATCH:
-            raise InputError(f"--dry-run: expected --on {' or '.join(BATCH)}, got {on}. Remove --dry-run: there is nothing to print.")
-        sys.stdout.write(BATCH[on].render(config))
-        return ExitCode.DONE
+        return _dry_run(config, on, insecure=insecure)
     if detached and (on in BATCH or on.startswith(DASHBOARD)):
         raise InputError(f"--detach: expected a run of this process, got --on {on}. Remove --detach: the run continues anyway.")
     if on in BATCH:
@@ -35,6 +36,35 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
     if on.startswith(DASHBOARD):
         return ray_job.submit(config, on, insecure=insecure)
     return train(config, connect(config, on, insecure=insecure), detached=detached)
+
+
+def _dry_run(config: RunConfig, on: str, *, insecure: bool) -> int:
+    """Print what would run. If that is a script or manifest, only it goes to standard output, so that it can be submitted."""
+    cluster = config.cluster
+    show = notify if on in BATCH else MessageConsole(sys.stdout).message
+    if on == "local":
+        ranks_per_node, started = local_ranks(config), ["Ray on this machine"]
+    elif on == "slurm":
+        ranks_per_node, started = cluster.ranks_per_node or cluster.slurm.gpus_per_node, ["sbatch, with this script:"]
+    elif on == "kubernetes":
+        ranks_per_node, started = cluster.ranks_per_node or cluster.kubernetes.gpus, ["kubectl apply, with this manifest:"]
+    elif on.startswith(DASHBOARD):
+        command = ray_job.entrypoint(ray_job.train_command(config, insecure=insecure))
+        ranks_per_node, started = cluster.ranks_per_node, [f"a job of {ray_job.host_of('--on', on)}: {command}"]
+    elif re.fullmatch(RAY_ADDRESS, on):
+        ranks_per_node, started = cluster.ranks_per_node, [f"nothing but ranks: it joins the Ray at {on}"]
+    else:
+        ray = connect(config, on)
+        assert isinstance(ray, HostsRay)
+        commands = [f"on {host.name}: {shlex.join(host.command('-P', '-m', 'manta.cluster.ray.host'))}" for host in ray.hosts]
+        ranks_per_node, started = cluster.ranks_per_node, commands
+    script = BATCH[on].render(config) if on in BATCH else ""
+    described = list(describe(config, ranks_per_node or None, sees_files=on not in BATCH and not on.startswith(DASHBOARD)))
+    rank = f"each rank: python -P -m manta.trainer {shlex.quote(str(config.run.dir.absolute()))}"
+    for line in (*described, rank, *(f"would start {each}" for each in started)):
+        show(line)
+    sys.stdout.write(script)
+    return ExitCode.DONE
 
 
 def connect(config: RunConfig, on: str, *, insecure: bool = False) -> Ray:

@@ -40,18 +40,29 @@ RETRY = 1.0  # seconds between two tries to submit
 
 def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
     """Submit the run and return the exit code. Raises InputError before anything is submitted."""
+    command = train_command(config, insecure=insecure)
+    with _errors_in_one_line("--on", address):
+        client = _client("--on", address, insecure=insecure)
+        job = _submit(client, command, config)
+    logs, status = f"ray job logs --address {address} {job}", f"manta status {shlex.quote(str(config.run.dir))}"
+    notify(f"{config.run.dir}: submitted as {job}; see: {logs}; or, on a machine that sees its directory: {status}")
+    sys.stdout.write(f"{job}\n")
+    return 0
+
+
+def train_command(config: RunConfig, *, insecure: bool) -> list[str]:
+    """Return the arguments of manta in the job. Raises InputError if the Ray's nodes would not find the run's files."""
     expected, remedy = "an absolute path that the Ray's nodes share", "Change it: the job starts in another directory."
     url_remedy = "Set it in the environment of the Ray's nodes."
     problems = location_problems(config, root="/", expected=expected, remedy=remedy, url_remedy=url_remedy)
     if message := "\n".join(problems):
         raise InputError(message)
-    with _errors_in_one_line("--on", address):
-        client = _client("--on", address, insecure=insecure)
-        job = _submit(client, ["train", CONFIG, "--on", "auto", *(["--insecure"] if insecure else [])], config)
-    logs, status = f"ray job logs --address {address} {job}", f"manta status {shlex.quote(str(config.run.dir))}"
-    notify(f"{config.run.dir}: submitted as {job}; see: {logs}; or, on a machine that sees its directory: {status}")
-    sys.stdout.write(f"{job}\n")
-    return 0
+    return ["train", CONFIG, "--on", "auto", *(["--insecure"] if insecure else [])]
+
+
+def entrypoint(command: Sequence[str]) -> str:
+    """Return a job's shell command that runs a command of manta."""
+    return f"python -P -m manta.launch {shlex.join(command)}"
 
 
 def run_command(address: str, command: Sequence[str], *, insecure: bool) -> int:
@@ -74,11 +85,10 @@ def _submit(client: Any, command: Sequence[str], config: RunConfig | None = None
         if config is not None:
             copy_run(Path(folder), config)
         metadata = None if config is None else {"run": str(config.run.dir)}
-        entrypoint = f"python -P -m manta.launch {shlex.join(command)}"
         deadline, is_waiting = time.monotonic() + AGENT_TIMEOUT, False
         while True:
             try:
-                return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder}, metadata=metadata)
+                return client.submit_job(entrypoint=entrypoint(command), runtime_env={"working_dir": folder}, metadata=metadata)
             except RuntimeError as error:
                 if NO_AGENT not in str(error) or time.monotonic() > deadline:
                     raise
@@ -126,16 +136,7 @@ def copy_run(folder: Path, config: RunConfig) -> None:
 
 def _client(key: str, address: str, *, insecure: bool) -> Any:
     """Raises InputError if the address is none, or if the dashboard accepts anyone, unless `insecure`."""
-    try:
-        url = urlsplit(address)
-        host = url.hostname if url.port != 0 else None
-    except ValueError:
-        url, host = None, None
-    if url is None or not host:
-        raise InputError(f"{key}: expected http://HOST:PORT, got {address.rpartition('@')[2][:LONGEST]!r}. Correct it.")
-    if url.password is not None:
-        remedy = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH instead."
-        raise InputError(f"{key}: expected a URL without a password, got one for {host}. {remedy}")
+    host_of(key, address)
     if find_spec("aiohttp") is None:
         raise InputError(f"{key}: expected the packages of ray[default], got none. Run pip install 'manta[dashboard]'.")
     if not insecure and _accepts_anyone(address):
@@ -148,6 +149,21 @@ def _client(key: str, address: str, *, insecure: bool) -> Any:
             return super()._do_request(*arguments, timeout=TIMEOUT, **options)
 
     return Client(address)
+
+
+def host_of(key: str, address: str) -> str:
+    """Return the host of a dashboard's address. Raises InputError if the address is none, or has a password."""
+    try:
+        url = urlsplit(address)
+        host = url.hostname if url.port != 0 else None
+    except ValueError:
+        url, host = None, None
+    if url is None or not host:
+        raise InputError(f"{key}: expected http://HOST:PORT, got {address.rpartition('@')[2][:LONGEST]!r}. Correct it.")
+    if url.password is not None:
+        remedy = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH instead."
+        raise InputError(f"{key}: expected a URL without a password, got one for {host}. {remedy}")
+    return host
 
 
 def _accepts_anyone(address: str) -> bool:

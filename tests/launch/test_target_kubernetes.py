@@ -344,9 +344,9 @@ def test_a_dry_run_prints_the_manifest_and_does_nothing(workspace, file, tmp_pat
     result = workspace.manta(
         "train", str(file), *EVERYTHING, "--on", "kubernetes", "--dry-run", AWS_SECRET_ACCESS_KEY="hunter2", PATH="/nowhere"
     )
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0, result.stderr
     assert result.stdout == kubernetes.render(config.load(file, EVERYTHING))
-    assert "hunter2" not in result.stdout
+    assert "hunter2" not in result.stdout + result.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -384,16 +384,9 @@ def test_without_kubectl_the_command_is_refused(workspace, file):
     assert "--on kubernetes: expected kubectl on PATH, got none. Install it, or add --dry-run" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("on", "dry_run", "message"),
-    [
-        ("kubernets", False, "--on: expected one of local, ssh:FILE.*, got 'kubernets'"),
-        ("local", True, "--dry-run: expected --on slurm or kubernetes, got local"),
-    ],
-)
-def test_an_unsupported_target_is_refused(file, on, dry_run, message):
-    with pytest.raises(InputError, match=message):
-        launch(config.load(file), on, dry_run=dry_run)
+def test_an_unsupported_target_is_refused(file):
+    with pytest.raises(InputError, match=r"--on: expected one of local, ssh:FILE.*, got 'kubernets'"):
+        launch(config.load(file), "kubernets")
 
 
 STAND_IN = """
