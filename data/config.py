@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
-from manta.data.source_config import LONGEST_DOCUMENT, Section, SourceConfig
+from manta.data.source_config import LONGEST_DOCUMENT, LocalPath, Location, Section, SourceConfig
+from manta.data.storage.location import check_local
 
 BYTES = 256  # a byte-level vocabulary has a token for each byte, so that it can encode any text
 
@@ -50,8 +51,8 @@ class CurriculumStageConfig(Section):
 class CacheConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """The cache of remote shards on each node."""
 
-    directory: Path = Path("~/.cache/manta/shards")
-    """Directory on a local disk, shared by all runs on the node."""
+    directory: Annotated[Path, BeforeValidator(check_local)] = Path("~/.cache/manta/shards")
+    """Directory on a local disk, shared by all runs on the node; `~` is the home directory there."""
     bytes: WholeNumber = Field(default=200_000_000_000, ge=1)
     """Maximum size; the least recently used shards are removed first."""
 
@@ -99,7 +100,7 @@ class DataConfig(Section):
     shuffle_shards: int | None = Field(default=None, ge=1)
     """Shuffle within groups of this many shards, so that a corpus may be larger than the cache; default: all at once."""
 
-    directory: str = Field(default="corpora", min_length=1)
+    directory: Location = Field(default="corpora", min_length=1)
     """Directory or URL of prepared corpora, which runs share."""
 
     cache: CacheConfig = CacheConfig()
@@ -120,7 +121,7 @@ class DataConfig(Section):
     workers: int | None = Field(default=None, ge=1)
     """Processes that prepare a corpus, without effect on the result; default: one per core."""
 
-    ray_address: str | None = Field(default=None, min_length=1)
+    ray_address: Location | None = Field(default=None, min_length=1)
     """Address of a Ray cluster whose cores prepare the corpus (auto, or ray://…); all its nodes must see the directory."""
 
     live: bool = False
@@ -143,7 +144,9 @@ class DataConfig(Section):
     @classmethod
     def _accept_single_stage(cls, value: object) -> object:
         if isinstance(value, dict):
-            return ({"weights": value},)
+            stage = cast("dict[str, Any]", value)
+            is_whole = isinstance(stage.get("weights"), dict) and stage.keys() <= MixtureStageConfig.model_fields.keys()
+            return (stage if is_whole else {"weights": stage},)
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
@@ -232,7 +235,7 @@ class TokenizerConfig(Section):
     lowercase: bool = False
     """Lowercase text and strip accents, as BERT's uncased models do; for wordpiece."""
 
-    file: Path | None = None
+    file: LocalPath | None = None
     """A tokenizer.json to load instead of training; a masked objective needs `[CLS] [SEP] [MASK] [PAD]` or `<s> </s> <mask> <pad>`."""
 
     train_bytes: int = Field(default=30_000_000, ge=1)

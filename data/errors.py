@@ -1,6 +1,12 @@
 """Errors in the user's input."""
 
 import json
+import re
+
+LONGEST_VALUE, LONGEST_LINE = 200, 1000  # characters in a message
+_USER = re.compile(r"(?<=[a-z0-9]:/)/?[^/\s@:]+@", re.IGNORECASE)  # one slash: a Path of a URL
+_PASSWORD = re.compile(r"(?<=[a-z0-9]:/)/?[^/\s@:]*:(?!\d+(?:[/\s]|$))\S*@", re.IGNORECASE)  # digits before a slash are a port
+_SIGNATURE = re.compile(r"([?&][\w.-]*(?:sig|signature|token|secret|password|credential|key)[\w.-]*=)[^&\s\"']+", re.IGNORECASE)
 
 
 class InputError(ValueError):
@@ -8,6 +14,9 @@ class InputError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(cut(line, LONGEST_LINE) for line in redact(message).split("\n")))
 
 
 class AccessError(InputError):
@@ -22,8 +31,35 @@ class DataError(RuntimeError):
 
 
 def one_line(error: object) -> str:
-    """Return an error's message, with every line break and every run of spaces as one space."""
-    return " ".join(str(error).split())
+    """Return an error's message, cut, with every line break and every run of spaces as one space."""
+    return cut(" ".join(str(error).split()), 500)
+
+
+def cut(text: str, limit: int = 200) -> str:
+    """Return a text from elsewhere as a message may quote it: its start, without what a terminal would obey or could not encode."""
+    text = text[: limit + 1]
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def redact(text: str) -> str:
+    """Return a text with `***` in place of the user names, passwords and signatures in its URLs."""
+    return _SIGNATURE.sub(r"\1***", _USER.sub("/***@", _PASSWORD.sub("/***@", text)))
+
+
+def has_password(url: str) -> bool:
+    return _PASSWORD.search(url) is not None
+
+
+def cut(text: str, length: int = LONGEST_VALUE) -> str:
+    """Return a text of at most this length: of a longer one, the middle is left out."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[: length - half]}…{text[1 - half :]}"
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: as JSON, and cut if it is long."""
+    return cut(json.dumps(value, default=str))
 
 
 class InvalidValueError(ValueError):
@@ -33,5 +69,5 @@ class InvalidValueError(ValueError):
     """
 
     def __init__(self, key: str, expected: str, got: object, remedy: str, *related: str) -> None:
-        super().__init__(f"{key}: expected {expected}, got {json.dumps(got, default=str)}. {remedy}")
+        super().__init__(f"{key}: expected {expected}, got {shown(got)}. {remedy}")
         self.keys = (key, *related)

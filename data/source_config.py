@@ -1,10 +1,18 @@
 """The config of one source of documents: its path, how to read it, and which documents to keep."""
 
 import re
+from pathlib import Path
 from string import Formatter
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from manta.data.storage.location import expand, expand_local
+
+Location = Annotated[str, AfterValidator(expand)]
+"""A path or URL, with `~` replaced by the home directory."""
+LocalPath = Annotated[Path, BeforeValidator(expand_local)]
+"""The same, and local."""
 
 LONGEST_DOCUMENT = 256_000_000  # bytes: more than any book, and tokenizing it takes up to 30 GB of memory
 
@@ -64,7 +72,7 @@ class FilterConfig(Section):
 class SourceConfig(Section):
     """One source of documents. A path can be given instead of a section with only a path."""
 
-    path: str = Field(min_length=1, examples=["my-text/*.txt"])
+    path: Location = Field(min_length=1, examples=["my-text/*.txt"])
     """File, directory, glob or URL (s3://…, any fsspec store), `hf:name[:config]`, `hf:/local/dir`, or `stdlib:` (Python's own source)."""
 
     name: str | None = Field(default=None, min_length=1)
@@ -75,7 +83,7 @@ class SourceConfig(Section):
     """Overrides data.text_field for this source. Lists of integers in the field are used as token ids."""
     template: str | None = None
     """Joins several fields into one text: "{title}\\n\\n{body}"; write {{ and }} for braces."""
-    validation: str | None = Field(default=None, min_length=1)
+    validation: Location | None = Field(default=None, min_length=1)
     """Path of this source's validation documents; data.validation then does not apply to it."""
     epochs: float | None = Field(default=None, gt=0)
     """Maximum number of epochs; a run that would read more is refused."""

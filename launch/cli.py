@@ -2,18 +2,19 @@
 
 import json
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from manta.cluster.protocol import ExitCode, deny_writes_by_others
-from manta.data.errors import DataError, InputError
+from manta.data.errors import DataError, InputError, shown
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.config import find_run, find_trained_run, load
 from manta.launch.inspect.commands import app as data_app
-from manta.launch.terminal import AsJson, File, Overrides, Run, notify, print_report
+from manta.launch.terminal import AsJson, File, Overrides, Run, notify, print_report, user_path
 
 LONGEST_LINE = 1900  # characters of a message
 DTYPES = ("float32", "bfloat16", "float16")
@@ -207,7 +208,7 @@ def generate(
 def export(
     run: Run,
     *,
-    output: Annotated[Path | None, typer.Option(help="Directory to write; default: RUN/export/hf.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory to write; default: RUN/export/hf.", callback=user_path)] = None,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: float32, or that of the imported model.")] = None,
     shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights: 5GB, 500MB.")] = "5GB",
 ) -> None:
@@ -224,6 +225,8 @@ def export(
     from manta.trainer.convert.huggingface.directory import refuse_to_overwrite
 
     directory = run_dir.path / "export" / "hf" if output is None else output.absolute()
+    if output is None and (linked := directory.resolve()) != run_dir.path.resolve() / "export" / "hf":
+        raise InputError(f"{directory}: expected a directory in the run, got a link to {linked}. Use --output to export there.")
     refuse_to_overwrite(directory, run_dir)
     import torch
 
@@ -236,9 +239,13 @@ def export(
 
 @app.command("import", epilog="For example: manta import downloads/gpt2 --output imported/gpt2")
 def import_(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory with config.json, safetensors and tokenizer.json.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A directory with config.json, safetensors and tokenizer.json.", callback=user_path)
+    ],
     *,
-    output: Annotated[Path | None, typer.Option(help="Directory to write; default: imported/NAME, named after DIR or its run.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write; default: imported/NAME, named after DIR or its run.", callback=user_path)
+    ] = None,
 ) -> None:
     """Import a model from Hugging Face transformers: GPT-2, Llama, Mistral, Qwen3, BERT, and mixtures of experts."""
     from manta.trainer.convert.huggingface.directory import check_import, import_name
@@ -262,7 +269,11 @@ def main() -> None:
         sys.stderr.write(f"manta: expected Linux, because it uses Linux process supervision, got {sys.platform}. Use a Linux machine.\n")
         sys.exit(ExitCode.USAGE)
     deny_writes_by_others()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # print what the terminal's encoding lacks as an escape sequence
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _check_process()
         app(prog_name="manta")
     except Exception as error:
         from manta.trainer.checkpoint.errors import CheckpointError, SaveError
@@ -275,3 +286,15 @@ def main() -> None:
         for line in message.splitlines():
             notify(f"manta: {line}" if len(line) <= LONGEST_LINE else f"manta: {line[:LONGEST_LINE]}…")
         sys.exit(ExitCode.USAGE if isinstance(error, InputError) else ExitCode.FAILED)
+
+
+def _check_process() -> None:
+    """Raises InputError for what no command can handle: arguments that are not text, and a working directory that is gone."""
+    for argument in sys.argv[1:]:
+        if (readable := argument.encode(errors="replace").decode()) != argument:
+            expected = f"text in the encoding {sys.getfilesystemencoding()}"
+            raise InputError(f"arguments: expected {expected}, got {shown(readable)}. Convert it, or set LC_ALL=C.UTF-8.")
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError(f"working directory: expected one that exists, got an error: {error.strerror}. Change to another.") from None

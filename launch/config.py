@@ -11,15 +11,16 @@ from pydantic import ValidationError
 
 from manta.cluster.config import ClusterConfig
 from manta.data.config_history import upgrade, version_1_keys
-from manta.data.errors import InputError
+from manta.data.errors import InputError, cut, shown
+from manta.data.storage.location import expand_local
 from manta.launch.config_errors import render_errors
 from manta.trainer.config.model import ModelConfig
+from manta.trainer.config.plain_scalars import field_type
 from manta.trainer.config.training import TrainingConfig
-from manta.trainer.config.yaml_file import ConfigError, did_you_mean, parse_value, read_yaml, to_yaml
+from manta.trainer.config.yaml_file import COMMAND_LINE, ConfigError, did_you_mean, parse_value, read_yaml, to_yaml
 from manta.trainer.run_directory import RunDirectory
 
 PRESETS = Path(__file__).parent / "presets"
-COMMAND_LINE = "command line"
 Tree = dict[str, Any]
 
 
@@ -37,7 +38,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     A run directory's config is read under today's key names; in a user's file an old name is an error.
     """
-    tree, complete = read_yaml(file), set(ModelConfig.model_fields)
+    tree, complete = read_yaml(file, RunConfig), set(ModelConfig.model_fields)
     run_dir = RunDirectory(file.parent)
     if file == run_dir.config_file and run_dir.manifest_file.exists():  # an earlier version may have written it, and known fewer keys
         tree, complete = upgrade(tree), version_1_keys("model")
@@ -97,13 +98,16 @@ def preset(name: object, place: str) -> Tree:
         if name not in names:
             remedy = did_you_mean(str(name), names) or "Use one of them."
             expected = f"the path of a YAML file, or one of {', '.join(names)}"
-            raise ConfigError(f"{place}: model.preset: expected {expected}, got {json.dumps(name)}. {remedy}")
-        return read_yaml(PRESETS / f"{name}.yaml")
-    path = Path(str(name))
+            raise ConfigError(f"{place}: model.preset: expected {expected}, got {shown(name)}. {remedy}")
+        return read_yaml(PRESETS / f"{name}.yaml", ModelConfig)
+    try:
+        path = expand_local(Path(str(name)))
+    except ValueError as error:
+        raise ConfigError(f"{place}: model.preset: {error}") from None
     if not path.is_file():
         remedy = "Name a model.yaml, relative to the working directory."
-        raise ConfigError(f"{place}: model.preset: expected the path of a YAML file, got {json.dumps(name)}, which is no file. {remedy}")
-    tree = read_yaml(path)
+        raise ConfigError(f"{place}: model.preset: expected the path of a YAML file, got {shown(name)}, which is no file. {remedy}")
+    tree = read_yaml(path, ModelConfig)
     if "preset" in tree or any(section in tree for section in RunConfig.model_fields):
         raise ConfigError(f"{path}: expected the keys of a model section, got {', '.join(tree)}. Write layers: 12 and so on.")
     return tree
@@ -122,8 +126,10 @@ def _merge(below: Tree, above: Tree) -> Tree:
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)*", key):
-        raise ConfigError(f"{COMMAND_LINE}: expected section.key=value, got {text!r}. Write train.steps=100, for example.")
-    return key, parse_value(value)
+        raise ConfigError(f"{COMMAND_LINE}: expected section.key=value, got {cut(repr(text))}. Write train.steps=100, for example.")
+    if value != (readable := value.encode(errors="replace").decode()):
+        raise ConfigError(f"{COMMAND_LINE}: {key}: expected UTF-8, got {shown(readable)}. Write it in UTF-8.")
+    return key, parse_value(key, value, field_type(RunConfig, key))
 
 
 def _set(tree: Tree, dotted: str, value: object) -> None:
@@ -131,7 +137,7 @@ def _set(tree: Tree, dotted: str, value: object) -> None:
     for name in sections:
         inner = tree.setdefault(name, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{COMMAND_LINE}: {dotted}: expected {name} to be a section, got {json.dumps(inner)}. Set {name} instead.")
+            raise ConfigError(f"{COMMAND_LINE}: {dotted}: expected {name} to be a section, got {shown(inner)}. Set {name} instead.")
         tree = inner
     tree[key] = value
 

@@ -14,10 +14,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from manta.data.config_history import RENAMED
-from manta.data.errors import InvalidValueError
+from manta.data.errors import InvalidValueError, cut, one_line, shown
 from manta.trainer.config.yaml_file import did_you_mean
 
 Location = tuple[int | str, ...]
+
+MAX_PROBLEMS = 20  # to report at once
 
 EXPECTED: dict[str, str] = yaml.safe_load(Path(__file__).with_name("config_errors.yaml").read_text())
 
@@ -27,10 +29,12 @@ def render_errors(error: ValidationError, root: type[BaseModel], file: str, sour
     errors = error.errors(include_url=False)
     locations = [details["loc"] for details in errors]
     # A list with an invalid entry is reported as too short as well.
-    causes = [e for e in errors if not any(len(loc) > len(e["loc"]) and loc[: len(e["loc"])] == e["loc"] for loc in locations)]
-    problems = [_Problem(details=details, root=root, file=file, sources=sources) for details in causes]
+    inside = {loc[:end] for loc in locations for end in range(len(loc))}
+    problems = [_Problem(details=details, root=root, file=file, sources=sources) for details in errors if details["loc"] not in inside]
     # A value that is none of several types is reported once for each type.
-    return [problem.line() for problem in {problem.loc: problem for problem in reversed(problems)}.values()][::-1]
+    unique = [*{problem.loc: problem for problem in reversed(problems)}.values()][::-1]
+    rest = f"{file}: and {len(unique) - MAX_PROBLEMS} other problems."
+    return [problem.line() for problem in unique[:MAX_PROBLEMS]] + ([rest] if len(unique) > MAX_PROBLEMS else [])
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -52,13 +56,13 @@ class _Problem:
 
     def line(self) -> str:
         details, loc = self.details, self.loc
-        key, got = _dotted(loc), json.dumps(details["input"], default=str)
+        key, got = _dotted(loc), shown(details["input"])
         match details["type"]:
             case "value_error":
                 return self._value_error(key)
             case "extra_forbidden":
                 expected, remedy = self._known_keys(loc)
-                got = json.dumps(loc[-1])
+                got = shown(loc[-1])
             case "missing":
                 expected, got, remedy = "a value", "nothing", self._remedy()
             case kind:
@@ -77,7 +81,9 @@ class _Problem:
     def _value_error(self, section: str) -> str:
         """Render a validator's error: of a field, or of a section whose keys it names."""
         error = self.details.get("ctx", {}).get("error")
-        message = str(error or self.details["msg"])
+        message = one_line(error) if error else self.details["msg"]
+        if isinstance(value := self.details["input"], str):
+            message = message.replace(quoted := repr(value)[1:-1], cut(quoted))
         if message.startswith("expected"):
             return f"{self._source(section)}: {section}: {message}"
         prefix = f"{section}." if section else ""

@@ -10,12 +10,24 @@ from typing import Annotated, TextIO, TypeVar
 import typer
 from rich.console import Console
 
+from manta.data.errors import InputError, redact
+from manta.data.storage.location import expand
 from manta.trainer.run_directory import RunDirectory
 
 T = TypeVar("T")
+P = TypeVar("P", str, Path, Path | None)
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="The run's config, in YAML.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+def user_path(param: typer.CallbackParam, value: P) -> P:
+    """Return a path or URL of the command line, with `~` replaced where the shell leaves it. Raises InputError if it cannot be one."""
+    try:
+        return value if value is None else type(value)(expand(str(value)))
+    except ValueError as error:
+        raise InputError(f"{param.opts[0]}: {error}") from None
+
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The run's config, in YAML.", callback=user_path)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", callback=user_path)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override config keys: train.steps=100")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -47,8 +59,8 @@ class MessageConsole(Console):
 
 
 def notify(text: str) -> None:
-    """Print a message to standard error."""
-    MessageConsole(sys.stderr).message(text)
+    """Print a message to standard error, without the passwords in its URLs."""
+    MessageConsole(sys.stderr).message(redact(text))
 
 
 def resume_hint(run_dir: RunDirectory) -> str:

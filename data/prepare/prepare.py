@@ -31,6 +31,7 @@ from manta.data.shards.manifest import FORMAT, Manifest, PreparedData, digest, j
 from manta.data.source_config import LONGEST_DOCUMENT, SourceConfig
 from manta.data.sources.source import identity, select_files, source_files, validation_source
 from manta.data.sources.splits import content_kind, input_splits, sample_text
+from manta.data.storage.local import LocalStore
 from manta.data.storage.location import absolute, join, local_path, resolve
 from manta.data.storage.regular_file import make_own_directory
 from manta.data.tokenizer.tokenizer import FIM_TOKENS, MASKING_TOKENS, Tokenizer, fingerprint, read_tokenizer
@@ -70,6 +71,10 @@ def find_directories(data: DataConfig, tokens: TokenizerConfig) -> tuple[CorpusD
         content = tokenizer_directory.read(_TOKENIZER).decode(errors="replace")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        kind = InputError if tokenizer_directory.store.is_local else DataError
+        problem = f"{data.directory}: {error.strerror or one_line(error)}"
+        raise kind(f"data.directory: expected a directory that can be read, got {problem}. Choose another.") from None
     return tokenizer_directory, [_corpus_directory(data, source, tokens, fingerprint(content)) for source in data.sources]
 
 
@@ -93,6 +98,8 @@ def _prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
             data = live_sources.with_absolute_paths(data)
             live_sources.refuse_token_ids(data)
         tokenizer_directory = _tokenizer_directory(data, tokens)
+        if (path := local_path(data.directory)) is not None:
+            LocalStore(path).check_writable("data.directory")
         _check_tokenizer(data, tokens)
         _check_sources(data, tokens)
     with _lock(data):

@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,9 +140,13 @@ class LocalStore:
         path = self.path.absolute()
         nearest = self._nearest()
         if not nearest.is_dir():
-            raise InputError(f"{key}: expected a directory, got {path}, and {nearest} is a file. Choose another.")
-        if not os.access(nearest, os.W_OK):
-            raise InputError(f"{key}: expected a directory that can be written, got {path}. Choose another, or make {nearest} writable.")
+            kind = "a link to nothing" if nearest.is_symlink() and not os.path.exists(nearest) else "a file"  # noqa: PTH110  a loop is no error
+            raise InputError(f"{key}: expected a directory, got {path}, and {nearest} is {kind}. Choose another.")
+        try:
+            tempfile.TemporaryFile(dir=nearest).close()  # root may write anywhere, but not on a read-only or a full disk
+        except OSError as error:
+            problem = f"{path}, and {nearest} has an error: {error.strerror}"
+            raise InputError(f"{key}: expected a directory that can be written, got {problem}. Choose another.") from None
 
     def free_bytes(self) -> int | None:
         """Return the bytes available, or None if the store has no limit that it reports."""
@@ -150,7 +155,7 @@ class LocalStore:
     def _nearest(self) -> Path:
         """Return the root, or the nearest parent that exists."""
         path = self.path.absolute()
-        return next(each for each in (path, *path.parents) if each.exists())
+        return next(each for each in (path, *path.parents) if os.path.lexists(each))
 
 
 def walk(directory: str, *, follow_all: bool = False) -> Iterator[str]:

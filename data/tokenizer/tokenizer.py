@@ -14,8 +14,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from pydantic_core import from_json
 
-from manta.data.errors import InputError, one_line
+from manta.data.errors import InputError, cut, one_line
+from manta.data.storage.regular_file import read_regular
 from manta.data.tokenizer import byte_level
 
 Encoder = Literal["tokenizers", "tiktoken"]
@@ -30,6 +32,7 @@ _OTHER_FIM_TOKENS = (
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek  # noqa: RUF001  its own bars
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
 )
+_MAX_BYTES = 2**27  # of a tokenizer.json; those of 256,000 tokens have 35 MB
 _MAX_VOCABULARY = 2**24  # a larger id is a mistake: its embedding would take many gigabytes
 
 
@@ -63,23 +66,17 @@ class Tokenizer:
 
         Raises InputError if the file is missing or malformed, uses an id twice, or has no end-of-text token.
         """
-        from tokenizers import Tokenizer as Reference
-
-        content = read_tokenizer(file)
         self.file = file
-        try:
-            self._reference = Reference.from_str(content)
-        except Exception as error:  # noqa: BLE001  `tokenizers` raises nothing narrower
-            problem = f"expected a tokenizer.json as tokenizers.Tokenizer saves it, got an invalid one ({one_line(error)})"
-            raise InputError(f"{file}: {problem}. Set tokenizer.file to another.") from None
-        _check_ids(file, json.loads(content))
+        content = read_tokenizer(file)
+        self._reference = _open(file, content)
         # A file may ask to truncate or pad texts; documents are encoded in full.
         self._reference.no_truncation()
         self._reference.no_padding()
         end = self._reference.token_to_id(end_of_text)
         if end is None:
             special = ", ".join(token["content"] for token in self._spec["added_tokens"] if token["special"]) or "none"
-            raise InputError(f"{file}: expected a token {end_of_text!r}, got only the special tokens {special}. Set {key}.")
+            problem = f"expected a token {cut(repr(end_of_text))}, got only the special tokens {cut(special)}"
+            raise InputError(f"{file}: {problem}. Set {key}.")
         self.end_of_text: int = end
         self.end_of_text_name = end_of_text
         self.fingerprint = fingerprint(content)
@@ -150,8 +147,8 @@ class Tokenizer:
     def _encode_reference(self, texts: list[str]) -> list[Tokens]:
         try:
             encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:
-            if type(error) is not Exception:  # `tokenizers` raises nothing narrower
+        except BaseException as error:
+            if not _is_of_tokenizers(error):
                 raise
             problem = f"expected a token for any text, got a document it cannot encode ({one_line(error)})"
             raise InputError(f"{self.file}: {problem}. Set its unknown token to one that it has.") from None
@@ -198,23 +195,41 @@ class Tokenizer:
 
 
 def read_tokenizer(file: Path) -> str:
-    """Return the text of a tokenizer.json, unchanged."""
+    """Return the text of a tokenizer.json, unchanged. Raises InputError if it is no regular file, or too large."""
     try:
-        return file.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: expected a readable tokenizer.json, got {type(error).__name__}. Set tokenizer.file.") from None
+        return read_regular(file, _MAX_BYTES).decode()
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise InputError(f"{file}: expected a readable tokenizer.json, got an error: {problem}. Set tokenizer.file.") from None
 
 
 def read_vocabulary(file: Path) -> dict[str, int]:
-    """Return the id of every token, special tokens included."""
-    from tokenizers import Tokenizer as Reference
-
-    return Reference.from_str(read_tokenizer(file)).get_vocab(with_added_tokens=True)
+    """Return the id of every token, special tokens included. Raises InputError if the file is missing or malformed."""
+    return _open(file, read_tokenizer(file)).get_vocab(with_added_tokens=True)
 
 
 def fingerprint(content: str) -> str:
     """Return the identity of a tokenizer: the hash of its file."""
     return xxhash.xxh3_128_hexdigest(content.encode())
+
+
+def _open(file: Path, content: str) -> Any:
+    from tokenizers import Tokenizer as Reference
+
+    try:
+        reference, spec = Reference.from_str(content), from_json(content)
+    except BaseException as error:
+        if not isinstance(error, ValueError) and not _is_of_tokenizers(error):
+            raise
+        problem = f"expected a tokenizer.json as tokenizers.Tokenizer saves it, got an invalid one ({one_line(error)})"
+        raise InputError(f"{file}: {problem}. Set tokenizer.file to another.") from None
+    _check_ids(file, spec)
+    return reference
+
+
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """`tokenizers` raises nothing narrower than Exception, and panics with what is no Exception."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def _check_ids(file: Path, spec: dict[str, Any]) -> None:
@@ -224,9 +239,10 @@ def _check_ids(file: Path, spec: dict[str, Any]) -> None:
     names: dict[int, str] = {}
     for name, token in tokens:
         if token >= _MAX_VOCABULARY:
-            raise InputError(f"{file}: expected ids below {_MAX_VOCABULARY}, got {token} for {name!r}. Set tokenizer.file to another.")
+            problem = f"expected ids below {_MAX_VOCABULARY}, got {token} for {cut(repr(name))}"
+            raise InputError(f"{file}: {problem}. Set tokenizer.file to another.")
         if names.setdefault(token, name) != name:
-            problem = f"expected one token per id, got {names[token]!r} and {name!r} for {token}"
+            problem = f"expected one token per id, got {cut(repr(names[token]))} and {cut(repr(name))} for {token}"
             raise InputError(f"{file}: {problem}. Set tokenizer.file to another.")
 
 

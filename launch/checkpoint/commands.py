@@ -12,13 +12,15 @@ import typer
 from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
 from manta.launch.config import find_run
-from manta.launch.terminal import AsJson, Overrides, Run, count_text, notify, print_report
+from manta.launch.terminal import AsJson, File, Overrides, Run, count_text, notify, print_report, user_path
 
 POLL = 0.2  # seconds
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, verify, inspect, prune and convert a run's checkpoints.")
 
-Source = Annotated[str, typer.Argument(metavar="RUN", help="A run, an import, one of its checkpoints, or the URL of checkpoints.")]
+Source = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run, an import, one of its checkpoints, or the URL of checkpoints.", callback=user_path)
+]
 
 
 @app.command("list", epilog="For example: manta checkpoint list runs/mine")
@@ -113,8 +115,8 @@ def now(run: Run, *, timeout: Annotated[float, typer.Option(min=1, help="Seconds
 
 @app.command(epilog="For example: manta checkpoint convert deepspeed/checkpoints run.yaml run.dir=runs/mine")
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="DS_DIR", help="The output of engine.save_checkpoint.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The config of the run that continues from it.")],
+    source: Annotated[Path, typer.Argument(metavar="DS_DIR", help="The output of engine.save_checkpoint.", callback=user_path)],
+    file: File,
     overrides: Overrides = None,
     *,
     names: Annotated[str | None, typer.Option(help="Names of the weights: manta or huggingface; detected if omitted.")] = None,

@@ -9,20 +9,20 @@ import typer
 
 from manta.cluster.protocol import ExitCode
 from manta.data.errors import InputError
-from manta.launch.terminal import AsJson, Overrides, Run, print_report
+from manta.launch.terminal import AsJson, Overrides, Run, print_report, user_path
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Inspect the data: a corpus, its files, its mixture, the text of a step."
 )
 
 
-def _require_matplotlib(directory: Path | None) -> Path | None:
+def _require_matplotlib(param: typer.CallbackParam, directory: Path | None) -> Path | None:
     if directory is not None and find_spec("matplotlib") is None:
         raise InputError("--png: expected matplotlib, which is not installed. Run pip install 'manta[plots]'.")
-    return directory
+    return user_path(param, directory)
 
 
-Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config in YAML, or a run directory.")]
+Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config in YAML, or a run directory.", callback=user_path)]
 Png = Annotated[Path | None, typer.Option(metavar="DIR", help="Also write charts as PNG here.", callback=_require_matplotlib)]
 
 

@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import HostsRay, JoinedRay, LocalRay, NoClusterError, Ray
@@ -74,7 +75,7 @@ def connect(config: RunConfig, on: str, *, insecure: bool = False) -> Ray:
     if on == "allocation":
         return slurm.ray_of_allocation(config.cluster)
     if on.startswith("ssh:") and on != "ssh:":
-        return ssh.ray_of_hosts(on.removeprefix("ssh:"), config.cluster)
+        return ssh.ray_of_hosts(str(Path(on.removeprefix("ssh:")).expanduser()), config.cluster)
     if re.fullmatch(RAY_ADDRESS, on):
         try:
             with (ray := JoinedRay(on, insecure=insecure)).connected():

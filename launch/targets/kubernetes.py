@@ -94,8 +94,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     elif target.gpus and ranks and ranks > target.gpus:
         yield f"cluster.ranks_per_node: expected at most {key}.gpus ({target.gpus}), got {ranks}. Lower it."
     expected, remedy = f"a path below {target.mount}, where pods mount the claim", "Copy it there: pods do not see files of this machine."
-    url_remedy = f"Put it into a secret, and add that to {key}.secrets."
-    yield from location_problems(config, root=target.mount, expected=expected, remedy=remedy, url_remedy=url_remedy)
+    yield from location_problems(config, root=target.mount, expected=expected, remedy=remedy)
     cache = config.data.cache.directory
     if not cache.is_absolute() and cache.parts[:1] != ("~",):
         yield f"data.cache.directory: expected an absolute path, or one below ~, got {cache}. Change it to one on a node's disk."

@@ -4,17 +4,13 @@ import re
 from collections.abc import Iterator
 from os.path import normpath
 from pathlib import PurePosixPath
-from urllib.parse import urlsplit
 
 from manta.data.storage.location import local_path
 from manta.launch.config import RunConfig
 
 
-def location_problems(config: RunConfig, *, root: str, expected: str, remedy: str, url_remedy: str) -> Iterator[str]:
-    """Yield an error for each path that is not below `root`, and for each URL with a password, which is not repeated.
-
-    All nodes must see these locations.
-    """
+def location_problems(config: RunConfig, *, root: str, expected: str, remedy: str) -> Iterator[str]:
+    """Yield an error for each path that is not below `root`: all nodes must see these locations."""
     sources = [location for source in config.data.sources for location in (source.path, source.validation)]
     optional = {
         "run.start_from": config.run.start_from,
@@ -26,10 +22,6 @@ def location_problems(config: RunConfig, *, root: str, expected: str, remedy: st
         location = re.sub("^hf:(?=/[^/])", "", str(value))  # hf:/local/dir
         if value is None or location.startswith(("stdlib:", "hf:")):
             continue
-        if local_path(location) is None:
-            url = urlsplit(location)
-            if url.password is not None:
-                yield f"{key}: expected a URL without a password, got one for {url.hostname}. {url_remedy}"
-        elif PurePosixPath(root) not in PurePosixPath(normpath(location)).parents:
+        if local_path(location) is not None and PurePosixPath(root) not in PurePosixPath(normpath(location)).parents:
             or_url = "" if key == "run.dir" else ", or a URL such as s3://bucket/mine"
             yield f"{key}: expected {expected}{or_url}, got {location}. {remedy}"

@@ -53,8 +53,7 @@ def submit(config: RunConfig, address: str, *, insecure: bool) -> int:
 def train_command(config: RunConfig, *, insecure: bool) -> list[str]:
     """Return the arguments of manta in the job. Raises InputError if the Ray's nodes would not find the run's files."""
     expected, remedy = "an absolute path that the Ray's nodes share", "Change it: the job starts in another directory."
-    url_remedy = "Set it in the environment of the Ray's nodes."
-    problems = location_problems(config, root="/", expected=expected, remedy=remedy, url_remedy=url_remedy)
+    problems = location_problems(config, root="/", expected=expected, remedy=remedy)
     if message := "\n".join(problems):
         raise InputError(message)
     return ["train", CONFIG, "--on", "auto", *(["--insecure"] if insecure else [])]

@@ -167,7 +167,7 @@ def _without_end(spec):
 
 
 TOKENIZERS = {
-    "missing": (lambda _: None, "causal", r"t\.json: expected a readable tokenizer\.json, got FileNotFoundError"),
+    "missing": (lambda _: None, "causal", r"t\.json: expected a readable tokenizer\.json, got an error: No such file"),
     "malformed": (lambda path: path.write_text("{"), "causal", r"t\.json: expected a tokenizer\.json as tokenizers\.Tokenizer saves it"),
     "a list": (lambda path: path.write_text("[1]"), "causal", r"t\.json: expected a tokenizer\.json as tokenizers\.Tokenizer saves it"),
     "no end": (edited(_without_end), "causal", r"t\.json: expected a token '<\|endoftext\|>'"),

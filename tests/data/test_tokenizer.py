@@ -1,6 +1,7 @@
 """The tokenizer is lossless, keeps the names of special tokens as text, and rejects bad files."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_files import END, TEXTS, edited, error_of, open_with_tiktoken, train_file
 
-from manta.data.tokenizer.tokenizer import Tokenizer, fingerprint
+from manta.data.tokenizer.tokenizer import Tokenizer, fingerprint, read_vocabulary
 from manta.data.tokenizer.train import train
 
 
@@ -97,10 +98,25 @@ def test_a_malformed_file_is_refused(any_file, tmp_path):
         assert error_of(lambda: Tokenizer(malformed)).startswith(f"{malformed}: {invalid} (")
     malformed.write_text(any_file.read_text()[:500])
     assert error_of(lambda: Tokenizer(malformed)).startswith(f"{malformed}: {invalid} (")
+    panics = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}  # the library's, and no Exception
+    for more in (panics, {"x": "nines"}, {"x": float("inf")}):
+        malformed.write_text(json.dumps(whole | more).replace('"nines"', "9" * 5000))
+        assert error_of(lambda: Tokenizer(malformed)).startswith(f"{malformed}: {invalid} (")
+        assert error_of(lambda: read_vocabulary(malformed)).startswith(f"{malformed}: {invalid} (")
+    malformed.write_text('{"model": ' + "[" * 10_000)
+    assert error_of(lambda: Tokenizer(malformed)).startswith(f"{malformed}: {invalid} (")
+    assert len(error_of(lambda: Tokenizer(any_file, end_of_text="x" * 10_000))) < 1000
+    malformed.unlink()
+    os.mkfifo(malformed)
+    assert "got an error: not a regular file" in error_of(lambda: Tokenizer(malformed))
+    malformed.unlink()
+    malformed.touch()
+    os.truncate(malformed, 2**28)
+    assert "got an error: larger than 134,217,728 bytes" in error_of(lambda: Tokenizer(malformed))
     malformed.write_bytes(b"\xff\xfe")
-    assert "expected a readable tokenizer.json, got UnicodeDecodeError" in error_of(lambda: Tokenizer(malformed))
-    assert "expected a readable tokenizer.json, got FileNotFoundError" in error_of(lambda: Tokenizer(tmp_path / "none.json"))
-    assert "expected a readable tokenizer.json, got IsADirectoryError" in error_of(lambda: Tokenizer(tmp_path))
+    assert "expected a readable tokenizer.json, got an error: 'utf-8' codec can't decode" in error_of(lambda: Tokenizer(malformed))
+    assert "expected a readable tokenizer.json, got an error: No such file" in error_of(lambda: Tokenizer(tmp_path / "none.json"))
+    assert "expected a readable tokenizer.json, got an error: not a regular file" in error_of(lambda: Tokenizer(tmp_path))
 
 
 def test_a_file_without_the_end_of_text_is_refused(any_file):

@@ -176,9 +176,9 @@ INVALID = {
         "data:\n  sequence_length: 6\n  curriculum: [{sequence_length: 3}, {from_tokens: 9, sequence_length: 6}]\nparallel:\n  sequence: 2",
         ": parallel.sequence: expected a divisor of data.curriculum's sequence_length (3), got 2. Use 1.",
     ),
-    "number instead of sources": (
-        "data:\n  sources: 4\n",
-        ": data.sources: expected a list (...), got 4. Set data.sources=[my-text/*.txt], for example.",
+    "nothing instead of sources": (
+        "data:\n  sources: null\n",
+        ": data.sources: expected a list (...), got null. Set data.sources=[my-text/*.txt], for example.",
     ),
     "0 ranks per node": (
         "cluster:\n  ranks_per_node: 0\n",
@@ -243,7 +243,7 @@ def test_a_list_as_a_key_and_an_invalid_path_are_reported(workspace, tmp_path):
     file.write_text("? [a, b]\n: 1\n")
     with pytest.raises(InputError, match=r"odd.yaml:1: expected a name as the key, got a list or section. Write name: value."):
         config.load(file)
-    with pytest.raises(InputError, match=r"run.dir: expected a path, got .*. Remove the NUL."):
+    with pytest.raises(InputError, match=r"run.dir: expected a path, got .*. Remove the control characters."):
         config.load(workspace.config_file, [r'run.dir="a\0b"'])
 
 

@@ -12,10 +12,18 @@ from pydantic.fields import FieldInfo
 from manta.launch.config import RunConfig
 from manta.launch.config_errors import description, section_of
 
+INTRODUCTION = """\
+A YAML file has these sections. `section.key=value` on the command line overrides it.
+
+Values are read as the key wants them. Where it wants text, plain text stays what was written: a directory may be called `2024`, a source
+`no`. Where it wants an integer, `4.0` and `1e4` are integers. `~` at the start of a path is the home directory. A URL with a password is
+refused: set the store's credentials in the environment.
+"""
+
 
 def reference() -> str:
     """Return the Markdown text of docs/config.md."""
-    lines = ["# Every key of a config", "", "A YAML file has these sections. `section.key=value` on the command line overrides it.", ""]
+    lines = ["# Every key of a config", "", *INTRODUCTION.splitlines(), ""]
     for name, field in RunConfig.model_fields.items():
         section = section_of(field)
         if section is None:

@@ -1,6 +1,7 @@
 """The table of architectures: equal logits in transformers, and a refusal in one line for anything without a counterpart."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_tensor_without_a_row_is_an_error():
     model = build_model(model_config(family="gpt2"), vocabulary=9, sequence_length=4)
     tensors = {ours: row for ours, row in ARCHITECTURES["gpt2"].tensors.items() if ours != "norm"}
     without_norm = ARCHITECTURES["gpt2"].model_copy(update={"tensors": tensors})
-    with pytest.raises(AssertionError, match=r"no row for \['norm.bias', 'norm.weight'\]"):
+    with pytest.raises(InputError, match=r"no row for \['norm.bias', 'norm.weight'\]"):
         map_tensors(without_norm, model_config(family="gpt2"), model_tensors(model))
 
 
@@ -82,7 +83,9 @@ WINDOWED = {**QWEN3, "num_key_value_heads": 2, "use_sliding_window": True, "slid
         ({**WINDOWED, "num_hidden_layers": True}, "num_hidden_layers: expected a whole number, got True"),
         ({**WINDOWED, "max_window_layers": None}, "max_window_layers: expected a whole number, got None"),
         ({**WINDOWED, "layer_types": 3}, "layer_types: expected the same window in every layer, or in none, got 3"),
-        ({**WINDOWED, "max_window_layers": 1}, 'in every layer, or in none, got ["full_attention", "sliding_attention"]'),
+        ({**WINDOWED, "max_window_layers": 1}, "max_window_layers: expected 0 or 2, the same window in every layer or in none, got 1"),
+        ({**WINDOWED, "layer_types": ["sliding_attention"]}, 'the same window in every layer, or in none, got ["sliding_attention"]'),
+        ({**WINDOWED, "layer_types": ["full_attention", {}]}, 'the same window in every layer, or in none, got ["full_attention", {}]'),
         ({**WINDOWED, "num_hidden_layers": 0}, "num_hidden_layers: expected greater than or equal to 1, got 0"),
         ({"model_type": "gpt2", "embd_pdrop": 0.2}, "embd_pdrop: expected resid_pdrop's 0.1, got 0.2"),
         ({"model_type": "gpt2", "resid_pdrop": 0.0}, "embd_pdrop: expected resid_pdrop's 0.0, got 0.1"),
@@ -97,4 +100,12 @@ def test_an_unsupported_config_json_is_refused_in_one_line(config, message):
 
 def test_the_window_of_a_config_json_depends_on_its_layers():
     assert from_hf_config(WINDOWED, Path("config.json"))[1].sliding_window == 8
-    assert from_hf_config({**WINDOWED, "max_window_layers": 2}, Path("config.json"))[1].sliding_window is None
+    for unused in ({"max_window_layers": 2}, {"layer_types": ["full_attention"] * 2}):
+        assert from_hf_config({**WINDOWED, **unused}, Path("config.json"))[1].sliding_window is None
+
+
+def test_the_documentation_lists_what_can_be_imported():
+    models = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+For\w+`|`GPT2LMHeadModel`)(?:, `\w+`)*) \|$", models, re.MULTILINE)
+    of_code = {each.model_type: {each.name, each.subset} - {None} for each in ARCHITECTURES.values()}
+    assert {model_type: set(re.findall(r"\w+", classes)) for model_type, classes in rows} == of_code

@@ -1,5 +1,6 @@
 """The commands export, import and generate, and their refusals in one line."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from manta.data.errors import InputError
 from manta.launch.cli import app
+from manta.trainer.checkpoint.errors import SaveError
 
 
 def command(*arguments: str):
@@ -68,6 +70,32 @@ def test_a_directory_that_cannot_be_created_is_refused(tmp_path, monkeypatch):
         assert isinstance(refused.exception, InputError), refused.output
         assert "--output: expected a writable directory, got " in str(refused.exception)
         assert "(Not a directory)" in str(refused.exception)
+
+
+def test_an_export_to_its_default_place_follows_no_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_run(tmp_path, "mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine/export").symlink_to(tmp_path / "elsewhere")
+    refused = command("export", "mine")
+    assert isinstance(refused.exception, InputError), refused.output
+    assert f"expected a directory in the run, got a link to {tmp_path}/elsewhere/hf. Use --output" in str(refused.exception)
+    assert command("export", "mine", "--output", "mine/export/hf").exit_code == 0
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = exported(random_run(tmp_path, "mine"))
+    for size, arguments in ((30_000, ["export", "mine"]), (3_000, ["export", "mine"]), (3_000, ["import", str(source)])):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            refused = command(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert isinstance(refused.exception, SaveError), refused.exception
+        assert "\n" not in str(refused.exception)
+    assert not list(tmp_path.rglob("*partial*"))
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Self
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from saved_models import EQUIVALENT, exported, logit_difference, model_config, random_run, stored_tensors, tokenizer_file
+from saved_models import EQUIVALENT, _batch, exported, logit_difference, model_config, random_run, stored_tensors, tokenizer_file
 
 from manta.data.errors import InputError
 from manta.launch import config as launch_config
@@ -18,6 +19,7 @@ from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.convert.huggingface.import_model import STEP_ZERO, import_model
+from manta.trainer.model.build import build_model
 from manta.trainer.pretrained.load import load_pretrained, model_tensors
 from manta.trainer.run_directory import RunDirectory
 
@@ -108,6 +110,66 @@ def test_the_position_buffer_of_bert_is_ignored(tmp_path):
     assert stored_tensors(exported(RunDirectory(tmp_path / "imported"))) == stored_tensors(exported(run_directory, "again"))
 
 
+def test_bert_without_pooler_is_imported(tmp_path):
+    import transformers
+
+    source = tmp_path / "theirs"
+    save_with_transformers("BertForMaskedLM", source, tokenizer_file(tmp_path))
+    names = stored_tensors(source).keys()
+    assert not [name for name in names if "pooler" in name or "seq_relationship" in name]
+    import_model(source, tmp_path / "imported")
+    imported = RunDirectory(tmp_path / "imported")
+    back = exported(imported)
+    assert stored_tensors(back) == stored_tensors(source)
+    assert (back / "config.json").read_text() == (source / "config.json").read_text()
+    assert "AutoModelForMaskedLM" in (back / "README.md").read_text()
+    ours = load_pretrained(imported).model
+    initial = build_model(ours.config, vocabulary=270, sequence_length=8)
+    initial.initialize(0)
+    for name in ("pooler.weight", "pooler.bias", "next_sentence.weight", "next_sentence.bias"):
+        assert torch.equal(ours.get_parameter(name), initial.get_parameter(name)), name
+    tokens = torch.randint(0, 270, (2, 24), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        theirs = transformers.AutoModelForMaskedLM.from_pretrained(source)(tokens).logits
+        assert (ours.logits(_batch(tokens, torch.zeros_like(tokens)))[0] - theirs).abs().max() <= 1e-5
+    replace(back, **{"bert.pooler.dense.bias": torch.zeros(32)})
+    with pytest.raises(InputError, match=r"bert.pooler.dense.weight: expected \(32, 32\), got nothing. Fetch the files of one BertForPre"):
+        import_model(back, tmp_path / "half a pooler")
+
+
+def test_a_model_saved_without_its_head_is_imported(tmp_path):
+    run_directory = random_run(tmp_path)
+    source = exported(run_directory)
+    weights = load_file(source / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in weights.items()}, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is True
+    (source / "config.json").write_text(json.dumps(config | {"hidden_act": "swish"}))
+    import_model(source, tmp_path / "imported")
+    back = exported(RunDirectory(tmp_path / "imported"))
+    assert stored_tensors(back) == stored_tensors(exported(run_directory, "again"))
+    assert json.loads((back / "config.json").read_text())["tie_word_embeddings"] is True
+    assert logit_difference(RunDirectory(tmp_path / "imported"), back) <= 1e-5
+    save_file(weights | {"norm.weight": weights["model.norm.weight"].clone()}, source / "model.safetensors")
+    with pytest.raises(InputError, match=r"model.norm.weight: expected each tensor once, got it twice"):
+        import_model(source, tmp_path / "twice")
+    edit(source, tie_word_embeddings=False)
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head.weight: expected \(270, 32\), got nothing"):
+        import_model(source, tmp_path / "untied")
+
+
+def test_other_names_of_an_activation_are_accepted(tmp_path):
+    source = exported(random_run(tmp_path, family="gpt2"))
+    for name in ("gelu_pytorch_tanh", "gelu_fast"):
+        edit(source, activation_function=name)
+        import_model(source, tmp_path / name)
+        assert logit_difference(RunDirectory(tmp_path / name), source) <= 1e-5
+    edit(source, activation_function="gelu")
+    with pytest.raises(InputError, match='activation_function: expected "gelu_new", got "gelu"'):
+        import_model(source, tmp_path / "exact")
+
+
 def edit(directory: Path, **changes) -> None:
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -116,6 +178,11 @@ def edit(directory: Path, **changes) -> None:
 def replace(directory: Path, *removed: str, **added) -> None:
     file = directory / "model.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if name not in removed} | added, file)
+
+
+def replace_by_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
 
 
 DAMAGE = {
@@ -144,7 +211,31 @@ DAMAGE = {
     "pytorch_model.bin, a pickle": lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
     "expected model.safetensors or model.safetensors.index.json": lambda path: (path / "model.safetensors").unlink(),
     "expected complete safetensors": lambda path: (path / "model.safetensors").write_bytes(b"cut off"),
-    "config.json: expected JSON, got Expecting value": lambda path: (path / "config.json").write_text("no"),
+    "config.json: expected JSON, got an invalid file (expected ident at line 1 column 2)": lambda path: (path / "config.json").write_text(
+        "no"
+    ),
+    "num_hidden_layers: expected at most 20, the number of stored tensors, got 1000000": lambda path: edit(path, num_hidden_layers=10**6),
+    "num_hidden_layers: expected at most 2147483647, got 1000000000000000000.": lambda path: edit(path, num_hidden_layers=10**18),
+    "hidden_size: expected at most 2147483647, got 1000000000000000000.": lambda path: edit(path, hidden_size=10**18),
+    "vocab_size: expected a size for the ": lambda path: edit(path, vocab_size=2**31 - 1),
+    "intermediate_size: expected a size for the ": lambda path: edit(path, intermediate_size=2**31 - 1),
+    "num_attention_heads: expected a size for the ": lambda path: edit(path, num_attention_heads=2**20, num_key_value_heads=1, head_dim=8),
+    "num_attention_heads: expected greater than or equal to 1, got -4": lambda path: edit(path, num_attention_heads=-4),
+    "max_position_embeddings: expected 1 to 2147483647, got -1": lambda path: edit(path, max_position_embeddings=-1),
+    "(recursion limit exceeded at line 1 column ": lambda path: (path / "config.json").write_text('{"a": ' * 10_000),
+    "(number out of range at line 1 column ": lambda path: (path / "config.json").write_text('{"a": ' + "9" * 5000 + "}"),
+    "(Out of range float values are not JSON compliant": lambda path: (path / "config.json").write_text('{"a": 1e999}'),
+    "(unexpected end of hex escape at line 1 column ": lambda path: (path / "config.json").write_text('{"a": "\\ud800"}'),
+    "config.json: expected an object, got list": lambda path: (path / "config.json").write_text("[1]"),
+    "model_type: expected llama, mistral, qwen3, mixtral, qwen3_moe, glm4_moe, gpt2, bert, got 'xxxxx": lambda path: edit(
+        path, model_type="x" * 200_000
+    ),
+    "generation_config.json: expected JSON": lambda path: (path / "generation_config.json").write_text("no"),
+    "tokenizer_config.json: expected a file of the model, got none": lambda path: replace_by_pipe(path / "tokenizer_config.json"),
+    "config.json: expected JSON, got larger than 134,217,728 bytes": lambda path: os.truncate(path / "config.json", 2**28),
+    "tokenizer.json: expected a readable tokenizer.json, got an error: larger than": lambda path: os.truncate(
+        path / "tokenizer.json", 2**28
+    ),
 }
 
 
@@ -156,12 +247,23 @@ def test_a_model_that_does_not_fit_is_refused_and_nothing_written(message, tmp_p
         import_model(source, tmp_path / "out" / "imported")
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 800
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{}", "KeyError"), ('{"weight_map": {"a": "../a"}}', "beside it"), ('{"weight_map": {"a": "b"}}', "expected b,")],
+    [
+        ("{}", "weight_map: expected tensors and their files, got None"),
+        ("{", "index.json: expected JSON, got an invalid file"),
+        ('{"weight_map": {"a": ["b"]}}', "beside it"),
+        ('{"weight_map": {"a": "../a"}}', "beside it"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "beside it"),
+        ('{"weight_map": {"a": "."}}', "beside it"),
+        ('{"weight_map": {"a": ".."}}', "outside of the model"),
+        ('{"weight_map": {"a": "\\u0000"}}', "got an error: embedded null byte"),
+        ('{"weight_map": {"a": "b"}}', "expected b,"),
+    ],
 )
 def test_a_wrong_index_is_refused(content, message, tmp_path):
     source = exported(random_run(tmp_path))
@@ -267,3 +369,71 @@ def test_export_and_import_hold_a_model_only_once(tmp_path):
         import_model(directory, tmp_path / "imported")
     for memory in (exporting, importing):
         assert 0.7 * size < memory.peak < 1.3 * size  # a layer is 0.16 of it
+
+
+def outside(file: Path, directory: Path) -> None:
+    """Move a file out of its model, to `directory`, and link to it."""
+    directory.mkdir(exist_ok=True)
+    file.rename(directory / file.name)
+    file.symlink_to(directory / file.name)
+
+
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_from_outside_is_imported(name, tmp_path):
+    source = exported(random_run(tmp_path))
+    outside(source / name, tmp_path / "private")
+    with pytest.raises(InputError, match=rf"{name}: expected a file of the model, got a link to .*private/{name}, outside of the model"):
+        import_model(source, tmp_path / "imported")
+    for target in ("nowhere", name):
+        (source / name).unlink()
+        (source / name).symlink_to(target)
+        with pytest.raises(InputError, match=rf"{name}: expected a file of the model, got (a link to nothing|an error: .*loop)"):
+            import_model(source, tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_no_file_from_outside_of_an_import_is_exported(name, tmp_path):
+    import_model(exported(random_run(tmp_path)), tmp_path / "imported")
+    outside(tmp_path / "imported" / name, tmp_path / "private")
+    with pytest.raises(InputError, match=rf"{name}: expected a file of the model, got a link to .*outside of the model"):
+        exported(RunDirectory(tmp_path / "imported"))
+    assert not (tmp_path / "imported/export").exists()
+
+
+def test_a_repository_of_the_cache_of_hugging_face_is_imported(tmp_path):
+    source = exported(random_run(tmp_path), shard_size=20_000)
+    snapshot, blobs = (tmp_path / "hub/models--one--two" / name for name in ("snapshots/0a1b", "blobs"))
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(source.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (tmp_path / "link").symlink_to(snapshot)
+    for directory in (snapshot, tmp_path / "link"):
+        import_model(directory, tmp_path / f"imported {directory.name}")
+    exported(RunDirectory(tmp_path / "imported link"))
+
+
+def test_an_import_writes_through_no_link_but_the_output_itself(tmp_path):
+    source = exported(random_run(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "output").symlink_to("elsewhere")
+    import_model(source, tmp_path / "output")
+    assert (tmp_path / "output").is_symlink()
+    back = exported(RunDirectory(tmp_path / "output"), "../back")
+    precious = tmp_path / "precious.txt"
+    precious.write_text("years of work")
+    for name in ("README.md", "model.safetensors"):
+        card = (back / "README.md").read_text()
+        (back / name).unlink()
+        if name == "README.md":
+            (back / name).write_text(card)
+        else:
+            (back / name).symlink_to(precious)
+    exported(RunDirectory(tmp_path / "output"), "../back")
+    assert precious.read_text() == "years of work"
+    assert not (back / "model.safetensors").is_symlink()

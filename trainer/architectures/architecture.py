@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
+from manta.data.errors import InputError, cut
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.yaml_file import read_yaml
 
@@ -108,6 +109,10 @@ class Architecture(Entry):
     """Substitutions that turn tensor names of a model in memory into those of its files, if they differ."""
     buffers: str = "$."
     """Pattern for tensors in files that are not weights; the default matches nothing."""
+    optional: str = "$."
+    """Pattern for modules that files may lack: an import initializes them. The default matches nothing."""
+    subset: str | None = None
+    """The class whose files lack them."""
 
     @property
     def has_experts(self) -> bool:
@@ -153,7 +158,9 @@ def map_tensors(architecture: Architecture, config: ModelConfig, names: Collecti
                 hf = [name.replace("{e}", str(e)) for name in hf for e in (experts if "{e}" in name else [0])]
                 mappings.append(TensorMapping(ours, tuple(hf), TRANSFORMS[row.transform]))
                 unmapped.difference_update(ours)
-    assert not unmapped, f"no row for {sorted(unmapped)}"
+    if unmapped:
+        problem = f"expected a row in families.yaml for each tensor, got no row for {cut(str(sorted(unmapped)))}"
+        raise InputError(f"{architecture.name}: {problem}. Import again, or add it.")
     return mappings
 
 

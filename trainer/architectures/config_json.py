@@ -7,11 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, cut
 from manta.trainer.architectures.architecture import ARCHITECTURES, Architecture
 from manta.trainer.config.model import ModelConfig
 
 ConfigJson = dict[str, Any]
+MAX_NUMBER = 2**31 - 1  # larger sizes are mistakes
+SYNONYMS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_python": "gelu", "swish": "silu"}
+"""Names of one function in transformers: they differ in rounding."""
 
 
 def architecture_for(config: ModelConfig) -> Architecture:
@@ -59,13 +62,16 @@ def from_hf_config(hf: ConfigJson, file: Path) -> tuple[Architecture, ModelConfi
     """
     architecture = ARCHITECTURES.get(str(hf.get("model_type")))
     if architecture is None:
-        raise InputError(f"{file}: model_type: expected {', '.join(ARCHITECTURES)}, got {hf.get('model_type')!r}. Import one of these.")
+        expected, got = ", ".join(ARCHITECTURES), cut(repr(hf.get("model_type")))
+        raise InputError(f"{file}: model_type: expected {expected}, got {got}. Import one of these.")
     _check_constants(architecture, hf, file)
     flat: ConfigJson = {key: values[0] for key, values in architecture.requires.items()} | {"family": architecture.family}
     for ours, key in architecture.keys.items():
         flat[ours] = next((hf[name] for name in (key.hf, key.older) if name in hf), key.default)
         if key.twin is not None and (twin := hf.get(key.twin, key.default)) != flat[ours]:
-            raise _refusal(file, key.twin, twin, f"{key.hf}'s {flat[ours]!r}")
+            raise _refusal(file, key.twin, twin, f"{key.hf}'s {cut(repr(flat[ours]))}")
+        if isinstance(flat[ours], int) and abs(flat[ours]) > MAX_NUMBER:
+            raise _refusal(file, key.hf, flat[ours], f"at most {MAX_NUMBER}")
     if architecture.rope_theta is not None:
         flat["rope_theta"] = _rope_theta(architecture, hf, file)
     if architecture.has_window_switch:
@@ -84,15 +90,18 @@ def from_hf_config(hf: ConfigJson, file: Path) -> tuple[Architecture, ModelConfi
 def _check_constants(architecture: Architecture, hf: ConfigJson, file: Path) -> None:
     for key, expected in architecture.constants.items():
         value = hf.get(key, architecture.constant_defaults.get(key, expected))
-        if value != expected and (value is not None or expected):
+        same = isinstance(value, str) and SYNONYMS.get(value, value) == SYNONYMS.get(expected, expected)
+        if not same and value != expected and (value is not None or expected):
             raise _refusal(file, key, value, json.dumps(expected))
 
 
-def whole_number(hf: ConfigJson, key: str, file: Path, *, default: int) -> int:
-    """Raises InputError if the key's value is not a whole number."""
+def whole_number(hf: ConfigJson, key: str, file: Path, *, default: int, least: int = 0) -> int:
+    """Raises InputError if the key's value is not a whole number, or out of range."""
     value = hf.get(key, default)
     if type(value) is not int:
-        raise InputError(f"{file}: {key}: expected a whole number, got {value!r}. Correct it.")
+        raise InputError(f"{file}: {key}: expected a whole number, got {cut(repr(value))}. Correct it.")
+    if not least <= value <= MAX_NUMBER:
+        raise InputError(f"{file}: {key}: expected {least} to {MAX_NUMBER}, got {cut(str(value))}. Correct it.")
     return value
 
 
@@ -105,7 +114,7 @@ def _problem(error: ValidationError, architecture: Architecture) -> str:
     elif first["type"] == "missing":
         problem = "expected a value, got nothing"
     else:
-        problem = f"expected {first['msg'].removeprefix('Input should be ')}, got {first['input']!r}"
+        problem = f"expected {first['msg'].removeprefix('Input should be ')}, got {cut(repr(first['input']))}"
     return f"{name}: {problem}" if name else problem
 
 
@@ -129,16 +138,21 @@ def _window(architecture: Architecture, hf: ConfigJson, file: Path) -> object:
     if architecture.has_window_layers and window is not None:
         layers = whole_number(hf, "num_hidden_layers", file, default=0)
         full = whole_number(hf, "max_window_layers", file, default=28)
-        kinds: object = hf.get("layer_types") or ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
-        if kinds == ["full_attention"] * layers:
+        if kinds := hf.get("layer_types"):
+            known = isinstance(kinds, list) and len(kinds) == layers and all(kind == kinds[0] for kind in kinds)
+            if known and kinds[0] == "full_attention":
+                return None
+            if not known or kinds[0] != "sliding_attention":
+                raise _refusal(file, "layer_types", kinds, "the same window in every layer, or in none")
+        elif full >= layers:
             return None
-        if kinds != ["sliding_attention"] * layers:
-            raise _refusal(file, "layer_types", kinds, "the same window in every layer, or in none")
+        elif full > 0:
+            raise _refusal(file, "max_window_layers", full, f"0 or {layers}, the same window in every layer or in none")
     return window
 
 
 def _refusal(file: Path, key: str, value: object, expected: str) -> InputError:
-    return InputError(f"{file}: {key}: expected {expected}, got {json.dumps(value)}. Import a model that manta can train.")
+    return InputError(f"{file}: {key}: expected {expected}, got {cut(json.dumps(value))}. Import a model that manta can train.")
 
 
 def _conflicts(architecture: Architecture, config: ModelConfig) -> Iterator[str]:

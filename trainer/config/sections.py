@@ -1,36 +1,36 @@
 """The sections of a config that a rank reads, apart from `data`, `tokenizer` and `model`. Each field's sentence is its documentation."""
 
 import math
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from manta.data.config import WholeNumber, check_stages
 from manta.data.errors import InvalidValueError
-from manta.data.source_config import Section
-from manta.data.storage.location import absolute
+from manta.data.source_config import LocalPath, Location, Section
+from manta.data.storage.location import absolute, is_remote
 from manta.trainer.config.divisors import divisors_text
 
 Precision = Literal["fp32", "bf16", "bf16-autocast", "fp16", "fp8"]
-Location = Annotated[str, AfterValidator(absolute)]
+AbsoluteLocation = Annotated[Location, AfterValidator(absolute)]
 
 
 class RunSection(Section):
-    dir: Path = Field(examples=["runs/mine"])
+    dir: LocalPath = Field(examples=["runs/mine"])
     """The run directory: config, metrics, logs and checkpoints are stored in it."""
-    start_from: Location | None = Field(default=None, examples=["imported/gpt2"])
+    start_from: AbsoluteLocation | None = Field(default=None, examples=["imported/gpt2"])
     """Initial weights of a new run: a run directory, a directory from `manta import`, or one checkpoint. Only its weights are read."""
     match_tokens: bool = False
     """For another tokenizer than start_from has: copy embedding rows by the text of their token, and initialize the rows of new tokens."""
     seed: int = Field(default=1, ge=0, lt=2**63)
     """Determines the initial weights and the order of samples."""
 
-    @field_validator("dir")
+    @field_validator("dir", mode="before")
     @classmethod
-    def _check_path(cls, value: Path) -> Path:
-        if "\0" in str(value):
-            raise ValueError(f"expected a path, got {str(value)!r}. Remove the NUL.")
+    def _is_local(cls, value: object) -> object:
+        if isinstance(value, str) and is_remote(value):
+            remedy = f"Choose a local one; checkpoints may be there: checkpoint.directory={value}."
+            raise ValueError(f"expected a directory of this machine, got {value}. {remedy}")
         return value
 
 
@@ -124,7 +124,7 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    directory: Location | None = Field(default=None, examples=["s3://bucket/mine"])
+    directory: AbsoluteLocation | None = Field(default=None, examples=["s3://bucket/mine"])
     """Directory, or URL in an object store, of the checkpoints. Default: run.dir/checkpoints."""
     every_steps: int = Field(default=500, ge=1)
     """Steps between checkpoints; one is also written at the end and after a stop request."""

@@ -56,11 +56,14 @@ class Transformer(nn.Module, ABC):
     def initialize(self, seed: int) -> None:
         """Set initial weights, which depend only on (seed, name): no layout changes them. Norms start at 1, biases at 0."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
-                continue
-            generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) >> 1)
-            self.initialize_matrix(name, parameter, generator)
+            self.initialize_parameter(name, parameter, seed)
+
+    def initialize_parameter(self, name: str, parameter: nn.Parameter, seed: int) -> None:
+        if parameter.ndim < 2:
+            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
+            return
+        generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) >> 1)
+        self.initialize_matrix(name, parameter, generator)
 
     def initialize_matrix(self, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
         """Fill from a normal of deviation 0.02, scaled by 1/sqrt(2 layers) if it writes to the residual stream (GPT-2, section 2.3)."""

@@ -1,17 +1,19 @@
 """A trained or imported model in one process that does not train: where generation and export start."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from manta.data.config_history import upgrade
-from manta.data.errors import InputError, one_line
+from manta.data.errors import InputError, cut, one_line
+from manta.data.storage.regular_file import read_regular
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
@@ -24,6 +26,7 @@ from manta.trainer.model.transformer import Transformer
 from manta.trainer.run_directory import RunDirectory, resolve_start_from
 
 MODEL_FILE, SOURCE_FILE = "model.yaml", "source.json"  # of an import; a run directory has neither
+MAX_SOURCE_BYTES = 2**27
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -38,8 +41,10 @@ class ImportSource(BaseModel):
     """Of most tensors."""
     dtypes: dict[str, Dtype]
     """Of the other tensors, by name."""
+    lacking: tuple[str, ...] = ()
+    """Tensors that the files did not have, and the import initialized."""
     end_of_text: str
-    sequence_length: int
+    sequence_length: int = Field(ge=1)
     """The longest that the model has positions for."""
     config: dict[str, Any]
     """The model's config.json."""
@@ -83,6 +88,8 @@ def load_pretrained(run_directory: RunDirectory) -> Pretrained:
     checkpoint, weights = newest
     file = run_directory.tokenizer_file if run_directory.tokenizer_file.exists() else run_directory.prepared().tokenizer
     tokenizer = Tokenizer(file, end_of_text=end_of_text)
+    if beyond := size_beyond(config, [tuple(tensor.shape) for tensor in weights.values()]):
+        raise CheckpointError(f"{checkpoint.location}: {': '.join(beyond)}")
     with torch.device("meta"):
         model = build_model(config, vocabulary=tokenizer.vocabulary, sequence_length=sequence_length, code=run_directory.code)
     _fill_weights(model, weights, checkpoint.location)
@@ -93,6 +100,30 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
     """Return each tensor of a trained model once: parameters, and the router biases, which have no gradient."""
     biases = {f"{name}.bias": router.bias for name, router in model.routers() if router.bias is not None}
     return {name: parameter.detach() for name, parameter in model.named_parameters()} | biases
+
+
+def size_beyond(config: ModelConfig, shapes: Collection[tuple[int, ...]]) -> tuple[str, str] | None:
+    """Return a key of the model section and why no model with tensors of these shapes has its value; None if one might.
+
+    To build a model takes time for each block, and memory for each weight: this takes none.
+    """
+    if ":" in config.family:
+        return None  # the user's class may use any key as it likes
+    tensors, weights = len(shapes), sum(map(math.prod, shapes))
+    experts, width, layers = config.experts, config.width, config.layers
+    least = {"layers": layers, "vocabulary": config.vocabulary or 1, "positions": config.positions or 1}
+    least |= {"heads": layers * config.heads * config.head_dim, "kv_heads": layers * config.kv * config.head_dim}
+    if experts is None:
+        least["mlp_width"] = layers * config.inner_width
+    else:
+        least |= {"experts.experts": layers * experts.experts, "experts.width": layers * experts.width}
+        least["experts.shared"] = layers * experts.shared * experts.width
+    key, rows = max(least.items(), key=lambda item: item[1])
+    if layers > tensors:
+        return "layers", f"expected at most {tensors}, the number of stored tensors, got {layers}"
+    if rows * width > weights:
+        return key, f"expected a size for the {weights:,} stored weights, got one for at least {rows * width:,}"
+    return None
 
 
 def start_difference(
@@ -118,7 +149,7 @@ def _fill_weights(model: Transformer, weights: dict[str, Tensor], location: str)
     """Load weights into a model on the meta device. Raises CheckpointError if they are another model's."""
     expected, found = _shapes(model_tensors(model)), _shapes(weights)
     if expected != found:
-        raise CheckpointError(f"{location}: {first_difference(expected, found)}")
+        raise CheckpointError(f"{location}: {cut(first_difference(expected, found))}")
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     tied = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
     model.load_state_dict(weights, assign=True, strict=False)
@@ -136,7 +167,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _read_import(directory: Path) -> tuple[ImportSource, ModelConfig]:
     file = directory / SOURCE_FILE
     try:
-        source = ImportSource.model_validate_json(file.read_bytes())
+        source = ImportSource.model_validate_json(read_regular(file, MAX_SOURCE_BYTES))
         file = directory / MODEL_FILE
         return source, ModelConfig.model_validate_json(json.dumps(upgrade(read_yaml(file), "model")), strict=True)
     except (OSError, InputError, TypeError, ValidationError) as error:

@@ -12,17 +12,21 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import processors
 from torch import Tensor
 
+from manta.data.errors import InputError, cut, one_line
 from manta.data.tokenizer.tokenizer import read_tokenizer
 from manta.trainer.architectures.architecture import ARCHITECTURES, Architecture, map_tensors
 from manta.trainer.architectures.config_json import ConfigJson, architecture_for, to_hf_config
+from manta.trainer.checkpoint.errors import SaveError
 from manta.trainer.convert.huggingface.directory import CARD, CONFIG, INDEX, TOKENIZER, copy_kept_files, refuse_to_overwrite, staged
 from manta.trainer.convert.huggingface.model_card import model_card
 from manta.trainer.model.bert import Bert
-from manta.trainer.pretrained.load import ImportSource, Pretrained, model_tensors
+from manta.trainer.pretrained.load import SOURCE_FILE, ImportSource, Pretrained, model_tensors
+from manta.trainer.run_directory import RunDirectory
 
 __all__ = ["export"]
 
@@ -37,12 +41,10 @@ def export(pretrained: Pretrained, directory: Path, *, dtype: torch.dtype | None
     """
     refuse_to_overwrite(directory, pretrained.run_directory)
     source, config, vocabulary = pretrained.source, pretrained.config, pretrained.vocabulary
-    if source is None:
-        architecture = architecture_for(config)
-    else:
-        architecture = next(each for each in ARCHITECTURES.values() if each.name == source.architecture)
+    architecture = architecture_for(config) if source is None else _architecture_of(source, pretrained.run_directory)
     tensors = model_tensors(pretrained.model)
-    mappings = {name: mapping for mapping in map_tensors(architecture, config, tensors) for name in mapping.hf}
+    lacking = () if source is None else source.lacking
+    mappings = {name: mapping for mapping in map_tensors(architecture, config, tensors) for name in mapping.hf if name not in lacking}
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     views = {name: mapping.to_hf(meta, vocabulary)[name] for name, mapping in mappings.items()}
     specs = {name: view.to(_dtype(name, dtype, source), copy=True) for name, view in views.items()}  # without the padding of its storage
@@ -56,8 +58,17 @@ def export(pretrained: Pretrained, directory: Path, *, dtype: torch.dtype | None
             key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
             _write_json(partial / CONFIG, source.config | ({} if dtype is None else {key: str(dtype).removeprefix("torch.")}))
             copy_kept_files(pretrained.run_directory.path, partial)
-        (partial / CARD).write_text(model_card(pretrained, architecture.name, most_common))
-        shutil.rmtree(directory, ignore_errors=True)
+        name = architecture.subset if lacking and architecture.subset else architecture.name
+        (partial / CARD).write_text(model_card(pretrained, name, most_common))
+        shutil.rmtree(directory.resolve(), ignore_errors=True)
+
+
+def _architecture_of(source: ImportSource, run_directory: RunDirectory) -> Architecture:
+    architecture = next((each for each in ARCHITECTURES.values() if each.name == source.architecture), None)
+    if architecture is None:
+        names, file = ", ".join(each.name for each in ARCHITECTURES.values()), run_directory.path / SOURCE_FILE
+        raise InputError(f"{file}: architecture: expected {names}, got {cut(repr(source.architecture))}. Import again.")
+    return architecture
 
 
 def _dtype(name: str, dtype: torch.dtype | None, source: ImportSource | None) -> torch.dtype:
@@ -74,7 +85,10 @@ def _write_weights(directory: Path, specs: Mapping[str, Tensor], read: Callable[
     split = split_torch_state_dict_into_shards(dict(specs), filename_pattern="model{suffix}.safetensors", max_shard_size=limit)
     for file, names in split.filename_to_tensors.items():
         tensors = {name: read(name).to(specs[name].dtype).contiguous() for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # what it makes of an OSError
+            raise SaveError(f"{directory / file}: {one_line(error)}. Free space, or choose another directory with --output.") from None
     if split.is_sharded:
         _write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))})
 

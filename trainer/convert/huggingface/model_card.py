@@ -10,10 +10,12 @@ from manta.trainer.convert.huggingface.directory import marker
 from manta.trainer.metrics import read_metrics
 from manta.trainer.pretrained.load import Pretrained
 
+AUTO = {"BertForPreTraining": "PreTraining", "BertForMaskedLM": "MaskedLM"}
+
 
 def model_card(pretrained: Pretrained, architecture: str, dtype: torch.dtype) -> str:
     """Return README.md."""
-    auto = "AutoModelForPreTraining" if architecture == "BertForPreTraining" else "AutoModelForCausalLM"
+    auto = f"AutoModelFor{AUTO.get(architecture, 'CausalLM')}"
     named = pretrained.model.named_parameters()
     parameters = sum((p[: pretrained.vocabulary] if name in VOCABULARY_ROWS else p).numel() for name, p in named)  # without padding
     rows = {
