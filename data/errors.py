@@ -16,7 +16,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("\n".join(cut(line, LONGEST_LINE) for line in redact(message).split("\n")))
+        super().__init__(_printable(message))
 
 
 class AccessError(InputError):
@@ -29,17 +29,13 @@ class DataError(RuntimeError):
     The command line prints the message without a traceback and exits with code 1.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
+
 
 def one_line(error: object) -> str:
     """Return an error's message, cut, with every line break and every run of spaces as one space."""
     return cut(" ".join(str(error).split()), 500)
-
-
-def cut(text: str, limit: int = 200) -> str:
-    """Return a text from elsewhere as a message may quote it: its start, without what a terminal would obey or could not encode."""
-    text = text[: limit + 1]
-    text = text if text.isprintable() else repr(text)[1:-1]
-    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def redact(text: str) -> str:
@@ -52,9 +48,14 @@ def has_password(url: str) -> bool:
 
 
 def cut(text: str, length: int = LONGEST_VALUE) -> str:
-    """Return a text of at most this length: of a longer one, the middle is left out."""
+    """Return a text as a message quotes it: of a long one, without its middle; what a terminal would obey or cannot show, escaped."""
     half = length // 2
-    return text if len(text) <= length else f"{text[: length - half]}…{text[1 - half :]}"
+    text = text if len(text) <= length else f"{text[: length - half]}…{text[1 - half :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _printable(message: str) -> str:
+    return "\n".join(cut(line, LONGEST_LINE) for line in redact(message).split("\n"))
 
 
 def shown(value: object) -> str:
