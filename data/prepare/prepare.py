@@ -71,10 +71,6 @@ def find_directories(data: DataConfig, tokens: TokenizerConfig) -> tuple[CorpusD
         content = tokenizer_directory.read(_TOKENIZER).decode(errors="replace")
     except FileNotFoundError:
         return None
-    except OSError as error:
-        kind = InputError if tokenizer_directory.store.is_local else DataError
-        problem = f"{data.directory}: {error.strerror or one_line(error)}"
-        raise kind(f"data.directory: expected a directory that can be read, got {problem}. Choose another.") from None
     return tokenizer_directory, [_corpus_directory(data, source, tokens, fingerprint(content)) for source in data.sources]
 
 

@@ -147,13 +147,19 @@ class CorpusDirectory:
             raise InputError(f"{self._problem(file.url, error)}. {REMEDY}") from None
 
     def _problem(self, location: str, error: OSError) -> str:
-        """Return what is wrong with a file. Raises AccessError if this user may not read it, and DataError if a store fails."""
+        """Return what is wrong with a file.
+
+        Raises AccessError if this user may not read it, InputError for a path through a file, and DataError if a store fails.
+        """
         if isinstance(error, FileNotFoundError):
             return f"{location}: missing"
         if not open_store(location).is_local:
             raise DataError(one_line(error)) from None
         if isinstance(error, PermissionError):
             raise self._access_error(location, error) from None
+        if error.errno in {errno.ENOTDIR, errno.ELOOP}:
+            parent = Path(self.root).parent
+            raise InputError(f"data.directory: expected a directory, got {parent}: {error.strerror}. Choose another.") from None
         return f"{location}: damaged; {error.strerror}"
 
     def _access_error(self, location: str, error: PermissionError) -> AccessError:
