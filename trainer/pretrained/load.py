@@ -86,7 +86,7 @@ def load_pretrained(run_directory: RunDirectory) -> Pretrained:
     if newest is None:
         raise InputError(f"{run_directory.open_checkpoints()}: expected a checkpoint, got none. {remedy}")
     checkpoint, weights = newest
-    file = run_directory.tokenizer_file if run_directory.tokenizer_file.exists() else run_directory.prepared().tokenizer
+    file = run_directory.tokenizer_file if source or run_directory.tokenizer_file.exists() else run_directory.prepared().tokenizer
     tokenizer = Tokenizer(file, end_of_text=end_of_text)
     if beyond := size_beyond(config, [tuple(tensor.shape) for tensor in weights.values()]):
         raise CheckpointError(f"{checkpoint.location}: {': '.join(beyond)}")
@@ -170,5 +170,9 @@ def _read_import(directory: Path) -> tuple[ImportSource, ModelConfig]:
         source = ImportSource.model_validate_json(read_regular(file, MAX_SOURCE_BYTES))
         file = directory / MODEL_FILE
         return source, ModelConfig.model_validate_json(json.dumps(upgrade(read_yaml(file), "model")), strict=True)
-    except (OSError, InputError, TypeError, ValidationError) as error:
-        raise InputError(f"{file}: expected the file that manta import wrote: {one_line(error)}. Import again.") from None
+    except (OSError, TypeError, ValidationError) as error:
+        message = one_line(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False)[0]
+            message = cut(": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]])))
+        raise InputError(f"{file}: expected the file that manta import wrote, got an error: {message}. Import again.") from None

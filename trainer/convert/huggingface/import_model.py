@@ -112,7 +112,7 @@ def _open_weights(directory: Path, architecture: Architecture) -> Generator[Slic
     with ExitStack() as stack:
         try:
             files: list[Any] = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(directory)]
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: it is larger than what can be mapped
             raise InputError(f"{directory}: expected complete safetensors, got {one_line(error)}. Fetch them again.") from None
         names = [(file, name, substitute(name, architecture.old_names)) for file in files for name in file.keys()]  # noqa: SIM118
         slices = {name: file.get_slice(stored) for file, stored, name in names}
