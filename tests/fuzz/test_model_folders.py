@@ -36,7 +36,7 @@ TEXTS = [
 ]
 SEEDS = st.integers(0, 2**32)
 QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-SAMPLE = settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET)
+SAMPLE = settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET)
 LONG = settings(max_examples=400, deadline=None, database=None, suppress_health_check=QUIET, print_blob=True)
 
 

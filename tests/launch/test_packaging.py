@@ -1,5 +1,6 @@
 """The package list, the import layers, lightweight help, and the wheel."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,12 @@ def test_pyproject_lists_every_subpackage():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     on_disk = {f"manta.{'.'.join(p.parent.relative_to(ROOT).parts)}" for package in PACKAGES for p in (ROOT / package).rglob("__init__.py")}
     assert listed == on_disk
+
+
+def test_each_extra_is_the_remedy_of_a_message():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys() - {"dev", "docs"}
+    code = "".join(path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    assert extras == set(re.findall(r"pip install 'manta\[(\w+)\]'", code))
 
 
 def test_packages_follow_the_import_layers():

@@ -78,5 +78,5 @@ def test_fp8_needs_a_hopper_gpu_and_torchao(monkeypatch):
         require_fp8_gpu(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("manta.trainer.parallel.fp8.find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"expected torchao for fp8, got none\. Run pip install torchao, or use bf16"):
+    with pytest.raises(InputError, match=r"expected torchao for fp8, got none\. Run pip install 'manta\[fp8\]', or use bf16"):
         require_fp8_gpu(torch.device("cuda"))

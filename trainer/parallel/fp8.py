@@ -23,7 +23,7 @@ def require_fp8_gpu(device: torch.device) -> None:
     if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
         raise _refusal(f"{torch.cuda.get_device_name(device)} with {capability[0]}.{capability[1]}")
     if find_spec("torchao") is None:
-        raise InputError("precision: expected torchao for fp8, got none. Run pip install torchao, or use bf16.")
+        raise InputError("precision: expected torchao for fp8, got none. Run pip install 'manta[fp8]', or use bf16.")
 
 
 def _refusal(got: str) -> InputError:
