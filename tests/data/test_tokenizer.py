@@ -88,6 +88,11 @@ def any_file(request, tmp_path_factory) -> Path:
     return train_file(tmp_path_factory.mktemp(request.param) / "tokenizer.json", TEXTS[:4], 300, algorithm=request.param)
 
 
+def test_a_panic_of_the_library_is_one_line(file, tmp_path):
+    hostile = edited(file, tmp_path, lambda spec: spec.update(normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "xx"}))
+    assert "got a document it cannot encode (index out of bounds" in error_of(lambda: Tokenizer(hostile).encode(["hello world"]))
+
+
 def test_a_malformed_file_is_refused(any_file, tmp_path):
     whole = json.loads(any_file.read_text())
     malformed = tmp_path / "malformed.json"
