@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import resource
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -143,6 +144,12 @@ def read_lines(file: BinaryIO, parse: Callable[[bytes], T], *, path: Path, start
             first_damaged = first_damaged or f"{path}:{_lines_before(path, start) + number}: {_problem(error)}"
     if damaged:
         _warn_once(f"{first_damaged}. The line is skipped" + (f", as are {damaged - 1:,} more." if damaged > 1 else "."))
+
+
+def raise_open_files_limit() -> None:
+    """Raise the limit of open files as far as this process may: 1024 are too few for many sources and ranks."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def collective_line(group: str, *, number: int, collective: str, is_done: bool) -> str:

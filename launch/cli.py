@@ -8,13 +8,23 @@ from typing import Annotated
 
 import typer
 
-from manta.cluster.protocol import ExitCode, deny_writes_by_others
+from manta.cluster.protocol import ExitCode, deny_writes_by_others, raise_open_files_limit
 from manta.data.errors import DataError, InputError, shown
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.config import find_run, find_trained_run, load
 from manta.launch.inspect.commands import app as data_app
-from manta.launch.terminal import AsJson, File, Overrides, Run, notify, print_report, user_path
+from manta.launch.terminal import (
+    AsJson,
+    File,
+    Overrides,
+    Run,
+    flush_standard_streams,
+    notify,
+    open_standard_streams,
+    print_report,
+    user_path,
+)
 
 LONGEST_LINE = 1900  # characters of a message
 DTYPES = ("float32", "bfloat16", "float16")
@@ -265,6 +275,7 @@ def _arguments(command: str, path: Path, overrides: list[str], on: str, *, insec
 
 def main() -> None:
     """Run the console script. An InputError ends it with exit code 2 and a line per problem."""
+    open_standard_streams()
     if sys.platform != "linux":
         sys.stderr.write(f"manta: expected Linux, because it uses Linux process supervision, got {sys.platform}. Use a Linux machine.\n")
         sys.exit(ExitCode.USAGE)
@@ -272,6 +283,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # print what the terminal's encoding lacks as an escape sequence
             stream.reconfigure(errors="backslashreplace")
+    raise_open_files_limit()
     try:
         _check_process()
         app(prog_name="manta")
@@ -286,6 +298,8 @@ def main() -> None:
         for line in message.splitlines():
             notify(f"manta: {line}" if len(line) <= LONGEST_LINE else f"manta: {line[:LONGEST_LINE]}…")
         sys.exit(ExitCode.USAGE if isinstance(error, InputError) else ExitCode.FAILED)
+    finally:
+        flush_standard_streams()
 
 
 def _check_process() -> None:

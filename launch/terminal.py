@@ -1,9 +1,11 @@
 """What several commands share: their arguments and options, JSON or a table on standard output, and messages on standard error."""
 
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TextIO, TypeVar
 
@@ -32,6 +34,25 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def open_standard_streams() -> None:
+    """Open those that the caller has closed (`2>&-`): otherwise the next file that is opened takes their place, and gets their output."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  for as long as the process
+
+
+def flush_standard_streams() -> None:
+    """Write what is buffered. What cannot be written is dropped: the interpreter would report it, and end with another exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def print_report(report: T, show: Callable[[T], None], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report))
@@ -52,7 +73,8 @@ class MessageConsole(Console):
         if self.is_terminal:
             wrapper = textwrap.TextWrapper(self.width, break_long_words=False, break_on_hyphens=False)
             text = "\n".join(wrapper.fill(line) for line in text.split("\n"))
-        self.print(text)
+        with suppress(OSError):  # the terminal is closed, or a log's disk is full
+            self.print(text)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -22,6 +22,7 @@ from manta.cluster.protocol import (
     HeartbeatWriter,
     RankError,
     deny_writes_by_others,
+    raise_open_files_limit,
     write_error,
 )
 from manta.data.errors import InputError
@@ -37,6 +38,7 @@ def main() -> int:
         sys.stderr.write("usage: python -m manta.trainer RUN_DIRECTORY\n")
         return ExitCode.USAGE
     deny_writes_by_others()
+    raise_open_files_limit()
     stop = StopRequest()
     if Env.STANDBY in os.environ:
         wait_for_environment()

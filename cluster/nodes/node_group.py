@@ -119,6 +119,11 @@ class NodeGroup:
             _kill(agent)
         self._orphaned = {}
 
+    def have_started(self, wait: float) -> bool:
+        """Whether all agents have started, or failed to, within some seconds."""
+        new = [node.agent.started for node in self._nodes if node.facts is None]
+        return not new or len(ray.wait(new, num_returns=len(new), timeout=wait)[0]) == len(new)
+
     def describe_new(self) -> list[tuple[int, NodeFacts]]:
         """Wait for new agents to start; return their nodes' numbers and facts."""
         question = [package for package, _ in self._job.packages], self._job.directory_token

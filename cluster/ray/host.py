@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -25,10 +24,11 @@ from typing import Any
 import psutil
 
 from manta.cluster.machine import address_towards, nvlink_domain
-from manta.cluster.protocol import ExitCode, deny_writes_by_others
+from manta.cluster.protocol import ExitCode, deny_writes_by_others, raise_open_files_limit
+from manta.cluster.ray.errors import RayStartError
 from manta.cluster.ray.hosts import NVLINK_DOMAIN_LABEL, OBJECT_STORE_BYTES
+from manta.cluster.ray.temporary import make_scratch, object_store_folder
 
-TEMPORARY = Path("/tmp")  # noqa: S108  ignores TMPDIR: Ray's socket paths must fit into 107 bytes
 PREFIX = "manta-host-"
 MIN_BACKOFF = 1.0  # seconds before a raylet is started again; doubles
 MAX_BACKOFF = 30.0
@@ -38,6 +38,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 def main() -> int:
     deny_writes_by_others()
+    raise_open_files_limit()
     settings = json.loads(sys.stdin.readline())
     closing = threading.Event()
 
@@ -51,7 +52,11 @@ def main() -> int:
         signal.signal(number, close_later)
     threading.Thread(target=_wait_for_end_of_input, args=(closing,), daemon=True).start()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process, so that it finds them
-    scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=TEMPORARY))
+    try:
+        scratch = make_scratch(PREFIX)
+    except RayStartError as error:
+        sys.stderr.write(f"{socket.gethostname()}: {error}\n")
+        return ExitCode.FAILED
     try:
         _supervise(settings, scratch, closing)
     finally:
@@ -105,6 +110,7 @@ def _raylet_command(settings: Mapping[str, Any], directory: Path) -> list[str]:
     address = settings["address"] or address_towards(settings["gcs"].rpartition(":")[0].strip("[]"))  # by which other nodes reach it
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
     command += ["--include-log-monitor=false", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={directory}"]
+    command += [f"--plasma-directory={object_store_folder(directory)}"]
     command += [f"--address={settings['gcs']}", f"--node-ip-address={address}"]
     if settings["gpus"] is not None:
         command += [f"--num-gpus={settings['gpus']}"]

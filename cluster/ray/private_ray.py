@@ -8,11 +8,14 @@ import fcntl
 import functools
 import logging
 import os
+import re
+import resource
 import secrets
 import shutil
 import signal
+import socket
 import stat
-import tempfile
+import subprocess
 import time
 import warnings
 from collections.abc import Generator
@@ -21,9 +24,10 @@ from typing import Any
 
 import psutil
 
+from manta.cluster.ray.errors import RayStartError
 from manta.cluster.ray.hosts import OBJECT_STORE_BYTES
+from manta.cluster.ray.temporary import make_scratch, object_store_folder, temporary_folders
 
-TEMPORARY = Path("/tmp")  # noqa: S108  ignores TMPDIR: Ray's socket paths must fit into 107 bytes
 PREFIX = "manta-ray-"
 TOKEN = "token"  # noqa: S105  the name of its file
 HEALTH = {  # a lost node is noticed after about 10 s, not after a minute
@@ -34,6 +38,8 @@ HEALTH = {  # a lost node is noticed after about 10 s, not after a minute
 }
 # Ray's autoscaler, log forwarder and web server: 1.2 s of processor time to start, 1.3 s to stop, and not used here.
 UNUSED_SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
+_processes: list[subprocess.Popen[bytes]] = []  # of the Ray that this process has started; there is one at most
+_scratch: list[Path] = []  # and its directory
 
 
 def gcs_address() -> str:
@@ -45,21 +51,32 @@ def gcs_address() -> str:
 
 @contextlib.contextmanager
 def private_ray(address: str, *, cpus: int) -> Generator[Path]:
-    """Start a Ray cluster that listens at `address`, with one agent per CPU; yield its private directory (0700), removed at the end."""
+    """Start a Ray cluster that listens at `address`, with one agent per CPU; yield its private directory (0700), removed at the end.
+
+    Raises RayStartError.
+    """
+    _check_address(address)
     _remove_stale_directories()
-    scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=TEMPORARY))
+    scratch = make_scratch(PREFIX)
+    _processes.clear()
+    _scratch[:] = [scratch]
     try:
         with _token_file(scratch) as token, _environment(token), quiet_ray():
             import ray
 
             try:
-                _start(scratch, address, cpus)
+                try:
+                    _start(scratch, address, cpus)
+                except Exception as error:
+                    last_line = (str(error).strip().splitlines() or [""])[-1]
+                    reason = ended_process() or f"{type(error).__name__}: {last_line}"
+                    raise RayStartError(start_failure(reason), is_transient=True) from error
                 yield scratch
             finally:
-                sessions = _sessions()
                 with quiet_warnings():
                     ray.shutdown()
-                _kill_sessions(sessions)
+                _kill_sessions()
+                _processes.clear()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -73,39 +90,45 @@ def quiet_ray() -> Generator[None]:
         yield
 
 
+def quiet_init() -> contextlib.AbstractContextManager[None]:
+    """Suppress the warning that a thread sets no SIGTERM handler: the controller has its own."""
+    from ray._private import worker
+
+    return _replaced(worker.logger, disabled=True)
+
+
 def quiet_warnings() -> contextlib.AbstractContextManager[Any]:
     return warnings.catch_warnings(action="ignore")
-
-
-@contextlib.contextmanager
-def keep_sigterm_handler() -> Generator[None]:
-    """Restore the SIGTERM handler, which Ray replaces when it starts."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 def _start(scratch: Path, address: str, cpus: int) -> None:
     import ray
     from ray._private import node, services
 
-    # Ray's processes get their own session: a hang-up, Ctrl-C or `timeout` signals the whole group of the terminal, and ranks
-    # without a raylet could not save.
-    detached = functools.partial(services.ConsolePopen, start_new_session=True)
+    original = services.ConsolePopen
+
+    def detached(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        """Start one of Ray's processes in its own session.
+
+        A hang-up, Ctrl-C or `timeout` signals the whole group of the terminal, and ranks without a raylet could not save.
+        """
+        process = original(*arguments, **options, start_new_session=True)
+        _processes.append(process)
+        return process
+
     with (
         contextlib.chdir(scratch),  # workers import from here first: in the user's directory a data.py would shadow ours
-        keep_sigterm_handler(),
         _replaced(services, ConsolePopen=detached, resolve_ip_for_localhost=str),
         _replaced(node.Node, **dict.fromkeys(UNUSED_SERVICES, _start_nothing)),
         quiet_warnings(),
+        quiet_init(),
     ):
         ray.init(
             address="local",
             num_cpus=cpus,
             num_gpus=0,
             object_store_memory=OBJECT_STORE_BYTES,
+            _plasma_directory=str(object_store_folder(scratch)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.CRITICAL,
@@ -118,20 +141,60 @@ def _start_nothing(*_: object, **__: object) -> None:
     pass
 
 
-def _sessions() -> set[int]:
-    """Return the session ids of the Ray that this process started: each Ray process leads one."""
-    from ray._private import worker
-
-    started = getattr(worker, "_global_node", None)
-    return {info.process.pid for infos in started.all_processes.values() for info in infos} if started else set()
-
-
-def _kill_sessions(sessions: set[int]) -> None:
-    """Kill what remains in the sessions: after a part of Ray was killed, its helpers and workers would linger for a minute."""
+def _kill_sessions() -> None:
+    """Kill what remains of Ray's sessions: after a part of Ray was killed, its helpers and workers would linger for a minute."""
+    sessions = {process.pid for process in _processes}  # each leads one
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getsid(pid) in sessions:
                 os.kill(pid, signal.SIGKILL)
+
+
+def ended_process() -> str | None:
+    """Describe a process of Ray's head that has ended by itself; None if there is none."""
+    for process in _processes:
+        if (code := process.poll()) is not None:
+            name = Path(os.fsdecode(process.args[0] if isinstance(process.args, list) else str(process.args))).name
+            return f"Ray's {name} ended with {code}{_last_error(name)}"
+    return None
+
+
+def abandon() -> None:
+    """End what this process has started of Ray, without Ray's own code, which hangs."""
+    _kill_sessions()
+    for scratch in _scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def start_failure(reason: str) -> str:
+    """Return in one line why Ray did not start, and what the user can do."""
+    limits = [("processes (ulimit -u)", resource.RLIMIT_NPROC, 512), ("open files (ulimit -n)", resource.RLIMIT_NOFILE, 1024)]
+    low = [f"{soft} {name}" for name, limit, enough in limits if 0 <= (soft := resource.getrlimit(limit)[0]) < enough]
+    hint = f"raise the limits: only {' and '.join(low)} are allowed" if low else "check how many processes and how much memory are allowed"
+    return f"expected a Ray that starts, got: {reason}. Run the command again; if it fails again, {hint}."
+
+
+def _last_error(name: str) -> str:
+    """Return the last error that a process of Ray's has logged."""
+    for log in [log for scratch in _scratch for suffix in ("err", "out") for log in scratch.glob(f"ray/session_2*/logs/{name}.{suffix}")]:
+        with contextlib.suppress(OSError):
+            if errors := re.findall(r"^\[.* [EFC] \d+ \d+\] (?!\(\w+\) logging.cc)(.*)$", log.read_text(errors="replace"), re.MULTILINE):
+                return f": {errors[-1]}"
+    return ""
+
+
+def _check_address(address: str) -> None:
+    """Raises RayStartError if this machine cannot connect to itself at the address."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.create_server((address, 0), family=family) as server:
+            socket.create_connection(server.getsockname()[:2], timeout=5.0).close()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        is_loopback = address.startswith("127.")
+        remedy = "Bring up the loopback interface: ip link set lo up" if is_loopback else "Check the address of this machine"
+        expected = "an address at which this machine can connect to itself"
+        raise RayStartError(f"{address}: expected {expected}, got {reason}. {remedy}.") from None
 
 
 @contextlib.contextmanager
@@ -194,7 +257,7 @@ def _remove_stale_directories() -> None:
 
     Any user can make a directory of such a name here. What another user made is not even opened: opening a named pipe would wait for ever.
     """
-    for directory in TEMPORARY.glob(f"{PREFIX}*"):
+    for directory in [path for folder in temporary_folders() for path in folder.glob(f"{PREFIX}*")]:
         with contextlib.suppress(OSError):  # locked, or just removed
             if not (_is_own(directory, stat.S_IFDIR) and _is_own(directory / TOKEN, stat.S_IFREG)):
                 continue

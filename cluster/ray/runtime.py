@@ -12,8 +12,9 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from manta.cluster.ray.errors import NoClusterError
 from manta.cluster.ray.hosts import Host, running
-from manta.cluster.ray.private_ray import TOKEN, gcs_address, keep_sigterm_handler, private_ray, quiet_ray, quiet_warnings
+from manta.cluster.ray.private_ray import TOKEN, gcs_address, private_ray, quiet_init, quiet_ray, quiet_warnings
 
 ONE_NODE_ADDRESS = "127.0.0.1"  # with this address Ray listens on it alone; with any other it listens on all of the machine's
 # The head's address for nodes on this machine. They would replace 127.0.0.1 by the outward address, which a laptop loses on a new network.
@@ -83,7 +84,7 @@ class JoinedRay:
             import ray
             from ray.exceptions import AuthenticationError
 
-            with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty), keep_sigterm_handler(), quiet_warnings():
+            with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty), quiet_init(), quiet_warnings():
                 try:
                     ray.init(address=self.address, log_to_driver=False, logging_level=logging.CRITICAL)
                 except (ConnectionError, AuthenticationError) as error:
@@ -105,17 +106,13 @@ class JoinedRay:
             if status.st_uid not in {0, os.geteuid()} or not stat.S_ISREG(status.st_mode):
                 raise self._unusable(f"{file} is another user's; name HOST:PORT")
 
-    def _unusable(self, reason: str) -> "NoClusterError":
+    def _unusable(self, reason: str) -> NoClusterError:
         expected = "the address of a Ray cluster that this machine is a node of"
         return NoClusterError(f"expected {expected}, got {self.address} ({reason}). Check the address.")
 
 
 Ray = LocalRay | HostsRay | JoinedRay
 """Where nodes come from."""
-
-
-class NoClusterError(RuntimeError):
-    """No Ray answers at the address, it denies access, or it requires no token, so that anyone may run code on it."""
 
 
 def is_open(gcs: str) -> bool:

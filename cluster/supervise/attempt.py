@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # they import Ray, which must not be imported before its envi
 POLL_INTERVAL = 0.25  # seconds between two progress events, for up to 250 nodes; beyond, a millisecond per node
 SETTLE_TIME = 0.1  # seconds to wait, after a rank raised, for one that was killed: that one is the cause
 SETTLE_CHECKS = 10  # so often if the rank raised because a peer is gone: another rank's exit has not been noticed yet
+AGENT_START_TIMEOUT = 30.0  # seconds
 FAILED_GRACE = 5.0  # seconds that ranks have to stop once one of them has failed: they may wait for it forever
 
 
@@ -89,6 +90,13 @@ class Attempt:
             yield self._progress(statuses)
 
     def _check_new_nodes(self) -> Generator[Event, None, Failure | None]:
+        from manta.cluster.nodes.node_group import NodeLostError
+
+        deadline = time.monotonic() + AGENT_START_TIMEOUT
+        while not self.nodes.have_started(self._poll_interval) and time.monotonic() < deadline:
+            if self.capacity.is_head_lost:
+                raise NodeLostError(0, "Ray's head has ended")
+            yield self._event(POLL, ranks=[], waiting_for="the nodes' agents")
         for index, facts in self.nodes.describe_new():
             node = {"node": index, "host": facts["host"], "address": facts["address"]}
             yield self._event("node-ready", **node, differs=version_differences(self.job, facts))

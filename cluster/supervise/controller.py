@@ -19,18 +19,22 @@ from manta.cluster.environment import taken_along
 from manta.cluster.job import Job
 from manta.cluster.nodes.placement import PlacementError
 from manta.cluster.protocol import ExitCode
+from manta.cluster.ray.connection import Connection
+from manta.cluster.ray.errors import RayStartError
 from manta.cluster.ray.runtime import Ray
 from manta.cluster.supervise.attempt import OUTCOME_NAMES, Attempt, Completed, Outcome, Reallocated, Stopped, location
-from manta.cluster.supervise.event_log import POLL, Event, EventLog, read_events
+from manta.cluster.supervise.event_log import POLL, Event, EventLog, line_of, read_events
 from manta.cluster.supervise.failure import Cause, Failure, GiveUp, decide, failing_machines
 from manta.cluster.supervise.requests import StopRequests
 from manta.cluster.supervise.run_state import advance, replay
+from manta.cluster.supervise.witness import witness
 
 if TYPE_CHECKING:
     from manta.cluster.nodes.capacity import Capacity
     from manta.cluster.nodes.node_group import NodeGroup, NodeLostError
 
 POLL_INTERVAL = 0.25  # seconds between two checks for nodes
+RAY_RESTARTS = 1  # after Ray did not start
 MIN_QUARANTINE = 60.0  # seconds that a lost node is excluded although Ray, which checks it every second, lists it as alive
 
 
@@ -58,14 +62,22 @@ class Controller:
 
     def _events(self) -> Generator[Event, None, None]:
         yield self._event("run-started", program=list(self._job.program), took_over=self._state.phase != "ended")
-        code = None
-        try:
-            while code is None:
-                with self._ray.connected() as scratch:
-                    code = yield from self._supervise(scratch)
-        except SystemExit:  # SIGTERM while Ray's own handler was installed, during its start
-            self._requests.record(signal.SIGTERM)
-            code = self._stop_code(saved=False)
+        code, failed_starts = None, 0
+        while code is None:
+            try:
+                with Connection(self._ray) as connection:
+                    with witness(self._job.directory / "events.jsonl", line_of(self._event("run-ended", exit_code=ExitCode.FAILED))):
+                        while not connection.is_ready(POLL_INTERVAL) and not self._requests.stop_signal:
+                            yield self._waiting("Ray")
+                    code = self._unsaved_code if self._requests.stop_signal else (yield from self._supervise(connection.scratch))
+                failed_starts = 0
+            except RayStartError as error:
+                failed_starts += 1  # in a row
+                if failed_starts > RAY_RESTARTS or not error.is_transient:
+                    yield self._event("decided", decision="give up", reason=str(error))
+                    code = ExitCode.FAILED
+                else:
+                    yield self._event("waiting", message=f"{error} It is started again.")
         yield self._event("run-ended", exit_code=code)
 
     def _supervise(self, scratch: Path | None) -> Generator[Event, None, int | None]:
@@ -94,12 +106,14 @@ class Controller:
                     yield self._event("decided", decision="reallocate")
                 if self._is_ray_lost(capacity, outcome):
                     return None
-        return ExitCode.INTERRUPTED if self._requests.stop_signal is signal.SIGINT else ExitCode.UNSAVED
+        return self._unsaved_code
 
     def _gather_nodes(self, nodes: "NodeGroup", capacity: "Capacity") -> Generator[Event, None, int | None]:
         """Wait for nodes to run on, and allocate them. Returns an exit code if the run ends instead."""
         started, reported = time.monotonic(), ""
         while not self._requests.stop_signal:
+            if capacity.is_head_lost:
+                raise RayStartError("Ray's head ended before ranks were started.", is_transient=True)
             waited = time.monotonic() - started
             try:
                 placement = capacity.find_placement(waited, suspects=self._state.suspects, has_started=self._state.has_started)
@@ -121,6 +135,7 @@ class Controller:
             if shortage != reported:
                 reported = shortage
                 yield self._event("waiting", message=shortage)
+            yield self._waiting("nodes")
             time.sleep(POLL_INTERVAL)
         return None
 
@@ -174,10 +189,17 @@ class Controller:
         is_node_lost = isinstance(outcome, Failure) and outcome.cause is Cause.NODE_LOST
         return is_node_lost and self._ray.on_one_node and not capacity.usable_machines(self._state.suspects)
 
+    @property
+    def _unsaved_code(self) -> int:
+        return ExitCode.INTERRUPTED if self._requests.stop_signal is signal.SIGINT else ExitCode.UNSAVED
+
     def _stop_code(self, *, saved: bool) -> int:
         if self._requests.at_once or (saved and self._requests.stop_signal is signal.SIGINT):
             return ExitCode.INTERRUPTED
         return ExitCode.SAVED if saved else ExitCode.UNSAVED
+
+    def _waiting(self, what: str) -> Event:
+        return self._event(POLL, ranks=[], waiting_for=what)
 
     def _event(self, kind: str, attempt: int | None = None, **details: Any) -> Event:
         return Event(kind=kind, attempt=self._state.attempt if attempt is None else attempt, time=time.time(), details=details)

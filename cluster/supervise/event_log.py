@@ -93,8 +93,7 @@ class EventLog:
                 self._file.write(b"\n")
 
     def write(self, event: Event) -> None:
-        line = {"time": event.time, "event": event.kind, "attempt": event.attempt, **event.details}
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.write(json.dumps(line_of(event), allow_nan=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -125,6 +124,11 @@ def parse_event(line: bytes) -> dict[str, Any]:
     kind = event.get("event") if isinstance(event, dict) else None
     (_MODELS.get(kind, _Line) if isinstance(kind, str) else _Line).model_validate(event)
     return event
+
+
+def line_of(event: Event) -> dict[str, Any]:
+    """Return the line that is written for an event."""
+    return {"time": event.time, "event": event.kind, "attempt": event.attempt, **event.details}
 
 
 def event_of(line: dict[str, Any]) -> Event:

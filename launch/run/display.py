@@ -18,6 +18,15 @@ from manta.trainer.metrics import Line, end_of_last_line, format_duration, forma
 from manta.trainer.run_directory import RunDirectory
 
 INTERVAL = 10.0  # seconds between lines without a terminal
+SILENCE, LONG_SILENCE, LONG_WAIT = 5.0, 30.0, 60.0  # seconds without a line while a run starts: at first, and after a long wait
+WAITING_FOR = {  # phases before an attempt's first step, in their order
+    "": "the ranks to start",
+    "start": "the ranks to join each other",
+    "load": "the ranks to load",
+    "read": "the first samples",
+    "compile": "the first step, which compiles",
+    "step": "the first step",
+}
 SMOOTHING = 0.1  # weight of the newest step in the moving average of the time per sample
 TRACEBACK_LINES = 12  # last lines of a traceback to show
 
@@ -40,6 +49,8 @@ class Display:
         self._last_print = 0.0
         self._unprinted = ""  # the newest step's line, if it was not due
         self._is_loading = False  # the ranks of an attempt have started, and it is unknown what they resume from
+        self._has_stepped = False  # in the newest attempt
+        self._waiting_for, self._waiting_since, self._silent_since = "", 0.0, time.monotonic()
         self._started = time.time()
         self._failure: Event | None = None  # the rank failure that ended the newest attempt
         self._known_bad = set(self._checkpoints.bad())
@@ -61,12 +72,34 @@ class Display:
             self._is_loading = event.kind == "attempt-started" or (self._is_loading and event.kind == POLL)
             if event.kind == "run-ended" and self._unprinted:
                 self._console.message(self._unprinted)
-            if event.kind != POLL and (message := self._message(event)):
+            if event.kind in {"first-step", "attempt-stopped"}:
+                self._has_stepped = event.kind == "first-step"
+            if event.kind == POLL:
+                self._show_waiting(event)
+            elif message := self._message(event):
                 self._console.message(message)
+                self._silent_since = time.monotonic()
             if event.kind == "run-ended" and event.details["exit_code"] == ExitCode.FAILED and self._failure:
                 notify(self._error(self._failure))
         except OSError:  # the terminal was closed
             self._console.quiet = True
+
+    def _show_waiting(self, event: Event) -> None:
+        """Show what the run waits for before it steps, and for how long, every few seconds."""
+        phases = {rank["phase"] for rank in event.details.get("ranks", ())}
+        waiting_for = event.details.get("waiting_for") or next((text for phase, text in WAITING_FOR.items() if phase in phases), "")
+        now = time.monotonic()
+        if waiting_for != self._waiting_for:
+            self._waiting_for, self._waiting_since = waiting_for, now
+        if not waiting_for or self._has_stepped:
+            return
+        waited = now - self._waiting_since
+        text = f"waiting for {waiting_for}, {waited:.0f} s"
+        if self._bar:
+            self._bar.update(self._task, status=text)
+        elif now - self._silent_since >= (SILENCE if waited < LONG_WAIT else LONG_SILENCE):
+            self._console.message(text)
+            self._silent_since = now
 
     def _show_metrics(self, line: Line) -> None:
         samples_left = self._timeline.first_sample(self._steps) - self._timeline.first_sample(line["step"])

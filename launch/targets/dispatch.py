@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manta.cluster.protocol import ExitCode
-from manta.cluster.ray.runtime import HostsRay, JoinedRay, LocalRay, NoClusterError, Ray
+from manta.cluster.ray.connection import Connection
+from manta.cluster.ray.errors import RayStartError
+from manta.cluster.ray.runtime import HostsRay, JoinedRay, LocalRay, Ray
 from manta.data.errors import InputError
 from manta.launch.config import RunConfig
 from manta.launch.run.dry_run import describe
@@ -18,6 +20,7 @@ from manta.launch.terminal import MessageConsole, notify
 
 BATCH = {"slurm": slurm, "kubernetes": kubernetes}  # they run the whole job elsewhere; the command ends when it is submitted
 DASHBOARD = ("http://", "https://")  # of a Ray that does so, too
+INTERVAL = 5.0  # seconds between messages that it waits
 RAY_ADDRESS = r"auto|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+"
 NAMES = "local, ssh:FILE, slurm, kubernetes, http://HOST:PORT (dashboard of another Ray), auto or HOST:PORT (Ray of this machine)"
 ELSEWHERE = {"slurm": "in an allocation (salloc), with --on allocation", "kubernetes": "in a pod of its Ray, with --on auto"}
@@ -77,11 +80,14 @@ def connect(config: RunConfig, on: str, *, insecure: bool = False) -> Ray:
     if on.startswith("ssh:") and on != "ssh:":
         return ssh.ray_of_hosts(str(Path(on.removeprefix("ssh:")).expanduser()), config.cluster)
     if re.fullmatch(RAY_ADDRESS, on):
+        ray = JoinedRay(on, insecure=insecure)
         try:
-            with (ray := JoinedRay(on, insecure=insecure)).connected():
-                return ray  # it can be joined: nothing is written before that is known
-        except NoClusterError as error:
+            with Connection(ray) as connection:  # nothing is written before it is known that it can be joined
+                while not connection.is_ready(INTERVAL):
+                    notify(f"waiting for Ray at {on}")
+        except RayStartError as error:
             raise InputError(f"--on: {error}") from None
+        return ray
     if on in BATCH or on.startswith(DASHBOARD):
         where = ELSEWHERE.get(on, "on a node of that Ray, with --on auto")
         raise InputError(f"--on: expected a target for any command, got {on}, which runs only whole jobs. Run the command {where}.")

@@ -4,12 +4,14 @@ import json
 import os
 import pty
 import sys
+from itertools import pairwise
 
 import pytest
 
 from manta.cluster.supervise.event_log import POLL, Event
 from manta.launch.config import load
 from manta.launch.inspect.charts import console, grid
+from manta.launch.run import display
 from manta.launch.run.display import Display
 from manta.launch.terminal import MessageConsole
 from manta.trainer.run_directory import RunDirectory
@@ -114,3 +116,20 @@ def test_tables_are_wrapped_on_a_terminal_only(terminal, monkeypatch, tmp_path):
     with (tmp_path / "log").open("w") as file:
         show(file)
     assert (tmp_path / "log").read_text().strip() == f"run  {path}"
+
+
+def test_a_run_that_starts_slowly_says_what_it_waits_for(shown, monkeypatch):
+    monkeypatch.setattr(display, "SILENCE", 0.0)
+    loading = event(POLL, ranks=[{"rank": 0, "step": 0, "phase": "step"}, {"rank": 1, "step": 0, "phase": "load"}])
+    lines = shown(event(POLL, 0, ranks=[], waiting_for="Ray"), loading, event("first-step", step=1), loading)
+    assert lines == ["waiting for Ray, 0 s", "waiting for the ranks to load, 0 s"]
+
+
+def test_the_wait_is_counted_and_reported_every_few_seconds(shown, monkeypatch):
+    clock = iter(float(second) for second in range(1000))
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
+    lines = shown(*[event(POLL, 0, ranks=[], waiting_for="nodes")] * 200)
+    seconds = [int(line.split()[-2]) for line in lines]
+    assert lines[0].startswith("waiting for nodes, ")
+    assert {after - before for before, after in pairwise(seconds) if after < 60} == {5}
+    assert {after - before for before, after in pairwise(seconds) if before > 60} == {30}

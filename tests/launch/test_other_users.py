@@ -11,7 +11,8 @@ import pytest
 
 from manta.cluster.protocol import deny_writes_by_others
 from manta.cluster.ray import private_ray
-from manta.cluster.ray.runtime import JoinedRay, NoClusterError
+from manta.cluster.ray.errors import NoClusterError
+from manta.cluster.ray.runtime import JoinedRay
 from manta.data.errors import InputError
 from manta.data.storage.cache import CachedFile, ShardCache
 from manta.trainer.hardware import use_own_compile_cache
@@ -29,7 +30,7 @@ def temporary(tmp_path, monkeypatch) -> Path:
     folder.chmod(0o1777)
     for parent in (tmp_path, *tmp_path.parents[:2]):
         parent.chmod(parent.stat().st_mode | 0o011)
-    monkeypatch.setattr(private_ray, "TEMPORARY", folder)
+    monkeypatch.setattr(private_ray, "temporary_folders", lambda: [folder])
     return folder
 
 
