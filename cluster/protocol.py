@@ -84,6 +84,7 @@ class Heartbeat:
 
     `resumed_from`: the step that the rank trains on from, 0 in a new run; None until it is known.
     `work`: seconds of the last step that the rank spent on its own, not waiting for other ranks; 0 if unknown.
+    `unwritten`: bytes of metrics that wait for room on the disk; `disk_error`: the error's number.
     """
 
     step: int
@@ -91,6 +92,8 @@ class Heartbeat:
     time: float
     resumed_from: int | None = None
     work: float = 0.0
+    unwritten: int = 0
+    disk_error: int = 0
 
     @property
     def has_stepped(self) -> bool:
@@ -166,7 +169,7 @@ class HeartbeatWriter:
         self.step = 0
         self.phase: RankPhase = "start"
         self.resumed_from: int | None = None
-        self.work = 0.0  # see Heartbeat.work
+        self.work, self.unwritten, self.disk_error = 0.0, 0, 0  # see Heartbeat
 
     def __call__(self, phase: RankPhase, step: int) -> None:
         """Report the phase, and the number of finished optimizer steps."""
@@ -174,9 +177,19 @@ class HeartbeatWriter:
         if self.resumed_from is None and phase not in {"start", "load"}:
             self.resumed_from = step
         if self._file is not None:
-            progress = {"step": step, "phase": phase, "resumed_from": self.resumed_from}
-            heartbeat = json.dumps({**progress, "time": time.monotonic(), "work": round(self.work, 6)})
+            progress = {"step": step, "phase": phase, "resumed_from": self.resumed_from, "work": round(self.work, 6)}
+            disk = {"unwritten": self.unwritten, "disk_error": self.disk_error}
+            heartbeat = json.dumps({**progress, **disk, "time": time.monotonic()})
             os.pwrite(self._file, heartbeat.ljust(HEARTBEAT_SIZE).encode(), 0)
+
+
+def reserve_heartbeat(path: Path) -> None:
+    """Make the file at its full size, or blank it, so that heartbeats need no room on the disk. Raises OSError if there is none."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.pwrite(file, b" " * HEARTBEAT_SIZE, 0)
+    finally:
+        os.close(file)
 
 
 class HeartbeatReader:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from manta.cluster.line_file import NO_ROOM
 from manta.cluster.protocol import ExitCode, deny_writes_by_others, raise_open_files_limit
 from manta.data.errors import DataError, InputError, shown
 from manta.launch import __version__
@@ -291,7 +292,9 @@ def main() -> None:
         from manta.trainer.checkpoint.errors import CheckpointError, SaveError
 
         message = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, OSError) and error.filename is not None and error.errno in NO_ROOM:
+            message = f"{error.filename}: {error.strerror}. Free some space."
+        elif isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: expected a file that can be used, got an error: {error.strerror}. Correct it, and try again."
         elif not isinstance(error, InputError | DataError | CheckpointError | SaveError):
             raise

@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from mounts import mounted
 
 # Child processes inherit ignored signals. Under nohup, or in the background, tests would otherwise wait for ever.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -76,3 +78,9 @@ def finished_run(workspace) -> str:
     """The name of a finished run of the workspace's config. Tests read and copy it, and never change it."""
     workspace.train("finished")
     return "finished"
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    yield from mounted(tmp_path / "disk", "size=2m")

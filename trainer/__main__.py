@@ -5,13 +5,16 @@ variables. A restart then pays for no imports.
 """
 
 import importlib
+import io
 import json
 import logging
 import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from manta.cluster.protocol import (
     MAX_MESSAGE,
@@ -39,6 +42,7 @@ def main() -> int:
         return ExitCode.USAGE
     deny_writes_by_others()
     raise_open_files_limit()
+    drop_unwritable_output()
     stop = StopRequest()
     if Env.STANDBY in os.environ:
         wait_for_environment()
@@ -64,6 +68,22 @@ def main() -> int:
         return ExitCode.UNSAVED if isinstance(error, LeftUnsavedError) else ExitCode.FAILED
 
 
+class _Output(io.FileIO):
+    """Drops what cannot be written: output on a full disk must not end a rank."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def drop_unwritable_output() -> None:
+    """Replace standard output and error by streams whose writes never fail."""
+    outputs = (io.BufferedWriter(_Output(number, "w", closefd=False)) for number in (1, 2))
+    sys.stdout, sys.stderr = (io.TextIOWrapper(output, errors="backslashreplace", line_buffering=True) for output in outputs)
+
+
 def wait_for_environment() -> None:
     """Import everything, then read the environment variables. End the process if the supervisor closes standard input."""
     importlib.import_module("manta.trainer.rank")
@@ -73,10 +93,11 @@ def wait_for_environment() -> None:
         sys.exit(0)
     os.environ.update(json.loads(line))
     if path := os.environ.get(Env.LOG_FILE):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(descriptor, sys.stdout.fileno())
-        os.dup2(descriptor, sys.stderr.fileno())
-        os.close(descriptor)
+        with suppress(OSError):  # the disk is full: the output stays in the standby process's log
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            os.close(descriptor)
 
 
 def report(error: BaseException, heartbeat: HeartbeatWriter, category: Category) -> None:
@@ -92,7 +113,8 @@ def report(error: BaseException, heartbeat: HeartbeatWriter, category: Category)
             phase=heartbeat.phase,
             category=category,
         )
-        write_error(Path(path), described)
+        with suppress(OSError):  # the disk is full: the supervisor reads the log's end
+            write_error(Path(path), described)
 
 
 def category_of(error: BaseException) -> Category:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import HeartbeatWriter
 from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.examples import DIGEST_BITS
@@ -26,7 +27,7 @@ from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine, UpdateResult
 from manta.trainer.hardware import peak_flops
-from manta.trainer.metrics import Line, format_line, open_metrics
+from manta.trainer.metrics import Line, format_line
 from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.run_directory import RunDirectory
 from manta.trainer.signals import StopRequest
@@ -57,6 +58,7 @@ class Loop:
     stop: StopRequest
     flops_per_token: Mapping[int, float]  # by sequence length
     saver: CheckpointWriter
+    metrics: LineFile | None  # rank 0 writes them
 
     def __post_init__(self) -> None:
         config, device = self.config, self.world.device
@@ -72,7 +74,6 @@ class Loop:
             return self._run(step)
 
     def _run(self, step: int) -> int:
-        metrics = open_metrics(self.run_dir.metrics_file) if self.world.rank == 0 else None
         last = self.config.train.steps
         saves = SavePolicy(self.saver, self.engine, self.loader, self.config, self.run_dir.save_request_file, step=step)
         stop, line = False, Line()
@@ -83,8 +84,8 @@ class Loop:
             self.heartbeat("step", step)
             if step == last or (step % self.config.evaluate.every_steps == 0 and not stop):
                 line |= self.evaluate(step)
-            if metrics and (step % self.config.track.every_steps == 0 or "eval/loss" in line):
-                metrics.write(json.dumps(line) + "\n")
+            if self.metrics and (step % self.config.track.every_steps == 0 or "eval/loss" in line):
+                self._log(self.metrics, line)
                 log.info("step %d/%d  %s", step, last, format_line(line))
             if totals.save_failed:
                 self.heartbeat("save", step)
@@ -94,10 +95,14 @@ class Loop:
                 saves.save(step, line, wait=False)
         self.heartbeat("save", step)
         saves.end(step, line)
-        if metrics:
-            metrics.close()
         self.heartbeat("done", step)
         return step
+
+    def _log(self, metrics: LineFile, line: Line) -> None:
+        metrics.write(json.dumps(line).encode())
+        if metrics.error is not None and not self.heartbeat.unwritten:
+            log.error("training continues, and lines wait in memory: %s", metrics.problem())
+        self.heartbeat.unwritten, self.heartbeat.disk_error = metrics.unwritten, metrics.error.errno or 0 if metrics.error else 0
 
     def _step(self, step: int, saves: SavePolicy) -> tuple[Line, StepTotals]:
         """Do one optimizer step."""

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
@@ -35,13 +35,6 @@ class _Metrics(BaseModel):
     skipped: bool = False
     loss_scale: float = 1.0
     failures: Annotated[int, Field(alias="checkpoint/failures")] = 0
-
-
-def open_metrics(path: Path) -> TextIO:
-    """Open the file to append lines to it; one process at a time. Removes an incomplete last line."""
-    file = path.open("a", buffering=1)  # line buffered: readers see whole lines, also after this process is killed
-    file.truncate(end_of_last_line(path))
-    return file
 
 
 def parse_line(text: str | bytes) -> Line:

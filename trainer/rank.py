@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import ExitCode, HeartbeatWriter
 from manta.data.errors import InputError
 from manta.data.live.live_samples import Cursor, LiveSamples, check_data_ranks, open_samples
@@ -71,7 +72,8 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     if isinstance(samples, LiveSamples):
         resume_live_samples(samples, progress, mesh)
 
-    loop = Loop(config, world, samples, engine, run_dir, heartbeat, stop, flops_per_token, saver)
+    metrics = LineFile(run_dir.metrics_file) if world.rank == 0 else None
+    loop = Loop(config, world, samples, engine, run_dir, heartbeat, stop, flops_per_token, saver, metrics)
     try:
         step = loop.run(progress.step if progress else 0)
     except SaveError as error:  # raised on all ranks, while the signal may have reached only one of them
@@ -80,7 +82,14 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
         if not requests.item():
             raise
         raise LeftUnsavedError(f"stop requested: {error}") from error
+    finally:
+        if metrics:
+            metrics.close()
     dist.destroy_process_group()
+    if metrics and (problem := metrics.problem()):
+        log.error("metrics are lost: %s", problem)
+        if step == config.train.steps:
+            raise SaveError(problem)
     if step == config.train.steps:
         return ExitCode.DONE
     return ExitCode.INTERRUPTED if stop.signal is signal.SIGINT else ExitCode.SAVED

@@ -32,6 +32,7 @@ from manta.cluster.protocol import (
     deny_writes_by_others,
     open_regular,
     read_error,
+    reserve_heartbeat,
 )
 
 POLL_INTERVAL = 0.05  # seconds between two readings of the heartbeats; an exit is noticed at once
@@ -72,6 +73,7 @@ class NodeAgent:
         self._attempt = 0  # the newest that it has run ranks of
         self._started = 0
         self._standby: list[Process] = []
+        self._heartbeats: list[Path] = []  # files, used again by each attempt: a disk that fills up meanwhile has room for them
         self._ranks: list[_Rank] = []
         self._reported: object = None
 
@@ -105,6 +107,9 @@ class NodeAgent:
     def _fill_standby(self, count: int) -> None:
         self._standby = [process for process in self._standby if process.is_alive]
         self._standby += [self._spawn() for _ in range(count - len(self._standby))]
+        while len(self._heartbeats) < count:
+            self._heartbeats.append(self._scratch / f"heartbeat-{len(self._heartbeats):04d}")
+            reserve_heartbeat(self._heartbeats[-1])
 
     async def start(self, attempt: int, environments: Sequence[Mapping[str, str]]) -> list[int]:
         """Make standby processes the ranks of an attempt, after starting those that are missing; return their process ids."""
@@ -160,11 +165,13 @@ class NodeAgent:
     def _assign(self, process: Process, attempt: int, environment: Mapping[str, str]) -> _Rank:
         number = int(environment["RANK"])
         logs = self._directory / "logs" / f"attempt-{attempt:04d}"
-        logs.mkdir(parents=True, exist_ok=True)
-        heartbeat = self._scratch / f"heartbeat-{attempt:04d}-{number:04d}"
+        with contextlib.suppress(OSError):  # the disk is full: the rank's output goes to the standby process's log
+            logs.mkdir(parents=True, exist_ok=True)
+        heartbeat = self._heartbeats[int(environment["LOCAL_RANK"])]
         log = logs / f"rank-{number:04d}.log"
-        rank = _Rank(process, number, log, log.with_suffix(".error.json"), HeartbeatReader(heartbeat), count_oom_kills())
-        rank.error.unlink(missing_ok=True)  # if a controller was killed before it recorded this attempt, the number is used twice
+        reserve_heartbeat(heartbeat)
+        error = self._scratch / f"error-{attempt:04d}-{number:04d}.json"
+        rank = _Rank(process, number, log, error, HeartbeatReader(heartbeat), count_oom_kills())
         files = {Env.HEARTBEAT_FILE: str(heartbeat), Env.ERROR_FILE: str(rank.error), Env.LOG_FILE: str(rank.log)}
         process.assign({**environment, **files})
         return rank
@@ -180,7 +187,9 @@ def _status(rank: _Rank) -> RankStatus:
     heartbeat = rank.heartbeat.read()
     failed = rank.process.code not in {None, ExitCode.DONE, ExitCode.SAVED}
     if failed and not rank.log.exists():  # it died before it opened its log
-        shutil.copyfile(rank.process.log, rank.log)
+        with contextlib.suppress(OSError):
+            shutil.copyfile(rank.process.log, rank.log)
+    log = rank.log if rank.log.exists() else rank.process.log
     return RankStatus(
         rank=rank.number,
         pid=rank.process.pid,
@@ -193,8 +202,10 @@ def _status(rank: _Rank) -> RankStatus:
         code=rank.process.code,
         exited_at=rank.process.exited_at or 0.0,
         error=_error(rank) if failed else None,
-        tail=_read_from(rank.log, _size(rank.log) - TAIL) if failed else "",
+        tail=_read_from(log, _size(log) - TAIL) if failed else "",
         work=heartbeat.work,
+        unwritten=heartbeat.unwritten,
+        disk_error=heartbeat.disk_error,
         intervals=rank.heartbeat.intervals,
         longest=rank.heartbeat.longest,
     )

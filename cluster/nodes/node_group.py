@@ -274,6 +274,12 @@ class NodeGroup:
             return ray.get(answer, timeout=timeout or self._timeout)
         except ray.exceptions.GetTimeoutError as error:
             raise self._silent(index) from error
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, OSError):
+                raise
+            raise NodeLostError(
+                index, f"{error.cause.filename or 'its folder for temporary files'}: {error.cause.strerror}"
+            ) from error  # its disk is full
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
             raise NodeLostError(index, f"its agent has died ({type(error).__name__})") from error
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 
@@ -29,7 +30,7 @@ class Process:
         self._ended = asyncio.Event()
         self._any_ended = any_ended
         tied = [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid()), *command]
-        with log.open("wb") as output:
+        with _open_log(log) as output:
             self._popen = subprocess.Popen(
                 tied, cwd=directory, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -80,3 +81,11 @@ class Process:
                 self._popen.stdin.close()
         self._ended.set()
         self._any_ended.set()
+
+
+def _open_log(log: Path) -> BinaryIO:
+    """Open a standby process's log; on a full disk, its output is dropped."""
+    try:
+        return log.open("wb")
+    except OSError:
+        return Path(os.devnull).open("wb")

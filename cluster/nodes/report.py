@@ -20,7 +20,8 @@ class NodeFacts(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStatus:
-    """The state of one rank. `phase`, `step`, `resumed_from` and `work` are those of its last heartbeat; `silent_seconds`: since then.
+    """The state of one rank. `phase`, `step`, `resumed_from`, `work`, `unwritten` and `disk_error` are those of its last heartbeat;
+    `silent_seconds`: since then.
 
     `code`: exit code; None while it runs, negative if a signal ended it. `intervals`: how many intervals between two heartbeats in phase
     "step" were measured; `longest`: the longest of them, in seconds.
@@ -41,3 +42,5 @@ class RankStatus:
     work: float = 0.0
     intervals: int = 0
     longest: float = 0.0
+    unwritten: int = 0
+    disk_error: int = 0

@@ -41,7 +41,10 @@ class Connection:
         return self._started.result()
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no thread is left
+            raise RayStartError(start_failure(str(error)), is_transient=True) from None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -201,7 +201,8 @@ class Attempt:
         return max(POLL_INTERVAL, 0.001 * len(self.nodes.allocations))
 
     def _progress(self, statuses: Sequence[RankStatus]) -> Event:
-        return self._event(POLL, ranks=[{"rank": s.rank, "step": s.step, "phase": s.phase} for s in statuses])
+        names = ("rank", "step", "phase", "has_stepped", "unwritten", "disk_error")
+        return self._event(POLL, ranks=[{name: getattr(status, name) for name in names} for status in statuses])
 
     def _event(self, kind: str, **details: Any) -> Event:
         return Event(kind=kind, attempt=self.number, time=time.time(), details=details)

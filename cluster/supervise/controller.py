@@ -46,6 +46,7 @@ class Controller:
             job, directory=job.directory.absolute(), environment={**taken_along(os.environ), **config.environment, **job.environment}
         )
         self._config, self._ray = config, ray
+        self._disk_error: OSError | None = None  # as it was reported
         self._requests = StopRequests(self._job.directory / "stop-now", seconds=config.stop_after_seconds)
 
     def run(self) -> Generator[Event, None, None]:
@@ -56,9 +57,29 @@ class Controller:
         with contextlib.closing(EventLog(file)) as log, self._requests, contextlib.closing(self._events()) as events:
             for event in events:
                 self._state = advance(self._state, event)
-                if event.kind != POLL:
-                    log.write(event)
+                if event.kind == POLL:
+                    yield event
+                    yield from self._check_disk(log, event)
+                    continue
+                log.write(event)
+                if event.kind == "run-ended" and (message := log.file.problem()):
+                    code = event.details["exit_code"] or ExitCode.FAILED
+                    event = replace(event, details={"exit_code": code, "message": message})  # noqa: PLW2901  what it stands for
                 yield event
+
+    def _check_disk(self, log: EventLog, poll: Event) -> Generator[Event, None, None]:
+        """Report once that the event log, or a file of a rank's, has no room, and once that everything is written."""
+        log.file.flush()
+        ranks = [rank for rank in poll.details["ranks"] if rank["unwritten"]]
+        error = log.file.error or (OSError(code := ranks[0]["disk_error"], os.strerror(code)) if ranks else None)
+        is_known = bool(poll.details["ranks"]) and all(rank["has_stepped"] for rank in poll.details["ranks"])
+        if (error is None) == (self._disk_error is None) or (error is None and not is_known):
+            return
+        self._disk_error = error
+        unwritten = log.file.unwritten + sum(rank["unwritten"] for rank in ranks)
+        event = self._event("disk-full", message=error.strerror, unwritten=unwritten) if error else self._event("disk-free")
+        log.write(event)
+        yield event
 
     def _events(self) -> Generator[Event, None, None]:
         yield self._event("run-started", program=list(self._job.program), took_over=self._state.phase != "ended")

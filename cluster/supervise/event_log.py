@@ -1,7 +1,6 @@
 """The event log, `events.jsonl`: one JSON object per line, flushed to disk before the run continues."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, create_model
 
+from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import ExitCode, open_regular, read_lines
 from manta.cluster.supervise.failure import Cause
 
@@ -83,22 +83,16 @@ _MODELS: Mapping[str, type[_Line]] = {kind: create_model(kind, __base__=_Line, *
 
 
 class EventLog:
-    """Appends events. Ends a line that an earlier controller could not finish, so that it spoils no other."""
+    """Appends events."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab+")
-        if self._file.tell():
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read() != b"\n":
-                self._file.write(b"\n")
+        self.file = LineFile(path, sync=True)
 
     def write(self, event: Event) -> None:
-        self._file.write(json.dumps(line_of(event), allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.file.write(json.dumps(line_of(event), allow_nan=False).encode())
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

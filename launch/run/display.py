@@ -136,6 +136,11 @@ class Display:
             case "node-lost":
                 self._failure = None
                 return f"{attempt}: node {details['node']} lost: {details['message']}"
+            case "disk-full":
+                lines = f"{details['unwritten']:,} bytes of metrics and events wait in memory"
+                return f"{run_dir.path}: {details['message']}: training continues, {lines}. Free some space; they are written then."
+            case "disk-free":
+                return f"{run_dir.path}: there is room again, everything is written"
             case "waiting":
                 return f"waiting: {details['message']}"
             case "nodes-gathered":
@@ -153,6 +158,8 @@ class Display:
                 return self._loaded(attempt, details["step"])
             case "leaving":
                 return "stop requested: saving"
+            case "run-ended" if "message" in details:
+                return details["message"]
             case "run-ended" if details["exit_code"] == ExitCode.DONE:
                 took = format_duration(event.time - self._started)
                 command = "generate" if self._config.model.family in {"llama", "gpt2"} else "status"

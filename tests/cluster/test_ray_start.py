@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MANTA
+from mounts import read_only_tmp
 from run_process import RunProcess, until
 
 SHORT = ("train.steps=3", "checkpoint.every_steps=100", "evaluate.every_steps=100")
@@ -22,12 +23,6 @@ def unshare(options: str, setup: str) -> list[str]:
     if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
         pytest.skip(f"no namespaces on this machine: {' '.join(command)}")
     return command
-
-
-def read_only_tmp(workspace) -> str:
-    """Return the shell command that makes /tmp read-only, except for the workspace, if that is in it."""
-    here = f"'{workspace.directory}'"
-    return f"mount --bind /tmp /tmp && mount --bind {here} {here} && mount -o remount,ro,bind /tmp && cd {here}"
 
 
 def ends_with_one_line(workspace, name: str, inside: list[str], **environment: str) -> str:
@@ -58,7 +53,7 @@ def test_a_machine_without_ipv4_is_named(workspace):
 @pytest.mark.root
 def test_full_and_read_only_folders_for_temporary_files_are_named(workspace):
     others = "mount -t tmpfs -o ro tmpfs /var/tmp && mount -t tmpfs -o size=4m tmpfs /dev/shm"
-    inside = unshare("-m", f"{read_only_tmp(workspace)} && {others}")
+    inside = unshare("-m", f"{read_only_tmp(workspace.directory)} && {others}")
     reason = ends_with_one_line(workspace, "no room", inside, TMPDIR="/dev/shm")
     expected = (
         "expected a folder with 16 MiB for Ray's sockets and logs, got /tmp: Read-only file system; /dev/shm: No space left on device; "
@@ -74,7 +69,7 @@ def test_a_run_does_without_shared_memory_or_tmp(workspace, folder):
     """It uses another folder for temporary files; a TMPDIR that is too long for sockets is left alone."""
     deep = workspace.directory / ("d" * 100)
     deep.mkdir(exist_ok=True)
-    inside = unshare("-m", "mount -t tmpfs -o ro tmpfs /dev/shm" if folder == "/dev/shm" else read_only_tmp(workspace))
+    inside = unshare("-m", "mount -t tmpfs -o ro tmpfs /dev/shm" if folder == "/dev/shm" else read_only_tmp(workspace.directory))
     with RunProcess(workspace, f"without {folder[1:].replace('/', ' ')}", *SHORT, inside=inside, TMPDIR=str(deep)) as run:
         code, output = run.end()
         assert code == 0, output

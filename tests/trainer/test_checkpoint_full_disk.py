@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from mounts import fill, mount
 
 from manta.cluster.supervise.event_log import read_events
 from manta.trainer.checkpoint import catalog
@@ -26,34 +25,12 @@ from manta.trainer.metrics import read_metrics
 MIB, PAGE = 1 << 20, 4096
 
 
-def mount(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
-
-
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    done = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path))
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted: {done.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
 def tensors(step: int) -> dict[str, TensorViews]:
     return {"master/x": TensorViews.from_whole(torch.full((300, 1000), float(step)))}  # 1.2 MB
 
 
 def progress(step: int) -> Progress:
     return Progress(step=step, samples_consumed=step, optimizer_steps=step)
-
-
-def fill(file: Path, *, leave: int) -> None:
-    """Fill the disk, except for `leave` bytes."""
-    file.write_bytes(bytes(shutil.disk_usage(file.parent).free - leave))
-    assert shutil.disk_usage(file.parent).free == leave
 
 
 FULL = r"rank 0: \S+/step-00000002: No space left on device: needs 1,200,\d+ bytes, and 880,640 were free\. Free some space, or lower"

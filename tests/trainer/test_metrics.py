@@ -4,12 +4,14 @@ import json
 import os
 import resource
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import LONGEST_LINE
-from manta.trainer.metrics import format_duration, open_metrics, read_metrics
+from manta.trainer.metrics import format_duration, read_metrics
 
 LINE = {
     "tokens": 256,
@@ -25,9 +27,9 @@ LINE = {
 
 
 def write(path, *steps, attempt=1):
-    with open_metrics(path) as file:
+    with closing(LineFile(path)) as file:
         for step in steps:
-            file.write(json.dumps({"step": step, "attempt": attempt, **LINE}) + "\n")
+            file.write(json.dumps({"step": step, "attempt": attempt, **LINE}).encode())
 
 
 def test_an_incomplete_last_line_is_ignored_then_removed(tmp_path):

@@ -109,7 +109,7 @@ class SavePolicy:
 
     def _clear_request(self) -> None:
         if dist.get_rank() == 0:
-            with suppress(OSError):  # it is no file, and so no request
+            with suppress(OSError):  # it is no file, and so no request; or the disk is read-only
                 self._request_file.unlink(missing_ok=True)
         self._is_requested = False
 
