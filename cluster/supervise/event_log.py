@@ -77,6 +77,7 @@ _KEYS: dict[str, dict[str, Any]] = {
     "nodes-draining": {"nodes": (list[_Text], ...), "here": (bool, ...)},
     "decided": {"decision": (_Text, ...), "reason": (_Text, ""), "exclude": (list[_Text], []), "leave_out": (list[_Text], [])},
     "leaving": {"signal": (str | None, None)},
+    "disk-full": {"message": (_Text, ...), "unwritten": (_Number, ...)},
     "run-ended": {"exit_code": (Annotated[int, AfterValidator(ExitCode)], ...)},
 }
 _MODELS: Mapping[str, type[_Line]] = {kind: create_model(kind, __base__=_Line, **keys) for kind, keys in _KEYS.items()}
