@@ -16,7 +16,8 @@ from manta.launch.run.display import Display
 from manta.launch.terminal import MessageConsole
 from manta.trainer.run_directory import RunDirectory
 
-STEP = {"train/loss": 5.0, "tokens_per_second": 1e4, "step_time": 0.01, "global_batch": 8}
+STEP = {"attempt": 1, "tokens": 256, "train/loss": 5.0, "tokens_per_second": 1e4, "step_time": 0.01, "global_batch": 8}
+STEP |= {"sequence_length": 32, "data/digest": 1, "world_size": 2, "layout": "data 2"}
 
 
 @pytest.fixture
