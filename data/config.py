@@ -109,8 +109,8 @@ class DataConfig(Section):
     text_field: str = Field(default="text", min_length=1)
     """Field of a JSONL line, or column of a table, that has a document's text."""
 
-    validation: float = Field(default=0.01, gt=0, lt=0.5)
-    """Share of documents held out for validation, chosen by a hash of their text."""
+    validation: float = Field(default=0.01, ge=0, lt=0.5)
+    """Share of documents held out for validation, chosen by a hash of their text; 0 for none, and then no validation loss is measured."""
 
     bad_rows: Literal["fail", "skip"] = "fail"
     """What a malformed line or row does: fail stops the preparation, skip excludes the row and counts it."""

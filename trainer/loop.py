@@ -82,7 +82,8 @@ class Loop:
             stop = totals.stop_requested
             step += 1
             self.heartbeat("step", step)
-            if step == last or (step % self.config.evaluate.every_steps == 0 and not stop):
+            is_due = step == last or (step % self.config.evaluate.every_steps == 0 and not stop)
+            if is_due and self.samples.validation_windows:
                 line |= self.evaluate(step)
             if self.metrics and (step % self.config.track.every_steps == 0 or "eval/loss" in line):
                 self._log(self.metrics, line)

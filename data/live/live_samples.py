@@ -158,9 +158,11 @@ class LiveSamples:
             if size >= width + (requested - 1) * stride:
                 break
         windows = min(requested, self._objective.shape.count(size))
+        if not windows and not share and not size:
+            return np.zeros((0, width), dtype=np.int64)
         if not windows:
             problem = f"expected at least {width} for a sample of {self.sequence_length}, got {size} validation tokens"
-            raise InputError(f"data.validation: {problem}. Raise it from {share:g}, or add documents.")
+            raise InputError(f"data.validation: {problem}. Raise it from {share:g}, add documents, or set it to 0.")
         tokens = np.concatenate(texts).astype(np.int64)
         return np.lib.stride_tricks.sliding_window_view(tokens, width)[::stride][:windows].copy()
 

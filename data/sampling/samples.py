@@ -29,6 +29,7 @@ from manta.data.shards.manifest import Manifest, PreparedData, digest, load_corp
 from manta.data.shards.windows import CutDataset, TokenStream, WindowDataset, Windows, WindowShape, check_indices
 from manta.data.tokenizer.tokenizer import Tokenizer
 
+_SURELY_HELD_OUT = 20  # expected documents: that there are none has a chance of 2e-9, unless documents are equal
 _SOURCE = 3  # the hash domain of the order keys of mixed sources
 
 Numbers = NDArray[np.int64]
@@ -49,7 +50,7 @@ class Samples:
         tokenizer = Tokenizer(prepared.tokenizer, end_of_text=tokens.end_of_text)
         self._objective = Objective(data, tokenizer)
         self.sampler, self._validation = _open_datasets(data, corpora, self._objective.shape, seed=seed, padding=tokenizer.end_of_text)
-        self._validation_order = Permutation(len(self._validation), key=0)
+        self._validation_order = Permutation(max(len(self._validation), 1), key=0)
         self.sequence_length = data.sequence_length
         self.tokenizer_vocabulary = max(corpus.vocabulary for _, corpus in corpora)
         self.validation_windows = len(self._validation)
@@ -213,21 +214,29 @@ def _open_datasets(data: DataConfig, corpora: OpenCorpora, shape: WindowShape, *
 
 
 def _check_text(data: DataConfig, corpora: OpenCorpora, windows: Sequence[int], validation_windows: int, shape: WindowShape) -> None:
-    """Raise InputError if a source has no train window, or all sources together have no validation window."""
+    """Raise InputError if a source has no train window, or all sources together have no validation window and could have one."""
     needed = f"at least {shape.width} for a sample of {data.sequence_length}"
     manifests = [corpus for _, corpus in corpora]
+    without = "name other text as the validation of the source, or set data.validation to 0"
     for corpus, count in zip(manifests, windows, strict=True):
+        if not count and corpus.validation.documents and not corpus.train.documents:
+            problem = f"expected documents to train on in {corpus.source!r}, got all {corpus.validation.documents} held out"
+            raise InputError(f"data.validation: {problem}. Equal documents are on the same side: {without}.")
         if not count:
             problem = f"expected {needed}, got {corpus.train.tokens} train tokens in {corpus.source!r}"
             raise InputError(f"data.sequence_length: {problem}. Add text, or lower data.sequence_length.")
-    if validation_windows:
+    if validation_windows or (not data.validation and not any(source.validation for source in data.sources)):
         return
     held_out = max(corpus.validation.tokens for corpus in manifests)
     tokens = max(corpus.train.tokens + corpus.validation.tokens for corpus in manifests)
     documents = max(corpus.train.documents + corpus.validation.documents for corpus in manifests)
     # A hash assigns documents to train or validation. Suggest twice the tokens needed, three documents, and more than was configured.
     share = math.ceil(100 * max(2 * shape.width / tokens, 3 / documents, 2 * data.validation)) / 100
-    remedy = f"Raise data.validation from {data.validation:g} to {share:g}." if share < 0.5 else "Add documents."
+    remedy = f"Raise data.validation from {data.validation:g} to {share:g}, or set it to 0."
+    if not held_out and documents * data.validation > _SURELY_HELD_OUT:
+        remedy = f"Its documents seem to be equal, which are on the same side: {without}."
+    elif share >= 0.5:
+        return  # a few documents, to overfit to: the run says that it measures no validation loss
     raise InputError(f"data.validation: expected {needed}, got {held_out} validation tokens. {remedy}")
 
 

@@ -119,8 +119,9 @@ def open_corpus(run_dir: RunDirectory, config: RunConfig) -> tuple[PreparedData,
         samples.sampler.check_epochs(config.timeline().first_sample(config.train.steps))
         per_epoch = sum(len(source.dataset) for source in samples.sampler.sources)
         if (batch := max(config.train.batches)) > per_epoch:
-            expected = f"at most the {per_epoch} samples of an epoch, so that no step reads a sample twice"
-            raise InputError(f"train.global_batch: expected {expected}, got {batch}. Lower it, or add text.")
+            notify(f"train.global_batch: an epoch has only {per_epoch} samples: a step of {batch} reads samples more than once")
+    if not samples.validation_windows and config.data.validation:
+        notify("data.validation: too few documents to hold one out: the run measures no validation loss")
     config.model.embedding_rows(samples.tokenizer_vocabulary)  # raises InputError if the embedding is too small
     return prepared, samples.tokenizer_vocabulary
 
