@@ -5,7 +5,13 @@ import re
 import socket
 import subprocess
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+
+DEVICES = Path("/dev")
+IGNORED = ("NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+_NUMBER = re.compile(r"[0-9]{1,3}")
+_LONGEST = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +45,48 @@ def cores() -> int:
 
 def gpus() -> int:
     """Return the number of GPUs that a rank started from this process would see."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in {"", "-1"}])
-    return sum(re.fullmatch(r"nvidia\d+", device.name) is not None for device in Path("/dev").iterdir())
+    visible = _visible_gpus()
+    return _installed_gpus() if visible is None else len(visible)
+
+
+def visible_gpus_problem() -> str | None:
+    """Return what is wrong with CUDA_VISIBLE_DEVICES; None if nothing. CUDA would ignore a part of it, or all, without a word."""
+    visible, installed = _visible_gpus() or [], _installed_gpus()
+    numbers, mig = [name for name in visible if _NUMBER.fullmatch(name)], [name for name in visible if name.startswith("MIG-")]
+    last = installed - 1 if installed else 999  # without device files, their number is unknown
+    expected = None
+    if len(set(visible)) < len(visible):
+        expected = "each GPU once"
+    elif numbers and any(name not in numbers or int(name) > last for name in visible):
+        expected = f"numbers from 0 to {last}" if installed else "numbers of GPUs"
+    elif not numbers and any(not name.startswith(("GPU-", "MIG-")) for name in visible):
+        expected = "numbers of GPUs, or their UUIDs"
+    elif mig and len(visible) > 1:
+        expected = "one MIG device, because CUDA shows a process no more"
+    value = ",".join(visible)[:_LONGEST]
+    return None if expected is None else f"CUDA_VISIBLE_DEVICES: expected {expected}, got {value}. Correct it, or unset it to use all GPUs."
+
+
+def ignored_gpu_variables() -> list[str]:
+    """Describe the variables that name other GPUs than those that ranks see: they act on containers, or on other makers' GPUs."""
+    found = gpus()
+    selections = {name: os.environ[name] for name in IGNORED if name in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ}
+    return [
+        f"{name} has no effect here: {found} GPUs are visible. To choose among them, set CUDA_VISIBLE_DEVICES."
+        for name, value in selections.items()
+        if found and value not in {"", "all", "none", "void"} and len(value.split(",")) != found
+    ]
+
+
+def _visible_gpus() -> list[str] | None:
+    """Return what CUDA_VISIBLE_DEVICES lists before the first empty name or -1, as CUDA reads it; None if it is unset."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if value is None else [name.strip() for name in value.split(",")]
+    return None if names is None else list(takewhile(lambda name: name not in {"", "-1", "NoDevFiles"}, names))
+
+
+def _installed_gpus() -> int:
+    return sum(re.fullmatch(r"nvidia\d+", device.name) is not None for device in DEVICES.iterdir())
 
 
 def default_ranks() -> int:

@@ -34,8 +34,10 @@ def check_gpus(devices: Path = Path("/dev")) -> None:
     hidden = not {name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")} - {"", "-1"}
     gpus = [device.name for device in devices.iterdir() if re.fullmatch(r"nvidia\d+", device.name)]
     if gpus and not hidden and not torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         expected, got = f"torch to find this machine's {len(gpus)} GPUs", f"none from torch {torch.__version__}"
-        remedy = "Install torch's CUDA build and a recent driver, or train on the CPU with CUDA_VISIBLE_DEVICES=."
+        correct = "Install torch's CUDA build and a recent driver" if visible is None else f"Correct CUDA_VISIBLE_DEVICES={visible[:200]}"
+        remedy = f"{correct}, or train on the CPU with CUDA_VISIBLE_DEVICES=."
         raise InputError(f"GPU: expected {expected}, got {got}. {remedy}")
 
 

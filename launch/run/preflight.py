@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from manta.cluster.machine import default_ranks, gpus
+from manta.cluster.machine import default_ranks, gpus, ignored_gpu_variables, visible_gpus_problem
 from manta.cluster.ray.runtime import LocalRay, Ray
 from manta.data.errors import InputError
 from manta.data.live.live_samples import open_samples
@@ -80,6 +80,10 @@ def local_ranks(config: RunConfig) -> int:
     """Return the number of ranks on this machine. Raises InputError if it has too few GPUs."""
     if config.precision == "fp8" and gpus() == 0:
         raise InputError("precision: expected another one on a machine without GPUs, got fp8. Use bf16.")
+    if problem := visible_gpus_problem():
+        raise InputError(problem)
+    for ignored in ignored_gpu_variables():
+        notify(ignored)
     requested = config.cluster.ranks_per_node
     if requested is None:
         return default_ranks()

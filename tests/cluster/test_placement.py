@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from manta.cluster.job import Job
-from manta.cluster.machine import Machine, default_ranks, gpus, parse_nvlink_domain
+from manta.cluster.machine import Machine, default_ranks, gpus, ignored_gpu_variables, parse_nvlink_domain, visible_gpus_problem
 from manta.cluster.nodes import oom_kills
 from manta.cluster.nodes.placement import NodeAllocation, PlacementError, place_ranks
 from manta.cluster.nodes.report import NodeFacts
@@ -60,10 +60,51 @@ def test_ranks_are_numbered_along_the_nodes(tmp_path):
 
 
 def test_hidden_gpus_do_not_count(monkeypatch):
-    for visible, count in [("", 0), ("-1", 0), ("0,1", 2), ("GPU-4f2c", 1)]:
+    several = [("0,1", 2), (" 3 , 1", 2), ("GPU-4f2c", 1), ("GPU-4f,GPU-a2", 2), ("MIG-0e", 1), ("0,-1,1", 1), ("0,1,", 2)]
+    for visible, count in [("", 0), ("-1", 0), ("NoDevFiles", 0), *several]:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpus() == count
+        assert visible_gpus_problem() is None
         assert default_ranks() == (count or min(2, len(os.sched_getaffinity(0))))
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        ("0,0", "each GPU once"),
+        ("GPU-4f,GPU-4f", "each GPU once"),
+        ("0,4", "numbers from 0 to 3"),
+        ("9" * 5000, "numbers of GPUs, or their UUIDs"),
+        ("0,GPU-4f", "numbers from 0 to 3"),
+        ("all", "numbers of GPUs, or their UUIDs"),
+        ("cuda:0", "numbers of GPUs, or their UUIDs"),
+        ("0;1", "numbers of GPUs, or their UUIDs"),
+        ("MIG-a,MIG-b", "one MIG device, because CUDA shows a process no more"),
+    ],
+)
+def test_gpus_that_cuda_would_ignore_are_refused(visible, expected, tmp_path, monkeypatch):
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("manta.cluster.machine.DEVICES", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    problem = visible_gpus_problem()
+    assert problem.startswith(f"CUDA_VISIBLE_DEVICES: expected {expected}, got ")
+    assert len(problem) < 400
+
+
+def test_variables_that_select_no_gpus_here_are_reported(tmp_path, monkeypatch):
+    for name in ("nvidia0", "nvidia1"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("manta.cluster.machine.DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for value, is_reported in (("0", True), ("all", False), ("void", False), ("GPU-4f,GPU-a2", False), ("0,1", False)):
+        monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", value)
+        assert bool(ignored_gpu_variables()) == is_reported
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "1")
+    expected = "ROCR_VISIBLE_DEVICES has no effect here: 2 GPUs are visible. To choose among them, set CUDA_VISIBLE_DEVICES."
+    assert ignored_gpu_variables() == [expected]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert ignored_gpu_variables() == []
 
 
 def test_an_nvlink_domain_is_read_from_nvidia_smi():

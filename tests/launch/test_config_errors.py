@@ -260,6 +260,12 @@ def test_a_directory_that_is_not_writable_is_reported(workspace):
     assert "/proc/manta" in result.stderr
 
 
+def test_gpus_that_cuda_would_not_show_are_reported(workspace):
+    refused = workspace.manta("train", workspace.config_file.name, "run.dir=never", "--dry-run", CUDA_VISIBLE_DEVICES="0,0")
+    remedy = "Correct it, or unset it to use all GPUs."
+    assert (refused.returncode, refused.stderr) == (2, f"manta: CUDA_VISIBLE_DEVICES: expected each GPU once, got 0,0. {remedy}\n")
+
+
 def test_more_ranks_than_gpus_are_reported(workspace):
     arguments = ("train", workspace.config_file.name, "run.dir=never", "cluster.ranks_per_node=4")
     result = workspace.manta(*arguments, CUDA_VISIBLE_DEVICES="0,1")

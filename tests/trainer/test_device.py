@@ -15,8 +15,10 @@ def test_ds_accelerator_selects_the_cpu(monkeypatch):
     assert device_type() == "cuda"
 
 
-@pytest.mark.parametrize("visible", [None, "0"])
-def test_gpus_that_torch_cannot_use_are_an_error(visible, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("visible", "remedy"), [(None, "Install torch's CUDA build and a recent driver"), ("0,0", "Correct CUDA_VISIBLE_DEVICES=0,0")]
+)
+def test_gpus_that_torch_cannot_use_are_an_error(visible, remedy, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -25,7 +27,7 @@ def test_gpus_that_torch_cannot_use_are_an_error(visible, tmp_path, monkeypatch)
     for name in ("nvidia0", "nvidia1", "nvidiactl", "null"):
         (tmp_path / name).touch()
     with pytest.raises(
-        InputError, match=r"expected torch to find this machine's 2 GPUs, got none from torch .*\. Install torch's CUDA build"
+        InputError, match=rf"expected torch to find this machine's 2 GPUs, got none from torch .*\. {remedy}, or train on the CPU"
     ):
         check_gpus(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
