@@ -62,6 +62,8 @@ def preflight(config: RunConfig, ray: Ray) -> RunPlan | None:
         check_same_data_ranks(run_dir, layout)
         possible, fallbacks = {layout.ranks: layout}, {}
     recorded = check_own_model(run_dir, config)
+    if initial_weights is not None:
+        _check_shapes(initial_weights, run_dir, config)
     prepared, vocabulary = open_corpus(run_dir, config)
     if initial_weights is not None:
         _check_initial_weights(initial_weights, run_dir, config, prepared, vocabulary)
@@ -154,25 +156,34 @@ def find_initial_weights(run_dir: RunDirectory, config: RunConfig) -> str | None
     return checkpoint
 
 
-def _check_initial_weights(checkpoint: str, run_dir: RunDirectory, config: RunConfig, prepared: PreparedData, vocabulary: int) -> None:
-    """Raises InputError if the weights' shapes are not this model's: else ranks would find out.
-
-    Weights of another tokenizer are usually a mistake, and worse than random ones. Some users want them, so they are only reported.
-    """
+def _check_shapes(checkpoint: str, run_dir: RunDirectory, config: RunConfig, vocabulary: int | None = None) -> None:
+    """Raises InputError if the weights' shapes are not this model's: else ranks would find out. vocabulary: None if it is not known yet."""
     from manta.trainer.pretrained.load import start_difference  # imports torch: 1.5 s
 
-    length, match = config.data.sequence_length, config.run.match_tokens
     try:
         difference = start_difference(
-            checkpoint, config.model, vocabulary=vocabulary, sequence_length=length, code=run_dir.code, match_tokens=match
+            checkpoint,
+            config.model,
+            vocabulary=config.model.vocabulary or 1 if vocabulary is None else vocabulary,
+            sequence_length=config.data.sequence_length,
+            code=run_dir.code,
+            match_tokens=config.run.match_tokens or vocabulary is None,
         )
     except CheckpointError as error:
         raise InputError(f"run.start_from: {error}") from None
     if difference:
         remedy = "Set model to the model that was trained, or name other weights."
         raise InputError(f"run.start_from: {checkpoint}: {difference}. {remedy}")
+
+
+def _check_initial_weights(checkpoint: str, run_dir: RunDirectory, config: RunConfig, prepared: PreparedData, vocabulary: int) -> None:
+    """Raises InputError if the weights do not fit.
+
+    Weights of another tokenizer are usually a mistake, and worse than random ones. Some users want them, so they are only reported.
+    """
+    _check_shapes(checkpoint, run_dir, config, vocabulary)
     file = RunDirectory(Path(checkpoint).parent.parent).tokenizer_file
-    if match:
+    if config.run.match_tokens:
         source, own = read_vocabulary(tokenizer_beside(resolve_start_from(checkpoint)[0])), read_vocabulary(prepared.tokenizer)
         shared = len(source.keys() & own.keys())
         notify(f"run.match_tokens: {shared:,} of {len(own):,} tokens have a row in the weights, {len(own) - shared:,} are initialized")

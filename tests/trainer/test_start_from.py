@@ -4,8 +4,10 @@ import json
 import shutil
 
 import numpy as np
+import old_run
 import pytest
 import torch
+from fuzz import manta
 
 from manta.data.sampling.samples import Samples
 from manta.data.tokenizer.tokenizer import read_vocabulary
@@ -131,6 +133,15 @@ def test_weights_of_another_model_are_refused_before_the_run_starts(workspace):
     assert "Set model to the model that was trained" in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 2  # that it was trained as another one, too
     assert not (workspace.directory / "from another").exists()
+
+
+def test_weights_of_another_shape_are_refused_before_the_corpus_is_prepared(workspace, monkeypatch):
+    monkeypatch.chdir(workspace.directory)
+    start = f"run.start_from={old_run.HERE}/workspace/run"
+    outcome = manta("train", workspace.config_file.name, "run.dir=never", start, "data.directory=unprepared", seconds=60)
+    assert outcome.code == 2
+    assert "Set model to the model that was trained, or name other weights." in outcome.stderr
+    assert not (workspace.directory / "unprepared").exists()
 
 
 @pytest.mark.slow
