@@ -15,6 +15,7 @@ from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.config import find_run, find_trained_run, load
 from manta.launch.inspect.commands import app as data_app
+from manta.launch.presets.commands import app as presets_app
 from manta.launch.terminal import (
     AsJson,
     File,
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(presets_app)
 
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; return when the run has started.")]
 TARGETS = "local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (submit to a Ray cluster), auto or HOST:PORT (join one)"

@@ -98,7 +98,7 @@ def read_yaml(file: Path, schema: object = None) -> dict[str, Any]:
     text = ""
     try:
         text = read_regular(file, MAX_BYTES).decode()
-        tree = _parse(text, str(file), schema)
+        tree = parse_yaml(text, str(file), schema)
     except OSError as error:
         names = [path.name for path in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         remedy = did_you_mean(file.name, names) or "Name a YAML file, such as examples/gpt-tiny.yaml."
@@ -124,12 +124,13 @@ def parse_value(key: str, text: str, schema: object) -> Any:
     Raises ConfigError if it is too large.
     """
     try:
-        return _parse(text, f"{COMMAND_LINE}: {key}", schema)
+        return parse_yaml(text, f"{COMMAND_LINE}: {key}", schema)
     except yaml.YAMLError:
         return text
 
 
-def _parse(text: str, name: str, schema: object) -> Any:
+def parse_yaml(text: str, name: str, schema: object) -> Any:
+    """Return what a text holds. name: of its file, for messages. Raises yaml.YAMLError, or ConfigError if it is too large."""
     loader = _Loader(text)
     loader.name = name
     try:
