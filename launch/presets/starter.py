@@ -34,7 +34,7 @@ def scale(name: str) -> Scale:
     if name.endswith("-tiny"):
         tiny = {"warmup_steps": 40, "steps": 280, "global_batch": 32, "micro_batch": 16, "every_steps": 70}
         return Scale(vocabulary=4096, sequence_length=128, learning_rate="2e-3", precision="fp32", **tiny)
-    vocabulary = {"gpt2": 50257, "bert": 30522, "moe": 50257}.get(name.partition("-")[0], 32000)
+    vocabulary = {"gpt2": 50257, "bert": 30522, "moe": 50257}.get(name.partition("-")[0], 128256)
     return Scale(vocabulary=vocabulary, sequence_length=512 if name.startswith("bert") else 1024, learning_rate="3e-4")
 
 

@@ -10,6 +10,8 @@ from manta.launch import config
 from manta.launch.presets.starter import write_starter
 from manta.trainer.run_directory import RunDirectory
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
@@ -63,6 +65,9 @@ def test_presets_are_listed_with_parameters_and_memory(folder, capsys):
     assert row["parameters"] == pytest.approx(124.4e6, rel=0.01)
     assert (row["weights_bytes"], row["gradients_bytes"]) == (2 * row["parameters"], 2 * row["parameters"])
     assert row["optimizer_bytes"] == 12 * row["parameters"], "an fp32 copy of the weights, and two moments"
+    cells = ([cell.strip(" `") for cell in line.split("|")] for line in (ROOT / "docs/models.md").read_text().splitlines())
+    documented = {row[1]: (row[6], row[8]) for row in cells if len(row) > 9 and row[1] in rows}
+    assert documented == {name: (f"{row['vocabulary']:,}", f"{row['parameters']:,}") for name, row in rows.items()}
     sizes.show(list(rows.values()))
     table = capsys.readouterr().out
     assert [line.split()[0] for line in table.splitlines()[1:]] == list(rows)
