@@ -3,16 +3,14 @@
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, TextIO, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
-from manta.data.errors import InputError, redact
+from manta.data.errors import InputError
+from manta.data.messages import MessageConsole
 from manta.data.storage.location import expand
 from manta.trainer.run_directory import RunDirectory
 
@@ -60,29 +58,9 @@ def print_report(report: T, show: Callable[[T], None], *, as_json: bool) -> None
         show(report)
 
 
-class MessageConsole(Console):
-    """Writes messages, on a terminal wrapped between words, elsewhere as they are. If its reader is gone, it stays silent."""
-
-    def __init__(self, stream: TextIO) -> None:
-        # Not rich's own check: FORCE_COLOR would make any file a terminal.
-        super().__init__(file=stream, force_terminal=stream.isatty(), soft_wrap=True, highlight=False, markup=False, emoji=False)
-
-    def message(self, text: str) -> None:
-        """Print a message. A word that is longer than a line, such as a path, is not cut, so that it can be copied."""
-        text = text.encode(self.encoding, "backslashreplace").decode(self.encoding)  # a file's name may be any bytes
-        if self.is_terminal:
-            wrapper = textwrap.TextWrapper(self.width, break_long_words=False, break_on_hyphens=False)
-            text = "\n".join(wrapper.fill(line) for line in text.split("\n"))
-        with suppress(OSError):  # the terminal is closed, or a log's disk is full
-            self.print(text)
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-
-
 def notify(text: str) -> None:
-    """Print a message to standard error, without the passwords in its URLs."""
-    MessageConsole(sys.stderr).message(redact(text))
+    """Print a message to standard error."""
+    MessageConsole(sys.stderr).message(text)
 
 
 def resume_hint(run_dir: RunDirectory) -> str:

@@ -1,11 +1,11 @@
 """Progress of a long preparation, on stderr: a bar or a spinner on a terminal, a plain line every few seconds elsewhere."""
 
+import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from threading import Event, Thread
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,6 +17,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from manta.data.messages import MessageConsole
+
 INTERVAL = 4.0  # seconds between lines: a silence of 5 looks like a hang
 
 _BAR = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -24,13 +26,13 @@ _SPINNER = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn
 
 
 def report(message: str) -> None:
-    _console().print(message)
+    MessageConsole(sys.stderr).message(message)
 
 
 @contextmanager
 def progress(title: str, total: int | None = None) -> Generator[Callable[[int], None]]:
     """Yield a function `advance(bytes)` that shows progress towards `total` bytes; if omitted, only the time is shown."""
-    console = _console()
+    console = MessageConsole(sys.stderr)
     if console.is_terminal:
         with Progress(*(_SPINNER if total is None else _BAR), console=console, transient=total is None) as bar:
             task = bar.add_task(title, total=total)
@@ -49,7 +51,7 @@ def progress(title: str, total: int | None = None) -> Generator[Callable[[int], 
 class _ProgressLines:
     """Prints a line at each quarter, and every few seconds."""
 
-    def __init__(self, console: Console, title: str, total: int | None) -> None:
+    def __init__(self, console: MessageConsole, title: str, total: int | None) -> None:
         self.ended = Event()
         self._console, self._title, self._total = console, title, total
         self._done = self._quarters = 0
@@ -70,13 +72,9 @@ class _ProgressLines:
         self._printed = time.monotonic()
         seconds = self._printed - self._started
         if not self._total or not self._done:
-            self._console.print(f"{self._title}, {seconds:.0f} s")
+            self._console.message(f"{self._title}, {seconds:.0f} s")
             return
         speed = self._done / max(seconds, 1e-6)
         remaining = int(max(0, self._total - self._done) / speed)
         share = f"{100 * self._done // self._total} % of {self._total / 1e6:.1f} MB"
-        self._console.print(f"{self._title} {share}, {speed / 1e6:.1f} MB/s, {remaining // 60}:{remaining % 60:02d} left")
-
-
-def _console() -> Console:
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._console.message(f"{self._title} {share}, {speed / 1e6:.1f} MB/s, {remaining // 60}:{remaining % 60:02d} left")

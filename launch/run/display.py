@@ -9,8 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
+from manta.data.messages import MessageConsole
 from manta.launch.tail import Tail
-from manta.launch.terminal import MessageConsole, count_text, notify, resume_hint
+from manta.launch.terminal import count_text, notify, resume_hint
 from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import Layout

@@ -17,13 +17,14 @@ from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import Ray
 from manta.cluster.supervise.controller import Controller
 from manta.cluster.supervise.event_log import read_events
+from manta.data.messages import MessageConsole
 from manta.data.shards.manifest import PreparedData
 from manta.data.storage.atomic import write_atomically
 from manta.launch import __version__
 from manta.launch.config import RunConfig
 from manta.launch.run.display import Display
 from manta.launch.run.preflight import RunPlan, preflight
-from manta.launch.terminal import MessageConsole, count_text, notify
+from manta.launch.terminal import count_text, notify
 from manta.trainer.dist.layout import Layout, micro_batches_text
 from manta.trainer.run_directory import RunDirectory
 

@@ -11,12 +11,13 @@ from manta.cluster.ray.connection import Connection
 from manta.cluster.ray.errors import RayStartError
 from manta.cluster.ray.runtime import HostsRay, JoinedRay, LocalRay, Ray
 from manta.data.errors import InputError
+from manta.data.messages import MessageConsole
 from manta.launch.config import RunConfig
 from manta.launch.run.dry_run import describe
 from manta.launch.run.preflight import local_ranks
 from manta.launch.run.start import train
 from manta.launch.targets import kubernetes, ray_job, slurm, ssh
-from manta.launch.terminal import MessageConsole, notify
+from manta.launch.terminal import notify
 
 BATCH = {"slurm": slurm, "kubernetes": kubernetes}  # they run the whole job elsewhere; the command ends when it is submitted
 DASHBOARD = ("http://", "https://")  # of a Ray that does so, too

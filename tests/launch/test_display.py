@@ -9,11 +9,12 @@ from itertools import pairwise
 import pytest
 
 from manta.cluster.supervise.event_log import POLL, Event
+from manta.data.messages import MessageConsole
+from manta.data.prepare.progress import report
 from manta.launch.config import load
 from manta.launch.inspect.charts import console, grid
 from manta.launch.run import display
 from manta.launch.run.display import Display
-from manta.launch.terminal import MessageConsole
 from manta.trainer.run_directory import RunDirectory
 
 STEP = {"attempt": 1, "tokens": 256, "train/loss": 5.0, "tokens_per_second": 1e4, "step_time": 0.01, "global_batch": 8}
@@ -87,7 +88,7 @@ def terminal(monkeypatch):
         yield stream, lambda: output.read(100_000).decode().replace("\r\n", "\n")
 
 
-def test_messages_are_wrapped_between_words_on_a_terminal_only(terminal, tmp_path):
+def test_messages_are_wrapped_between_words_on_a_terminal_only(terminal, monkeypatch, tmp_path):
     path = "/a/path/that-is/longer/than/one/line/of/the/terminal"
     message = f"run.dir: expected a directory that can be written, got {path}: Permission denied. Use another directory."
     stream, written = terminal
@@ -95,6 +96,10 @@ def test_messages_are_wrapped_between_words_on_a_terminal_only(terminal, tmp_pat
     lines = written().splitlines()
     assert " ".join(lines) == message
     assert all(len(line) <= 40 or line == f"{path}:" for line in lines)
+    monkeypatch.setattr(sys, "stderr", stream)
+    report(message)
+    assert written().splitlines() == lines, "preparing a corpus prints in the same way"
+    MessageConsole(None).message("to a stream that is closed")
     with (tmp_path / "log").open("w") as file:
         MessageConsole(file).message(f"{message} \udcff")
     assert (tmp_path / "log").read_text() == f"{message} \\udcff\n"
@@ -134,3 +139,34 @@ def test_the_wait_is_counted_and_reported_every_few_seconds(shown, monkeypatch):
     assert lines[0].startswith("waiting for nodes, ")
     assert {after - before for before, after in pairwise(seconds) if after < 60} == {5}
     assert {after - before for before, after in pairwise(seconds) if before > 60} == {30}
+
+
+CASE = """
+run: {dir: run}
+data: {sources: [plain.jsonl], sequence_length: 32, validation: 0.1, directory: corpora}
+tokenizer: {vocabulary: 300}
+model: {family: llama, layers: 1, width: 32, heads: 2}
+schedule: {warmup_steps: 1}
+train: {steps: 60, global_batch: 4, micro_batch: 2}
+checkpoint: {every_steps: 20}
+cluster: {hot_standby: false, ranks_per_node: 1}
+precision: fp32
+"""
+
+
+@pytest.mark.slow
+def test_a_run_with_fast_steps_names_what_it_resumes_from(workspace):
+    """It has made steps before the controller looks: a new run must not take one for a checkpoint's, nor a resumed run a later one."""
+    (workspace.directory / "fast.yaml").write_text(CASE)
+    texts = [f"{number} green river stone light small house with the wave and the bird" for number in range(400)]
+    (workspace.directory / "plain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for run in ("fast 1", "fast 2"):
+        new = workspace.manta("train", "fast.yaml", f"run.dir={run}")
+        assert new.returncode == 0, new.stderr
+        assert "resumed from" not in new.stdout
+        assert "went on" not in new.stdout
+        home = workspace.directory / run
+        again = workspace.manta("resume", run, "train.steps=120").stdout.splitlines()
+        resumed = again.index(f"attempt 2: resumed from step 60 ({home}/checkpoints/step-00000060)")
+        assert not [line for line in again[:resumed] if line.startswith("step ")]
+        assert again[resumed + 1].startswith("step ")

@@ -1,0 +1,29 @@
+"""Messages to the user: on a terminal wrapped between words, elsewhere as they are."""
+
+import textwrap
+from io import StringIO
+from typing import TextIO
+
+from rich.console import Console
+
+from manta.data.errors import redact
+
+
+class MessageConsole(Console):
+    """Writes messages to standard output or standard error. If that is closed, or its reader is gone, it stays silent."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        stream = stream or StringIO()  # None: it was closed before this process started
+        # Not rich's own check: FORCE_COLOR would make any file a terminal.
+        super().__init__(file=stream, force_terminal=stream.isatty(), soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+    def message(self, text: str) -> None:
+        """Print a message without the passwords in its URLs. A word that is longer than a line is not cut: a path can be copied."""
+        text = redact(text).encode(self.encoding, "backslashreplace").decode(self.encoding)  # a file's name may be any bytes
+        if self.is_terminal:
+            wrapper = textwrap.TextWrapper(self.width, break_long_words=False, break_on_hyphens=False)
+            text = "\n".join(wrapper.fill(line) for line in text.split("\n"))
+        self.print(text)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
