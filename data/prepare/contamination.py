@@ -5,7 +5,6 @@ validation text, so training text is first searched for these few blocks, and th
 Legend: N tokens, H hashes.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,6 +13,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from manta.data.cores import cores
 from manta.data.hashing import Hashes, hashed, mix
 from manta.data.prepare.dedup import Advance, Numbers, Streams, is_among
 from manta.data.shards.windows import TokenStream
@@ -69,7 +69,7 @@ def find_contamination(train: Streams, validation: Streams, *, max_tokens: int, 
             _search(_values(chunk), blocks, spans, found, prefilter)
         return min(len(chunk), _CHUNK)
 
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(_THREADS, cores())) as threads:
         for count in threads.map(search, chunks):
             searched += count
             advance(count)

@@ -21,12 +21,15 @@ from threading import Thread
 from typing import Any, TypeVar, cast
 
 from manta.data.config import DataConfig
+from manta.data.cores import cores
 from manta.data.errors import DataError, InputError
 from manta.data.prepare.encode import SplitTask
 from manta.data.prepare.progress import progress, report
 
 _NO_POSITION = -1
 _MAX_LOSSES = 3  # of a split with its node
+_WORTH_A_PROCESS = 2_000_000  # bytes
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 _QUEUE = 2  # splits per Ray actor, so that it never waits for the next
 
 T = TypeVar("T")
@@ -39,8 +42,7 @@ def run_tasks(title: str, work: Work[T], tasks: Sequence[SplitTask], data: DataC
     if data.ray_address is not None:
         completed = run_on_ray(work, tasks, data.ray_address)
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        completed = run_in_processes(work, tasks, data.workers or cores)
+        completed = run_in_processes(work, tasks, data.workers or _default_workers(tasks))
     sizes = {task.index: task.split.size or 1 for task in tasks}
     results: dict[int, T] = {}
     with progress(title, sum(sizes.values())) as advance:
@@ -48,6 +50,12 @@ def run_tasks(title: str, work: Work[T], tasks: Sequence[SplitTask], data: DataC
             results[task.index] = result
             advance(sizes[task.index])
     return results
+
+
+def _default_workers(tasks: Sequence[SplitTask]) -> int:
+    """Return one worker per core, but no more than there is work for: a process takes a second to start, for each source again."""
+    sizes = [task.split.size for task in tasks]
+    return cores() if 0 in sizes else min(cores(), 1 + sum(sizes) // _WORTH_A_PROCESS)  # a dataset of the hub has no size
 
 
 class WorkerProcess:
@@ -58,8 +66,15 @@ class WorkerProcess:
         self.connection, remote = cast("tuple[Connection, Connection]", context.Pipe())
         self._position: c_int64 = context.RawValue(c_int64, _NO_POSITION)  # in shared memory, which outlives the process
         self._process = context.Process(target=_serve, args=(remote, self._position), daemon=True)
-        self._process.start()
-        remote.close()
+        own = os.environ.get(_BLAS_THREADS)
+        os.environ[_BLAS_THREADS] = "1"  # else NumPy starts a thread per core in each process
+        try:
+            self._process.start()
+        finally:
+            del os.environ[_BLAS_THREADS]
+            if own is not None:
+                os.environ[_BLAS_THREADS] = own
+            remote.close()
 
     def start(self, work: Work[T], task: SplitTask) -> None:
         """Start a task. If the process is dead, `result` raises."""
@@ -102,7 +117,7 @@ def run_in_processes(work: Work[T], tasks: Sequence[SplitTask], count: int) -> I
     if min(count, len(tasks)) <= 1:
         yield from ((task, work(task, c_int64())) for task in tasks)
         return
-    workers = [WorkerProcess() for _ in range(min(count, len(tasks)))]
+    workers = _start(min(count, len(tasks)))
     pending, idle, running = list(reversed(tasks)), list(workers), dict[Any, tuple[WorkerProcess, SplitTask]]()
     try:
         while pending or running:
@@ -119,6 +134,20 @@ def run_in_processes(work: Work[T], tasks: Sequence[SplitTask], count: int) -> I
             worker.close()
 
 
+def _start(count: int) -> list[WorkerProcess]:
+    """Start this number of processes, or those that the limits of this user or container allow. Raises DataError if there are none."""
+    workers: list[WorkerProcess] = []
+    try:
+        while len(workers) < count:
+            workers.append(WorkerProcess())
+    except OSError as error:
+        problem = f"data.workers: expected to start {count} processes, got {len(workers)} ({error.strerror})"
+        if not workers:
+            raise DataError(f"{problem}. Set data.workers=1, or raise the limit of processes (ulimit -u).") from None
+        report(f"{problem}. It continues with these.")
+    return workers
+
+
 def run_on_ray(work: Work[T], tasks: Sequence[SplitTask], address: str) -> Iterator[tuple[SplitTask, T]]:
     """Yield each task and its result in the order of completion. The first error ends all.
 
@@ -128,9 +157,9 @@ def run_on_ray(work: Work[T], tasks: Sequence[SplitTask], address: str) -> Itera
         return
     ray = _connect(address)
     try:
-        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        available = max(1, int(ray.cluster_resources().get("CPU", 1)))
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(WorkerProcess)
-        actors = [actor.remote() for _ in range(min(cores, len(tasks)))]
+        actors = [actor.remote() for _ in range(min(available, len(tasks)))]
         report(f"prepare: {len(actors)} cores on {len(ray.nodes())} nodes of the Ray cluster at {address}")
         yield from _run(ray, actors, work, tasks)
     finally:

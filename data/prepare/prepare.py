@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from manta.data.config import BYTES, DataConfig, TokenizerConfig
 from manta.data.config_history import as_version_1, identifying_keys
-from manta.data.errors import AccessError, DataError, InputError
+from manta.data.errors import AccessError, DataError, InputError, one_line
 from manta.data.live import live_sources
 from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.objective import window_shape
@@ -86,6 +86,11 @@ def prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:
         raise DataError("prepare: out of memory. Use fewer data.workers or smaller files; the same command resumes.") from None
     except OSError as error:
         raise disk_error(error, absolute(data.directory)) from None
+    except BaseException as error:
+        if "can't start new thread" not in str(error) and type(error).__name__ != "PanicException":  # of `tokenizers`, no Exception
+            raise
+        problem = f"expected to start threads and processes, got an error ({one_line(error)[:300]})"
+        raise DataError(f"prepare: {problem}. Raise their limit (ulimit -u, or the container's); the same command resumes.") from None
 
 
 def _prepare(data: DataConfig, tokens: TokenizerConfig) -> PreparedData:

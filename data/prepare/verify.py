@@ -3,7 +3,6 @@
 All problems are reported, not only the first. Each file is read once, by one of a few threads.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from manta.data.cores import cores
 from manta.data.errors import InputError
 from manta.data.sampling.packed_windows import recorded_packing
 from manta.data.shards.corpus_directory import CorpusDirectory
@@ -105,7 +105,7 @@ def verify(corpora: Sequence[tuple[CorpusDirectory, Manifest]], shape: WindowSha
 
     damage = [found for directory, corpus in corpora if (found := _count_damage(directory, corpus))]
     files = [file for directory, corpus in corpora for file in _files(directory, corpus, shape)]
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(_THREADS, cores())) as threads:
         damage += [found for found in threads.map(partial(_CorpusFile.damage, advance=locked_advance), files) if found]
     return damage
 

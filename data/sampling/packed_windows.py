@@ -5,7 +5,6 @@ packing-<version>-<width>-<stride>.json                     the counts and hashe
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -19,8 +18,7 @@ from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.shard import Count, Shard
 from manta.data.shards.windows import TokenStream, WindowDataset, Windows, WindowShape
-
-_OPEN_PACKINGS = 256  # mapped at a time
+from manta.data.storage.open_files import cache_maps
 
 
 class ShardPacking(BaseModel, frozen=True, extra="forbid"):
@@ -53,7 +51,6 @@ class PackedDataset(WindowDataset):
         super().__init__([packing.bins for packing in packings])
         self._shards = [(stream, shard) for stream in streams for shard in range(len(stream.shards))]
         self._packings, self._width, self._padding = packings, shape.width, padding
-        self._bins = lru_cache(_OPEN_PACKINGS)(self._map)
 
     def read(self, windows: NDArray[np.integer]) -> Windows:
         shards, own = self._locate(windows)
@@ -70,7 +67,8 @@ class PackedDataset(WindowDataset):
                 filled += length
         return Windows(tokens=tokens_KW, documents=documents_KW)
 
-    def _map(self, shard: int) -> Bins:
+    @cache_maps
+    def _bins(self, shard: int) -> Bins:
         packed = self._packings[shard]
         raw = self._shards[shard][0].home.map_file(packed.file, size=packed.bytes, xxh3=packed.xxh3)
         edges, starts, lengths = np.split(raw, np.cumsum([8 * (packed.bins + 1), 8 * packed.pieces]))

@@ -157,9 +157,11 @@ class CorpusDirectory:
             raise DataError(one_line(error)) from None
         if isinstance(error, PermissionError):
             raise self._access_error(location, error) from None
-        if error.errno in {errno.ENOTDIR, errno.ELOOP}:
-            parent = Path(self.root).parent
+        parent = Path(self.root).parent
+        if error.errno in {errno.ENOTDIR, errno.ELOOP} and not parent.is_dir():
             raise InputError(f"data.directory: expected a directory, got {parent}: {error.strerror}. Choose another.") from None
+        if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+            raise DataError(f"{location}: {error.strerror}. Raise the limits of this process (ulimit -n, ulimit -v).") from None
         return f"{location}: damaged; {error.strerror}"
 
     def _access_error(self, location: str, error: PermissionError) -> AccessError:

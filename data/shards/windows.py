@@ -6,7 +6,6 @@ Legend: K windows, W tokens per window.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
 
@@ -15,8 +14,7 @@ from numpy.typing import NDArray
 
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.shard import Shard
-
-_OPEN_SHARDS = 256  # shards mapped at a time: each holds a file descriptor
+from manta.data.storage.open_files import cache_maps
 
 Numbers = NDArray[np.int64]
 
@@ -56,8 +54,6 @@ class TokenStream:
         self.shards = tuple(shards)
         self.starts = np.array([0, *accumulate(shard.tokens for shard in shards)], dtype=np.int64)
         self.tokens = int(self.starts[-1])
-        self.map = lru_cache(_OPEN_SHARDS)(self._map)
-        self._views = lru_cache(_OPEN_SHARDS)(self._view)
 
     def gather(self, starts: Numbers, width: int) -> Numbers:
         """Return tokens [start, start + width) for each start [K]: [K, width]."""
@@ -68,16 +64,18 @@ class TokenStream:
         for shard in np.unique(owners[~crosses]).tolist():
             rows = (owners == shard) & ~crosses
             if rows.all():
-                out[:] = self._views(shard, width)[offsets]
+                out[:] = self._view(shard, width)[offsets]
             else:
-                out[rows] = self._views(shard, width)[offsets[rows]]
+                out[rows] = self._view(shard, width)[offsets[rows]]
         for row in np.flatnonzero(crosses):
             out[row] = self._read_across(int(owners[row]), int(offsets[row]), width)
         return out
 
-    def _map(self, shard: int) -> NDArray[Any]:
+    @cache_maps
+    def map(self, shard: int) -> NDArray[Any]:
         return self.home.tokens(self.shards[shard])
 
+    @cache_maps
     def _view(self, shard: int, width: int) -> NDArray[Any]:
         """Return a view whose row i is tokens [i, i + width): indexing it with many starts copies rows without a Python loop."""
         return np.lib.stride_tricks.sliding_window_view(self.map(shard), width)

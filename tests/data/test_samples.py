@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from manta.data.prepare import prepare
 from manta.data.sampling.order import Order
 from manta.data.sampling.samples import Samples
 from manta.data.shards import manifest
-from manta.data.shards import windows as windows_module
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import PreparedData
+from manta.data.shards.windows import TokenStream
 
 T = 16
 
@@ -107,7 +108,8 @@ def test_a_sample_can_span_several_shards(prepared):
 def test_samples_do_not_depend_on_the_limit_of_open_shards(prepared, monkeypatch):
     numbers = np.arange(200)
     expected = open_samples(prepared, seed=5).train(numbers).tokens
-    monkeypatch.setattr(windows_module, "_OPEN_SHARDS", 1)
+    for function in (TokenStream.map, TokenStream._view):
+        monkeypatch.setattr(TokenStream, function.__name__, lru_cache(1)(function.__wrapped__))
     assert np.array_equal(open_samples(prepared, seed=5).train(numbers).tokens, expected)
 
 
