@@ -25,6 +25,8 @@ class Job:
     """None: one per GPU."""
     packages: tuple[tuple[str, str], ...] = ()
     """Names and versions that a node should have. A node with another version of the first is refused; other differences are reported."""
+    files: Mapping[Path, bytes] = field(default_factory=dict[Path, bytes])
+    """What ranks read when they start. A file that somebody deletes while the job runs is written again."""
 
     @property
     def directory_token(self) -> Path:

@@ -42,6 +42,8 @@ class LineFile:
         """Write the lines that wait, as far as there is room."""
         written: list[bytes] = []
         try:
+            if self._file is not None and self._waiting and os.fstat(self._file).st_nlink == 0:
+                self._close()  # somebody has deleted the file
             if self._file is None:
                 self._file = _open(self.path)
             while self._waiting:

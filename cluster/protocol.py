@@ -139,7 +139,7 @@ def read_lines(file: BinaryIO, parse: Callable[[bytes], T], *, path: Path, start
     path, start: the file's path, and the byte of it at which `file` starts, to name the line.
     """
     first_damaged, damaged = "", 0
-    for number, line in enumerate(_complete_lines(file), start=1):
+    for number, line in enumerate(_complete_lines(file, path), start=1):
         try:
             yield parse(line)
         except (ValueError, RecursionError) as error:  # RecursionError: of JSON that is nested too deeply
@@ -231,10 +231,16 @@ def _open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def _complete_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield each line that ends; one that is too long as an empty one. The memory that it takes is limited."""
+def _complete_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield each line that ends; one that is too long as an empty one. The memory that it takes is limited. Raises OSError."""
     is_start = True
-    while piece := file.readline(LONGEST_LINE):
+    while True:
+        try:
+            piece = file.readline(LONGEST_LINE)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # its message names the file
+        if not piece:
+            return
         if piece.endswith(b"\n"):
             yield piece if is_start else b""
         is_start = piece.endswith(b"\n")

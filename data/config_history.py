@@ -63,7 +63,7 @@ def _rename(tree: Any, names: Mapping[str, str], section: str) -> Any:
         return tree
     renamed: dict[str, Any] = {}
     for name, value in tree.items():
-        key = _join(section, name)
+        key = _join(section, str(name))  # in a damaged file a key may be a number
         renamed[names.get(key, key).removeprefix(_join(section, ""))] = _rename(value, names, key)
     return renamed
 

@@ -296,8 +296,9 @@ def main() -> None:
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None and error.errno in NO_ROOM:
             message = f"{error.filename}: {error.strerror}. Free some space."
-        elif isinstance(error, OSError) and error.filename is not None:
-            message = f"{error.filename}: expected a file that can be used, got an error: {error.strerror}. Correct it, and try again."
+        elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            place = f"{error.filename}: " if error.filename else ""
+            message = f"{place}expected a file that can be used, got an error: {error.strerror or error}. Correct it, and try again."
         elif not isinstance(error, InputError | DataError | CheckpointError | SaveError):
             raise
         for line in message.splitlines():

@@ -68,6 +68,7 @@ def find_run(directory: Path) -> RunDirectory:
 
 def find_trained_run(directory: Path) -> RunDirectory:
     """Return the directory of a run that has a checkpoint, or of an import. Raises InputError before torch is imported."""
+    RunDirectory(directory.absolute()).check()
     if (directory / "source.json").exists():
         return RunDirectory(directory.absolute())
     run_dir = find_run(directory)

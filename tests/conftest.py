@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,3 +85,11 @@ def finished_run(workspace) -> str:
 def disk(tmp_path) -> Iterator[Path]:
     """A file system of 2 MB."""
     yield from mounted(tmp_path / "disk", "size=2m")
+
+
+@pytest.fixture
+def public_directory() -> Iterator[Path]:
+    """A directory that every user can reach. pytest's own are private, and each session of pytest makes them so again."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)

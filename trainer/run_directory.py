@@ -204,7 +204,7 @@ def _check_kind(path: Path, kind: int, expected: str) -> None:
         got = f"an error: {error.strerror}"
     else:
         needed = os.R_OK | os.X_OK if kind == stat.S_IFDIR else os.R_OK
-        if stat.S_IFMT(mode) == kind and os.access(path, needed):
+        if stat.S_IFMT(mode) == kind and os.access(path, needed, effective_ids=True):
             return
         got = "no permission to read it" if stat.S_IFMT(mode) == kind else KINDS.get(stat.S_IFMT(mode), "a device")
     raise InputError(f"{path}: expected {expected}, got {got}. Restore it, or name another run directory.")

@@ -53,7 +53,9 @@ class Controller:
         """Run the job. A caller that closes the generator early ends everything at once."""
         file = self._job.directory / "events.jsonl"
         self._state = replay(read_events(file))
-        self._job.directory_token.write_text(secrets.token_hex(16))
+        token = secrets.token_hex(16).encode()
+        self._job.directory_token.write_bytes(token)
+        self._files = {**self._job.files, self._job.directory_token: token}
         with contextlib.closing(EventLog(file)) as log, self._requests, contextlib.closing(self._events()) as events:
             for event in events:
                 self._state = advance(self._state, event)
@@ -62,6 +64,8 @@ class Controller:
                     yield from self._check_disk(log, event)
                     continue
                 log.write(event)
+                if event.kind == "run-ended":
+                    self._restore_files()
                 if event.kind == "run-ended" and (message := log.file.problem()):
                     code = event.details["exit_code"] or ExitCode.FAILED
                     event = replace(event, details={"exit_code": code, "message": message})  # noqa: PLW2901  what it stands for
@@ -164,6 +168,7 @@ class Controller:
         from manta.cluster.nodes.node_group import NodeLostError
 
         number = self._state.attempt + 1
+        self._restore_files()
         delete_expired_logs(self._job.directory / "logs", attempt=number, keep=self._config.keep_logs)
         attempt = Attempt(number=number, nodes=nodes, job=self._job, config=self._config, requests=self._requests, capacity=capacity)
         try:
@@ -173,6 +178,13 @@ class Controller:
             outcome = self._state.history[-1]
         yield self._event("attempt-stopped", number, outcome=OUTCOME_NAMES[type(outcome)])
         return outcome
+
+    def _restore_files(self) -> None:
+        """Write again what somebody has deleted, since each attempt reads it, and so do commands after the run."""
+        for path, content in self._files.items():
+            with contextlib.suppress(OSError):  # the ranks report what they miss
+                if not path.exists():
+                    path.write_bytes(content)
 
     def _node_lost(self, lost: "NodeLostError", number: int, nodes: "NodeGroup", capacity: "Capacity") -> Event:
         from manta.cluster.ray.view import is_reachable

@@ -61,7 +61,7 @@ _KEYS: dict[str, dict[str, Any]] = {
         "rank": (_Number, ...),
         "node": (_Text, ...),
         "step": (_Number, ...),
-        "ratio": (float, Field(validation_alias=AliasChoices("ratio", "times"))),  # times: the name in older event logs
+        "ratio": (float, Field(gt=0, validation_alias=AliasChoices("ratio", "times"))),  # times: the name in older event logs
         "work": (float, ...),
         "median": (float, ...),
     },
@@ -76,9 +76,10 @@ _KEYS: dict[str, dict[str, Any]] = {
     "nodes-appeared": {"ranks": (_Number, ...)},
     "nodes-draining": {"nodes": (list[_Text], ...), "here": (bool, ...)},
     "decided": {"decision": (_Text, ...), "reason": (_Text, ""), "exclude": (list[_Text], []), "leave_out": (list[_Text], [])},
+    "disk-full": {"message": (_Text, ...), "unwritten": (_Number, ...)},
     "leaving": {"signal": (str | None, None)},
     "disk-full": {"message": (_Text, ...), "unwritten": (_Number, ...)},
-    "run-ended": {"exit_code": (Annotated[int, AfterValidator(ExitCode)], ...)},
+    "run-ended": {"exit_code": (Annotated[int, AfterValidator(ExitCode)], ...), "message": (_Text, "")},
 }
 _MODELS: Mapping[str, type[_Line]] = {kind: create_model(kind, __base__=_Line, **keys) for kind, keys in _KEYS.items()}
 

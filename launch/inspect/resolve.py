@@ -1,5 +1,6 @@
 """Resolve FILE or RUN to a config and the corpus that it reads."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ class DataTarget(NamedTuple):
 
 def resolve(path: Path, overrides: Sequence[str]) -> DataTarget:
     """Return the target of FILE or RUN. Raises InputError if the config is wrong, or its data is never prepared."""
-    is_run = path.is_dir() or (path.is_symlink() and not path.exists())  # find_run says where such a link leads
+    is_run = os.path.isdir(path) or (os.path.islink(path) and not os.path.exists(path))  # noqa: PTH110, PTH112, PTH114  they never raise
     run = find_run(path) if is_run else None
     file = path if run is None else run.config_file
     config = load(file, overrides)

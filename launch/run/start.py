@@ -51,19 +51,21 @@ def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
 @contextmanager
 def supervise(plan: RunPlan, ray: Ray) -> Generator[Controller]:
     """Lock the run directory, write what ranks read, and yield the run's controller."""
-    with plan.run_dir.lock():
-        write_run_directory(plan.run_dir, plan.config, plan.prepared, plan.recorded)
+    run_dir = plan.run_dir
+    with run_dir.lock():
+        write_run_directory(run_dir, plan.config, plan.prepared, plan.recorded)
         _print_summary(plan)
         all_layouts = {**plan.layouts, **plan.fallback_layouts}
         job = Job(
-            program=("-P", "-m", "manta.trainer", str(plan.run_dir.path)),
+            program=("-P", "-m", "manta.trainer", str(run_dir.path)),
             environment={},
-            directory=plan.run_dir.path,
+            directory=run_dir.path,
             sizes=tuple(plan.layouts),
             fallback_sizes=tuple(plan.fallback_layouts),
             environment_by_size={ranks: layout.to_environment() for ranks, layout in all_layouts.items()},
             ranks_per_node=plan.ranks_per_node,
             packages=(("manta", __version__), *((name, version(name)) for name in PACKAGES)),
+            files={file: file.read_bytes() for file in (run_dir.config_file, run_dir.manifest_file, run_dir.tokenizer_file)},
         )
         yield Controller(job, plan.config.cluster, ray)
 

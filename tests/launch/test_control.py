@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from threading import Timer
 
 import pytest
+from fuzz import manta
 
 from manta.cluster.supervise.event_log import read_events
 from manta.data.errors import InputError
 from manta.launch.config import load
 from manta.launch.control.attach import attach
 from manta.launch.control.logs import logs
+from manta.launch.control.status import status
 from manta.launch.control.stop import stop
 from manta.trainer.metrics import read_metrics
 from manta.trainer.run_directory import RunDirectory
@@ -248,3 +251,73 @@ def test_stop_reports_a_run_that_does_not_stop_in_time(workspace, background):
     done = workspace.manta("stop", "stubborn", "--at-once")
     assert done.returncode == 0, done.stderr
     assert not home.is_locked
+
+
+def end(home: RunDirectory, code: int, *before: tuple[str, dict]) -> None:
+    for kind, details in before:
+        add(home, kind, 1, **details)
+    add(home, "run-ended", 1, exit_code=code)
+
+
+FAILED = ("rank-failed", {"rank": 0, "cause": "SIGNAL", "step": 3, "message": "killed by SIGKILL"})
+GAVE_UP = ("decided", {"decision": "give up", "reason": "3 restarts without progress"})
+
+
+@pytest.mark.parametrize(
+    ("code", "before", "state", "reason"),
+    [
+        (0, (FAILED,), "done", "done"),
+        (1, (FAILED, GAVE_UP), "failed", "3 restarts without progress"),
+        (1, (GAVE_UP, FAILED), "failed", "killed by SIGKILL"),
+        (2, (("decided", {"decision": "give up", "reason": "no layout"}),), "failed", "no layout"),
+        (75, (("leaving", {"signal": "SIGTERM"}),), "stopped, saved", "stop requested by SIGTERM"),
+        (130, (), "interrupted", "interrupted"),
+    ],
+)
+def test_status_says_why_a_run_has_ended_and_exits_with_its_code(past, code, before, state, reason):
+    end(past, code, *before)
+    report = status(past.path)
+    assert {key: report[key] for key in ("state", "exit_code", "exit_reason")} == {"state": state, "exit_code": code, "exit_reason": reason}
+    assert "seconds_left" not in report
+    assert manta("status", str(past.path), "--exit-code").code == code
+    assert manta("status", str(past.path)).code == 0
+
+
+def test_status_has_codes_of_its_own_for_a_run_that_has_not_ended(past):
+    add(past, "rank-failed", 1, **FAILED[1])
+    assert manta("status", str(past.path), "--exit-code").code == 4
+    assert status(past.path)["exit_reason"] == "killed"
+    with past.lock():
+        running = manta("status", str(past.path), "--exit-code", "--json")
+        assert (running.code, json.loads(running.stdout)["state"]) == (3, "running")
+        assert "exit_reason" not in json.loads(running.stdout)
+    assert "3: it is running, 4: it was killed" in " ".join(manta("status", "--help").stdout.split())
+
+
+COMMANDS = ("status", "attach", "logs", "resume", "stop", "generate", "export", "checkpoint list", "checkpoint verify", "data inspect")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_link_to_nothing_is_named_as_what_it_is(tmp_path, command):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    outcome = manta(*command.split(), str(tmp_path / "run"))
+    assert outcome.code == 2
+    assert f"{tmp_path}/run: expected a run directory, got a link to {tmp_path}/gone, which does not exist." in outcome.stderr
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("locked", "got"), [("", "no permission to read it"), ("..", "an error: Permission denied")])
+def test_a_run_directory_that_another_user_may_not_read_is_one_line(public_directory, past, command, locked, got):
+    run = shutil.copytree(past.path, public_directory / "folder/run")
+    manta(*command.split(), str(public_directory / "none"))  # imports everything, as that user might not be able to
+    (run / locked).chmod(0o600)
+    os.seteuid(12345)
+    try:
+        outcome = manta(*command.split(), str(run))
+    finally:
+        os.seteuid(0)
+    (line,) = outcome.stderr.splitlines()
+    kind = "a config" if command.startswith("data") and locked else "a run directory"
+    assert (outcome.code, line.startswith(f"manta: {run}: expected {kind}, got {got}. ")) == (2, True), line

@@ -23,15 +23,11 @@ never_waits = pytest.mark.timeout(60)  # a named pipe that is opened waits for e
 
 
 @pytest.fixture
-def temporary(tmp_path, monkeypatch) -> Path:
+def temporary(public_directory, monkeypatch) -> Path:
     """A folder for temporary files, as /tmp is."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    folder.chmod(0o1777)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(parent.stat().st_mode | 0o011)
-    monkeypatch.setattr(private_ray, "temporary_folders", lambda: [folder])
-    return folder
+    public_directory.chmod(0o1777)
+    monkeypatch.setattr(private_ray, "temporary_folders", lambda: [public_directory])
+    return public_directory
 
 
 def as_other(script: str) -> None:

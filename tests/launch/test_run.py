@@ -44,15 +44,21 @@ def test_a_run_writes_the_files_of_its_directory(workspace, finished_run):
     assert "already done: step 40 of 40; raise train.steps to continue" in again.stderr
 
 
+DELETED = ("config.yaml", "manifest.json", "tokenizer.json", "directory-token")
+
+
 def test_a_killed_rank_changes_no_loss(workspace, finished_run):
     with workspace.start(
         "train", str(workspace.config_file), "run.dir=killed", "checkpoint.every_steps=8", "cluster.hot_standby=true"
     ) as running:
         wait_for_step(workspace, "killed", 10, running)
+        for name in DELETED:  # each attempt reads them
+            (workspace.directory / "killed" / name).unlink()
         victim = next(e for e in events(workspace, "killed") if e["event"] == "attempt-started")["ranks"][1]["pid"]
         os.kill(victim, signal.SIGKILL)
         shown, messages = running.communicate(timeout=90)
         assert (running.returncode, messages) == (0, ""), "everything about a run that succeeds is on standard output: `| tee log`"
+    assert all((workspace.directory / "killed" / name).exists() for name in DELETED), "they are written again"
     failed = [event for event in events(workspace, "killed") if event["event"] == "rank-failed"]
     assert [event["rank"] for event in failed] == [1]
     assert losses(workspace, "killed") == losses(workspace, finished_run)  # bitwise
@@ -63,6 +69,20 @@ def test_a_killed_rank_changes_no_loss(workspace, finished_run):
     assert [event["step"] for event in events(workspace, "killed") if event["event"] == "first-step"] == [1, recomputed]
     checkpoint = f"{workspace.directory}/killed/checkpoints/step-{recomputed - 1:08d}"
     assert re.findall(r"attempt (\d): resumed from step (\d+) \((.*)\)", shown) == [("2", str(recomputed - 1), checkpoint)]
+
+
+@pytest.mark.slow
+def test_a_run_whose_files_are_deleted_ends_well(workspace):
+    with workspace.start("train", str(workspace.config_file), "run.dir=deleted") as running:
+        wait_for_step(workspace, "deleted", 10, running)
+        for name in (*DELETED, "metrics.jsonl", "events.jsonl"):
+            (workspace.directory / "deleted" / name).unlink()
+        assert running.communicate(timeout=90)[1] == ""
+    assert running.returncode == 0
+    for command in (("status", "deleted", "--exit-code"), ("attach", "deleted"), ("checkpoint", "verify", "deleted")):
+        done = workspace.manta(*command)
+        assert done.returncode == 0, done.stderr
+    assert "already done: step 40 of 40" in workspace.train("deleted").stderr
 
 
 FROM_ONE_TO_TWO = pytest.param(1, 2, signal.SIGINT, 130, marks=pytest.mark.slow)
