@@ -1,5 +1,6 @@
 """Follow a file that another process appends to."""
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
@@ -13,18 +14,21 @@ CHUNK = 16 * LONGEST_LINE  # bytes read at a time
 
 
 class Tail:
-    """Returns what was appended after byte `start`, and since the last call. A truncated file is read from its start."""
+    """Returns what was appended after byte `start`, and since the last call. A truncated or replaced file is read from its start."""
 
     def __init__(self, path: Path, start: int = 0) -> None:
         self.path = path
         self._position = start
+        self._inode: int | None = None  # of the file that was read last
 
     def new(self) -> bytes:
         """Return new bytes, up to CHUNK at a time; none if there is no file yet. Raises OSError if it cannot be read."""
         try:
             with open_regular(self.path) as file:
-                if self._position > file.seek(0, 2):
+                inode = os.fstat(file.fileno()).st_ino
+                if self._position > file.seek(0, 2) or self._inode not in {None, inode}:
                     self._position = 0
+                self._inode = inode
                 file.seek(self._position)
                 content = file.read(CHUNK)
         except FileNotFoundError:

@@ -76,7 +76,6 @@ _KEYS: dict[str, dict[str, Any]] = {
     "nodes-appeared": {"ranks": (_Number, ...)},
     "nodes-draining": {"nodes": (list[_Text], ...), "here": (bool, ...)},
     "decided": {"decision": (_Text, ...), "reason": (_Text, ""), "exclude": (list[_Text], []), "leave_out": (list[_Text], [])},
-    "disk-full": {"message": (_Text, ...), "unwritten": (_Number, ...)},
     "leaving": {"signal": (str | None, None)},
     "disk-full": {"message": (_Text, ...), "unwritten": (_Number, ...)},
     "run-ended": {"exit_code": (Annotated[int, AfterValidator(ExitCode)], ...), "message": (_Text, "")},

@@ -1,6 +1,8 @@
 """Read and write configs in YAML 1.1, with differences: 1e-4 is a number, dates and times are text, a key is text and appears only once."""
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -100,9 +102,10 @@ def read_yaml(file: Path, schema: object = None) -> dict[str, Any]:
         text = read_regular(file, MAX_BYTES).decode()
         tree = parse_yaml(text, str(file), schema)
     except OSError as error:
-        names = [path.name for path in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        names = [path.name for path in file.parent.glob("*.y*ml")] if os.path.isdir(file.parent) else []  # noqa: PTH112  it never raises
         remedy = did_you_mean(file.name, names) or "Name a YAML file, such as examples/gpt-tiny.yaml."
-        problem = "a link to a file that does not exist" if file.is_symlink() and not file.exists() else f"an error: {error.strerror}"
+        is_dangling = error.errno == errno.ENOENT and file.is_symlink()
+        problem = "a link to a file that does not exist" if is_dangling else f"an error: {error.strerror}"
         raise ConfigError(f"{file}: expected a config, got {problem}. {remedy}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: expected UTF-8, got another encoding at byte {error.start}. Save it as UTF-8.") from None
