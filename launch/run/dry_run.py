@@ -1,4 +1,4 @@
-"""`--dry-run`: what a command would run, by the config and what exists already. Starts, contacts and writes nothing."""
+"""`--dry-run`: what a command would run, by the config and what exists already. Starts and writes nothing."""
 
 from collections.abc import Iterator
 
@@ -48,6 +48,8 @@ def _files(config: RunConfig) -> Iterator[str]:
     yield f"run: {run_dir.path}: {done if is_finished(run_dir, config) else start}" + (
         f", from the weights of {weights}" if weights else ""
     )
+    if config.data.live:
+        yield "corpus: none, text is tokenized while it is read (data.live)"
+        return
     prepared = run_dir.prepared() if run_dir.has_trained else find_prepared(config.data, config.tokenizer)
-    corpus = ", ".join(prepared.corpora) if prepared else f"to be prepared in {config.data.directory}"
-    yield f"corpus: {'tokenized while it is read (data.live)' if config.data.live else corpus}"
+    yield f"corpus: {', '.join(prepared.corpora) if prepared else f'to be prepared in {config.data.directory}'}"

@@ -75,6 +75,7 @@ def test_ranks_are_shown_for_usual_numbers_of_gpus_if_only_the_nodes_know_theirs
     assert "nodes: 1, one rank per GPU on each" in lines
     assert "with 1 GPU on each: 1 rank x micro batch 4 x accumulation 2 = 8 sequences of 32 tokens per step; fp32, ZeRO-1" in lines
     assert any(line.startswith("with 8 GPUs on each: 6 of 8 ranks will be idle") for line in lines)
+    assert "data.live" in dry_run("train", str(workspace.config_file), "run.dir=never", "data.live=true").stdout
 
 
 def test_a_run_that_exists_is_shown_with_its_step_and_corpus(workspace, dry_run, finished_run):
