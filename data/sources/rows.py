@@ -16,6 +16,8 @@ Kind = Literal["text", "ids"]
 KIND_NAMES: dict[Kind, str] = {"text": "text", "ids": "a list of token ids"}
 
 _FIX_ROW = "Fix or remove the row."
+_OPENED = {b"[", b"{", b"[{"}  # a value that goes on in the next lines
+_ONE_PER_LINE = "Write each object in a line, for example with jq -c 'if type == \"array\" then .[] else . end' FILE."
 _MAX_SHOWN = 12  # fields in an error
 _USUAL_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "passage", "story", "code", "input_ids")
 
@@ -131,9 +133,12 @@ def parse_json(line: bytes) -> dict[str, Any]:
         except UnicodeDecodeError as error:
             raise RowError(f"expected UTF-8, got an {error.reason}. Convert the file.") from None
         except (ValueError, RecursionError) as error:
-            raise RowError(f"expected one JSON object per line, got malformed JSON ({error}). {_FIX_ROW}") from None
+            remedy = _ONE_PER_LINE if line.strip() in _OPENED else _FIX_ROW
+            raise RowError(f"expected one JSON object per line, got malformed JSON ({error}). {remedy}") from None
+    if isinstance(record, list) and record and isinstance(record[0], dict):
+        raise RowError(f"expected one JSON object per line, got a list of objects. {_ONE_PER_LINE}")
     if not isinstance(record, dict):
-        raise RowError(f"expected one JSON object per line, got a {type(record).__name__}. {_FIX_ROW}")
+        raise RowError(f"expected one JSON object per line, got {_type_name(record)}. {_FIX_ROW}")
     return cast("dict[str, Any]", record)
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, cut
 from manta.data.source_config import SourceConfig
 from manta.data.sources.file_formats import SUFFIXES, format_of
 from manta.data.sources.streams import format_suffix
@@ -36,7 +36,7 @@ def select(paths: Sequence[str], source: SourceConfig, *, is_directory: bool) ->
     def leave_out(others: list[str], what: str) -> None:
         nonlocal selected
         if excluded := set(others):
-            notes.append(f"left out {_count(others)} {what}, first {others[0]}")
+            notes.append(f"left out {_count(others)} {what}, first {cut(others[0])}")
             selected = [path for path in selected if path not in excluded]
 
     if is_directory:
@@ -48,7 +48,7 @@ def select(paths: Sequence[str], source: SourceConfig, *, is_directory: bool) ->
     if len(others) < len(splits):
         leave_out(others, "of other splits than train (name them as validation, or as sources of their own)")
     elif others and len(others) < len(selected):
-        notes.append(f"reads {_count(others)} of a name like those of validation and test splits, first {others[0]}")
+        notes.append(f"reads {_count(others)} of a name like those of validation and test splits, first {cut(others[0])}")
     return Selection(selected, notes)
 
 

@@ -15,13 +15,13 @@ import sysconfig
 from pathlib import Path
 
 from manta.data.config_history import as_version_1
-from manta.data.errors import InputError
+from manta.data.errors import InputError, cut
 from manta.data.source_config import SourceConfig
 from manta.data.sources.file_formats import SUFFIXES, TEXT, configured_format, format_of
 from manta.data.sources.selection import check_saved_dataset, select
 from manta.data.sources.streams import COMPRESSION, compression_of, format_suffix, reading
 from manta.data.storage.links import boundary, regular_file
-from manta.data.storage.local import walk
+from manta.data.storage.listing import walk
 from manta.data.storage.location import StoredFile
 from manta.data.storage.store import open_store
 
@@ -79,15 +79,15 @@ def select_files(source: SourceConfig) -> tuple[list[StoredFile], list[str]]:
         if not listing.files and configured_format(source) == "tokens":  # a pair of shards is often named without its suffixes
             listing, is_directory = open_store(f"{glob.escape(location)}.*").find(), True
         paths, notes = select(check_saved_dataset(location, list(listing.files)), source, is_directory=is_directory)
+        for path in paths:
+            _check_format(path, source)
         files = [listing.files[path] or regular_file(path, listing.boundary) for path in paths]
-        for file in files:
-            _check_format(file.path, source)
         if empty := [file.path for file in files if _is_empty(file)]:
             needed = [path for path in empty if len(files) == 1 or format_of(path, source) not in {"text", "json"} or compression_of(path)]
             if needed or len(empty) == len(files):
                 remedy = "Download it again, or remove it from data.sources."
                 raise InputError(f"{(needed or empty)[0]}: expected data, got an empty file. {remedy}")
-            notes.append(f"left out {len(empty)} without content, first {empty[0]}")
+            notes.append(f"left out {len(empty)} without content, first {cut(empty[0])}")
             files = [file for file in files if file.path not in set(empty)]
     if not files:
         found = "none of them" if is_directory else "no such files"
@@ -111,10 +111,17 @@ def dataset_name(source: SourceConfig) -> tuple[str, str | None]:
 
 
 def _check_format(path: str, source: SourceConfig) -> None:
+    if len(path.splitlines()) > 1:  # messages name files, in one line
+        raise InputError(f"{cut(path)}: expected a file name without line breaks, got one. Rename it.")
+    if format_of(path, source) in {"parquet", "arrow"} and path != path.encode(errors="replace").decode():
+        raise InputError(f"{cut(path)}: expected a file name in UTF-8, which pyarrow needs, got another one. Rename it.")
     if not format_of(path, source):
         known = f"{' '.join(sorted(SUFFIXES))}; text and JSON may end in {' '.join(COMPRESSION)}"
         got = format_suffix(path) or "no suffix"
-        raise InputError(f"{path}: expected a known format ({known}), got {got}. Unpack or convert it, or set the source's format.")
+        remedy = (
+            "Convert it, or name its folder as hf:FOLDER" if got in {".csv", ".tsv"} else "Unpack or convert it, or set the source's format"
+        )
+        raise InputError(f"{path}: expected a known format ({known}), got {got}. {remedy}.")
 
 
 def _is_empty(file: StoredFile) -> bool:

@@ -4,7 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, cut
 from manta.data.storage.location import StoredFile
 
 
@@ -20,12 +20,13 @@ def boundary(directory: str) -> str:
     return str(real)
 
 
-def check_link(path: str, boundary: str) -> None:
-    """Raise InputError if a file or folder, with all links followed, is outside of a boundary."""
+def check_link(path: str, boundary: str) -> str:
+    """Return a file or folder with all links followed. Raises InputError if it is outside of the boundary."""
     target = os.path.realpath(path)
     if not f"{target}/".startswith(f"{boundary.rstrip('/')}/"):
-        remedy = f"Name {target} in data.sources, and remove the link"
-        raise InputError(f"{path}: expected a link that stays in {boundary}, got one to {target}, which is not read. {remedy}.")
+        remedy = f"Name {cut(target)} in data.sources, and remove the link"
+        raise InputError(f"{cut(path)}: expected a link that stays in {boundary}, got one to {cut(target)}, which is not read. {remedy}.")
+    return target
 
 
 def regular_file(path: str, boundary: str | None) -> StoredFile:
@@ -41,10 +42,10 @@ def regular_file(path: str, boundary: str | None) -> StoredFile:
     except OSError as error:
         if not is_link:
             raise
-        problem = f"expected a file, got a link to {os.readlink(path)} ({error.strerror})"  # noqa: PTH115
-        raise InputError(f"{path}: {problem}. Restore that file, or remove the link.") from None
+        problem = f"expected a file, got a link to {cut(os.readlink(path))} ({error.strerror})"  # noqa: PTH115
+        raise InputError(f"{cut(path)}: {problem}. Restore that file, or remove the link.") from None
     if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory"}
         kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
-        raise InputError(f"{path}: expected a regular file, got {kind}. Remove it, or write its content to a file.")
+        raise InputError(f"{cut(path)}: expected a regular file, got {kind}. Remove it, or write its content to a file.")
     return StoredFile(path, status.st_size, status.st_mtime_ns)

@@ -1,9 +1,6 @@
 """Files on a local disk, or on a shared one that is mounted."""
 
-import errno
-import glob
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -13,13 +10,13 @@ from typing import Any, BinaryIO
 
 from manta.data.errors import InputError
 from manta.data.storage.atomic import TEMPORARY, write_atomically
-from manta.data.storage.links import boundary, check_link
+from manta.data.storage.links import boundary
+from manta.data.storage.listing import matches, walk
 from manta.data.storage.location import FileListing, StoredFile
 from manta.data.storage.regular_file import MAX_READ, open_regular, read_regular
 
 BLOCK = 1 << 22  # bytes of a block, a multiple of any token id's
 _BUFFER = 1 << 20  # bytes read at once by a stream
-_NOT_A_CORPUS = {"site-packages", "__pycache__", "lost+found"}
 
 
 class LocalStore:
@@ -56,11 +53,8 @@ class LocalStore:
             return FileListing(files=dict.fromkeys(walk(path)), is_directory=True, boundary=boundary(path))
         if os.path.lexists(path):
             return FileListing(files={path: None}, is_directory=False)
-        folder, pattern = _split_glob(path)
-        root, found = boundary(folder), _matches(folder, pattern)
-        for parent in {os.path.dirname(match) for match in found}:  # noqa: PTH120  pathlib is too slow for many files
-            check_link(parent, root)
-        return FileListing(files=dict.fromkeys(found), is_directory=False, boundary=root)
+        files, root = matches(path)
+        return FileListing(files=dict.fromkeys(files), is_directory=False, boundary=root)
 
     def read(self, name: str = "", limit: int = MAX_READ) -> bytes:
         """Raises OSError, also if it is not a regular file, or has more than `limit` bytes."""
@@ -156,48 +150,3 @@ class LocalStore:
         """Return the root, or the nearest parent that exists."""
         path = self.path.absolute()
         return next(each for each in (path, *path.parents) if os.path.lexists(each))
-
-
-def walk(directory: str, *, follow_all: bool = False) -> Iterator[str]:
-    """Yield every file below, sorted, without hidden, installed and compiled ones.
-
-    Raises InputError for a folder that is a link out of the directory, unless `follow_all`.
-    """
-    seen: set[tuple[int, int]] = set()  # a link may point to a parent
-    root = boundary(directory)
-    for folder, children, names in os.walk(directory, onerror=_raise, followlinks=True):
-        status = Path(folder).stat()
-        inode = (status.st_dev, status.st_ino)
-        if inode in seen:
-            children[:] = []
-            continue
-        seen.add(inode)
-        children[:] = sorted(child for child in children if child not in _NOT_A_CORPUS and not child.startswith("."))
-        for child in () if follow_all else children:
-            check_link(f"{folder}/{child}", root)
-        yield from (str(Path(folder, name)) for name in sorted(names) if not name.startswith("."))
-
-
-def _split_glob(path: str) -> tuple[str, str]:
-    """Split a glob into the folder that it names, and the pattern below. A folder that exists with wildcards in its name is meant."""
-    folder, parts = Path(), Path(path).parts
-    for index, part in enumerate(parts[:-1]):
-        is_literal = not glob.has_magic(re.sub(r"\[[*?[]\]", "", part))  # glob.escape writes such brackets
-        if not is_literal and not (folder / part).is_dir():
-            return str(folder), str(Path(*parts[index:]))
-        folder /= re.sub(r"\[([*?[])\]", r"\1", part) if is_literal else part
-    return str(folder), parts[-1]
-
-
-def _matches(folder: str, pattern: str) -> list[str]:
-    """Return the files that a glob matches, sorted. Raises PermissionError for a folder of the glob that cannot be read."""
-    path = Path(glob.escape(folder), pattern)
-    levels = path.parents[: len(Path(pattern).parts)]
-    for parent in (parent for level in levels for parent in glob.iglob(f"{level}/", recursive=True)):  # noqa: PTH207  absolute
-        if not os.access(parent, os.R_OK | os.X_OK, effective_ids=True) and Path(parent).name not in _NOT_A_CORPUS:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), parent)
-    return sorted(match for match in glob.glob(str(path), recursive=True) if not os.path.isdir(match))  # noqa: PTH112, PTH207
-
-
-def _raise(error: OSError) -> None:
-    raise error

@@ -61,7 +61,7 @@ CORPORA = {
     "no documents": ("x.jsonl", lambda path: path.write_bytes(b"\n\n"), r"x\.jsonl.*: expected documents, got none\. Add text\."),
     "unknown format": ("x.docx", lambda path: path.write_bytes(b"PK"), r"x\.docx: expected a known format"),
     "malformed line": ("x.jsonl", lines(b'{"text": "cut sho'), LINE + "expected one JSON object per line, got malformed JSON"),
-    "no object": ("x.jsonl", lines(b"[1]"), LINE + "expected one JSON object per line, got a list"),
+    "no object": ("x.jsonl", lines(b"[1]"), LINE + "expected one JSON object per line, got list"),
     "missing field": ("x.jsonl", lines(b'{"body": "x"}'), LINE + r"expected a field 'text', got 'body'\. Set data\.text_field"),
     "wrong type": ("x.jsonl", lines(b'{"text": 5}'), LINE + "field 'text': expected text, got int"),
     "null": ("x.jsonl", lines(b'{"text": null}'), LINE + "field 'text': expected text, got null"),

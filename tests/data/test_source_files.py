@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from source_reading import error_of, read, splits_of, write_file
+from source_reading import error_of, read, splits_of, write_file, write_parquet
 
 from manta.data.errors import InputError
 from manta.data.source_config import SourceConfig
 from manta.data.sources import splits
 from manta.data.sources.source import holds_token_files, identity, source_files, validation_source
+from manta.data.storage.store import open_store
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 
@@ -48,6 +49,11 @@ def test_a_missing_empty_or_unknown_file_is_refused(tmp_path):
     assert "got an empty file" in error_of(write_file(tmp_path / "empty.jsonl", b""))
     assert "expected a known format (.arrow .bin .c" in error_of(write_file(tmp_path / "x.docx", b"x"))
     assert "expected a known format" in error_of(write_file(tmp_path / "x.parquet.gz", b"x"))
+    assert error_of(write_file(tmp_path / "x.csv", b"x")).endswith("got .csv. Convert it, or name its folder as hf:FOLDER.")
+    assert error_of(write_file(tmp_path / "x.tar.gz", b"x")).endswith("got .tar. Unpack or convert it, or set the source's format.")
+    assert error_of(write_file(tmp_path / "x.TGZ", b"x")).endswith("got .tgz. Unpack or convert it, or set the source's format.")
+    (tmp_path / "empty.jsonl").unlink()
+    assert f"got none of them (left out 5 files by format, first {tmp_path}/x.TGZ). Name a file" in error_of(tmp_path)
 
 
 @pytest.fixture
@@ -75,8 +81,31 @@ def test_links_inside_of_a_directory_and_links_that_the_user_names_are_followed(
     (corpus.parent / "other").symlink_to(corpus)
     (corpus.parent / "named.txt").symlink_to("secret.txt")
     assert read(corpus) == read(corpus.parent / "other" / "**" / "*.txt") == ["text", "text"]
+    (corpus / "loop").symlink_to(".")
+    assert read(corpus) == read(corpus / "**" / "*.txt") == ["text", "text"]
     assert read(corpus.parent / "named.txt") == ["a secret"]
     assert read(corpus.parent / "*.txt") == ["a secret", "a secret"]
+
+
+def test_many_links_to_a_parent_cost_nothing(corpus):
+    for number in range(5):
+        (corpus / f"loop{number}").symlink_to(".")
+    for path in (corpus, corpus / "**", corpus / "**" / "**" / "*.txt", corpus / "*" / "*" / "*.txt", corpus / "*" / "*" / "*" / "*.txt"):
+        assert read(path) == ["text"], path
+
+
+PATTERNS = "* *.txt ** **/*.txt */** **/a/* a/**/b/* [ab]/* a*/? .* .h/* **/.h x/* a.txt/* none/* none/**/x a/b/c.txt"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.split())
+def test_globs_match_what_glob_matches(tmp_path, monkeypatch, pattern):
+    for name in ("a.txt", ".h/a.txt", "a/a.txt", "a/b/c.txt", "a/b/a/b/d.txt", "a/.h", "b/x", "b/site-packages/y.txt", "ab/c"):
+        write_file(tmp_path / name, b"x")
+    monkeypatch.chdir(tmp_path)
+    for path in (pattern, f"{tmp_path}/{pattern}", f"./a/../{pattern}"):
+        found = glob.glob(path, recursive=True)  # noqa: PTH207
+        expected = sorted(str(Path(match)) for match in found if Path(match).is_file())
+        assert list(open_store(path).find().files) == expected
 
 
 def test_a_snapshot_in_the_cache_of_hugging_face_is_read(tmp_path):
@@ -105,6 +134,12 @@ def test_what_is_no_regular_file_is_refused_and_never_opened(corpus):
         named = message if "stays in" not in message else f"{path}: expected a regular file, got a device. Remove it"
         assert named in error_of(path)
         path.unlink()
+    write_parquet(corpus / "x.parquet", text=["a"])
+    (corpus / "x.parquet").rename(corpus / "\udcff.parquet")
+    assert "expected a file name in UTF-8, which pyarrow needs, got another one. Rename it." in error_of(corpus)
+    (corpus / "\udcff.parquet").rename(corpus / "a\nb.txt")
+    assert error_of(corpus) == f"{corpus}/a\\nb.txt: expected a file name without line breaks, got one. Rename it."
+    (corpus / "a\nb.txt").unlink()
     os.mkfifo(corpus / "notes")  # of no format: not a part of the source
     assert read(corpus) == ["text"]
 

@@ -113,7 +113,9 @@ BAD_LINES = [
     (b'{"text": 7}', "field 'text': expected text, got int"),
     (b'{"text": null}', "field 'text': expected text, got null"),
     (b'{"text": [7.5]}', "field 'text': expected text, got list"),
-    (b'["text"]', "expected one JSON object per line, got a list"),
+    (b'["text"]', "expected one JSON object per line, got list"),
+    (b'[{"text": "a"}]', "expected one JSON object per line, got a list of objects. Write each object in a line, for example with jq -c"),
+    (b"{", "Write each object in a line, for example with jq -c"),
     (b'{"text": "\xff"}', "expected UTF-8"),
     (b'{"text": "\\ud800"}', "lone surrogate"),
 ]
