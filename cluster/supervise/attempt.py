@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from manta.cluster.config import ClusterConfig
 from manta.cluster.job import Job
-from manta.cluster.machine import Machine
+from manta.cluster.machine import Machine, gpus
 from manta.cluster.nodes.placement import NodeAllocation
 from manta.cluster.nodes.report import NodeFacts, RankStatus
 from manta.cluster.protocol import Env, ExitCode
@@ -15,7 +15,7 @@ from manta.cluster.supervise.event_log import POLL, Event
 from manta.cluster.supervise.failure import STOPPED, Cause, Failure, failure_of, first_failure, is_peer_failure
 from manta.cluster.supervise.hangs import HangLimits, detect_hang, hang_limits
 from manta.cluster.supervise.requests import StopRequests
-from manta.cluster.supervise.stragglers import WorkHistory, find_stragglers
+from manta.cluster.supervise.stragglers import LASTING, WorkHistory, find_stragglers
 
 if TYPE_CHECKING:  # they import Ray, which must not be imported before its environment is set
     from manta.cluster.nodes.capacity import Capacity
@@ -66,6 +66,7 @@ class Attempt:
             return failure
         yield self._start()
         all_loaded, all_stepped, history = False, False, WorkHistory()
+        lasting = LASTING if is_one_machine_without_gpus(self.nodes.allocations) else 0.0
         while True:
             statuses = self.nodes.poll(self._poll_interval)
             if not all_loaded and statuses and all(status.resumed_from is not None for status in statuses):
@@ -84,7 +85,7 @@ class Attempt:
             limits = hang_limits(statuses, start=self.config.start_timeout, step=self.config.step_timeout)
             if detect_hang(statuses, limits):
                 return (yield from self._hang(statuses, limits))
-            history, stragglers = find_stragglers(statuses, history)
+            history, stragglers = find_stragglers(statuses, history, now=time.monotonic(), lasting=lasting)
             for straggler in stragglers:
                 yield self._event("rank-slow", node=self.nodes.facts[self._node_by_rank[straggler.rank]]["host"], **asdict(straggler))
             yield self._progress(statuses)
@@ -206,6 +207,11 @@ class Attempt:
 
     def _event(self, kind: str, **details: Any) -> Event:
         return Event(kind=kind, attempt=self.number, time=time.time(), details=details)
+
+
+def is_one_machine_without_gpus(nodes: Sequence[NodeAllocation]) -> bool:
+    """Whether all ranks share the cores of one machine. A local Ray does not count GPUs, so this machine's are counted here."""
+    return len({node.machine.host for node in nodes}) == 1 and not any(node.machine.gpus for node in nodes) and not gpus()
 
 
 def location(machine: Machine) -> dict[str, str]:

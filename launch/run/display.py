@@ -130,7 +130,7 @@ class Display:
                 ratio = details.get("ratio") or details["times"]  # times: the name in older event logs
                 straggler = f"rank {details['rank']} on {details['node']} is {ratio:.1f}x slower than the median rank"
                 times = f"{details['work']:.3g} s of compute in step {details['step']}, median {details['median']:.3g} s"
-                return f"{attempt}: {straggler}: {times}; all ranks wait for it"
+                return f"{attempt}: {straggler}: {times}; all ranks wait for it. Look for other work on that machine (top, nvidia-smi)."
             case "node-ready" if details.get("differs"):
                 versions = ", ".join(details["differs"])
                 return f"{details['host']} ({details['address']}): package versions differ from this machine's: {versions}"

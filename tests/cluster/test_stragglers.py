@@ -1,15 +1,19 @@
 """A straggler is reported, once; and how long a step may take is learned."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from fake_run import FakeRun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manta.cluster.machine import Machine
+from manta.cluster.nodes.placement import NodeAllocation
 from manta.cluster.nodes.report import RankStatus
+from manta.cluster.supervise.attempt import is_one_machine_without_gpus
 from manta.cluster.supervise.hangs import MAX_STEP_LIMIT, MIN_INTERVALS, MIN_STEP_LIMIT, hang_limits
-from manta.cluster.supervise.stragglers import CHECKS, WorkHistory, find_stragglers
+from manta.cluster.supervise.stragglers import CHECKS, LASTING, WorkHistory, find_stragglers
 
 works = st.floats(0.05, 100.0)
 
@@ -61,6 +65,33 @@ def test_a_straggler_is_reported_again_only_after_it_recovered():
     assert reported([slow] * 9 + [between] * 30 + [slow] * 9) == [(2, CHECKS - 1)]
     assert reported([slow] * 9 + [recovered] * (CHECKS - 1) + [slow] * 9) == [(2, CHECKS - 1)]
     assert reported([slow] * 9 + [recovered] * CHECKS + [slow] * 9) == [(2, CHECKS - 1), (2, 9 + CHECKS + CHECKS - 1)]
+
+
+def reported_after(steps, *, lasting):
+    """Return the seconds after which rank 1 is reported, if a step takes one. steps: whether it is slow."""
+    history = WorkHistory()
+    for second, is_slow in enumerate(steps):
+        statuses = [status(0, second, 1.0), status(1, second, 2.0 if is_slow else 1.0)]
+        history, new = find_stragglers(statuses, history, now=float(second), lasting=lasting)
+        if new:
+            return second
+    return None
+
+
+def test_where_other_programs_run_a_rank_is_reported_only_if_it_stays_slow():
+    assert reported_after([True] * 100, lasting=LASTING) == LASTING
+    assert reported_after([False] * 20 + [True] * 100, lasting=LASTING) == 20 + LASTING
+    assert reported_after(([True] * 29 + [False]) * 20, lasting=LASTING) is None
+
+
+def test_one_machine_without_gpus_is_told_from_others(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    one, other = (Machine(id=host, host=host, address="127.0.0.1", port=1, cpus=2) for host in ("laptop", "other"))
+    assert is_one_machine_without_gpus([NodeAllocation(one, 2), NodeAllocation(one, 2)])
+    assert not is_one_machine_without_gpus([NodeAllocation(one, 2), NodeAllocation(other, 2)])
+    assert not is_one_machine_without_gpus([NodeAllocation(replace(one, gpus=2), 2)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert not is_one_machine_without_gpus([NodeAllocation(one, 2)])
 
 
 def test_one_of_two_ranks_and_two_of_four_are_found():
