@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -27,9 +26,8 @@ from manta.cluster.machine import address_towards, nvlink_domain
 from manta.cluster.protocol import ExitCode, deny_writes_by_others, raise_open_files_limit
 from manta.cluster.ray.errors import RayStartError
 from manta.cluster.ray.hosts import NVLINK_DOMAIN_LABEL, OBJECT_STORE_BYTES
-from manta.cluster.ray.temporary import make_scratch, object_store_folder
+from manta.cluster.ray.temporary import HOST_PREFIX, make_scratch, object_store_folder, remove_stale_folders, token_file
 
-PREFIX = "manta-host-"
 MIN_BACKOFF = 1.0  # seconds before a raylet is started again; doubles
 MAX_BACKOFF = 30.0
 SHUTDOWN_TIMEOUT = 5.0  # seconds that a raylet has to end
@@ -52,8 +50,9 @@ def main() -> int:
         signal.signal(number, close_later)
     threading.Thread(target=_wait_for_end_of_input, args=(closing,), daemon=True).start()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process, so that it finds them
+    remove_stale_folders()
     try:
-        scratch = make_scratch(PREFIX)
+        scratch = make_scratch(HOST_PREFIX)
     except RayStartError as error:
         sys.stderr.write(f"{socket.gethostname()}: {error}\n")
         return ExitCode.FAILED
@@ -71,18 +70,16 @@ def _wait_for_end_of_input(closing: threading.Event) -> None:
 
 
 def _supervise(settings: Mapping[str, Any], scratch: Path, closing: threading.Event) -> None:
-    token = scratch / f"token-{secrets.token_hex(4)}"
-    with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123  pathlib takes no mode
-        file.write(settings["token"])
-    backoff, number = MIN_BACKOFF, 0
-    while not closing.is_set():
-        number += 1
-        started = time.monotonic()
-        directory = scratch / f"r{number}"
-        directory.mkdir()
-        _run_raylet(settings, token, directory, closing)
-        backoff = MIN_BACKOFF if time.monotonic() - started > 60 else min(MAX_BACKOFF, 2 * backoff)
-        closing.wait(backoff)
+    with token_file(scratch, settings["token"]) as token:
+        backoff, number = MIN_BACKOFF, 0
+        while not closing.is_set():
+            number += 1
+            started = time.monotonic()
+            directory = scratch / f"r{number}"
+            directory.mkdir()
+            _run_raylet(settings, token, directory, closing)
+            backoff = MIN_BACKOFF if time.monotonic() - started > 60 else min(MAX_BACKOFF, 2 * backoff)
+            closing.wait(backoff)
 
 
 def _run_raylet(settings: Mapping[str, Any], token: Path, directory: Path, closing: threading.Event) -> None:

@@ -4,7 +4,6 @@ Ray reads its environment when it is imported, so no module may import it before
 """
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
@@ -14,9 +13,7 @@ import secrets
 import shutil
 import signal
 import socket
-import stat
 import subprocess
-import time
 import warnings
 from collections.abc import Generator
 from pathlib import Path
@@ -26,10 +23,8 @@ import psutil
 
 from manta.cluster.ray.errors import RayStartError
 from manta.cluster.ray.hosts import OBJECT_STORE_BYTES
-from manta.cluster.ray.temporary import make_scratch, object_store_folder, temporary_folders
+from manta.cluster.ray.temporary import PREFIX, make_scratch, object_store_folder, remove_stale_folders, token_file
 
-PREFIX = "manta-ray-"
-TOKEN = "token"  # noqa: S105  the name of its file
 HEALTH = {  # a lost node is noticed after about 10 s, not after a minute
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
@@ -56,12 +51,12 @@ def private_ray(address: str, *, cpus: int) -> Generator[Path]:
     Raises RayStartError.
     """
     _check_address(address)
-    _remove_stale_directories()
+    remove_stale_folders()
     scratch = make_scratch(PREFIX)
     _processes.clear()
     _scratch[:] = [scratch]
     try:
-        with _token_file(scratch) as token, _environment(token), quiet_ray():
+        with token_file(scratch, _secret()) as token, _environment(token), quiet_ray():
             import ray
 
             try:
@@ -236,42 +231,3 @@ def _environment(token: Path) -> Generator[None]:
 def _secret() -> str:
     """Return this process's token: Ray reads it once and keeps it, even if it is started again with another one."""
     return secrets.token_hex(32)
-
-
-@contextlib.contextmanager
-def _token_file(scratch: Path) -> Generator[Path]:
-    """Write the token, without which anyone who reaches Ray's ports could run code. Only its path is in an environment.
-
-    The file is locked while the run lasts: the lock tells a directory in use from one of a killed run.
-    """
-    path = scratch / TOKEN
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123  pathlib takes no mode
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(_secret())
-        file.flush()
-        yield path
-
-
-def _remove_stale_directories() -> None:
-    """Remove the directories of this user's killed runs. Only those older than a minute: a younger one may not be locked yet.
-
-    Any user can make a directory of such a name here. What another user made is not even opened: opening a named pipe would wait for ever.
-    """
-    for directory in [path for folder in temporary_folders() for path in folder.glob(f"{PREFIX}*")]:
-        with contextlib.suppress(OSError):  # locked, or just removed
-            if not (_is_own(directory, stat.S_IFDIR) and _is_own(directory / TOKEN, stat.S_IFREG)):
-                continue
-            with open(directory / TOKEN, opener=_open_at_once) as token:
-                if time.time() - os.fstat(token.fileno()).st_mtime > 60:
-                    fcntl.flock(token, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(directory, ignore_errors=True)
-
-
-def _is_own(path: Path, kind: int) -> bool:
-    """Return whether this user made it and it is of that kind. Links are not followed."""
-    status = path.lstat()
-    return status.st_uid == os.geteuid() and stat.S_IFMT(status.st_mode) == kind
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

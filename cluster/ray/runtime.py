@@ -14,7 +14,8 @@ from pathlib import Path
 
 from manta.cluster.ray.errors import NoClusterError
 from manta.cluster.ray.hosts import Host, running
-from manta.cluster.ray.private_ray import TOKEN, gcs_address, private_ray, quiet_init, quiet_ray, quiet_warnings
+from manta.cluster.ray.private_ray import gcs_address, private_ray, quiet_init, quiet_ray, quiet_warnings
+from manta.cluster.ray.temporary import TOKEN
 
 ONE_NODE_ADDRESS = "127.0.0.1"  # with this address Ray listens on it alone; with any other it listens on all of the machine's
 # The head's address for nodes on this machine. They would replace 127.0.0.1 by the outward address, which a laptop loses on a new network.

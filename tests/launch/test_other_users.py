@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from manta.cluster.protocol import deny_writes_by_others
-from manta.cluster.ray import private_ray
+from manta.cluster.ray import temporary as temporary_folders
 from manta.cluster.ray.errors import NoClusterError
 from manta.cluster.ray.runtime import JoinedRay
 from manta.data.errors import InputError
@@ -26,7 +26,7 @@ never_waits = pytest.mark.timeout(60)  # a named pipe that is opened waits for e
 def temporary(public_directory, monkeypatch) -> Path:
     """A folder for temporary files, as /tmp is."""
     public_directory.chmod(0o1777)
-    monkeypatch.setattr(private_ray, "temporary_folders", lambda: [public_directory])
+    monkeypatch.setattr(temporary_folders, "temporary_folders", lambda: [public_directory])
     return public_directory
 
 
@@ -47,7 +47,8 @@ def stale(directory: Path) -> Path:
 
 @never_waits
 def test_only_what_killed_runs_left_is_removed(temporary):
-    left = stale(temporary / "manta-ray-left")
+    left, host = stale(temporary / "manta-ray-left"), stale(temporary / "manta-host-left")
+    os.utime(left / "token")  # a moment ago
     pipe, elsewhere = temporary / "manta-ray-pipe", stale(temporary / "elsewhere")
     pipe.mkdir()
     os.mkfifo(pipe / "token")
@@ -56,9 +57,10 @@ def test_only_what_killed_runs_left_is_removed(temporary):
     (temporary / "manta-ray-inner/token").symlink_to(elsewhere / "token")
     (temporary / "manta-ray-file").touch()
     stale(temporary / "manta-ray-young")
-    os.utime(temporary / "manta-ray-young/token")
-    private_ray._remove_stale_directories()
+    (temporary / "manta-ray-young/token").write_text("")  # and not locked yet
+    temporary_folders.remove_stale_folders()
     assert not left.exists()
+    assert not host.exists()
     names = {path.name for path in temporary.iterdir()}
     assert names == {"elsewhere", *(f"manta-ray-{name}" for name in ("pipe", "link", "inner", "file", "young"))}
     assert (elsewhere / "token").exists()
@@ -74,7 +76,7 @@ def test_another_user_s_directory_is_never_opened(temporary):
     old = time.time() - 3600
     for name in ("theirs/token", "fifo/token"):
         os.utime(temporary / f"manta-ray-{name}", (old, old))
-    private_ray._remove_stale_directories()
+    temporary_folders.remove_stale_folders()
     assert (temporary / "manta-ray-theirs/token").exists()
 
 
