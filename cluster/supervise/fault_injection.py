@@ -4,6 +4,7 @@ import asyncio
 import os
 import resource
 import signal
+import subprocess
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,9 @@ Fault = Literal["kill", "stop", "slow", "full", "agent", "node"]
 # A slowed rank gets a quarter of its time. Suspensions are frequent, so that each forward pass meets one, even in a small model; and longer
 # than the differences that straggler detection ignores.
 SUSPENDED, RESUMED = 0.015, 0.005  # seconds, alternating
-REMAINING_SPACE = 1 << 16  # bytes by which a rank's files may still grow when its disk is full
+REMAINING_SPACE = 1 << 16  # bytes on a full disk; and by which a rank's files may still grow where nothing can be mounted
+# Ends with standard input, and so with the injector, however that ends.
+FULL_DISK = f'mount -t tmpfs -o size={REMAINING_SPACE} tmpfs "$0" && echo full && read _; umount -l "$0"'
 
 
 class FaultInjector:
@@ -21,11 +24,12 @@ class FaultInjector:
 
     def __init__(self) -> None:
         self._slowed: set[int] = set()
+        self._disk: subprocess.Popen[bytes] | None = None
 
     async def ready(self) -> None:
         """Answers once the actor has started."""
 
-    async def inject(self, fault: Fault, pid: int) -> None:
+    async def inject(self, fault: Fault, pid: int, checkpoints: str = "") -> None:
         """Inject a fault into a rank, by its process id. A fault that does not end the rank lasts until `clear`."""
         rank = psutil.Process(pid)
         match fault:
@@ -36,7 +40,8 @@ class FaultInjector:
             case "slow":
                 await self._slow_down(rank)
             case "full":
-                _limit_file_size(rank, _largest_open_file(rank) + REMAINING_SPACE)
+                if not self._mount_full_disk(checkpoints):
+                    _limit_file_size(rank, _largest_open_file(rank) + REMAINING_SPACE)
             case "agent":
                 os.kill(rank.ppid(), signal.SIGKILL)
             case "node":
@@ -48,6 +53,15 @@ class FaultInjector:
         rank = psutil.Process(pid)
         rank.resume()
         _limit_file_size(rank, resource.RLIM_INFINITY)
+        if self._disk is not None:
+            self._disk.communicate()
+
+    def _mount_full_disk(self, directory: str) -> bool:
+        """Hide the directory behind a small disk. False if this user may not mount one."""
+        command = ["setsid", "--fork", "--wait", "sh", "-c", FULL_DISK, directory]  # not a child: Ray would kill it with the actor
+        self._disk = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert self._disk.stdout is not None
+        return self._disk.stdout.readline() == b"full\n"
 
     async def _slow_down(self, rank: psutil.Process) -> None:
         self._slowed.add(rank.pid)

@@ -183,7 +183,7 @@ class FaultScript:
         self._clear(injector)
 
     def _disk_full(self, result: FaultResult) -> Script[None]:
-        """Let no file of a rank grow until a save has failed."""
+        """Leave no room for checkpoints until a save has failed."""
         injector, when = self._inject("full")
         lines = self._monitor.lines
         failed = yield from wait_for(lambda: next((one for one in lines if one["time"] > when and one.get("checkpoint/failures")), None))
@@ -239,7 +239,7 @@ class FaultScript:
         injector = on_machine(FaultInjector, self._monitor.node_id(rank["node"])).remote()
         ray.get(injector.ready.remote(), timeout=ACTOR_TIMEOUT)
         when = time.time()
-        done = injector.inject.remote(fault, rank["pid"])
+        done = injector.inject.remote(fault, rank["pid"], str(self._monitor.run.open_checkpoints()))
         if fault not in {"slow", "node"}:  # the one lasts, the other ends the actor
             ray.get(done, timeout=ACTOR_TIMEOUT)
         return injector, when

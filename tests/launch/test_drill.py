@@ -1,10 +1,14 @@
 """`manta drill`: a run survives all injected faults, and one whose losses change fails."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
+from run_process import until
 
 # Forward passes take longer than the 10 ms per step that straggler detection ignores.
 BATCH = ("train.global_batch=64", "train.micro_batch=32")
@@ -62,3 +66,28 @@ def test_a_drill_is_refused_on_targets_that_take_over_the_run(workspace, target,
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert f"got {target}, which runs only whole jobs. Run the command {where}" in refused.stderr
     assert not list(workspace.directory.glob("run-drill*"))
+
+
+@pytest.mark.root
+def test_a_full_disk_is_a_real_one_and_ends_with_the_injector(tmp_path):
+    (tmp_path / "older").write_text("checkpoint")
+    program = "import asyncio, os, sys; from manta.cluster.supervise.fault_injection import FaultInjector; injector = FaultInjector(); "
+    program += "asyncio.run(injector.inject('full', os.getpid(), sys.argv[1])); print('full', flush=True); sys.stdin.readline(); "
+    program += "asyncio.run(injector.clear(os.getpid())); print('clear', flush=True); sys.stdin.readline()"
+    command = [sys.executable, "-P", "-c", program, str(tmp_path)]
+    for ends_by_itself in (True, False):
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as injector:
+            assert injector.stdout.readline() == b"full\n"
+            if not os.path.ismount(tmp_path):
+                pytest.skip("no file system can be mounted")
+            assert not list(tmp_path.iterdir())
+            with pytest.raises(OSError, match="No space left on device"):
+                (tmp_path / "newer").write_bytes(bytes(1 << 20))
+            if ends_by_itself:
+                injector.stdin.write(b"\n")
+                injector.stdin.flush()
+                assert injector.stdout.readline() == b"clear\n"
+                assert not os.path.ismount(tmp_path)
+            injector.kill()
+        until(lambda: not os.path.ismount(tmp_path), within=10)
+        assert [path.name for path in tmp_path.iterdir()] == ["older"]
