@@ -28,7 +28,8 @@ from manta.launch.targets.paths import location_problems
 from manta.launch.terminal import notify
 
 CONFIG = "run.yaml"
-TIMEOUT = 30.0  # seconds for the dashboard to answer
+CHECK_TIMEOUT = 10.0  # seconds for the dashboard to answer at first
+TIMEOUT = 120.0  # seconds for any later answer: a busy machine takes long to accept a job
 AGENT_TIMEOUT = 30.0  # seconds in which a Ray that has just started has an agent that runs jobs
 NO_AGENT = "No available agent to submit job"  # Ray's words
 LONGEST = 300  # characters of an error of Ray's
@@ -168,7 +169,7 @@ def host_of(key: str, address: str) -> str:
 def _accepts_anyone(address: str) -> bool:
     """Return whether the dashboard answers without a token."""
     try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=TIMEOUT) as answer:  # noqa: S310  http or https: --on is checked
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=CHECK_TIMEOUT) as answer:  # noqa: S310  http or https: --on is checked
             if answer.headers.get_content_type() != "application/json":
                 raise ValueError
     except urllib.error.HTTPError as error:
