@@ -26,7 +26,9 @@ from manta.data.sampling.order import BlockOrder, Order, Permutation
 from manta.data.sampling.packed_windows import PackedDataset, ShardPacking, load_packing
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest, PreparedData, digest, load_corpora
+from manta.data.shards.shard import Shard
 from manta.data.shards.windows import CutDataset, TokenStream, WindowDataset, Windows, WindowShape, check_indices
+from manta.data.source_config import SourceConfig
 from manta.data.tokenizer.tokenizer import Tokenizer
 
 _SURELY_HELD_OUT = 20  # expected documents: that there are none has a chance of 2e-9, unless documents are equal
@@ -101,22 +103,27 @@ class SourceSampler:
     max_epochs: float | None
 
     @classmethod
-    def create(cls, name: str, streams: Sequence[TokenStream], dataset: WindowDataset, data: DataConfig, seed: int) -> "SourceSampler":
+    def create(
+        cls, sources: Sequence[SourceConfig], streams: Sequence[TokenStream], dataset: WindowDataset, data: DataConfig, seed: int
+    ) -> "SourceSampler":
         """In a mixture the order's key depends on the source's name alone, so other sources can be added and removed."""
+        name = ", ".join(source.resolved_name for source in sources)
         if data.mixture:
             seed = int(hashed(seed, _SOURCE, int(digest(name)[:16], 16))[0])
         blocks = data.shuffle_shards
         order = Order(len(dataset), seed) if blocks is None else BlockOrder(dataset.counts, seed, shards_per_block=blocks)
-        sources = [source for source in data.sources if source.resolved_name == name or not data.mixture]
         limits = [source.epochs for source in sources if source.epochs is not None]
         return cls(name=name, streams=tuple(streams), dataset=dataset, order=order, max_epochs=min(limits, default=None))
 
     def prefetch(self, number: int) -> None:
         """Start to download the remote shards of this source's sample `number` and of the samples after it."""
-        shards = [(stream, shard) for stream in self.streams for shard in stream.shards]
+        shards = [(stream.home, shard) for stream in self.streams for shard in stream.shards]
         upcoming = range(len(shards)) if isinstance(self.order, Order) else self.order.upcoming_shards(number)
-        for stream in self.streams:
-            stream.home.prefetch(shards[index][1] for index in upcoming if shards[index][0] is stream)
+        by_home: dict[CorpusDirectory, list[Shard]] = {}
+        for index in upcoming:
+            by_home.setdefault(shards[index][0], []).append(shards[index][1])
+        for home, upcoming_shards in by_home.items():
+            home.prefetch(upcoming_shards)
 
 
 class Sampler:
@@ -204,12 +211,12 @@ def _open_datasets(data: DataConfig, corpora: OpenCorpora, shape: WindowShape, *
     held_out = [TokenStream(home, corpus.validation.shards) for home, corpus in corpora]
     validation = dataset(held_out, [packing.validation for packing in packings], by_shard=False)
     _check_text(data, corpora, [len(single) for single in singles], len(validation), shape)
-    names = [source.resolved_name for source in data.sources]
     if data.mixture:
-        sources = zip(names, streams, singles, strict=True)
-        samplers = [SourceSampler.create(name, [stream], single, data, seed) for name, stream, single in sources]
+        sources = zip(data.sources, streams, singles, strict=True)
+        samplers = [SourceSampler.create([one], [stream], single, data, seed) for one, stream, single in sources]
     else:
-        samplers = [SourceSampler.create(", ".join(names), streams, dataset(streams, train_packings, by_shard=by_shard), data, seed)]
+        together = dataset(streams, train_packings, by_shard=by_shard)
+        samplers = [SourceSampler.create(data.sources, streams, together, data, seed)]
     return Sampler(samplers, data), validation
 
 

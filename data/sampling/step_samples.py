@@ -28,12 +28,13 @@ class Timeline:
     def __init__(self, *, sequence_length: int, global_batch: int, ramp: Stages = (), curriculum: Stages = ()) -> None:
         """ramp: (tokens, global batch) pairs; curriculum: (tokens, sequence length) pairs. The first pair of each is at 0 tokens."""
         batches, lengths = list(ramp) or [(0, global_batch)], list(curriculum) or [(0, sequence_length)]
+        batch_starts, length_starts = [start for start, _ in batches], [start for start, _ in lengths]
         stages: list[TimelineStage] = []
         for tokens in sorted({start for start, _ in (*batches, *lengths)}):
             step, sample = _first_step_from(tokens, stages[-1], sequence_length) if stages else (0, 0)
             if stages and step == stages[-1].first_step:  # the previous stage is shorter than a step
                 stages.pop()
-            batch, length = _value_at(batches, tokens), _value_at(lengths, tokens)
+            batch, length = _value_at(batches, batch_starts, tokens), _value_at(lengths, length_starts, tokens)
             stages.append(TimelineStage(first_step=step, first_sample=sample, global_batch=batch, sequence_length=length))
         self.stages = tuple(stages)
         self.sequence_length = sequence_length
@@ -59,5 +60,5 @@ def _first_step_from(tokens: int, stage: TimelineStage, sequence_length: int) ->
     return stage.first_step + steps, stage.first_sample + steps * stage.global_batch
 
 
-def _value_at(stages: Stages, tokens: int) -> int:
-    return next(value for start, value in reversed(stages) if start <= tokens)
+def _value_at(stages: Stages, starts: Sequence[int], tokens: int) -> int:
+    return stages[bisect_right(starts, tokens) - 1][1]

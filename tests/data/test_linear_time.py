@@ -8,6 +8,11 @@ from collections.abc import Callable
 import pytest
 from small_corpora import config
 
+from manta.data.config import CacheConfig, DataConfig
+from manta.data.sampling.samples import SourceSampler
+from manta.data.sampling.step_samples import Timeline
+from manta.data.shards.corpus_directory import CorpusDirectory
+from manta.data.shards.windows import CutDataset, TokenStream, WindowShape
 from manta.data.source_config import SourceConfig
 from manta.data.sources.splits import input_splits
 from manta.data.tokenizer.train import train
@@ -47,3 +52,24 @@ def test_planning_of_small_files_is_linear(tmp_path):
         assert len(input_splits(SourceConfig(path=str(folder)), config(tmp_path, folder))) == 1
 
     assert_linear(plan, 2500)
+
+
+def test_a_timeline_of_many_stages_is_linear():
+    def plan(stages: int) -> None:
+        Timeline(sequence_length=64, global_batch=8, ramp=[(number * 10**6, 8 + number) for number in range(stages)])
+
+    assert_linear(plan, 2000)
+
+
+def test_opening_many_sources_is_linear(tmp_path):
+    home, shape = CorpusDirectory(str(tmp_path), CacheConfig()), WindowShape(17, 16)
+
+    def open_sources(count: int) -> None:
+        sources = [{"path": f"{number}.txt"} for number in range(count)]
+        weights = {f"{number}.txt": 1 for number in range(count)}
+        data = DataConfig(sources=sources, mixture={"weights": weights}, sequence_length=16)
+        for source in data.sources:
+            stream = TokenStream(home, [])
+            SourceSampler.create([source], [stream], CutDataset([stream], shape, by_shard=False), data, 1)
+
+    assert_linear(open_sources, 1000)
