@@ -10,9 +10,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from manta.cluster.environment import set_by_the_run
 
-_DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+_DURATION = re.compile(r"(?:(\d{1,6})-)?(\d{1,6}):([0-5]\d):([0-5]\d)")
 _SECRETS = frozenset(["TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASS", "PASSPHRASE", "KEY", "APIKEY", "CREDENTIAL"])  # words of a name
-_RANGE = re.compile(r"([1-9]\d*)(?:\.\.([1-9]\d*))?")
+_RANGE = re.compile(r"([1-9]\d{0,5})(?:\.\.([1-9]\d{0,5}))?")
 CONFIG_MOUNT = "/manta"  # directory of run.yaml in the head pod
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _LABEL = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"  # RFC 1123, as Kubernetes requires
@@ -43,7 +43,7 @@ def _quantity(value: str) -> str:
 
 def _bytes_of(quantity: str) -> float:
     """64Gi -> 68 719 476 736."""
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})", quantity)
+    match = re.fullmatch(rf"(\d{{1,15}}(?:\.\d{{1,15}})?)({'|'.join(_UNITS)})", quantity)
     if not match or float(match[1]) == 0:
         raise ValueError(f"expected a quantity of memory, got {quantity!r}. Write it as Kubernetes does: 64Gi, 512Mi, 1.5Ti.")
     return float(match[1]) * _UNITS[match[2]]
@@ -77,6 +77,11 @@ def _lines(value: object) -> object:
     return tuple(cast("list[object]", lines)) if isinstance(lines, list) else lines
 
 
+Count = Annotated[int, Field(le=2**40)]
+Seconds = Annotated[float, Field(le=2e6)]
+"""23 days: about the longest time that the system can wait for."""
+
+
 class ClusterSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -94,15 +99,15 @@ class Kubernetes(ClusterSection):
     """The PersistentVolumeClaim (ReadWriteMany) that holds run.dir; all pods mount it."""
     mount: AbsolutePath = "/mnt/manta"
     """Where pods mount the claim."""
-    gpus: int | None = Field(default=None, ge=0, examples=[8])
+    gpus: Count | None = Field(default=None, ge=0, examples=[8])
     """GPUs per node; must be all GPUs of the machine. Default: cluster.ranks_per_node; 0 trains on CPUs."""
-    cpus: int = Field(default=8, ge=1)
+    cpus: Count = Field(default=8, ge=1)
     """Cores per node."""
     memory: Quantity = "64Gi"
     """Memory per node; /dev/shm counts toward it."""
     shared_memory: Quantity = "16Gi"
     """Largest size of /dev/shm, which NCCL uses between the GPUs of a node."""
-    head_cpus: int = Field(default=4, ge=1)
+    head_cpus: Count = Field(default=4, ge=1)
     """Cores of the head pod, which supervises the run and prepares its corpus; it trains nothing."""
     head_memory: Quantity = "16Gi"
     """Memory of the head pod."""
@@ -118,7 +123,7 @@ class Kubernetes(ClusterSection):
     """Labels required of worker nodes."""
     tolerations: tuple[Taint, ...] = Field(default=(), examples=['["nvidia.com/gpu"]'])
     """Keys of taints that worker pods tolerate."""
-    backoff_limit: int = Field(default=3, ge=0)
+    backoff_limit: Count = Field(default=3, ge=0)
     """Maximum reruns of a job that failed, or saved and exited with 75, each on a new Ray cluster. Kueue's preemptions are not counted."""
 
     @field_validator("node_selector", mode="before")
@@ -162,13 +167,13 @@ class Slurm(ClusterSection):
     """Quality of service; the site's default if unset."""
     time: SlurmTime | None = Field(default=None, examples=["24:00:00"])
     """The job's wall-clock limit; the partition's if unset."""
-    warning: int = Field(default=180, ge=1)
+    warning: Count = Field(default=180, ge=1)
     """Seconds before that limit when the run is asked to save and exit; must be longer than cluster.grace_period."""
     requeue: bool = True
     """Queue the job again if its time was up or it was preempted; it then resumes."""
     exclusive: bool = True
     """Allocate whole nodes, shared with no other job."""
-    gpus_per_node: int | None = Field(default=None, ge=0, examples=[8])
+    gpus_per_node: Count | None = Field(default=None, ge=0, examples=[8])
     """GPUs to request on each node; none if unset, for sites that allocate them with the node."""
     constraint: Directive | None = Field(default=None, examples=["h100"])
     """Features that nodes must have."""
@@ -231,23 +236,23 @@ class ClusterConfig(ClusterSection):
     nodes: Annotated[int | str, AfterValidator(_node_range)] = 1
     """Nodes to run on. `4` starts on 4, continues on fewer if some are lost, and returns to 4. `2..8` runs on 2 to 8, as many as are
     available, and waits while fewer than 2 are. On one machine, 2 or more simulate a cluster."""
-    ranks_per_node: int | None = Field(default=None, ge=1)
+    ranks_per_node: Count | None = Field(default=None, ge=1)
     """Ranks on each node. Unset: one per GPU; without a GPU two, or one on a single core."""
-    start_timeout: float = Field(default=600.0, gt=0)
+    start_timeout: Seconds = Field(default=600.0, gt=0)
     """Maximum seconds to wait for nodes, and without a heartbeat of a rank before its first step, while it compiles, or while it saves."""
-    step_timeout: float | None = Field(default=None, gt=0, examples=[300.0])
+    step_timeout: Seconds | None = Field(default=None, gt=0, examples=[300.0])
     """Maximum seconds between heartbeats during training steps; then the attempt counts as hung. Unset: learned (docs/recovery.md)."""
-    node_timeout: float = Field(default=30.0, gt=0)
+    node_timeout: Seconds = Field(default=30.0, gt=0)
     """Seconds without a response after which a node counts as lost, and the run continues without it."""
-    grace_period: float = Field(default=60.0, ge=0)
+    grace_period: Seconds = Field(default=60.0, ge=0)
     """Seconds the ranks have to save and exit after a stop request."""
     stop_after: Annotated[str, AfterValidator(_duration)] | None = Field(default=None, examples=["3:50:00"])
     """Save and exit with 75 after this time (h:mm:ss): for jobs whose time limit sends no signal."""
-    max_restarts_without_progress: int = Field(default=3, ge=0)
+    max_restarts_without_progress: Count = Field(default=3, ge=0)
     """Give up after this many consecutive restarts without a new highest step."""
     hot_standby: bool = True
     """Keep standby processes with everything imported, so that a restart takes tenths of a second. Costs their memory."""
-    keep_logs: int = Field(default=20, ge=1)
+    keep_logs: Count = Field(default=20, ge=1)
     """Number of newest attempts to keep logs of. A rank's log is only appended to, so logrotate (copytruncate) may truncate it."""
     environment: Annotated[dict[str, str], BeforeValidator(_environment)] = Field(default={}, examples=["{NCCL_IB_HCA: mlx5}"])
     """Environment variables of every rank, on every target, by name. They override those of the nodes. Not for secrets: export those."""

@@ -115,7 +115,7 @@ _HEARTBEAT, _ERROR = TypeAdapter(Heartbeat), TypeAdapter(RankError)
 
 def write_error(path: Path, error: RankError) -> None:
     new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(asdict(error)))
+    new.write_text(json.dumps(asdict(error)), encoding="utf-8")
     new.replace(path)
 
 

@@ -8,24 +8,16 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
-from manta.data.source_config import LONGEST_DOCUMENT, LocalPath, Location, Section, SourceConfig
+from manta.data.source_config import LONGEST_DOCUMENT, Count, LocalPath, Location, Section, Size, SourceConfig
 from manta.data.storage.location import check_local
 
 BYTES = 256  # a byte-level vocabulary has a token for each byte, so that it can encode any text
 
 
-def whole_number(value: object) -> object:
-    """Accept 1e9, which YAML reads as a float, as an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-WholeNumber = Annotated[int, BeforeValidator(whole_number)]
-
-
 class MixtureStageConfig(Section):
     """Weights of the sources from a number of tokens on."""
 
-    from_tokens: WholeNumber = Field(default=0, ge=0)
+    from_tokens: int = Field(default=0, ge=0, le=2**60)
     """Start this stage after this many tokens, counting those that data.skip excludes; 0 for the first stage."""
     weights: dict[str, float] = Field(min_length=1, examples=["{web: 0.7, code: 0.3}"])
     """Share of each source by name, normalized to sum to 1; a source without a weight is not read."""
@@ -42,9 +34,9 @@ class MixtureStageConfig(Section):
 class CurriculumStageConfig(Section):
     """The sequence length from a number of tokens on."""
 
-    from_tokens: WholeNumber = Field(default=0, ge=0)
+    from_tokens: int = Field(default=0, ge=0, le=2**60)
     """Start this stage at the first step after this many tokens; 0 for the first stage."""
-    sequence_length: int = Field(ge=2, examples=[256])
+    sequence_length: Size = Field(ge=2, examples=[256])
     """Tokens per sequence: a divisor of data.sequence_length, into which samples are cut."""
 
 
@@ -53,7 +45,7 @@ class CacheConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
 
     directory: Annotated[Path, BeforeValidator(check_local)] = Path("~/.cache/manta/shards")
     """Directory on a local disk, shared by all runs on the node; `~` is the home directory there."""
-    bytes: WholeNumber = Field(default=200_000_000_000, ge=1)
+    bytes: Count = Field(default=200_000_000_000, ge=1)
     """Maximum size; the least recently used shards are removed first."""
 
 
@@ -64,7 +56,7 @@ class DataConfig(Section):
     mixture: tuple[MixtureStageConfig, ...] = ()
     """Sampling weights of the sources: one set, or a list of stages; if omitted, each source is read in proportion to its size."""
 
-    sequence_length: int = Field(ge=2, examples=[1024])
+    sequence_length: Size = Field(ge=2, examples=[1024])
     """Tokens per sample."""
 
     curriculum: tuple[CurriculumStageConfig, ...] = ()
@@ -94,10 +86,10 @@ class DataConfig(Section):
     pairs: Literal["next_sentence", "sentence_order", "none"] = "next_sentence"
     """Second task of a masked objective: does B follow A (BERT), were A and B swapped (ALBERT), or none (RoBERTa)."""
 
-    skip: tuple[tuple[int, int], ...] = ()
+    skip: tuple[tuple[Count, Count], ...] = ()
     """Ranges [first, end) of sample numbers to exclude, as `manta data sample-at` prints them; the samples after them are read earlier."""
 
-    shuffle_shards: int | None = Field(default=None, ge=1)
+    shuffle_shards: Count | None = Field(default=None, ge=1)
     """Shuffle within groups of this many shards, so that a corpus may be larger than the cache; default: all at once."""
 
     directory: Location = Field(default="corpora", min_length=1)
@@ -115,10 +107,10 @@ class DataConfig(Section):
     bad_rows: Literal["fail", "skip"] = "fail"
     """What a malformed line or row does: fail stops the preparation, skip excludes the row and counts it."""
 
-    longest_document: WholeNumber = Field(default=LONGEST_DOCUMENT, ge=1)
+    longest_document: Count = Field(default=LONGEST_DOCUMENT, ge=1)
     """Bytes of the longest line, or text of a row, that is read into memory; a longer one is a malformed row."""
 
-    workers: int | None = Field(default=None, ge=1)
+    workers: Count | None = Field(default=None, ge=1)
     """Processes that prepare a corpus, without effect on the result; default: one per core."""
 
     ray_address: Location | None = Field(default=None, min_length=1)
@@ -238,7 +230,7 @@ class TokenizerConfig(Section):
     file: LocalPath | None = None
     """A tokenizer.json to load instead of training; a masked objective needs `[CLS] [SEP] [MASK] [PAD]` or `<s> </s> <mask> <pad>`."""
 
-    train_bytes: int = Field(default=30_000_000, ge=1)
+    train_bytes: Count = Field(default=30_000_000, ge=1)
     """Bytes of text to train the tokenizer on: a fixed sample of all sources."""
 
     end_of_text: str = Field(default="<|endoftext|>", min_length=1)

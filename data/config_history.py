@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-_TABLES = yaml.safe_load(Path(__file__).with_name("config_history.yaml").read_text())
+_TABLES = yaml.safe_load(Path(__file__).with_name("config_history.yaml").read_text(encoding="utf-8"))
 RENAMED: dict[str, str] = _TABLES["renamed"]
 """Old dotted key -> today's."""
 _VERSION_1_NAMES = {new: old for old, new in RENAMED.items()}

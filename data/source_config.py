@@ -9,6 +9,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from manta.data.storage.location import expand, expand_local
 
+Count = Annotated[int, Field(le=2**40)]
+"""Of steps, samples, bytes and so on. Sums and products of some of them fit into 64 bits."""
+Size = Annotated[int, Field(le=2**24)]
+"""Of a model or a sequence."""
 Location = Annotated[str, AfterValidator(expand)]
 """A path or URL, with `~` replaced by the home directory."""
 LocalPath = Annotated[Path, BeforeValidator(expand_local)]
@@ -24,9 +28,9 @@ class Section(BaseModel):
 class FilterConfig(Section):
     """Which documents of a source are kept."""
 
-    minimum_characters: int = Field(default=0, ge=0)
+    minimum_characters: Count = Field(default=0, ge=0)
     """Shorter documents are removed."""
-    maximum_characters: int | None = Field(default=None, ge=1)
+    maximum_characters: Count | None = Field(default=None, ge=1)
     """Longer documents are removed."""
     matching: str | None = None
     """A regular expression (Python's); documents without a match are removed."""

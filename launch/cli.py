@@ -2,7 +2,6 @@
 
 import json
 import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from manta.cluster.line_file import NO_ROOM
 from manta.cluster.protocol import ExitCode, deny_writes_by_others, raise_open_files_limit
-from manta.data.errors import DataError, InputError, shown
+from manta.data.errors import DataError, InputError, cut
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.config import find_run, find_trained_run, load
@@ -21,6 +20,7 @@ from manta.launch.terminal import (
     File,
     Overrides,
     Run,
+    check_process,
     flush_standard_streams,
     notify,
     open_standard_streams,
@@ -28,7 +28,6 @@ from manta.launch.terminal import (
     user_path,
 )
 
-LONGEST_LINE = 1900  # characters of a message
 DTYPES = ("float32", "bfloat16", "float16")
 
 app = typer.Typer(
@@ -252,13 +251,9 @@ def export(
 
 @app.command("import", epilog="For example: manta import downloads/gpt2 --output imported/gpt2")
 def import_(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A directory with config.json, safetensors and tokenizer.json.", callback=user_path)
-    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Has config.json, safetensors, tokenizer.json.", callback=user_path)],
     *,
-    output: Annotated[
-        Path | None, typer.Option(help="Directory to write; default: imported/NAME, named after DIR or its run.", callback=user_path)
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: imported/NAME, named after DIR or its run.", callback=user_path)] = None,
 ) -> None:
     """Import a model from Hugging Face transformers: GPT-2, Llama, Mistral, Qwen3, BERT, and mixtures of experts."""
     from manta.trainer.convert.huggingface.directory import check_import, import_name
@@ -283,12 +278,9 @@ def main() -> None:
         sys.stderr.write(f"manta: expected Linux, because it uses Linux process supervision, got {sys.platform}. Use a Linux machine.\n")
         sys.exit(ExitCode.USAGE)
     deny_writes_by_others()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # print what the terminal's encoding lacks as an escape sequence
-            stream.reconfigure(errors="backslashreplace")
     raise_open_files_limit()
     try:
-        _check_process()
+        check_process()
         app(prog_name="manta")
     except Exception as error:
         from manta.trainer.checkpoint.errors import CheckpointError, SaveError
@@ -302,19 +294,7 @@ def main() -> None:
         elif not isinstance(error, InputError | DataError | CheckpointError | SaveError):
             raise
         for line in message.splitlines():
-            notify(f"manta: {line}" if len(line) <= LONGEST_LINE else f"manta: {line[:LONGEST_LINE]}…")
+            notify(f"manta: {cut(line, 1900)}")
         sys.exit(ExitCode.USAGE if isinstance(error, InputError) else ExitCode.FAILED)
     finally:
         flush_standard_streams()
-
-
-def _check_process() -> None:
-    """Raises InputError for what no command can handle: arguments that are not text, and a working directory that is gone."""
-    for argument in sys.argv[1:]:
-        if (readable := argument.encode(errors="replace").decode()) != argument:
-            expected = f"text in the encoding {sys.getfilesystemencoding()}"
-            raise InputError(f"arguments: expected {expected}, got {shown(readable)}. Convert it, or set LC_ALL=C.UTF-8.")
-    try:
-        Path.cwd()
-    except OSError as error:
-        raise InputError(f"working directory: expected one that exists, got an error: {error.strerror}. Change to another.") from None

@@ -21,7 +21,7 @@ Location = tuple[int | str, ...]
 
 MAX_PROBLEMS = 20  # to report at once
 
-EXPECTED: dict[str, str] = yaml.safe_load(Path(__file__).with_name("config_errors.yaml").read_text())
+EXPECTED: dict[str, str] = yaml.safe_load(Path(__file__).with_name("config_errors.yaml").read_text(encoding="utf-8"))
 
 
 def render_errors(error: ValidationError, root: type[BaseModel], file: str, sources: Mapping[str, str]) -> list[str]:

@@ -4,12 +4,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, shown
 from manta.data.messages import MessageConsole
 from manta.data.storage.location import expand
 from manta.trainer.run_directory import RunDirectory
@@ -40,6 +41,9 @@ def open_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  for as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # print what the terminal's encoding lacks as an escape sequence
+            stream.reconfigure(errors="backslashreplace")
 
 
 def flush_standard_streams() -> None:
@@ -73,3 +77,15 @@ def resume_hint(run_dir: RunDirectory) -> str:
 def count_text(count: int, noun: str) -> str:
     """Return `1 rank` or `2 ranks`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def check_process() -> None:
+    """Raises InputError for what no command can handle: arguments that are not text, and a working directory that is gone."""
+    for argument in sys.argv[1:]:
+        if (readable := argument.encode(errors="replace").decode()) != argument:
+            expected = f"text in the encoding {sys.getfilesystemencoding()}"
+            raise InputError(f"arguments: expected {expected}, got {shown(readable)}. Convert it, or set LC_ALL=C.UTF-8.")
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError(f"working directory: expected one that exists, got an error: {error.strerror}. Change to another.") from None

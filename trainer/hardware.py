@@ -20,7 +20,7 @@ from manta.data.storage.regular_file import make_own_directory
 log = logging.getLogger(__name__)
 
 COMPILER_REMEDY = "Install g++ and python3-dev (Debian), or set train.compile=false."
-PEAKS: dict[str, float] = yaml.safe_load(Path(__file__).with_name("peak_tflops.yaml").read_text())
+PEAKS: dict[str, float] = yaml.safe_load(Path(__file__).with_name("peak_tflops.yaml").read_text(encoding="utf-8"))
 
 
 def device_type() -> Literal["cuda", "cpu"]:

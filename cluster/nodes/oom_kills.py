@@ -11,9 +11,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 def count_oom_kills() -> int:
     """Return the kills so far in this process's control group; 0 if the kernel does not count them."""
-    for file in counter_files(Path("/proc/self/cgroup").read_text()):
+    for file in counter_files(Path("/proc/self/cgroup").read_text(encoding="utf-8")):
         with suppress(OSError):
-            counters = dict(line.split() for line in file.read_text().splitlines())
+            counters = dict(line.split() for line in file.read_text(encoding="utf-8").splitlines())
             return int(counters.get("oom_kill", 0))
     return 0
 

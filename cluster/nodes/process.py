@@ -49,7 +49,7 @@ class Process:
     def state(self) -> str:
         """The kernel's one-letter state: T is stopped, D waits for a disk."""
         try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):
             return "X"
 

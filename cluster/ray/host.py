@@ -133,7 +133,7 @@ def _kill_orphans() -> None:
 
 
 def _last_line(log: Path) -> str:
-    return next(iter(reversed(log.read_text(errors="replace").strip().splitlines())), "no output")
+    return next(iter(reversed(log.read_text(errors="replace", encoding="utf-8").strip().splitlines())), "no output")
 
 
 if __name__ == "__main__":

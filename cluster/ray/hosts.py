@@ -48,7 +48,7 @@ def running(hosts: Sequence[Host], gcs: str, token: Path, *, grace: float) -> Ge
     gcs: the address of Ray's head. grace: seconds that a host waits, after a signal to end, for the ranks to save.
     """
     environment = {name: value for name, value in os.environ.items() if name.startswith("RAY_") and "AUTH" not in name}
-    settings = {"gcs": gcs, "token": token.read_text(), "grace": grace, "environment": environment}
+    settings = {"gcs": gcs, "token": token.read_text(encoding="utf-8"), "grace": grace, "environment": environment}
     closing = threading.Event()
     threads = [threading.Thread(target=_supervise, args=(host, settings, closing), name=host.name, daemon=True) for host in hosts]
     for thread in threads:

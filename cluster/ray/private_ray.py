@@ -173,7 +173,9 @@ def _last_error(name: str) -> str:
     """Return the last error that a process of Ray's has logged."""
     for log in [log for scratch in _scratch for suffix in ("err", "out") for log in scratch.glob(f"ray/session_2*/logs/{name}.{suffix}")]:
         with contextlib.suppress(OSError):
-            if errors := re.findall(r"^\[.* [EFC] \d+ \d+\] (?!\(\w+\) logging.cc)(.*)$", log.read_text(errors="replace"), re.MULTILINE):
+            if errors := re.findall(
+                r"^\[.* [EFC] \d+ \d+\] (?!\(\w+\) logging.cc)(.*)$", log.read_text(errors="replace", encoding="utf-8"), re.MULTILINE
+            ):
                 return f": {errors[-1]}"
     return ""
 

@@ -238,7 +238,7 @@ def unfit_reason(job: Job, facts: NodeFacts) -> str | None:
     for package, expected in job.packages[:1]:
         if (version := facts["versions"].get(package)) != expected:
             return f"{node}: expected {package} {expected}, as on this machine, got {version}. Install it there."
-    if facts["directory_token"] != job.directory_token.read_text():
+    if facts["directory_token"] != job.directory_token.read_text(encoding="utf-8"):
         return f"{job.directory}: expected a directory that all nodes share, got one that {node} does not see. Put run.dir on a shared one."
     return None
 

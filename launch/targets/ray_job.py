@@ -118,12 +118,12 @@ def copy_manta(folder: Path) -> None:
         shutil.copytree(source, folder / "manta" / package, ignore=NOT_CODE)
     metadata = folder / f"manta-{__version__}.dist-info"  # nodes read the version from it
     metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: manta\nVersion: {__version__}\n")
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: manta\nVersion: {__version__}\n", encoding="utf-8")
 
 
 def copy_run(folder: Path, config: RunConfig) -> None:
     """Copy the config, and the package or module of a model of the user's if it is in the working directory."""
-    (folder / CONFIG).write_text(config.to_yaml())
+    (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     if ":" not in config.model.family:
         return
     name = config.model.family.partition(":")[0].partition(".")[0]

@@ -22,7 +22,7 @@ OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "Server
 def ray_of_hosts(file: str, cluster: ClusterConfig) -> HostsRay:
     """Raises InputError if the file has a wrong line, or fewer hosts than cluster.nodes."""
     try:
-        lines = Path(file).read_text().splitlines()
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "no text"
         raise InputError(f"--on ssh:{file}: expected a file with one host per line, got: {problem}. Write one.") from None

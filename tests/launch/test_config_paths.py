@@ -1,5 +1,6 @@
 """Paths and URLs in configs and arguments: `~`, passwords, and names that no file can have."""
 
+import ast
 import json
 import os
 import re
@@ -203,3 +204,18 @@ def test_an_address_of_ssh_hosts_below_the_home_directory(home):
     assert_refused_or_done(outcome, 2)
     assert f"{home}/hosts:1: expected [user@]host" in outcome.stderr
     assert RunDirectory(Path("run")).saved_step() == 0
+
+
+def test_text_is_read_and_written_in_utf8_in_every_locale():
+    """Without encoding= Python takes the locale's, so that a path or a text would be another one on another node."""
+    locales = []
+    for package in ("cluster", "data", "launch", "trainer"):
+        for file in (Path(__file__).parents[2] / package).rglob("*.py"):
+            calls = (
+                node
+                for node in ast.walk(ast.parse(file.read_text()))
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            )
+            text_calls = (call for call in calls if call.func.attr in {"read_text", "write_text"})
+            locales += [f"{file}:{call.lineno}" for call in text_calls if "encoding" not in {keyword.arg for keyword in call.keywords}]
+    assert locales == []

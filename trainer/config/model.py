@@ -5,20 +5,20 @@ from typing import Literal
 from pydantic import Field, JsonValue, model_validator
 
 from manta.data.errors import InputError, InvalidValueError
-from manta.data.source_config import Section
+from manta.data.source_config import Section, Size
 from manta.trainer.config.divisors import divisors_text
 
 
 class ExpertsConfig(Section):
     """A mixture of experts in place of each block's MLP."""
 
-    experts: int = Field(ge=2, examples=[8])
+    experts: Size = Field(ge=2, examples=[8])
     """Number of routed experts."""
-    top_k: int = Field(default=2, ge=1)
+    top_k: Size = Field(default=2, ge=1)
     """Experts that each token is routed to; no token is dropped."""
-    width: int = Field(ge=1, examples=[1024])
+    width: Size = Field(ge=1, examples=[1024])
     """Inner width of each expert (SwiGLU)."""
-    shared: int = Field(default=0, ge=0)
+    shared: Size = Field(default=0, ge=0)
     """Additional experts that process every token."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """How the router's logits become scores: softmax or sigmoid."""
@@ -56,21 +56,21 @@ class ModelConfig(Section):
     """A named model, or a YAML file, whose values the other keys of this section override."""
     family: str = Field(default="llama", examples=["llama", "gpt2", "bert", "mine.model:Mine"])
     """llama, gpt2, bert, or the dotted path of your own class, package.module:Class (docs/own_model.md)."""
-    layers: int = Field(ge=1, examples=[12])
+    layers: Size = Field(ge=1, examples=[12])
     """Number of blocks; a preset sets it."""
-    width: int = Field(ge=1, examples=[768])
+    width: Size = Field(ge=1, examples=[768])
     """Width of the residual stream; a preset sets it."""
-    heads: int = Field(ge=1, examples=[12])
+    heads: Size = Field(ge=1, examples=[12])
     """Number of query heads; a preset sets it."""
-    kv_heads: int | None = Field(default=None, ge=1, examples=[12])
+    kv_heads: Size | None = Field(default=None, ge=1, examples=[12])
     """Number of key and value heads (grouped-query attention, llama), a divisor of heads. Default: heads."""
-    head_width: int | None = Field(default=None, ge=1)
+    head_width: Size | None = Field(default=None, ge=1)
     """Width of each head. Default: width / heads."""
-    mlp_width: int | None = Field(default=None, ge=1, examples=[2048])
+    mlp_width: Size | None = Field(default=None, ge=1, examples=[2048])
     """Inner width of the MLP; unused with experts. Default: 4 x width."""
-    positions: int | None = Field(default=None, ge=1)
+    positions: Size | None = Field(default=None, ge=1)
     """Number of learned positions (gpt2, bert). Default: data.sequence_length."""
-    vocabulary: int | None = Field(default=None, ge=1)
+    vocabulary: Size | None = Field(default=None, ge=1)
     """Number of tokens that the embedding holds. Default: the tokenizer's vocabulary."""
     rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary position embedding (llama)."""
@@ -82,7 +82,7 @@ class ModelConfig(Section):
     """Whether the queries and keys of each head are normalized (llama)."""
     logit_soft_cap: float | None = Field(default=None, gt=0)
     """Soft cap: tanh bounds the logits to plus and minus this value (llama). Default: no cap."""
-    sliding_window: int | None = Field(default=None, ge=1)
+    sliding_window: Size | None = Field(default=None, ge=1)
     """Number of tokens that a token attends to, itself and those before it (llama). Default: all."""
     dropout: float = Field(default=0.0, ge=0, le=0.99)
     """Dropout rate of the embedding and of each residual branch."""

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from manta.data.config import WholeNumber, check_stages
+from manta.data.config import check_stages
 from manta.data.errors import InvalidValueError
-from manta.data.source_config import LocalPath, Location, Section
+from manta.data.source_config import Count, LocalPath, Location, Section
 from manta.data.storage.location import absolute, is_remote
 from manta.trainer.config.divisors import divisors_text
 
@@ -54,31 +54,31 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     shape: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate decays after warmup: cosine, linear or constant."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: Count = Field(default=0, ge=0)
     """Steps of linear warmup."""
     minimum_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the last step of the schedule, as a share of the peak."""
-    steps: int | None = Field(default=None, ge=1, examples=[1000])
+    steps: Count | None = Field(default=None, ge=1, examples=[1000])
     """Steps of warmup and decay; later steps stay at the minimum. Default: train.steps. A constant schedule has no end."""
 
 
 class BatchConfig(Section):
     """One stage of a batch-size ramp."""
 
-    from_tokens: WholeNumber = Field(default=0, ge=0)
+    from_tokens: int = Field(default=0, ge=0, le=2**60)
     """Start this stage at the first step after this many tokens; 0 for the first stage."""
     global_batch: int = Field(ge=1, le=2**20, examples=[32])
     """Samples per optimizer step, a multiple of train.micro_batch; train.global_batch in the last stage."""
 
 
 class TrainConfig(Section):
-    steps: int = Field(ge=1, examples=[1000])
+    steps: Count = Field(ge=1, examples=[1000])
     """Optimizer steps of the whole run."""
     global_batch: int = Field(ge=1, le=2**20, examples=[256])
     """Samples, of data.sequence_length tokens, per optimizer step: data ranks x micro batch x gradient accumulation."""
     batch_ramp: tuple[BatchConfig, ...] = ()
     """Global batch by stage: gradient accumulation changes, the number of ranks does not; the schedule still counts steps."""
-    micro_batch: int = Field(ge=1, examples=[8])
+    micro_batch: Count = Field(ge=1, examples=[8])
     """Samples per data-parallel rank in one forward pass; lower it if memory is short."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes. none: nothing; selective: all but the results of matrix multiplications; full: each block."""
@@ -111,11 +111,11 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """The layout of model and samples on the ranks. Combinations that are not in the parity table (docs/parity.md) are refused."""
 
-    tensor: int = Field(default=1, ge=1)
+    tensor: Count = Field(default=1, ge=1)
     """Tensor parallel size (Megatron-LM): each matrix, the heads and the vocabulary are split over this many ranks."""
-    expert: int = Field(default=1, ge=1)
+    expert: Count = Field(default=1, ge=1)
     """Expert parallel size: the experts are split over this many ranks, which read different samples."""
-    sequence: int = Field(default=1, ge=1)
+    sequence: Count = Field(default=1, ge=1)
     """Sequence parallel size (Ulysses; not Megatron-LM's sequence parallelism): each sequence is split over this many ranks."""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: what is partitioned. 1: optimizer state and fp32 master weights; 2: gradients too; 3: weights too; 0: nothing."""
@@ -126,36 +126,36 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     directory: AbsoluteLocation | None = Field(default=None, examples=["s3://bucket/mine"])
     """Directory, or URL in an object store, of the checkpoints. Default: run.dir/checkpoints."""
-    every_steps: int = Field(default=500, ge=1)
+    every_steps: Count = Field(default=500, ge=1)
     """Steps between checkpoints; one is also written at the end and after a stop request."""
     every_minutes: float | None = Field(default=None, gt=0, examples=[30.0])
     """Longest time in minutes between checkpoints."""
-    keep: int = Field(default=2, ge=1)
+    keep: Count = Field(default=2, ge=1)
     """Newest checkpoints to keep; two, so that one is left if the newest is damaged."""
-    keep_best: int = Field(default=0, ge=0)
+    keep_best: Count = Field(default=0, ge=0)
     """Also keep this many checkpoints with the lowest validation loss, of those saved at an evaluated step."""
-    keep_every: int | None = Field(default=None, ge=1, examples=[10000])
+    keep_every: Count | None = Field(default=None, ge=1, examples=[10000])
     """Keep checkpoints of steps that are multiples of this forever."""
     asynchronous: bool = True
     """Write checkpoints in the background, from a copy of the rank's shard in CPU memory."""
-    max_failed_saves: int = Field(default=2, ge=0)
+    max_failed_saves: Count = Field(default=2, ge=0)
     """Consecutive saves that may fail, for lack of space for example, while training continues; one more stops the run."""
     verify: Literal["full", "sizes"] = "full"
     """What is checked before a run resumes from a checkpoint: the hash of every byte, or only the sizes of files."""
 
 
 class GuardConfig(Section):
-    replica_check_every_steps: int = Field(default=100, ge=0)
+    replica_check_every_steps: Count = Field(default=100, ge=0)
     """Steps between checks that replicas of a weight are bitwise the same; also checked before each checkpoint. 0: never."""
 
 
 class EvaluateConfig(Section):
-    every_steps: int = Field(default=250, ge=1)
+    every_steps: Count = Field(default=250, ge=1)
     """Steps between evaluations; the last step is always evaluated."""
-    samples: int = Field(default=256, ge=1)
+    samples: Count = Field(default=256, ge=1)
     """Validation sequences per evaluation: the first ones, the same each time."""
 
 
 class TrackConfig(Section):
-    every_steps: int = Field(default=1, ge=1)
+    every_steps: Count = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl."""

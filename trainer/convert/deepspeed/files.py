@@ -40,7 +40,7 @@ def newest_folder(directory: Path) -> Path:
     """Return the folder that `latest` names, or the directory itself if it is one."""
     latest = directory / LATEST
     if latest.is_file():
-        folder = directory / latest.read_text(errors="replace").strip()
+        folder = directory / latest.read_text(errors="replace", encoding="utf-8").strip()
         if not folder.is_dir():
             raise InputError(f"{latest}: expected the name of a folder beside it, got {folder.name}. Name the folder to convert.")
         return folder

@@ -59,7 +59,7 @@ def export(pretrained: Pretrained, directory: Path, *, dtype: torch.dtype | None
             _write_json(partial / CONFIG, source.config | ({} if dtype is None else {key: str(dtype).removeprefix("torch.")}))
             copy_kept_files(pretrained.run_directory.path, partial)
         name = architecture.subset if lacking and architecture.subset else architecture.name
-        (partial / CARD).write_text(model_card(pretrained, name, most_common))
+        (partial / CARD).write_text(model_card(pretrained, name, most_common), encoding="utf-8")
         shutil.rmtree(directory.resolve(), ignore_errors=True)
 
 
@@ -142,4 +142,4 @@ def _frame(cls: tuple[str, int], sep: tuple[str, int]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

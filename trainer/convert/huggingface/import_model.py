@@ -88,7 +88,7 @@ def import_model(directory: Path, output: Path) -> None:
             (partial / SOURCE_FILE).write_bytes(source.to_json())
             section = {"family": config.family} | config.model_dump(mode="json", exclude_defaults=True)
             preset = f"# Imported {architecture.name}, for model.preset.\n" + yaml.safe_dump(section, sort_keys=False)
-            (partial / MODEL_FILE).write_text(preset)
+            (partial / MODEL_FILE).write_text(preset, encoding="utf-8")
 
 
 def _weights(model: Transformer, mappings: Iterable[TensorMapping], slices: Slices, lacking: Collection[str]) -> dict[str, TensorViews]:

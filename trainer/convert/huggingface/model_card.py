@@ -26,7 +26,7 @@ def model_card(pretrained: Pretrained, architecture: str, dtype: torch.dtype) ->
         "manta": version("manta"),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    template = Path(__file__).with_name("model_card.md").read_text()
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(name=pretrained.run_directory.path.name, table=table, auto=auto, marker=marker(pretrained.run_directory))
 
 
