@@ -24,7 +24,6 @@ def test_config_is_read_strictly_from_json():
         {"sources": ("a", "a")},
         {"sequence_length": 1},
         {"sequence_length": "128"},
-        {"validation": 0.0},
         {"validation": 0.5},
         {"validation": float("nan")},
         {"workers": 0},

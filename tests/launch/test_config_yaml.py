@@ -166,11 +166,11 @@ def test_text_stays_what_was_written_where_text_is_wanted(load):
 def test_a_number_that_is_whole_is_an_integer_where_one_is_wanted(load):
     loaded = load(
         *("train.steps=4.0", "run.seed=1e3", "parallel.zero=1.0", "cluster.nodes=2.0", "data.workers=1e0", "data.skip=[[0, 1e1]]"),
-        *("data.cache.bytes=1e22", "train.batch_ramp=[{global_batch: 2.0}, {from_tokens: 1e3, global_batch: 4e0}]"),
+        *("data.cache.bytes=1e12", "train.batch_ramp=[{global_batch: 2.0}, {from_tokens: 1e3, global_batch: 4e0}]"),
     )
     assert (loaded.train.steps, loaded.run.seed, loaded.parallel.zero, loaded.cluster.nodes, loaded.data.workers) == (4, 1000, 1, 2, 1)
     assert loaded.data.skip == ((0, 10),)
-    assert loaded.data.cache.bytes == 10**22
+    assert loaded.data.cache.bytes == 10**12
     assert [stage.global_batch for stage in loaded.train.batch_ramp] == [2, 4]
     assert type(loaded.train.steps) is int
     assert load(more="optimizer: {learning_rate: 1}\nschedule: {warmup_steps: 2e0}\n").schedule.warmup_steps == 2
