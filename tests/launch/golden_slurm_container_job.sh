@@ -47,6 +47,7 @@ while kill -0 "$run" 2>/dev/null; do
     code=$?
 done
 
+pkill -P "$nodes"  # it may wait for the pipe
 kill "$nodes"
 rm -f "$MANTA_SLURM_NODES"
 if [ "$code" = 75 ] && [ "$time_is_up" = yes ]; then

@@ -228,4 +228,6 @@ def test_a_job_in_a_container_needs_nothing_of_the_host(workspace, cluster, tmp_
     assert (last["event"], last["exit_code"]) == ("run-ended", 75)
     wait_for(lambda: not processes_of(workspace, "contained"), within=20)
     assert not list((workspace.directory / "contained/slurm").glob("nodes-*"))
+    listed = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
+    assert f"{cluster.folder}/spool-n1/job" not in listed, "the script has left no shell that waits for the pipe"
     cluster.ask("scancel", job)
