@@ -26,7 +26,7 @@ class Job:
     packages: tuple[tuple[str, str], ...] = ()
     """Names and versions that a node should have. A node with another version of the first is refused; other differences are reported."""
     files: Mapping[Path, bytes] = field(default_factory=dict[Path, bytes])
-    """What ranks read when they start. A file that somebody deletes while the job runs is written again."""
+    """What ranks read when they start. A file that is deleted while the job runs is written again."""
 
     @property
     def directory_token(self) -> Path:

@@ -43,7 +43,7 @@ class LineFile:
         written: list[bytes] = []
         try:
             if self._file is not None and self._waiting and os.fstat(self._file).st_nlink == 0:
-                self._close()  # somebody has deleted the file
+                self._close()  # the file was deleted
             if self._file is None:
                 self._file = _open(self.path)
             while self._waiting:
@@ -62,7 +62,7 @@ class LineFile:
                             self._wait(line)
                 with suppress(OSError):
                     _cut(self._file, self.path)
-                self._close()  # the next flush opens it again, so that the disk may also come back as another one
+                self._close()  # the next flush opens it again, so that another disk may also be mounted there
 
     def problem(self) -> str | None:
         """Describe what could not be written yet, and how much room it needs; None if everything is written."""

@@ -1,5 +1,5 @@
 """What a supervisor and a rank agree on: exit codes, environment variables, the heartbeat file, the error file, and how files are read
-that somebody may have damaged or replaced.
+that may be damaged or replaced.
 
 The leaf of `manta.cluster`: it imports no other module of manta, so that a rank can import it without the rest of the package.
 """
@@ -104,7 +104,7 @@ class Heartbeat:
 def deny_writes_by_others() -> None:
     """Set the process's umask so that new files are only its user's to write, even if the umask before denied nothing.
 
-    A umask that lets the group write, and nobody else, was chosen for a group that works together: it stays.
+    A umask that lets only the group write was chosen for a group that works together: it stays.
     """
     umask = os.umask(0o077)
     os.umask(umask if umask & 0o002 else umask | 0o022)

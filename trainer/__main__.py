@@ -79,7 +79,7 @@ class _Output(io.FileIO):
 
 
 def drop_unwritable_output() -> None:
-    """Replace standard output and error by streams whose writes never fail."""
+    """Replace standard output and error by streams that never fail to write."""
     outputs = (io.BufferedWriter(_Output(number, "w", closefd=False)) for number in (1, 2))
     sys.stdout, sys.stderr = (io.TextIOWrapper(output, errors="backslashreplace", line_buffering=True) for output in outputs)
 

@@ -59,7 +59,7 @@ def require_compiler(device: str) -> None:
 def use_own_compile_cache() -> None:
     """Have torch.compile keep its code where no other user can put any.
 
-    By default it loads code from a directory in the shared folder for temporary files, whose name anybody can take first.
+    By default it loads code from a directory in the shared folder for temporary files that anybody can make first.
     """
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return

@@ -60,6 +60,6 @@ class Connection:
                 self._closing.wait()
         except RayStartError as error:
             self._started.set_exception(error)
-        except Exception as error:  # noqa: BLE001  any error of Ray's is a line for the user
+        except Exception as error:  # noqa: BLE001  whatever Ray raises becomes a line for the user
             if not self._started.done():
                 self._started.set_exception(RayStartError(f"{type(error).__name__}: {error}"))

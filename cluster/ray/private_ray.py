@@ -103,7 +103,7 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
     original = services.ConsolePopen
 
     def detached(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
-        """Start one of Ray's processes in its own session.
+        """Start a process of Ray in its own session.
 
         A hang-up, Ctrl-C or `timeout` signals the whole group of the terminal, and ranks without a raylet could not save.
         """
@@ -137,7 +137,7 @@ def _start_nothing(*_: object, **__: object) -> None:
 
 
 def _kill_sessions() -> None:
-    """Kill what remains of Ray's sessions: after a part of Ray was killed, its helpers and workers would linger for a minute."""
+    """Kill what remains of a Ray session: after a part of Ray was killed, its helpers and workers would linger for a minute."""
     sessions = {process.pid for process in _processes}  # each leads one
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -146,7 +146,7 @@ def _kill_sessions() -> None:
 
 
 def ended_process() -> str | None:
-    """Describe a process of Ray's head that has ended by itself; None if there is none."""
+    """Describe a process of the Ray head that has ended by itself; None if there is none."""
     for process in _processes:
         if (code := process.poll()) is not None:
             name = Path(os.fsdecode(process.args[0] if isinstance(process.args, list) else str(process.args))).name
@@ -170,7 +170,7 @@ def start_failure(reason: str) -> str:
 
 
 def _last_error(name: str) -> str:
-    """Return the last error that a process of Ray's has logged."""
+    """Return the last error that a Ray process has logged."""
     for log in [log for scratch in _scratch for suffix in ("err", "out") for log in scratch.glob(f"ray/session_2*/logs/{name}.{suffix}")]:
         with contextlib.suppress(OSError):
             if errors := re.findall(

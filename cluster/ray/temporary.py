@@ -15,7 +15,7 @@ from manta.cluster.ray.hosts import OBJECT_STORE_BYTES
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  where Ray puts its object store
 FOLDERS = (Path("/tmp"), Path("/var/tmp"), SHARED_MEMORY)  # noqa: S108
-LONGEST_PATH = 19  # letters: the paths of Ray's sockets below it must fit into 107 bytes
+LONGEST_PATH = 19  # letters: the paths of Ray sockets below it must fit into 107 bytes
 PREFIX, HOST_PREFIX = "manta-ray-", "manta-host-"
 TOKEN = "token"  # noqa: S105  the name of its file
 SPACE = 16 << 20  # bytes that Ray needs for its logs

@@ -180,7 +180,7 @@ class Controller:
         return outcome
 
     def _restore_files(self) -> None:
-        """Write again what somebody has deleted, since each attempt reads it, and so do commands after the run."""
+        """Write deleted files again, since each attempt reads it, and so do commands after the run."""
         for path, content in self._files.items():
             with contextlib.suppress(OSError):  # the ranks report what they miss
                 if not path.exists():

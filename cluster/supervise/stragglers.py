@@ -12,7 +12,7 @@ from manta.cluster.nodes.report import RankStatus
 
 SLOW, RECOVERED = 1.5, 1.2  # times the median
 CHECKS = 5  # consecutive checks, each at another step
-LASTING = 30.0  # seconds, in addition, on one machine without GPUs, whose cores the ranks share with whatever else runs there
+LASTING = 30.0  # seconds, in addition, on one machine without GPUs, where the ranks share the cores with other programs
 NOISE = 0.01  # seconds of a step: a smaller difference is ignored
 
 

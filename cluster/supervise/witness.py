@@ -15,7 +15,7 @@ from pathlib import Path
 @contextmanager
 def witness(event_log: Path, line: dict[str, object]) -> Generator[None]:
     """Have the line written if this process ends before the context does."""
-    message = "manta: expected a Ray that starts, got one whose processes ended. Run the command again.\n"
+    message = "manta: expected a Ray that starts, got one with processes that ended. Run the command again.\n"
     command = [sys.executable, "-I", "-S", __file__, str(event_log), json.dumps(line), message]
     try:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

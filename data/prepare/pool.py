@@ -216,7 +216,7 @@ def _serve(connection: Connection, position: c_int64) -> None:
     """Do tasks until the parent kills this process or dies."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread per worker
     umask = os.umask(0o022)
-    os.umask(umask if umask & 0o002 else umask | 0o022)  # on a Ray cluster it is that of whoever started it
+    os.umask(umask if umask & 0o002 else umask | 0o022)  # on a Ray cluster it is that of the user who started it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     Thread(target=_exit_with_parent, daemon=True).start()
     while True:

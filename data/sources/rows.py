@@ -16,7 +16,7 @@ Kind = Literal["text", "ids"]
 KIND_NAMES: dict[Kind, str] = {"text": "text", "ids": "a list of token ids"}
 
 _FIX_ROW = "Fix or remove the row."
-_OPENED = {b"[", b"{", b"[{"}  # a value that goes on in the next lines
+_OPENED = {b"[", b"{", b"[{"}  # a value that continues on the next lines
 _ONE_PER_LINE = "Write each object in a line, for example with jq -c 'if type == \"array\" then .[] else . end' FILE."
 _MAX_SHOWN = 12  # fields in an error
 _USUAL_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "passage", "story", "code", "input_ids")

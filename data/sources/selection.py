@@ -1,6 +1,6 @@
 """Which files of a directory or a glob are a source's documents: not the card of a dataset, its metadata, or its other splits.
 
-Whatever is left out is said once, when a corpus is prepared; a file or a folder that is a source of its own is read in any case.
+What is skipped is reported once, when a corpus is prepared. A file or a folder that is itself a source is always read.
 """
 
 import os
@@ -26,7 +26,7 @@ _SPLIT = re.compile(
 class Selection(NamedTuple):
     paths: list[str]
     notes: list[str]
-    """What was left out, and why."""
+    """What was skipped, and why."""
 
 
 def select(paths: Sequence[str], source: SourceConfig, *, is_directory: bool) -> Selection:
@@ -36,17 +36,17 @@ def select(paths: Sequence[str], source: SourceConfig, *, is_directory: bool) ->
     def leave_out(others: list[str], what: str) -> None:
         nonlocal selected
         if excluded := set(others):
-            notes.append(f"left out {_count(others)} {what}, first {cut(others[0])}")
+            notes.append(f"skipped {_count(others)} {what}, first {cut(others[0])}")
             selected = [path for path in selected if path not in excluded]
 
     if is_directory:
         known = set(_known(selected, source))
         leave_out([path for path in selected if path not in known], "by format")
-    leave_out(_descriptions(selected, source), "with the description of a dataset (a file that is a source of its own is read)")
+    leave_out(_descriptions(selected, source), "with the description of a dataset (a file that is itself a source is read)")
     splits = _splits(selected, source)
     others = [path for path, split in splits.items() if not split.startswith("train")]
     if len(others) < len(splits):
-        leave_out(others, "of other splits than train (name them as validation, or as sources of their own)")
+        leave_out(others, "of other splits than train (name them as validation, or as sources)")
     elif others and len(others) < len(selected):
         notes.append(f"reads {_count(others)} of a name like those of validation and test splits, first {cut(others[0])}")
     return Selection(selected, notes)

@@ -87,7 +87,7 @@ def select_files(source: SourceConfig) -> tuple[list[StoredFile], list[str]]:
             if needed or len(empty) == len(files):
                 remedy = "Download it again, or remove it from data.sources."
                 raise InputError(f"{(needed or empty)[0]}: expected data, got an empty file. {remedy}")
-            notes.append(f"left out {len(empty)} without content, first {cut(empty[0])}")
+            notes.append(f"skipped {len(empty)} without content, first {cut(empty[0])}")
             files = [file for file in files if file.path not in set(empty)]
     if not files:
         found = "none of them" if is_directory else "no such files"

@@ -82,7 +82,7 @@ def expand_local(path: T) -> T:
 
 
 def check_local(path: T) -> T:
-    """Return a path of another machine, whose home directory may be another. Raises ValueError as `expand_local` does."""
+    """Return a path of another machine, which may have another home directory. Raises ValueError as `expand_local` does."""
     expand_local(path)
     return path
 

@@ -41,7 +41,7 @@ def open_own_to_write(path: Path) -> FileIO:
 
 
 def make_own_directory(path: Path) -> None:
-    """Make a directory, unless it is there, that nobody else can read. Raises OSError if it is another user's, or a link."""
+    """Make a directory, unless it is there, that only this user can read. Raises OSError if it is another user's, or a link."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.lstat().st_uid != os.geteuid() or not stat.S_ISDIR(path.lstat().st_mode):
         raise PermissionError(errno.EPERM, "not this user's directory", str(path))

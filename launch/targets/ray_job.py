@@ -32,7 +32,7 @@ CHECK_TIMEOUT = 10.0  # seconds for the dashboard to answer at first
 TIMEOUT = 120.0  # seconds for any later answer: a busy machine takes long to accept a job
 AGENT_TIMEOUT = 30.0  # seconds in which a Ray that has just started has an agent that runs jobs
 NO_AGENT = "No available agent to submit job"  # Ray's words
-LONGEST = 300  # characters of an error of Ray's
+LONGEST = 300  # characters of an error that Ray reports
 ENTRYPOINT_LINE = "Running entrypoint for job"  # Ray's last line before the output of the job
 NOT_CODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 POLL = 0.1  # seconds
@@ -181,7 +181,7 @@ def _accepts_anyone(address: str) -> bool:
 
 @contextlib.contextmanager
 def _errors_in_one_line(key: str, address: str) -> Generator[None]:
-    """Raise an InputError for any error of Ray's client, which raises those of several libraries."""
+    """Raise an InputError for any error of the Ray client, which raises those of several libraries."""
     try:
         yield
     except InputError:

@@ -1,4 +1,4 @@
-"""Runs whose run directory, or folder for temporary files, is on a disk that fills up."""
+"""Runs with a run directory, or a folder for temporary files, on a disk that fills up."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def reference(workspace) -> list[list]:
 
 
 def on(disk: Path, workspace, name: str, *more: str) -> RunProcess:
-    """Start a run whose directory is on the disk, and whose checkpoints are not."""
+    """Start a run with its directory on the disk, and its checkpoints elsewhere."""
     checkpoints = workspace.directory / f"{name} checkpoints"
     run = RunProcess(workspace, name, *SETTINGS, f"run.dir={json.dumps(str(disk / 'run'))}", f"checkpoint.directory={checkpoints}", *more)
     run.directory = disk / "run"

@@ -18,7 +18,7 @@ PIDS = Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")
 
 
 def unshare(options: str, setup: str) -> list[str]:
-    """Return the command that runs another one in namespaces of its own, after a setup."""
+    """Return the command that runs another one in separate namespaces, after a setup."""
     command = ["unshare", *options.split(), "sh", "-c", f'{setup} && exec "$0" "$@"']
     if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
         pytest.skip(f"no namespaces on this machine: {' '.join(command)}")
@@ -117,7 +117,7 @@ def test_a_head_killed_while_ray_starts_is_replaced_or_reported(workspace, delay
         assert "Traceback" not in output
         until(lambda: run.events("run-ended"), within=20)
         assert run.events("run-ended")[-1]["exit_code"] == code
-        assert code == 0 or any(words in output for words in ("got: Ray's gcs_server ended with -9", "got one whose processes ended")), (
+        assert code == 0 or any(words in output for words in ("got: Ray's gcs_server ended with -9", "got one with processes that ended")), (
             output
         )
     with RunProcess(workspace, f"head killed after {delay}", *SHORT) as again:

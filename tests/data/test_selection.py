@@ -1,4 +1,4 @@
-"""Which files of a directory or a glob are documents, what is left out, and that it is said."""
+"""Which files of a directory or a glob are documents, what is skipped, and that it is reported."""
 
 import pytest
 from small_corpora import SMALL, config, documents, texts_of, write_lines
@@ -9,7 +9,7 @@ from manta.data.source_config import SourceConfig
 from manta.data.sources.selection import select
 from manta.data.sources.source import select_files
 
-CASES = {  # the files of a directory: those that are left out
+CASES = {  # the files of a directory: those that are skipped
     "a clone of tables": (
         "README.md dataset_infos.json data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet data/test-00000-of-00001.parquet",
         "README.md dataset_infos.json data/test-00000-of-00001.parquet",
@@ -28,7 +28,7 @@ CASES = {  # the files of a directory: those that are left out
     "one other split": ("test-0.jsonl test-1.jsonl", ""),
     "programs": ("README.md train.py test_train.py tests/test_x.py docs/eval.md LICENSE", ""),
     "pages": ("README.md index.md test.md train.md", ""),
-    "words that begin alike": ("trained.jsonl testament.jsonl devil.txt contest.txt", ""),
+    "words that start alike": ("trained.jsonl testament.jsonl devil.txt contest.txt", ""),
     "only a card": ("README.md", ""),
     "a settings file": ("config.json", ""),
 }
@@ -44,9 +44,9 @@ def test_other_splits_and_what_describes_a_dataset_are_left_out(case):
             continue
         selected, notes = select(paths, SourceConfig(path=root), is_directory=False)
         assert selected == expected
-        assert sum(int(note.split()[2]) for note in notes if note.startswith("left out")) == len(left_out)
+        assert sum(int(note.split()[2]) for note in notes if note.startswith("skipped")) == len(left_out)
         looks = [f"reads 1 file of a name like those of validation and test splits, first {root}test.jsonl"]
-        assert [note for note in notes if not note.startswith("left out")] == (looks if case == "no train split" else [])
+        assert [note for note in notes if not note.startswith("skipped")] == (looks if case == "no train split" else [])
 
 
 def test_a_split_or_a_card_that_is_named_itself_is_read(tmp_path):
@@ -58,9 +58,9 @@ def test_a_split_or_a_card_that_is_named_itself_is_read(tmp_path):
     for name, text in (("test-0.parquet", "test"), ("test-*", "test"), ("README.md", "card"), ("README*", "card")):
         assert read(tmp_path / name) == [text]
     assert [note.partition(" (")[0].partition(", first")[0] for note in select_files(SourceConfig(path=str(tmp_path)))[1]] == [
-        "left out 1 file by format",
-        "left out 1 file with the description of a dataset",
-        "left out 1 file of other splits than train",
+        "skipped 1 file by format",
+        "skipped 1 file with the description of a dataset",
+        "skipped 1 file of other splits than train",
     ]
 
 
@@ -69,7 +69,7 @@ def test_empty_files_among_others_are_left_out(tmp_path):
     write_file(tmp_path / "b.jsonl", b"")
     write_file(tmp_path / "__init__.py", b"")
     assert read(tmp_path) == read(tmp_path / "*") == ["a"]
-    assert select_files(SourceConfig(path=str(tmp_path)))[1] == [f"left out 2 without content, first {tmp_path}/__init__.py"]
+    assert select_files(SourceConfig(path=str(tmp_path)))[1] == [f"skipped 2 without content, first {tmp_path}/__init__.py"]
     assert "b.jsonl: expected data, got an empty file" in error_of(tmp_path / "b.jsonl")
     assert "got an empty file" in error_of(tmp_path / "*.jsonl")
     for name in ("c.parquet", "c.jsonl.gz"):  # no file of this format is empty: its download was cut off
@@ -89,7 +89,7 @@ def test_prepare_says_what_it_left_out(tmp_path, capsys):
     assert sorted(texts_of(prepared, "train") + texts_of(prepared, "validation")) == sorted(documents(60))
     printed = capsys.readouterr().err
     for words in (
-        f"left out 1 file with the description of a dataset (a file that is a source of its own is read), first {clone}/README.md",
-        f"left out 2 files of other splits than train (name them as validation, or as sources of their own), first {clone}/test.jsonl",
+        f"skipped 1 file with the description of a dataset (a file that is itself a source is read), first {clone}/README.md",
+        f"skipped 2 files of other splits than train (name them as validation, or as sources), first {clone}/test.jsonl",
     ):
         assert f"prepare: {clone}: {words}\n" in printed

@@ -53,7 +53,7 @@ def test_a_missing_empty_or_unknown_file_is_refused(tmp_path):
     assert error_of(write_file(tmp_path / "x.tar.gz", b"x")).endswith("got .tar. Unpack or convert it, or set the source's format.")
     assert error_of(write_file(tmp_path / "x.TGZ", b"x")).endswith("got .tgz. Unpack or convert it, or set the source's format.")
     (tmp_path / "empty.jsonl").unlink()
-    assert f"got none of them (left out 5 files by format, first {tmp_path}/x.TGZ). Name a file" in error_of(tmp_path)
+    assert f"got none of them (skipped 5 files by format, first {tmp_path}/x.TGZ). Name a file" in error_of(tmp_path)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ INVALID = {
         "schedule:\n  warmup_steps: 99\ntrain:\n  steps: 50\n",
         ": schedule.warmup_steps: expected at most train.steps (50), got 99. Shorten the warmup or train longer.",
     ),
-    "warmup longer than a schedule of its own length": (
+    "warmup longer than schedule.steps": (
         "schedule:\n  warmup_steps: 40\n  steps: 30\ntrain:\n  steps: 50\n",
         ": schedule.warmup_steps: expected at most schedule.steps (30), got 40. Shorten the warmup or raise schedule.steps.",
     ),

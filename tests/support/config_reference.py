@@ -15,8 +15,8 @@ from manta.launch.config_errors import description, section_of
 INTRODUCTION = """\
 A YAML file has these sections. `section.key=value` on the command line overrides it.
 
-Values are read as the key wants them. Where it wants text, plain text stays what was written: a directory may be called `2024`, a source
-`no`. Where it wants an integer, `4.0` and `1e4` are integers. `~` at the start of a path is the home directory. A URL with a password is
+Values are read as the type of the key. Where it is text, plain text stays what was written: a directory may be called `2024`, a source
+`no`. Where it is an integer, `4.0` and `1e4` are integers. `~` at the start of a path is the home directory. A URL with a password is
 refused: set the store's credentials in the environment.
 """
 

@@ -1,4 +1,4 @@
-"""A small file system of its own, which fills up as a disk does. Needs root."""
+"""A small file system that fills up as a disk does. Needs root."""
 
 import subprocess
 from collections.abc import Iterator

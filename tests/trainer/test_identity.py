@@ -66,8 +66,8 @@ def test_an_extended_run_says_how_its_learning_rate_jumps(run, capsys):
     old = load(run.config_file)
     rates = [learning_rate(old.schedule, peak=old.optimizer.learning_rate, step=10, steps=steps) for steps in (20, 40)]
     assert rates[0] < 0.9 * rates[1]
-    told = f"learning rate of step 11: {rates[0]:.3g} in the schedule of 20 steps, {rates[1]:.3g} in that of 40"
-    assert capsys.readouterr().err == f"{told}; to keep the first schedule: schedule.steps=20\n"
+    notice = f"learning rate of step 11: {rates[0]:.3g} in the schedule of 20 steps, {rates[1]:.3g} in that of 40"
+    assert capsys.readouterr().err == f"{notice}; to keep the first schedule: schedule.steps=20\n"
 
 
 def test_an_old_corpus_is_found(run):

@@ -112,7 +112,7 @@ class Architecture(Entry):
     optional: str = "$."
     """Pattern for modules that files may lack: an import initializes them. The default matches nothing."""
     subset: str | None = None
-    """The class whose files lack them."""
+    """The class with files that lack them."""
 
     @property
     def has_experts(self) -> bool:

@@ -191,7 +191,7 @@ def _check_files(files: Sequence[CheckpointFile]) -> None:
 
 
 def _check_chunks(checkpoint: Checkpoint) -> None:
-    """Raises ValueError unless the chunks cover each element of each tensor once, and lie in files, apart from one another.
+    """Raises ValueError unless the chunks cover each element of each tensor once, and are inside their files, without overlap.
 
     Sorts the chunks, and otherwise takes time in proportion to their number.
     """

@@ -40,7 +40,7 @@ def read_tensors(
     check_hashes: bool = True,
     check_files: tuple[int, int] | None = (0, 1),
 ) -> None:
-    """Fill `state`, whose keys and shapes are the checkpoint's. Raises CheckpointError if a file does not match its manifest, or if a part
+    """Fill `state`, with the keys and shapes of the checkpoint. Raises CheckpointError if a file does not match its manifest, or if a part
     of `state` is not in the checkpoint.
 
     check_hashes: whether each block that is read is checked against its hash.

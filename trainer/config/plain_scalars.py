@@ -18,7 +18,7 @@ _TYPES = {"int": int, "float": float, "bool": bool}
 
 
 def fit(node: yaml.Node, schema: object) -> None:
-    """Change the tags of the plain scalars in `node` to what `schema` wants: a section, or the type of a field."""
+    """Change the tags of the plain scalars in `node` to those of `schema`: a section, or the type of a field."""
     kinds = list(_kinds(schema))
     if isinstance(node, yaml.ScalarNode):
         _fit_scalar(node, kinds)

@@ -93,7 +93,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def read_yaml(file: Path, schema: object = None) -> dict[str, Any]:
-    """Return the sections of a YAML file. schema: the class that will validate them, if plain values are to be read as it wants them.
+    """Return the sections of a YAML file. schema: the class that will validate them, if plain values are to be read as its types.
 
     Raises ConfigError if there is no such file, if it is too large or no YAML, or if it has no sections.
     """

@@ -164,7 +164,7 @@ class Mesh:
 
 
 def _check_interface() -> None:
-    """Raises InputError if gloo is told to use a network interface that this machine does not have."""
+    """Raises InputError if GLOO_SOCKET_IFNAME names a network interface that this machine does not have."""
     named, present = os.environ.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
     if missing := [name for name in named.split(",") if name and name not in present]:
         expected = f"a network interface of {socket.gethostname()} ({', '.join(present)})"

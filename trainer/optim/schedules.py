@@ -8,7 +8,7 @@ from manta.trainer.config.sections import ScheduleConfig
 def learning_rate(schedule: ScheduleConfig, *, peak: float, step: int, steps: int) -> float:
     """Return the rate of optimizer step `step` (from 0): linear warmup, then decay to `minimum_ratio` at the last step of the schedule.
 
-    steps: of the run, which are those of the schedule if it has none of its own.
+    steps: of the run, which are those of the schedule unless schedule.steps is set.
     """
     warmup, steps = schedule.warmup_steps, schedule.steps or steps
     if step < warmup:
