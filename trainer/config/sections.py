@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from manta.data.config import check_stages
 from manta.data.errors import InvalidValueError
 from manta.data.source_config import Count, LocalPath, Location, Section
-from manta.data.storage.location import absolute, is_remote
+from manta.data.storage.location import absolute, local_path
 from manta.trainer.config.divisors import divisors_text
 
 Precision = Literal["fp32", "bf16", "bf16-autocast", "fp16", "fp8"]
@@ -28,7 +28,7 @@ class RunSection(Section):
     @field_validator("dir", mode="before")
     @classmethod
     def _is_local(cls, value: object) -> object:
-        if isinstance(value, str) and is_remote(value):
+        if isinstance(value, str) and local_path(value) is None:
             remedy = f"Choose a local one; checkpoints may be there: checkpoint.directory={value}."
             raise ValueError(f"expected a directory of this machine, got {value}. {remedy}")
         return value
