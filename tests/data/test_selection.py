@@ -44,7 +44,7 @@ def test_other_splits_and_what_describes_a_dataset_are_left_out(case):
             continue
         selected, notes = select(paths, SourceConfig(path=root), is_directory=False)
         assert selected == expected
-        assert sum(int(note.split()[2]) for note in notes if note.startswith("skipped")) == len(left_out)
+        assert sum(int(note.split()[1]) for note in notes if note.startswith("skipped")) == len(left_out)
         looks = [f"reads 1 file of a name like those of validation and test splits, first {root}test.jsonl"]
         assert [note for note in notes if not note.startswith("skipped")] == (looks if case == "no train split" else [])
 
