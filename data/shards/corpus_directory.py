@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from manta.data.config import CacheConfig
 from manta.data.errors import AccessError, DataError, InputError, one_line
 from manta.data.shards.shard import DocumentIndex, Shard, parse_index
 from manta.data.storage.atomic import write_atomically
-from manta.data.storage.cache import CachedFile, ShardCache
+from manta.data.storage.cache import FULL, ShardCache
+from manta.data.storage.download import CachedFile, hold_in_memory
 from manta.data.storage.location import join
+from manta.data.storage.open_files import release_maps
 from manta.data.storage.regular_file import make_own_directory, read_regular
 from manta.data.storage.store import open_store
 
 REMEDY = "Run `manta prepare` again."
+_IN_MEMORY = 1 << 30  # bytes of shards that are read into memory, for a cache on a full disk
 _LARGEST = 1 << 28  # bytes of a file that is read whole: a manifest, a record, a tokenizer
 
 
@@ -138,7 +141,14 @@ class CorpusDirectory:
     def _local_file(self, file: CachedFile) -> Generator[Path]:
         """Yield the path of a file on this node, which is not evicted before this ends."""
         if not open_store(file.url).is_local:
-            with _cache(self._config).hold(file) as path:
+            with ExitStack() as stack:
+                try:
+                    path = stack.enter_context(_cache(self._config).hold(file))
+                except OSError as error:
+                    if error.errno not in FULL:
+                        raise
+                    _limit_memory(file.size)
+                    path = stack.enter_context(hold_in_memory(file))
                 yield path
             return
         try:
@@ -168,6 +178,18 @@ class CorpusDirectory:
         shared = Path(self.root).parent if location.startswith(f"{self.root}/") else location
         remedy = f"Its owner can share it (chmod -R go+rX {shared}); or set another data.directory."
         return AccessError(f"{location}: expected read access, got {error.strerror}. {remedy}")
+
+
+_in_memory = 0
+
+
+def _limit_memory(size: int) -> None:
+    """Unmap what was read before once this file would exceed the limit."""
+    global _in_memory  # noqa: PLW0603  of the process, as the maps are
+    if _in_memory + size > _IN_MEMORY:
+        release_maps()
+        _in_memory = 0
+    _in_memory += size
 
 
 def _map(path: Path, *, shape: tuple[int], dtype: Any, offset: int = 0) -> NDArray[Any]:

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import threading
 import time
 from collections import deque
@@ -21,39 +20,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from itertools import accumulate
 from os.path import samestat
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
-
-import xxhash
+from pathlib import Path
+from typing import BinaryIO
 
 from manta.data.errors import InputError
 from manta.data.storage.atomic import TEMPORARY
+from manta.data.storage.download import CACHED_NAME, CachedFile, download
 from manta.data.storage.regular_file import open_own, open_own_to_write
-from manta.data.storage.store import open_store
 
 log = logging.getLogger(__name__)
 
 DOWNLOADS = 3  # prefetched at a time
-BAD_DOWNLOADS = 3  # in a row: then the object itself is considered damaged
 PATIENCE = 10.0  # seconds to wait for other processes to release files, if only these, and no downloads, keep the cache full
 
-_NAME = re.compile(r"[0-9a-f]{16}-\d+(\.\w{1,16})?")  # other files in the directory are not the cache's to delete
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class CachedFile(NamedTuple):
-    """A remote file, with its size and hash."""
-
-    url: str
-    size: int
-    xxh3: str
-
-    @property
-    def name(self) -> str:
-        """Its name in the cache."""
-        suffix = PurePosixPath(self.url).suffix
-        name = f"{self.xxh3}-{self.size}"
-        return name + suffix if _NAME.fullmatch(name + suffix) else name
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class ShardCache:
@@ -66,6 +46,7 @@ class ShardCache:
         self._queue_lock = threading.Lock()
         self._queue: deque[CachedFile] = deque()
         self._workers = 0
+        self._reported_full = False
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._locked():
@@ -101,8 +82,7 @@ class ShardCache:
         totals = accumulate(file.size for file in distinct)
         queue = deque(file for file, total in zip(distinct, totals, strict=True) if total <= self._limit)
         for file in reversed(queue):
-            with suppress(FileNotFoundError):
-                _touch(self._directory / file.name)  # so that none of these is evicted for another
+            _touch(self._directory / file.name)  # so that none of these is evicted for another
         with self._queue_lock:
             self._queue = queue
             while self._workers < min(DOWNLOADS, len(queue)):
@@ -120,7 +100,8 @@ class ShardCache:
                 with self.hold(file):
                     pass
             except Exception as error:  # noqa: BLE001  raised again when the file is needed
-                log.warning("prefetch: %s", error)
+                if not (isinstance(error, OSError) and error.errno in FULL):  # which is reported once
+                    log.warning("prefetch: %s", error)
 
     @contextmanager
     def _hold_if_present(self, file: CachedFile) -> Generator[bool]:
@@ -163,12 +144,13 @@ class ShardCache:
                     temporary.unlink()
                     return
                 self._reserve(stream, file)
-                _fill(stream, file)
+                while not self._fill(stream, file):
+                    continue
                 with self._locked():
                     temporary.replace(path)
             except BaseException as error:
                 temporary.unlink(missing_ok=True)
-                if isinstance(error, OSError) and error.errno in _FULL:
+                if isinstance(error, OSError) and error.errno in FULL:
                     message = f"no space for the {file.size} bytes of {file.url}. Free some, or lower data.cache.bytes."
                     raise OSError(error.errno, message, str(path)) from None
                 raise
@@ -191,8 +173,29 @@ class ShardCache:
                 raise InputError(f"data.cache.bytes: {expected}; got {self._limit}. Raise it.")
             time.sleep(0.05)
 
-    def _evict(self, needed: int) -> tuple[int, int]:
-        """Delete dead temporary files, and then the least recently used files, until `needed` more bytes fit.
+    def _fill(self, stream: FileIO, file: CachedFile) -> bool:
+        """Write a file. If the disk is full below the limit, evict as many bytes as it has, and return False to try again.
+
+        Raises OSError if there is nothing to evict.
+        """
+        try:
+            download(stream, file)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not self._reported_full:
+                self._reported_full = True
+                problem = "%s: %s: less than data.cache.bytes fit. Older shards are evicted; without any, shards are read into memory."
+                log.warning(problem, self._directory, error.strerror)
+            with self._locked():
+                before, _ = self._evict(0)
+                if self._evict(0, before - file.size)[0] == before:
+                    raise
+            return False
+        return True
+
+    def _evict(self, needed: int, limit: int | None = None) -> tuple[int, int]:
+        """Delete dead temporary files, and then the least recently used files, until `needed` more bytes fit into the limit.
 
         Returns the bytes that remain, and how many of these belong to downloads in progress.
         """
@@ -201,14 +204,14 @@ class ShardCache:
         for path in self._directory.iterdir():
             with suppress(FileNotFoundError):  # a download that fails does not lock the directory
                 status = path.stat()
-                if path.name.startswith(".") and path.name.endswith(TEMPORARY) and _NAME.fullmatch(path.name[1 : -len(TEMPORARY)]):
+                if path.name.startswith(".") and path.name.endswith(TEMPORARY) and CACHED_NAME.fullmatch(path.name[1 : -len(TEMPORARY)]):
                     downloads += 0 if _delete_unlocked(path) else status.st_size
-                elif _NAME.fullmatch(path.name):
+                elif CACHED_NAME.fullmatch(path.name):
                     total += status.st_size
                     files.append((status.st_mtime_ns, status.st_size, path))
         total += downloads
         for _, size, path in sorted(files):
-            if total + needed <= self._limit:
+            if total + needed <= (self._limit if limit is None else limit):
                 break
             total -= size if _delete_unlocked(path) else 0
         return total, downloads
@@ -224,26 +227,6 @@ class ShardCache:
             os.close(descriptor)
 
 
-def _fill(stream: FileIO, file: CachedFile) -> None:
-    """Write the object's bytes, until size and hash are correct."""
-    got = ""
-    for _ in range(BAD_DOWNLOADS):
-        digest, count = xxhash.xxh3_64(), 0
-        stream.seek(0)
-        for block in open_store(file.url).blocks(file.size):
-            rest = block
-            while rest:
-                rest = rest[stream.write(rest) :]
-            digest.update(block)
-            count += len(block)
-        if (count, digest.hexdigest()) == (file.size, file.xxh3):
-            return
-        got = f"{count} bytes of xxh3 {digest.hexdigest()}"
-        log.warning("%s: expected %d bytes of xxh3 %s, got %s", file.url, file.size, file.xxh3, got)
-    expected = f"expected {file.size} bytes of xxh3 {file.xxh3}"
-    raise InputError(f"{file.url}: {expected}, got {got}, {BAD_DOWNLOADS} times. Prepare the corpus again: the object is damaged.")
-
-
 def _not_own(path: Path, error: PermissionError) -> InputError:
     """Nothing that another user made is trusted: a file is not hashed again when it is read."""
     return InputError(f"data.cache.directory: expected files of this user, got {path} ({error.strerror}). Choose another directory.")
@@ -252,7 +235,8 @@ def _not_own(path: Path, error: PermissionError) -> InputError:
 def _touch(path: Path) -> None:
     """Mark a file as just used. The kernel's own time would be the same for some milliseconds."""
     now = time.time_ns()
-    os.utime(path, ns=(now, now))
+    with suppress(OSError):  # on a disk that has become read-only, nothing is evicted either
+        os.utime(path, ns=(now, now))
 
 
 def _delete_unlocked(path: Path) -> bool:

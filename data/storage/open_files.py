@@ -7,6 +7,8 @@ from typing import ParamSpec, TypeVar
 
 _MAX_MAPPED = 4096  # the kernel allows 65,530 mappings
 
+_release: list[Callable[[], None]] = []
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -22,9 +24,16 @@ def max_mapped() -> int:
 def cache_maps(function: Callable[P, T]) -> Callable[P, T]:
     """Keep the most recent results of a function that maps files."""
     cached = cache(lambda: lru_cache(max_mapped())(function))
+    _release.append(lambda: cached().cache_clear())
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         return cached()(*args, **kwargs)
 
     return call
+
+
+def release_maps() -> None:
+    """Unmap all files that are not in use."""
+    for release in _release:
+        release()

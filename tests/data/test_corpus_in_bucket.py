@@ -1,13 +1,16 @@
 """A corpus prepared into a bucket, and read by several processes of a node, with faults and with a small cache."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from object_store import BUCKET, ObjectStore, Proxy
 from small_corpora import SMALL, config, documents, write_lines
+from small_disk import small_disk
 
 from manta.data.config import CacheConfig, DataConfig
 from manta.data.errors import InputError
@@ -161,6 +164,31 @@ def test_an_interrupted_preparation_into_a_bucket_is_continued(bucket):
     assert prepare.find_prepared(other, SMALL) is None
     proxy.reset()
     assert prepare.prepare(other, SMALL).fingerprint == made.fingerprint
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_full_disk_under_the_cache_stops_no_run(bucket, tmp_path, caplog):
+    """Evicting a shard that is still mapped makes no room, so these are read into memory."""
+    proxy, data = bucket
+    whole = read_all(data)
+    data = data.model_copy(update={"cache": CacheConfig(directory=tmp_path / "small")})
+    with small_disk(tmp_path / "small", "size=1m") as disk:
+        samples = Samples(prepare.find_prepared(data, SMALL), data, SMALL, seed=3)
+        disk.remount("size=64k")
+        proxy.reset()
+        assert np.array_equal(all_samples(samples), whole)
+        assert proxy.gets
+    assert caplog.text.count("less than data.cache.bytes fit") == 1
+
+
+def read_all(data: DataConfig) -> np.ndarray:
+    return all_samples(Samples(prepare.find_prepared(data, SMALL), data, SMALL, seed=3))
+
+
+def all_samples(samples: Samples) -> np.ndarray:
+    total = len(samples.sampler.sources[0].dataset)
+    return np.concatenate([samples.train(np.arange(first, first + 8)).tokens for first in range(0, total - 8, 8)])
 
 
 def _keys(data: DataConfig) -> list[str]:

@@ -13,6 +13,7 @@ import object_store
 import pytest
 import xxhash
 from object_store import content
+from small_disk import small_disk
 
 from manta.data.errors import InputError
 from manta.data.storage import cache, remote, remote_requests
@@ -310,6 +311,19 @@ def test_a_full_disk_is_reported_with_path_and_bytes(store, tmp_path):
     problem = "no space for the 100000 bytes of s3://corpus/full.bin. Free some, or lower data.cache.bytes."
     assert f"{problem}: '{tmp_path / file.name}'" in output
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_disk_smaller_than_the_limit_evicts_older_files(store, tmp_path, caplog):
+    files = [put(store, f"small/{index}.bin") for index in range(5)]
+    with small_disk(tmp_path / "disk", "size=260k") as disk:
+        cached = ShardCache(disk.path, UNLIMITED)
+        for file in files:
+            assert fetch(cached, file).read_bytes() == content(file.url.removeprefix("s3://corpus/"))
+        assert files[-1].name in names_in(disk.path)
+        assert len(names_in(disk.path)) == 2
+    assert caplog.text.count("less than data.cache.bytes fit") == 1
 
 
 def test_a_cache_directory_that_cannot_be_written_is_refused(tmp_path):
