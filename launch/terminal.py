@@ -13,6 +13,7 @@ import typer
 from manta.data.errors import InputError, shown
 from manta.data.messages import MessageConsole
 from manta.data.storage.location import expand
+from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.run_directory import RunDirectory
 
 T = TypeVar("T")
@@ -69,8 +70,11 @@ def notify(text: str) -> None:
 
 def resume_hint(run_dir: RunDirectory) -> str:
     """Describe what is saved of a run that has stopped, and how to resume it."""
-    step = run_dir.saved_step()
-    saved = f"step {step} is saved" if step else "nothing is saved yet"
+    try:
+        step = run_dir.saved_step()
+        saved = f"step {step} is saved" if step else "nothing is saved yet"
+    except CheckpointError as error:
+        saved = str(error)
     return f"{saved}; resume with: manta resume {run_dir.quoted}"
 
 

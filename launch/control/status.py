@@ -9,7 +9,8 @@ from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.data.errors import InputError
 from manta.launch.inspect.charts import console, grid
-from manta.launch.terminal import count_text
+from manta.launch.terminal import count_text, notify
+from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.metrics import format_duration, format_loss, loss_terms, read_metrics
 from manta.trainer.run_directory import RunDirectory
 
@@ -59,9 +60,17 @@ def status(directory: Path) -> dict[str, Any]:
         **ended,
         "attempts": max((event["attempt"] for event in events), default=0),
         "failures": [event["message"] for event in events if event["event"] in {"rank-failed", "node-lost"}],
-        "checkpoint": next(iter(run_dir.open_checkpoints().names()), None),
+        "checkpoint": _newest_checkpoint(run_dir),
         **{key: newest.get(key) for key in copied},
     }
+
+
+def _newest_checkpoint(run_dir: RunDirectory) -> str | None:
+    try:
+        return next(iter(run_dir.open_checkpoints().names()), None)
+    except CheckpointError as error:  # others may see how far a run is, and not read its weights
+        notify(str(error))
+        return None
 
 
 def exit_reason(events: Sequence[Event]) -> str:

@@ -148,6 +148,7 @@ def find_initial_weights(run_dir: RunDirectory, config: RunConfig) -> str | None
         remedy = f"Import it first: manta import {shlex.quote(start_from)}" if is_transformers else "Name another one, or omit it."
         expected = "a run directory, an imported model or checkpoints/step-..."
         raise InputError(f"run.start_from: expected {expected}, got {start_from}, which has no checkpoint. {remedy}")
+    checkpoints.check_readable(name or names[0])
     checkpoint = checkpoints.location(name or names[0])
     source = RunDirectory(Path(checkpoint).parent.parent)
     is_known = source.config_file.exists() or (source.path / "model.yaml").exists()  # else the checkpoint was copied out of its run

@@ -22,7 +22,10 @@ from manta.trainer.run_directory import RunDirectory
 
 
 def check_same_run(run_dir: RunDirectory, config: RunConfig) -> None:
-    """Raises InputError, which lists the differences, if the directory has a run that this config does not resume."""
+    """Raises InputError, which lists the differences, if the directory has a run that this config does not resume.
+
+    Raises UnreachableError if this user may not read its newest checkpoint.
+    """
     if not run_dir.config_file.exists() or not run_dir.has_trained:
         return
     old = load(run_dir.config_file)
@@ -41,6 +44,8 @@ def check_same_run(run_dir: RunDirectory, config: RunConfig) -> None:
     if str(now) != str(checkpoints) and checkpoints.names() and not now.names():  # else the run would start again from step 0
         remedy = f"Copy them there, or keep {checkpoints}."
         raise InputError(f"checkpoint.directory: expected the run's checkpoints, got {now}, which has none. {remedy}")
+    for name in now.names()[:1]:
+        now.check_readable(name)
     _report_learning_rate(old, config, run_dir.saved_step())
 
 

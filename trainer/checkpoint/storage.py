@@ -24,6 +24,7 @@ from manta.data.errors import InputError, one_line
 from manta.data.storage.atomic import sync_directory
 from manta.data.storage.local import LocalStore
 from manta.data.storage.location import local_path
+from manta.data.storage.regular_file import open_regular
 from manta.data.storage.remote import RemoteStore
 from manta.data.storage.store import Store
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, UnreachableError, read_error
@@ -111,6 +112,10 @@ class CheckpointBackend(ABC):
         """Return the content of a checkpoint's manifest. Raises OSError, also if it is no regular file, or too large to be one."""
 
     @abstractmethod
+    def check_readable(self, name: str) -> None:
+        """Raises UnreachableError if this user may not read a checkpoint's files. Damage is found when they are loaded."""
+
+    @abstractmethod
     def abandon(self, name: str, token: str) -> None:
         """Delete an uncommitted checkpoint."""
 
@@ -163,6 +168,15 @@ class DirectoryBackend(CheckpointBackend):
 
     def manifest(self, name: str) -> bytes:
         return self.store.read(f"{name}/{MANIFEST}", MAX_BYTES)
+
+    def check_readable(self, name: str) -> None:
+        try:
+            for path in (self.path / name).iterdir():
+                open_regular(path).close()
+        except PermissionError as error:
+            raise read_error(str(error.filename), error) from None
+        except OSError:
+            return
 
     def abandon(self, name: str, token: str) -> None:
         shutil.rmtree(self.path / self._uncommitted(name, token), ignore_errors=True)
@@ -242,6 +256,9 @@ class ObjectStoreBackend(CheckpointBackend):
 
     def manifest(self, name: str) -> bytes:
         return self.store.read(f"{name}/{self._token_of(name)}/{MANIFEST}", MAX_BYTES)
+
+    def check_readable(self, name: str) -> None:
+        """Do nothing: a store reports a lack of access as such when it lists objects."""
 
     def write(self, name: str, token: str, file: str, parts: Callable[[], Iterable[memoryview]]) -> str:
         return f"{token}/{super().write(name, token, file, parts)}"
