@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from manta.data.errors import InputError
+from manta.data.errors import InputError, cut
 from manta.launch.config import load
 from manta.launch.run.preflight import check_own_model, check_writable, open_corpus
 from manta.launch.run.start import write_run_directory
@@ -10,7 +10,7 @@ from manta.launch.terminal import notify
 from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.checkpoint.writer import CheckpointWriter
-from manta.trainer.convert.deepspeed.load import load_deepspeed
+from manta.trainer.convert.deepspeed.load import load_deepspeed, other_content
 from manta.trainer.convert.deepspeed.rename import NAMES, differences, logical_state, progress
 from manta.trainer.run_directory import RunDirectory
 
@@ -39,10 +39,12 @@ def convert(source: Path, file: Path, overrides: list[str], names: str | None) -
     code = check_own_model(run_directory, config)
     prepared, vocabulary = open_corpus(run_directory, config)
     state = logical_state(saved, config, vocabulary=vocabulary, code=run_directory.code, names=names)
+    with other_content(saved.folder):
+        settings = differences(saved, config)
     with run_directory.lock():
         write_run_directory(run_directory, config, prepared, code)
         about = {"layout": f"DeepSpeed, ZeRO-{saved.stage}", "ranks": saved.ranks, "config": config.model_dump(mode="json")}
         CheckpointWriter(backend, identity=identity_of(config, prepared), attempt=0).save(state, progress(saved, config), about=about)
-    for difference in differences(saved, config):
-        notify(difference)
+    for difference in settings:
+        notify(cut(difference))
     return backend.location(name_of_step(saved.step))

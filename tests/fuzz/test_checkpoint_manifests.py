@@ -17,6 +17,7 @@ from fuzz import assert_refused_or_done, call, manta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from old_run import HERE
+from tree_edits import EDIT, Edit, edit
 
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.errors import CheckpointError
@@ -112,47 +113,19 @@ def check(checkpoints: Path, content: bytes, saved: dict[str, torch.Tensor]) -> 
     return None
 
 
-EDIT = st.tuples(
-    st.sampled_from(["", "files", "tensors", "tensors"]),  # where it starts: mostly in what decides from where bytes are loaded
-    st.lists(st.integers(0, 2**16), max_size=6),  # which child to descend to, at each level
-    st.sampled_from(["delete", "replace", "replace", "repeat", "exchange", "copy", "nudge", "nudge", "nudge"]),
-    st.integers(0, 2**16),  # which sibling, which value, how far
-)
+PLACED = st.tuples(st.sampled_from(["", "files", "tensors", "tensors"]), EDIT)  # mostly in what decides from where bytes are loaded
 
 
-def edited(manifest: dict, edits: list[tuple[str, list[int], str, int]]) -> dict:
-    """Return a copy of the manifest with values deleted, replaced, repeated, exchanged, copied or nudged."""
+def edited(manifest: dict, edits: list[tuple[str, Edit]]) -> dict:
+    """Return a copy of the manifest with some of its values changed."""
     tree = copy.deepcopy(manifest)
-    for section, path, action, number in edits:
-        parent, key = {"": tree} | tree, section if section in tree else ""
-        for step in path or [number]:
-            if isinstance(parent[key], dict | list) and parent[key]:
-                parent = parent[key]
-                key = pick(parent, step)
-        apply(parent, key, action, number)
+    for section, change in edits:
+        part = tree.get(section)
+        if isinstance(part, dict | list) and part:
+            edit({section: part}, [([0, *change[0]], *change[1:])], HOSTILE)
+        else:
+            edit(tree, [change], HOSTILE)
     return tree
-
-
-def pick(parent: dict | list, number: int) -> str | int:
-    return sorted(parent)[number % len(parent)] if isinstance(parent, dict) else number % len(parent)
-
-
-def apply(parent: dict | list, key: str | int, action: str, number: int) -> None:
-    value, other = parent[key], pick(parent, number)
-    if action == "delete":
-        del parent[key]
-    elif action == "repeat" and isinstance(parent, list):
-        parent.insert(number % (len(parent) + 1), copy.deepcopy(value))
-    elif action == "exchange":
-        parent[key], parent[other] = parent[other], value
-    elif action == "copy":
-        parent[other] = copy.deepcopy(value)
-    elif action == "nudge" and type(value) is int:
-        parent[key] += [-64, -8, -4, -1, 1, 4, 8, 64, 128][number % 9]
-    elif action == "nudge" and isinstance(value, str):
-        parent[key] += ["0", "/", "\n", " "][number % 4]
-    else:
-        parent[key] = copy.deepcopy(HOSTILE[number % len(HOSTILE)])
 
 
 def try_changed(checkpoints: Path, manifest: dict, saved: dict[str, torch.Tensor], count: int) -> None:
@@ -165,8 +138,8 @@ def try_changed(checkpoints: Path, manifest: dict, saved: dict[str, torch.Tensor
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
     )
-    @given(st.lists(EDIT, min_size=1, max_size=3))
-    def each(edits: list[tuple[str, list[int], str, int]]) -> None:
+    @given(st.lists(PLACED, min_size=1, max_size=3))
+    def each(edits: list[tuple[str, Edit]]) -> None:
         refused.append(check(checkpoints, seal(edited(manifest, edits)), saved))
 
     each()

@@ -1,9 +1,12 @@
 """Conversion of DeepSpeed checkpoints: the losses of the resumed run are those of the undisturbed DeepSpeed run."""
 
+import copy
+import math
 import os
 import shlex
 import shutil
 import sys
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from fuzz import assert_refused_or_done, call
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from parity import LENGTH, MODELS, RATES, VOCABULARY, Cell, batch, optimizer_config, rows
 from parity import model as reference_model
 from spmd import spmd
+from tree_edits import EDIT, Edit, edit
 
 from manta.data.errors import InputError
 from manta.data.live.live_samples import open_samples
@@ -446,6 +453,92 @@ def test_a_hostile_pickle_is_refused_and_not_run(copied, name):
     assert not created.exists()
     torch.load(file, weights_only=False)
     assert created.exists(), "the pickle is harmless"
+
+
+def hostile_values() -> list[Any]:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (3,), check_invariants=True)
+    tensors = [torch.zeros(0), torch.zeros(()), torch.ones(3, 3), torch.full((64,), math.nan), torch.zeros(64, dtype=torch.int64), sparse]
+    huge = [torch.zeros(1).expand(10**12), torch.empty(10**12, device="meta"), torch.Size([2**40, 2**40]), 2**63, 10**400, -1]
+    return [*tensors, *huge, None, True, 0, 1, 1.5, math.nan, "", "x", "\x1b[2J", "x" * 5000, [], {}, [[]], {1: {2: 3}}, cycle]
+
+
+def convert_hostile(source: Path, count: int) -> None:
+    folder = source / f"global_step{SAVED}"
+    files = [folder / "mp_rank_00_model_states.pt", *sorted(folder.glob("*optim_states.pt"))]
+    originals = {file: (file.read_bytes(), torch.load(file, weights_only=False)) for file in files}
+    values, codes = hostile_values(), list[int]()
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    @given(st.integers(0, len(files) - 1), st.lists(EDIT, min_size=1, max_size=3))
+    def each(number: int, edits: list[Edit]) -> None:
+        file = files[number]
+        content, tree = originals[file][0], copy.deepcopy(originals[file][1])
+        edit(tree, edits, values)
+        torch.save(tree, file)
+        output = source / f"converted {len(codes)}"
+        outcome = call(lambda: convert(source, SIMPLE, output), seconds=60)
+        file.write_bytes(content)
+        assert_refused_or_done(outcome, 0, 2)
+        assert len(outcome.stderr.splitlines()) <= 1
+        codes.append(outcome.code)
+        if not outcome.code:
+            assert catalog.newest_valid(open_backend(output)) is not None
+
+    each()
+    assert codes.count(2) > len(codes) / 4, "many changes matter"
+
+
+def test_hostile_content_is_refused_in_a_line(copied):
+    convert_hostile(copied, 10)
+
+
+@pytest.mark.slow
+def test_much_hostile_content_is_refused_in_a_line(copied):
+    convert_hostile(copied, 300)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "link to itself", "1 GB of nothing", "small archive of 3 GB"])
+@pytest.mark.parametrize("file", ["latest", f"global_step{SAVED}/mp_rank_00_model_states.pt"])
+def test_what_is_no_file_of_a_checkpoint_is_named(copied, file, kind):
+    path = copied / file
+    path.unlink()
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "link to itself":
+            path.symlink_to(path)
+        case "1 GB of nothing":
+            with path.open("wb") as stream:
+                stream.truncate(1 << 30)
+        case _:
+            with (
+                zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+                archive.open("archive/data/0", "w", force_zip64=True) as record,
+            ):
+                for _ in range(24):
+                    record.write(bytes(1 << 27))
+    outcome = call(lambda: load_deepspeed(copied))
+    assert_refused_or_done(outcome, 2)
+    assert outcome.stderr.startswith(f"manta: {path}: expected ")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc", ".", "..", "x" * 300, "a\0b", "\x1b[2J"])
+def test_a_latest_that_leads_elsewhere_is_refused(copied, name):
+    (copied / "latest").write_text(name)
+    (copied.parent / "elsewhere").mkdir(exist_ok=True)
+    outcome = call(lambda: load_deepspeed(copied))
+    assert_refused_or_done(outcome, 2)
+    assert "latest: expected the name of a folder beside it" in outcome.stderr
 
 
 def test_another_model_or_optimizer_is_refused(trained_few, copied):

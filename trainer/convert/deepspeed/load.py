@@ -5,7 +5,8 @@ one part per rank, pads the last, and concatenates the parts of a sub-group. `pa
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Size, Tensor
 from manta.data.errors import InputError, one_line
 from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS
 from manta.trainer.convert.deepspeed.files import model_file, newest_folder, read_file, shard_files
+from manta.trainer.optim.optimizers import STATE_KEYS
 
 MASTER = "master"
 ONE_SAVE = "Copy the files of one save."
@@ -45,20 +47,46 @@ def load_deepspeed(directory: Path) -> DeepSpeedCheckpoint:
     folder = newest_folder(directory)
     file = model_file(folder)
     model = read_file(file)
-    try:
+    with other_content(folder):
         common = _common(file, model)
         specific = _without_zero(folder, model, common["buffers"]) if model["optimizer"] else _with_zero(folder, model)
-        return DeepSpeedCheckpoint(**common, **specific)
+        checkpoint = DeepSpeedCheckpoint(**common, **specific)
+        _check_values(checkpoint)
+        return checkpoint
+
+
+@contextmanager
+def other_content(folder: Path) -> Generator[None]:
+    """Raises InputError for whatever goes wrong with what the files hold: they may hold anything."""
+    try:
+        yield
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001  see above
         problem = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{folder}: expected files that engine.save_checkpoint wrote, got {problem}. Copy them again.") from None
+
+
+def _check_values(checkpoint: DeepSpeedCheckpoint) -> None:
+    """Raises ValueError for counts, names, tensors and scales that no run has."""
+    counts = (checkpoint.updates, checkpoint.step, checkpoint.optimizer_steps, checkpoint.samples)
+    if min(counts) < 0 or max(counts) >= 2**53 or checkpoint.updates > checkpoint.step:
+        raise ValueError(f"counts of {', '.join(map(str, counts))} updates, steps, optimizer steps and samples")
+    own = {MASTER, *chain.from_iterable(STATE_KEYS.values())}
+    for name, states in checkpoint.parameters.items():
+        for key in own & states.keys():
+            if states[key].shape != states[MASTER].shape or not states[key].is_floating_point():
+                raise ValueError(f"{name}: {key} of {list(states[key].shape)}, {states[key].dtype}")
+    for name, value in (checkpoint.loss_scaler or {}).items():
+        if type(value) not in {int, float} or not math.isfinite(value):
+            raise ValueError(f"{name} of {value}")
 
 
 def _with_zero(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
     ranks = int(model["dp_world_size"])
     shards = [read_file(file)["optimizer_state_dict"] for file in shard_files(folder, ranks)]
+    if not all(isinstance(shard, dict) for shard in shards):
+        raise TypeError("optimizer_state_dict of another type")
     first = shards[0]
     stage = int(first.get("zero_stage", 1))  # DeepSpeed's bf16 optimizer does not record it, and splits as ZeRO-1 does
     shapes: list[dict[str, Size]] = model["param_shapes"]

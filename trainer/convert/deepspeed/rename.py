@@ -20,7 +20,7 @@ from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.sections import OptimizerConfig
 from manta.trainer.config.training import TrainingConfig
-from manta.trainer.convert.deepspeed.load import MASTER, DeepSpeedCheckpoint, States
+from manta.trainer.convert.deepspeed.load import MASTER, DeepSpeedCheckpoint, States, other_content
 from manta.trainer.model.build import build_model
 from manta.trainer.optim.optimizers import STATE_KEYS
 from manta.trainer.pretrained.load import model_tensors
@@ -38,6 +38,13 @@ def logical_state(
 
     Holds no more than one tensor besides. Raises InputError with the first tensor that is missing, surplus or of another shape.
     """
+    with other_content(source.folder):
+        return _logical_state(source, config, vocabulary=vocabulary, code=code, names=names)
+
+
+def _logical_state(
+    source: DeepSpeedCheckpoint, config: TrainingConfig, *, vocabulary: int, code: Path, names: str | None
+) -> dict[str, TensorViews]:
     with torch.device("meta"):
         model = build_model(config.model, vocabulary=vocabulary, sequence_length=config.data.sequence_length, code=code)
     tensors, trained = model_tensors(model), {name for name, _ in model.named_parameters()}
