@@ -1,6 +1,7 @@
 """Messages to the user: on a terminal wrapped between words, elsewhere as they are."""
 
 import textwrap
+from contextlib import suppress
 from io import StringIO
 from typing import TextIO
 
@@ -23,7 +24,8 @@ class MessageConsole(Console):
         if self.is_terminal:
             wrapper = textwrap.TextWrapper(self.width, break_long_words=False, break_on_hyphens=False)
             text = "\n".join(wrapper.fill(line) for line in text.split("\n"))
-        self.print(text)
+        with suppress(OSError):  # its disk is full
+            self.print(text)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

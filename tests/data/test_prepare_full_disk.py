@@ -64,8 +64,10 @@ def test_a_disk_that_becomes_read_only_is_reported(lines, undisturbed, tmp_path)
     with small_disk(tmp_path / "disk", "size=200k") as disk:
         call(lambda: prepare.prepare(data, SMALL))
         disk.remount("size=10m,ro")
-        line = refused(call(lambda: prepare.prepare(data, SMALL)), disk.path)
-        assert line == f"manta: {disk.path}/prepare.lock: Read-only file system. Once that is fixed, the same command resumes."
+        outcome = call(lambda: prepare.prepare(data, SMALL))
+        assert outcome.code == 2
+        assert outcome.stderr.startswith("manta: data.directory: expected a directory that can be written, got")
+        assert "Read-only file system" in outcome.stderr
         disk.remount("size=10m,rw")
         assert content(prepare.prepare(data, SMALL)) == content(undisturbed)
         disk.remount("size=10m,ro")

@@ -7,6 +7,7 @@ import sys
 from itertools import pairwise
 
 import pytest
+from runs import METRICS
 
 from manta.cluster.supervise.event_log import POLL, Event
 from manta.data.messages import MessageConsole
@@ -16,9 +17,6 @@ from manta.launch.inspect.charts import console, grid
 from manta.launch.run import display
 from manta.launch.run.display import Display
 from manta.trainer.run_directory import RunDirectory
-
-STEP = {"attempt": 1, "tokens": 256, "train/loss": 5.0, "tokens_per_second": 1e4, "step_time": 0.01, "global_batch": 8}
-STEP |= {"sequence_length": 32, "data/digest": 1, "world_size": 2, "layout": "data 2"}
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def shown(workspace, tmp_path, capsys):
                     yield happening
                     continue
                 with home.metrics_file.open("a") as file:
-                    file.write(json.dumps({**STEP, "step": happening}) + "\n")
+                    file.write(json.dumps({**METRICS, "step": happening}) + "\n")
 
         Display(home, config, {}).follow(events())
         return capsys.readouterr().out.splitlines()

@@ -11,6 +11,19 @@ import pytest
 from manta.cluster.supervise.event_log import read_events
 from manta.trainer.metrics import parse_lines, read_metrics
 
+METRICS = {  # the keys that readers of a line of metrics.jsonl rely on, besides the step
+    "attempt": 1,
+    "tokens": 256,
+    "train/loss": 5.0,
+    "data/digest": 1,
+    "global_batch": 8,
+    "sequence_length": 32,
+    "step_time": 0.01,
+    "tokens_per_second": 1e4,
+    "world_size": 2,
+    "layout": "data 2",
+}
+
 
 def lines(workspace, run: str) -> list[dict]:
     return read_metrics(workspace.directory / run / "metrics.jsonl")

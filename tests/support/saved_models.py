@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from runs import METRICS
 from safetensors import safe_open
 
 from manta.data.tokenizer import tokenizer
@@ -83,7 +84,7 @@ def random_run(directory: Path, name: str = "run", **changes) -> RunDirectory:
     run_directory.manifest_file.write_text(
         json.dumps({"manta": "0.1", "corpus": {"tokenizer": str(file), "corpora": [], "fingerprint": ""}})
     )
-    metrics = ({"step": step, "train/loss": 9 - step, "eval/loss": 8 - step} for step in range(1, 6))
+    metrics = ({**METRICS, "step": step, "train/loss": 9.0 - step, "eval/loss": 8.0 - step} for step in range(1, 6))
     run_directory.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in metrics))
     model = build_model(model_config(**changes), vocabulary=tokenizer.Tokenizer(file).vocabulary, sequence_length=32)
     torch.manual_seed(1)

@@ -41,6 +41,7 @@ from runs import assert_same_losses, events, lines, losses, resume, wait_for_ste
 from spmd import spmd
 from test_compile import needs_compiler
 
+from manta.data.errors import InputError
 from manta.data.hashing import hashed
 from manta.data.prepare.prepare import find_prepared
 from manta.data.sampling.samples import Samples
@@ -313,7 +314,7 @@ def test_a_read_error_is_raised_and_the_thread_ends(workspace, tmp_path):
     for shard in tmp_path.glob("corpora/**/*.bin"):
         shard.unlink()
     before = set(threading.enumerate())
-    with closing(reader), pytest.raises(FileNotFoundError, match=r"\.bin"):
+    with closing(reader), pytest.raises(InputError, match=r"\.bin: missing"):
         list(reader.step(0))
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
