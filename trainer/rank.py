@@ -14,13 +14,13 @@ from manta.data.errors import InputError
 from manta.data.live.live_samples import Cursor, LiveSamples, check_data_ranks, open_samples
 from manta.data.tokenizer.tokenizer import read_vocabulary
 from manta.trainer.checkpoint import catalog, token_rows
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.engine_state import finish_restore, load_weights, logical_shapes, refresh_weights, restore
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError
-from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.retention import Retention
-from manta.trainer.checkpoint.storage import CheckpointBackend
 from manta.trainer.checkpoint.writer import CheckpointWriter
+from manta.trainer.config.identity import identity_of
 from manta.trainer.config.supported import supports_compile
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import layout_from_environment

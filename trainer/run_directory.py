@@ -17,8 +17,9 @@ from manta.data.errors import InputError, one_line
 from manta.data.shards.manifest import PreparedData
 from manta.data.storage.location import local_path
 from manta.data.storage.regular_file import open_regular, read_regular
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.manifest import step_of_name
-from manta.trainer.checkpoint.storage import CheckpointBackend, open_backend
+from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.config.yaml_file import read_yaml

@@ -7,9 +7,9 @@ from manta.launch.config import load
 from manta.launch.run.preflight import check_own_model, check_writable, open_corpus
 from manta.launch.run.start import write_run_directory
 from manta.launch.terminal import notify
-from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.checkpoint.writer import CheckpointWriter
+from manta.trainer.config.identity import identity_of
 from manta.trainer.convert.deepspeed.load import load_deepspeed, other_content
 from manta.trainer.convert.deepspeed.rename import NAMES, differences, logical_state, progress
 from manta.trainer.run_directory import RunDirectory

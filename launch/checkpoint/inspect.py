@@ -11,10 +11,10 @@ from manta.data.errors import InputError
 from manta.launch.inspect.charts import console, grid
 from manta.launch.terminal import notify
 from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import Checkpoint
 from manta.trainer.checkpoint.reader import check_headers, read_whole
-from manta.trainer.checkpoint.storage import CheckpointBackend
 from manta.trainer.run_directory import resolve_start_from
 
 Report = dict[str, Any]

@@ -65,9 +65,9 @@ def test_commands_name_a_checkpoint_that_this_user_may_not_read(run, locked):
         with other_user():
             outcome = manta(*command)
         assert_refused_or_done(outcome, *((0,) if command[1] == "list" and locked != "checkpoints" else (1,)))
-        told = [line for line in outcome.output.splitlines() if "Permission denied. Let this user read it." in line]
-        assert len(told) == 1, outcome.output
-        assert str(run / locked) in told[0]
+        lines = [line for line in outcome.output.splitlines() if "Permission denied. Let this user read it." in line]
+        assert len(lines) == 1, outcome.output
+        assert str(run / locked) in lines[0]
         assert "no checkpoint" not in outcome.output
     assert not (run / "logs/attempt-0002").exists(), "no rank was started"
     with other_user():

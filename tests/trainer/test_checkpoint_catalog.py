@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.backend import Fence
 from manta.trainer.checkpoint.errors import CheckpointError, FencedError, SaveError
 from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.checkpoint.reader import read_tensors
 from manta.trainer.checkpoint.retention import Retention, surplus
-from manta.trainer.checkpoint.storage import Fence, open_backend
+from manta.trainer.checkpoint.storage import open_backend
 
 
 @pytest.fixture

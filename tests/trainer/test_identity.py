@@ -15,8 +15,8 @@ from manta.data.source_config import FilterConfig, SourceConfig
 from manta.data.sources.source import identity as source_identity
 from manta.launch.config import RunConfig, load
 from manta.launch.run.resume_check import check_same_run
-from manta.trainer.checkpoint.identity import identity_of
 from manta.trainer.checkpoint.manifest import from_bytes
+from manta.trainer.config.identity import identity_of
 from manta.trainer.config.model import ExpertsConfig, ModelConfig
 from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.pretrained.load import ImportSource, _read_import

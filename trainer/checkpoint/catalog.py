@@ -7,11 +7,11 @@ from typing import Literal
 from torch import Tensor
 
 from manta.trainer.checkpoint.agreement import all_or_raise, on_first_rank, rank_and_size
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError, UnreachableError, read_error
 from manta.trainer.checkpoint.manifest import MANIFEST, Checkpoint, first_difference, from_bytes, step_of_name
 from manta.trainer.checkpoint.reader import check_headers, check_sizes, read_tensors, read_whole
 from manta.trainer.checkpoint.rectangles import TensorViews
-from manta.trainer.checkpoint.storage import CheckpointBackend
 
 log = logging.getLogger(__name__)
 Verification = Literal["full", "sizes"]

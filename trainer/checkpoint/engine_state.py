@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from manta.trainer.checkpoint import catalog
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.manifest import LOSS_SCALER_FIELDS, Checkpoint, Progress
 from manta.trainer.checkpoint.rectangles import TensorViews
-from manta.trainer.checkpoint.storage import CheckpointBackend
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.optim.optimizers import STATE_KEYS
 from manta.trainer.parallel import sharding

@@ -12,10 +12,10 @@ import xxhash
 from pydantic_core import from_json
 from torch import Tensor
 
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError, read_error
 from manta.trainer.checkpoint.manifest import BLOCK, Checkpoint, CheckpointFile, entry_name
 from manta.trainer.checkpoint.rectangles import Rectangle, TensorViews
-from manta.trainer.checkpoint.storage import CheckpointBackend
 from manta.trainer.checkpoint.write_plan import TORCH_DTYPES
 
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library

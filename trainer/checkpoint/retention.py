@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.catalog import read_manifest
 from manta.trainer.checkpoint.errors import CheckpointError
 from manta.trainer.checkpoint.manifest import step_of_name
-from manta.trainer.checkpoint.storage import CheckpointBackend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

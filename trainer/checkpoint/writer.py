@@ -18,11 +18,11 @@ from torch import Tensor
 
 from manta.data.errors import InputError
 from manta.trainer.checkpoint.agreement import gather_to_first, on_first_rank, rank_and_size, scatter_from_first
+from manta.trainer.checkpoint.backend import DISK_FULL, CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError, SaveError
 from manta.trainer.checkpoint.manifest import About, Checkpoint, CheckpointFile, Progress, name_of_step, to_bytes
 from manta.trainer.checkpoint.rectangles import TensorViews
 from manta.trainer.checkpoint.retention import Retention, delete_surplus
-from manta.trainer.checkpoint.storage import DISK_FULL, CheckpointBackend
 from manta.trainer.checkpoint.write_plan import RankFile, WritePlan, plan_writes, regions_of
 
 log = logging.getLogger(__name__)
