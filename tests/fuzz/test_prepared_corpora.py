@@ -179,10 +179,15 @@ def copy_intact() -> None:
     shutil.copytree("intact", "corpora")
 
 
-def files(directory: str) -> dict[str, bytes]:
-    """Return what runs read. The records of input splits, which only a preparation that resumes reads, are not repaired."""
+def files(directory: str) -> dict[str, object]:
+    """Return what runs read: bytes, and of manifests the values, which damage may leave as they were.
+
+    The records of input splits, which only a preparation that resumes reads, are not repaired.
+    """
     paths = (path for path in Path(directory).rglob("*") if path.suffix in {".bin", ".idx"} or path.name in {MANIFEST, "tokenizer.json"})
-    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+    return {
+        str(path.relative_to(directory)): json.loads(path.read_bytes()) if path.name == MANIFEST else path.read_bytes() for path in paths
+    }
 
 
 OPTIONS = {
