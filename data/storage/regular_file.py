@@ -1,4 +1,4 @@
-"""Open files that somebody else may have replaced: never a pipe, a device or a directory, and never more than a limit of bytes."""
+"""Open files that another user may have replaced: never a pipe, a device or a directory, and never more than a limit of bytes."""
 
 import errno
 import os

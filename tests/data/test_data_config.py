@@ -17,6 +17,12 @@ def test_config_is_read_strictly_from_json():
     assert TokenizerConfig.model_validate_json("{}", strict=True).vocabulary == 4096
 
 
+@pytest.mark.parametrize("mixture", [{"a": 1.0, "b": 3.0}, {"weights": {"a": 1.0, "b": 3.0}}, [{"weights": {"a": 1.0, "b": 3.0}}]])
+def test_a_mixture_of_one_stage_is_written_in_three_ways(mixture):
+    (stage,) = DataConfig.model_validate({"sources": ["a", "b"], "sequence_length": 16, "mixture": mixture}).mixture
+    assert (stage.from_tokens, dict(stage.weights)) == (0, {"a": 1.0, "b": 3.0})
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

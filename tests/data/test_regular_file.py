@@ -1,4 +1,4 @@
-"""Opening files that somebody else may have replaced."""
+"""Opening files that another user may have replaced."""
 
 import os
 

@@ -102,7 +102,7 @@ def _check_archive(stream: BinaryIO, file: Path) -> None:
 
 
 def _check_content(content: object) -> None:
-    """Raises ValueError or TypeError unless it is a dict, whose tensors are no larger than the bytes that they hold."""
+    """Raises ValueError or TypeError unless it is a dict in which no tensor is larger than the bytes that it holds."""
     if not isinstance(content, dict):
         raise TypeError("not a dict")
     left, seen = list[Any]([content]), set[int]()
