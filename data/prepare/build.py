@@ -108,7 +108,7 @@ def write_manifest(
         train=CorpusSplit.of(train),
         validation=CorpusSplit.of(validation, _unigram_entropy(directory, validation, tokenizer.vocabulary)),
         fingerprint=content_fingerprint(train, validation),
-    )
+    ).sealed()
     directory.store.write(MANIFEST, corpus.model_dump_json(indent=1).encode())
     if removed[MALFORMED]:
         first = next(record.refused for record in records if record.refused)

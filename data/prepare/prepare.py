@@ -1,6 +1,6 @@
 """Prepare sources: train a tokenizer and write token shards, once. Existing outputs are reused.
 
-    <directory>/tokenizer-<key>/tokenizer.json
+    <directory>/tokenizer-<key>/tokenizer.json  tokenizer.xxh3
     <directory>/<source>-<key>/piece-00000.{train,validation}.{bin,idx}  piece-00000.json  …  manifest.json
 
 A key is a hash of everything that determines a directory's content (names, sizes and times of the files, tokenizer, split, format), so
@@ -38,6 +38,7 @@ from manta.data.tokenizer.tokenizer import FIM_TOKENS, MASKING_TOKENS, Tokenizer
 from manta.data.tokenizer.train import train
 
 _TOKENIZER = "tokenizer.json"
+_TOKENIZER_HASH = "tokenizer.xxh3"  # older corpora have none
 _KIND_NAMES = {"text": "text", "ids": "token ids in a field", "shards": "token shards"}
 
 
@@ -67,9 +68,8 @@ def find_prepared(data: DataConfig, tokens: TokenizerConfig) -> PreparedData | N
 def find_directories(data: DataConfig, tokens: TokenizerConfig) -> tuple[CorpusDirectory, list[CorpusDirectory]] | None:
     """Return the directory of the tokenizer and those of the corpora, which may not exist; None if there is no tokenizer yet."""
     tokenizer_directory = _tokenizer_directory(data, tokens)
-    try:
-        content = tokenizer_directory.read(_TOKENIZER).decode(errors="replace")
-    except FileNotFoundError:
+    content = _read_tokenizer(tokenizer_directory)
+    if content is None:
         return None
     return tokenizer_directory, [_corpus_directory(data, source, tokens, fingerprint(content)) for source in data.sources]
 
@@ -168,16 +168,31 @@ def _special_tokens(data: DataConfig) -> tuple[str, ...]:
 def _find_tokenizer(directory: CorpusDirectory, tokens: TokenizerConfig) -> str | None:
     """Return the text of an existing tokenizer; None if there is none, or a damaged one."""
     try:
-        content = directory.read(_TOKENIZER)
-        Tokenizer(directory.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
-    except FileNotFoundError:
-        return None
+        content = _read_tokenizer(directory)
+        if content is not None:
+            Tokenizer(directory.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text)
     except AccessError:
         raise
     except InputError as error:
         report(f"prepare: {error} It is built again.")
         return None
-    return content.decode()
+    return content
+
+
+def _read_tokenizer(directory: CorpusDirectory) -> str | None:
+    """Return the text of an existing tokenizer; None if there is none, or another than was written. Raises InputError if it is no file."""
+    try:
+        content = directory.read(_TOKENIZER).decode(errors="replace")
+    except FileNotFoundError:
+        return None
+    try:
+        written = directory.read(_TOKENIZER_HASH)
+    except FileNotFoundError:
+        return content
+    if fingerprint(content).encode() != written:
+        report(f"{directory.location(_TOKENIZER)}: damaged; its content has changed since it was written. It counts as missing.")
+        return None
+    return content
 
 
 def _make_tokenizer(directory: CorpusDirectory, data: DataConfig, tokens: TokenizerConfig) -> str:
@@ -197,6 +212,7 @@ def _make_tokenizer(directory: CorpusDirectory, data: DataConfig, tokens: Tokeni
                 special_tokens=_special_tokens(data),
             )
     directory.store.create()
+    directory.store.write(_TOKENIZER_HASH, fingerprint(content).encode())
     directory.store.write(_TOKENIZER, content.encode())
     return content
 

@@ -70,6 +70,12 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     validation: CorpusSplit
     fingerprint: str
     """Hash of the hashes of all shards, in order."""
+    xxh3: str = ""
+    """Hash of all the other values; manifests from before it was recorded have none."""
+
+    def sealed(self) -> Self:
+        """Return this manifest with its hash."""
+        return self.model_copy(update={"xxh3": xxhash.xxh3_64_hexdigest(self.model_dump_json(exclude={"xxh3"}).encode())})
 
     def problem(self, directory: CorpusDirectory, *, contents: bool = False) -> str | None:
         """Return what is wrong with the corpus's files, if anything. contents: check their hashes, not their sizes alone."""
@@ -93,11 +99,14 @@ def load_manifest(directory: CorpusDirectory) -> Manifest:
     """Return a corpus's manifest. Raises InputError if it is missing, damaged or of another format."""
     path = directory.location(MANIFEST)
     try:
-        return Manifest.model_validate_json(directory.read(MANIFEST))
+        manifest = Manifest.model_validate_json(directory.read(MANIFEST))
     except FileNotFoundError:
         raise InputError(f"{path}: missing; the corpus is not prepared, or only in part. {REMEDY}") from None
     except ValidationError as error:
         raise InputError(f"{path}: {_first_problem(error)}. {REMEDY}") from None
+    if manifest.xxh3 and manifest.xxh3 != manifest.sealed().xxh3:
+        raise InputError(f"{path}: damaged; its content has changed since it was written. {REMEDY}")
+    return manifest
 
 
 def is_complete(prepared: PreparedData, cache: CacheConfig) -> bool:

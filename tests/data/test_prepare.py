@@ -36,6 +36,24 @@ def test_every_document_is_in_train_or_in_validation_once(undisturbed):
     assert 0.07 < len(validation) / len(written) < 0.13
 
 
+def test_a_tokenizer_that_was_changed_into_another_valid_one_is_built_again(lines, tmp_path, capfd):
+    data = config(tmp_path, lines)
+    prepared = prepare.prepare(data, SMALL)
+    written = prepared.tokenizer.read_bytes()
+    prepared.tokenizer.write_bytes(written + b"\n")
+    assert prepare.find_prepared(data, SMALL) is None
+    assert prepare.prepare(data, SMALL) == prepared
+    assert prepared.tokenizer.read_bytes() == written
+    assert f"{prepared.tokenizer}: damaged; its content has changed since it was written." in capfd.readouterr().err
+
+
+def test_a_corpus_from_before_the_hash_of_its_tokenizer_was_recorded_is_still_read(lines, tmp_path):
+    data = config(tmp_path, lines)
+    prepared = prepare.prepare(data, SMALL)
+    prepared.tokenizer.with_suffix(".xxh3").unlink()
+    assert prepare.find_prepared(data, SMALL) == prepared == prepare.prepare(data, SMALL)
+
+
 def test_a_document_of_two_sources_is_on_one_side_only(tmp_path):
     texts = documents(300)
     (tmp_path / "b").mkdir()

@@ -182,12 +182,16 @@ def copy_intact() -> None:
 def files(directory: str) -> dict[str, object]:
     """Return what runs read: bytes, and of manifests the values, which damage may leave as they were.
 
-    The records of input splits, which only a preparation that resumes reads, are not repaired.
+    A manifest that lost its hash counts as an older one. The records of input splits, which only a preparation that resumes reads, are
+    not repaired.
     """
+
+    def values(content: bytes) -> dict[str, object]:
+        return {key: value for key, value in json.loads(content).items() if key != "xxh3"}
+
     paths = (path for path in Path(directory).rglob("*") if path.suffix in {".bin", ".idx"} or path.name in {MANIFEST, "tokenizer.json"})
-    return {
-        str(path.relative_to(directory)): json.loads(path.read_bytes()) if path.name == MANIFEST else path.read_bytes() for path in paths
-    }
+    contents = {path: path.read_bytes() for path in paths}
+    return {str(path.relative_to(directory)): values(content) if path.name == MANIFEST else content for path, content in contents.items()}
 
 
 OPTIONS = {
