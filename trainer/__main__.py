@@ -30,6 +30,7 @@ from manta.cluster.protocol import (
 )
 from manta.data.errors import InputError
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
+from manta.trainer.compile_cache import use_own_compile_cache
 from manta.trainer.signals import StopRequest, dump_on_signal
 
 EXPLAINED = (CheckpointError, SaveError, FloatingPointError)  # their messages are for the user, and say all that a traceback could
@@ -43,6 +44,7 @@ def main() -> int:
     deny_writes_by_others()
     raise_open_files_limit()
     drop_unwritable_output()
+    use_own_compile_cache()
     stop = StopRequest()
     if Env.STANDBY in os.environ:
         wait_for_environment()

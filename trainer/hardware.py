@@ -1,12 +1,10 @@
 """What this machine offers: its device, its compiler and its peak speed."""
 
-import logging
 import os
 import re
 import shlex
 import shutil
 import sysconfig
-import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -15,9 +13,6 @@ import torch
 import yaml
 
 from manta.data.errors import InputError
-from manta.data.storage.regular_file import make_own_directory
-
-log = logging.getLogger(__name__)
 
 COMPILER_REMEDY = "Install g++ and python3-dev (Debian), or set train.compile=false."
 PEAKS: dict[str, float] = yaml.safe_load(Path(__file__).with_name("peak_tflops.yaml").read_text(encoding="utf-8"))
@@ -54,22 +49,6 @@ def require_compiler(device: str) -> None:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         raise InputError(f"train.compile: expected Python's headers, got no {header}. {COMPILER_REMEDY}")
-
-
-def use_own_compile_cache() -> None:
-    """Have torch.compile keep its code where no other user can put any.
-
-    By default it loads code from a directory in the shared folder for temporary files that anybody can make first.
-    """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        return
-    directory = Path(tempfile.gettempdir()) / f"manta-compiled-{os.geteuid()}"
-    try:
-        make_own_directory(directory)
-    except OSError as error:
-        log.warning("%s: %s; compiled code is not kept for the next start", directory, error.strerror)
-        directory = Path(tempfile.mkdtemp(prefix="manta-compiled-"))
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

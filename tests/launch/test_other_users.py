@@ -1,21 +1,23 @@
 """What another user of the machine may put in the folder for temporary files, and what the umask may be, does not matter."""
 
+import getpass
 import os
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from manta.cluster.protocol import deny_writes_by_others
+from manta.cluster.protocol import Env, deny_writes_by_others
 from manta.cluster.ray import temporary as temporary_folders
 from manta.cluster.ray.errors import NoClusterError
 from manta.cluster.ray.runtime import JoinedRay
 from manta.data.errors import InputError
 from manta.data.storage.cache import CachedFile, ShardCache
-from manta.trainer.hardware import use_own_compile_cache
+from manta.trainer.compile_cache import use_own_compile_cache
 
 OTHER = 12345  # a user who need not exist
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
@@ -119,6 +121,18 @@ def test_compiled_code_is_loaded_from_no_directory_of_another_user(temporary, mo
         assert (used.stat().st_uid, used.stat().st_mode & 0o777) == (os.geteuid(), 0o700)
         if not expected:
             as_other(f"rm -r {own}")
+
+
+@pytest.mark.root
+@needs_root
+def test_a_rank_starts_whatever_another_user_has_called_as_torch_calls_its_directory(temporary):
+    theirs = temporary / f"torchinductor_{getpass.getuser()}"
+    as_other(f"touch {theirs}")
+    environment = os.environ | {"TMPDIR": str(temporary), Env.STANDBY: "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    command = [sys.executable, "-P", "-m", "manta.trainer", str(temporary)]
+    ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")  # it imports everything, and ends when nobody assigns it
 
 
 @pytest.mark.parametrize(("before", "after"), [(0o000, 0o022), (0o002, 0o002), (0o022, 0o022), (0o077, 0o077), (0o020, 0o022)])

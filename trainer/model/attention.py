@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from manta.data.errors import InputError
-from manta.trainer.hardware import require_compiler, use_own_compile_cache
+from manta.trainer.compile_cache import use_own_compile_cache
+from manta.trainer.hardware import require_compiler
 
 log = logging.getLogger(__name__)
 MATMUL_LIMIT = 256  # keys up to which plain matrix products beat SDPA's backward on CPU: +15 % at 256, a loss at 512

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from manta.trainer.dist.layout import WeightShard
 from manta.trainer.dist.world import Mesh
-from manta.trainer.hardware import device_type, require_compiler, use_own_compile_cache
+from manta.trainer.hardware import device_type, require_compiler
 from manta.trainer.model.moe import MixtureOfExperts
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.parallel.expert import apply_expert_parallel
@@ -30,7 +30,6 @@ def parallelize(
     """Shard the weights, add the collectives, then fp8, activation checkpointing and compilation, each around what came before."""
     if compile_blocks:
         require_compiler(device_type())
-        use_own_compile_cache()
     shard_weights(model, mesh.shard)
     if mesh.layout.expert > 1:
         apply_expert_parallel(model, mesh.expert)
