@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from os.path import normpath
+from os.path import expanduser, normpath
 from typing import Annotated, Any, Self, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -64,6 +64,7 @@ AbsolutePath = Annotated[
 ]
 Quantity = Annotated[str, AfterValidator(_quantity)]
 Directive = Annotated[str, AfterValidator(_matching(r"[^\s\"'`$\\;&|<>()]+", 512, "one word, as it follows = in an #SBATCH line"))]
+PathDirective = Annotated[Directive, AfterValidator(lambda paths: ":".join(map(expanduser, paths.split(":"))))]
 SlurmTime = Annotated[
     str,
     AfterValidator(_matching(r"(\d+-)?\d+(:\d+){0,2}", 32, "a time in SLURM's form: minutes, hours:minutes:seconds, or days-hours")),
@@ -183,11 +184,11 @@ class Slurm(ClusterSection):
     """Environment modules to load, in this order."""
     setup: Annotated[tuple[str, ...], BeforeValidator(_lines)] = Field(default=(), examples=['["ulimit -l unlimited"]'])
     """Shell lines that the job's script runs on its first node before everything else; SLURM passes exports and limits on to the others."""
-    container: Directive | None = Field(default=None, examples=["/images/manta.sqsh"])
+    container: PathDirective | None = Field(default=None, examples=["/images/manta.sqsh"])
     """The image that everything of the run runs in, its controller too, for sites with Pyxis; needs cluster.slurm.python."""
-    mounts: tuple[Directive, ...] = Field(default=(), examples=['["/data"]'])
+    mounts: tuple[PathDirective, ...] = Field(default=(), examples=['["/data"]'])
     """Paths that the container mounts: path, or path:inside. The run directory must be in one of them."""
-    python: Directive | None = Field(default=None, examples=["/opt/manta/bin/python"])
+    python: PathDirective | None = Field(default=None, examples=["/opt/manta/bin/python"])
     """The interpreter that has manta installed, on every node, or in the container; the current one if unset."""
 
     @model_validator(mode="after")

@@ -32,7 +32,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -114,7 +113,7 @@ def drill(file: File, overrides: Overrides = None, *, on: On = "local", insecure
 @app.command(context_settings={"allow_interspersed_args": False}, epilog="For example: manta at http://head:8265 status /shared/runs/mine")
 def at(
     address: Annotated[str, typer.Argument(metavar="http://HOST:8265", help="Address of the Ray dashboard.")],
-    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="status, logs, stop, attach, ...")],
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="status, logs, stop, attach, ...")],
     *,
     insecure: Insecure = False,
 ) -> None:
@@ -196,7 +195,7 @@ def status(
 @app.command(epilog='For example: manta generate runs/mine "def read(" --tokens 64')
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")] = "",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")] = "",
     *,
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 takes the most likely token.")] = 0.8,

@@ -30,7 +30,7 @@ def user_path(param: typer.CallbackParam, value: P) -> P:
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The run's config, in YAML.", callback=user_path)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", callback=user_path)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override config keys: train.steps=100")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override config keys: train.steps=100")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

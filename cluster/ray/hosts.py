@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -38,7 +39,8 @@ class Host(NamedTuple):
     def command(self, *arguments: str) -> list[str]:
         """Return the command that runs Python on the host."""
         python = [self.python, *arguments]
-        return [*self.reach, shlex.join(python)] if self.has_shell else [*self.reach, *python]
+        in_shell = re.sub(r"\A'~/", "~/'", shlex.join(python))  # the shell expands ~ only outside of quotes
+        return [*self.reach, in_shell] if self.has_shell else [*self.reach, *python]
 
 
 @contextlib.contextmanager

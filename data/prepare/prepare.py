@@ -214,6 +214,9 @@ def _make_tokenizer(directory: CorpusDirectory, data: DataConfig, tokens: Tokeni
     directory.store.create()
     directory.store.write(_TOKENIZER_HASH, fingerprint(content).encode())
     directory.store.write(_TOKENIZER, content.encode())
+    size = Tokenizer(directory.local_copy(_TOKENIZER), end_of_text=tokens.end_of_text).vocabulary
+    if not tokens.file and size < tokens.vocabulary:
+        report(f"tokenizer: {size} tokens; the text has no more than these")
     return content
 
 

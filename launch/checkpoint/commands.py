@@ -59,7 +59,7 @@ def inspect(
     print_report(inspect(source, match), show_inspected, as_json=as_json)
 
 
-@app.command(epilog="For example: manta checkpoint prune runs/mine --keep 2 --every 10000 --dry-run")
+@app.command(epilog="For example: manta checkpoint prune runs/mine --keep 2 --best 1 --dry-run")
 def prune(
     source: Source,
     *,
@@ -113,7 +113,7 @@ def now(run: Run, *, timeout: Annotated[float, typer.Option(min=1, help="Seconds
     typer.echo(backend.location(after[0]))
 
 
-@app.command(epilog="For example: manta checkpoint convert deepspeed/checkpoints run.yaml run.dir=runs/mine")
+@app.command(epilog="For example: manta checkpoint convert their/checkpoints run.yaml")
 def convert(
     source: Annotated[Path, typer.Argument(metavar="DS_DIR", help="The output of engine.save_checkpoint.", callback=user_path)],
     file: File,

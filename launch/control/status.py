@@ -101,7 +101,8 @@ def status_code(status: dict[str, Any]) -> int:
 def print_status(status: dict[str, Any]) -> None:
     """Print the state as a table."""
     left = status.get("seconds_left")
-    hint = f"; resume with: manta resume {RunDirectory(Path(status['run'])).quoted}" if status["state"] == STATES[None] else ""
+    is_resumable = status["state"] not in {RUNNING, STATES[ExitCode.DONE]}
+    hint = f"; resume with: manta resume {RunDirectory(Path(status['run'])).quoted}" if is_resumable else ""
     rows = {
         "run": status["run"],
         "state": status["state"] + hint,

@@ -55,6 +55,19 @@ class FaultResult:
         recomputed = count_text(self.recomputed, "step") if self.recomputed else ""
         return self.fault, detected, "kept running" if self.keeps_running else resumed, recomputed, self.losses, self.note
 
+    def text(self) -> str:
+        """Return the same as a line for the terminal."""
+        fault, detected, resumed, recomputed, _, note = self.cells()
+        if self.skipped:
+            return f"{fault}: skipped: {note}"
+        parts = (
+            f"detected after {detected}",
+            resumed if self.keeps_running else f"resumed after {resumed}",
+            recomputed and f"{recomputed} recomputed",
+            note,
+        )
+        return f"{fault}: {', '.join(filter(None, parts))}"
+
 
 class RunMonitor:
     """Collects a run's events and metrics. `lines` are in the order of writing: a step that was recomputed has two."""
@@ -125,14 +138,16 @@ class FaultScript:
     def run(self) -> Script[None]:
         """Inject one fault after the other. Raises TimeoutError if the run makes no progress."""
         yield from wait_for(lambda: self._monitor.lines)
-        for name, obstacle, inject in self._faults():
+        faults = self._faults()
+        for number, (name, obstacle, inject) in enumerate(faults, start=1):
             result = FaultResult(fault=name, skipped=obstacle)
             self.results.append(result)
             if not obstacle:
+                notify(f"fault {number} of {len(faults)}: {name}")
                 yield from self._settle()
                 result.first_line = len(self._monitor.lines)
                 yield from inject(result)
-            notify(": ".join(filter(None, result.cells())))
+            notify(result.text())
         yield from self._settle()
 
     def _faults(self) -> list[tuple[str, str, Callable[[FaultResult], Script[None]]]]:

@@ -26,7 +26,7 @@ Target = Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config in YA
 Png = Annotated[Path | None, typer.Option(metavar="DIR", help="Also write charts as PNG here.", callback=_require_matplotlib)]
 
 
-@app.command(epilog="For example: manta data inspect run.yaml data.sequence_length=4096 --png charts")
+@app.command(epilog="For example: manta data inspect run.yaml --png charts")
 def inspect(
     target: Target,
     overrides: Overrides = None,

@@ -10,7 +10,7 @@ from manta.launch.terminal import AsJson, notify, print_report, user_path
 
 app = typer.Typer()
 
-NewFile = Annotated[Path, typer.Argument(metavar="[FILE]", help="The config to write; default: run.yaml.", callback=user_path)]
+NewFile = Annotated[Path, typer.Argument(metavar="FILE", help="The config to write; default: run.yaml.", callback=user_path)]
 Preset = Annotated[str, typer.Option(metavar="NAME", help="The model: one of `manta presets`.")]
 Data = Annotated[list[str] | None, typer.Option(help="Text to train on: a file, directory, glob, URL or hf:name. Repeat it for several.")]
 

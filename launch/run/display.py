@@ -20,12 +20,13 @@ from manta.trainer.run_directory import RunDirectory
 
 INTERVAL = 10.0  # seconds between lines without a terminal
 SILENCE, LONG_SILENCE, LONG_WAIT = 5.0, 30.0, 60.0  # seconds without a line while a run starts: at first, and after a long wait
+SHORT_WAIT = 3.0  # seconds for which a run may wait for anything before this is shown
 WAITING_FOR = {  # phases before an attempt's first step, in their order
     "": "the ranks to start",
     "start": "the ranks to join each other",
     "load": "the ranks to load",
     "read": "the first samples",
-    "compile": "the first step, which compiles",
+    "compile": "the first step, which takes longer if it compiles",
     "step": "the first step",
 }
 SMOOTHING = 0.1  # weight of the newest step in the moving average of the time per sample
@@ -95,10 +96,10 @@ class Display:
         if not waiting_for or self._has_stepped:
             return
         waited = now - self._waiting_since
-        text = f"waiting for {waiting_for}, {waited:.0f} s"
+        text = "starting" if waited < SHORT_WAIT else f"waiting for {waiting_for}, {waited:.0f} s"
         if self._bar:
             self._bar.update(self._task, status=text)
-        elif now - self._silent_since >= (SILENCE if waited < LONG_WAIT else LONG_SILENCE):
+        elif waited >= SHORT_WAIT and now - self._silent_since >= (SILENCE if waited < LONG_WAIT else LONG_SILENCE):
             self._console.message(text)
             self._silent_since = now
 
@@ -106,7 +107,8 @@ class Display:
         samples_left = self._timeline.first_sample(self._steps) - self._timeline.first_sample(line["step"])
         newest, average = float(line["step_time"] / line["global_batch"]), self._seconds_per_sample
         self._seconds_per_sample = newest if average is None else (1 - SMOOTHING) * average + SMOOTHING * newest
-        status = f"{format_line(line)}  ETA {format_duration(self._seconds_per_sample * samples_left)}"
+        eta = f"  ETA {format_duration(self._seconds_per_sample * samples_left)}" if samples_left else ""
+        status = f"{format_line(line)}{eta}"
         if self._bar:
             self._bar.update(self._task, completed=line["step"], status=status)
         self._unprinted = f"step {line['step']}/{self._steps}  {status}"

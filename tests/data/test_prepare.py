@@ -65,6 +65,19 @@ def test_a_document_of_two_sources_is_on_one_side_only(tmp_path):
     assert not set(texts_of(prepared, "train")) & set(texts_of(prepared, "validation"))
 
 
+def test_a_text_of_few_words_fills_a_part_of_the_vocabulary(tmp_path, capsys):
+    """Then it is said: whoever asked for 32,000 tokens would look for them in the model."""
+    for vocabulary in (262, 5000):
+        tokens = SMALL.model_copy(update={"vocabulary": vocabulary})
+        prepared = prepare.prepare(
+            config(tmp_path / "corpora", write_lines(tmp_path / "a.jsonl", [f"{n} words and more" for n in range(300)])), tokens
+        )
+        size = Tokenizer(prepared.tokenizer).vocabulary
+        said = f"tokenizer: {size} tokens; the text has no more than these\n" in capsys.readouterr().err
+        assert (size == vocabulary, said) in {(True, False), (False, True)}
+    assert said
+
+
 @pytest.mark.parametrize("workers", [2, 4])
 def test_many_workers_write_the_same_bytes_as_one(lines, undisturbed, tmp_path, workers):
     prepared = prepare.prepare(config(tmp_path, lines, workers=workers), SMALL)

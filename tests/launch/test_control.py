@@ -280,7 +280,8 @@ def test_status_says_why_a_run_has_ended_and_exits_with_its_code(past, code, bef
     assert {key: report[key] for key in ("state", "exit_code", "exit_reason")} == {"state": state, "exit_code": code, "exit_reason": reason}
     assert "seconds_left" not in report
     assert manta("status", str(past.path), "--exit-code").code == code
-    assert manta("status", str(past.path)).code == 0
+    shown = manta("status", str(past.path))
+    assert (shown.code, f"{state}; resume with: manta resume {past.quoted}" in shown.stdout) == (0, code != 0)
 
 
 def test_status_has_codes_of_its_own_for_a_run_that_has_not_ended(past):

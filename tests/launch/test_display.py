@@ -73,6 +73,8 @@ def test_a_pipe_gets_plain_lines_at_a_bounded_rate_and_the_last_step(shown, monk
     lines = shown(event("attempt-started"), event("loaded", step=0), *range(1, 41), event("run-ended", exit_code=0))
     assert [line.split()[:2] for line in lines[:-1]] == [["step", "1/40"], ["step", "40/40"]]
     assert lines[-1].startswith("done: 40 steps")
+    assert "ETA" in lines[0]
+    assert "ETA" not in lines[-2]
     assert "\x1b" not in "".join(lines)
 
 
@@ -124,9 +126,24 @@ def test_tables_are_wrapped_on_a_terminal_only(terminal, monkeypatch, tmp_path):
 
 def test_a_run_that_starts_slowly_says_what_it_waits_for(shown, monkeypatch):
     monkeypatch.setattr(display, "SILENCE", 0.0)
+    monkeypatch.setattr(display, "SHORT_WAIT", 0.0)
     loading = event(POLL, ranks=[{"rank": 0, "step": 0, "phase": "step"}, {"rank": 1, "step": 0, "phase": "load"}])
     lines = shown(event(POLL, 0, ranks=[], waiting_for="Ray"), loading, event("first-step", step=1), loading)
     assert lines == ["waiting for Ray, 0 s", "waiting for the ranks to load, 0 s"]
+
+
+def test_a_short_wait_is_not_shown(shown, terminal, monkeypatch):
+    """Each phase of a start takes a second on a laptop: only a longer one is news."""
+    clock = iter(second / 2 for second in range(1000))
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
+    phases = [event(POLL, ranks=[{"rank": 0, "step": 0, "phase": phase}]) for phase in ("start", "load", "compile") for _ in range(4)]
+    assert shown(*phases) == []
+    stream, written = terminal
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", "100")
+    shown(*phases)
+    assert "waiting" not in (text := written())
+    assert "starting" in text
 
 
 def test_the_wait_is_counted_and_reported_every_few_seconds(shown, monkeypatch):

@@ -10,6 +10,8 @@ import time
 import pytest
 from run_process import until
 
+from manta.launch.drill.faults import FaultResult
+
 # Forward passes take longer than the 10 ms per step that straggler detection ignores.
 BATCH = ("train.global_batch=64", "train.micro_batch=32")
 DRILL = ("run.dir=drilled", "cluster.step_timeout=5", "cluster.hot_standby=true", "precision=fp32", *BATCH)
@@ -45,6 +47,16 @@ def test_a_run_survives_every_fault_with_the_same_losses(workspace):
     assert all("bitwise the same" in row for row in rows.values())
     assert re.fullmatch(r"passed: 7 faults in \d+ steps", lines[-1])
     assert not list(workspace.directory.glob("drilled*"))
+    assert [line for line in result.stderr.splitlines() if line.startswith("fault ")][1] == "fault 2 of 7: disk full"
+
+
+def test_what_a_fault_has_led_to_is_said_in_words():
+    """Numbers alone, as in the table below its headings, would say nothing."""
+    killed = FaultResult(fault="rank killed", detected=0.104, resumed=1.27, recomputed=1)
+    assert killed.text() == "rank killed: detected after 0.10 s, resumed after 1.27 s, 1 step recomputed"
+    slowed = FaultResult(fault="rank slowed", detected=33, keeps_running=True, note="reported")
+    assert slowed.text() == "rank slowed: detected after 33.00 s, kept running, reported"
+    assert FaultResult(fault="disk full", skipped="no disk").text() == "disk full: skipped: no disk"
 
 
 @pytest.mark.slow

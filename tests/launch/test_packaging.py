@@ -52,7 +52,15 @@ def test_each_command_has_help_with_an_example():
         result = CliRunner().invoke(app, [*arguments, "--help"], prog_name="manta")
         assert result.exit_code == 0
         assert "Usage: manta" in result.stdout
-        assert "For example: manta" in result.stdout or arguments in ([], ["data"], ["checkpoint"]), arguments
+        is_example = result.stdout.splitlines()[-1].strip().startswith("For example: manta")  # one line, so that it can be copied
+        assert is_example or arguments in ([], ["data"], ["checkpoint"]), arguments
+        assert "[[" not in result.stdout.splitlines()[0]
+
+
+def test_a_shell_can_complete_commands():
+    completion = {"_MANTA_COMPLETE": "complete_bash", "COMP_WORDS": "manta tr", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(app, prog_name="manta", env=completion)
+    assert result.stdout.split() == ["train"]
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,15 @@ def test_shellcheck_accepts_the_script(overrides):
     assert "SC2086" in subprocess.run(["shellcheck", "-"], input=wrong, capture_output=True, text=True, check=False).stdout
 
 
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = ("cluster.slurm.python=~/bin/python", "cluster.slurm.container=~/manta.sqsh", 'cluster.slurm.mounts=["~/data:~/in"]')
+    script = example(*settings)
+    assert "~" not in script
+    assert "--container-image=/home/me/manta.sqsh --container-mounts=/home/me/data:/home/me/in" in script
+    assert "/home/me/bin/python -P" in script
+
+
 def test_settings_that_slurm_would_refuse_are_refused(workspace):
     for overrides, message in (
         (("cluster.slurm.warning=30",), "cluster.slurm.warning: expected more than cluster.grace_period (60 s), got 30 s"),

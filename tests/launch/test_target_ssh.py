@@ -16,15 +16,14 @@ from manta.trainer.metrics import read_metrics
 
 def test_the_hosts_file_sets_address_port_and_python(tmp_path):
     file = tmp_path / "hosts.txt"
-    file.write_text(
-        "# ours\n\nme@127.0.0.1:2201 address=127.0.0.3 python=/opt/py thon\n".replace("py thon", "python") + "localhost # near\n"
-    )
+    file.write_text("# ours\n\nme@127.0.0.1:2201 address=127.0.0.3 python=/opt/python\nlocalhost python=~/a/b* # near\n")
     ray = ray_of_hosts(str(file), ClusterConfig(nodes=2, grace_period=7, ssh={"options": ["-F", "mine"]}))
     one, two = ray.hosts
     assert (one.name, one.address, one.python) == ("127.0.0.1", "127.0.0.3", "/opt/python")
     assert one.reach[-5:] == ("-F", "mine", "-p", "2201", "me@127.0.0.1")
     assert two.reach[-1] == "localhost"
     assert one.command("-m", "a b")[-1] == "/opt/python -m 'a b'", "a shell reads it on the host"
+    assert two.command("-m", "'~/a'")[-1] == """~/'a/b*' -m ''"'"'~/a'"'"''""", "the home directory there, which need not be the one here"
     assert (ray.address, ray.grace) == ("127.0.0.2", 7)
 
 
