@@ -21,9 +21,9 @@ from manta.trainer.run_directory import RunDirectory
 
 @pytest.fixture
 def shown(workspace, tmp_path, capsys):
-    """A function: events and numbers of steps that ranks log between them -> what is shown on standard output."""
+    """A function: events and steps that ranks log between them, or damaged lines -> what is shown on standard output."""
 
-    def show(*happenings: Event | int, overrides: tuple[str, ...] = ()) -> list[str]:
+    def show(*happenings: Event | int | bytes, overrides: tuple[str, ...] = ()) -> list[str]:
         home = RunDirectory(tmp_path / "a run")
         home.path.mkdir(exist_ok=True)
         config = load(workspace.config_file, [f"run.dir={json.dumps(str(home.path))}", *overrides])
@@ -34,8 +34,9 @@ def shown(workspace, tmp_path, capsys):
                 if isinstance(happening, Event):
                     yield happening
                     continue
-                with home.metrics_file.open("a") as file:
-                    file.write(json.dumps({**METRICS, "step": happening}) + "\n")
+                line = happening if isinstance(happening, bytes) else json.dumps({**METRICS, "step": happening}).encode()
+                with home.metrics_file.open("ab") as file:
+                    file.write(line + b"\n")
 
         Display(home, config, {}).follow(events())
         return capsys.readouterr().out.splitlines()
@@ -76,6 +77,12 @@ def test_a_pipe_gets_plain_lines_at_a_bounded_rate_and_the_last_step(shown, monk
     assert "ETA" in lines[0]
     assert "ETA" not in lines[-2]
     assert "\x1b" not in "".join(lines)
+
+
+def test_damaged_lines_of_metrics_end_no_display(shown):
+    damaged = [b"garbage", b"", b"\0" * 100, b"[1]", b'{"step": "x"}', b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"\xff"]
+    lines = shown(event("attempt-started"), event("loaded", step=0), 1, *damaged, event(POLL), *damaged, 40, event("run-ended", exit_code=0))
+    assert [line.split()[:2] for line in lines] == [["step", "1/40"], ["step", "40/40"], ["done:", "40"]]
 
 
 @pytest.fixture
