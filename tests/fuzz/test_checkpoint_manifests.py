@@ -16,7 +16,7 @@ import xxhash
 from fuzz import assert_refused_or_done, call, manta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from old_run import HERE
+from old_run import HERE, copy_old_run
 from tree_edits import EDIT, Edit, edit
 
 from manta.trainer.checkpoint import catalog
@@ -229,6 +229,20 @@ def test_a_checkpoint_that_is_not_whole_is_refused_although_its_hash_is_right(ch
     hostile = copy.deepcopy(manifest)
     change(hostile, what)
     assert CHANGES[what] in str(check(checkpoints, seal(hostile), saved))
+
+
+@pytest.mark.parametrize("what", ["no chunks", "two tensors with each other's chunks"])
+def test_a_checkpoint_that_is_not_whole_is_neither_used_nor_published(tmp_path, manifest, what):
+    run = copy_old_run(tmp_path / "workspace")
+    hostile = copy.deepcopy(manifest)
+    change(hostile, what)
+    (run / "checkpoints" / NAME / "manifest.json").write_bytes(seal(hostile))
+    for command in (("generate", str(run), "a", "--tokens", "1"), ("export", str(run), "--output", str(tmp_path / "exported"))):
+        outcome = manta(*command)
+        assert_refused_or_done(outcome, 1)
+        assert CHANGES[what] in outcome.output
+        assert not outcome.stdout
+    assert not (tmp_path / "exported").exists()
 
 
 def put(file: Path, kind: str) -> None:  # noqa: C901  a table
