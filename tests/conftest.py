@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mounts import mounted
+from mounts import mounted, mounted_with_quota
 
 # Child processes inherit ignored signals. Under nohup, or in the background, tests would otherwise wait for ever.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -85,6 +85,14 @@ def finished_run(workspace) -> str:
 def disk(tmp_path) -> Iterator[Path]:
     """A file system of 2 MB."""
     yield from mounted(tmp_path / "disk", "size=2m")
+
+
+@pytest.fixture
+def quota(tmp_path) -> Iterator[Path]:
+    """A file system with a quota of 2 MB, of which half is used."""
+    for path in mounted_with_quota(tmp_path / "quota"):
+        (path / "filler").write_bytes(bytes(1 << 20))
+        yield path
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ def disk_error(error: OSError, path: str, needed: int = 0, files: int = 0) -> Da
     if inodes.f_files and not inodes.f_favail:
         problem = f"no inodes are left: expected room for {max(files, 1):,} more files"
     else:
-        free = shutil.disk_usage(disk).free / 1e6
-        problem = f"{os.strerror(error.errno or 0)}: expected room for about {max(needed / 1e6, 0.1):,.1f} MB more, got {free:,.1f} MB"
+        free = "none" if error.errno == errno.EDQUOT else f"{shutil.disk_usage(disk).free / 1e6:,.1f} MB"
+        problem = f"{os.strerror(error.errno or 0)}: expected room for about {max(needed / 1e6, 0.1):,.1f} MB more, got {free}"
     return DataError(f"{place}: {problem}. Make room, or set another data.directory; the same command resumes.")
 
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from mounts import fill, mount, mounted
+from mounts import fill, lift_quota, mount, mounted
 
 from manta.cluster import line_file
 from manta.cluster.line_file import LineFile
@@ -65,6 +65,18 @@ def test_a_read_only_disk_and_a_quota_count_as_full(disk, tmp_path):
     limited = subprocess.run([sys.executable, "-P", "-c", code, tmp_path / "limited"], capture_output=True, text=True, check=True)
     assert "File too large: needs 7 bytes" in limited.stdout
     assert lines_of(tmp_path / "limited") == [b"a" * 6]
+
+
+def test_lines_wait_until_a_quota_is_raised(quota):
+    path, lines = quota / "lines", [b"%d" % number * 50_000 for number in range(10, 30)]
+    with closing(LineFile(path)) as file:
+        for line in lines:
+            file.write(line)
+        assert f"{path}: Disk quota exceeded: needs {file.unwritten:,} bytes" in file.problem()
+        lift_quota(quota)
+        file.flush()
+        assert file.problem() is None
+    assert lines_of(path) == lines
 
 
 def test_memory_for_lines_is_bounded(tmp_path, monkeypatch):

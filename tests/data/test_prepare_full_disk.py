@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fuzz import Outcome, call
+from mounts import lift_quota
 from small_corpora import SMALL, config, content, write_source
 from small_disk import small_disk
 
@@ -48,6 +49,15 @@ def test_a_full_disk_is_reported_and_with_room_the_preparation_resumes(lines, un
         assert 0.5 < (float(needed[1]) * 1e6 + 200_000) / whole < 1.5
         disk.remount("size=10m")
         assert content(prepare.prepare(data, SMALL)) == content(undisturbed)
+
+
+def test_a_quota_is_reported_and_once_it_is_raised_the_preparation_resumes(lines, undisturbed, quota):
+    (quota / "filler").write_bytes(bytes(1_800_000))
+    data = config(quota, lines, packing="best_fit")
+    line = refused(call(lambda: prepare.prepare(data, SMALL)), quota)
+    assert re.search(r": Disk quota exceeded: expected room for about [\d.]+ MB more, got none\. Make room, or set", line)
+    lift_quota(quota)
+    assert content(prepare.prepare(data, SMALL)) == content(undisturbed)
 
 
 def test_a_disk_without_inodes_is_reported(lines, undisturbed, tmp_path):

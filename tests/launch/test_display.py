@@ -81,7 +81,9 @@ def test_a_pipe_gets_plain_lines_at_a_bounded_rate_and_the_last_step(shown, monk
 
 def test_damaged_lines_of_metrics_end_no_display(shown):
     damaged = [b"garbage", b"", b"\0" * 100, b"[1]", b'{"step": "x"}', b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"\xff"]
-    lines = shown(event("attempt-started"), event("loaded", step=0), 1, *damaged, event(POLL), *damaged, 40, event("run-ended", exit_code=0))
+    lines = shown(
+        event("attempt-started"), event("loaded", step=0), 1, *damaged, event(POLL), *damaged, 40, event("run-ended", exit_code=0)
+    )
     assert [line.split()[:2] for line in lines] == [["step", "1/40"], ["step", "40/40"], ["done:", "40"]]
 
 

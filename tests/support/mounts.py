@@ -1,5 +1,6 @@
 """Small file systems that a test mounts, because root ignores permissions, and a limit of files says another error than a full disk."""
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,28 @@ def mounted(path: Path, options: str) -> Iterator[Path]:
         pytest.skip(f"no file system can be mounted: {done.stderr.strip()}")
     yield path
     subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def mounted_with_quota(path: Path) -> Iterator[Path]:
+    """Yield a file system whose quota of 2 MB can be exceeded although its disk has room. tmpfs has none on many kernels."""
+    image = path.with_suffix(".image")
+    image.touch()
+    os.truncate(image, 120 << 20)
+    path.mkdir()
+    setup = ("mkfs.btrfs -q {image}", "mount -o loop {image} {path}", "btrfs quota enable {path}", "btrfs qgroup limit 2M {path}")
+    try:
+        for command in setup:
+            arguments = [part.format(image=image, path=path) for part in command.split()]
+            if shutil.which(arguments[0]) is None or subprocess.run(arguments, capture_output=True, check=False).returncode:
+                pytest.skip(f"no file system with a quota: {command}")
+        yield path
+    finally:
+        if path.is_mount():
+            subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def lift_quota(path: Path) -> None:
+    subprocess.run(["btrfs", "qgroup", "limit", "none", path], check=True)
 
 
 def fill(file: Path, *, leave: int) -> None:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from mounts import fill, mount
+from mounts import fill, lift_quota, mount
 
 from manta.cluster.supervise.event_log import read_events
 from manta.trainer.checkpoint import catalog
@@ -69,6 +69,16 @@ def test_a_read_only_disk_is_reported_and_costs_no_checkpoint(disk, wait):
     shutil.rmtree(disk / "step-00000001")
     save(writer, 3, wait=wait)
     assert catalog.newest_valid(open_backend(disk)).progress.step == 3
+
+
+def test_a_quota_is_reported_and_costs_no_checkpoint(quota):
+    writer = CheckpointWriter(open_backend(quota), identity={}, attempt=0, asynchronous=False)
+    writer.set_fence()
+    with pytest.raises(SaveError, match=r"rank 0: \S+/step-00000001: Disk quota exceeded: needs 1,200,\d+ bytes\. Free some space"):
+        save(writer, 1, wait=True)
+    lift_quota(quota)
+    save(writer, 2, wait=True)
+    assert catalog.newest_valid(open_backend(quota)).progress.step == 2
 
 
 def test_space_of_a_dead_attempts_partial_checkpoint_is_freed_first(disk):

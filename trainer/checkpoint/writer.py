@@ -165,6 +165,8 @@ class CheckpointWriter:
         """Describe an error of the disk or store. needed, free: bytes, before anything was written."""
         if not isinstance(error, OSError) or error.strerror is None:
             return str(error)
+        if error.errno == errno.EDQUOT:
+            free = None  # the disk has room, but not for this user
         space = "" if needed is None else f": needs {needed:,} bytes" + ("" if free is None else f", and {free:,} were free")
         remedy = ". Free some space, or lower checkpoint.keep." if error.errno in DISK_FULL else ""
         return f"{error.filename or self.backend.location(name)}: {error.strerror}{space}{remedy}"
