@@ -94,6 +94,7 @@ class Controller:
                     with witness(self._job.directory / "events.jsonl", line_of(self._event("run-ended", exit_code=ExitCode.FAILED))):
                         while not connection.is_ready(POLL_INTERVAL) and not self._requests.stop_signal:
                             yield self._waiting("Ray")
+                    self._requests.install()
                     code = self._unsaved_code if self._requests.stop_signal else (yield from self._supervise(connection.scratch))
                 failed_starts = 0
             except RayStartError as error:

@@ -42,7 +42,13 @@ class StopRequests:
         self._check()
         return self._at_once
 
+    def install(self) -> None:
+        """Set the handlers. Call it again once Ray has connected in a thread: its own handler prints a stack, and aborts after 3 s."""
+        for number in self._handlers:
+            signal.signal(number, self.record)
+
     def record(self, number: int, _frame: FrameType | None = None) -> None:
+        signal.alarm(0)  # Ray's handler, if it is not replaced yet, has set the alarm that aborts
         self._at_once = self._at_once or (self._signal is not None and number == signal.SIGINT)
         self._signal = self._signal or signal.Signals(number)
 
@@ -61,7 +67,8 @@ class StopRequests:
             with suppress(OSError):
                 self._file.unlink(missing_ok=True)
         handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-        self._handlers = {number: signal.signal(number, self.record) for number in handled}
+        self._handlers = {number: signal.getsignal(number) for number in handled}
+        self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
