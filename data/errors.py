@@ -16,7 +16,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_printable(message))
+        super().__init__(printable(message))
 
 
 class AccessError(InputError):
@@ -30,7 +30,7 @@ class DataError(RuntimeError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_printable(message))
+        super().__init__(printable(message))
 
 
 def one_line(error: object) -> str:
@@ -54,7 +54,8 @@ def cut(text: str, length: int = LONGEST_VALUE) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _printable(message: str) -> str:
+def printable(message: str) -> str:
+    """Return a message without passwords, without what a terminal would obey, and with its long lines cut."""
     return "\n".join(cut(line, LONGEST_LINE) for line in redact(message).split("\n"))
 
 

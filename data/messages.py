@@ -7,7 +7,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from manta.data.errors import redact
+from manta.data.errors import printable
 
 
 class MessageConsole(Console):
@@ -19,8 +19,8 @@ class MessageConsole(Console):
         super().__init__(file=stream, force_terminal=stream.isatty(), soft_wrap=True, highlight=False, markup=False, emoji=False)
 
     def message(self, text: str) -> None:
-        """Print a message without the passwords in its URLs. A word that is longer than a line is not cut: a path can be copied."""
-        text = redact(text).encode(self.encoding, "backslashreplace").decode(self.encoding)  # a file's name may be any bytes
+        """Print a message, parts of which may be another user's. A word that is longer than a line is not cut: a path can be copied."""
+        text = printable(text).encode(self.encoding, "backslashreplace").decode(self.encoding)  # a file's name may be any bytes
         if self.is_terminal:
             wrapper = textwrap.TextWrapper(self.width, break_long_words=False, break_on_hyphens=False)
             text = "\n".join(wrapper.fill(line) for line in text.split("\n"))

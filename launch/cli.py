@@ -9,7 +9,7 @@ import typer
 
 from manta.cluster.line_file import NO_ROOM
 from manta.cluster.protocol import ExitCode, deny_writes_by_others, raise_open_files_limit
-from manta.data.errors import DataError, InputError, cut
+from manta.data.errors import DataError, InputError
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.config import find_run, find_trained_run, load
@@ -293,7 +293,7 @@ def main() -> None:
         elif not isinstance(error, InputError | DataError | CheckpointError | SaveError):
             raise
         for line in message.splitlines():
-            notify(f"manta: {cut(line, 1900)}")
+            notify(f"manta: {line}")
         sys.exit(ExitCode.USAGE if isinstance(error, InputError) else ExitCode.FAILED)
     finally:
         flush_standard_streams()

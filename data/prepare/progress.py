@@ -21,8 +21,9 @@ from manta.data.messages import MessageConsole
 
 INTERVAL = 4.0  # seconds between lines: a silence of 5 looks like a hang
 
-_BAR = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-_SPINNER = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+_TITLE = TextColumn("{task.description}", markup=False)
+_BAR = (_TITLE, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+_SPINNER = (SpinnerColumn(), _TITLE, TimeElapsedColumn())
 
 
 def report(message: str) -> None:

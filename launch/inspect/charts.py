@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 from rich.console import Console
 from rich.rule import Rule
@@ -23,11 +24,18 @@ _VISIBLE = _CONTROL_PICTURES | dict.fromkeys(range(128, 160), 0xFFFD)
 number_column = partial(Column, justify="right", no_wrap=True)
 
 
+class _ReportConsole(Console):
+    """Names and messages in a report may be another user's."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
 def console() -> Console:
     """Return a console for reports. On a terminal it wraps between words; elsewhere a line stays one line, for other programs."""
     is_terminal = sys.stdout.isatty()
     width = None if is_terminal else _UNLIMITED
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not is_terminal, width=width)
+    return _ReportConsole(highlight=False, markup=False, emoji=False, soft_wrap=not is_terminal, width=width)
 
 
 def rule(out: Console, text: str) -> None:
@@ -72,7 +80,7 @@ def stacked(columns: Sequence[Sequence[float]], height: int) -> list[Text]:
 
 
 def visible(text: str) -> str:
-    """Replace control characters, which a corpus may contain and which could move the terminal's cursor."""
+    """Replace control characters, which a corpus or another user's run may contain, and which a terminal would obey."""
     return text.translate(_VISIBLE)
 
 

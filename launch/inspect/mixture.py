@@ -15,7 +15,7 @@ from rich.text import Text
 from manta.data.sampling.samples import Sampler
 from manta.data.sampling.statistics import windows_by_stream
 from manta.launch.config import RunConfig
-from manta.launch.inspect.charts import console, number_column, percent, plain_table, stacked, swatch
+from manta.launch.inspect.charts import console, number_column, percent, plain_table, stacked, swatch, visible
 from manta.launch.inspect.resolve import DataTarget
 
 Report = dict[str, Any]
@@ -140,7 +140,7 @@ def show(report: Report) -> None:
     labels = {0: "100 %", _HEIGHT // 2: " 50 %", _HEIGHT - 1: "  0 %"}
     for line, chart in enumerate(stacked(report["shares"], _HEIGHT)):
         source = len(names) - 1 - line
-        legend = Text.assemble("  ", swatch(source), swatch(source), f" {names[source]}") if source >= 0 else Text()
+        legend = Text.assemble("  ", swatch(source), swatch(source), f" {visible(names[source])}") if source >= 0 else Text()
         out.print(Text.assemble(f"{labels.get(line, ''):>6} ", chart, legend), no_wrap=True, overflow="ellipsis", soft_wrap=False)
     end = f"step {report['steps']:,}"
     out.print(f"       step 1{end:>{_WIDTH - 6}}")

@@ -43,7 +43,7 @@ class Display:
         self._console = MessageConsole(sys.stdout)
         self._bar: Progress | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+            columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[status]}", markup=False))
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=self._steps, completed=run_dir.saved_step(), status="starting")
         self._metrics = Tail(run_dir.metrics_file, end_of_last_line(run_dir.metrics_file))

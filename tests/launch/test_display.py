@@ -194,3 +194,24 @@ def test_a_run_with_fast_steps_names_what_it_resumes_from(workspace):
         resumed = again.index(f"attempt 2: resumed from step 60 ({home}/checkpoints/step-00000060)")
         assert not [line for line in again[:resumed] if line.startswith("step ")]
         assert again[resumed + 1].startswith("step ")
+
+
+TERMINAL_OBEYS = "\x1b]0;title\x07\x1b[2J\x9b31m"
+
+
+def test_what_another_user_s_run_says_is_not_obeyed_by_the_terminal(shown, capsys):
+    """`manta attach` and `manta status` read runs of any user."""
+    (line,) = shown(event("waiting", message=TERMINAL_OBEYS + "long " * 1000))
+    assert line.startswith("waiting: \\x1b]0;title\\x07\\x1b[2J\\x9b31m")
+    assert len(line) < 2000
+    table = grid(2)
+    table.add_row("state", TERMINAL_OBEYS)
+    console().print(table)
+    assert not set("\x1b\x07\x9b") & set(capsys.readouterr().out)
+
+
+def test_a_name_in_brackets_is_shown_as_it_is_beside_a_bar():
+    code = "from manta.data.prepare.progress import progress\nfor total in (None, 3):\n  with progress('prepare a[/b].txt', total): pass"
+    output: list[bytes] = []
+    assert pty.spawn([sys.executable, "-c", code], lambda file: output.append(os.read(file, 1024)) or output[-1]) == 0
+    assert b"prepare a[/b].txt" in b"".join(output)
