@@ -61,9 +61,17 @@ def find_run(directory: Path) -> RunDirectory:
     run_dir = RunDirectory(directory.absolute())
     run_dir.check()
     if not run_dir.config_file.exists():
-        remedy = f"Start a run: manta train FILE run.dir={shlex.quote(str(directory))}"
-        raise InputError(f"{directory}: expected a run directory, got no {run_dir.config_file.name}. {remedy}")
+        raise no_run(directory, run_dir.config_file.name)
     return run_dir
+
+
+def no_run(directory: Path, missing: str) -> InputError:
+    """Return the error for a directory without a file that each run has. It names a run just in it, or that it is part of."""
+    inner = sorted(path.parent for path in directory.glob("*/config.yaml"))  # skips what cannot be read
+    near = (RunDirectory(path) for path in (*inner, *directory.absolute().parents))
+    meant = next((run for run in near if run.config_file.exists() and run.manifest_file.exists()), None)
+    remedy = f"Did you mean {meant.quoted}?" if meant else f"Start a run: manta train FILE run.dir={shlex.quote(str(directory))}"
+    return InputError(f"{directory}: expected a run directory, got no {missing}. {remedy}")
 
 
 def find_trained_run(directory: Path) -> RunDirectory:

@@ -7,7 +7,7 @@ from typing import Any
 
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import exit_code, read_events
-from manta.data.errors import InputError
+from manta.launch.config import no_run
 from manta.launch.inspect.charts import console, grid
 from manta.launch.terminal import count_text, notify
 from manta.trainer.checkpoint.errors import CheckpointError
@@ -32,8 +32,7 @@ def status(directory: Path) -> dict[str, Any]:
     run_dir = RunDirectory(directory.absolute())
     run_dir.check()
     if not run_dir.events_file.exists():
-        remedy = f"Start a run: manta train FILE run.dir={directory}"
-        raise InputError(f"{directory}: expected a run directory, got no {run_dir.events_file.name}. {remedy}")
+        raise no_run(directory, run_dir.events_file.name)
     events, lines = read_events(run_dir.events_file), read_metrics(run_dir.metrics_file)
     config = run_dir.config()
     newest = lines[-1] if lines else {}

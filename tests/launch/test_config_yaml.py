@@ -1,6 +1,7 @@
 """Configs that are damaged, hostile, or such that YAML 1.1 misreads them: one line with file and line, or the value that was meant."""
 
 import os
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -177,6 +178,14 @@ def test_a_number_that_is_whole_is_an_integer_where_one_is_wanted(load):
     for value in ("4.5", "1e400", "9007199254740993.0", "1e23", ".nan", "'4'"):
         with pytest.raises(InputError, match=r"run.seed: expected an integer \(.*\), got "):
             load(f"run.seed={value}")
+
+
+def test_no_number_is_octal_or_sexagesimal(load):
+    assert load("train.steps=0x10").train.steps == 16
+    assert load("train.steps=1_000").train.steps == 1000
+    for number in ("010", "-010", "+1:30"):
+        with pytest.raises(InputError, match=rf"train.steps: expected a value of type int, got '{re.escape(number)}'"):
+            load(f"train.steps={number}")
 
 
 def test_a_merged_section_is_read_like_any_other(tmp_path, monkeypatch):

@@ -322,3 +322,17 @@ def test_a_run_directory_that_another_user_may_not_read_is_one_line(public_direc
     (line,) = outcome.stderr.splitlines()
     kind = "a config" if command.startswith("data") and locked else "a run directory"
     assert (outcome.code, line.startswith(f"manta: {run}: expected {kind}, got {got}. ")) == (2, True), line
+
+
+@pytest.mark.parametrize("command", ["status", "resume", "logs"])
+def test_a_directory_above_or_in_a_run_is_answered_with_the_run(tmp_path, command):
+    run = tmp_path / "runs" / "mine"
+    inner = run / "checkpoints" / "step-00000002"
+    inner.mkdir(parents=True)
+    for name in ("config.yaml", "manifest.json"):
+        (run / name).touch()
+    for directory in (run.parent, inner.parent, inner):
+        outcome = manta(*command.split(), str(directory))
+        assert outcome.code == 2
+        assert outcome.stderr.startswith(f"manta: {directory}: expected a run directory, got no ")
+        assert outcome.stderr.endswith(f". Did you mean {run}?\n")

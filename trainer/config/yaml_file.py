@@ -1,4 +1,4 @@
-"""Read and write configs in YAML 1.1, with differences: 1e-4 is a number, dates and times are text, a key is text and appears only once."""
+"""Read and write configs in YAML 1.1, but 1e-4 is a number and 010 is none, dates and times are text, and keys are text and unique."""
 
 import difflib
 import errno
@@ -89,6 +89,8 @@ def _mapping(loader: _Loader, node: yaml.Node) -> dict[Hashable, Any]:
     return {loader.construct_scalar(key): loader.construct_object(value, deep=True) for key, value in node.value}
 
 
+# 010 is an error, not eight, and +1:30 is not ninety.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(node.value), 0))
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
