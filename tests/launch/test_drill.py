@@ -10,7 +10,9 @@ import time
 import pytest
 from run_process import until
 
-from manta.launch.drill.faults import FaultResult
+from manta.cluster.supervise.stragglers import LASTING
+from manta.launch.drill.faults import FaultResult, FaultScript, RunMonitor
+from manta.trainer.run_directory import RunDirectory
 
 # Forward passes take longer than the 10 ms per step that straggler detection ignores.
 BATCH = ("train.global_batch=64", "train.micro_batch=32")
@@ -57,6 +59,21 @@ def test_what_a_fault_has_led_to_is_said_in_words():
     slowed = FaultResult(fault="rank slowed", detected=33, keeps_running=True, note="reported")
     assert slowed.text() == "rank slowed: detected after 33.00 s, kept running, reported"
     assert FaultResult(fault="disk full", skipped="no disk").text() == "disk full: skipped: no disk"
+
+
+def test_a_slow_rank_that_is_not_reported_does_not_end_the_drill(tmp_path, monkeypatch):
+    """On a machine that is busy with other programs, ranks wait for cores anyway. The other faults follow, and the losses are compared."""
+    monitor, cleared = RunMonitor(RunDirectory(tmp_path)), []
+    script = FaultScript(None, None, monitor)
+    monkeypatch.setattr(script, "_inject", lambda _fault: ("injector", time.time() - 3 * LASTING))
+    monkeypatch.setattr(script, "_clear", cleared.append)
+    result = FaultResult(fault="rank slowed")
+    for polls, _ in enumerate(script._rank_slowed(result)):
+        assert not cleared
+        monitor.lines.append({"step": polls})
+        assert polls < 100
+    assert (result.detected, cleared) == (None, ["injector"])
+    assert result.text().startswith("rank slowed: detected after NEVER, kept running, not reported within")
 
 
 @pytest.mark.slow
