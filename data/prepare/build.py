@@ -112,7 +112,7 @@ def write_manifest(
     directory.store.write(MANIFEST, corpus.model_dump_json(indent=1).encode())
     if removed[MALFORMED]:
         first = next(record.refused for record in records if record.refused)
-        report(f"prepare: skipped {removed[MALFORMED]:,} malformed rows, first {first}")
+        report(f"prepare: malformed rows skipped: {removed[MALFORMED]:,}, first {first}")
     report(
         f"prepared {source.resolved_name!r}: {corpus.train.tokens:,} train and {corpus.validation.tokens:,} validation tokens"
         f" of {corpus.text_bytes / 1e6:.1f} MB text in {directory.root} ({encoder}){summary}"

@@ -9,7 +9,7 @@ from rich.filesize import decimal
 
 from manta.data.errors import InputError
 from manta.launch.inspect.charts import console, grid
-from manta.launch.terminal import notify
+from manta.launch.terminal import count_text, notify
 from manta.trainer.checkpoint import catalog
 from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.errors import CheckpointError
@@ -134,7 +134,7 @@ def _measure(backend: CheckpointBackend, checkpoint: Checkpoint, key: str) -> Re
 def show_inspected(report: Report) -> None:
     out = console()
     out.print(report["at"])
-    content = f"{report['tensors']} tensors, {decimal(report['bytes'])} in {report['files']} files"
+    content = f"{report['tensors']} tensors, {decimal(report['bytes'])} in {count_text(report['files'], 'file')}"
     writer = f"written {report['written']} by {report['ranks'] or 1} x {report['layout'] or 'one process'}"
     out.print(f"step {report['step']:,}, {report['samples']:,} samples read; {content}; {writer}")
     states = list(dict.fromkeys(state for weight in report["weights"].values() for state in weight if state != "master"))

@@ -118,7 +118,7 @@ def print_status(status: dict[str, Any]) -> None:
         rows["validation"] = f"{format_loss(status['eval_loss'], status['eval_terms'])} at step {status['eval_step']}"
     if status["step"]:
         rows["speed"] = f"{status['tokens_per_second']:,.0f} tokens/s on {count_text(status['world_size'], 'rank')}"
-        rows["batch"] = f"{status['global_batch']} samples, in sequences of {status['sequence_length']} tokens"
+        rows["batch"] = f"{count_text(status['global_batch'], 'sample')}, in sequences of {status['sequence_length']} tokens"
     if status["skipped"]:
         rows["skipped"] = f"{count_text(status['skipped'], 'step')} with gradient overflow; the loss scale is now {status['loss_scale']:g}"
     table = grid(2)

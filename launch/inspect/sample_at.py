@@ -124,7 +124,7 @@ def _compare_digest(computed: int, logged: Line | None, every: int) -> Report:
 def show(report: Report, *, full: bool) -> None:
     out = console()
     length, batch = report["sequence_length"], report["global_batch"]
-    out.print(f"step {report['step']:,} of {report['run']}: {batch:,} samples, in sequences of {length:,} tokens")
+    out.print(f"step {report['step']:,} of {report['run']}: {count_text(batch, 'sample')}, in sequences of {length:,} tokens")
     out.print(_digest_text(report["digest"]))
     each = f" of {report['ranks_per_data_rank']} ranks" if report["ranks_per_data_rank"] > 1 else ""
     ranks, steps = count_text(report["data_ranks"], "data rank"), count_text(report["accumulation"], "accumulation step")

@@ -12,6 +12,7 @@ from manta.data.shards.manifest import Manifest, joint_fingerprint, load_manifes
 from manta.data.tokenizer import tokenizer
 from manta.launch.inspect.charts import console
 from manta.launch.inspect.resolve import DataTarget
+from manta.launch.terminal import count_text
 
 
 def check(target: DataTarget) -> dict[str, Any]:
@@ -62,4 +63,4 @@ def show(report: dict[str, Any]) -> None:
     rate = report["bytes"] / max(report["seconds"], 1e-9) / 1e9
     size, ids = f"{report['bytes'] / 1e6:,.1f} MB, {rate:.1f} GB/s", f"each id below {report['vocabulary']:,}"
     counts = f"{report['documents']:,} documents, {report['tokens']:,} tokens"
-    console().print("\n".join([*report["corpora"], f"verified: {report['files']:,} files, {size}; {counts}, {ids}"]))
+    console().print("\n".join([*report["corpora"], f"verified: {count_text(report['files'], 'file')}, {size}; {counts}, {ids}"]))

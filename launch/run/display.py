@@ -166,7 +166,7 @@ class Display:
             case "run-ended" if details["exit_code"] == ExitCode.DONE:
                 took = format_duration(event.time - self._started)
                 command = "generate" if self._config.model.family in {"llama", "gpt2"} else "status"
-                return f"done: {self._steps} steps, {took} since the last start; next: manta {command} {run_dir.quoted}"
+                return f"done: {count_text(self._steps, 'step')}, {took} since the last start; next: manta {command} {run_dir.quoted}"
             case "run-ended" if details["exit_code"] in {ExitCode.SAVED, ExitCode.UNSAVED, ExitCode.INTERRUPTED}:
                 return f"stopped; {resume_hint(run_dir)}"
             case _:

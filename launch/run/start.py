@@ -93,10 +93,10 @@ def step_text(config: RunConfig, layout: Layout) -> str:
     groups = count_text(layout.data, "rank") if per_group == 1 else f"{layout.data} x {count_text(per_group, 'rank')}"
     stages: list[str] = []
     for stage in config.timeline().stages:
-        sequences = stage.global_batch * (config.data.sequence_length // stage.sequence_length)
+        sequences = count_text(stage.global_batch * (config.data.sequence_length // stage.sequence_length), "sequence")
         accumulation = layout.accumulation(stage.global_batch)
         start = f"from step {stage.first_step + 1} " if stage.first_step else ""
-        stages.append(f"{start}accumulation {accumulation} = {sequences} sequences of {stage.sequence_length} tokens per step")
+        stages.append(f"{start}accumulation {accumulation} = {sequences} of {stage.sequence_length} tokens per step")
     return f"{groups} x micro batch {layout.micro_batch} x {', '.join(stages)}"
 
 

@@ -16,6 +16,8 @@ from manta.launch.config import load
 from manta.launch.inspect.charts import console, grid
 from manta.launch.run import display
 from manta.launch.run.display import Display
+from manta.launch.run.start import step_text
+from manta.trainer.dist.layout import Layout
 from manta.trainer.run_directory import RunDirectory
 
 
@@ -85,6 +87,14 @@ def test_damaged_lines_of_metrics_end_no_display(shown):
         event("attempt-started"), event("loaded", step=0), 1, *damaged, event(POLL), *damaged, 40, event("run-ended", exit_code=0)
     )
     assert [line.split()[:2] for line in lines] == [["step", "1/40"], ["step", "40/40"], ["done:", "40"]]
+
+
+def test_one_step_is_not_called_one_steps(shown, workspace):
+    lines = shown(event("attempt-started"), event("loaded", step=0), 1, event("run-ended", exit_code=0), overrides=("train.steps=1",))
+    assert lines[-1].startswith("done: 1 step, ")
+    config = load(workspace.config_file, ["train.global_batch=1", "train.micro_batch=1"])
+    layout = Layout(data=1, micro_batch=1)
+    assert step_text(config, layout) == "1 rank x micro batch 1 x accumulation 1 = 1 sequence of 32 tokens per step"
 
 
 @pytest.fixture
