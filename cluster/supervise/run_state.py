@@ -34,7 +34,7 @@ TRANSITIONS: dict[str, tuple[frozenset[RunPhase] | None, RunPhase | None]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """`history`: the failures since the user started the run, oldest first. `suspects`: excluded machines by id, with the time at which
+    """`history`: the failures since the run made progress, oldest first. `suspects`: excluded machines by id, with the time at which
     they may be used again; infinite if never.
     """
 
@@ -96,4 +96,7 @@ def _failed(state: RunState, event: Event) -> RunState:
         case _:
             machine = ""
     failure = Failure(cause=cause, rank=rank, step=step, message=message, machine=machine)
-    return replace(state, history=(*state.history, failure), step=step, suspects=suspects)
+    kept = state.history
+    if all(earlier.step < step for earlier in kept):  # no decision depends on what was before the furthest step, but for preemptions
+        kept = tuple(earlier for earlier in kept if earlier.cause is not Cause.PREEMPTED) if cause is Cause.PREEMPTED else ()
+    return replace(state, history=(*kept, failure), step=step, suspects=suspects)

@@ -5,9 +5,11 @@ import math
 from contextlib import closing
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from manta.cluster.supervise.event_log import Event, EventLog, read_events
-from manta.cluster.supervise.failure import Cause
+from manta.cluster.supervise.failure import Cause, decide, failing_machines
 from manta.cluster.supervise.run_state import advance, replay
 
 
@@ -38,6 +40,7 @@ def test_a_controller_resumes_from_the_event_log(tmp_path):
         ("decided", 1, {"decision": "restart", "after": 0, "exclude": ["m2"]}),
         ("nodes-gathered", 1, {"ranks": 1, "nodes": []}),
         ("attempt-started", 2, {"ranks": []}),
+        ("rank-failed", 2, {"rank": 0, "cause": "HANG", "message": "hangs", "step": 7, "machine": "m0"}),
         ("rank-failed", 2, {"rank": 0, "cause": "SIGNAL", "message": "killed", "step": 7, "machine": "m0"}),
     ]
     with closing(EventLog(tmp_path / "events")) as log:
@@ -45,7 +48,7 @@ def test_a_controller_resumes_from_the_event_log(tmp_path):
             log.write(Event(kind=kind, attempt=attempt, time=0.0, details=details))
     state = replay(read_events(tmp_path / "events"))
     assert (state.phase, state.attempt, state.step, state.suspects) == ("running", 2, 7, {"m1": 60.0, "m2": math.inf})
-    assert [failure.cause.name for failure in state.history] == ["NODE_LOST", "SIGNAL"]
+    assert [failure.cause.name for failure in state.history] == ["HANG", "SIGNAL"], "those since its last progress"
     after = advance(state, Event(kind="run-started", attempt=2, time=0.0))
     assert (after.phase, after.history, after.suspects, after.has_started) == ("gathering", state.history, state.suspects, True)
     with pytest.raises(ValueError, match="first-step: expected phase running, got gathering"):
@@ -79,6 +82,29 @@ def test_damaged_lines_are_skipped_and_the_first_is_named(tmp_path, caplog):
         f"{path}:2: time: expected what the run wrote, got an error: Field required. The line is skipped, as are 14 more."
     ]
     assert len(replay(read_events(path)).history) == 2
+
+
+def failed(step: int, machine: str | None) -> dict:
+    """Return the event of a failed rank, or of a machine that was preempted."""
+    common = {"attempt": 1, "time": 0.0, "step": step}
+    if machine is None:
+        return {**common, "event": "rank-failed", "rank": 0, "cause": "SIGNAL", "message": "SIGKILL"}
+    return {**common, "event": "node-lost", "node": 0, "message": "", "machine": machine, "announced": True}
+
+
+@given(st.lists(st.builds(failed, st.integers(0, 4), st.sampled_from([None, None, "m1", "m2"])), min_size=1, max_size=12))
+def test_what_a_long_run_forgets_changes_no_decision(lines):
+    whole = []
+    for count in range(1, len(lines) + 1):
+        kept = replay(lines[:count]).history
+        whole.append(kept[-1])
+        assert failing_machines(kept) == failing_machines(whole)
+        assert decide(kept, max_restarts_without_progress=3) == decide(whole, max_restarts_without_progress=3)
+
+
+def test_a_long_log_of_progress_leaves_a_short_history():
+    lines = [failed(step, machine) for step in range(1000) for machine in (None, "m1")]
+    assert len(replay(lines).history) <= 3
 
 
 def test_a_machine_lost_twice_is_excluded_for_good():
