@@ -81,6 +81,13 @@ def test_a_pipe_gets_plain_lines_at_a_bounded_rate_and_the_last_step(shown, monk
     assert "\x1b" not in "".join(lines)
 
 
+def test_a_slow_rank_is_reported_with_what_to_do(shown):
+    slow = {"rank": 1, "node": "laptop", "ratio": 2.0, "step": 9, "work": 0.4, "median": 0.2}
+    (line,) = shown(event("rank-slow", **slow))
+    assert "rank 1 on laptop is 2.0x slower than the median rank" in line
+    assert line.endswith("all ranks wait for it. Look for other work on that machine (top, nvidia-smi).")
+
+
 def test_damaged_lines_of_metrics_end_no_display(shown):
     damaged = [b"garbage", b"", b"\0" * 100, b"[1]", b'{"step": "x"}', b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"\xff"]
     lines = shown(

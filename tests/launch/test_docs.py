@@ -38,3 +38,19 @@ def test_every_relative_link_leads_somewhere(page):
 def test_a_broken_link_is_noticed():
     text = "[a](docs/no-such-page.md) and [b](README.md#no-such-heading) and [c](README.md)"
     assert broken_links(ROOT / "README.md", text) == ["docs/no-such-page.md", "README.md#no-such-heading"]
+
+
+def test_the_quick_start_can_be_typed_from_top_to_bottom():
+    """Its config is written before it is used; the run is resumed before it is done, and extended afterwards."""
+    readme = (ROOT / "README.md").read_text()
+    steps = (
+        "manta init",
+        "manta train run.yaml ",
+        "Ctrl-C",
+        "cluster.ranks_per_node=1",
+        "train.steps=560",
+        "drill run.yaml",
+        "minutes with",
+    )
+    places = [readme.index(step, readme.index("## Quick start")) for step in steps]
+    assert places == sorted(places)

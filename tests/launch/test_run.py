@@ -35,6 +35,9 @@ def test_a_run_writes_the_files_of_its_directory(workspace, finished_run):
         "logs/attempt-0001/rank-0001.log",
     ):
         assert (home / name).exists(), name
+    logs = "".join(log.read_text() for log in home.glob("logs/attempt-0001/*.log")).lower()
+    assert "joined 2 ranks" in logs
+    assert not [word for word in ("deprecat", "warning", "traceback") if word in logs]
     keys = "step tokens time train/loss learning_rate grad_norm tokens_per_second mfu data_wait step_time memory/peak world_size attempt"
     assert set(keys.split()) <= set(lines(workspace, finished_run)[0])
     assert [line["step"] for line in lines(workspace, finished_run) if "eval/loss" in line] == [20, STEPS]
