@@ -139,8 +139,8 @@ class LocalStore:
         try:
             tempfile.TemporaryFile(dir=nearest).close()  # root may write anywhere, but not on a read-only or a full disk
         except OSError as error:
-            problem = f"{path}, and {nearest} has an error: {error.strerror}"
-            raise InputError(f"{key}: expected a directory that can be written, got {problem}. Choose another.") from None
+            reason = error.strerror if nearest == path else f"{nearest}: {error.strerror}"
+            raise InputError(f"{key}: expected a directory that can be written, got {path} ({reason}). Choose another.") from None
 
     def free_bytes(self) -> int | None:
         """Return the bytes available, or None if the store has no limit that it reports."""

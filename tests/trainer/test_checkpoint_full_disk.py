@@ -197,7 +197,7 @@ def test_a_run_does_not_start_if_checkpoints_cannot_be_written(workspace, disk):
     workspace.train("nowhere", *options)
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
     refused = workspace.train("nowhere", *options[:-1], "train.steps=8", code=2)
-    wanted = f"checkpoint.directory: expected a directory that can be written, got {disk}. Choose another, or make {disk} writable."
+    wanted = f"checkpoint.directory: expected a directory that can be written, got {disk} (Read-only file system). Choose another."
     assert wanted in refused.stderr
     alone, on_cpu = [sys.executable, "-P", "-m", "manta.trainer", "nowhere"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     failed = subprocess.run(alone, cwd=workspace.directory, env=on_cpu, capture_output=True, text=True, check=False)
