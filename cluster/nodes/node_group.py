@@ -280,7 +280,7 @@ class NodeGroup:
             raise NodeLostError(
                 index, f"{error.cause.filename or 'its folder for temporary files'}: {error.cause.strerror}"
             ) from error  # its disk is full
-        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError) as error:
+        except ray.exceptions.RayError as error:  # also if its node has no memory or is gone
             raise NodeLostError(index, f"its agent has died ({type(error).__name__})") from error
 
     def _silent(self, index: int) -> NodeLostError:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 import warnings
 from collections.abc import Generator
 from pathlib import Path
@@ -33,6 +34,8 @@ HEALTH = {  # a lost node is noticed after about 10 s, not after a minute
 }
 # Ray's autoscaler, log forwarder and web server: 1.2 s of processor time to start, 1.3 s to stop, and not used here.
 UNUSED_SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
+NODE_POLL_INTERVAL = 0.05  # seconds between two questions for the node that starts
+NODE_WAIT = "RAY_raylet_start_wait_time_s"  # that Ray's code waits, uninterruptibly, for an answer
 _processes: list[subprocess.Popen[bytes]] = []  # of the Ray that this process has started; there is one at most
 _scratch: list[Path] = []  # and its directory
 
@@ -59,6 +62,7 @@ def private_ray(address: str, *, cpus: int) -> Generator[Path]:
         with token_file(scratch, _secret()) as token, _environment(token), quiet_ray():
             import ray
 
+            del os.environ[NODE_WAIT]  # this process has read it; in others it would end workers that are ahead of their raylet
             try:
                 try:
                     _start(scratch, address, cpus)
@@ -100,7 +104,7 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
     import ray
     from ray._private import node, services
 
-    original = services.ConsolePopen
+    original, get_node = services.ConsolePopen, services.get_node
 
     def detached(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
         """Start a process of Ray in its own session.
@@ -111,9 +115,16 @@ def _start(scratch: Path, address: str, cpus: int) -> None:
         _processes.append(process)
         return process
 
+    def checked_get_node(*arguments: Any) -> dict[str, Any]:
+        """Ray asks for its node until the raylet has registered it: with a pause, and not for half a minute after a process has ended."""
+        time.sleep(NODE_POLL_INTERVAL)
+        if ended := ended_process():
+            raise ConnectionError(ended)
+        return get_node(*arguments)
+
     with (
         contextlib.chdir(scratch),  # workers import from here first: in the user's directory a data.py would shadow ours
-        _replaced(services, ConsolePopen=detached, resolve_ip_for_localhost=str),
+        _replaced(services, ConsolePopen=detached, get_node=checked_get_node, resolve_ip_for_localhost=str),
         _replaced(node.Node, **dict.fromkeys(UNUSED_SERVICES, _start_nothing)),
         quiet_warnings(),
         quiet_init(),
@@ -219,8 +230,10 @@ def _environment(token: Path) -> Generator[None]:
         RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
         RAY_IGNORE_UNHANDLED_ERRORS="1",  # an agent's death is noticed by its sentinel
         RAY_USAGE_STATS_ENABLED="0",
+        RAY_memory_monitor_refresh_ms="0",  # it would end healthy agents at 95% of the machine's memory, whoever takes it
         RAY_worker_niceness="0",  # else ranks, which agents start, yield to every other process of the machine
         **HEALTH,
+        **{NODE_WAIT: "0"},
     )
     try:
         yield

@@ -66,6 +66,7 @@ def soak(workspace, nodes: int, seed: int, reference: list[list]) -> None:
             killed = kill(run, victims, dice)
         code = run.process.wait(300)
         until(lambda: not run.processes(), within=90, report=lambda: f"{name}: orphans: {run.processes()}")
+    print(f"SOAK={nodes}:{seed}: killed {' and '.join(killed) or 'nothing'}, exit code {code}", flush=True)  # noqa: T201
     # Ray itself may end the controller if one of its processes dies while it starts.
     may_end = "controller" in killed or ({"gcs", "raylet"} & {*killed} and not run.events("attempt-started"))
     assert code == 0 or may_end, f"{name}: killed {killed}, exit code {code}: {run.story()}"

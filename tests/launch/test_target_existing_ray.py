@@ -15,14 +15,14 @@ from manta.trainer.metrics import read_metrics
 class RunningRay:
     """`ray start --head`, as its owner runs it."""
 
-    def __init__(self, folder: Path, *, token: bool) -> None:
+    def __init__(self, folder: Path, *, token: bool, **settings: str) -> None:
         file = folder / "token"
         file.touch(mode=0o600)
         file.write_text(secrets.token_hex(32))
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)} if token else {"RAY_AUTH_MODE": "disabled"}
         command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--port=0"]
         command += ["--node-ip-address=127.0.0.5", "--num-cpus=1", "--num-gpus=0", "--include-dashboard=false", f"--temp-dir={folder}"]
-        environment = os.environ | self.environment | {"RAY_USAGE_STATS_ENABLED": "0"}
+        environment = os.environ | self.environment | {"RAY_USAGE_STATS_ENABLED": "0"} | settings
         with (folder / "log").open("w") as log:
             self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
         address = folder / "ray_current_cluster"
@@ -62,6 +62,19 @@ def test_only_a_ray_with_token_is_joined(workspace, running):
     assert result.returncode == 0, result.stderr
     assert len(read_metrics(workspace.directory / f"joined {kind}/metrics.jsonl")) == 40
     assert ray.process.poll() is None, "the run does not end it"
+
+
+@pytest.mark.slow
+def test_agents_that_ray_kills_for_lack_of_memory_are_lost_nodes(workspace, tmp_path):
+    ray = RunningRay(tmp_path, token=True, RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="100")
+    try:
+        arguments = ("train", str(workspace.config_file), "run.dir=no memory", "cluster.start_timeout=20", "--on", ray.address)
+        result = workspace.manta(*arguments, **ray.environment)
+    finally:
+        ray.close()
+    assert result.returncode == 1, result.stderr
+    assert "its agent has died (OutOfMemoryError)" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_an_unreachable_ray_is_refused(workspace):
