@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from manta.cluster.nodes.node_group import NodeGroup, NodeLostError
 
 POLL_INTERVAL = 0.25  # seconds between two checks for nodes
-RAY_RESTARTS = 1  # after Ray did not start
+RAY_RESTARTS = 2  # in a row, after Ray did not start
 MIN_QUARANTINE = 60.0  # seconds that a lost node is excluded although Ray, which checks it every second, lists it as alive
 
 
