@@ -70,7 +70,15 @@ def no_run(directory: Path, missing: str) -> InputError:
     inner = sorted(path.parent for path in directory.glob("*/config.yaml"))  # skips what cannot be read
     near = (RunDirectory(path) for path in (*inner, *directory.absolute().parents))
     meant = next((run for run in near if run.config_file.exists() and run.manifest_file.exists()), None)
-    remedy = f"Did you mean {meant.quoted}?" if meant else f"Start a run: manta train FILE run.dir={shlex.quote(str(directory))}"
+    quoted = shlex.quote(str(directory))
+    if meant:
+        remedy = f"Did you mean {meant.quoted}?"
+    elif (directory / "source.json").exists():
+        remedy = f"It is an import; train it: manta train FILE --weights-only {quoted}"
+    elif (directory / "config.json").exists():
+        remedy = f"Import it first: manta import {quoted}"
+    else:
+        remedy = f"Start a run: manta train FILE run.dir={quoted}"
     return InputError(f"{directory}: expected a run directory, got no {missing}. {remedy}")
 
 

@@ -336,3 +336,7 @@ def test_a_directory_above_or_in_a_run_is_answered_with_the_run(tmp_path, comman
         assert outcome.code == 2
         assert outcome.stderr.startswith(f"manta: {directory}: expected a run directory, got no ")
         assert outcome.stderr.endswith(f". Did you mean {run}?\n")
+    (tmp_path / "config.json").touch()  # a model of transformers
+    assert f". Import it first: manta import {tmp_path}\n" in manta(*command.split(), str(tmp_path)).stderr
+    (tmp_path / "source.json").touch()
+    assert f". It is an import; train it: manta train FILE --weights-only {tmp_path}\n" in manta(*command.split(), str(tmp_path)).stderr

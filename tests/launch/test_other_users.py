@@ -1,6 +1,7 @@
 """What another user of the machine may put in the folder for temporary files, and what the umask may be, does not matter."""
 
 import getpass
+import json
 import os
 import stat
 import subprocess
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from fuzz import manta
+from runs import copy_run
 
 from manta.cluster.protocol import Env, deny_writes_by_others
 from manta.cluster.ray import temporary as temporary_folders
@@ -133,6 +136,30 @@ def test_a_rank_starts_whatever_another_user_has_called_as_torch_calls_its_direc
     command = [sys.executable, "-P", "-m", "manta.trainer", str(temporary)]
     ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")  # it imports everything, and ends when nobody assigns it
+
+
+def test_commands_that_only_read_execute_no_code_of_a_run(workspace, finished_run, tmp_path):
+    run, executed = copy_run(workspace, finished_run, "with code"), tmp_path / "executed"
+    code = f"import pathlib\npathlib.Path({str(executed)!r}).touch()\nclass Theirs: pass"
+    (tmp_path / "their_code.py").write_text(code)
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "code": str(tmp_path)}))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("family: llama", "family: their_code:Theirs"))
+    for command in (
+        "status",
+        "logs",
+        "attach",
+        "data inspect",
+        "data verify",
+        "checkpoint list",
+        "checkpoint inspect",
+        "checkpoint verify",
+    ):
+        assert manta(*command.split(), str(run), seconds=60).code == 0, command
+        assert not executed.exists(), command
+    manta("generate", str(run), seconds=60)
+    assert executed.exists()  # as docs/security.md says
 
 
 @pytest.mark.parametrize(("before", "after"), [(0o000, 0o022), (0o002, 0o002), (0o022, 0o022), (0o077, 0o077), (0o020, 0o022)])
