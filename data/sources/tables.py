@@ -153,7 +153,9 @@ def _open_dataset(dataset: str, config: str | None) -> Any:
     try:
         return datasets.load_dataset(dataset, config, split="train", streaming=True)
     except (ValueError, OSError, DatasetsError) as error:
-        problem = f"expected a dataset that can be opened, got {type(error).__name__}: {one_line(error)}. Check name, config and login."
+        is_cache = isinstance(error, OSError) and error.filename is not None  # in the user's home, unless HF_HOME is set
+        remedy = "Set HF_HOME to a directory in which you can write." if is_cache else "Check name, config and login."
+        problem = f"expected a dataset that can be opened, got {type(error).__name__}: {one_line(error)}. {remedy}"
         raise InputError(f"data.sources: hf:{dataset}: {problem}") from None
 
 

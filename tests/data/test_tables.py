@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -337,3 +339,12 @@ def test_the_fields_of_a_row_are_listed_with_the_most_likely_one(tmp_path):
         ({"text": ["one", "two"]}, "field 'text': expected text or a list of token ids, got a list of 2 texts. Join them to one text."),
     ]:
         assert words in error_of(write_file(tmp_path / "x.jsonl", json.dumps(row).encode()))
+
+
+def test_a_home_that_cannot_be_written_is_named_with_its_remedy(tmp_path):
+    """datasets writes to its cache whatever it reads."""
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')
+    code = f"from manta.data.sources.tables import _open_dataset; _open_dataset({str(tmp_path)!r}, None)"
+    environment = os.environ | {"HF_HOME": "/proc/none"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "/proc/none'. Set HF_HOME to a directory in which you can write." in ended.stderr

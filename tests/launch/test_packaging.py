@@ -1,6 +1,7 @@
 """The package list, the import layers, lightweight help, and the wheel."""
 
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -84,3 +85,22 @@ def test_the_wheel_trains_in_a_clean_environment(wheel, workspace, tmp_path):
     result = subprocess.run(command, cwd=workspace.directory, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (workspace.directory / "from the wheel/checkpoints/step-00000006/manifest.json").exists()
+
+
+INTERRUPTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from manta.launch.__main__ import main
+main()
+"""
+
+
+def test_a_ctrl_c_during_the_imports_leaves_no_traceback():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"manta": "manta.launch.__main__:main"}
+    ended = subprocess.run([sys.executable, "-P", "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
