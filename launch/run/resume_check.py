@@ -73,8 +73,13 @@ def _report_learning_rate(old: RunConfig, new: RunConfig, step: int) -> None:
         notify(f"learning rate of step {step + 1}: {rates}; to keep the first schedule: schedule.steps={plans[0]}")
 
 
+def _text(value: object) -> str:
+    """Return JSON without what is unset: of a source, hardly anything is set."""
+    return json.dumps(json.loads(json.dumps(value), object_hook=lambda keys: {key: one for key, one in keys.items() if one is not None}))
+
+
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Return a text for each key that differs. An identity has no key that is newer than version 1 and at its default."""
-    texts = [defaultdict(lambda: "default", {key: json.dumps(value) for key, value in identity.items()}) for identity in (before, now)]
+    texts = [defaultdict(lambda: "default", {key: _text(value) for key, value in identity.items()}) for identity in (before, now)]
     pairs = {key: (texts[0][key], texts[1][key]) for key in dict.fromkeys([*before, *now])}
     return [f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new]

@@ -55,6 +55,9 @@ def test_an_old_run_is_refused_under_another_config(run):
     check_same_run(run, load(run.config_file, ["train.activation_checkpointing=none", "guard.replica_check_every_steps=1"]))
     with pytest.raises(InputError, match=r"model.dropout 0.1 -> 0.2\. "):
         check_same_run(run, load(run.config_file, ["model.dropout=0.2"]))
+    with pytest.raises(InputError, match=r'data.sources \[.*\] -> \[{"path": "other", "filter": ') as refused:
+        check_same_run(run, load(run.config_file, ["data.sources=[other]"]))
+    assert "null" not in str(refused.value), "what is unset is not shown"
 
 
 def test_an_extended_run_says_how_its_learning_rate_jumps(run, capsys):
