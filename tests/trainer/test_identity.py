@@ -55,8 +55,8 @@ def test_an_old_run_is_refused_under_another_config(run):
     check_same_run(run, load(run.config_file, ["train.activation_checkpointing=none", "guard.replica_check_every_steps=1"]))
     with pytest.raises(InputError, match=r"model.dropout 0.1 -> 0.2\. "):
         check_same_run(run, load(run.config_file, ["model.dropout=0.2"]))
-    with pytest.raises(InputError, match=r'data.sources \[.*\] -> \[{"path": "other", "filter": ') as refused:
-        check_same_run(run, load(run.config_file, ["data.sources=[other]"]))
+    with pytest.raises(InputError, match=r'data.sources \[.*\] -> \[{"path": "other", "name": "prose", "filter": ') as refused:
+        check_same_run(run, load(run.config_file, ["data.sources=[{name: prose, path: other}, {name: code, path: text/code.jsonl}]"]))
     assert "null" not in str(refused.value), "what is unset is not shown"
 
 
