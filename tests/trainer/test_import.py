@@ -208,6 +208,9 @@ DAMAGE = {
     "model.norm.weight: expected F32, BF16, F16, got I64": lambda path: replace(path, **{"model.norm.weight": torch.ones(32).long()}),
     "expected at least the 270 tokens of tokenizer.json, got 260": lambda path: edit(path, vocab_size=260),
     "expected tokenizer.json, got no such file. Write it": lambda path: (path / "tokenizer.json").unlink(),
+    "got No such file or directory. Name the directory of a model, such as hf download writes": lambda path: (
+        path / "config.json"
+    ).unlink(),
     "pytorch_model.bin, a pickle": lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
     "expected model.safetensors or model.safetensors.index.json": lambda path: (path / "model.safetensors").unlink(),
     "expected complete safetensors": lambda path: (path / "model.safetensors").write_bytes(b"cut off"),
