@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 from pydantic import ValidationError
+from rich.filesize import decimal
 
 from manta.data.config import DataConfig
 from manta.data.errors import AccessError, InputError
@@ -115,7 +116,7 @@ def write_manifest(
         report(f"prepare: malformed rows skipped: {removed[MALFORMED]:,}, first {first}")
     report(
         f"prepared {source.resolved_name!r}: {corpus.train.tokens:,} train and {corpus.validation.tokens:,} validation tokens"
-        f" of {corpus.text_bytes / 1e6:.1f} MB text in {directory.root} ({encoder}){summary}"
+        f" of {decimal(corpus.text_bytes)} of text in {directory.root} ({encoder}){summary}"
     )
     return corpus
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from threading import Event, Thread
 
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -77,5 +78,5 @@ class _ProgressLines:
             return
         speed = self._done / max(seconds, 1e-6)
         remaining = int(max(0, self._total - self._done) / speed)
-        share = f"{100 * self._done // self._total} % of {self._total / 1e6:.1f} MB"
-        self._console.message(f"{self._title} {share}, {speed / 1e6:.1f} MB/s, {remaining // 60}:{remaining % 60:02d} left")
+        share = f"{100 * self._done // self._total} % of {decimal(self._total)}"
+        self._console.message(f"{self._title} {share}, {decimal(int(speed))}/s, {remaining // 60}:{remaining % 60:02d} left")

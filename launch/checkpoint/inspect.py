@@ -87,8 +87,8 @@ def verify(source: str) -> list[Report]:
 
 def show_verified(reports: list[Report]) -> None:
     for report in reports:
-        rate = report["bytes"] / max(report["seconds"], 1e-9) / 1e9
-        verdict = f"bad: {report['error']}" if report["error"] else f"valid: {decimal(report['bytes'])}, {rate:.1f} GB/s"
+        rate = int(report["bytes"] / max(report["seconds"], 1e-9))
+        verdict = f"bad: {report['error']}" if report["error"] else f"valid: {decimal(report['bytes'])}, {decimal(rate)}/s"
         console().print(f"{report['at']}  {verdict}")
 
 

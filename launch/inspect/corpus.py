@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -23,6 +24,7 @@ from manta.data.shards.windows import TokenStream
 from manta.data.tokenizer.tokenizer import Tokenizer
 from manta.launch.inspect.charts import bar, color, console, number_column, percent, plain_table, visible
 from manta.launch.inspect.resolve import DataTarget
+from manta.launch.terminal import count_text
 
 Report = dict[str, Any]
 _MAX_DECODED = 10_000  # tokens of a repeated document
@@ -195,9 +197,9 @@ def _sources(report: Report) -> Table:
     for index, source in enumerate(sources if len(sources) == 1 else [*sources, total]):
         share, text_bytes, validation = source.get("share"), source["text_bytes"], source["validation"]
         shares = ("", "") if share is None else (percent(share), Text(bar(share, 16), style=color(index)))
-        text = ("?", "?") if text_bytes is None else (f"{text_bytes / 1e6:,.1f} MB", f"{source['bytes_per_token']:.2f}")
+        text = ("?", "?") if text_bytes is None else (decimal(text_bytes), f"{source['bytes_per_token']:.2f}")
         counts = f"{source['documents']:,}", f"{source['tokens']:,}"
-        held_out = f"{validation['tokens']:,} tokens in {validation['documents']:,} documents"
+        held_out = f"{validation['tokens']:,} tokens in {count_text(validation['documents'], 'document')}"
         table.add_row(source["source"], *counts, *shares, *text, held_out, style="bold" if share is None else None)
     return table
 

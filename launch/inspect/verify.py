@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+from rich.filesize import decimal
+
 from manta.data.errors import InputError
 from manta.data.objectives.objective import window_shape
 from manta.data.prepare.progress import progress
@@ -60,7 +62,7 @@ def check(target: DataTarget) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Print the report of an undamaged corpus."""
-    rate = report["bytes"] / max(report["seconds"], 1e-9) / 1e9
-    size, ids = f"{report['bytes'] / 1e6:,.1f} MB, {rate:.1f} GB/s", f"each id below {report['vocabulary']:,}"
+    rate = int(report["bytes"] / max(report["seconds"], 1e-9))
+    size, ids = f"{decimal(report['bytes'])}, {decimal(rate)}/s", f"each id below {report['vocabulary']:,}"
     counts = f"{report['documents']:,} documents, {report['tokens']:,} tokens"
     console().print("\n".join([*report["corpora"], f"verified: {count_text(report['files'], 'file')}, {size}; {counts}, {ids}"]))

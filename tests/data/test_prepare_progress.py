@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import string
 import subprocess
 import time
@@ -29,13 +30,13 @@ train: {steps: 2, global_batch: 8, micro_batch: 4}
 
 def test_progress_without_an_advance_is_reported_regularly(capsys, monkeypatch):
     monkeypatch.setattr(progress, "INTERVAL", 0.1)
-    for total in (None, 10**6):
+    for total, size in ((None, ""), (10**6, "1.0 MB"), (16_400, "16.4 kB")):
         with progress.progress("work", total) as advance:
             time.sleep(0.35)
-            advance(500_000)
+            advance((total or 0) // 2)
         lines = capsys.readouterr().err.splitlines()
         assert lines[:3] == ["work, 0 s"] * 3
-        assert total is None or lines[-1].startswith("work 50 % of 1.0 MB, ")
+        assert total is None or re.fullmatch(rf"work 50 % of {size}, \d+\.\d [kM]B/s, 0:00 left", lines[-1])
 
 
 def test_training_a_tokenizer_is_reported_regularly(tmp_path, capsys, monkeypatch):

@@ -158,7 +158,9 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
         content = from_json(read_regular(file, MAX_BYTES))
         json.dumps(content, allow_nan=False)  # 1e999 is infinite
     except OSError as error:
-        raise InputError(f"{directory / name}: expected JSON, got {error.strerror}. Name the directory of a model, such as hf download writes.") from None
+        raise InputError(
+            f"{directory / name}: expected JSON, got {error.strerror}. Name the directory of a model, such as hf download writes."
+        ) from None
     except ValueError as error:
         raise InputError(f"{directory / name}: expected JSON, got an invalid file ({one_line(error)}). Fetch it again.") from None
     if not isinstance(content, dict):
