@@ -290,6 +290,8 @@ def main() -> None:
         elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             place = f"{error.filename}: " if error.filename else ""
             message = f"{place}expected a file that can be used, got an error: {error.strerror or error}. Correct it, and try again."
+        elif isinstance(error, MemoryError):
+            message = "out of memory. Raise the limit of this process (ulimit -v), or use a machine with more memory."
         elif not isinstance(error, InputError | DataError | CheckpointError | SaveError):
             raise
         for line in message.splitlines():

@@ -42,6 +42,8 @@ def open_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  for as long as the process
+    if os.environ.get("COLUMNS") == "0":  # unknown; rich would take it for a width
+        del os.environ["COLUMNS"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # print what the terminal's encoding lacks as an escape sequence
             stream.reconfigure(errors="backslashreplace")

@@ -7,6 +7,7 @@ import sys
 from itertools import pairwise
 
 import pytest
+from fuzz import call
 from runs import METRICS
 
 from manta.cluster.supervise.event_log import POLL, Event
@@ -232,3 +233,20 @@ def test_a_name_in_brackets_is_shown_as_it_is_beside_a_bar():
     output: list[bytes] = []
     assert pty.spawn([sys.executable, "-c", code], lambda file: output.append(os.read(file, 1024)) or output[-1]) == 0
     assert b"prepare a[/b].txt" in b"".join(output)
+
+
+def test_a_terminal_of_unknown_width_is_no_error(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    output: list[bytes] = []
+    command = [sys.executable, "-P", "-m", "manta.launch", "status", "nothing here"]
+    code = pty.spawn(command, lambda file: output.append(os.read(file, 1024)) or output[-1])
+    assert os.waitstatus_to_exitcode(code) == 2
+    assert b"".join(output).startswith(b"manta: nothing here: expected a run directory, got no events.jsonl.")
+
+
+def test_a_lack_of_memory_is_one_line():
+    outcome = call(lambda: bytearray(1 << 60))
+    assert (outcome.code, outcome.stderr) == (
+        1,
+        "manta: out of memory. Raise the limit of this process (ulimit -v), or use a machine with more memory.\n",
+    )
