@@ -1,7 +1,6 @@
 """`manta data inspect`: the contents of a corpus, the effect of packing, duplicates and contamination."""
 
 import operator
-import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
@@ -124,7 +123,6 @@ def _repetition(train: list[TokenStream], validation: list[TokenStream], tokeniz
     tokens, validation_tokens = (sum(stream.tokens for stream in streams) for streams in (train, validation))
     both = validation_tokens + 2 * tokens
     width = max(np.dtype(shard.dtype).itemsize for stream in train for shard in stream.shards)
-    start = time.perf_counter()
     with progress("inspect", min(both, 2 * max_tokens) * width) as advance:
 
         def advance_tokens(count: int) -> None:
@@ -132,7 +130,6 @@ def _repetition(train: list[TokenStream], validation: list[TokenStream], tokeniz
                 advance(count * width)
 
         duplicates = find_duplicates(train, validation, max_tokens=max_tokens, advance=advance_tokens)
-        between = time.perf_counter()
         contamination = find_contamination(train, validation, max_tokens=max_tokens, advance=advance_tokens)
     compared, compared_tokens, repeated_tokens = sum(duplicates.documents), sum(duplicates.tokens), sum(duplicates.repeated_tokens)
     searched_for, found = sum(contamination.searched_for), sum(contamination.found)
@@ -150,7 +147,6 @@ def _repetition(train: list[TokenStream], validation: list[TokenStream], tokeniz
                 {"count": count, "tokens": len(ids), "text": tokenizer.decode(ids[:_MAX_DECODED].tolist())}
                 for count, ids in duplicates.most_frequent
             ],
-            "seconds": between - start,
             "all_compared": compared_tokens == tokens,
         },
         "overlap": {
@@ -165,7 +161,6 @@ def _repetition(train: list[TokenStream], validation: list[TokenStream], tokeniz
                 {"documents": documents, "tokens": tokens, "share_of_tokens": tokens / max(total, 1)}
                 for documents, tokens, total in by_source
             ],
-            "seconds": time.perf_counter() - between,
             "all_searched": contamination.searched == tokens,
             "all_searched_for": searched_for == validation_tokens,
         },
@@ -259,5 +254,3 @@ def _show_repetition(out: Console, found: Report, overlap: Report) -> None:
         out.print(f"  sampled: {overlap['validation_tokens_searched_for']:,} validation tokens were searched for, in runs spread over all")
     if not overlap["all_searched"]:
         out.print(f"  sampled: {overlap['train_tokens_searched']:,} train tokens were searched; the others may have more")
-    speeds = (found["tokens_compared"] / found["seconds"], overlap["train_tokens_searched"] / overlap["seconds"])
-    out.print(f"search speed: duplicates {speeds[0] / 1e6:,.0f} Mtok/s, validation in train {speeds[1] / 1e6:,.0f} Mtok/s")
