@@ -78,6 +78,7 @@ def private_ray(address: str, *, cpus: int) -> Generator[Path]:
                 _processes.clear()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        remove_stale_folders()  # of hosts on this machine that were killed
 
 
 @contextlib.contextmanager

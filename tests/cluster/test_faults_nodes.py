@@ -86,6 +86,20 @@ def test_a_run_continues_without_a_frozen_and_a_killed_node(workspace):
         stops_with_the_same_losses(workspace, run)
 
 
+def test_a_run_that_ends_removes_the_folder_of_a_killed_host_program(workspace):
+    with RunProcess(workspace, "host killed", ENDLESS, *SETTINGS, "cluster.nodes=2") as run:
+        run.steps(1, 5)
+        commands = run.command_lines()
+        raylet_pid = raylet(run, "127.0.0.4")
+        folder = re.search(r"/\S+/manta-host-\w+", commands[raylet_pid])[0]
+        (host,) = [each.pid for each in psutil.Process(raylet_pid).parents() if "manta.cluster.ray.host" in commands.get(each.pid, "")]
+        os.kill(host, signal.SIGKILL)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.process.wait(60) == 75
+        assert not Path(folder).exists()
+        until(lambda: not run.processes(), within=60)
+
+
 def test_a_run_grows_when_a_node_joins_late(workspace):
     with RunProcess(workspace, "late", ENDLESS, *SETTINGS, "cluster.nodes=1..2") as run:
         hosts = run.until(lambda: sorted(pid for pid, command in run.command_lines().items() if "manta.cluster.ray.host" in command)[1:2])
