@@ -42,8 +42,8 @@ class LineFile:
         """Write the lines that wait, as far as there is room."""
         written: list[bytes] = []
         try:
-            if self._file is not None and self._waiting and os.fstat(self._file).st_nlink == 0:
-                self._close()  # the file was deleted
+            if self._file is not None and self._waiting and not _is_at(self.path, self._file):
+                self._close()  # the file was deleted, or its directory moved
             if self._file is None:
                 self._file = _open(self.path)
             while self._waiting:
@@ -94,6 +94,13 @@ class LineFile:
         line = self._waiting.popleft()
         self.unwritten -= len(line)
         return line
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except OSError:
+        return False
 
 
 def _open(path: Path) -> int:

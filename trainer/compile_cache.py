@@ -1,13 +1,13 @@
 """Where torch.compile keeps its code. Imports no torch."""
 
-import logging
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from manta.data.storage.regular_file import make_own_directory
 
-log = logging.getLogger(__name__)
+PREFIX = "manta-compiled-"
 
 
 def use_own_compile_cache() -> None:
@@ -18,10 +18,11 @@ def use_own_compile_cache() -> None:
     """
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
-    directory = Path(tempfile.gettempdir()) / f"manta-compiled-{os.geteuid()}"
-    try:
-        make_own_directory(directory)
-    except OSError as error:
-        log.warning("%s: %s; compiled code is not kept for the next start", directory, error.strerror)
-        directory = Path(tempfile.mkdtemp(prefix="manta-compiled-"))
+    folder = Path(tempfile.gettempdir())
+    for directory in (folder / f"{PREFIX}{os.geteuid()}", *sorted(folder.glob(f"{PREFIX}*"))):
+        with suppress(OSError):  # it is another user's
+            make_own_directory(directory)
+            break
+    else:
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)

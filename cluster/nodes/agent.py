@@ -186,10 +186,9 @@ class NodeAgent:
 def _status(rank: _Rank) -> RankStatus:
     heartbeat = rank.heartbeat.read()
     failed = rank.process.code not in {None, ExitCode.DONE, ExitCode.SAVED}
-    if failed and not rank.log.exists():  # it died before it opened its log
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if failed and not rank.log.exists():  # it died before it opened its log
             shutil.copyfile(rank.process.log, rank.log)
-    log = rank.log if rank.log.exists() else rank.process.log
     return RankStatus(
         rank=rank.number,
         pid=rank.process.pid,
@@ -202,7 +201,7 @@ def _status(rank: _Rank) -> RankStatus:
         code=rank.process.code,
         exited_at=rank.process.exited_at or 0.0,
         error=_error(rank) if failed else None,
-        tail=_read_from(log, _size(log) - TAIL) if failed else "",
+        tail=_tail(rank.log) or _tail(rank.process.log) if failed else "",
         work=heartbeat.work,
         unwritten=heartbeat.unwritten,
         disk_error=heartbeat.disk_error,
@@ -223,7 +222,14 @@ async def _kill_all(processes: Sequence[Process]) -> None:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _tail(path: Path) -> str:
+    return _read_from(path, _size(path) - TAIL)
 
 
 def _read_from(path: Path, offset: int) -> str:

@@ -1,5 +1,6 @@
 """What the user sees of a run on standard output: a progress bar on a terminal, a line per interval elsewhere, and every transition."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +8,7 @@ from contextlib import nullcontext
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from manta.cluster.line_file import NO_ROOM
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
 from manta.data.messages import MessageConsole
@@ -141,7 +143,8 @@ class Display:
                 return f"{attempt}: node {details['node']} lost: {details['message']}"
             case "disk-full":
                 lines = f"{details['unwritten']:,} bytes of metrics and events wait in memory"
-                return f"{run_dir.path}: {details['message']}: training continues, {lines}. Free some space; they are written then."
+                remedy = "Free some space" if details["message"] in map(os.strerror, NO_ROOM) else "Correct that"
+                return f"{run_dir.path}: {details['message']}: training continues, {lines}. {remedy}; they are written then."
             case "disk-free":
                 return f"{run_dir.path}: there is room again, everything is written"
             case "waiting":

@@ -24,6 +24,7 @@ def more_runs(tmp_path_factory):
     runs = {
         "absent": FakeRun(root / "absent", {"warm_time": 99}, cluster={"start_timeout": 1, "max_restarts_without_progress": 0}),
         "missing": FakeRun(root / "missing", {}, program=["/no/such/program.py"]),
+        "unreadable": FakeRun(root / "unreadable", {"steps": 100, "step_time": 0.05}),
     }
     yield runs
     for run in runs.values():
@@ -60,3 +61,12 @@ def test_a_missing_program_is_named(more_runs):
 def test_ranks_without_a_heartbeat_are_listed(more_runs):
     assert more_runs["absent"].end() == 1
     assert "from rank 0, 1" in more_runs["absent"].event("rank-failed")["message"]
+
+
+@pytest.mark.slow
+def test_logs_that_cannot_be_read_for_a_while_are_no_failure(more_runs):
+    run = more_runs["unreadable"]
+    run.event("first-step")
+    (run.directory / "logs").rename(run.directory / "logs elsewhere")
+    (run.directory / "logs").symlink_to("x" * 300)  # an error for root as well, as a network disk's would be
+    assert run.end() == 0, run.output()

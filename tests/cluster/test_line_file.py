@@ -60,8 +60,9 @@ def test_a_read_only_disk_and_a_quota_count_as_full(disk, tmp_path):
     assert mount("-o", "remount,rw", str(disk)).returncode == 0
     file.close()
     assert lines_of(disk / "lines") == [b"one"]
-    code = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)); from manta.cluster.line_file import LineFile\n"
-    code += "file = LineFile(sys.argv[1]); file.write(b'a' * 6); file.write(b'b' * 6); file.close(); print(file.problem())"
+    code = "import os, resource, sys; from pathlib import Path; from manta.cluster.line_file import LineFile\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)); file = LineFile(Path(sys.argv[1]))\n"
+    code += "file.write(b'a' * 6); file.write(b'b' * 6); file.close(); print(file.problem())"
     limited = subprocess.run([sys.executable, "-P", "-c", code, tmp_path / "limited"], capture_output=True, text=True, check=True)
     assert "File too large: needs 7 bytes" in limited.stdout
     assert lines_of(tmp_path / "limited") == [b"a" * 6]
@@ -108,3 +109,17 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
         LineFile(tmp_path / "pipe")
     with pytest.raises(IsADirectoryError):
         LineFile(tmp_path)
+
+
+def test_lines_wait_while_their_directory_is_moved_away(tmp_path):
+    directory, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    directory.mkdir()
+    with closing(LineFile(directory / "lines")) as file:
+        file.write(b"one")
+        directory.rename(elsewhere)
+        file.write(b"two")
+        assert file.problem().startswith(f"{directory}/lines: No such file or directory: needs 4 bytes")
+        elsewhere.rename(directory)
+        file.write(b"three")
+        assert file.problem() is None
+    assert lines_of(directory / "lines") == [b"one", b"two", b"three"]

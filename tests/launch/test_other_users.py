@@ -121,6 +121,9 @@ def test_compiled_code_is_loaded_from_no_directory_of_another_user(temporary, mo
         use_own_compile_cache()
         used = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
         assert (used == own) is expected
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        use_own_compile_cache()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(used)  # it is used again
         assert (used.stat().st_uid, used.stat().st_mode & 0o777) == (os.geteuid(), 0o700)
         if not expected:
             as_other(f"rm -r {own}")
