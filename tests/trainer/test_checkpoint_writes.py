@@ -10,15 +10,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoint_cases import are_equal, load_tensors, open_writer, progress, random_tensors, whole_views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manta.launch.config import load
 from manta.trainer.checkpoint import catalog, token_rows
 from manta.trainer.checkpoint.errors import SaveError
 from manta.trainer.checkpoint.manifest import BLOCK
 from manta.trainer.checkpoint.reader import SPAN, read_tensors
 from manta.trainer.checkpoint.rectangles import Rectangle, TensorViews, rectangles
+from manta.trainer.checkpoint.save_policy import SavePolicy
 from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.checkpoint.write_plan import MIN_SPLIT, TensorRegions, plan_writes
 
@@ -182,3 +185,19 @@ def test_rows_of_another_vocabulary_are_matched_by_token(tmp_path_factory, data)
         assert torch.equal(loaded[number], tensor[stored_ids[token]] if token in stored_ids else torch.full((5,), -1.0))
     assert (loaded[len(current_ids) :] == -1).all()
     shutil.rmtree(directory)
+
+
+def test_a_request_that_cannot_be_read_for_a_moment_is_no_failure(workspace, tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        request = tmp_path / "save-now"
+        request.symlink_to("x" * 300)  # an error for root as well, as a network disk's would be
+        policy = SavePolicy(None, None, None, load(workspace.config_file), request, step=0)
+        policy._last_poll -= 10
+        assert not policy.is_due()
+        request.unlink()
+        request.touch()
+        policy._last_poll -= 10
+        assert policy.is_due()
+    finally:
+        dist.destroy_process_group()

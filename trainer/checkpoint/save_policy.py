@@ -51,7 +51,8 @@ class SavePolicy:
         if self._is_requested or now - self._last_poll < POLL:
             return False
         self._last_poll = now
-        self._is_requested = self._request_file.is_file()
+        with suppress(OSError):  # a shared disk is unreachable for a moment
+            self._is_requested = self._request_file.is_file()
         return self._is_requested
 
     def save(self, step: int, line: Line, *, wait: bool) -> None:
