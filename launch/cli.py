@@ -74,9 +74,8 @@ def train(
     """
     from manta.launch.targets.dispatch import launch
 
-    all_overrides = overrides or []
-    if weights_only is not None:
-        all_overrides = [*all_overrides, f"run.start_from={json.dumps(weights_only)}"]
+    start_from = [] if weights_only is None else [f"run.start_from={json.dumps(weights_only)}"]
+    all_overrides = [*(overrides or []), *start_from]
     loaded = load(file, all_overrides)
     detached = _arguments("train", file, all_overrides, on, insecure=insecure) if detach else []
     raise typer.Exit(launch(loaded, on, dry_run=dry_run, insecure=insecure, detached=detached))

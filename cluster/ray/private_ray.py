@@ -231,7 +231,7 @@ def _environment(token: Path) -> Generator[None]:
         RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
         RAY_IGNORE_UNHANDLED_ERRORS="1",  # an agent's death is noticed by its sentinel
         RAY_USAGE_STATS_ENABLED="0",
-        RAY_memory_monitor_refresh_ms="0",  # it would end healthy agents at 95% of the machine's memory, whoever takes it
+        RAY_memory_monitor_refresh_ms="0",  # it would end healthy agents once 95% of the machine's memory is used, even by other programs
         RAY_worker_niceness="0",  # else ranks, which agents start, yield to every other process of the machine
         **HEALTH,
         **{NODE_WAIT: "0"},

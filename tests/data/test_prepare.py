@@ -66,7 +66,7 @@ def test_a_document_of_two_sources_is_on_one_side_only(tmp_path):
 
 
 def test_a_text_of_few_words_fills_a_part_of_the_vocabulary(tmp_path, capsys):
-    """Then it is said: whoever asked for 32,000 tokens would look for them in the model."""
+    """A user who asked for 32,000 tokens would look for them in the model."""
     for vocabulary in (262, 5000):
         tokens = SMALL.model_copy(update={"vocabulary": vocabulary})
         prepared = prepare.prepare(

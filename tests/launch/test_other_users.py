@@ -138,7 +138,7 @@ def test_a_rank_starts_whatever_another_user_has_called_as_torch_calls_its_direc
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     command = [sys.executable, "-P", "-m", "manta.trainer", str(temporary)]
     ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "")  # it imports everything, and ends when nobody assigns it
+    assert (ended.returncode, ended.stderr) == (0, "")  # it imports everything, and ends because it gets no task
 
 
 def test_commands_that_only_read_execute_no_code_of_a_run(workspace, finished_run, tmp_path):
