@@ -4,6 +4,7 @@ import filecmp
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -107,11 +108,18 @@ def set_value(draw, tree: object) -> None:
         return
 
 
+def parse(content: bytes) -> dict | list | None:
+    """Return a JSON document; None if an earlier damage has left none."""
+    with suppress(ValueError, RecursionError):
+        tree = json.loads(content)
+        return tree if isinstance(tree, dict | list) else None
+    return None
+
+
 def damage(draw, directory: Path) -> None:
     path = draw(st.sampled_from(sorted(path for path in directory.rglob("*") if path.is_file())))
     content = path.read_bytes()
-    if path.suffix == ".json" and draw(st.booleans()):
-        tree = json.loads(content)
+    if path.suffix == ".json" and draw(st.booleans()) and (tree := parse(content)):
         set_value(draw, tree)
         path.write_text(json.dumps(tree), encoding="utf-8", errors="surrogatepass")
     elif draw(st.integers(0, 3)) == 0 and content:
