@@ -49,7 +49,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
         sources = {name: source for name, source in sources.items() if not f"{name}.".startswith(f"{key}.")}
         sources |= dict.fromkeys((key, *_leaves(value, key)), COMMAND_LINE)
     if isinstance(model := tree.get("model"), dict) and "preset" in model and not model.keys() >= complete:
-        values = preset(model["preset"], sources["model.preset"])
+        values = preset(model["preset"], sources.get("model.preset", str(file)))
         tree["model"] = _merge(values, model)
         if _is_path(model["preset"]):
             sources = {f"model.{key}": str(model["preset"]) for key in values} | sources

@@ -128,6 +128,13 @@ INVALID = {
             ' gpt2-774m, gpt2-tiny, llama-1b, llama-8b, llama-tiny, moe-8x, moe-tiny, got "llama-tinny". Did you mean llama-tiny?'
         ),
     ),
+    "preset that is an empty section": (
+        "model:\n  preset: {}\n",
+        (
+            ": model.preset: expected the path of a YAML file, or one of bert-base, bert-large, bert-tiny, gpt2-1.5b, gpt2-124m, gpt2-350m,"
+            " gpt2-774m, gpt2-tiny, llama-1b, llama-8b, llama-tiny, moe-8x, moe-tiny, got {}. Use one of them."
+        ),
+    ),
     "mixture weight that is no number": (
         "data:\n  mixture: [{weights: {a: much}}]\n",
         ': data.mixture.0.weights.a: expected a number (...), got "much". Set weights={web: 0.7, code: 0.3}, for example.',
