@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from manta.data.config_history import RENAMED
-from manta.data.errors import InvalidValueError, cut, one_line, shown
+from manta.data.errors import LONGEST_LINE, InvalidValueError, cut, one_line, shown
 from manta.trainer.config.yaml_file import did_you_mean
 
 Location = tuple[int | str, ...]
@@ -34,7 +34,7 @@ def render_errors(error: ValidationError, root: type[BaseModel], file: str, sour
     # A value that is none of several types is reported once for each type.
     unique = [*{problem.loc: problem for problem in reversed(problems)}.values()][::-1]
     rest = f"{file}: and {len(unique) - MAX_PROBLEMS} other problems."
-    return [problem.line() for problem in unique[:MAX_PROBLEMS]] + ([rest] if len(unique) > MAX_PROBLEMS else [])
+    return [cut(problem.line(), LONGEST_LINE) for problem in unique[:MAX_PROBLEMS]] + ([rest] if len(unique) > MAX_PROBLEMS else [])
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:

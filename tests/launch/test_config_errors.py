@@ -135,6 +135,10 @@ INVALID = {
             " gpt2-774m, gpt2-tiny, llama-1b, llama-8b, llama-tiny, moe-8x, moe-tiny, got {}. Use one of them."
         ),
     ),
+    "name of several lines": (
+        'data:\n  mixture: [{weights: {"a\\nb": much}}]\n',
+        ': data.mixture.0.weights.a\\nb: expected a number (...), got "much". Set weights={web: 0.7, code: 0.3}, for example.',
+    ),
     "mixture weight that is no number": (
         "data:\n  mixture: [{weights: {a: much}}]\n",
         ': data.mixture.0.weights.a: expected a number (...), got "much". Set weights={web: 0.7, code: 0.3}, for example.',
