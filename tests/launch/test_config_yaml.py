@@ -48,6 +48,10 @@ REFUSED = {
     "30,000 levels": (f"a: {'[' * 30_000}\n", rf"^run.yaml:5: expected {MANY}"),
     "too many bytes": ("#" * MAX_BYTES, rf"^run.yaml: expected a config, got an error: larger than {MAX_BYTES:,} bytes\."),
     "an integer of 5,000 digits": (f"a: {'9' * 5000}\n", r"^run.yaml:5: expected a value of type int, got '9{90,}…9{90,}'\. Change it\.$"),
+    "a million digits that are no number": (
+        f"a: {'9' * 1_000_000}x\n",
+        r"^run.yaml: a: expected a key of the config, got \"a\"\. Use one of",
+    ),
     "a large hexadecimal integer": (
         f"a: 0x{'f' * 5000}\n",
         r"^run.yaml:5: expected a value of type int, got '0xf{90,}…f{90,}'\.",
