@@ -29,7 +29,7 @@ HEARTBEAT_SIZE = 256  # bytes: one write, padded with spaces, so that a shorter 
 
 PENDING_COLLECTIVE = re.compile(r"^process group .* is pending$", re.MULTILINE)  # in a rank's log, see collective_line
 
-RankPhase = Literal["start", "load", "read", "compile", "step", "evaluate", "save", "done"]
+RankPhase = Literal["start", "load", "restore", "read", "compile", "step", "evaluate", "save", "done"]
 Category = Literal["exception", "out_of_memory", "input", "unrecoverable"]
 
 
@@ -170,17 +170,23 @@ class HeartbeatWriter:
         self.phase: RankPhase = "start"
         self.resumed_from: int | None = None
         self.work, self.unwritten, self.disk_error = 0.0, 0, 0  # see Heartbeat
+        self._seconds, self._since = dict[str, float](), time.monotonic()
 
     def __call__(self, phase: RankPhase, step: int) -> None:
         """Report the phase, and the number of finished optimizer steps."""
+        self._seconds, self._since = self.seconds(), time.monotonic()
         self.step, self.phase = step, phase
-        if self.resumed_from is None and phase not in {"start", "load"}:
+        if self.resumed_from is None and phase not in {"start", "load", "restore"}:
             self.resumed_from = step
         if self._file is not None:
             progress = {"step": step, "phase": phase, "resumed_from": self.resumed_from, "work": round(self.work, 6)}
             disk = {"unwritten": self.unwritten, "disk_error": self.disk_error}
             heartbeat = json.dumps({**progress, **disk, "time": time.monotonic()})
             os.pwrite(self._file, heartbeat.ljust(HEARTBEAT_SIZE).encode(), 0)
+
+    def seconds(self) -> dict[str, float]:
+        """Return how long this rank has been in each phase, since it started."""
+        return {**self._seconds, self.phase: self._seconds.get(self.phase, 0.0) + time.monotonic() - self._since}
 
 
 def reserve_heartbeat(path: Path) -> None:

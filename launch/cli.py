@@ -15,6 +15,7 @@ from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.config import find_run, find_trained_run, load
 from manta.launch.inspect.commands import app as data_app
 from manta.launch.presets.commands import app as presets_app
+from manta.launch.report.commands import app as report_app
 from manta.launch.terminal import (
     AsJson,
     File,
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(presets_app)
+app.add_typer(report_app)
 
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; return when the run has started.")]
 TARGETS = "local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (submit to a Ray cluster), auto or HOST:PORT (join one)"
@@ -74,8 +76,7 @@ def train(
     """
     from manta.launch.targets.dispatch import launch
 
-    start_from = [] if weights_only is None else [f"run.start_from={json.dumps(weights_only)}"]
-    all_overrides = [*(overrides or []), *start_from]
+    all_overrides = [*(overrides or []), *([] if weights_only is None else [f"run.start_from={json.dumps(weights_only)}"])]
     loaded = load(file, all_overrides)
     detached = _arguments("train", file, all_overrides, on, insecure=insecure) if detach else []
     raise typer.Exit(launch(loaded, on, dry_run=dry_run, insecure=insecure, detached=detached))
@@ -284,11 +285,10 @@ def main() -> None:
         from manta.trainer.checkpoint.errors import CheckpointError, SaveError
 
         message = str(error)
-        if isinstance(error, OSError) and error.filename is not None and error.errno in NO_ROOM:
-            message = f"{error.filename}: {error.strerror}. Free some space."
-        elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            place = f"{error.filename}: " if error.filename else ""
-            message = f"{place}expected a file that can be used, got an error: {error.strerror or error}. Correct it, and try again."
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            problem = f"expected a file that can be used, got an error: {error.strerror or error}. Correct it, and try again."
+            problem = f"{error.strerror}. Free some space." if error.errno in NO_ROOM else problem
+            message = f"{error.filename}: {problem}" if error.filename else problem
         elif isinstance(error, MemoryError):
             message = "out of memory. Raise the limit of this process (ulimit -v), or use a machine with more memory."
         elif not isinstance(error, InputError | DataError | CheckpointError | SaveError):

@@ -100,7 +100,8 @@ class Loop:
         return step
 
     def _log(self, metrics: LineFile, line: Line) -> None:
-        metrics.write(json.dumps(line).encode())
+        seconds = {phase: round(value, 4) for phase, value in self.heartbeat.seconds().items()}
+        metrics.write(json.dumps(line | {"time": time.time(), "seconds": seconds}).encode())
         if metrics.error is not None and not self.heartbeat.unwritten:
             log.error("training continues, and lines wait in memory: %s", metrics.problem())
         self.heartbeat.unwritten, self.heartbeat.disk_error = metrics.unwritten, metrics.error.errno or 0 if metrics.error else 0
@@ -141,7 +142,6 @@ class Loop:
         line: Line = {
             "step": step + 1,
             "tokens": self.timeline.tokens(step + 1),
-            "time": time.time(),
             "train/loss": loss,
             **self._named_terms("train", totals.terms),
             "global_batch": stage.global_batch,

@@ -55,15 +55,20 @@ def read_metrics(path: Path) -> list[Line]:
     A run that resumed at an earlier step replaces all lines from that step on. Raises OSError if the file cannot be read.
     """
     lines: list[Line] = []
+    for line in read_all_metrics(path):
+        while lines and lines[-1]["step"] >= line["step"]:
+            lines.pop()
+        lines.append(line)
+    return lines
+
+
+def read_all_metrics(path: Path) -> list[Line]:
+    """Return all lines, also those of steps that a later attempt did again."""
     try:
         with open_regular(path) as file:
-            for line in read_lines(file, parse_line, path=path):
-                while lines and lines[-1]["step"] >= line["step"]:
-                    lines.pop()
-                lines.append(line)
+            return list(read_lines(file, parse_line, path=path))
     except FileNotFoundError:
         return []
-    return lines
 
 
 def format_line(line: Line) -> str:

@@ -65,6 +65,7 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     checkpoints = run_dir.open_checkpoints()
     identity = identity_of(config, corpus)
     saver = open_saver(checkpoints, config, identity, world)
+    heartbeat("restore", 0)
     progress = resume(engine, checkpoints, identity, verify=config.checkpoint.verify)
     if progress is None and config.run.start_from is not None:
         start_from = run_dir.manifest().start_from or config.run.start_from

@@ -27,6 +27,7 @@ WAITING_FOR = {  # phases before an attempt's first step, in their order
     "": "the ranks to start",
     "start": "the ranks to join each other",
     "load": "the ranks to load",
+    "restore": "the ranks to load a checkpoint",
     "read": "the first samples",
     "compile": "the first step, which takes longer if it compiles",
     "step": "the first step",

@@ -72,6 +72,11 @@ def test_a_killed_rank_changes_no_loss(workspace, finished_run):
     assert [event["step"] for event in events(workspace, "killed") if event["event"] == "first-step"] == [1, recomputed]
     checkpoint = f"{workspace.directory}/killed/checkpoints/step-{recomputed - 1:08d}"
     assert re.findall(r"attempt (\d): resumed from step (\d+) \((.*)\)", shown) == [("2", str(recomputed - 1), checkpoint)]
+    goodput = json.loads(workspace.manta("goodput", "killed", "--json").stdout)
+    times = [event["time"] for event in events(workspace, "killed")]
+    assert sum(goodput["seconds"].values()) == pytest.approx(goodput["total"], abs=0.02) == pytest.approx(times[-1] - times[0], abs=0.02)
+    assert min(goodput["seconds"][name] for name in ("training", "recomputed steps", "failure detection and restart")) > 0.05
+    assert goodput["seconds"]["stopped between attempts"] == 0
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""What a run has achieved, from its event log and metrics alone."""

@@ -1,0 +1,50 @@
+"""`manta list` and `manta goodput`: what runs have achieved."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from manta.launch.inspect.charts import bar, console, grid, percent
+from manta.launch.terminal import AsJson, Run, print_report, user_path
+
+app = typer.Typer()
+
+Runs = Annotated[Path, typer.Argument(metavar="DIR", help="A directory with runs below it.", callback=user_path)]
+
+
+@app.command("list", epilog="For example: manta list runs")
+def list_(directory: Runs = Path("runs"), *, as_json: AsJson = False) -> None:
+    """List all runs below a directory: state, step, losses, tokens per second, and bytes on disk."""
+    from manta.launch.control.list import list_runs, print_runs
+
+    print_report(list_runs(directory), print_runs, as_json=as_json)
+
+
+@app.command(epilog="For example: manta goodput runs/mine")
+def goodput(run: Run, *, as_json: AsJson = False) -> None:
+    """Print where the time of a run went: each second since its first start, in one category."""
+    from manta.cluster.supervise.event_log import read_events
+    from manta.launch.config import find_run
+    from manta.launch.report.goodput import goodput
+    from manta.trainer.metrics import read_all_metrics
+
+    run_dir = find_run(run)
+    now = time.time() if run_dir.is_locked else None
+    found = goodput(read_events(run_dir.events_file), read_all_metrics(run_dir.metrics_file), now=now)
+    seconds = {category.value: round(value, 3) for category, value in found.seconds.items()}
+    report = {"run": str(run_dir.path), "total": round(found.total, 3), "goodput": round(found.share, 5), "seconds": seconds}
+    print_report(report, show_goodput, as_json=as_json)
+
+
+def show_goodput(report: dict[str, Any]) -> None:
+    from manta.trainer.metrics import format_duration
+
+    total = report["total"] or 1.0
+    table = grid(4)
+    for category, seconds in report["seconds"].items():
+        table.add_row(category, format_duration(seconds), percent(seconds / total), bar(seconds / total, 40))
+    out = console()
+    out.print(f"goodput {percent(report['goodput'])} of {format_duration(report['total'])} since the first start")
+    out.print(table)
