@@ -148,6 +148,8 @@ def test_a_missing_older_or_altered_manifest_is_refused(damaged):
     path.write_text(json.dumps(spec | {"surplus": 1}))
     assert "damaged; surplus: Extra inputs are not permitted. Run `manta prepare` again." in refused(damaged)
     path.write_text(json.dumps(spec | {"fingerprint": "0"}))
+    assert "damaged; its content has changed since it was written" in refused(damaged)
+    path.write_text(json.dumps(spec | {"fingerprint": "0", "xxh3": ""}))
     assert "fingerprint does not match its shards" in refused(damaged)
     path.unlink()
     assert "not prepared, or only in part" in refused(damaged)
