@@ -1,6 +1,7 @@
 """Imports from transformers: unchanged bytes after a round trip, one model in memory, and a refusal of anything that does not fit."""
 
 import ctypes
+import gc
 import json
 import os
 import threading
@@ -341,7 +342,8 @@ class PeakMemory(threading.Thread):
     """The most anonymous memory of this process during a block, in bytes above what it had before."""
 
     def __enter__(self) -> Self:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before and is used again would hide what is allocated now
+        gc.collect()  # what other tests left would be freed meanwhile, and hide what is allocated now, as memory that is used again would
+        ctypes.CDLL(None).malloc_trim(0)
         self.ended, self.before = threading.Event(), self.current()
         self.peak = self.before
         self.start()
@@ -363,6 +365,8 @@ class PeakMemory(threading.Thread):
 
 
 def test_export_and_import_hold_a_model_only_once(tmp_path):
+    (tmp_path / "small").mkdir()
+    import_model(exported(random_run(tmp_path / "small")), tmp_path / "small imported")  # so that all modules are loaded
     run_directory = random_run(tmp_path, width=512, mlp_width=1536, layers=6)
     size = sum(tensor.nbytes for tensor in model_tensors(load_pretrained(run_directory).model).values())
     assert size > 80e6
