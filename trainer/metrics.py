@@ -21,6 +21,8 @@ class _Metrics(BaseModel):
 
     step: Annotated[int, Field(ge=1, le=10**15)]
     attempt: Annotated[int, Field(ge=0, le=10**9)]
+    time: Annotated[float, Field(ge=0, le=1e12)] = 0.0
+    seconds: dict[str, Annotated[float, Field(ge=0, le=1e12)]] = {}
     tokens: Annotated[int, Field(ge=0)]
     loss: Annotated[float, Field(alias="train/loss")]
     validation_loss: Annotated[float, Field(alias="eval/loss")] = 0.0

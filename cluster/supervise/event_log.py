@@ -55,6 +55,7 @@ _KEYS: dict[str, dict[str, Any]] = {
         "step": (_Number, ...),
         "message": (_Text, ...),
         "traceback": (_Text, ""),
+        "noticed_after": (float | None, None),
         **_MACHINE,
     },
     "rank-slow": {

@@ -7,6 +7,7 @@ each step how many seconds of the attempt it has spent in each phase. Compare th
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import inf
 from statistics import fmean, median
 from typing import Any
 
@@ -163,7 +164,7 @@ class _Walk:
 
     def _last_sign(self, before: float) -> float:
         """Return when a controller that wrote no end was last known to live: the last event or line before it was replaced."""
-        times = [event["time"] for event in self._events] + [line["time"] for lines in self._lines.values() for line in lines]
+        times = [event["time"] for event in self._events] + [line.get("time", 0.0) for lines in self._lines.values() for line in lines]
         return max((time for time in times if time < before), default=before)
 
     def _parts(self, lines: Sequence[Line], end: Event) -> Iterator[Span]:
@@ -176,9 +177,9 @@ class _Walk:
             seconds = dict.fromkeys((self._starting, *_OF_PHASE.values()), 0.0)
             for phase, value in spent.items():
                 seconds[_OF_PHASE.get(phase, self._starting)] += value
-            seconds[Category.TRAINING if before else self._starting] += line["time"] - start - sum(spent.values())
-            yield Span(start, line["time"], seconds, attempt, first, line["step"])
-            start, first, before = line["time"], line["step"], _phases(line)
+            seconds[Category.TRAINING if before else self._starting] += line.get("time", 0.0) - start - sum(spent.values())
+            yield Span(start, line.get("time", 0.0), seconds, attempt, first, line["step"])
+            start, first, before = line.get("time", 0.0), line["step"], _phases(line)
         last = max(start, float(end["time"]))
         yield from self._after_last_line(Span(start, last, {}, attempt, first, first), lines, end)
 
@@ -237,9 +238,10 @@ def _set_apart_slow_steps(parts: Sequence[Span]) -> None:
 
 
 def _set_apart_recomputed_steps(parts: Sequence[Span], loaded: Mapping[int, int]) -> None:
+    attempts = {part.attempt for part in parts}
+    resumed = {attempt: min((step for later, step in loaded.items() if later > attempt), default=inf) for attempt in attempts}
     for part in parts:
-        resumed = [step for attempt, step in loaded.items() if attempt > part.attempt > 0]
-        if resumed and (lost := part.last_step - max(part.first_step, min(resumed))) > 0:
+        if (lost := part.last_step - max(part.first_step, resumed[part.attempt])) > 0:
             share = lost / (part.last_step - part.first_step)
             for category in _OF_STEPS:
                 part.move(part.seconds.get(category, 0.0) * share, category, Category.RECOMPUTED)

@@ -190,6 +190,8 @@ def read_by_every_command(run: Path, heavy: bool) -> None:
     for command in (
         ("status", name),
         ("status", name, "--json", "--exit-code"),
+        ("goodput", name, "--json"),
+        ("list", name, "--json"),
         ("attach", name),
         ("stop", name, "--timeout", "1"),
         ("checkpoint", "now", name, "--timeout", "1"),
