@@ -58,6 +58,7 @@ def test_damaged_lines_are_skipped_and_the_first_is_named(tmp_path, caplog):
         b"[1, 2]",
         b"null",
         b'{"step": 2}',
+        json.dumps({"step": 2, "attempt": 1, **LINE, "seconds": {"step": "long"}}).encode(),
         json.dumps({"step": "2", "attempt": 1, **LINE}).encode(),
         json.dumps({"step": 2, "attempt": 1, **LINE, "step_time": float("nan")}).encode(),
         json.dumps({"step": 2, "attempt": 1, **LINE, "layout": "x" * 10**6}).encode(),
