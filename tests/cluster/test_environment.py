@@ -17,5 +17,5 @@ def test_a_run_that_is_started_below_torchrun_trains(workspace):
 def test_the_interface_that_the_user_has_set_is_used(workspace):
     refused = workspace.manta("train", str(workspace.config_file), "run.dir=no such interface", *SHORT, GLOO_SOCKET_IFNAME="nosuch0")
     assert refused.returncode == 2, refused.stderr
-    assert "InputError: GLOO_SOCKET_IFNAME: expected a network interface of" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert "InputError: GLOO_SOCKET_IFNAME: expected a network interface of" in refused.stdout
+    assert "Traceback" not in refused.stdout + refused.stderr

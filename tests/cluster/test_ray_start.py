@@ -109,7 +109,7 @@ def pids_group():
 @pytest.mark.parametrize("delay", [0.0, 0.4, 0.8, 1.2, 1.6, 2.0])
 @pytest.mark.parametrize("part", ["gcs_server", "raylet"])
 def test_a_part_of_ray_killed_while_it_starts_is_replaced(workspace, part, delay):
-    """Unless Ray ends the whole process: it does so if it loses a part while the process connects."""
+    """Unless Ray loses the part while the process connects: then its code ends the process, or hangs, and the run ends with a line."""
     with RunProcess(workspace, f"{part} killed after {delay}", *SHORT) as run:
         pid = run.until(lambda: [pid for pid, command in run.command_lines().items() if f"/{part} --" in command])[0]
         time.sleep(delay)
@@ -119,7 +119,8 @@ def test_a_part_of_ray_killed_while_it_starts_is_replaced(workspace, part, delay
         output = run.stderr.read_text()
         assert "Traceback" not in output
         assert run.events("run-ended")[-1]["exit_code"] == code
-        assert code == 0 or "got one with processes that ended" in output, output
+        ends = ("got one with processes that ended. Run the command again.", f"got: Ray's {part} ended with -9. Run the command again")
+        assert code == 0 or any(end in output for end in ends), output
         assert code == 0 or delay, "Ray's process is not connected yet"
     with RunProcess(workspace, f"{part} killed after {delay}", *SHORT) as again:
         assert again.end()[0] == 0
