@@ -1,6 +1,8 @@
 """The `manta` command, also as `python -m manta.launch`."""
 
+import os
 import signal
+import sys
 
 
 def main() -> None:
@@ -11,7 +13,12 @@ def main() -> None:
     from manta.launch import cli
 
     signal.signal(signal.SIGINT, handler)
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as end:
+        if "ray" in sys.modules and isinstance(end.code, int):
+            os._exit(end.code)  # everything is closed and flushed, and Ray's C++ code can hang while Python ends
+        raise
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 
 from manta.cluster.job import Job
@@ -44,8 +44,9 @@ def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
         return ExitCode.DONE
     if detached:
         return _detach(plan.run_dir, detached)
-    with supervise(plan, ray) as controller:
-        return Display(plan.run_dir, plan.config, plan.fallback_layouts).follow(controller.run())
+    with supervise(plan, ray) as controller, closing(controller.run()) as events:
+        _print_summary(plan)
+        return Display(plan.run_dir, plan.config, plan.fallback_layouts).follow(events)
 
 
 @contextmanager
@@ -54,7 +55,6 @@ def supervise(plan: RunPlan, ray: Ray) -> Generator[Controller]:
     run_dir = plan.run_dir
     with run_dir.lock():
         write_run_directory(run_dir, plan.config, plan.prepared, plan.recorded)
-        _print_summary(plan)
         all_layouts = {**plan.layouts, **plan.fallback_layouts}
         job = Job(
             program=("-P", "-m", "manta.trainer", str(run_dir.path)),
