@@ -62,7 +62,8 @@ class Loop:
 
     def __post_init__(self) -> None:
         config, device = self.config, self.world.device
-        self.peak_flops = peak_flops(device, torch.float32 if config.precision == "fp32" else torch.bfloat16)
+        self.dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        self.peak_flops = peak_flops(device, self.dtype)
         self.timeline = config.timeline()
         reading = {"rank": self.engine.mesh.data_rank, "seed": config.run.seed, "steps": config.train.steps}
         self.loader = DataLoader(self.samples, self.timeline, self.engine.layout, **reading, device=device)
@@ -138,7 +139,6 @@ class Loop:
             raise FloatingPointError(f"step {step + 1}: expected finite numbers, got {got}. {remedy}, in a new run.")
         stage = self.timeline.stage(step)
         speed = stage.global_batch * self.config.data.sequence_length / seconds
-        peak = self.peak_flops and self.peak_flops * self.world.size
         line: Line = {
             "step": step + 1,
             "tokens": self.timeline.tokens(step + 1),
@@ -149,7 +149,7 @@ class Loop:
             "learning_rate": learning_rate,
             "grad_norm": None if outcome.skipped else outcome.grad_norm,
             "tokens_per_second": round(speed, 1),
-            "mfu": peak and round(speed * self.flops_per_token[stage.sequence_length] / peak, 4),
+            "mfu": self.utilization(speed * self.flops_per_token[stage.sequence_length] / self.world.size),
             "data_wait": round(wait, 6),
             "step_time": round(seconds, 6),
             "memory/peak": self._peak_memory(),
@@ -214,6 +214,15 @@ class Loop:
         total = torch.tensor(values, dtype=torch.float64, device=self.world.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def utilization(self, flops: float) -> float | None:
+        """Return the share of a device's peak that a rank's `flops` per second are; None if the peak is unknown.
+
+        A CPU's peak that training exceeds was measured while other programs ran: it is measured again.
+        """
+        if self.peak_flops and flops > self.peak_flops and self.world.device.type == "cpu":
+            self.peak_flops = max(flops, peak_flops(self.world.device, self.dtype) or 0.0)
+        return self.peak_flops and round(flops / self.peak_flops, 4)
 
     def _peak_memory(self) -> int:
         """Return the peak in bytes: of the GPU, or without one, of this process."""

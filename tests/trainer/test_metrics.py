@@ -6,11 +6,14 @@ import resource
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import LONGEST_LINE
+from manta.trainer.loop import Loop
 from manta.trainer.metrics import format_duration, read_metrics
 
 LINE = {
@@ -117,3 +120,13 @@ def test_a_missing_file_has_no_lines(tmp_path):
 )
 def test_durations_have_two_units_at_most(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_a_peak_that_was_measured_on_a_busy_machine_is_measured_again():
+    loop = SimpleNamespace(peak_flops=1e3, dtype=torch.float32, world=SimpleNamespace(device=torch.device("cpu")))
+    assert Loop.utilization(loop, 500.0) == 0.5
+    assert loop.peak_flops == 1e3
+    assert 0 <= Loop.utilization(loop, 2e3) < 0.01, "any machine does more than 200,000 operations a second"
+    assert loop.peak_flops > 1e6
+    assert Loop.utilization(loop, 1e30) == 1
+    assert Loop.utilization(SimpleNamespace(peak_flops=None), 1e9) is None
