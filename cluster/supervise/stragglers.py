@@ -43,7 +43,7 @@ def find_stragglers(
     """Return the new history, and the ranks that were slow at each of the last checks and were not reported since they last recovered.
 
     A check happens once every rank has got further than at the last one. Of two ranks the faster one is the median.
-    lasting: seconds for which a rank must have been slow, at each check.
+    lasting: seconds for which a rank must have been slow, in the median of each check and those before it.
     """
     known = [status for status in statuses if status.code is None and status.work > 0]
     step = min((status.step for status in known), default=-1)
@@ -52,7 +52,7 @@ def find_stragglers(
     middle = median_low(status.work for status in known)
     newest = {status.rank: status.work / middle if status.work - middle > NOISE else 1.0 for status in known}
     ratios = {**history.ratios, **{rank: (*history.ratios.get(rank, ()), ratio)[-CHECKS:] for rank, ratio in newest.items()}}
-    since = {rank: history.slow_since.get(rank, now) for rank, ratio in newest.items() if ratio > SLOW}
+    since = {rank: history.slow_since.get(rank, now) for rank in newest if median(ratios[rank]) > SLOW}
     slow = {rank for rank in since if len(ratios[rank]) == CHECKS and min(ratios[rank]) > SLOW and now - since[rank] >= lasting}
     reported = {rank for rank in history.reported if max(ratios[rank]) > RECOVERED}
     stragglers = [

@@ -80,8 +80,9 @@ def reported_after(steps, *, lasting):
 
 def test_where_other_programs_run_a_rank_is_reported_only_if_it_stays_slow():
     assert reported_after([True] * 100, lasting=LASTING) == LASTING
-    assert reported_after([False] * 20 + [True] * 100, lasting=LASTING) == 20 + LASTING
-    assert reported_after(([True] * 29 + [False]) * 20, lasting=LASTING) is None
+    assert reported_after([False] * 20 + [True] * 100, lasting=LASTING) == 22 + LASTING, "the median of five checks"
+    assert reported_after(([True] * 29 + [False] * 3) * 20, lasting=LASTING) is None
+    assert reported_after(([True] * 9 + [False]) * 20, lasting=LASTING) == LASTING + 4, "a single check does not hide that it is slow"
 
 
 def test_one_machine_without_gpus_is_told_from_others(monkeypatch):
