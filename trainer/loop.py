@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import HeartbeatWriter
@@ -26,6 +27,7 @@ from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine, UpdateResult
+from manta.trainer.engine.token_sums import SourceSums, TokenSums
 from manta.trainer.hardware import peak_flops
 from manta.trainer.metrics import Line, format_line
 from manta.trainer.optim.schedules import learning_rate
@@ -43,6 +45,7 @@ class StepTotals(NamedTuple):
     stop_requested: bool
     save_requested: bool
     save_failed: bool
+    by_source: SourceSums | None
 
 
 @dataclass
@@ -112,12 +115,13 @@ class Loop:
         start = time.perf_counter()
         rate = learning_rate(self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps)
         batches, digest, wait = self._read(step)
-        terms_K = self.engine.accumulate(batches)
-        every = self.config.guard.replica_check_every_steps
-        if every and (step + 1) % every == 0:
+        by_source = len(self.samples.source_names) > 1 and is_multiple(step + 1, self.config.track.sources_every_steps)
+        sums = self._token_sums() if by_source else None
+        terms_K = self.engine.accumulate(batches, sums)
+        if is_multiple(step + 1, self.config.guard.replica_check_every_steps):
             self.engine.replica_check.run(step + 1)
         outcome = self.engine.update(terms_K, learning_rate=rate)
-        totals = self._reduce(outcome, digest, saves)
+        totals = self._reduce(outcome, digest, saves, sums)
         seconds = time.perf_counter() - start
         self.heartbeat.work = wait + self.engine.compute_timer.take_seconds()
         line = self._line(step, outcome, totals, learning_rate=rate, seconds=seconds, wait=wait)
@@ -144,6 +148,7 @@ class Loop:
             "tokens": self.timeline.tokens(step + 1),
             "train/loss": loss,
             **self._named_terms("train", totals.terms),
+            **(by_name("train/loss", self.samples.source_names, totals.by_source.mean_losses()) if totals.by_source else {}),
             "global_batch": stage.global_batch,
             "sequence_length": stage.sequence_length,
             "learning_rate": learning_rate,
@@ -176,16 +181,20 @@ class Loop:
         self._compiled_lengths.add(length)
         return batches, digest, wait
 
-    def _reduce(self, outcome: UpdateResult, digest: int, saves: SavePolicy) -> StepTotals:
+    def _reduce(self, outcome: UpdateResult, digest: int, saves: SavePolicy, sums: TokenSums | None) -> StepTotals:
         failed, due = saves.has_failed(), saves.is_due()
         own_digest = digest if self.engine.mesh.is_first_of_sample else 0  # each sample's digest counts once
-        *terms, stop, save, failed, total_digest = self._sum([*outcome.terms.tolist(), self.stop.is_made, due, failed, own_digest])
+        stop, save, failed, total_digest, *values = self._sum(
+            [self.stop.is_made, due, failed, own_digest, *outcome.terms.tolist(), *([] if sums is None else sums.values.flat)]
+        )
+        terms, of_sources = values[: len(outcome.terms)], values[len(outcome.terms) :]
         return StepTotals(
             terms=[term / self.engine.layout.tensor for term in terms],  # each tensor rank has the same value
             digest=int(total_digest) % 2**DIGEST_BITS,
             stop_requested=stop > 0,
             save_requested=save > 0,
             save_failed=failed > 0,
+            by_source=SourceSums.of(of_sources) if of_sources else None,
         )
 
     def _named_terms(self, prefix: str, terms: Sequence[float], *, exclude: frozenset[str] = frozenset()) -> Line:
@@ -195,19 +204,32 @@ class Loop:
         return {f"{prefix}/{name}": term for name, term in named.items() if name not in {"loss"} | exclude}
 
     def evaluate(self, step: int) -> Line:
-        """Return the mean losses over the first `evaluate.samples` validation sequences, which the data ranks share."""
+        """Return the mean losses over the first `evaluate.samples` validation sequences, which the data ranks share, also by source."""
         layout, size = self.engine.layout, self.config.train.micro_batch
         count = min(self.config.evaluate.samples, self.samples.validation_windows)
         K = len(self.engine.module.terms)
-        totals_2K = torch.zeros(2 * K, dtype=torch.float64, device=self.world.device)
+        totals_2K, sums = torch.zeros(2 * K, dtype=torch.float64, device=self.world.device), self._token_sums()
         for micro_step in range(-(-count // (layout.data * size))):  # the same number on every rank: weights and experts may be on others
             self.heartbeat("evaluate", step)
             numbers = (micro_step * layout.data + self.engine.mesh.data_rank) * size + np.arange(size)
-            totals_2K += torch.cat(self.engine.evaluate(self.loader.validation(numbers, count)))
-        totals = self._sum(totals_2K.tolist())
-        terms = [total / max(count, 1) for total, count in zip(totals[:K], totals[K:], strict=True)]
+            totals_2K += torch.cat(self.engine.evaluate(self.loader.validation(numbers, count), sums))
+        totals = self._sum([*totals_2K.tolist(), *sums.values.flat])
+        terms = [total / max(count, 1) for total, count in zip(totals[:K], totals[K : 2 * K], strict=True)]
         # Auxiliary terms are of everything in a batch, also of samples that only fill it.
-        return {"eval/loss": self.engine.loss(terms), **self._named_terms("eval", terms, exclude=self.engine.module.auxiliary)}
+        line = {"eval/loss": self.engine.loss(terms), **self._named_terms("eval", terms, exclude=self.engine.module.auxiliary)}
+        by_source, names = SourceSums.of(totals[2 * K :]), self.samples.source_names
+        total = by_source.total()
+        overall = {"perplexity": np.exp(total.mean_losses()), "bits_per_byte": total.bits_per_byte()}
+        if self.config.data.objective == "masked":
+            overall["accuracy"] = total.accuracy()
+        line |= by_name("eval", list(overall), np.concatenate(list(overall.values())))
+        if len(names) > 1:
+            line |= by_name("eval/loss", names, by_source.mean_losses())
+            line |= by_name("eval/bits_per_byte", names, by_source.bits_per_byte())
+        return line
+
+    def _token_sums(self) -> TokenSums:
+        return TokenSums(max(1, len(self.samples.source_names)), self.samples.token_bytes)
 
     def _sum(self, values: Sequence[float]) -> list[float]:
         """Return each value summed over all ranks."""
@@ -229,3 +251,13 @@ class Loop:
         if self.world.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.world.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps is due; 0: never."""
+    return bool(every) and step % every == 0
+
+
+def by_name(key: str, names: Sequence[str], values: Sequence[float] | NDArray[np.float64]) -> Line:
+    """Return a part of a line: the finite ones of these values."""
+    return {f"{key}/{name}": float(value) for name, value in zip(names, values, strict=True) if np.isfinite(value)}

@@ -88,9 +88,10 @@ def format_line(line: Line) -> str:
 
 
 def loss_terms(line: Line, split: str) -> dict[str, float]:
-    """Return what is logged beside the loss of `train` or `eval`: its terms, if there are several, and metrics."""
+    """Return what is logged beside the loss of `train` or `eval`: its terms, if there are several, and metrics; not those of sources."""
     named = {key.removeprefix(f"{split}/"): value for key, value in line.items() if key.startswith(f"{split}/")}
-    return {name: value for name, value in named.items() if name not in {"loss"} | AUXILIARY and isinstance(value, float)}
+    hidden = {"loss", "perplexity"} | AUXILIARY
+    return {name: value for name, value in named.items() if name not in hidden and "/" not in name and isinstance(value, float)}
 
 
 def format_loss(loss: float, terms: Mapping[str, float]) -> str:

@@ -82,6 +82,8 @@ class LiveSamples:
         self.tokenizer_vocabulary = self._tokenizer.vocabulary
         self._validation = self._read_validation([splits for _, splits in by_source], held_out, share=data.validation)
         self.validation_windows = len(self._validation)
+        self.source_names = ()  # a window may hold documents of several sources
+        self.token_bytes = self._tokenizer.token_bytes()
 
     def train(self, read_indices: NDArray[np.integer], *, sequence_length: int | None = None) -> Examples:
         """Return this rank's next samples. read_indices [K]: their numbers in the run, which rise from call to call."""

@@ -29,6 +29,7 @@ class Examples:
     targets: Tokens  # [K, T], IGNORED if nothing is to be predicted
     positions: Tokens  # [K, T]
     samples: Tokens  # [K]: sample numbers in the run
+    sources: Tokens | None = None  # [K]: the source that each is from; None: of several at once
     part: Tokens | None = None  # [K]: which part of its sample a shorter sequence is; None: whole samples
     documents: Tokens | None = None  # [K, T]: a token attends to its own document; padding has -1; None: to the whole sequence
     segments: Tokens | None = None  # [K, T]: 0 for [CLS] A [SEP], 1 for B [SEP]

@@ -32,13 +32,14 @@ class Objective:
     def __call__(self, windows: Windows, samples: Numbers, *, seed: int | None, sequence_length: int | None = None) -> Examples:
         """Return the examples of samples [K]: T / sequence_length for each if sequences are shorter. seed: None for validation."""
         if self._special is not None:
-            return self._masked(windows, samples, sample_keys(samples, seed))
+            return replace(self._masked(windows, samples, sample_keys(samples, seed)), sources=windows.sources)
         parts = self._data.sequence_length // (sequence_length or self._data.sequence_length)
         if parts == 1:
-            return self._causal(windows, samples, sample_keys(samples, seed))
+            return replace(self._causal(windows, samples, sample_keys(samples, seed)), sources=windows.sources)
+        sources = None if windows.sources is None else np.repeat(windows.sources, parts)
         windows = Windows(tokens=causal.split_windows(windows.tokens, self._data.sequence_length // parts))
         part, samples = np.tile(np.arange(parts), len(samples)), np.repeat(samples, parts)
-        return replace(self._causal(windows, samples, sample_keys(samples, seed, part)), part=part)
+        return replace(self._causal(windows, samples, sample_keys(samples, seed, part)), part=part, sources=sources)
 
     def _causal(self, windows: Windows, samples: Numbers, keys: Hashes) -> Examples:
         data, tokens_KW, documents_KW = self._data, windows.tokens, self._documents(windows)

@@ -50,6 +50,7 @@ class PackedDataset(WindowDataset):
         """packings: of each shard of each stream, in order. padding: the token id that fills up bins."""
         super().__init__([packing.bins for packing in packings])
         self._shards = [(stream, shard) for stream in streams for shard in range(len(stream.shards))]
+        self._source_of_shard = np.repeat(np.arange(len(streams)), [len(stream.shards) for stream in streams])
         self._packings, self._width, self._padding = packings, shape.width, padding
 
     def read(self, windows: NDArray[np.integer]) -> Windows:
@@ -65,7 +66,7 @@ class PackedDataset(WindowDataset):
                 tokens_KW[row, filled : filled + length] = tokens[start : start + length]
                 documents_KW[row, filled : filled + length] = number
                 filled += length
-        return Windows(tokens=tokens_KW, documents=documents_KW)
+        return Windows(tokens=tokens_KW, documents=documents_KW, sources=self._source_of_shard[shards])
 
     @cache_maps
     def _bins(self, shard: int) -> Bins:

@@ -56,6 +56,8 @@ class Samples:
         self.sequence_length = data.sequence_length
         self.tokenizer_vocabulary = max(corpus.vocabulary for _, corpus in corpora)
         self.validation_windows = len(self._validation)
+        self.source_names = tuple(source.resolved_name for source in data.sources)
+        self.token_bytes = tokenizer.token_bytes()
 
     def train(self, read_indices: NDArray[np.integer], *, sequence_length: int | None = None) -> Examples:
         """Return the examples of read indices [K] of any epoch: T / sequence_length for each sample if sequences are shorter."""
@@ -76,8 +78,9 @@ class Samples:
     def _read_source(self, index: int, own: Numbers, samples: Numbers) -> Windows:
         self.sampler.prefetch(index, int(own[0]))
         source = self.sampler.sources[index]
-        windows = source.order(own)[1].astype(np.int64)
-        return self._read(source.dataset, windows, samples, seed=self._seed, by_part=not isinstance(source.order, Order))
+        numbers = source.order(own)[1].astype(np.int64)
+        windows = self._read(source.dataset, numbers, samples, seed=self._seed, by_part=not isinstance(source.order, Order))
+        return windows if len(self.sampler.sources) == 1 else replace(windows, sources=np.full_like(samples, index))
 
     def _read(self, dataset: WindowDataset, numbers: Numbers, samples: Numbers, *, seed: int | None, by_part: bool = False) -> Windows:
         """by_part: draw part B of pairs from the same shard, because others may not be in the cache."""

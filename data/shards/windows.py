@@ -35,6 +35,7 @@ class Windows:
     """The tokens of K windows."""
 
     tokens: Numbers  # [K, W]
+    sources: Numbers | None = None  # [K]: the source that each window is from; None: of several at once
     documents: Numbers | None = None  # [K, W]: each token's document in its window, -1 for padding; None: not numbered yet
     second: Numbers | None = None  # [K, W]: the windows that part B of next-sentence pairs is cut from
     next_sentence: Numbers | None = None  # [K]: 1 if `second` is a random window, 0 if it is the same one
@@ -97,7 +98,7 @@ def check_indices(indices: NDArray[np.integer], count: int) -> None:
 
 
 class WindowDataset(ABC):
-    """Windows numbered through parts: shards or streams."""
+    """Windows numbered through parts: shards or streams. A stream is a source's."""
 
     def __init__(self, counts: Sequence[int]) -> None:
         """counts: windows of each part."""
@@ -147,9 +148,9 @@ class CutDataset(WindowDataset):
         parts, own = self._locate(windows)
         owners, starts, width = self._stream_of_part[parts], self._starts[parts] + own * self._shape.stride, self._shape.width
         if len(self._streams) == 1:
-            return Windows(tokens=self._streams[0].gather(starts, width))
+            return Windows(tokens=self._streams[0].gather(starts, width), sources=owners)
         tokens_KW = np.empty((len(starts), width), dtype=np.int64)
         for index in np.unique(owners).tolist():
             rows = owners == index
             tokens_KW[rows] = self._streams[index].gather(starts[rows], width)
-        return Windows(tokens=tokens_KW)
+        return Windows(tokens=tokens_KW, sources=owners)

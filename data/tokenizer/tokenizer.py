@@ -5,6 +5,7 @@ produced the same ids on a sample of the documents to be encoded (`choose_encode
 """
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable
 from functools import cached_property
@@ -118,6 +119,31 @@ class Tokenizer:
             raise InputError(f"{self.file}: {problem}. Set data.whole_words to false.")
         return SpecialTokens(end_of_text=self.end_of_text, cls=cls, sep=sep, mask=mask, pad=pad, is_text=is_text, begins_word=begins_word)
 
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Return how many bytes of text each token stands for [vocabulary]; 0 for special tokens and for ids without a token.
+
+        They sum to the size of a text as its tokens spell it: after normalization, without spaces that a tokenizer drops (WordPiece), and
+        with those that it adds.
+        """
+        model = self._spec["model"]
+        added = {token["content"]: token["special"] for token in self._spec["added_tokens"]}
+        prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+        unknown = model.get("unk_token") if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]  # Unigram has an id
+        sizes = np.zeros(self.vocabulary, dtype=np.int64)
+        for name, token in self._reference.get_vocab(with_added_tokens=True).items():
+            if added.get(name, name == unknown) or token == self.end_of_text:
+                continue
+            if name in added:
+                sizes[token] = len(name.encode())
+            elif "ByteLevel" in self._steps:
+                sizes[token] = len(name)  # a letter stands for a byte
+            elif model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", name):
+                sizes[token] = 1
+            else:
+                spelled = name.removesuffix(suffix)
+                sizes[token] = len((spelled if spelled == prefix else spelled.removeprefix(prefix)).replace("▁", " ").encode())
+        return sizes
+
     def fim_tokens(self) -> FimTokens:
         """Return the tokens that fill-in-the-middle needs. Raises InputError if one is missing, or if a document could contain it."""
         spellings = (FIM_TOKENS, *_OTHER_FIM_TOKENS)
@@ -163,6 +189,12 @@ class Tokenizer:
         """The content of the file, with all optional fields."""
         return json.loads(self._reference.to_str())
 
+    @cached_property
+    def _steps(self) -> frozenset[str]:
+        """The types of the pre-tokenizers."""
+        pre_tokenizer = self._spec["pre_tokenizer"] or {}
+        return frozenset(step["type"] for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if step)
+
     def _special_id(self, names: tuple[str, ...], expected: str) -> int:
         """Return the id of the first of these tokens that exists."""
         found = {name: token for name in names if (token := self._reference.token_to_id(name)) is not None}
@@ -176,14 +208,13 @@ class Tokenizer:
 
     def _word_starts(self, vocabulary: dict[str, int]) -> NDArray[np.bool_] | None:
         """Return whether each token of the vocabulary starts a word; None if its spelling does not show it."""
-        model, pre_tokenizer = self._spec["model"], self._spec["pre_tokenizer"] or {}
-        steps = {step["type"] for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if step}
+        model = self._spec["model"]
         if prefix := model.get("continuing_subword_prefix"):
             continuations = [token for name, token in vocabulary.items() if name.startswith(prefix)]
-        elif "ByteLevel" in steps:
+        elif "ByteLevel" in self._steps:
             inner = byte_level.letters_within_words()
             continuations = [token for name, token in vocabulary.items() if name[:1] in inner]
-        elif "Metaspace" in steps or any(name.startswith("▁") for name in vocabulary):
+        elif "Metaspace" in self._steps or any(name.startswith("▁") for name in vocabulary):
             continuations = [token for name, token in vocabulary.items() if not name.startswith("▁")]
         elif model["type"] == "WordLevel":
             continuations = []

@@ -8,7 +8,7 @@ from manta.data.objectives.examples import Examples
 from manta.data.tokenizer.tokenizer import SpecialTokens
 
 END = 0
-FIELDS = [name for name in Examples.__slots__ if name != "part"]  # digests are older than this field, which is None for whole samples
+FIELDS = [name for name in Examples.__slots__ if name not in {"part", "sources"}]  # digests are older than these fields
 ONLY = np.zeros(1, dtype=np.int64)
 DOCUMENTS = st.lists(st.lists(st.integers(10, 99), max_size=12).map(lambda text: [*text, END]), min_size=1, max_size=6)
 

@@ -159,3 +159,5 @@ class EvaluateConfig(Section):
 class TrackConfig(Section):
     every_steps: Count = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl."""
+    sources_every_steps: Count = Field(default=100, ge=0)
+    """Steps between lines that also have the training loss of each source. 0: never."""

@@ -29,6 +29,7 @@ class Batch:
     segments: Tensor | None = None  # [B, T]: BERT's token types
     shards: int = 1  # into which sequences are cut
     offset: int = 0  # the index in the sequence of this shard's first token
+    sources: Tensor | None = None  # [B]: the source that each sequence is from; None: of several at once
     next_sentence: Tensor | None = None  # [B]: 0 if the second part follows the first, 1 if it does not
 
     @classmethod

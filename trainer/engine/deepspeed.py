@@ -1,6 +1,7 @@
 """Train a model under a layout with DeepSpeed, one optimizer step at a time."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from manta.trainer.engine.compute_time import ComputeTimer
 from manta.trainer.engine.deepspeed_private import build_deepspeed, mark_sharded
 from manta.trainer.engine.memory import MemoryEstimate, estimate_memory
 from manta.trainer.engine.replica_check import ReplicaCheck
+from manta.trainer.engine.token_sums import TokenSums
 from manta.trainer.hardware import device_type
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim.optimizers import build_optimizer
@@ -77,11 +79,11 @@ class Engine:
         """Run one optimizer step over these micro batches."""
         return self.update(self.accumulate(micro_batches), learning_rate=learning_rate)
 
-    def accumulate(self, micro_batches: Iterable[Batch]) -> Tensor:
+    def accumulate(self, micro_batches: Iterable[Batch], sums: TokenSums | None = None) -> Tensor:
         """Accumulate the gradients of these micro batches. Return this rank's sums of the loss terms, terms_K.
 
         Every rank passes the same number of them; ranks of a tensor or sequence group pass the same ones. Since the number may change
-        from step to step, DeepSpeed does not divide the loss, and we tell it which one is the last.
+        from step to step, DeepSpeed does not divide the loss, and we tell it which one is the last. sums: to add the targets to.
         """
         batches = list(micro_batches)  # all of them first: divisors are counted over the whole step
         divisors_K = self._divisors(batches)
@@ -90,7 +92,7 @@ class Engine:
         for number, batch in enumerate(batches, start=1):
             self.deepspeed.set_gradient_accumulation_boundary(number == len(batches))
             local = self._local(batch)
-            with self.compute_timer.forward():
+            with self.compute_timer.forward(), sums.measure(self.module, local) if sums else nullcontext():
                 terms_K = self.deepspeed(local, divisors_K)
             trained = [term for name, term in zip(self.module.terms, terms_K, strict=True) if name not in self.module.metrics]
             self.deepspeed.backward(torch.stack(trained).sum(), scale_wrt_gas=False)  # ZeRO divides by the number of replicas
@@ -114,13 +116,15 @@ class Engine:
         return UpdateResult(terms=terms_K, grad_norm=float(norm or 0.0), skipped=skipped, exhausted=skipped and is_smallest)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Batch, sums: TokenSums | None = None) -> tuple[Tensor, Tensor]:
         """Return this rank's sum of each loss term, and its share of the number of items behind each: both [K].
 
-        All ranks must call this equally often: other ranks may hold weights and experts that it needs.
+        All ranks must call this equally often: other ranks may hold weights and experts that it needs. sums: to add the targets to.
         """
         self.deepspeed.eval()
-        sums_K = self.deepspeed(self._local(batch), torch.ones(len(self.module.terms), device=self.device))
+        local = self._local(batch)
+        with sums.measure(self.module, local) if sums else nullcontext():
+            sums_K = self.deepspeed(local, torch.ones(len(self.module.terms), device=self.device))
         counts_K = self.module.counts(batch).double() / self.layout.sequence
         return sums_K.double(), counts_K.to(self.device)
 

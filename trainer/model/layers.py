@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.model.attention import AttentionMask, KVCache, attend
 from manta.trainer.model.dropout import AttentionDropout, DropoutKeys
-from manta.trainer.model.losses import Criterion, VocabularyShard, cross_entropy
+from manta.trainer.model.losses import Criterion, TokenLosses, VocabularyShard, cross_entropy
 
 Rotary = tuple[Tensor, Tensor]  # cosine_B1TH, sine_B1TH
 
@@ -135,12 +135,13 @@ class Head(nn.Module):
         self.vocabulary, self.soft_cap = vocabulary, config.logit_soft_cap
         self.smoothing, self.z_loss = config.label_smoothing, config.z_loss
         self.shard: VocabularyShard | None = None  # tensor parallelism sets it
+        self.measured: list[TokenLosses] | None = None  # a list: what is measured of each target is appended to it
 
     def forward(self, x_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return sums over the targets: the quantity to minimize, and its z-loss part, without a gradient."""
         smoothing, z_weight = (self.smoothing, self.z_loss) if self.training else (0.0, 0.0)
         criterion = Criterion(vocabulary=self.vocabulary, soft_cap=self.soft_cap, smoothing=smoothing, z_weight=z_weight, shard=self.shard)
-        return cross_entropy(x_ND, self.weight, targets_N, criterion, bias_V=self.bias)
+        return cross_entropy(x_ND, self.weight, targets_N, criterion, bias_V=self.bias, measured=self.measured)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Return logits_BTV, without the padding."""

@@ -5,7 +5,7 @@ Shapes: N tokens (batch and time flattened), D model width, V rows of the head's
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,13 @@ class VocabularyShard:
     reduce_sum: Callable[[Tensor], object]
 
 
+class TokenLosses(NamedTuple):
+    """What is measured of each of N targets; 0 for those that are IGNORED."""
+
+    losses: Tensor  # [N], fp32 or wider: its part of the loss, in nats
+    correct: Tensor  # [N], bool: whether no token has a larger logit
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion:
     """The options of a cross-entropy over the vocabulary."""
@@ -49,8 +56,8 @@ class Criterion:
         assert 0 < self.vocabulary <= rows * count, (self.vocabulary, rows, count)
         return range(index * rows, max(index * rows, min((index + 1) * rows, self.vocabulary)))
 
-    def apply(self, logits: Tensor, targets: Tensor, classes: range, *, needs_grad: bool) -> tuple[Tensor, Tensor]:
-        """Return the objective and z of a chunk. If needed, overwrite the logits by their gradient."""
+    def apply(self, logits: Tensor, targets: Tensor, classes: range, *, needs_grad: bool) -> tuple[TokenLosses, Tensor]:
+        """Return what is measured of each target of a chunk [N, 1], and its z-loss. If needed, overwrite the logits by their gradient."""
         slope = None
         if self.soft_cap is not None:
             logits.div_(self.soft_cap).tanh_()
@@ -74,12 +81,12 @@ class Criterion:
 
         log_sum = exp_sum.log()
         log_partition = log_sum + highest
-        z = (self.z_weight * log_partition.square()).masked_fill_(~counts, 0).sum()
+        z = (self.z_weight * log_partition.square()).masked_fill_(~counts, 0)
         on_target, on_each = 1 - self.smoothing, self.smoothing / self.vocabulary
         likelihood = on_target * at_target + on_each * over_all - log_sum
-        objective = z - likelihood.masked_fill_(~counts, 0).sum()
+        measured = TokenLosses(losses=(-likelihood).masked_fill_(~counts, 0), correct=(at_target == 0) & counts)
         if not needs_grad:
-            return objective, z
+            return measured, z
 
         grad = logits.mul_(((1 + 2 * self.z_weight * log_partition) / exp_sum).masked_fill_(~counts, 0))
         if classes:
@@ -88,7 +95,7 @@ class Criterion:
             grad.sub_(counts.to(grad.dtype) * on_each)
         if slope is not None:
             grad.mul_(slope)
-        return objective, z
+        return measured, z
 
     def _is_local(self, targets: Tensor, counts: Tensor, classes: range) -> Tensor:
         """Whether a target is one of the shard's classes. There is no bound at the vocabulary's ends: a target beyond them raises."""
@@ -100,17 +107,23 @@ class Criterion:
 
 
 def cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, criterion: Criterion, *, bias_V: Tensor | None = None
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    criterion: Criterion,
+    *,
+    bias_V: Tensor | None = None,
+    measured: list[TokenLosses] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the negative log-likelihood of the targets under softmax(x weight^T + bias), in nats, summed over targets not IGNORED.
 
     -> (objective, z): the quantity to minimize, and its part z_weight logsumexp^2, detached. With a shard, both are those of the whole
-    vocabulary, and the gradient of x is this shard's term of a sum.
+    vocabulary, and the gradient of x is this shard's term of a sum. measured: what is measured of each target is appended to it, in parts.
 
     It includes the head, so that logits of all tokens are never in memory at once: memory is that of a chunk, not O(N V).
-    Products use the weight's precision, or autocast's; the softmax and all sums at least fp32.
+    Products use the weight's precision, or autocast's; the softmax and all sums at least fp32; without a gradient, sums are fp64.
     """
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, targets_N, criterion, torch.is_grad_enabled())  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, targets_N, criterion, torch.is_grad_enabled(), measured)  # type: ignore[no-any-return]
 
 
 def classification_loss(logits_BC: Tensor, targets_B: Tensor, weights_B: Tensor) -> Tensor:
@@ -142,7 +155,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - apply() takes no keywords
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, criterion: Criterion, grad_enabled: bool
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        criterion: Criterion,
+        grad_enabled: bool,
+        measured: list[TokenLosses] | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = _product_dtype(weight_VD)
         wide = _at_least_fp32(dtype)
@@ -150,7 +170,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND) if of_x else None
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if of_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if of_bias and bias_V is not None else None
-        objective, z = (torch.zeros((), dtype=wide, device=x_ND.device) for _ in range(2))
+        total = wide if grad_enabled else torch.float64
+        loss, z = (torch.zeros((), dtype=total, device=x_ND.device) for _ in range(2))
         classes = criterion.classes(len(weight_VD))
         # On a GPU, include a few rows of padding, which the criterion does not see: tensor cores need an aligned pitch.
         alignment = ALIGNMENT if x_ND.is_cuda else 1
@@ -163,11 +184,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chunk = slice(first, first + rows)
                 logits = F.linear(x[chunk], weight, bias).to(wide)
                 local = logits[:, : len(classes)]
-                chunk_objective, chunk_z = criterion.apply(local, targets_N[chunk, None], classes, needs_grad=of_x or of_weight or of_bias)
+                tokens, z_N = criterion.apply(local, targets_N[chunk, None], classes, needs_grad=of_x or of_weight or of_bias)
                 logits[:, len(classes) :].zero_()
                 grad = logits
-                objective += chunk_objective
-                z += chunk_z
+                loss += tokens.losses.sum(dtype=total)
+                z += z_N.sum(dtype=total)
+                if measured is not None:
+                    measured.append(TokenLosses(*(values[:, 0] for values in tokens)))
                 if grad_bias is not None:
                     grad_bias[used] += grad.sum(dim=0)
                 grad = grad.to(dtype)
@@ -178,11 +201,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (x_ND, weight_VD, bias_V))
         ctx.mark_non_differentiable(z)
-        return objective, z
+        return loss + z, z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator's
         scale = grads[0]  # a 0-dim fp32 tensor: it does not change a bf16 tensor's type
         scaled = (None if grad is None else (grad * scale).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
