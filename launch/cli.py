@@ -167,10 +167,9 @@ def logs(
 @app.command(epilog="For example: manta prepare run.yaml data.workers=16")
 def prepare(file: File, overrides: Overrides = None) -> None:
     """Prepare the config's corpus: tokenize it and write token shards. `manta train` does this automatically."""
-    from manta.data.prepare.prepare import prepare
+    from manta.launch.run.preflight import prepare_all
 
-    loaded = load(file, overrides or [])
-    for corpus in prepare(loaded.data, loaded.tokenizer).corpora:
+    for corpus in prepare_all(load(file, overrides or [])):
         typer.echo(corpus)
 
 

@@ -5,9 +5,9 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import HeartbeatWriter
 from manta.data.live.live_samples import LiveSamples
-from manta.data.objectives.examples import DIGEST_BITS
+from manta.data.objectives.examples import DIGEST_BITS, Examples
 from manta.data.sampling.samples import Samples
 from manta.trainer.checkpoint.save_policy import SavePolicy
 from manta.trainer.checkpoint.writer import CheckpointWriter
@@ -62,6 +62,7 @@ class Loop:
     flops_per_token: Mapping[int, float]  # by sequence length
     saver: CheckpointWriter
     metrics: LineFile | None  # rank 0 writes them
+    validation_sets: Mapping[str, Samples] = field(default_factory=dict[str, Samples])
 
     def __post_init__(self) -> None:
         config, device = self.config, self.world.device
@@ -86,10 +87,9 @@ class Loop:
             stop = totals.stop_requested
             step += 1
             self.heartbeat("step", step)
-            is_due = step == last or (step % self.config.evaluate.every_steps == 0 and not stop)
-            if is_due and self.samples.validation_windows:
-                line |= self.evaluate(step)
-            if self.metrics and (step % self.config.track.every_steps == 0 or "eval/loss" in line):
+            validation = self.evaluate(step, stop=stop)
+            line |= validation
+            if self.metrics and (step % self.config.track.every_steps == 0 or validation):
                 self._log(self.metrics, line)
                 log.info("step %d/%d  %s", step, last, format_line(line))
             if totals.save_failed:
@@ -203,29 +203,47 @@ class Loop:
         named = dict(zip(names, terms, strict=True)) if len(names) > 1 else {}
         return {f"{prefix}/{name}": term for name, term in named.items() if name not in {"loss"} | exclude}
 
-    def evaluate(self, step: int) -> Line:
-        """Return the mean losses over the first `evaluate.samples` validation sequences, which the data ranks share, also by source."""
-        layout, size = self.engine.layout, self.config.train.micro_batch
-        count = min(self.config.evaluate.samples, self.samples.validation_windows)
-        K = len(self.engine.module.terms)
+    def evaluate(self, step: int, *, stop: bool = False) -> Line:
+        """Evaluate what is due at this step. Return the mean losses and figures of the held-out samples and of each validation set.
+
+        stop: whether training ends here, unfinished; then only the last step is evaluated.
+        """
+        config, samples, line = self.config.evaluate, self.samples, Line()
+
+        def is_due(every: int) -> bool:
+            return step == self.config.train.steps or (step % every == 0 and not stop)
+
+        if samples.validation_windows and is_due(config.every_steps):
+            line |= self._evaluate(step, samples.validation, min(config.samples, samples.validation_windows), "eval", samples.source_names)
+        for one in config.sets:
+            if is_due(one.every_steps or config.every_steps):
+                text = self.validation_sets[one.name]
+                line |= self._evaluate(step, text.train, min(one.samples, text.train_windows), f"eval/{one.name}")
+        return line
+
+    def _evaluate(
+        self, step: int, read: Callable[[NDArray[np.integer]], Examples], count: int, prefix: str, names: Sequence[str] = ()
+    ) -> Line:
+        """Evaluate the first `count` samples of `read`, which the data ranks share. names: of its sources."""
+        layout, size, K = self.engine.layout, self.config.train.micro_batch, len(self.engine.module.terms)
         totals_2K, sums = torch.zeros(2 * K, dtype=torch.float64, device=self.world.device), self._token_sums()
         for micro_step in range(-(-count // (layout.data * size))):  # the same number on every rank: weights and experts may be on others
             self.heartbeat("evaluate", step)
             numbers = (micro_step * layout.data + self.engine.mesh.data_rank) * size + np.arange(size)
-            totals_2K += torch.cat(self.engine.evaluate(self.loader.validation(numbers, count), sums))
+            totals_2K += torch.cat(self.engine.evaluate(self.loader.validation(read, numbers, count), sums))
         totals = self._sum([*totals_2K.tolist(), *sums.values.flat])
         terms = [total / max(count, 1) for total, count in zip(totals[:K], totals[K : 2 * K], strict=True)]
         # Auxiliary terms are of everything in a batch, also of samples that only fill it.
-        line = {"eval/loss": self.engine.loss(terms), **self._named_terms("eval", terms, exclude=self.engine.module.auxiliary)}
-        by_source, names = SourceSums.of(totals[2 * K :]), self.samples.source_names
+        line = {f"{prefix}/loss": self.engine.loss(terms), **self._named_terms(prefix, terms, exclude=self.engine.module.auxiliary)}
+        by_source = SourceSums.of(totals[2 * K :])
         total = by_source.total()
         overall = {"perplexity": np.exp(total.mean_losses()), "bits_per_byte": total.bits_per_byte()}
         if self.config.data.objective == "masked":
             overall["accuracy"] = total.accuracy()
-        line |= by_name("eval", list(overall), np.concatenate(list(overall.values())))
+        line |= by_name(prefix, list(overall), np.concatenate(list(overall.values())))
         if len(names) > 1:
-            line |= by_name("eval/loss", names, by_source.mean_losses())
-            line |= by_name("eval/bits_per_byte", names, by_source.bits_per_byte())
+            line |= by_name(f"{prefix}/loss", names, by_source.mean_losses())
+            line |= by_name(f"{prefix}/bits_per_byte", names, by_source.bits_per_byte())
         return line
 
     def _token_sums(self) -> TokenSums:
@@ -254,7 +272,7 @@ class Loop:
 
 
 def is_multiple(step: int, every: int) -> bool:
-    """Whether something that is done every so many steps is due; 0: never."""
+    """Whether a step is a multiple of `every`; 0: never."""
     return bool(every) and step % every == 0
 
 

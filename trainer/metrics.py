@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object per logged step. A restart may log a step again; the last line of a step is the valid one."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from pydantic_core import from_json
 from manta.cluster.protocol import LONGEST_LINE, open_regular, read_lines
 
 Line = dict[str, Any]
+SOURCES = ("loss", "bits_per_byte")  # of evaluation: `eval/loss/NAME` and so on are a source's; `eval/NAME/loss` is a validation set's
 AUXILIARY = frozenset({"z_loss", "balance", "router_z"})  # terms that are minimised as well, but excluded from the logged loss
 
 
@@ -84,6 +86,9 @@ def format_line(line: Line) -> str:
         parts.append(f"CHECKPOINT FAILED, {line['checkpoint/failures']} in a row: see logs/")
     if "eval/loss" in line:
         parts.append(f"validation loss {format_loss(line['eval/loss'], loss_terms(line, 'eval'))}")
+    for key, value in line.items():
+        if (found := re.fullmatch(r"eval/([^/]+)/loss", key)) and found[1] not in SOURCES and isinstance(value, float):
+            parts.append(f"{found[1]} loss {format_loss(value, loss_terms(line, f'eval/{found[1]}'))}")
     return "  ".join(parts)
 
 

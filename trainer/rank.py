@@ -12,6 +12,8 @@ from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import ExitCode, HeartbeatWriter
 from manta.data.errors import InputError
 from manta.data.live.live_samples import Cursor, LiveSamples, check_data_ranks, open_samples
+from manta.data.sampling.samples import Samples
+from manta.data.shards.manifest import PreparedData
 from manta.data.tokenizer.tokenizer import read_vocabulary
 from manta.trainer.checkpoint import catalog, token_rows
 from manta.trainer.checkpoint.backend import CheckpointBackend
@@ -21,6 +23,7 @@ from manta.trainer.checkpoint.manifest import Checkpoint, Progress
 from manta.trainer.checkpoint.retention import Retention
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.identity import identity_of
+from manta.trainer.config.sections import ValidationSet
 from manta.trainer.config.supported import supports_compile
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import layout_from_environment
@@ -57,6 +60,8 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     reading = {"seed": config.run.seed, "held_out": config.evaluate.samples, "rank": mesh.data_rank, "ranks": layout.data}
     samples = open_samples(corpus, config.data, config.tokenizer, **reading)
 
+    sets = {one.name: open_validation_set(config, one, corpus) for one in config.evaluate.sets}
+
     length = config.data.sequence_length
     model = build_model(config.model, vocabulary=samples.tokenizer_vocabulary, sequence_length=length, code=run_dir.code)
     model.initialize(config.run.seed)
@@ -74,7 +79,7 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
         resume_live_samples(samples, progress, mesh)
 
     metrics = LineFile(run_dir.metrics_file) if world.rank == 0 else None
-    loop = Loop(config, world, samples, engine, run_dir, heartbeat, stop, flops_per_token, saver, metrics)
+    loop = Loop(config, world, samples, engine, run_dir, heartbeat, stop, flops_per_token, saver, metrics, sets)
     try:
         step = loop.run(progress.step if progress else 0)
     except SaveError as error:  # raised on all ranks, while the signal may have reached only one of them
@@ -94,6 +99,12 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     if step == config.train.steps:
         return ExitCode.DONE
     return ExitCode.INTERRUPTED if stop.signal is signal.SIGINT else ExitCode.SAVED
+
+
+def open_validation_set(config: TrainingConfig, one: ValidationSet, corpus: PreparedData) -> Samples:
+    """Its samples are the same for every run, of any seed."""
+    prepared = corpus.sets[one.name].model_copy(update={"tokenizer": corpus.tokenizer})
+    return Samples(prepared, config.validation_set(one), config.tokenizer, seed=0)
 
 
 def build_engine(model: Transformer, config: TrainingConfig, mesh: Mesh, device: torch.device) -> Engine:

@@ -56,6 +56,7 @@ class Samples:
         self.sequence_length = data.sequence_length
         self.tokenizer_vocabulary = max(corpus.vocabulary for _, corpus in corpora)
         self.validation_windows = len(self._validation)
+        self.train_windows = sum(len(source.dataset) for source in self.sampler.sources)
         self.source_names = tuple(source.resolved_name for source in data.sources)
         self.token_bytes = tokenizer.token_bytes()
 

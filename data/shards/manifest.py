@@ -93,6 +93,8 @@ class PreparedData(BaseModel, frozen=True):
     corpora: tuple[str, ...]
     """Directories or URLs."""
     fingerprint: str
+    sets: dict[str, "PreparedData"] = {}
+    """Validation sets, by name. The fingerprint does not depend on them."""
 
 
 def load_manifest(directory: CorpusDirectory) -> Manifest:

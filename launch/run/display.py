@@ -116,7 +116,7 @@ class Display:
             self._bar.update(self._task, completed=line["step"], status=status)
         self._unprinted = f"step {line['step']}/{self._steps}  {status}"
         is_due = time.monotonic() - self._last_print >= INTERVAL and not self._bar
-        if is_due or "eval/loss" in line or line.get("skipped") or line.get("checkpoint/failures"):
+        if is_due or any(key.startswith("eval/") for key in line) or line.get("skipped") or line.get("checkpoint/failures"):
             self._console.message(self._unprinted)
             self._last_print, self._unprinted = time.monotonic(), ""
 

@@ -19,6 +19,7 @@ from manta.launch.config import RunConfig
 from manta.launch.run.resume_check import check_same_data_ranks, check_same_run, is_finished
 from manta.launch.terminal import notify
 from manta.trainer.checkpoint.errors import CheckpointError
+from manta.trainer.config.sections import ValidationSet
 from manta.trainer.dist.layout import Layout, largest_layout, layouts, shrunk_layouts
 from manta.trainer.run_directory import RunDirectory, resolve_start_from, tokenizer_beside
 
@@ -120,16 +121,37 @@ def open_corpus(run_dir: RunDirectory, config: RunConfig) -> tuple[PreparedData,
     if used is not None and used.fingerprint != prepared.fingerprint:
         remedy = "Restore the corpus that the run was started with, or use another run.dir."
         raise InputError(f"{run_dir.path}: corpus fingerprint: expected {used.fingerprint}, got {prepared.fingerprint}. {remedy}")
+    used_sets = {} if used is None else {one: used.sets[one.name] for one in run_dir.config().evaluate.sets if one.name in used.sets}
+    sets = prepare_sets(config, prepared, used_sets)
     samples = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises InputError if a shard is damaged
     if isinstance(samples, Samples):
         samples.sampler.check_epochs(config.timeline().first_sample(config.train.steps))
-        per_epoch = sum(len(source.dataset) for source in samples.sampler.sources)
-        if (batch := max(config.train.batches)) > per_epoch:
+        if (batch := max(config.train.batches)) > (per_epoch := samples.train_windows):
             notify(f"train.global_batch: an epoch has only {per_epoch} samples: a step of {batch} reads samples more than once")
     if not samples.validation_windows and config.data.validation:
         notify("data.validation: too few documents to hold one out: the run measures no validation loss")
     config.model.embedding_rows(samples.tokenizer_vocabulary)  # raises InputError if the embedding is too small
-    return prepared, samples.tokenizer_vocabulary
+    return prepared.model_copy(update={"sets": sets}), samples.tokenizer_vocabulary
+
+
+def prepare_all(config: RunConfig) -> list[str]:
+    """Prepare the corpora of a run and of its validation sets. Return their directories or URLs."""
+    prepared = prepare(config.data, config.tokenizer)
+    return [corpus for one in (prepared, *prepare_sets(config, prepared, {}).values()) for corpus in one.corpora]
+
+
+def prepare_sets(config: RunConfig, prepared: PreparedData, used: Mapping[ValidationSet, PreparedData]) -> dict[str, PreparedData]:
+    """Return the validation sets, found or prepared. Those that the run has `used` stay as they are, even if their files are gone.
+
+    prepared: the run's corpus. Raises InputError if a set has too little text for a sample.
+    """
+    tokens, sets = config.tokenizer.model_copy(update={"file": prepared.tokenizer}), dict[str, PreparedData]()
+    for one in config.evaluate.sets:
+        data, found = config.validation_set(one), used.get(one)
+        if found is None or not is_complete(found, data.cache):
+            found = find_prepared(data, tokens) or prepare(data, tokens)
+        sets[one.name] = found
+    return sets
 
 
 def find_initial_weights(run_dir: RunDirectory, config: RunConfig) -> str | None:

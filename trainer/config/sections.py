@@ -1,7 +1,7 @@
 """The sections of a config that a rank reads, apart from `data`, `tokenizer` and `model`. Each field's sentence is its documentation."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -149,11 +149,38 @@ class GuardConfig(Section):
     """Steps between checks that replicas of a weight are bitwise the same; also checked before each checkpoint. 0: never."""
 
 
+class ValidationSet(Section):
+    """More text to validate on."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$", examples=["wiki"])
+    """Its name in metrics: `eval/NAME/loss` and so on."""
+    path: Location = Field(min_length=1, examples=["wiki/*.jsonl"])
+    """Its documents, named like those of a source (data.sources). All of them are for validation."""
+    text_field: str | None = Field(default=None, min_length=1)
+    """Overrides data.text_field."""
+    every_steps: Count | None = Field(default=None, ge=1)
+    """Steps between its evaluations; unset: evaluate.every_steps. The last step is always evaluated."""
+    samples: Count = Field(default=256, ge=1)
+    """Sequences per evaluation, the same each time."""
+
+
 class EvaluateConfig(Section):
     every_steps: Count = Field(default=250, ge=1)
     """Steps between evaluations; the last step is always evaluated."""
     samples: Count = Field(default=256, ge=1)
     """Validation sequences per evaluation: the first ones, the same each time."""
+    sets: tuple[ValidationSet, ...] = Field(default=(), examples=["[{name: wiki, path: wiki/*.jsonl}]"])
+    """Validation sets besides the documents that are held out."""
+
+    @model_validator(mode="after")
+    def _has_one_set_per_name(self) -> Self:
+        names = [one.name for one in self.sets]
+        for name in names:
+            if name in {"loss", "bits_per_byte"} or names.count(name) > 1:
+                raise ValueError(
+                    f"sets: expected a different name for each set, other than loss and bits_per_byte, got {name!r}. Rename it."
+                )
+        return self
 
 
 class TrackConfig(Section):

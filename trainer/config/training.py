@@ -9,7 +9,7 @@ from manta.data.config import DataConfig, TokenizerConfig
 from manta.data.config_history import identifying_keys
 from manta.data.errors import InvalidValueError
 from manta.data.sampling.step_samples import Timeline
-from manta.data.source_config import Section
+from manta.data.source_config import Section, SourceConfig
 from manta.trainer.config import sections
 from manta.trainer.config.model import FAMILY_KEYS, ModelConfig
 from manta.trainer.config.supported import unsupported
@@ -68,6 +68,19 @@ class TrainingConfig(Section):
             ramp=[(stage.from_tokens, stage.global_batch) for stage in self.train.batch_ramp],
             curriculum=[(stage.from_tokens, stage.sequence_length) for stage in self.data.curriculum],
         )
+
+    def validation_set(self, one: sections.ValidationSet) -> DataConfig:
+        """Return the config of a corpus that has this set as its only source, in the form that the run reads."""
+        source = SourceConfig(path=one.path, name=one.name, text_field=one.text_field)
+        alone: dict[str, object] = {
+            "sources": (source,),
+            "mixture": (),
+            "skip": (),
+            "validation": 0.0,
+            "live": False,
+            "shuffle_shards": None,
+        }
+        return self.data.model_copy(update=alone)
 
     def identity(self) -> dict[str, object]:
         """Return, by dotted key, everything that samples and mathematics depend on: none of it may change when a run is resumed.

@@ -1,7 +1,7 @@
 """The data loader: a thread prepares the next step's micro batches while the model computes the current one."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -54,9 +54,9 @@ class DataLoader:
             batch, digest = future.result()
             yield Microbatch(batch=batch, digest=digest, wait_seconds=time.perf_counter() - start)
 
-    def validation(self, indices: NDArray[np.integer], count: int) -> Batch:
-        """Return validation samples [K]. Those from `count` on fill up the batch and predict nothing."""
-        return self._thread.submit(self._read_validation, indices, count).result()
+    def validation(self, read: Callable[[NDArray[np.integer]], Examples], indices: NDArray[np.integer], count: int) -> Batch:
+        """Return what `read` returns for these indices [K]. Those from `count` on fill up the batch and predict nothing."""
+        return self._thread.submit(self._read_validation, read, indices, count).result()
 
     def cursor(self, step: int) -> Cursor | None:
         """Return where the reading of the run's next step starts, whatever was prefetched; None unless samples are live."""
@@ -80,8 +80,8 @@ class DataLoader:
         examples = self._samples.train(numbers, sequence_length=length)
         return self._batch(examples), examples.digest()
 
-    def _read_validation(self, indices: NDArray[np.integer], count: int) -> Batch:
-        examples, counted_K = self._samples.validation(np.minimum(indices, count - 1)), indices < count
+    def _read_validation(self, read: Callable[[NDArray[np.integer]], Examples], indices: NDArray[np.integer], count: int) -> Batch:
+        examples, counted_K = read(np.minimum(indices, count - 1)), indices < count
         pairs = examples.next_sentence
         return self._batch(
             replace(

@@ -83,7 +83,7 @@ class Engine:
         """Accumulate the gradients of these micro batches. Return this rank's sums of the loss terms, terms_K.
 
         Every rank passes the same number of them; ranks of a tensor or sequence group pass the same ones. Since the number may change
-        from step to step, DeepSpeed does not divide the loss, and we tell it which one is the last. sums: to add the targets to.
+        from step to step, DeepSpeed does not divide the loss, and we tell it which one is the last. sums: the targets are added to it.
         """
         batches = list(micro_batches)  # all of them first: divisors are counted over the whole step
         divisors_K = self._divisors(batches)
@@ -119,7 +119,7 @@ class Engine:
     def evaluate(self, batch: Batch, sums: TokenSums | None = None) -> tuple[Tensor, Tensor]:
         """Return this rank's sum of each loss term, and its share of the number of items behind each: both [K].
 
-        All ranks must call this equally often: other ranks may hold weights and experts that it needs. sums: to add the targets to.
+        All ranks must call this equally often: other ranks may hold weights and experts that it needs. sums: the targets are added to it.
         """
         self.deepspeed.eval()
         local = self._local(batch)
