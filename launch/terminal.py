@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -26,6 +26,10 @@ def user_path(param: typer.CallbackParam, value: P) -> P:
         return value if value is None else type(value)(expand(str(value)))
     except ValueError as error:
         raise InputError(f"{param.opts[0]}: {error}") from None
+
+
+def user_paths(param: typer.CallbackParam, values: Sequence[Path]) -> list[Path]:
+    return [user_path(param, value) for value in values]
 
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The run's config, in YAML.", callback=user_path)]

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,8 +58,13 @@ def read_metrics(path: Path) -> list[Line]:
 
     A run that resumed at an earlier step replaces all lines from that step on. Raises OSError if the file cannot be read.
     """
+    return valid_lines(read_all_metrics(path))
+
+
+def valid_lines(all_lines: Iterable[Line]) -> list[Line]:
+    """Return the valid line of each step, in order, of all lines."""
     lines: list[Line] = []
-    for line in read_all_metrics(path):
+    for line in all_lines:
         while lines and lines[-1]["step"] >= line["step"]:
             lines.pop()
         lines.append(line)

@@ -1,4 +1,4 @@
-"""`manta list` and `manta goodput`: what runs have achieved."""
+"""`manta list`, `goodput`, `report` and `compare`: what runs have achieved."""
 
 import time
 from pathlib import Path
@@ -7,10 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from manta.launch.inspect.charts import bar, console, grid, percent
-from manta.launch.terminal import AsJson, Run, print_report, user_path
+from manta.launch.terminal import AsJson, Run, print_report, user_path, user_paths
 
 app = typer.Typer()
 
+Output = Annotated[Path | None, typer.Option(metavar="FILE", help="The file to write; default: RUN/report.html.", callback=user_path)]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Also write a report with the curves of all runs.", callback=user_path)
+]
+AllRuns = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run directories.", callback=user_paths)]
 Runs = Annotated[Path, typer.Argument(metavar="DIR", help="A directory with runs below it.", callback=user_path)]
 
 
@@ -48,3 +53,37 @@ def show_goodput(report: dict[str, Any]) -> None:
     out = console()
     out.print(f"goodput {percent(report['goodput'])} of {format_duration(report['total'])} since the first start")
     out.print(table)
+
+
+@app.command(epilog="For example: manta report runs/mine --samples 2")
+def report(
+    run: Run,
+    *,
+    output: Output = None,
+    samples: Annotated[int, typer.Option(min=0, max=20, help="Texts to generate with the newest checkpoint, with seeds 1, 2, ...")] = 0,
+    prompt: Annotated[str, typer.Option(help="The text that they continue.")] = "",
+) -> None:
+    """Write a report of a run: one HTML file with curves, goodput, events, config and manifest. A run writes it when it ends."""
+    from manta.launch.report.html import write_report
+
+    typer.echo(str(write_report(run, output, samples=samples, prompt=prompt)))
+
+
+@app.command(epilog="For example: manta compare runs/a runs/b --html compare.html")
+def compare(
+    runs: AllRuns,
+    *,
+    html: Html = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs: how their configs and results differ, the first step at which they do, and why."""
+    from manta.data.storage.atomic import write_atomically
+    from manta.launch.report.compare import compare, show
+    from manta.launch.report.html import render
+    from manta.launch.report.series import read_runs
+
+    records = read_runs(runs)
+    found = compare(records)
+    print_report(found, show, as_json=as_json)
+    if html is not None:
+        write_atomically(html, render(records, comparison=found))

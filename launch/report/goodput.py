@@ -13,7 +13,7 @@ from typing import Any
 
 from manta.trainer.metrics import Line
 
-__all__ = ["Category", "Goodput", "Span", "goodput", "spans"]
+__all__ = ["Category", "Goodput", "Span", "goodput", "spans", "total"]
 
 Event = Mapping[str, Any]
 Seconds = dict["Category", float]
@@ -88,7 +88,11 @@ def goodput(events: Sequence[Event], lines: Sequence[Line], *, now: float | None
 
     events, lines: all of both files, in order, also the lines of steps that a later attempt did again. now: if the run has not ended.
     """
-    parts = spans(events, lines, now=now)
+    return total(spans(events, lines, now=now))
+
+
+def total(parts: Sequence[Span]) -> Goodput:
+    """Return the sum of a run's spans."""
     seconds = {category: sum(part.seconds.get(category, 0.0) for part in parts) for category in Category}
     return Goodput(sum(part.end - part.start for part in parts), seconds)
 

@@ -13,6 +13,7 @@ from manta.cluster.ray.runtime import HostsRay, JoinedRay, LocalRay, Ray
 from manta.data.errors import InputError
 from manta.data.messages import MessageConsole
 from manta.launch.config import RunConfig
+from manta.launch.report.at_end import write_at_end  # not when a run ends: it may have been upgraded by then
 from manta.launch.run.dry_run import describe
 from manta.launch.run.preflight import local_ranks
 from manta.launch.run.start import train
@@ -40,7 +41,10 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
         return BATCH[on].submit(config)
     if on.startswith(DASHBOARD):
         return ray_job.submit(config, on, insecure=insecure)
-    return train(config, connect(config, on, insecure=insecure), detached=detached)
+    code = train(config, connect(config, on, insecure=insecure), detached=detached)
+    if not detached:
+        write_at_end(config.run.dir)
+    return code
 
 
 def _dry_run(config: RunConfig, on: str, *, insecure: bool) -> int:

@@ -192,6 +192,8 @@ def read_by_every_command(run: Path, heavy: bool) -> None:
         ("status", name, "--json", "--exit-code"),
         ("goodput", name, "--json"),
         ("list", name, "--json"),
+        ("report", name),
+        ("compare", name, name, "--json"),
         ("attach", name),
         ("stop", name, "--timeout", "1"),
         ("checkpoint", "now", name, "--timeout", "1"),

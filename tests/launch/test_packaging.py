@@ -38,7 +38,8 @@ def test_packages_follow_the_import_layers():
 
 def test_the_command_line_imports_no_heavy_library():
     heavy = "{'torch', 'ray', 'deepspeed', 'datasets'}"
-    script = f"import sys; import manta.launch.cli, manta.launch.config; sys.exit(' '.join({heavy} & set(sys.modules)))"
+    modules = ", ".join(f"manta.launch.{name}" for name in ("cli", "config", "report.compare"))
+    script = f"import sys; import {modules}; sys.exit(' '.join({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
     assert result.stderr.strip() == ""
 
@@ -76,7 +77,7 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_wheel_trains_in_a_clean_environment(wheel, workspace, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "manta/launch/presets/llama-tiny.yaml" in names
+    assert {"manta/launch/presets/llama-tiny.yaml", "manta/launch/report/report.js"} <= set(names)
     assert all(name.startswith(("manta/", "manta-")) for name in names)
     venv.create(tmp_path / "clean", with_pip=True)
     binaries = tmp_path / "clean" / "bin"
