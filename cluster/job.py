@@ -28,6 +28,9 @@ class Job:
     files: Mapping[Path, bytes] = field(default_factory=dict[Path, bytes])
     """What ranks read when they start. A file that is deleted while the job runs is written again."""
 
+    companion: tuple[str, ...] = ()
+    """Arguments of the Python interpreter for one more process, beside the controller. It is no rank, and nothing depends on it."""
+
     @property
     def directory_token(self) -> Path:
         """A file with the controller's random token: a node that reads another token does not share the directory."""

@@ -28,6 +28,7 @@ from manta.launch.terminal import (
     print_report,
     user_path,
 )
+from manta.launch.track.commands import app as track_app
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,10 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(data_app, name="data")
-app.add_typer(checkpoint_app, name="checkpoint")
-app.add_typer(presets_app)
-app.add_typer(report_app)
+for name, commands in (("data", data_app), ("checkpoint", checkpoint_app), (None, presets_app), (None, report_app), (None, track_app)):
+    app.add_typer(commands, name=name)
 
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; return when the run has started.")]
 TARGETS = "local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (submit to a Ray cluster), auto or HOST:PORT (join one)"

@@ -1,7 +1,7 @@
 """Follow a file that another process appends to."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -37,18 +37,21 @@ class Tail:
         return content
 
     def lines(self, parse: Callable[[bytes], T]) -> list[T]:
-        """Return what `parse` makes of the new complete lines. Those for which it raises ValueError are skipped, and the first is logged.
+        """Return what `parse` makes of the new complete lines, all at once."""
+        return [line for batch in self.batches(parse) for line in batch]
+
+    def batches(self, parse: Callable[[bytes], T]) -> Iterator[list[T]]:
+        """Yield what `parse` makes of the new complete lines. Those for which it raises ValueError are skipped, and the first is logged.
 
         An incomplete last line is returned later, with its rest. So is everything while the file cannot be read: it may be on a shared disk
         that is away for a moment.
         """
-        lines: list[T] = []
         with suppress(OSError):
             while content := self.new():
                 start, is_all = self._position - len(content), len(content) < CHUNK
                 complete = content.rfind(b"\n") + 1 or (0 if is_all else CHUNK)  # CHUNK: of a line that is too long
-                lines += read_lines(BytesIO(content[:complete]), parse, path=self.path, start=start)
+                lines = list(read_lines(BytesIO(content[:complete]), parse, path=self.path, start=start))
                 self._position = start + complete
+                yield lines
                 if is_all:
                     break
-        return lines

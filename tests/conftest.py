@@ -63,6 +63,7 @@ def workspace(tmp_path_factory) -> Workspace:
         "train": {"steps": 40, "global_batch": 8, "micro_batch": 4},
         "checkpoint": {"every_steps": 6},
         "evaluate": {"every_steps": 20, "samples": 16},
+        "track": {"tensorboard": False},  # most tests are about something else, and their machines have few cores
         "precision": "fp32",
         "cluster": {"ranks_per_node": 2, "hot_standby": False},  # most runs end before a standby process is ready
     }

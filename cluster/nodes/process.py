@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 
@@ -30,7 +30,7 @@ class Process:
         self._ended = asyncio.Event()
         self._any_ended = any_ended
         tied = [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid()), *command]
-        with _open_log(log) as output:
+        with open_log(log) as output:
             self._popen = subprocess.Popen(
                 tied, cwd=directory, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -83,9 +83,9 @@ class Process:
         self._any_ended.set()
 
 
-def _open_log(log: Path) -> BinaryIO:
-    """Open a standby process's log; on a full disk, its output is dropped."""
+def open_log(log: Path, mode: Literal["wb", "ab"] = "wb") -> BinaryIO:
+    """Open a process's log; on a full disk, its output is dropped."""
     try:
-        return log.open("wb")
+        return log.open(mode)
     except OSError:
         return Path(os.devnull).open("wb")

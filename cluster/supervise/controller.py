@@ -23,6 +23,7 @@ from manta.cluster.ray.connection import Connection
 from manta.cluster.ray.errors import RayStartError
 from manta.cluster.ray.runtime import Ray
 from manta.cluster.supervise.attempt import OUTCOME_NAMES, Attempt, Completed, Outcome, Reallocated, Stopped, location
+from manta.cluster.supervise.companion import Companion
 from manta.cluster.supervise.event_log import POLL, Event, EventLog, line_of, read_events
 from manta.cluster.supervise.failure import Cause, Failure, GiveUp, decide, failing_machines
 from manta.cluster.supervise.requests import StopRequests
@@ -56,12 +57,19 @@ class Controller:
         token = secrets.token_hex(16).encode()
         self._job.directory_token.write_bytes(token)
         self._files = {**self._job.files, self._job.directory_token: token}
-        with contextlib.closing(EventLog(file)) as log, self._requests, contextlib.closing(self._events()) as events:
+        companion = Companion(self._job.companion, self._job.directory)
+        with (
+            contextlib.closing(EventLog(file)) as log,
+            self._requests,
+            contextlib.closing(companion),
+            contextlib.closing(self._events()) as events,
+        ):
             for event in events:
                 self._state = advance(self._state, event)
                 if event.kind == POLL:
                     yield event
                     yield from self._check_disk(log, event)
+                    yield from self._check_companion(log, companion)
                     continue
                 log.write(event)
                 if event.kind == "run-ended":
@@ -70,6 +78,7 @@ class Controller:
                     code = event.details["exit_code"] or ExitCode.FAILED
                     event = replace(event, details={"exit_code": code, "message": message})  # noqa: PLW2901  what it stands for
                 yield event
+            companion.finish(lambda: self._requests.at_once)
 
     def _check_disk(self, log: EventLog, poll: Event) -> Generator[Event, None, None]:
         """Report once that the event log, or a file of a rank's, has no room, and once that everything is written."""
@@ -84,6 +93,12 @@ class Controller:
         event = self._event("disk-full", message=error.strerror, unwritten=unwritten) if error else self._event("disk-free")
         log.write(event)
         yield event
+
+    def _check_companion(self, log: EventLog, companion: Companion) -> Generator[Event, None, None]:
+        if message := companion.check():
+            event = self._event("tracker-ended", message=message, starts=companion.starts)
+            log.write(event)
+            yield event
 
     def _events(self) -> Generator[Event, None, None]:
         yield self._event("run-started", program=list(self._job.program), took_over=self._state.phase != "ended")

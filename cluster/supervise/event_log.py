@@ -78,6 +78,7 @@ _KEYS: dict[str, dict[str, Any]] = {
     "nodes-draining": {"nodes": (list[_Text], ...), "here": (bool, ...)},
     "decided": {"decision": (_Text, ...), "reason": (_Text, ""), "exclude": (list[_Text], []), "leave_out": (list[_Text], [])},
     "leaving": {"signal": (str | None, None)},
+    "tracker-ended": {"message": (_Text, ...), "starts": (_Number, ...)},
     "disk-full": {"message": (_Text, ...), "unwritten": (_Number, ...)},
     "run-ended": {"exit_code": (Annotated[int, AfterValidator(ExitCode)], ...), "message": (_Text, "")},
 }

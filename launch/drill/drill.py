@@ -17,10 +17,11 @@ from manta.launch.drill.faults import FaultResult, FaultScript, RunMonitor, Scri
 from manta.launch.run.preflight import RunPlan, preflight
 from manta.launch.run.start import supervise
 from manta.launch.terminal import notify
+from manta.launch.track.commands import NO_ALERTS, NO_TRACKERS
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
 
-DRILL_DEFAULTS = ("train.steps=100000", "checkpoint.every_steps=10", "checkpoint.keep=2", "track.every_steps=1")
+DRILL_DEFAULTS = ("train.steps=100000", "checkpoint.every_steps=10", "checkpoint.keep=2", "track.every_steps=1", *NO_ALERTS, *NO_TRACKERS)
 """They override the file, and the command line overrides them: the run must outlast all faults, and save often."""
 FP32_TOLERANCE, TOLERANCE = 1e-5, 5e-3  # how far losses may differ after other ranks have summed in another order: in fp32, and otherwise
 STOPPED = frozenset({ExitCode.INTERRUPTED, ExitCode.SAVED, ExitCode.UNSAVED})

@@ -146,6 +146,8 @@ class Display:
                 lines = f"{details['unwritten']:,} bytes of metrics and events wait in memory"
                 remedy = "Free some space" if details["message"] in map(os.strerror, NO_ROOM) else "Correct that"
                 return f"{run_dir.path}: {details['message']}: training continues, {lines}. {remedy}; they are written then."
+            case "tracker-ended" if details["starts"] == 1:  # else it fails again and again: once is enough
+                return f"the trackers ended, and are started again: {details['message']} ({run_dir.logs}/companion.log). Training continues"
             case "disk-free":
                 return f"{run_dir.path}: there is room again, everything is written"
             case "waiting":

@@ -25,6 +25,7 @@ from manta.launch.config import RunConfig
 from manta.launch.run.display import Display
 from manta.launch.run.preflight import RunPlan, preflight
 from manta.launch.terminal import count_text, notify
+from manta.launch.track.trackers import chosen
 from manta.trainer.dist.layout import Layout, micro_batches_text
 from manta.trainer.run_directory import RunDirectory
 
@@ -64,6 +65,7 @@ def supervise(plan: RunPlan, ray: Ray) -> Generator[Controller]:
             fallback_sizes=tuple(plan.fallback_layouts),
             environment_by_size={ranks: layout.to_environment() for ranks, layout in all_layouts.items()},
             ranks_per_node=plan.ranks_per_node,
+            companion=("-P", "-m", "manta.launch.track", str(run_dir.path)) if chosen(plan.config.track) else (),
             packages=(("manta", __version__), *((name, version(name)) for name in PACKAGES)),
             files={file: file.read_bytes() for file in (run_dir.config_file, run_dir.manifest_file, run_dir.tokenizer_file)},
         )

@@ -194,6 +194,7 @@ def read_by_every_command(run: Path, heavy: bool) -> None:
         ("list", name, "--json"),
         ("report", name),
         ("compare", name, name, "--json"),
+        ("track", name, "--tensorboard"),
         ("attach", name),
         ("stop", name, "--timeout", "1"),
         ("checkpoint", "now", name, "--timeout", "1"),

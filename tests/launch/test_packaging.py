@@ -60,7 +60,7 @@ def test_each_command_has_help_with_an_example():
 
 
 def test_a_shell_can_complete_commands():
-    completion = {"_MANTA_COMPLETE": "complete_bash", "COMP_WORDS": "manta tr", "COMP_CWORD": "1"}
+    completion = {"_MANTA_COMPLETE": "complete_bash", "COMP_WORDS": "manta trai", "COMP_CWORD": "1"}
     result = CliRunner().invoke(app, prog_name="manta", env=completion)
     assert result.stdout.split() == ["train"]
 

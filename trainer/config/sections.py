@@ -1,12 +1,13 @@
 """The sections of a config that a rank reads, apart from `data`, `tokenizer` and `model`. Each field's sentence is its documentation."""
 
 import math
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from manta.data.config import check_stages
-from manta.data.errors import InvalidValueError
+from manta.data.errors import InvalidValueError, has_password, redact
 from manta.data.source_config import Count, LocalPath, Location, Section
 from manta.data.storage.location import absolute, local_path
 from manta.trainer.config.divisors import divisors_text
@@ -183,8 +184,61 @@ class EvaluateConfig(Section):
         return self
 
 
+class WandbConfig(Section):
+    """Weights & Biases (`pip install 'manta[wandb]'`). The key is that of `wandb login`, or WANDB_API_KEY in the environment."""
+
+    project: str = Field(min_length=1, max_length=128, examples=["mine"])
+    """The project of Weights & Biases."""
+    entity: str | None = Field(default=None, min_length=1)
+    """The user or team that the project belongs to; by default your own."""
+
+
+class MlflowConfig(Section):
+    """MLflow (`pip install 'manta[mlflow]'`). User and password are MLFLOW_TRACKING_USERNAME and _PASSWORD in the environment."""
+
+    uri: AbsoluteLocation = Field(min_length=1, examples=["http://mlflow:5000"])
+    """The tracking server, or a directory."""
+    experiment: str = Field(default="manta", min_length=1)
+    """The experiment of MLflow."""
+
+
+class AlertConfig(Section):
+    """What to do at events of a run: run a command, send a POST request, or both."""
+
+    events: tuple[Literal["failure", "restart", "end"], ...] = ("failure", "restart", "end")
+    """failure: of a rank or node; restart: of the ranks; end: of the run."""
+    command: tuple[str, ...] = ()
+    """A program and its arguments. It reads the alert from standard input, as JSON."""
+    url: str | None = None
+    """An http or https URL that the alert is sent to, as JSON with the key `text`: a webhook of Slack, for example."""
+    url_variable: str | None = Field(default=None, min_length=1, examples=["SLACK_WEBHOOK"])
+    """The environment variable with that URL, if the URL is a secret."""
+
+    @model_validator(mode="after")
+    def _has_one_target(self) -> Self:
+        if self.url is not None and (has_password(self.url) or not re.fullmatch(r"https?://[!-~]+", self.url)):
+            raise ValueError(
+                f"url: expected an http or https URL without a password, got {redact(self.url)}. Use url_variable for a secret one."
+            )
+        if self.url and self.url_variable:
+            raise ValueError("url: expected url or url_variable, got both. Remove one.")
+        if not (self.command or self.url or self.url_variable):
+            raise ValueError("expected a command, a url or a url_variable, got none. Add one.")
+        return self
+
+
 class TrackConfig(Section):
     every_steps: Count = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl."""
     sources_every_steps: Count = Field(default=100, ge=0)
     """Steps between lines that also have the training loss of each source. 0: never."""
+    tensorboard: bool = True
+    """Write what TensorBoard reads to run.dir/tensorboard."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases."""
+    mlflow: MlflowConfig | None = None
+    """MLflow."""
+    prometheus: int | None = Field(default=None, ge=1, le=65535, examples=[9400])
+    """Serve the newest metrics to Prometheus at this port of 127.0.0.1."""
+    on_event: tuple[AlertConfig, ...] = ()
+    """Alerts."""
