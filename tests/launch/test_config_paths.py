@@ -50,7 +50,7 @@ def load(*overrides: str) -> config.RunConfig:
 
 
 def test_a_tilde_is_the_home_directory_in_every_path(home):
-    """/work/shared/cases/tilde: run.dir, data.directory and checkpoint.directory made a folder named ~."""
+    """Else run.dir, data.directory and checkpoint.directory would make a folder named ~."""
     (home / "model.yaml").write_text("layers: 3")
     Path("run.yaml").write_text(SMALL.replace("dir: run", "dir: ~/runs/x").replace("directory: corpora", "directory: ~/corpora"))
     loaded = load(
@@ -94,7 +94,7 @@ def test_a_tilde_that_the_shell_leaves_is_replaced_on_the_command_line(home, arg
 
 
 def test_arguments_that_are_no_text_are_one_line():
-    """/work/shared/cases/odd-arguments: each ended in a traceback."""
+    """They hold bytes that are no UTF-8."""
     for arguments in (("train", "run.yaml", "run.dir=caf\udce9"), ("generate", "run", "caf\udce9"), ("status", "caf\udce9")):
         outcome = manta(*arguments)
         got = arguments[-1].replace("\udce9", "?")
