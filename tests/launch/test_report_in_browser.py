@@ -156,16 +156,20 @@ def test_the_reports_of_real_runs(browser, tmp_path):
     check_page(browser, demo / "report.html", [demo], tmp_path)
 
     run = tmp_path / "runs/moe"
-    options = ("train.steps=100", "train.global_batch=16", "train.micro_batch=8", "checkpoint.every_steps=10", "evaluate.every_steps=25")
+    options = ("train.steps=60", "train.global_batch=16", "train.micro_batch=8", "checkpoint.every_steps=10", "evaluate.every_steps=20")
     command = [Path(sys.executable).with_name("manta"), "train", "examples/moe-tiny.yaml", "run.dir=runs/moe", *options]
     training = subprocess.Popen(command, cwd=tmp_path, env=environment)
-    for attempt, step in enumerate((17, 45, 72), start=1):
-        while not any(line["attempt"] == attempt and line["step"] >= step for line in read_metrics(run / "metrics.jsonl")):
-            assert training.poll() is None
-            time.sleep(0.05)
-        started = [event for event in read_events(run / "events.jsonl") if event["event"] == "attempt-started"]
-        os.kill(started[-1]["ranks"][-1]["pid"], signal.SIGKILL)
-    assert training.wait() == 0
+    try:
+        for attempt, step in enumerate((17, 33, 47), start=1):
+            while not any(line["attempt"] == attempt and line["step"] >= step for line in read_metrics(run / "metrics.jsonl")):
+                assert training.poll() is None
+                time.sleep(0.05)
+            started = [event for event in read_events(run / "events.jsonl") if event["event"] == "attempt-started"]
+            os.kill(started[-1]["ranks"][-1]["pid"], signal.SIGKILL)
+        assert training.wait() == 0
+    finally:
+        training.terminate()
+        training.wait(60)
     check_page(browser, run / "report.html", [run], tmp_path)
     assert browser.run("document.querySelector('figure').querySelectorAll('.mark').length") == 3
     assert browser.run("document.querySelectorAll('canvas.heat').length") == 4
