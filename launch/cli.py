@@ -13,11 +13,11 @@ from manta.data.errors import DataError, InputError
 from manta.launch import __version__
 from manta.launch.checkpoint.commands import app as checkpoint_app
 from manta.launch.config import find_run, find_trained_run, load
+from manta.launch.control.commands import app as control_app
 from manta.launch.inspect.commands import app as data_app
 from manta.launch.presets.commands import app as presets_app
 from manta.launch.report.commands import app as report_app
 from manta.launch.terminal import (
-    AsJson,
     File,
     Overrides,
     Run,
@@ -25,7 +25,6 @@ from manta.launch.terminal import (
     flush_standard_streams,
     notify,
     open_standard_streams,
-    print_report,
     user_path,
 )
 from manta.launch.track.commands import app as track_app
@@ -38,8 +37,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, commands in (("data", data_app), ("checkpoint", checkpoint_app), (None, presets_app), (None, report_app), (None, track_app)):
-    app.add_typer(commands, name=name)
+app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+for commands in (control_app, presets_app, report_app, track_app):
+    app.add_typer(commands)
 
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background; return when the run has started.")]
 TARGETS = "local, ssh:FILE, slurm, kubernetes, http://HOST:8265 (submit to a Ray cluster), auto or HOST:PORT (join one)"
@@ -170,24 +171,6 @@ def prepare(file: File, overrides: Overrides = None) -> None:
 
     for corpus in prepare_all(load(file, overrides or [])):
         typer.echo(corpus)
-
-
-@app.command(epilog="For example: manta status runs/mine --json")
-def status(
-    run: Run,
-    *,
-    as_json: AsJson = False,
-    exit_code: Annotated[
-        bool, typer.Option("--exit-code", help="Exit with the run's own exit code; 3: it is running, 4: it was killed.")
-    ] = False,
-) -> None:
-    """Print the state of a run: step, losses, speed, layout, failures, newest checkpoint."""
-    from manta.launch.control.status import print_status, status, status_code
-
-    state = status(run)
-    print_report(state, print_status, as_json=as_json)
-    if exit_code:
-        raise typer.Exit(status_code(state))
 
 
 @app.command(epilog='For example: manta generate runs/mine "def read(" --tokens 64')

@@ -1,17 +1,21 @@
 """`manta status`: the state of a run, read from its directory alone."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from rich.table import Table
+
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.launch.config import no_run
-from manta.launch.inspect.charts import console, grid
+from manta.launch.control.goodput import goodput
+from manta.launch.inspect.charts import console, grid, percent
 from manta.launch.terminal import count_text, notify
 from manta.trainer.checkpoint.errors import CheckpointError
-from manta.trainer.metrics import format_duration, format_loss, loss_terms, read_metrics
+from manta.trainer.metrics import format_duration, format_loss, loss_terms, read_all_metrics, valid_lines
 from manta.trainer.run_directory import RunDirectory
 
 STATES: dict[int | None, str] = {
@@ -33,7 +37,8 @@ def status(directory: Path) -> dict[str, Any]:
     run_dir.check()
     if not run_dir.events_file.exists():
         raise no_run(directory, run_dir.events_file.name)
-    events, lines = read_events(run_dir.events_file), read_metrics(run_dir.metrics_file)
+    events, all_lines = read_events(run_dir.events_file), read_all_metrics(run_dir.metrics_file)
+    lines = valid_lines(all_lines)
     config = run_dir.config()
     newest = lines[-1] if lines else {}
     evaluated = next((line for line in reversed(lines) if "eval/loss" in line), {})
@@ -43,6 +48,7 @@ def status(directory: Path) -> dict[str, Any]:
     if newest and is_running:  # later steps may have other batch sizes
         seconds_per_sample = newest["step_time"] / timeline.stage(step - 1).global_batch
         ended = {"seconds_left": seconds_per_sample * (timeline.first_sample(steps) - timeline.first_sample(step))}
+    spent = goodput(events, all_lines, now=time.time() if is_running else None)
     copied = ("loss_scale", "global_batch", "sequence_length", "tokens_per_second", "world_size", "layout")
     return {
         "run": str(run_dir.path),
@@ -60,6 +66,8 @@ def status(directory: Path) -> dict[str, Any]:
         "attempts": max((event["attempt"] for event in events), default=0),
         "failures": [event["message"] for event in events if event["event"] in {"rank-failed", "node-lost"}],
         "checkpoint": _newest_checkpoint(run_dir),
+        "goodput": round(spent.share, 5),
+        "seconds": round(spent.total, 3),
         **{key: newest.get(key) for key in copied},
     }
 
@@ -99,6 +107,11 @@ def status_code(status: dict[str, Any]) -> int:
 
 def print_status(status: dict[str, Any]) -> None:
     """Print the state as a table."""
+    console().print(status_table(status))
+
+
+def status_table(status: dict[str, Any]) -> Table:
+    """Return the state as a table of names and values."""
     left = status.get("seconds_left")
     is_resumable = status["state"] not in {RUNNING, STATES[ExitCode.DONE]}
     hint = f"; resume with: manta resume {RunDirectory(Path(status['run'])).quoted}" if is_resumable else ""
@@ -113,6 +126,7 @@ def print_status(status: dict[str, Any]) -> None:
         "layout": status["layout"] or NONE,
         "attempts": f"{status['attempts']}" + (f"; last failure: {shorten(status['failures'][-1], 300)}" if status["failures"] else ""),
         "checkpoint": status["checkpoint"] or NONE,
+        "goodput": f"{percent(status['goodput'])} of {format_duration(status['seconds'])} since the first start",
     }
     if status["eval_loss"] is not None:
         rows["validation"] = f"{format_loss(status['eval_loss'], status['eval_terms'])} at step {status['eval_step']}"
@@ -124,4 +138,4 @@ def print_status(status: dict[str, Any]) -> None:
     table = grid(2)
     for name, value in rows.items():
         table.add_row(name, value)
-    console().print(table)
+    return table

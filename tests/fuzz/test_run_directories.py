@@ -195,6 +195,7 @@ def read_by_every_command(run: Path, heavy: bool) -> None:
         ("report", name),
         ("compare", name, name, "--json"),
         ("track", name, "--tensorboard"),
+        ("status", name, "--watch"),
         ("attach", name),
         ("stop", name, "--timeout", "1"),
         ("checkpoint", "now", name, "--timeout", "1"),
