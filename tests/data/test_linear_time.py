@@ -25,8 +25,8 @@ def assert_linear(work: Callable[[int], object], size: int) -> None:
 
     def seconds(size: int) -> float:
         work(size)
-        times = []
-        for _ in range(3):
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < 0.5:  # often, if it is short: other programs interrupt some
             start = time.perf_counter()
             work(size)
             times.append(time.perf_counter() - start)
