@@ -25,8 +25,8 @@ EVENTS, WIDTH = 6, 60  # events that are shown, and columns of a curve
 def watch(directory: Path) -> dict[str, Any]:
     """Show the state until the run has ended. Return the last one. A Ctrl-C ends only this."""
     run_dir = find_run(directory)
-    state = status(run_dir.path)
-    with Live(console=console(), auto_refresh=False) as live, suppress(KeyboardInterrupt):
+    state, out = status(run_dir.path), console()
+    with Live(console=out, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
             start = time.monotonic()
             lines, events = read_metrics(run_dir.metrics_file), read_events(run_dir.events_file)
@@ -35,6 +35,8 @@ def watch(directory: Path) -> dict[str, Any]:
                 break
             time.sleep(max(INTERVAL, (time.monotonic() - start) / MAX_SHARE))
             state = status(run_dir.path)
+    if not out.is_terminal:
+        out.line()  # after the last line, as on a terminal
     return state
 
 

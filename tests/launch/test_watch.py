@@ -20,6 +20,7 @@ def test_a_run_that_has_ended_is_shown_once(workspace, finished_run):
     shown = manta("status", str(workspace.directory / finished_run), "--watch")
     assert shown.code == 0
     assert "40 of 40" in shown.stdout
+    assert shown.stdout.endswith("\n")
     assert re.search(r"^goodput +\d+\.\d % of .* since the first start", shown.stdout, re.MULTILINE)
     assert re.search(rf"^loss +[{LEVELS}]{{40}} ", shown.stdout, re.MULTILINE)
     assert re.search(r"^\S+ ago +run-ended", shown.stdout, re.MULTILINE)
