@@ -53,7 +53,7 @@ def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
 @contextmanager
 def supervise(plan: RunPlan, ray: Ray) -> Generator[Controller]:
     """Lock the run directory, write what ranks read, and yield the run's controller."""
-    run_dir = plan.run_dir
+    run_dir, trackers = plan.run_dir, chosen(plan.config.track)  # raises InputError if a package is missing
     with run_dir.lock():
         write_run_directory(run_dir, plan.config, plan.prepared, plan.recorded)
         all_layouts = {**plan.layouts, **plan.fallback_layouts}
@@ -65,7 +65,7 @@ def supervise(plan: RunPlan, ray: Ray) -> Generator[Controller]:
             fallback_sizes=tuple(plan.fallback_layouts),
             environment_by_size={ranks: layout.to_environment() for ranks, layout in all_layouts.items()},
             ranks_per_node=plan.ranks_per_node,
-            companion=("-P", "-m", "manta.launch.track", str(run_dir.path)) if chosen(plan.config.track) else (),
+            companion=("-P", "-m", "manta.launch.track", str(run_dir.path)) if trackers else (),
             packages=(("manta", __version__), *((name, version(name)) for name in PACKAGES)),
             files={file: file.read_bytes() for file in (run_dir.config_file, run_dir.manifest_file, run_dir.tokenizer_file)},
         )

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as TensorAccumulator
 
 from manta.launch.config import load
-from manta.launch.track import follow
+from manta.launch.track import follow, trackers
 from manta.launch.track.follow import scalars, track
 from manta.launch.track.trackers import open_trackers
 
@@ -219,3 +219,12 @@ def test_the_process_beside_the_controller_imports_no_torch_and_ends_with_its_st
     assert (process.returncode, output.strip()) == (0, "set()")
     assert time.monotonic() - started < 2
     assert_complete(run)
+
+
+def test_a_tracker_whose_package_is_missing_is_refused_before_anything_is_written(workspace, monkeypatch):
+    monkeypatch.chdir(workspace.directory)
+    monkeypatch.setattr(trackers, "find_spec", {}.get)
+    refused = manta("train", str(workspace.config_file), "run.dir=untracked", "track.prometheus=9400", seconds=60)
+    problem = "track.prometheus: expected the package prometheus_client, got none. Install it: pip install 'manta[prometheus]'"
+    assert (refused.code, refused.stderr.splitlines()[-1]) == (2, f"manta: {problem}")
+    assert not (workspace.directory / "untracked/config.yaml").exists()

@@ -83,7 +83,7 @@ class Engine:
         """Accumulate the gradients of these micro batches. Return this rank's sums of the loss terms, terms_K.
 
         Every rank passes the same number of them; ranks of a tensor or sequence group pass the same ones. Since the number may change
-        from step to step, DeepSpeed does not divide the loss, and we tell it which one is the last. sums: the targets are added to it.
+        from step to step, DeepSpeed does not divide the loss, and the last one is marked for it. sums: the targets are added to it.
         """
         batches = list(micro_batches)  # all of them first: divisors are counted over the whole step
         divisors_K = self._divisors(batches)
