@@ -247,5 +247,6 @@ def _set_apart_recomputed_steps(parts: Sequence[Span], loaded: Mapping[int, int]
     for part in parts:
         if (lost := part.last_step - max(part.first_step, resumed[part.attempt])) > 0:
             share = lost / (part.last_step - part.first_step)
-            for category in _OF_STEPS:
+            saved = {Category.SAVE} if part.first_step <= resumed[part.attempt] else set[Category]()  # the checkpoint itself was of use
+            for category in set(_OF_STEPS) - saved:
                 part.move(part.seconds.get(category, 0.0) * share, category, Category.RECOMPUTED)

@@ -99,6 +99,19 @@ def test_a_killed_rank_costs_the_steps_after_the_checkpoint_and_the_restart():
     )
 
 
+def test_a_checkpoint_from_which_a_run_resumed_was_no_lost_work():
+    log = Log()
+    started(log)
+    log.start(1, step=0, restore=0.0)
+    log.steps(1, 2, 10)
+    log.step(1, 11, step=1.0, read=0.25, save=1.5)  # of step 10
+    log.event("rank-failed", 1, step=11, noticed_after=0.0, rank=1, cause="SIGNAL", message="")
+    log.start(2, step=10)
+    found = goodput(log.events, log.lines, now=log.time)
+    assert found.seconds[Category.SAVE] == 1.5
+    assert abs(found.seconds[Category.RECOMPUTED] - 1.25) < 1e-9
+
+
 def test_a_stop_and_a_resume_an_hour_later():
     log = Log()
     started(log)
