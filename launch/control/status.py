@@ -11,7 +11,7 @@ from rich.table import Table
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.launch.config import no_run
-from manta.launch.control.goodput import goodput
+from manta.launch.goodput import goodput
 from manta.launch.inspect.charts import console, grid, percent
 from manta.launch.terminal import count_text, notify
 from manta.trainer.checkpoint.errors import CheckpointError

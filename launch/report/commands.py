@@ -32,7 +32,7 @@ def goodput(run: Run, *, as_json: AsJson = False) -> None:
     """Print where the time of a run went: each second since its first start, in one category."""
     from manta.cluster.supervise.event_log import read_events
     from manta.launch.config import find_run
-    from manta.launch.control.goodput import goodput
+    from manta.launch.goodput import goodput
     from manta.trainer.metrics import read_all_metrics
 
     run_dir = find_run(run)

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from manta.data.storage.atomic import write_atomically
 from manta.launch import __version__
-from manta.launch.control.goodput import Category
+from manta.launch.goodput import Category
 from manta.launch.inspect.charts import percent
 from manta.launch.report.series import RunRecord, axes, charts, expert_loads, is_number, read_run, step_of, timeline
 from manta.launch.terminal import count_text

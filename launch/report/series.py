@@ -10,8 +10,8 @@ from typing import Any
 
 from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.launch.config import RunConfig, find_run, load
-from manta.launch.control.goodput import Category, Goodput, Span, spans, total
 from manta.launch.control.status import RUNNING, STATES, exit_reason
+from manta.launch.goodput import Category, Goodput, Span, spans, total
 from manta.trainer.metrics import Line, read_all_metrics, valid_lines
 
 POINTS, FEWEST, MOST = 30_000, 80, 1000  # of all curves, and of each one

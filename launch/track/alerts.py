@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,9 @@ class Alerts:
                 if kind in alert.events and event["time"] >= self._since and key not in self._done:
                     error = _deliver(alert, _payload(self._run_dir, kind, event))
                     self._file.write(json.dumps({"time": key[0], "event": key[1], "alert": number, "error": error}).encode())
+
+    def measure(self, _figures: Mapping[str, float]) -> None:
+        """Figures are no alerts."""
 
     def close(self) -> None:
         self._file.close()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from manta.cluster.supervise.event_log import parse_event
 from manta.data.errors import one_line, printable
 from manta.launch.tail import Tail
+from manta.launch.track.figures import Figures
 from manta.trainer.metrics import Line, parse_line
 from manta.trainer.run_directory import RunDirectory
 
@@ -31,6 +32,10 @@ class Tracker(Protocol):
         """Take new lines and events. A step that comes again replaces all from it on: the run resumed from a checkpoint before it."""
         ...
 
+    def measure(self, figures: Mapping[str, float]) -> None:
+        """Take figures of the run as a whole, as of the newest line."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -39,8 +44,9 @@ def track(run_dir: RunDirectory, trackers: Mapping[str, Callable[[], Tracker]], 
 
     ended: set by another thread if the run has ended; it has also ended if no process holds its lock.
     """
-    failed = dict[str, str]()
-    threads = [Thread(target=_keep, args=(name, make, run_dir, ended, failed), daemon=True) for name, make in trackers.items()]
+    failed, figures = dict[str, str](), Figures(run_dir)
+    shared = {"figures": figures, "ended": ended, "failed": failed}
+    threads = [Thread(target=_keep, args=(name, make, run_dir), kwargs=shared, daemon=True) for name, make in trackers.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -69,15 +75,22 @@ def scalars(line: Line) -> dict[str, float]:
     return {key: float(value) for key, value in measured.items() if isinstance(value, float) or (isinstance(value, int) and value < 2**63)}
 
 
-def _keep(name: str, make: Callable[[], Tracker], run_dir: RunDirectory, ended: threading.Event, failed: dict[str, str]) -> None:
+def _keep(
+    name: str, make: Callable[[], Tracker], run_dir: RunDirectory, *, figures: Figures, ended: threading.Event, failed: dict[str, str]
+) -> None:
     """Run one tracker. If it fails, start it again after a pause; once the run has ended, give up instead."""
     pause = FIRST_PAUSE
     while True:
         try:
             with closing(make()) as tracker:
                 log.info("%s: %s", name, tracker.place)
+                measured: Mapping[str, float] = {}
                 for lines, events in follow(run_dir, ended):
                     tracker.write(lines, events)
+                    if lines and (newest := figures.newest(has_ended=False)) is not measured:
+                        tracker.measure(measured := newest)
+                if final := figures.newest(has_ended=True):
+                    tracker.measure(final)
         except Exception as error:  # noqa: BLE001  whatever a tracker's library raises
             problem = printable(f"{name}: {type(error).__name__}: {one_line(error)}")
         else:

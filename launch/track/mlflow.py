@@ -1,5 +1,6 @@
 """MLflow: all measurements of the metrics lines, the config as parameters, and the files of the run."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class Mlflow:
 
     def __init__(self, run_dir: RunDirectory, config: TrackConfig) -> None:
         assert config.mlflow is not None
-        self._run_dir, self._line, self._status = run_dir, 0, "RUNNING"
+        self._run_dir, self._line, self._step, self._status = run_dir, 0, 0, "RUNNING"
         self._client = MlflowClient(config.mlflow.uri)
         self._id = self._find_or_create(config.mlflow.experiment).info.run_id
         self._client.update_run(self._id, "RUNNING")
@@ -38,6 +39,7 @@ class Mlflow:
     def write(self, lines: Sequence[Line], events: Sequence[Event]) -> None:
         new = lines[max(0, self._written - self._line) :]
         self._line += len(lines)
+        self._step = lines[-1]["step"] if lines else self._step
         for start in range(0, len(new), AT_ONCE):
             metrics = [metric for line in new[start : start + AT_ONCE] for metric in _metrics(line)]
             self._client.log_batch(self._id, metrics=metrics)
@@ -47,6 +49,10 @@ class Mlflow:
                 self._status = "FINISHED" if code == ExitCode.DONE else "KILLED" if code in STOPPED else "FAILED"
             if event["event"] == "run-started":
                 self._status = "RUNNING"
+
+    def measure(self, figures: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        self._client.log_batch(self._id, metrics=[Metric(key, value, now, self._step) for key, value in figures.items()])
 
     def close(self) -> None:
         self._save("events.jsonl", "report.html")

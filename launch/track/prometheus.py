@@ -1,7 +1,7 @@
 """Prometheus: the newest metrics line as gauges, at a port of 127.0.0.1."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
@@ -22,15 +22,21 @@ class Prometheus:
 
     def write(self, lines: Sequence[Line], events: Sequence[Event]) -> None:
         for line in lines[-1:]:
-            for key, value in {**scalars(line), "step": line["step"], "time": line.get("time", 0.0)}.items():
-                name = "manta_" + re.sub(r"\W", "_", key, flags=re.ASCII)
-                if name not in self._gauges:
-                    self._gauges[name] = Gauge(name, f"{key} of metrics.jsonl.", ["run"], registry=self._registry)
-                self._gauges[name].labels(self._run).set(value)
+            self._set({**scalars(line), "step": line["step"], "time": line.get("time", 0.0)}, "of metrics.jsonl")
         for event in events:
             self._events.labels(self._run, event["event"]).inc()
+
+    def measure(self, figures: Mapping[str, float]) -> None:
+        self._set(figures, "so far")
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def _set(self, values: Mapping[str, float], what: str) -> None:
+        for key, value in values.items():
+            name = "manta_" + re.sub(r"\W", "_", key, flags=re.ASCII)
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(name, f"{key} {what}.", ["run"], registry=self._registry)
+            self._gauges[name].labels(self._run).set(value)

@@ -5,7 +5,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event as Record
@@ -54,11 +54,14 @@ class TensorBoard:
             if line["step"] <= self._step:
                 self._add(step=line["step"], session_log=START)
             self._step = line["step"]
-            values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars(line).items()]
-            self._add(step=self._step, wall_time=line.get("time", 0.0), summary=Summary(value=values))
+            self._add(step=self._step, wall_time=line.get("time", 0.0), summary=_numbers(scalars(line)))
         if events:
             self._events = [*self._events, *events][-SHOWN_EVENTS:]
             self._add(summary=_text("events", "\n".join(["| time | attempt | event | |", "|---|---|---|---|", *map(_row, self._events)])))
+        self._file.flush()
+
+    def measure(self, figures: Mapping[str, float]) -> None:
+        self._add(step=self._step, summary=_numbers(figures))
         self._file.flush()
 
     def close(self) -> None:
@@ -66,6 +69,10 @@ class TensorBoard:
 
     def _add(self, *, wall_time: float | None = None, **content: Any) -> None:
         self._writer.write(Record(wall_time=time.time() if wall_time is None else wall_time, **content).SerializeToString())
+
+
+def _numbers(values: Mapping[str, float]) -> Summary:
+    return Summary(value=[Summary.Value(tag=key, simple_value=value) for key, value in values.items()])
 
 
 def _text(tag: str, markdown: str) -> Summary:

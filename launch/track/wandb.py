@@ -1,6 +1,6 @@
 """Weights & Biases: a row for each metrics line, with the files of the run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import wandb
 
@@ -23,6 +23,7 @@ class Wandb:
     def __init__(self, run_dir: RunDirectory, config: TrackConfig) -> None:
         assert config.wandb is not None
         self._run_dir, self._line = run_dir, 0
+        self._figures: Mapping[str, float] = {}
         wandb.setup(QUIET)
         self._run = wandb.init(
             project=config.wandb.project,
@@ -43,10 +44,15 @@ class Wandb:
     def write(self, lines: Sequence[Line], events: Sequence[Event]) -> None:
         for line in lines:
             if self._line >= self._written:
-                self._run.log({"step": line["step"], **scalars(line)}, step=self._line, commit=True)
+                self._run.log({"step": line["step"], **scalars(line), **self._figures}, step=self._line, commit=True)
+                self._figures = {}
             self._line += 1
         if events:
             self._save("events.jsonl")
+
+    def measure(self, figures: Mapping[str, float]) -> None:
+        self._figures = figures  # in the next row: the last one cannot change any more
+        self._run.summary.update(figures)
 
     def close(self) -> None:
         self._save("report.html")

@@ -2,7 +2,7 @@
 
 from fuzz import manta
 
-from manta.launch.control.goodput import Category, goodput
+from manta.launch.goodput import Category, goodput
 
 
 class Log:

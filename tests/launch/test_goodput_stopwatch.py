@@ -13,7 +13,7 @@ import pytest
 from run_process import RunProcess
 
 from manta.cluster.supervise.event_log import parse_event, read_events
-from manta.launch.control.goodput import Category, goodput, spans
+from manta.launch.goodput import Category, goodput, spans
 from manta.launch.tail import Tail
 from manta.trainer.metrics import parse_line, read_all_metrics
 
@@ -34,7 +34,10 @@ FREEZES = {"save": Category.SAVE, "evaluate": Category.EVALUATION, "read": Categ
 
 
 class Stopwatch(threading.Thread):
-    """Notes by a monotonic clock when each event and line can first be read, and samples the phase of rank 0. It reads no times of theirs."""
+    """Notes by a monotonic clock when each event and line can first be read, and samples the phase of rank 0.
+
+    It reads none of the times that the run has logged.
+    """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(daemon=True)
@@ -202,9 +205,7 @@ def test_each_injected_loss_is_in_its_category_as_a_stopwatch_measures_it(worksp
             - second.waited(3)
         ),
         Category.NODES: near(first.waited(0) + first.waited(2) + second.waited(3)),
-        Category.RESTART: near(
-            sum(first.entered[attempt + 1, "restore"] - since for attempt, since in failures.items()) - first.waited(2)
-        ),
+        Category.RESTART: near(sum(first.entered[attempt + 1, "restore"] - since for attempt, since in failures.items()) - first.waited(2)),
         Category.RESTORE: near(sum(watch.spent[attempt, "restore"] for attempt, watch in watches.items())),
         Category.RECOMPUTED: near(sum(first.recomputed(attempt, failed) for attempt, failed in failures.items())),
         Category.STOPPED: near(second.event("run-started", 3) - first.event("run-ended", 3) + HOUR),

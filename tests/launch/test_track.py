@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as TensorAccumulator
 
 from manta.launch.config import load
-from manta.launch.track import follow, trackers
+from manta.launch.goodput import Category, goodput
+from manta.launch.track import figures, follow, trackers
 from manta.launch.track.follow import scalars, track
 from manta.launch.track.trackers import open_trackers
 
@@ -26,6 +27,7 @@ from manta.launch.track.trackers import open_trackers
 def _quick(monkeypatch):
     monkeypatch.setattr(follow, "POLL_INTERVAL", 0.02)
     monkeypatch.setattr(follow, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(figures, "INTERVAL", 0.05)
 
 
 @pytest.fixture
@@ -60,6 +62,12 @@ def values(found: EventAccumulator, key: str = "train/loss") -> dict[int, float]
     return {value.step: value.value for value in scalars}
 
 
+def found_in(found: EventAccumulator, key: str) -> tuple[int, float]:
+    """Return the last step and value of a tag."""
+    last = found.Scalars(key)[-1]
+    return last.step, last.value
+
+
 def assert_complete(run: RecordedRun) -> None:
     found = EventAccumulator(str(run.directory / "tensorboard")).Reload()
     for key in ("train/loss", "eval/loss", "learning_rate"):
@@ -79,12 +87,17 @@ def test_tensorboard_drops_what_was_rolled_back_also_while_it_is_open(run):
     assert_complete(run)
     assert values(viewer.Reload()) == pytest.approx(run.valid("train/loss"))
     assert values(viewer, "seconds/step")[12] == 6.0
+    spent = goodput(run.events(), run.lines)
+    assert spent.share > 0
+    assert spent.seconds[Category.RECOMPUTED] > 0
+    assert found_in(viewer, "goodput/training") == (12, pytest.approx(spent.share))
+    assert found_in(viewer, "goodput_seconds/recomputed_steps") == (12, pytest.approx(spent.seconds[Category.RECOMPUTED]))
     texts = TensorAccumulator(str(run.directory / "tensorboard")).Reload()
     config, events = (texts.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in ("config", "events"))
     assert "learning_rate: 0.0003" in config
     assert "hidden" not in config
     assert "secret" not in events
-    assert [row.split(" | ")[2] for row in events.splitlines()[2:]] == ["run-started", "rank-failed", "decided", "run-ended"]
+    assert [row.split(" | ")[2] for row in events.splitlines()[2:]] == [event["event"] for event in run.events()]
 
 
 def test_a_tracker_that_is_started_again_and_a_resumed_run_continue_in_the_same_directory(run):
@@ -115,6 +128,7 @@ def test_prometheus_serves_the_newest_line_on_loopback(run):
             return {(s.name, s.labels["run"], s.labels.get("event")): s.value for s in samples}
 
         until(lambda: scrape().get(("manta_step", "a run", None)) == 9, within=20)
+        time.sleep(2 * figures.INTERVAL)
         listening = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=False).stdout if shutil.which("ss") else ""
         assert f"0.0.0.0:{port}" not in listening
         run.to_the_end()
@@ -122,6 +136,8 @@ def test_prometheus_serves_the_newest_line_on_loopback(run):
         served = scrape()
         assert served["manta_train_loss", "a run", None] == run.lines[-1]["train/loss"]
         assert served["manta_events_total", "a run", "rank-failed"] == 1
+        assert 0 < served["manta_goodput_training", "a run", None] < 1
+        assert served["manta_goodput_seconds_failure_detection_and_restart", "a run", None] > 0
         ended.set()
         thread.join(20)
     assert failed == {}

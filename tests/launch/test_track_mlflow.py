@@ -4,6 +4,8 @@ import pytest
 from fuzz import manta
 from recorded_run import RecordedRun
 
+from manta.launch.goodput import goodput
+
 mlflow = pytest.importorskip("mlflow")
 
 
@@ -29,6 +31,7 @@ def test_each_line_is_there_once_also_after_a_resume(tmp_path, store):
             assert [(metric.step, metric.value) for metric in history] == expected
             newest = {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}
             assert key == "seconds/step" or newest == run.valid(key)
+        assert found.data.metrics["goodput/training"] == pytest.approx(goodput(run.events(), run.lines).share)
         assert found.data.params["train.steps"] == "12"
         assert not any(key.startswith("cluster") for key in found.data.params)
         assert {file.path for file in client.list_artifacts(found.info.run_id)} == {"manifest.json", "events.jsonl"}

@@ -10,6 +10,8 @@ from recorded_run import RecordedRun
 from run_process import until
 from wandb.proto.wandb_internal_pb2 import Record
 
+from manta.launch.goodput import goodput
+
 pytestmark = pytest.mark.slow  # its client takes seconds to start
 BLOCK = 32768  # of LevelDB's log format
 
@@ -63,6 +65,8 @@ def test_each_line_is_a_row_of_one_run_also_after_a_resume(run):
         assert "cluster" not in keys
         files = {item.path for record in found if record.HasField("files") for item in record.files.files}
         assert {"manifest.json", "events.jsonl"} <= files
+        summary = {item.key: json.loads(item.value_json) for record in found for item in record.summary.update}
+        assert summary["goodput/training"] == pytest.approx(goodput(run.events(), run.lines).share)
         axes = {record.metric.glob_name: record.metric.step_metric for record in found if record.HasField("metric")}
         assert axes["*"] == "step"
         ids.add(header.run_id)

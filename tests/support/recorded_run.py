@@ -8,6 +8,7 @@ from pathlib import Path
 
 from runs import METRICS
 
+from manta.cluster.supervise.event_log import read_events
 from manta.launch.config import load
 from manta.trainer.run_directory import RunDirectory
 
@@ -38,7 +39,7 @@ class RecordedRun:
                 **METRICS,
                 "step": step,
                 "attempt": attempt,
-                "time": START + 10 * attempt + step,
+                "time": START + 20 * attempt + step,
                 "train/loss": 6 - step / 8 - attempt / 64,
             }
             line |= {"tokens": 256 * step, "learning_rate": 1e-3, "seconds": {"step": 0.5 * step}, "skipped": False}
@@ -46,19 +47,26 @@ class RecordedRun:
             self.lines.append(json.loads((self.directory / "metrics.jsonl").read_bytes().splitlines()[-1]))
 
     def event(self, kind: str, attempt: int = 1, **details: object) -> None:
-        self.append("events.jsonl", {"time": START + 10 * attempt, "event": kind, "attempt": attempt, **details})
+        when = max([START + 20 * attempt, *(line["time"] for line in self.lines)])
+        self.append("events.jsonl", {"time": when, "event": kind, "attempt": attempt, **details})
 
     def append(self, name: str, line: object) -> None:
         with (self.directory / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def events(self) -> list[dict]:
+        return read_events(self.run_dir.events_file)
+
     def to_the_kill(self) -> None:
         self.event("run-started", 0)
+        self.event("attempt-started", 1, ranks=[])
         self.steps(1, 1, 9)
 
     def to_the_end(self) -> None:
         self.event("rank-failed", 1, rank=1, cause="SIGNAL", step=9, message="killed by SIGKILL | see http://me:secret@host/x")
         self.event("decided", 1, decision="restart", after=0)
+        self.event("attempt-started", 2, ranks=[])
+        self.event("loaded", 2, step=6)
         self.steps(2, 7, 12)
         self.event("run-ended", 2, exit_code=0)
 
