@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 from manta.cluster.nodes.process import DIE_WITH_PARENT, open_log
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until it is started again after a failure; the pause doubles each time
@@ -74,11 +76,17 @@ class Companion:
         self._due, self._pause = time.monotonic() + self._pause, min(2 * self._pause, LONGEST_PAUSE)
 
     def _end(self) -> int:
-        """Kill it and its children. Returns its exit code."""
+        """Kill it and its children, also those in sessions of their own, such as the service of W&B. Returns its exit code."""
         process, self._process = self._process, None
         assert process is not None
         assert process.stdin is not None
+        children = list[psutil.Process]()
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
         process.stdin.close()
         return process.wait()

@@ -65,7 +65,7 @@ def read_run(directory: Path) -> RunRecord:
     events, lines = read_events(run_dir.events_file), read_all_metrics(run_dir.metrics_file)
     valid = valid_lines(lines)
     kept = set(map(id, valid))
-    is_running = run_dir.is_locked
+    is_running = run_dir.is_locked and exit_code(events) is None  # the report at the end is written before the lock is released
     return RunRecord(
         name=os.path.relpath(run_dir.path) if run_dir.path.is_relative_to(Path.cwd()) else str(run_dir.path),
         path=run_dir.path,

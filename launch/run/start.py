@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 from manta.cluster.job import Job
 from manta.cluster.machine import gpus
 from manta.cluster.protocol import ExitCode
 from manta.cluster.ray.runtime import Ray
 from manta.cluster.supervise.controller import Controller
-from manta.cluster.supervise.event_log import read_events
+from manta.cluster.supervise.event_log import Event, read_events
 from manta.data.messages import MessageConsole
 from manta.data.shards.manifest import PreparedData
 from manta.data.storage.atomic import write_atomically
@@ -33,21 +34,32 @@ POLL_INTERVAL = 0.1  # seconds
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
 
 
-def train(config: RunConfig, ray: Ray, *, detached: Sequence[str] = ()) -> int:
+def train(config: RunConfig, ray: Ray, *, write_report: Callable[[Path], None], detached: Sequence[str] = ()) -> int:
     """Start the run, or resume it if it was started before. Return the exit code. Raises InputError before anything is written.
 
+    write_report: called with the run directory when the run has ended, while its trackers, which upload the report, wait for it.
     detached: the arguments of a manta that runs in the background instead of this process.
     """
     plan = preflight(config, ray)
     if plan is None:
         steps = config.train.steps
         notify(f"{config.run.dir.absolute()}: already done: step {steps} of {steps}; raise train.steps to continue")
+        if not detached:
+            write_report(config.run.dir)
         return ExitCode.DONE
     if detached:
         return _detach(plan.run_dir, detached)
     with supervise(plan, ray) as controller, closing(controller.run()) as events:
         _print_summary(plan)
-        return Display(plan.run_dir, plan.config, plan.fallback_layouts).follow(events)
+        return Display(plan.run_dir, plan.config, plan.fallback_layouts).follow(_with_report(events, plan.run_dir, write_report))
+
+
+def _with_report(events: Iterator[Event], run_dir: RunDirectory, write_report: Callable[[Path], None]) -> Iterator[Event]:
+    """Yield the events; write the report once the last one is shown, and only then let the trackers end."""
+    for event in events:
+        yield event
+        if event.kind == "run-ended":
+            write_report(run_dir.path)
 
 
 @contextmanager

@@ -41,10 +41,7 @@ def launch(config: RunConfig, on: str, *, dry_run: bool = False, insecure: bool 
         return BATCH[on].submit(config)
     if on.startswith(DASHBOARD):
         return ray_job.submit(config, on, insecure=insecure)
-    code = train(config, connect(config, on, insecure=insecure), detached=detached)
-    if not detached:
-        write_at_end(config.run.dir)
-    return code
+    return train(config, connect(config, on, insecure=insecure), write_report=write_at_end, detached=detached)
 
 
 def _dry_run(config: RunConfig, on: str, *, insecure: bool) -> int:

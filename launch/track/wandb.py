@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 
 import wandb
 
+from manta.cluster.protocol import ExitCode
 from manta.launch.track.follow import Event, scalars
 from manta.launch.track.run_id import run_id
 from manta.trainer.config.sections import TrackConfig
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
 
+GOOD = {ExitCode.DONE, ExitCode.SAVED, ExitCode.INTERRUPTED, ExitCode.UNSAVED}
 QUIET = wandb.Settings(
     console="off", silent=True, disable_code=True, disable_git=True, x_disable_meta=True, x_disable_stats=True, x_save_requirements=False
 )
@@ -24,6 +26,7 @@ class Wandb:
         assert config.wandb is not None
         self._run_dir, self._line = run_dir, 0
         self._figures: Mapping[str, float] = {}
+        self._code: int = ExitCode.KILLED  # unless it says otherwise: the server shows whether a run has failed
         wandb.setup(QUIET)
         self._run = wandb.init(
             project=config.wandb.project,
@@ -42,6 +45,10 @@ class Wandb:
         self._save("manifest.json", "events.jsonl")
 
     def write(self, lines: Sequence[Line], events: Sequence[Event]) -> None:
+        for event in events:
+            if event["event"] in {"run-started", "run-ended"}:
+                code = event.get("exit_code", ExitCode.KILLED)
+                self._code = ExitCode.DONE if code in GOOD else code
         for line in lines:
             if self._line >= self._written:
                 self._run.log({"step": line["step"], **scalars(line), **self._figures}, step=self._line, commit=True)
@@ -52,11 +59,11 @@ class Wandb:
 
     def measure(self, figures: Mapping[str, float]) -> None:
         self._figures = figures  # in the next row: the last one cannot change any more
-        self._run.summary.update(figures)
+        self._run.summary.update(dict(figures))
 
     def close(self) -> None:
         self._save("report.html")
-        self._run.finish()
+        self._run.finish(exit_code=self._code)
 
     def _save(self, *names: str) -> None:
         for name in names:

@@ -52,6 +52,15 @@ def test_one_that_is_killed_is_reported_and_its_children_are_gone(tmp_path):
     started.close()
 
 
+def test_a_child_in_a_session_of_its_own_is_ended_too(tmp_path):
+    program = "import subprocess, sys; subprocess.Popen(['sleep', '600'], start_new_session=True); sys.stdin.read()"
+    started = start(tmp_path, program)
+    child = until(lambda: process_of(started).children(), within=20)[0]
+    until(lambda: os.getsid(child.pid) == child.pid, within=5)
+    started.close()
+    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, within=5)
+
+
 def test_one_that_is_done_is_not_started_again(tmp_path):
     started = start(tmp_path, "pass")
     until(lambda: started.check() or started._process is None, within=20)
