@@ -10,6 +10,7 @@ from rich.table import Table
 
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import exit_code, read_events
+from manta.cluster.supervise.failure import Cause
 from manta.launch.config import no_run
 from manta.launch.goodput import goodput
 from manta.launch.inspect.charts import console, grid, percent
@@ -26,6 +27,15 @@ STATES: dict[int | None, str] = {
     None: "killed",
 }
 """By the exit code of a run; any other is a failure."""
+EXITS: dict[int | None, str] = {
+    ExitCode.DONE: "done",
+    ExitCode.USAGE: "usage",
+    ExitCode.SAVED: "stopped",
+    ExitCode.INTERRUPTED: "stopped",
+    ExitCode.UNSAVED: "stopped",
+    None: "killed",
+}
+"""By the exit code of a run, for programs; any other is "failed". These words never change."""
 RUNNING = "running"
 NONE = "none yet"
 Event = dict[str, Any]
@@ -45,9 +55,10 @@ def status(directory: Path) -> dict[str, Any]:
     step, steps, timeline = newest.get("step", 0), config.train.steps, config.timeline()
     code, is_running = exit_code(events), run_dir.is_locked
     ended: dict[str, Any] = {} if is_running else {"exit_code": code, "exit_reason": exit_reason(events)}
+    ended |= {"exit": RUNNING if is_running else EXITS.get(code, "failed"), "cause": None if is_running else exit_cause(events)}
     if newest and is_running:  # later steps may have other batch sizes
         seconds_per_sample = newest["step_time"] / timeline.stage(step - 1).global_batch
-        ended = {"seconds_left": seconds_per_sample * (timeline.first_sample(steps) - timeline.first_sample(step))}
+        ended |= {"seconds_left": seconds_per_sample * (timeline.first_sample(steps) - timeline.first_sample(step))}
     spent = goodput(events, all_lines, now=time.time() if is_running else None)
     copied = ("loss_scale", "global_batch", "sequence_length", "tokens_per_second", "world_size", "layout")
     return {
@@ -96,6 +107,25 @@ def exit_reason(events: Sequence[Event]) -> str:
             case _:
                 pass
     return STATES.get(code, "failed")
+
+
+def exit_cause(events: Sequence[Event]) -> str | None:
+    """Return the name of the Cause of the failure that ended the last start; None if it did not fail, or before a rank was started."""
+    if EXITS.get(exit_code(events), "failed") not in {"failed", "usage"}:
+        return None
+    for event in reversed(events):
+        match event:
+            case {"event": "run-started"}:
+                break
+            case {"event": "rank-failed", "cause": str(name)}:
+                return Cause[name].name  # older event logs have other names
+            case {"event": "node-lost"}:
+                return (Cause.PREEMPTED if event.get("announced") else Cause.NODE_LOST).name
+            case {"event": "node-unfit"}:
+                return Cause.INPUT.name
+            case _:
+                pass
+    return None
 
 
 def status_code(status: dict[str, Any]) -> int:

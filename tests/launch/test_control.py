@@ -260,6 +260,7 @@ def end(home: RunDirectory, code: int, *before: tuple[str, dict]) -> None:
 
 
 FAILED = ("rank-failed", {"rank": 0, "cause": "SIGNAL", "step": 3, "message": "killed by SIGKILL"})
+LOST = ("node-lost", {"node": 1, "message": "its agent has died"})
 GAVE_UP = ("decided", {"decision": "give up", "reason": "3 restarts without progress"})
 
 
@@ -284,14 +285,38 @@ def test_status_says_why_a_run_has_ended_and_exits_with_its_code(past, code, bef
     assert (shown.code, f"{state}; resume with: manta resume {past.quoted}" in shown.stdout) == (0, code != 0)
 
 
+@pytest.mark.parametrize(
+    ("code", "before", "expected", "cause"),
+    [
+        (0, (FAILED,), "done", None),
+        (75, (FAILED, ("leaving", {"signal": "SIGTERM"})), "stopped", None),
+        (130, (), "stopped", None),
+        (143, (), "stopped", None),
+        (1, (FAILED, GAVE_UP), "failed", "SIGNAL"),
+        (1, (FAILED, ("rank-failed", FAILED[1] | {"cause": "HOPELESS"})), "failed", "UNRECOVERABLE"),
+        (1, (FAILED, LOST, GAVE_UP), "failed", "NODE_LOST"),
+        (1, (("node-lost", LOST[1] | {"announced": True}), GAVE_UP), "failed", "PREEMPTED"),
+        (1, (FAILED, ("run-started", {}), GAVE_UP), "failed", None),
+        (2, (("node-unfit", {"message": "no manta"}),), "usage", "INPUT"),
+        (2, (("decided", {"decision": "give up", "reason": "no layout"}),), "usage", None),
+    ],
+)
+def test_a_program_can_tell_how_a_run_has_ended(past, code, before, expected, cause):
+    end(past, code, *before)
+    report = json.loads(manta("status", str(past.path), "--json").stdout)
+    assert (report["exit"], report["cause"]) == (expected, cause)
+
+
 def test_status_has_codes_of_its_own_for_a_run_that_has_not_ended(past):
     add(past, "rank-failed", 1, **FAILED[1])
     assert manta("status", str(past.path), "--exit-code").code == 4
-    assert status(past.path)["exit_reason"] == "killed"
+    report = status(past.path)
+    assert (report["exit_reason"], report["exit"], report["cause"]) == ("killed", "killed", None)
     with past.lock():
         running = manta("status", str(past.path), "--exit-code", "--json")
         assert (running.code, json.loads(running.stdout)["state"]) == (3, "running")
         assert "exit_reason" not in json.loads(running.stdout)
+        assert (json.loads(running.stdout)["exit"], json.loads(running.stdout)["cause"]) == ("running", None)
     assert "3: it is running, 4: it was killed" in " ".join(manta("status", "--help").stdout.split())
 
 
