@@ -202,8 +202,10 @@ class Attempt:
         return max(POLL_INTERVAL, 0.001 * len(self.nodes.allocations))
 
     def _progress(self, statuses: Sequence[RankStatus]) -> Event:
-        names = ("rank", "step", "phase", "has_stepped", "unwritten", "disk_error")
-        return self._event(POLL, ranks=[{name: getattr(status, name) for name in names} for status in statuses])
+        names = ("rank", "step", "phase", "has_stepped", "unwritten", "disk_error", "silent_seconds")
+        hosts = [node.machine.host for node in self.nodes.allocations for _ in range(node.ranks)]
+        ranks = [{name: getattr(status, name) for name in names} | {"node": hosts[status.rank]} for status in statuses]
+        return self._event(POLL, ranks=ranks)
 
     def _event(self, kind: str, **details: Any) -> Event:
         return Event(kind=kind, attempt=self.number, time=time.time(), details=details)

@@ -26,6 +26,7 @@ from manta.cluster.supervise.attempt import OUTCOME_NAMES, Attempt, Completed, O
 from manta.cluster.supervise.companion import Companion
 from manta.cluster.supervise.event_log import POLL, Event, EventLog, line_of, read_events
 from manta.cluster.supervise.failure import Cause, Failure, GiveUp, decide, failing_machines
+from manta.cluster.supervise.rank_list import RankList
 from manta.cluster.supervise.requests import StopRequests
 from manta.cluster.supervise.run_state import advance, replay
 from manta.cluster.supervise.witness import witness
@@ -59,6 +60,7 @@ class Controller:
         self._files = {**self._job.files, self._job.directory_token: token}
         companion = Companion(self._job.companion, self._job.directory)
         with (
+            contextlib.closing(RankList(self._job.directory)) as rank_list,
             contextlib.closing(EventLog(file)) as log,
             self._requests,
             contextlib.closing(companion),
@@ -67,6 +69,7 @@ class Controller:
             for event in events:
                 self._state = advance(self._state, event)
                 if event.kind == POLL:
+                    rank_list.write(event.details["ranks"])
                     yield event
                     yield from self._check_disk(log, event)
                     yield from self._check_companion(log, companion)

@@ -37,7 +37,9 @@ def find_runs(directory: Path) -> Iterator[Path]:
 def _describe(path: Path) -> dict[str, Any]:
     size = _bytes_on_disk(path)
     try:
-        return status(path) | {"run": str(path), "bytes": size}
+        found = status(path)
+        del found["ranks"]  # of many runs, they would be most of it
+        return found | {"run": str(path), "bytes": size}
     except (InputError, DataError, OSError) as error:
         return {"run": str(path), "state": UNREADABLE, "exit_reason": str(error), "bytes": size}
 

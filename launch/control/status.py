@@ -11,6 +11,7 @@ from rich.table import Table
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import exit_code, read_events
 from manta.cluster.supervise.failure import Cause
+from manta.cluster.supervise.rank_list import read_ranks
 from manta.launch.config import no_run
 from manta.launch.goodput import goodput
 from manta.launch.inspect.charts import console, grid, percent
@@ -60,7 +61,7 @@ def status(directory: Path) -> dict[str, Any]:
         seconds_per_sample = newest["step_time"] / timeline.stage(step - 1).global_batch
         ended |= {"seconds_left": seconds_per_sample * (timeline.first_sample(steps) - timeline.first_sample(step))}
     spent = goodput(events, all_lines, now=time.time() if is_running else None)
-    copied = ("loss_scale", "global_batch", "sequence_length", "tokens_per_second", "world_size", "layout")
+    copied = ("loss_scale", "global_batch", "sequence_length", "tokens_per_second", "mfu", "memory/peak", "world_size", "layout")
     return {
         "run": str(run_dir.path),
         "state": RUNNING if is_running else STATES.get(code, "failed"),
@@ -79,7 +80,8 @@ def status(directory: Path) -> dict[str, Any]:
         "checkpoint": _newest_checkpoint(run_dir),
         "goodput": round(spent.share, 5),
         "seconds": round(spent.total, 3),
-        **{key: newest.get(key) for key in copied},
+        **{key.replace("/", "_"): newest.get(key) for key in copied},
+        "ranks": [rank.model_dump() for rank in read_ranks(run_dir.path)] if is_running else [],
     }
 
 
@@ -163,6 +165,10 @@ def status_table(status: dict[str, Any]) -> Table:
     if status["step"]:
         rows["speed"] = f"{status['tokens_per_second']:,.0f} tokens/s on {count_text(status['world_size'], 'rank')}"
         rows["batch"] = f"{count_text(status['global_batch'], 'sample')}, in sequences of {status['sequence_length']} tokens"
+    if isinstance(status["mfu"], float):
+        rows["speed"] += f", MFU {status['mfu']:.1%}"
+    if isinstance(status["memory_peak"], int) and 0 < status["memory_peak"] < 1 << 63:
+        rows["memory"] = f"{status['memory_peak'] / 1e9:,.2f} GB at most, on rank 0"
     if status["skipped"]:
         rows["skipped"] = f"{count_text(status['skipped'], 'step')} with gradient overflow; the loss scale is now {status['loss_scale']:g}"
     table = grid(2)

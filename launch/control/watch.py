@@ -19,7 +19,7 @@ from manta.trainer.metrics import format_duration, read_metrics
 INTERVAL, MAX_SHARE = 1.0, 0.1  # seconds between two looks, and the share of the time that reading a long run's files may take
 LEVELS = "▁▂▃▄▅▆▇█"
 CURVES = {"train/loss": "loss", "eval/loss": "validation", "tokens_per_second": "tokens/s"}
-EVENTS, WIDTH = 6, 60  # events that are shown, and columns of a curve
+EVENTS, RANKS, WIDTH = 6, 8, 60  # events and ranks that are shown, and columns of a curve
 
 
 def watch(directory: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def watch(directory: Path) -> dict[str, Any]:
         while True:
             start = time.monotonic()
             lines, events = read_metrics(run_dir.metrics_file), read_events(run_dir.events_file)
-            live.update(Group(status_table(state), progress(state), curves(lines), last_events(events)), refresh=True)
+            live.update(Group(status_table(state), progress(state), curves(lines), ranks(state), last_events(events)), refresh=True)
             if state["state"] != RUNNING:
                 break
             time.sleep(max(INTERVAL, (time.monotonic() - start) / MAX_SHARE))
@@ -61,6 +61,18 @@ def sparkline(values: Sequence[float], width: int) -> str:
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)
     return "".join(LEVELS[round((mean - low) / (high - low) * (len(LEVELS) - 1)) if high > low else 0] for mean in means)
+
+
+def ranks(state: dict[str, Any]) -> Any:
+    """Return a table of the ranks; of many, those that are silent the longest."""
+    found = state["ranks"]
+    silent = sorted(found, key=lambda rank: -rank["silent_seconds"])[:RANKS]
+    table = grid(5)
+    for rank in sorted(silent, key=lambda rank: rank["rank"]):
+        heartbeat = f"heartbeat {rank['silent_seconds']:.1f} s ago"
+        table.add_row(f"rank {rank['rank']}", visible(rank["node"]), rank["phase"] or "starting", f"step {rank['step']}", heartbeat)
+    more = [Text(f"and {len(found) - RANKS:,} ranks with newer heartbeats")] if len(found) > RANKS else []
+    return Group(Text(), table, *more) if found else Text()
 
 
 def last_events(events: Sequence[dict[str, Any]]) -> Any:

@@ -1,5 +1,7 @@
 """`manta status --watch`: the state of a run, live on a terminal, and once it has ended."""
 
+import io
+import json
 import os
 import pty
 import re
@@ -7,13 +9,15 @@ import select
 import signal
 import subprocess
 import time
+from socket import gethostname
 
 import pytest
 from conftest import MANTA
 from fuzz import manta
+from rich.console import Console
 from run_process import RunProcess
 
-from manta.launch.control.watch import LEVELS, sparkline
+from manta.launch.control.watch import LEVELS, ranks, sparkline
 
 
 def test_a_run_that_has_ended_is_shown_once(workspace, finished_run):
@@ -36,6 +40,15 @@ def test_a_curve_has_the_means_of_its_parts():
     assert sparkline([1.0, 1.0], 60) == "▁▁"
     assert sparkline([0.0, 7.0, 3.0], 60) == "▁█▄"
     assert sparkline([8.0, 6.0, 0.0, 0.0, 3.0, 4.0], 3) == "█▁▅"
+
+
+def test_of_many_ranks_those_that_are_silent_the_longest_are_shown():
+    found = [{"rank": n, "node": "n", "phase": "step", "step": 7, "silent_seconds": float(n == 1900)} for n in range(2000)]
+    out = Console(file=io.StringIO(), width=120)
+    out.print(ranks({"ranks": found}))
+    lines = out.file.getvalue().splitlines()
+    assert re.search(r"^rank 1900 +n +step +step 7 +heartbeat 1\.0 s ago", "\n".join(lines), re.MULTILINE)
+    assert lines[-1] == "and 1,992 ranks with newer heartbeats"
 
 
 class Terminal:
@@ -69,10 +82,19 @@ def test_a_running_run_is_shown_live_until_it_ends_or_the_user_has_seen_enough(w
         run.steps(1, 5)
         enough = Terminal(workspace, "status", "watched", "--watch")
         enough.read_until(r"state +running")
+        enough.read_until(r"memory +0\.\d\d GB at most, on rank 0")
+        for rank in (0, 1):
+            enough.read_until(rf"rank {rank} +{re.escape(gethostname())} +(step|read|save|evaluate) +step \d+ +heartbeat \d\.\d s ago")
+        os.kill(run.pids(1)[1], signal.SIGSTOP)
+        enough.read_until(r"rank 1 .* heartbeat [2-9]\.\d s ago")
+        os.kill(run.pids(1)[1], signal.SIGCONT)
         enough.process.send_signal(signal.SIGINT)
         assert enough.end() == 0
         assert "Traceback" not in enough.text
         assert run.process.poll() is None
+
+        listed = json.loads(workspace.manta("status", "watched", "--json").stdout)["ranks"]
+        assert [(rank["rank"], rank["node"], rank["step"] > 0) for rank in listed] == [(0, gethostname(), True), (1, gethostname(), True)]
 
         watching = Terminal(workspace, "status", "watched", "--watch", "--exit-code")
         watching.read_until(r"step +(\d+) of 100000")
@@ -82,3 +104,5 @@ def test_a_running_run_is_shown_live_until_it_ends_or_the_user_has_seen_enough(w
         watching.read_until(r"stopped, saved")
         assert watching.end() == 75
         assert run.end()[0] == 75
+    assert not (run.directory / "ranks.json").exists()
+    assert json.loads(workspace.manta("status", "watched", "--json").stdout)["ranks"] == []
