@@ -76,7 +76,7 @@ class Companion:
         self._due, self._pause = time.monotonic() + self._pause, min(2 * self._pause, LONGEST_PAUSE)
 
     def _end(self) -> int:
-        """Kill it and its children, also those in sessions of their own, such as the service of W&B. Returns its exit code."""
+        """Kill it and its children, also those in other sessions, such as the service of W&B. Returns its exit code."""
         process, self._process = self._process, None
         assert process is not None
         assert process.stdin is not None

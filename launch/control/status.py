@@ -166,7 +166,7 @@ def status_table(status: dict[str, Any]) -> Table:
         rows["speed"] = f"{status['tokens_per_second']:,.0f} tokens/s on {count_text(status['world_size'], 'rank')}"
         rows["batch"] = f"{count_text(status['global_batch'], 'sample')}, in sequences of {status['sequence_length']} tokens"
     if isinstance(status["mfu"], float):
-        rows["speed"] += f", MFU {status['mfu']:.1%}"
+        rows["speed"] += f", MFU {percent(status['mfu'])}"
     if isinstance(status["memory_peak"], int) and 0 < status["memory_peak"] < 1 << 63:
         rows["memory"] = f"{status['memory_peak'] / 1e9:,.2f} GB at most, on rank 0"
     if status["skipped"]:

@@ -37,7 +37,7 @@ def test_the_server_has_a_row_for_each_line_over_a_rollback_and_restarts(tmp_pat
     with WandbServer() as server:
         run.to_the_kill()
         for go_on in (run.to_the_end, lambda: (run.directory / "report.html").write_text("a report"), lambda: None):
-            # In a process of its own: W&B's service lives as long as the process that started it.
+            # In a separate process: W&B's service lives as long as the process that started it.
             command = [MANTA, "track", str(run.directory), "--wandb", "project"]
             done = subprocess.run(command, env=os.environ | server.environment, capture_output=True, text=True, timeout=60, check=False)
             assert done.returncode == 0, done.stderr
