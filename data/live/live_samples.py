@@ -22,6 +22,7 @@ from manta.data.live.live_sources import LiveSplit, live_splits, prepare_live, w
 from manta.data.objectives.examples import Examples
 from manta.data.objectives.objective import Objective
 from manta.data.sampling.order import Permutation
+from manta.data.sampling.origins import DocumentOrigin
 from manta.data.sampling.samples import Samples
 from manta.data.shards.manifest import PreparedData
 from manta.data.shards.windows import Windows, check_indices
@@ -98,6 +99,10 @@ class LiveSamples:
         samples = np.asarray(indices, dtype=np.int64)
         check_indices(samples, self.validation_windows)
         return self._objective(Windows(tokens=self._validation[samples]), samples, seed=None)
+
+    def documents(self, _sample: int) -> list[DocumentOrigin]:
+        """Return no documents: without a prepared corpus, where they came from is not recorded."""
+        return []
 
     def seek(self, cursor: Cursor) -> None:
         """Continue from a cursor."""

@@ -145,7 +145,7 @@ def _complete_record(task: SplitTask, directory: CorpusDirectory) -> SplitRecord
         raise
     except (FileNotFoundError, ValidationError, InputError):
         return None
-    return None if any(directory.shard_problem(shard, contents=directory.store.is_local) for shard in record.shards()) else record
+    return None if record.problem(directory, contents=directory.store.is_local) else record
 
 
 def _mark_duplicates(source: SourceConfig, tasks: list[SplitTask], data: DataConfig) -> list[SplitTask]:

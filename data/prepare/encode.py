@@ -17,6 +17,7 @@ from manta.data.hashing import hashed
 from manta.data.sampling.order import Permutation
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import SplitRecord
+from manta.data.shards.origins import ShardOrigins, SplitOrigins
 from manta.data.shards.shard import Shard, ShardWriter, dtype_for
 from manta.data.source_config import FilterConfig
 from manta.data.sources.input_split import BadRow, Document, InputSplit, is_held_out
@@ -56,6 +57,15 @@ class SplitTask:
     def directory(self) -> CorpusDirectory:
         return CorpusDirectory(self.root, self.cache)
 
+    def write_positions(self, side: str, positions: NDArray[np.int64]) -> ShardOrigins | None:
+        """Write the positions of a shard's documents [documents]. Return None if there are none."""
+        if not len(positions):
+            return None
+        origins, content = ShardOrigins.describe(positions, f"{self.stem}.{side}")
+        if origins.file:
+            self.directory.store.write(origins.file, content)
+        return origins
+
     def write_record(self, record: SplitRecord) -> SplitRecord:
         """Write the record of a split, which says that its shards are complete."""
         self.directory.store.write(record_file(self.index), record.model_dump_json(indent=1).encode())
@@ -75,12 +85,18 @@ def encode_split(task: SplitTask, position: c_int64) -> SplitRecord:
         _ShufflingWriter(folder / f"{task.stem}.validation", tokenizer.vocabulary, key=2 * task.index + 1) as validation,
     ):
         for batch in documents.batches(position):
-            for ids, raw in _encode(batch, tokenizer, task.split):
+            for document, (ids, raw) in zip(batch, _encode(batch, tokenizer, task.split), strict=True):
                 writer = validation if is_held_out(raw, task.validation) else train
-                writer.append(ids, len(raw) if isinstance(raw, bytes) else 0)
+                writer.append(ids, len(raw) if isinstance(raw, bytes) else 0, document.position)
         shards = train.commit(), validation.commit()
+    origins = SplitOrigins(
+        places=task.split.places.recorded(),
+        train=task.write_positions("train", train.positions()),
+        validation=task.write_positions("validation", validation.positions()),
+    )
     removed = dict(sorted(documents.removed.items()))
-    return task.write_record(SplitRecord(train=shards[0], validation=shards[1], left_out=removed, refused=documents.first_bad_row))
+    record = SplitRecord(train=shards[0], validation=shards[1], left_out=removed, refused=documents.first_bad_row, origins=origins)
+    return task.write_record(record)
 
 
 def hash_split(task: SplitTask, position: c_int64) -> NDArray[np.uint64]:
@@ -139,10 +155,14 @@ class _ShufflingWriter(ShardWriter):
         super().__init__(prefix, dtype_for(vocabulary))
         self._key, self._blocks = key, 0
         self._documents: list[NDArray[np.uint32]] = []
+        self._positions: list[int] = []
+        self._shuffled_positions = [np.zeros(0, np.int64)]
         self._tokens = self._bytes = 0
 
-    def append(self, ids: NDArray[np.uint32], text_bytes: int) -> None:
+    def append(self, ids: NDArray[np.uint32], text_bytes: int, position: int) -> None:
+        """position: of the document in its input split."""
         self._documents.append(ids)
+        self._positions.append(position)
         self._tokens += len(ids)
         self._bytes += text_bytes
         if self._tokens >= _SHUFFLED:
@@ -152,13 +172,18 @@ class _ShufflingWriter(ShardWriter):
         self._flush()
         return super().commit()
 
+    def positions(self) -> NDArray[np.int64]:
+        """Return the positions of the documents in the order of the shard [documents], once it is committed."""
+        return np.concatenate(self._shuffled_positions)
+
     def _flush(self) -> None:
         if not self._documents:
             return
         order = Permutation(len(self._documents), int(hashed(self._key, self._blocks)[0]))(np.arange(len(self._documents)))
         shuffled = [self._documents[index] for index in order.tolist()]
         self.extend(np.concatenate(shuffled), np.array([*map(len, shuffled)], dtype=np.int64), self._bytes)
-        self._documents, self._tokens, self._bytes, self._blocks = [], 0, 0, self._blocks + 1
+        self._shuffled_positions.append(np.array(self._positions, dtype=np.int64)[order.astype(np.int64)])
+        self._documents, self._positions, self._tokens, self._bytes, self._blocks = [], [], 0, 0, self._blocks + 1
 
 
 def _encode(batch: list[Document], tokenizer: Tokenizer, split: InputSplit) -> Iterator[tuple[NDArray[np.uint32], "bytes | memoryview"]]:
@@ -172,7 +197,8 @@ def _encode(batch: list[Document], tokenizer: Tokenizer, split: InputSplit) -> I
             ids = document.content
             if ids.max() >= tokenizer.vocabulary:
                 problem = f"expected token ids below the tokenizer's {tokenizer.vocabulary}, got {ids.max()}"
-                raise InputError(f"{split.location(document.position)}: {problem}. Set tokenizer.file to the tokenizer that wrote them.")
+                location = split.places.location(document.position)
+                raise InputError(f"{location}: {problem}. Set tokenizer.file to the tokenizer that wrote them.")
             if ids[-1] != tokenizer.end_of_text:
                 ids = np.append(ids, end)
         yield ids, _raw(document.content)

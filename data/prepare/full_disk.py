@@ -14,7 +14,7 @@ from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import SplitRecord
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_FILES = 5  # of a split: two shards of two files each, and its record
+_FILES = 7  # of a split: two shards of two files each, their documents' positions, and its record
 
 
 def disk_error(error: OSError, path: str, needed: int = 0, files: int = 0) -> DataError:
@@ -24,7 +24,7 @@ def disk_error(error: OSError, path: str, needed: int = 0, files: int = 0) -> Da
         return DataError(f"{place}: {error.strerror or one_line(error)}. Once that is fixed, the same command resumes.")
     disk = path if os.path.isdir(path) else tempfile.gettempdir()  # noqa: PTH112  files for a store are written there first
     inodes = os.statvfs(disk)
-    if inodes.f_files and not inodes.f_favail:
+    if inodes.f_files and inodes.f_favail < _FILES:  # the temporary files of a split that failed are deleted by now
         problem = f"no inodes are left: expected room for {max(files, 1):,} more files"
     else:
         free = "none" if error.errno == errno.EDQUOT else f"{shutil.disk_usage(disk).free / 1e6:,.1f} MB"

@@ -91,7 +91,7 @@ class WorkerProcess:
         except (EOFError, ConnectionResetError):
             self._process.join()
             position = self._position.value
-            near = self._split.name if position == _NO_POSITION else f"near {self._split.location(position)}"
+            near = self._split.name if position == _NO_POSITION else f"near {self._split.places.location(position)}"
             died = f"a process died ({_cause(self._process.exitcode)})"
             raise DataError(
                 f"{near}: {died}. Run the same command again, which resumes; if it dies again, fix or remove the file."

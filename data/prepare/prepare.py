@@ -1,7 +1,7 @@
 """Prepare sources: train a tokenizer and write token shards, once. Existing outputs are reused.
 
     <directory>/tokenizer-<key>/tokenizer.json  tokenizer.xxh3
-    <directory>/<source>-<key>/piece-00000.{train,validation}.{bin,idx}  piece-00000.json  …  manifest.json
+    <directory>/<source>-<key>/piece-00000.{train,validation}.{bin,idx,origins}  piece-00000.json  …  manifest.json
 
 A key is a hash of everything that determines a directory's content (names, sizes and times of the files, tokenizer, split, format), so
 any change leads to another directory. A killed preparation resumes at the first incomplete split. The bytes do not depend on kills or on

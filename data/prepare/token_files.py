@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from manta.data.errors import InputError
 from manta.data.prepare.encode import SplitTask, open_tokenizer
 from manta.data.shards.manifest import SplitRecord
+from manta.data.shards.origins import SplitOrigins
 from manta.data.shards.shard import LONGEST, Shard, index_bytes, parse_index
 from manta.data.source_config import SourceConfig
 from manta.data.sources.input_split import BadRow, Document
 from manta.data.sources.source import source_files
 from manta.data.storage.location import StoredFile, absolute
+from manta.data.storage.positions import Places
 from manta.data.storage.store import open_store
 from manta.data.tokenizer.tokenizer import Tokenizer
 
@@ -54,8 +56,9 @@ class TokenFileSplit:
     def documents(self) -> Iterator[Document | BadRow]:
         return iter(())
 
-    def location(self, position: int) -> str:
-        return f"{self.path}: token {position}"
+    @property
+    def places(self) -> Places:
+        return Places(unit="token", paths=(self.path,))
 
 
 class _Layout(NamedTuple):
@@ -63,7 +66,7 @@ class _Layout(NamedTuple):
     offset: int
     """Bytes before the first id."""
     lengths: Lengths | None = None
-    """[D], if the format records them."""
+    """Of the documents in the file, if the format records them; 0 for an empty one."""
 
 
 def token_file_splits(source: SourceConfig) -> list[TokenFileSplit]:
@@ -83,9 +86,11 @@ def index_token_file(task: SplitTask, position: c_int64) -> SplitRecord:
     layout, tokenizer = _layout(split), open_tokenizer(task.tokenizer, task.cache, task.end_of_text, task.encoder)
     xxh3, ends = _scan(split, layout, tokenizer, position)
     tokens = (split.size - layout.offset) // layout.dtype.itemsize
-    lengths_D = _limit(np.diff(np.unique(np.concatenate([[0], ends, [tokens]]))) if layout.lengths is None else layout.lengths)
+    in_file = np.diff(np.unique(np.concatenate([[0], ends, [tokens]]))) if layout.lengths is None else layout.lengths
+    lengths_D = _limit(in_file[in_file > 0])
     unended = len(lengths_D) - int(np.isin(np.cumsum(lengths_D), ends).sum())
     lengths_D, count = _hold_out(lengths_D, task.validation)
+    numbers_D = np.searchsorted(np.cumsum(in_file), np.cumsum(lengths_D) - lengths_D, side="right")  # in the file, which has empty ones
 
     def write_shard(side: str, lengths_D: Lengths, first: int) -> Shard | None:
         """Write the index of consecutive documents from token `first` on. Return None if there are none."""
@@ -100,8 +105,13 @@ def index_token_file(task: SplitTask, position: c_int64) -> SplitRecord:
 
     train = write_shard("train", lengths_D[:count], 0)
     validation = write_shard("validation", lengths_D[count:], int(lengths_D[:count].sum()))
+    origins = SplitOrigins(
+        places=Places(unit="document", paths=(split.path,)).recorded(),
+        train=task.write_positions("train", numbers_D[:count]),
+        validation=task.write_positions("validation", numbers_D[count:]),
+    )
     notes = {} if unended <= 1 else {"not ended by the end of text, and taken all the same": unended}  # a key of manifests: keep it
-    return task.write_record(SplitRecord(train=train, validation=validation, left_out=notes))
+    return task.write_record(SplitRecord(train=train, validation=validation, left_out=notes, origins=origins))
 
 
 def _format_of(file: StoredFile, source: SourceConfig) -> TokenFormat:
@@ -135,7 +145,7 @@ def _layout(split: TokenFileSplit) -> _Layout:
     if (size := int(lengths_D.sum()) * index.dtype.itemsize) != split.size:
         problem = f"expected the {size} bytes of its .idx, got {split.size}"
         raise InputError(f"{split.path}: {problem}. It is truncated, or the .idx of another file; download both again.")
-    return _Layout(dtype=index.dtype, offset=0, lengths=lengths_D[lengths_D > 0])
+    return _Layout(dtype=index.dtype, offset=0, lengths=lengths_D)
 
 
 def _fixed_layout(split: TokenFileSplit, dtype: np.dtype[Any], offset: int) -> _Layout:
@@ -171,7 +181,7 @@ def _scan(split: TokenFileSplit, layout: _Layout, tokenizer: Tokenizer, position
         if len(ids) and (ids.max() >= tokenizer.vocabulary or ids.min() < 0):
             bad = int(np.flatnonzero((ids >= tokenizer.vocabulary) | (ids < 0))[0])
             problem = f"expected ids below the tokenizer's {tokenizer.vocabulary}, got {ids[bad]}"
-            raise InputError(f"{split.location(first + bad)}: {problem}. Set tokenizer.file to the tokenizer that wrote them.")
+            raise InputError(f"{split.places.location(first + bad)}: {problem}. Set tokenizer.file to the tokenizer that wrote them.")
         ends.append(first + np.flatnonzero(ids == tokenizer.end_of_text) + 1)
         first += len(ids)
         header = 0

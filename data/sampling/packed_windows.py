@@ -17,7 +17,7 @@ from manta.data.sampling.packing import Bins, best_fit
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest
 from manta.data.shards.shard import Count, Shard
-from manta.data.shards.windows import TokenStream, WindowDataset, Windows, WindowShape
+from manta.data.shards.windows import Span, TokenStream, WindowDataset, Windows, WindowShape
 from manta.data.storage.open_files import cache_maps
 
 
@@ -67,6 +67,14 @@ class PackedDataset(WindowDataset):
                 documents_KW[row, filled : filled + length] = number
                 filled += length
         return Windows(tokens=tokens_KW, documents=documents_KW, sources=self._source_of_shard[shards])
+
+    def spans(self, window: int) -> list[Span]:
+        (shard,), (own,) = self._locate(np.array([window]))
+        bins, stream = self._bins(int(shard)), int(self._source_of_shard[shard])
+        first, end = bins.edges[own : own + 2].tolist()
+        pieces = zip(bins.starts[first:end].tolist(), bins.lengths[first:end].tolist(), strict=True)
+        index = self._shards[shard][1]
+        return [Span(stream, index, start, length) for start, length in pieces]
 
     @cache_maps
     def _bins(self, shard: int) -> Bins:

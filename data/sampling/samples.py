@@ -23,6 +23,7 @@ from manta.data.objectives.examples import Examples, sample_keys
 from manta.data.objectives.objective import Objective
 from manta.data.sampling.mixture import Mixture
 from manta.data.sampling.order import BlockOrder, Order, Permutation
+from manta.data.sampling.origins import DocumentOrigin, OriginFinder
 from manta.data.sampling.packed_windows import PackedDataset, ShardPacking, load_packing
 from manta.data.shards.corpus_directory import CorpusDirectory
 from manta.data.shards.manifest import Manifest, PreparedData, digest, load_corpora
@@ -59,6 +60,7 @@ class Samples:
         self.train_windows = sum(len(source.dataset) for source in self.sampler.sources)
         self.source_names = tuple(source.resolved_name for source in data.sources)
         self.token_bytes = tokenizer.token_bytes()
+        self._origins = OriginFinder()
 
     def train(self, read_indices: NDArray[np.integer], *, sequence_length: int | None = None) -> Examples:
         """Return the examples of read indices [K] of any epoch: T / sequence_length for each sample if sequences are shorter."""
@@ -75,6 +77,17 @@ class Samples:
         check_indices(samples, self.validation_windows)
         windows = self._read(self._validation, self._validation_order(samples).astype(np.int64), samples, seed=None)
         return self._objective(windows, samples, seed=None)
+
+    def documents(self, sample: int) -> list[DocumentOrigin]:
+        """Return the documents in the window of a sample number, in order, and where each came from. Of pairs, only part A's window.
+
+        Unknown origins, of corpora from an earlier version or with damaged files, are None. Files are read to count their lines.
+        """
+        (index,), own = self.sampler.locate(np.array([sample]))
+        source = self.sampler.sources[index]
+        first = index if len(self.sampler.sources) > 1 else 0
+        spans = source.dataset.spans(int(source.order(own)[1][0]))
+        return self._origins.documents((source.streams[span.stream], self.source_names[first + span.stream], span) for span in spans)
 
     def _read_source(self, index: int, own: Numbers, samples: Numbers) -> Windows:
         self.sampler.prefetch(index, int(own[0]))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 from manta.data.config import CacheConfig
 from manta.data.errors import InputError
 from manta.data.shards.corpus_directory import REMEDY, CorpusDirectory
+from manta.data.shards.origins import SplitOrigins
 from manta.data.shards.shard import Count, Shard
 from manta.data.tokenizer import tokenizer
 
@@ -26,9 +27,19 @@ class SplitRecord(BaseModel, frozen=True, extra="forbid"):
     """Excluded documents, by reason."""
     refused: str | None = None
     """The first bad row, if bad rows are skipped."""
+    origins: SplitOrigins | None = None
+    """Where the documents came from; None in corpora from before it was recorded."""
 
     def shards(self) -> tuple[Shard, ...]:
         return tuple(shard for shard in (self.train, self.validation) if shard)
+
+    def problem(self, directory: CorpusDirectory, *, contents: bool) -> str | None:
+        """Return what is wrong with the split's files, if anything. contents: check their hashes, not their sizes alone."""
+        problems = [directory.shard_problem(shard, contents=contents) for shard in self.shards()]
+        if self.origins:
+            sides = (self.origins.train, self.train), (self.origins.validation, self.validation)
+            problems += [origins.problem(directory, shard, contents=contents) for origins, shard in sides if origins and shard]
+        return next((problem for problem in problems if problem), None)
 
 
 class CorpusSplit(BaseModel, frozen=True, extra="forbid"):

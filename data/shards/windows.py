@@ -91,6 +91,15 @@ class TokenStream:
         return np.concatenate(parts).astype(np.int64)
 
 
+class Span(NamedTuple):
+    """Tokens [start, start + length) of a shard."""
+
+    stream: int
+    shard: int
+    start: int
+    length: int
+
+
 def check_indices(indices: NDArray[np.integer], count: int) -> None:
     """Raise IndexError unless all indices are in range(count)."""
     if indices.size and (indices.min() < 0 or indices.max() >= count):
@@ -113,6 +122,10 @@ class WindowDataset(ABC):
     @abstractmethod
     def read(self, windows: NDArray[np.integer]) -> Windows:
         """Return windows [K] in range(len(self))."""
+
+    @abstractmethod
+    def spans(self, window: int) -> list[Span]:
+        """Return which tokens a window holds, in order and without padding. No shard is read."""
 
     def part(self, windows: Numbers) -> tuple[Numbers, Numbers]:
         """Return the first window [K] and the number of windows [K] of the part that each of these windows is in."""
@@ -154,3 +167,14 @@ class CutDataset(WindowDataset):
             rows = owners == index
             tokens_KW[rows] = self._streams[index].gather(starts[rows], width)
         return Windows(tokens=tokens_KW, sources=owners)
+
+    def spans(self, window: int) -> list[Span]:
+        (part,), (own,) = self._locate(np.array([window]))
+        index, start = int(self._stream_of_part[part]), int(self._starts[part] + own * self._shape.stride)
+        edges, end, spans = self._streams[index].starts, start + self._shape.width, list[Span]()
+        shard = int(np.searchsorted(edges, start, side="right")) - 1
+        while start < end:
+            length = min(int(edges[shard + 1]), end) - start
+            spans.append(Span(index, shard, start - int(edges[shard]), length))
+            start, shard = start + length, shard + 1
+        return spans

@@ -7,9 +7,9 @@ DocumentSplit, FORMATS, SUFFIXES and `format` in data/source_config.py.
 from typing import Literal
 
 from manta.data.source_config import SourceConfig
-from manta.data.sources.streams import compression_of, format_suffix
 from manta.data.sources.tables import ArrowSplit, HuggingFaceSplit, ParquetSplit
 from manta.data.sources.text_formats import JsonLinesSplit, TextSplit
+from manta.data.storage.streams import compression_of, format_suffix
 
 Format = Literal["text", "json", "parquet", "arrow", "tokens"]
 DocumentSplit = TextSplit | JsonLinesSplit | ParquetSplit | ArrowSplit | HuggingFaceSplit

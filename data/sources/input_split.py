@@ -9,13 +9,14 @@ import xxhash
 from manta.data.errors import InputError
 from manta.data.source_config import LONGEST_DOCUMENT
 from manta.data.sources.rows import Content, MixedKindsError, RowError, RowReader
+from manta.data.storage.positions import Places
 
 
 class Document(NamedTuple):
     content: Content
     """Text, or token ids if the row holds those; never empty."""
     position: int
-    """Its position in the split, for `InputSplit.location`; rises from document to document."""
+    """Its position in the split's `places`; rises from document to document."""
 
 
 class BadRow(NamedTuple):
@@ -40,8 +41,9 @@ class InputSplit(Protocol):
         """Raises InputError for a file that cannot be read to its end, and for the first bad row unless bad rows are skipped."""
         ...
 
-    def location(self, position: int) -> str:
-        """Return the file and line, or row, of a document. May read the file."""
+    @property
+    def places(self) -> Places:
+        """Its files, and what a position counts."""
         ...
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from manta.data.errors import InputError, cut
 from manta.data.source_config import SourceConfig
 from manta.data.sources.file_formats import SUFFIXES, format_of
-from manta.data.sources.streams import format_suffix
+from manta.data.storage.streams import format_suffix
 
 _DATA = {"json", "parquet", "arrow", "tokens"}
 _PLAIN = {".txt", ".text"}

@@ -19,11 +19,11 @@ from manta.data.errors import InputError, cut
 from manta.data.source_config import SourceConfig
 from manta.data.sources.file_formats import SUFFIXES, TEXT, configured_format, format_of
 from manta.data.sources.selection import check_saved_dataset, select
-from manta.data.sources.streams import COMPRESSION, compression_of, format_suffix, reading
 from manta.data.storage.links import boundary, regular_file
 from manta.data.storage.listing import walk
 from manta.data.storage.location import StoredFile
 from manta.data.storage.store import open_store
+from manta.data.storage.streams import COMPRESSION, compression_of, format_suffix, reading
 
 _STDLIB = sysconfig.get_path("stdlib")
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from manta.data.errors import InputError, one_line
 from manta.data.sources.input_split import BadRow, Document, ReadOptions
 from manta.data.sources.rows import Content, FieldReader, RowError, UndecodableValue, column_of, missing_field
-from manta.data.sources.streams import reading
 from manta.data.storage.location import StoredFile
+from manta.data.storage.positions import Places
 from manta.data.storage.store import open_store
+from manta.data.storage.streams import reading
 
 _BATCH = 1024  # rows read at a time
 _MEMORY = 1 << 30  # bytes that these may take
@@ -36,8 +37,9 @@ class _TableFileSplit(ABC):
         contents = (content for columns in self._batches() for content in _contents(columns, self.options))
         yield from _documents(contents, self, self.first_row)
 
-    def location(self, position: int) -> str:
-        return f"{self.path}: row {position + 1}"
+    @property
+    def places(self) -> Places:
+        return Places(unit="row", paths=(self.path,))
 
     @abstractmethod
     def _batches(self) -> Iterator[dict[str, Any]]:
@@ -141,8 +143,9 @@ class HuggingFaceSplit:
         with reading(self.name, ValueError, DatasetsError):
             yield from _documents((_content(row, self.options) for row in stream), self, first_row=0)
 
-    def location(self, position: int) -> str:
-        return f"{self.name}, row {position + 1}"
+    @property
+    def places(self) -> Places:
+        return Places(unit="row", paths=(self.name,))
 
 
 def _open_dataset(dataset: str, config: str | None) -> Any:
@@ -206,7 +209,7 @@ def _documents(
 ) -> Iterator[Document | BadRow]:
     for row, content in enumerate(contents, start=first_row):
         if isinstance(content, RowError):
-            yield split.options.bad_row(split.location(row), content)
+            yield split.options.bad_row(split.places.location(row), content)
         elif len(content):
             yield Document(content, row)
 

@@ -7,17 +7,17 @@ from typing import BinaryIO, Self
 
 from manta.data.sources.input_split import BadRow, Document, ReadOptions
 from manta.data.sources.rows import RowError, parse_json
-from manta.data.sources.streams import compression_of, open_bytes, open_text
+from manta.data.storage import positions
 from manta.data.storage.location import StoredFile
+from manta.data.storage.positions import FILE, Places
 from manta.data.storage.store import open_store
+from manta.data.storage.streams import compression_of, open_bytes, open_text
 
 # Characters: a longer text file is cut, so that a single input.txt can be split into training and validation documents.
 MAX_DOCUMENT = 64 * 1024
 CUT_DOCUMENT = 16 * 1024
 
 _BLOCK = 1 << 20  # bytes read at a time
-_FILE = 1 << 40  # a position in one of several text files is file * _FILE + character
-_MAX_COUNTED = 1 << 30  # bytes: beyond, a bad line that is skipped is named by its byte instead of by counting all lines before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,13 @@ class TextSplit:
     def name(self) -> str:
         return self.paths[0] if len(self.paths) == 1 else f"{self.paths[0]} … {self.paths[-1]}"
 
+    @property
+    def places(self) -> Places:
+        return Places(unit="character", paths=self.paths)
+
     def documents(self) -> Iterator[Document | BadRow]:
         for index, path in enumerate(self.paths):
-            position, line = index * _FILE, 1
+            position, line = index * FILE, 1
             with open_text(path) as text:
                 for part in _cut(text):
                     if (bad := _undecodable(part)) is None:
@@ -49,14 +53,6 @@ class TextSplit:
                         bad_line = line + part.count("\n", 0, bad)
                         yield self.options.bad_row(f"{path}: line {bad_line}", error)
                     position, line = position + len(part), line + part.count("\n")
-
-    def location(self, position: int) -> str:
-        index, remaining = divmod(position, _FILE)
-        line = 1
-        with open_text(self.paths[index]) as text:
-            while remaining > 0 and (block := text.read(min(remaining, _BLOCK))):
-                remaining, line = remaining - len(block), line + block.count("\n")
-        return f"{self.paths[index]}: from line {line}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +80,10 @@ class JsonLinesSplit:
     def name(self) -> str:
         return self.path if self.start == 0 else f"{self.path} from byte {self.start}"
 
+    @property
+    def places(self) -> Places:
+        return Places(unit="byte", paths=(self.path,))
+
     def documents(self) -> Iterator[Document | BadRow]:
         with open_bytes(self.path) as stream:
             first, lines_before = self.start, -1
@@ -98,17 +98,15 @@ class JsonLinesSplit:
                         raise self.options.too_long()
                     content = "" if line.isspace() else self.options.reader.read(parse_json(line))
                 except RowError as error:
-                    countable = not first or (open_store(self.path).is_local and (self.options.bad_rows != "skip" or first <= _MAX_COUNTED))
+                    is_near = self.options.bad_rows != "skip" or first <= positions.MAX_COUNTED
+                    countable = not first or (open_store(self.path).is_local and is_near)
                     if countable and lines_before < 0:
-                        lines_before = _count_lines(self.path, first)
+                        lines_before = positions.count_lines(self.path, first)
                     at = f"line {lines_before + number}" if countable else f"byte {offset}"
                     yield self.options.bad_row(f"{self.path}: {at}", error)
                 else:
                     if len(content):
                         yield Document(content, offset)
-
-    def location(self, position: int) -> str:
-        return f"{self.path}: line {1 + _count_lines(self.path, position)}"
 
 
 def _lines(stream: BinaryIO, offset: int, longest: int) -> Iterator[tuple[int, bytes | None]]:
@@ -162,12 +160,3 @@ def _undecodable(part: str) -> int | None:
         except UnicodeEncodeError as error:
             return error.start
     return None
-
-
-def _count_lines(path: str, stop: int) -> int:
-    """Count the line ends in the first `stop` bytes."""
-    lines = 0
-    with open_bytes(path) as stream:
-        while stop > 0 and (block := stream.read(min(stop, _BLOCK))):
-            stop, lines = stop - len(block), lines + block.count(b"\n")
-    return lines

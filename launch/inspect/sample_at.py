@@ -60,6 +60,7 @@ def sample_at(run: Path, step: int, *, slot: int | None, rank: int | None, ranks
         if slot in {None, at} and rank in {None, data_rank}:
             rendered = renderer(examples, separated.train(index, sequence_length=stage.sequence_length))
             location, sequences = _locate(samples.sampler, index, names), _sequences(examples, rendered, config.data.pairs)
+            location["documents"] = [asdict(document) for document in samples.documents(location["sample"])]
             shown.append({"rank": data_rank, "micro_step": micro_step, "slot": at, **location, "sequences": sequences})
     logged = next((line for line in lines if line["step"] == step), None)
     return {
@@ -135,6 +136,7 @@ def show(report: Report, *, full: bool) -> None:
         heading = f"{reader} · sample {sample['sample']:,} · {sample['source']} · epoch {sample['epoch']} · {window}"
         out.print()
         rule(out, heading)
+        _show_origins(out, sample["documents"], full=full)
         sequences = sample["sequences"]
         for number, sequence in enumerate(sequences if full else sequences[:_SEQUENCES], 1):
             if len(sequences) > 1:
@@ -142,6 +144,14 @@ def show(report: Report, *, full: bool) -> None:
             _show_sequence(out, sequence, full=full)
         if not full and len(sequences) > _SEQUENCES:
             out.print(f"  ⋮  {len(sequences) - _SEQUENCES:,} more sequences; --full shows all", style="dim")
+
+
+def _show_origins(out: Console, documents: list[Report], *, full: bool) -> None:
+    for number, document in enumerate(documents if full else documents[:_DOCUMENTS], 1):
+        location = "origin unknown" if document["location"] is None else visible(document["location"])
+        out.print(Text(f"{number:>3} · {location} · {count_text(document['tokens'], 'token')}", style="dim"))
+    if not full and len(documents) > _DOCUMENTS:
+        out.print(f"  ⋮  {len(documents) - _DOCUMENTS:,} more documents; --full shows all", style="dim")
 
 
 def _digest_text(digest: Report) -> Text:

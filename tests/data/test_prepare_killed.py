@@ -67,14 +67,14 @@ def records(directory: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in directory.glob("*/piece-*.json")}
 
 
-@pytest.mark.parametrize("rename", [1, 2, 5, 7, 34, 63])
+@pytest.mark.parametrize("rename", [1, 2, 5, 8, 46, 87])
 def test_a_preparation_killed_at_any_file_resumes_to_the_same_bytes(lines, undisturbed, tmp_path, rename):
-    """Renames: the tokenizer's hash, the tokenizer, five per split (two per shard and one for its record) up to 62; 63 is the manifest."""
+    """Renames: the tokenizer's hash, the tokenizer, seven per split (three per shard, one for its record) up to 86; 87 is the manifest."""
     assert start(prepare_and_die, tmp_path, lines, rename).wait() == -signal.SIGKILL
     assert not list(tmp_path.glob("*/manifest.json"))
     assert prepare.find_prepared(config(tmp_path, lines), SMALL) is None
     finished = records(tmp_path)
-    assert len(finished) == max(0, rename - 3) // 5
+    assert len(finished) == max(0, rename - 3) // 7
     prepared = prepare.prepare(config(tmp_path, lines), SMALL)
     assert content(prepared) == content(undisturbed)
     assert finished.items() <= records(tmp_path).items()

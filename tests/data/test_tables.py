@@ -160,7 +160,7 @@ def test_a_local_hugging_face_dataset_is_read(tmp_path):
     write_parquet(tmp_path / "test-0.parquet", text=["of another split"])
     write_file(tmp_path / "README.md", b"---\nlicense: mit\n---\nThe card.")
     assert read(f"hf:{tmp_path}") == read(tmp_path) == [f"{text} {part}" for part in range(2) for text in DOCUMENTS]
-    assert locations(f"hf:{tmp_path}")[3:5] == [f"hf:{tmp_path} shard 0, row 4", f"hf:{tmp_path} shard 1, row 1"]
+    assert locations(f"hf:{tmp_path}")[3:5] == [f"hf:{tmp_path} shard 0: row 4", f"hf:{tmp_path} shard 1: row 1"]
     assert "row 1: expected a field 'txet', got 'text'. Set text_field of" in error_of(f"hf:{tmp_path}", text_field="txet")
     assert f"hf:{tmp_path / 'none'}: expected a dataset that can be opened" in error_of(f"hf:{tmp_path / 'none'}")
     assert "got no dataset" in error_of("hf:")

@@ -19,6 +19,7 @@ from manta.data.sources import splits, text_formats
 from manta.data.sources.input_split import ReadOptions
 from manta.data.sources.rows import FieldReader
 from manta.data.sources.text_formats import JsonLinesSplit
+from manta.data.storage import positions
 from manta.data.storage.store import open_store
 
 ZST_SKIPPED = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"  # a frame that readers skip
@@ -83,14 +84,14 @@ def test_a_long_text_is_cut_between_paragraphs_with_line_numbers(tmp_path):
     parts, lines = read(path), locations(path)
     assert len(parts) > 10
     assert all(part.startswith("paragraph") and part.endswith("\n\n") for part in parts)
-    assert lines == [f"{path}: from line {1 + 2 * int(part.split()[1])}" for part in parts]
+    assert lines == [f"{path}: line {1 + 2 * int(part.split()[1])}" for part in parts]
 
 
 def test_each_document_has_its_file_and_line(tmp_path):
     for name, content in {"a.jsonl": LINES, "b.jsonl.gz": gzip.compress(b"\n" + LINES), "c.txt": b"one", "d.txt": b"two"}.items():
         write_file(tmp_path / name, content)
     lines = [f"a.jsonl: line {i}" for i in range(1, 5)] + [f"b.jsonl.gz: line {i}" for i in range(2, 6)]
-    assert locations(tmp_path) == [f"{tmp_path}/{line}" for line in [*lines, "c.txt: from line 1", "d.txt: from line 1"]]
+    assert locations(tmp_path) == [f"{tmp_path}/{line}" for line in [*lines, "c.txt: line 1", "d.txt: line 1"]]
 
 
 @settings(deadline=None)
@@ -100,7 +101,7 @@ def test_byte_ranges_of_json_lines_yield_each_line_once(tmp_path_factory, size):
     options = ReadOptions(reader=FieldReader(name="text", key="data.text_field"))
     ranges = list(JsonLinesSplit.from_files([open_store(path).stat()], options, size))
     assert len(ranges) == -(-len(LINES) // size)
-    documents = [(document.content, split.location(document.position)) for split in ranges for document in split.documents()]
+    documents = [(document.content, split.places.location(document.position)) for split in ranges for document in split.documents()]
     assert documents == [(text, f"{path}: line {line}") for line, text in enumerate(DOCUMENTS, start=1)]
 
 
@@ -148,7 +149,7 @@ def test_skip_removes_bad_json_lines_and_reports_each(tmp_path, monkeypatch):
 
 def test_a_bad_line_far_into_a_file_is_named_by_its_byte(tmp_path, monkeypatch):
     path = write_file(tmp_path / "x.jsonl", LINES + b"{}\n")
-    monkeypatch.setattr(text_formats, "_MAX_COUNTED", 100)
+    monkeypatch.setattr(positions, "MAX_COUNTED", 100)
     monkeypatch.setattr(splits, "SPLIT_BYTES", len(LINES) - 5)
     _, messages = read_skipping(path)
     assert messages == [f"{path}: byte {len(LINES)}: expected a field 'text', got no fields. Set data.text_field."]
@@ -238,9 +239,9 @@ def test_a_file_deleted_before_it_is_read_is_an_error(tmp_path):
     path = write_file(tmp_path / "x.jsonl", LINES)
     split = splits_of(path)[0]
     Path(path).unlink()
-    for read_it in (lambda: list(split.documents()), lambda: split.location(30)):
-        with pytest.raises(InputError, match=f"{path}: expected a readable file"):
-            read_it()
+    with pytest.raises(InputError, match=f"{path}: expected a readable file"):
+        list(split.documents())
+    assert split.places.location(30) == f"{path}: byte 30"
 
 
 def test_a_line_that_is_too_long_is_bad_and_does_not_shift_others(tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def read(path, **keys) -> list[str] | list[list[int]]:
 
 
 def locations(path, **keys) -> list[str]:
-    return [split.location(row.position) for split, row in read_all(path, **keys)]
+    return [split.places.location(row.position) for split, row in read_all(path, **keys)]
 
 
 def read_skipping(path, **keys) -> tuple[list[str], list[str]]:

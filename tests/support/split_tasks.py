@@ -41,8 +41,9 @@ class DeadlySplit:
     def name(self):
         return self.split.name
 
-    def location(self, position):
-        return self.split.location(position)
+    @property
+    def places(self):
+        return self.split.places
 
     def documents(self):
         for number, document in enumerate(self.split.documents(), start=1):
