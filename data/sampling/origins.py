@@ -87,7 +87,7 @@ class OriginFinder:
     def _warn(self, error: Exception) -> None:
         """Log the first problem: others are likely to be the same one."""
         if not self._has_warned:
-            log.warning("the files and lines of some documents are unknown: %s", one_line(error))
+            log.warning("the files and lines of some documents are unknown: %s", one_line(error).removesuffix(f". {REMEDY}"))
         self._has_warned = True
 
 
@@ -111,10 +111,10 @@ def _read_origins(stream: TokenStream, number: int) -> tuple[Places, ShardOrigin
     try:
         record = SplitRecord.model_validate_json(stream.home.read(f"{stem}.json"))
     except ValidationError:
-        raise InputError(f"{path}: expected the record of an input split, got a damaged one. {REMEDY}") from None
+        raise InputError(f"{path}: expected the record of an input split, got a damaged one") from None
     is_train = side == "train"
     if (record.train if is_train else record.validation) != shard:
-        raise InputError(f"{path}: expected the record of {shard.index}, got another one. {REMEDY}")
+        raise InputError(f"{path}: expected the record of {shard.index}, got another one")
     origins = record.origins and (record.origins.train if is_train else record.origins.validation)
     if not record.origins or not origins:
         raise _NotRecordedError

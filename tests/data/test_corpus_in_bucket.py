@@ -200,3 +200,16 @@ def _keys(data: DataConfig) -> list[str]:
 def _shards(lines: Path, tmp_path: Path) -> list[Path]:
     prepare.prepare(config(tmp_path / "sizes", lines), SMALL)
     return list((tmp_path / "sizes").glob("*/piece-*.bin"))
+
+
+def test_origins_of_a_corpus_in_a_bucket_are_those_of_one_on_disk(bucket, lines, tmp_path):
+    """The positions are downloaded into the cache as shards are, once; the lines are counted in the local source."""
+    proxy, data = bucket
+    local = config(tmp_path / "local", lines)
+    remote_samples, local_samples = (Samples(prepare.prepare(each, SMALL), each, SMALL, seed=3) for each in (data, local))
+    numbers = range(0, remote_samples.train_windows, 9)
+    found = [remote_samples.documents(number) for number in numbers]
+    assert found == [local_samples.documents(number) for number in numbers]
+    assert all(document.location.startswith(f"{lines}/") for documents in found for document in documents)
+    counts = {key.rpartition("/")[2]: count for key, count in proxy.gets.items() if key.endswith(".origins")}
+    assert counts == {f"piece-{index:05d}.train.origins": 1 for index in range(8)}

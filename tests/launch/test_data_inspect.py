@@ -214,9 +214,16 @@ def test_sample_at_shows_what_the_run_was_trained_on(workspace, run, steps):
         name: "".join(path.read_text() for path in (workspace.directory / "documents").glob(f"{names}*.txt"))
         for name, names in NAMES.items()
     }
+    printed = workspace.manta("data", "sample-at", run, str(STEPS), "--full").stdout
     for sample in steps[-1]["samples"]:
         for document in sample["sequences"][0]["documents"]:
             assert document["text"].removesuffix("<|endoftext|>").strip("�") in texts[sample["source"]]
+        for document, origin in zip(sample["sequences"][0]["documents"], sample["documents"], strict=True):
+            path, line = re.fullmatch(r"(.*): line (\d+)", origin["location"]).groups()
+            there = "".join(Path(path).read_text().splitlines(keepends=True)[int(line) - 1 :])
+            assert document["text"].removesuffix("<|endoftext|>").strip("�") in there
+            assert (document["tokens"], sample["source"]) == (origin["tokens"], origin["source"])
+            assert f" · {origin['location']} · " in printed
 
 
 NAMES = {"early": "[a-d]", "late": "[e-h]"}
