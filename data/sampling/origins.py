@@ -23,7 +23,7 @@ from manta.data.storage.positions import Places
 
 log = logging.getLogger(__name__)
 
-_SHARDS = 32  # whose documents' ends are held in memory
+_SHARDS = 32  # shards that keep the ends of their documents in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Name places in files as a user finds them: by line, row or document.
 
-An input split gives each of its documents a position, in one unit. A position is cheap to record and to seek; the line that it is on is
-counted only when it is asked for.
+An input split gives each of its documents a position, in one unit. A position is cheap to record and to seek; its line
+is counted on request.
 """
 
 from collections.abc import Sequence

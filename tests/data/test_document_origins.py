@@ -81,7 +81,7 @@ def open_samples(data: DataConfig, tokens: TokenizerConfig = SMALL) -> tuple[Sam
 
 
 def text_at(location: str) -> str:
-    """Read a document where it is said to be: for a text file, all that starts there and could be of it."""
+    """Read a document at its location. Of a text file return all that starts there and could be the document."""
     path, kind, number = re.fullmatch(r"(.*): (line|row) (\d+)", location).groups()
     index = int(number) - 1
     if kind == "row":
@@ -101,7 +101,7 @@ def window_ids(samples: Samples, read_index: int) -> list[int]:
 
 
 def wrong_documents(samples: Samples, tokenizer: Tokenizer, read_indices: range) -> tuple[list[DocumentOrigin], list[DocumentOrigin]]:
-    """Return all documents of samples, and those whose text is not where they are said to be."""
+    """Return all documents of samples, and those with other text at their location."""
     found, wrong = [], []
     is_packed = isinstance(samples.sampler.sources[0].dataset, PackedDataset)
     for read_index in read_indices:
@@ -122,7 +122,7 @@ def wrong_documents(samples: Samples, tokenizer: Tokenizer, read_indices: range)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_document_of_a_sample_is_where_it_is_said_to_be(folder, way):
+def test_the_named_line_holds_the_text_of_each_document_of_a_sample(folder, way):
     samples, tokenizer = open_samples(config_of(folder, **WAYS[way]))
     total = samples.train_windows
     found, wrong = wrong_documents(samples, tokenizer, range(0, 2 * total, 7))
