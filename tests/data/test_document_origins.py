@@ -318,3 +318,13 @@ def test_a_file_name_that_is_not_unicode_is_recorded(tmp_path):
     locations = {document.location for document in all_documents(data)}
     assert len(locations) > 30
     assert all(location.startswith(f"{folder}/caf\\udce9.jsonl: byte ") for location in locations)
+
+
+def test_a_resumed_preparation_writes_missing_origins_again(tmp_path, small_corpus):
+    (corpus,) = tmp_path.glob("corpora/web-*")
+    whole = {path.name: path.read_bytes() for path in corpus.iterdir()}
+    (corpus / "manifest.json").unlink()
+    (corpus / "piece-00000.train.origins").unlink()
+    (corpus / "piece-00001.train.origins").write_bytes(b"x" * len(whole["piece-00001.train.origins"]))
+    prepare.prepare(small_corpus, SMALL)
+    assert {path.name: path.read_bytes() for path in corpus.iterdir()} == whole

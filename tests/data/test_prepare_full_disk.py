@@ -89,7 +89,7 @@ def test_a_disk_that_becomes_read_only_is_reported(lines, undisturbed, tmp_path)
 def test_a_preparation_resumes_from_a_disk_that_fills_up_anywhere(lines, undisturbed, tmp_path, limit):
     """The disk grows a little each time: it is full at the lock, the tokenizer, a shard, a record, the manifest and the packing."""
     data = config(tmp_path / "disk", lines, packing="best_fit")
-    sizes = range(8, 1500, 48) if limit == "size" else range(2, 110, 4)
+    sizes = range(8, 1640, 48) if limit == "size" else range(2, 138, 4)
     options = [f"size={size}k" if limit == "size" else f"size=10m,nr_inodes={size}" for size in sizes]
     codes = []
     with small_disk(tmp_path / "disk", options[0]) as disk:
