@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from manta.cluster.supervise.event_log import POLL, Event, event_of, exit_code, parse_event, read_events
+from manta.cluster.tail import Tail
 from manta.data.errors import InputError
 from manta.launch.config import find_run
 from manta.launch.run.display import Display
-from manta.launch.tail import Tail
 from manta.launch.terminal import notify, resume_hint
 from manta.trainer.dist.layout import shrunk_layouts
 from manta.trainer.run_directory import RunDirectory

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from manta.cluster.supervise.event_log import read_events
+from manta.cluster.tail import Tail
 from manta.data.errors import InputError
 from manta.launch.config import find_run
-from manta.launch.tail import Tail
 from manta.trainer.run_directory import RunDirectory
 
 POLL_INTERVAL = 0.2  # seconds

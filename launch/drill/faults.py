@@ -11,9 +11,9 @@ from manta.cluster.supervise.event_log import POLL, Event
 from manta.cluster.supervise.fault_injection import Fault, FaultInjector
 from manta.cluster.supervise.hangs import MIN_INTERVALS
 from manta.cluster.supervise.stragglers import CHECKS, LASTING
+from manta.cluster.tail import Tail
 from manta.data.storage.store import open_store
 from manta.launch.config import RunConfig
-from manta.launch.tail import Tail
 from manta.launch.terminal import count_text, notify
 from manta.trainer.metrics import Line, parse_line
 from manta.trainer.run_directory import RunDirectory

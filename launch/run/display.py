@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from manta.cluster.line_file import NO_ROOM
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
+from manta.cluster.tail import Tail
 from manta.data.messages import MessageConsole
-from manta.launch.tail import Tail
 from manta.launch.terminal import count_text, notify, resume_hint
 from manta.trainer.checkpoint.manifest import name_of_step
 from manta.trainer.config.training import TrainingConfig

@@ -13,8 +13,8 @@ from typing import Any
 from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import read_events
+from manta.cluster.tail import Tail
 from manta.data.errors import cut, one_line, printable, redact
-from manta.launch.tail import Tail
 from manta.launch.track.follow import Event
 from manta.trainer.config.sections import AlertConfig, TrackConfig
 from manta.trainer.metrics import Line

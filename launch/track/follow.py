@@ -8,8 +8,8 @@ from threading import Thread
 from typing import Any, Protocol
 
 from manta.cluster.supervise.event_log import parse_event
+from manta.cluster.tail import Tail
 from manta.data.errors import one_line, printable
-from manta.launch.tail import Tail
 from manta.launch.track.figures import Figures
 from manta.trainer.metrics import Line, parse_line
 from manta.trainer.run_directory import RunDirectory

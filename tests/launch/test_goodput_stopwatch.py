@@ -13,8 +13,8 @@ import pytest
 from run_process import RunProcess
 
 from manta.cluster.supervise.event_log import parse_event, read_events
+from manta.cluster.tail import Tail
 from manta.launch.goodput import Category, goodput, spans
-from manta.launch.tail import Tail
 from manta.trainer.metrics import parse_line, read_all_metrics
 
 pytestmark = pytest.mark.slow
