@@ -30,7 +30,7 @@ HEARTBEAT_SIZE = 256  # bytes: one write, padded with spaces, so that a shorter 
 PENDING_COLLECTIVE = re.compile(r"^process group .* is pending$", re.MULTILINE)  # in a rank's log, see collective_line
 
 RankPhase = Literal["start", "load", "restore", "read", "compile", "step", "evaluate", "save", "done"]
-Category = Literal["exception", "out_of_memory", "input", "unrecoverable"]
+Category = Literal["exception", "out_of_memory", "input", "unrecoverable", "spike"]
 
 
 class ExitCode(IntEnum):

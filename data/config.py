@@ -200,6 +200,18 @@ class DataConfig(Section):
             raise ValueError("pairs: expected no next_sentence with live, which has no second text for B. Use sentence_order or none.")
         return self
 
+    def skip_also(self, ranges: Sequence[tuple[int, int]]) -> Self:
+        """Return this config with more ranges of sample numbers in `skip`."""
+        if not ranges:
+            return self
+        merged: list[tuple[int, int]] = []
+        for first, end in sorted((*self.skip, *ranges)):
+            if merged and first <= merged[-1][1]:
+                merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            else:
+                merged.append((first, end))
+        return self.model_copy(update={"skip": tuple(merged)})
+
     def _changed(self, *keys: str) -> Iterator[tuple[str, str]]:
         """Yield those of these keys that differ from their defaults, with their values as text."""
         for key in keys:

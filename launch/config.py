@@ -39,9 +39,9 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     A run directory's config is read under today's key names; in a user's file an old name is an error.
     """
     tree, complete = read_yaml(file, RunConfig), set(ModelConfig.model_fields)
-    run_dir = RunDirectory(file.parent)
+    run_dir, excluded = RunDirectory(file.parent), ()
     if file == run_dir.config_file and run_dir.manifest_file.exists():  # an earlier version may have written it, and known fewer keys
-        tree, complete = upgrade(tree), version_1_keys("model")
+        tree, complete, excluded = upgrade(tree), version_1_keys("model"), run_dir.rolled_back()
     sources = dict.fromkeys(_leaves(tree), str(file))
     for override in overrides:
         key, value = _parse_override(override)
@@ -53,7 +53,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
         tree["model"] = _merge(values, model)
         if _is_path(model["preset"]):
             sources = {f"model.{key}": str(model["preset"]) for key in values} | sources
-    return validate(tree, file, sources)
+    return validate(tree, file, sources).skip_also(excluded)
 
 
 def find_run(directory: Path) -> RunDirectory:

@@ -31,9 +31,15 @@ from manta.cluster.protocol import (
 from manta.data.errors import InputError
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError, UnreachableError
 from manta.trainer.compile_cache import use_own_compile_cache
+from manta.trainer.guard.record import SpikeError
 from manta.trainer.signals import StopRequest, dump_on_signal
 
-EXPLAINED = (CheckpointError, SaveError, FloatingPointError)  # their messages are for the user, and say all that a traceback could
+EXPLAINED = (
+    CheckpointError,
+    SaveError,
+    FloatingPointError,
+    SpikeError,
+)  # their messages are for the user, and say all that a traceback could
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # texts of torch's RuntimeErrors
 
 
@@ -123,6 +129,8 @@ def category_of(error: BaseException) -> Category:
     """Return how the supervisor should treat the error."""
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)):
         return "out_of_memory"
+    if isinstance(error, SpikeError):
+        return "spike"
     is_unrecoverable = isinstance(error, EXPLAINED) and not isinstance(error, UnreachableError)
     return "unrecoverable" if is_unrecoverable else "exception"
 

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import HeartbeatWriter
@@ -28,6 +30,8 @@ from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine, UpdateResult
 from manta.trainer.engine.token_sums import SourceSums, TokenSums
+from manta.trainer.guard.detection import Measured, is_comparable
+from manta.trainer.guard.response import FinishedStep, SpikeGuard
 from manta.trainer.hardware import peak_flops
 from manta.trainer.metrics import Line, format_line
 from manta.trainer.optim.schedules import learning_rate
@@ -61,6 +65,7 @@ class Loop:
     stop: StopRequest
     flops_per_token: Mapping[int, float]  # by sequence length
     saver: CheckpointWriter
+    guard: SpikeGuard
     metrics: LineFile | None  # rank 0 writes them
     validation_sets: Mapping[str, Samples] = field(default_factory=dict[str, Samples])
 
@@ -80,7 +85,8 @@ class Loop:
 
     def _run(self, step: int) -> int:
         last = self.config.train.steps
-        saves = SavePolicy(self.saver, self.engine, self.loader, self.config, self.run_dir.save_request_file, step=step)
+        window, request = self.guard.detector.window, self.run_dir.save_request_file
+        saves = SavePolicy(self.saver, self.engine, self.loader, self.config, request, step=step, window=window)
         stop, line = False, Line()
         while step < last and not stop:
             line, totals = self._step(step, saves)
@@ -89,7 +95,7 @@ class Loop:
             self.heartbeat("step", step)
             validation = self.evaluate(step, stop=stop)
             line |= validation
-            if self.metrics and (step % self.config.track.every_steps == 0 or validation):
+            if self.metrics and math.isfinite(line["train/loss"]) and (step % self.config.track.every_steps == 0 or validation):
                 self._log(self.metrics, line)
                 log.info("step %d/%d  %s", step, last, format_line(line))
             if totals.save_failed:
@@ -113,6 +119,8 @@ class Loop:
     def _step(self, step: int, saves: SavePolicy) -> tuple[Line, StepTotals]:
         """Do one optimizer step."""
         start = time.perf_counter()
+        if not is_comparable(self.config, self.timeline, step):
+            self.guard.detector.clear()
         rate = learning_rate(self.config.schedule, peak=self.config.optimizer.learning_rate, step=step, steps=self.config.train.steps)
         batches, digest, wait = self._read(step)
         by_source = len(self.samples.source_names) > 1 and is_multiple(step + 1, self.config.track.sources_every_steps)
@@ -120,28 +128,34 @@ class Loop:
         terms_K = self.engine.accumulate(batches, sums)
         if is_multiple(step + 1, self.config.guard.replica_check_every_steps):
             self.engine.replica_check.run(step + 1)
-        outcome = self.engine.update(terms_K, learning_rate=rate)
-        totals = self._reduce(outcome, digest, saves, sums)
+        totals = self._reduce(terms_K, digest, saves, sums)
+        loss = self.engine.loss(totals.terms)
+        outcome = self.engine.update(terms_K, learning_rate=rate, leaves_out=partial(self.guard.leaves_out, loss))
         seconds = time.perf_counter() - start
         self.heartbeat.work = wait + self.engine.compute_timer.take_seconds()
+        self._end_step(step, loss, outcome, batches)
         line = self._line(step, outcome, totals, learning_rate=rate, seconds=seconds, wait=wait)
         if saves.failures:
             line["checkpoint/failures"] = saves.failures
         return line, totals
 
-    def _line(self, step: int, outcome: UpdateResult, totals: StepTotals, *, learning_rate: float, seconds: float, wait: float) -> Line:
-        """Return a step's line of metrics.jsonl. Raises FloatingPointError if training has diverged."""
-        loss = self.engine.loss(totals.terms)
+    def _end_step(self, step: int, loss: float, outcome: UpdateResult, batches: Sequence[Batch]) -> None:
+        """Let the guard look at a step. Raises its errors."""
         # fp16 skips a step whose gradients overflow and retries with a smaller loss scale; nothing helps a loss that is not finite.
-        if outcome.exhausted or not (math.isfinite(loss) and (outcome.skipped or math.isfinite(outcome.grad_norm))):
-            got, remedy = f"loss {loss} and gradient norm {outcome.grad_norm}", "Lower optimizer.learning_rate or lengthen the warmup"
-            if outcome.exhausted:
-                got, remedy = (
-                    f"gradients that overflow fp16 at loss scale {self.engine.loss_scale:g}, the smallest",
-                    f"Use precision=bf16, or {remedy.lower()}",
-                )
-            raise FloatingPointError(f"step {step + 1}: expected finite numbers, got {got}. {remedy}, in a new run.")
-        stage = self.timeline.stage(step)
+        if outcome.skipped and not outcome.exhausted and math.isfinite(loss):
+            return
+        finished = FinishedStep(
+            number=step + 1,
+            measured=Measured(loss, outcome.grad_norm),
+            first=self.timeline.first_sample(step),
+            samples=self.timeline.stage(step).global_batch,
+            exhausted_scale=self.engine.loss_scale if outcome.exhausted else None,
+        )
+        self.guard.end_step(finished, batches)
+
+    def _line(self, step: int, outcome: UpdateResult, totals: StepTotals, *, learning_rate: float, seconds: float, wait: float) -> Line:
+        """Return a step's line of metrics.jsonl."""
+        loss, stage = self.engine.loss(totals.terms), self.timeline.stage(step)
         speed = stage.global_batch * self.config.data.sequence_length / seconds
         line: Line = {
             "step": step + 1,
@@ -165,6 +179,8 @@ class Loop:
         }
         if self.engine.loss_scale is not None:
             line |= {"loss_scale": self.engine.loss_scale, "skipped": outcome.skipped}
+        if outcome.left_out:
+            line["left_out"] = True
         return line | {f"load/{name}": [round(share, 4) for share in load_E.tolist()] for name, load_E in self.engine.expert_loads.items()}
 
     def _read(self, step: int) -> tuple[list[Batch], int, float]:
@@ -181,13 +197,13 @@ class Loop:
         self._compiled_lengths.add(length)
         return batches, digest, wait
 
-    def _reduce(self, outcome: UpdateResult, digest: int, saves: SavePolicy, sums: TokenSums | None) -> StepTotals:
+    def _reduce(self, terms_K: Tensor, digest: int, saves: SavePolicy, sums: TokenSums | None) -> StepTotals:
         failed, due = saves.has_failed(), saves.is_due()
         own_digest = digest if self.engine.mesh.is_first_of_sample else 0  # each sample's digest counts once
         stop, save, failed, total_digest, *values = self._sum(
-            [self.stop.is_made, due, failed, own_digest, *outcome.terms.tolist(), *([] if sums is None else sums.values.flat)]
+            [self.stop.is_made, due, failed, own_digest, *terms_K.tolist(), *([] if sums is None else sums.values.flat)]
         )
-        terms, of_sources = values[: len(outcome.terms)], values[len(outcome.terms) :]
+        terms, of_sources = values[: len(terms_K)], values[len(terms_K) :]
         return StepTotals(
             terms=[term / self.engine.layout.tensor for term in terms],  # each tensor rank has the same value
             digest=int(total_digest) % 2**DIGEST_BITS,

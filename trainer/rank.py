@@ -16,6 +16,7 @@ from manta.data.sampling.samples import Samples
 from manta.data.shards.manifest import PreparedData
 from manta.data.tokenizer.tokenizer import read_vocabulary
 from manta.trainer.checkpoint import catalog, token_rows
+from manta.trainer.checkpoint.agreement import on_first_rank
 from manta.trainer.checkpoint.backend import CheckpointBackend
 from manta.trainer.checkpoint.engine_state import finish_restore, load_weights, logical_shapes, refresh_weights, restore
 from manta.trainer.checkpoint.errors import CheckpointError, LeftUnsavedError, SaveError
@@ -29,6 +30,7 @@ from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dist.layout import layout_from_environment
 from manta.trainer.dist.world import Mesh, World
 from manta.trainer.engine.deepspeed import Engine
+from manta.trainer.guard.response import SpikeGuard
 from manta.trainer.hardware import require_compiler
 from manta.trainer.loop import Loop
 from manta.trainer.model.build import build_model
@@ -55,6 +57,7 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
     if config.precision == "fp8":
         require_fp8_gpu(world.device)
     world.join()
+    config = config.skip_also(on_first_rank(run_dir.rolled_back))  # a shared disk may show other ranks an older file
     log.info("joined %d ranks on %s", world.size, world.device)
     mesh = world.mesh(layout)
     reading = {"seed": config.run.seed, "held_out": config.evaluate.samples, "rank": mesh.data_rank, "ranks": layout.data}
@@ -79,7 +82,9 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
         resume_live_samples(samples, progress, mesh)
 
     metrics = LineFile(run_dir.metrics_file) if world.rank == 0 else None
-    loop = Loop(config, world, samples, engine, run_dir, heartbeat, stop, flops_per_token, saver, metrics, sets)
+    window = (progress.window if progress else None) or ()
+    guard = SpikeGuard(config.guard, samples, engine, run_dir.spikes_file, attempt=world.attempt, window=window)
+    loop = Loop(config, world, samples, engine, run_dir, heartbeat, stop, flops_per_token, saver, guard, metrics, sets)
     try:
         step = loop.run(progress.step if progress else 0)
     except SaveError as error:  # raised on all ranks, while the signal may have reached only one of them

@@ -23,6 +23,7 @@ from manta.trainer.checkpoint.storage import open_backend
 from manta.trainer.config.model import ModelConfig
 from manta.trainer.config.training import TrainingConfig
 from manta.trainer.config.yaml_file import read_yaml
+from manta.trainer.guard.record import Ranges, read_spikes, rolled_back
 
 MATH_KEYS = ("family", "heads", "rope_theta", "norm_epsilon", "qk_norm", "logit_soft_cap", "sliding_window")
 MATH_KEYS_OF_EXPERTS = ("top_k", "score", "normalize", "scale", "shared")
@@ -60,6 +61,7 @@ class RunDirectory:
         self.manifest_file = path / "manifest.json"
         self.metrics_file = path / "metrics.jsonl"
         self.events_file = path / "events.jsonl"
+        self.spikes_file = path / "spikes.jsonl"
         self.tokenizer_file = path / "tokenizer.json"  # a copy: weights are of little use without their tokenizer
         self.lock_file = path / "lock"
         self.save_request_file = path / "save-now"  # a client creates it; the run deletes it when the checkpoint is written
@@ -74,7 +76,7 @@ class RunDirectory:
         """Raise InputError if the directory or a file in it cannot be read, or is something else: a named pipe would wait for ever."""
         _check_kind(self.path, stat.S_IFDIR, "a run directory")
         _check_kind(self.logs, stat.S_IFDIR, "a directory")
-        files = (self.config_file, self.manifest_file, self.metrics_file, self.events_file, self.tokenizer_file)
+        files = (self.config_file, self.manifest_file, self.metrics_file, self.events_file, self.spikes_file, self.tokenizer_file)
         for file in (*files, self.lock_file, self.save_request_file, self.stop_request_file):
             _check_kind(file, stat.S_IFREG, "a regular file")
 
@@ -109,6 +111,13 @@ class RunDirectory:
             raise
         except (TypeError, ValueError, RecursionError) as error:
             raise _not_written_by_manta(self.config_file, error) from None
+
+    def rolled_back(self) -> Ranges:
+        """Return the samples that the run excludes because of spikes. Raises InputError if they cannot be read."""
+        try:
+            return rolled_back(read_spikes(self.spikes_file))
+        except OSError as error:
+            raise _not_written_by_manta(self.spikes_file, error) from None
 
     def manifest(self) -> RunManifest:
         """Return what was recorded when the run started. Raises InputError if that cannot be read."""

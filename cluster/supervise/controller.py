@@ -24,12 +24,13 @@ from manta.cluster.ray.errors import RayStartError
 from manta.cluster.ray.runtime import Ray
 from manta.cluster.supervise.attempt import OUTCOME_NAMES, Attempt, Completed, Outcome, Reallocated, Stopped, location
 from manta.cluster.supervise.companion import Companion
-from manta.cluster.supervise.event_log import POLL, Event, EventLog, line_of, read_events
+from manta.cluster.supervise.event_log import POLL, Event, EventLog, event_of, line_of, parse_event, read_events
 from manta.cluster.supervise.failure import Cause, Failure, GiveUp, decide, failing_machines
 from manta.cluster.supervise.rank_list import RankList
 from manta.cluster.supervise.requests import StopRequests
-from manta.cluster.supervise.run_state import advance, replay
+from manta.cluster.supervise.run_state import TRANSITIONS, advance, replay
 from manta.cluster.supervise.witness import witness
+from manta.cluster.tail import Tail
 
 if TYPE_CHECKING:
     from manta.cluster.nodes.capacity import Capacity
@@ -54,7 +55,10 @@ class Controller:
     def run(self) -> Generator[Event, None, None]:
         """Run the job. A caller that closes the generator early ends everything at once."""
         file = self._job.directory / "events.jsonl"
-        self._state = replay(read_events(file))
+        past = read_events(file)
+        self._state = replay(past)
+        self._copied = max((line["number"] for line in past if isinstance(line.get("number"), int)), default=0)
+        self._rank_events, self._rank_event = Tail(self._job.rank_events) if self._job.rank_events else None, 0
         token = secrets.token_hex(16).encode()
         self._job.directory_token.write_bytes(token)
         self._files = {**self._job.files, self._job.directory_token: token}
@@ -67,6 +71,7 @@ class Controller:
             contextlib.closing(self._events()) as events,
         ):
             for event in events:
+                yield from self._copy_rank_events(log)
                 self._state = advance(self._state, event)
                 if event.kind == POLL:
                     rank_list.write(event.details["ranks"])
@@ -96,6 +101,15 @@ class Controller:
         event = self._event("disk-full", message=error.strerror, unwritten=unwritten) if error else self._event("disk-free")
         log.write(event)
         yield event
+
+    def _copy_rank_events(self, log: EventLog) -> Generator[Event, None, None]:
+        """Copy what the ranks report to the event log. `number` counts these events: none is copied twice."""
+        for line in self._rank_events.lines(parse_event) if self._rank_events else ():
+            self._rank_event += 1
+            if self._rank_event > self._copied and line["event"] not in TRANSITIONS:  # which are the controller's own
+                event = replace(event_of(line), time=time.time(), details=event_of(line).details | {"number": self._rank_event})
+                log.write(event)
+                yield event
 
     def _check_companion(self, log: EventLog, companion: Companion) -> Generator[Event, None, None]:
         if message := companion.check():

@@ -78,6 +78,8 @@ _KEYS: dict[str, dict[str, Any]] = {
     "nodes-draining": {"nodes": (list[_Text], ...), "here": (bool, ...)},
     "decided": {"decision": (_Text, ...), "reason": (_Text, ""), "exclude": (list[_Text], []), "leave_out": (list[_Text], [])},
     "leaving": {"signal": (str | None, None)},
+    "spike": (_FROM_RANK := {"step": (_Number, ...), "message": (_Text, ...), "action": (_Text, ...)}),
+    "not-finite": _FROM_RANK,
     "tracker-ended": {"message": (_Text, ...), "starts": (_Number, ...)},
     "disk-full": {"message": (_Text, ...), "unwritten": (_Number, ...)},
     "run-ended": {"exit_code": (Annotated[int, AfterValidator(ExitCode)], ...), "message": (_Text, "")},

@@ -17,17 +17,22 @@ MAX_FAILURES_ON_MACHINE = 1  # without progress between them; a machine with mor
 
 
 class Cause(Enum):
-    """Why an attempt ended. The names are in the event log; those of the first four are a RankError's categories, in capitals."""
+    """Why an attempt ended. The names are in the event log; those of the first five are a RankError's categories, in capitals."""
 
     EXCEPTION = "a rank raised an exception"
     INPUT = "the user's input is invalid"
     UNRECOVERABLE = "every other attempt would fail in the same way"
     HOPELESS = UNRECOVERABLE  # the name in older event logs
     OUT_OF_MEMORY = "a rank ran out of memory"
+    SPIKE = "the loss jumped: the ranks go back to a checkpoint, and leave the samples out"
     SIGNAL = "a rank was killed by a signal"
     HANG = "a rank sent no heartbeat in time"
     NODE_LOST = "a node is lost"
     PREEMPTED = "the cluster took a node away, and had announced it"
+
+
+UNCOUNTED = frozenset({Cause.PREEMPTED, Cause.SPIKE})
+"""No failures of a rank or machine. The cluster limits the number of the one, the ranks that of the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +59,14 @@ def decide(history: Sequence[Failure], *, max_restarts_without_progress: int) ->
     """Return what to do after the last failure in `history` (oldest first, not empty).
 
     An attempt that got further than any before it resets the count of restarts. The same exception at the same step twice in a row is for
-    the user to fix. A preemption does not count.
+    the user to fix. A preemption does not count, nor does a spike.
     """
     last = history[-1]
-    if last.cause is Cause.PREEMPTED:
+    if last.cause in UNCOUNTED:
         return Restart(after=0.0)
     if (fatal := _fatal(last)) is not None:
         return fatal
-    failures = [failure for failure in history if failure.cause is not Cause.PREEMPTED]
+    failures = [failure for failure in history if failure.cause not in UNCOUNTED]
     if last.cause is Cause.EXCEPTION and len(failures) > 1 and replace(failures[-2], rank=last.rank, machine=last.machine) == last:
         return GiveUp(reason=f"rank {last.rank} failed twice at step {last.step} with the same error: {last.message}")
     attempts = len(failures_without_progress(failures))
@@ -95,7 +100,8 @@ def failures_without_progress(history: Sequence[Failure]) -> Sequence[Failure]:
 
 def failing_machines(history: Sequence[Failure]) -> set[str]:
     """Return the machines on which the run keeps failing without progress."""
-    counts = Counter(failure.machine for failure in failures_without_progress(history) if failure.machine)
+    failures = failures_without_progress(history)
+    counts = Counter(failure.machine for failure in failures if failure.machine and failure.cause not in UNCOUNTED)
     return {machine for machine, failures in counts.items() if failures > MAX_FAILURES_ON_MACHINE}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from manta.cluster.supervise.event_log import Event, event_of
-from manta.cluster.supervise.failure import Cause, Failure
+from manta.cluster.supervise.failure import UNCOUNTED, Cause, Failure
 
 RunPhase = Literal["ended", "gathering", "starting", "running", "leaving", "deciding"]
 
@@ -97,6 +97,6 @@ def _failed(state: RunState, event: Event) -> RunState:
             machine = ""
     failure = Failure(cause=cause, rank=rank, step=step, message=message, machine=machine)
     kept = state.history
-    if all(earlier.step < step for earlier in kept):  # no decision depends on what was before the furthest step, but for preemptions
-        kept = tuple(earlier for earlier in kept if earlier.cause is not Cause.PREEMPTED) if cause is Cause.PREEMPTED else ()
+    if all(earlier.step < step for earlier in kept):  # no decision depends on what was before the furthest step, unless this does not count
+        kept = tuple(earlier for earlier in kept if earlier.cause not in UNCOUNTED) if cause in UNCOUNTED else ()
     return replace(state, history=(*kept, failure), step=step, suspects=suspects)

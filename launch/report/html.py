@@ -25,7 +25,7 @@ from manta.launch.terminal import count_text
 from manta.trainer.metrics import Line, format_duration
 
 MOST_ROWS, LONGEST_TEXT = 400, 600  # of a table, and characters of a value
-MARKED = {"rank-failed", "node-lost"}  # events that are shown in each chart
+MARKED = {"rank-failed", "node-lost", "spike", "not-finite"}  # events that are shown in each chart
 UNLISTED = {"node-ready", "first-step", "attempt-stopped"}
 UNSHOWN = {"time", "event", "attempt", "traceback", "machine", "address"}  # keys of events
 SAMPLE_SECONDS, SAMPLE_TOKENS = 120, 160

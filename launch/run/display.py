@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -32,6 +33,7 @@ WAITING_FOR = {  # phases before an attempt's first step, in their order
     "compile": "the first step, which takes longer if it compiles",
     "step": "the first step",
 }
+SPIKE_ACTIONS = {"skip": "; the update is left out", "rollback": "; training goes back, and leaves the samples of this step out"}
 SMOOTHING = 0.1  # weight of the newest step in the moving average of the time per sample
 TRACEBACK_LINES = 12  # last lines of a traceback to show
 
@@ -131,6 +133,8 @@ class Display:
                 self._failure = event
                 failure = f"rank {details['rank']} failed at step {details['step']}"
                 return f"{attempt}: {failure}: {details['message']} ({run_dir.log(event.attempt, details['rank'] or 0)})"
+            case "spike" | "not-finite":
+                return self._spike(details)
             case "rank-slow":
                 ratio = details.get("ratio") or details["times"]  # times: the name in older event logs
                 straggler = f"rank {details['rank']} on {details['node']} is {ratio:.1f}x slower than the median rank"
@@ -177,6 +181,14 @@ class Display:
                 return f"stopped; {resume_hint(run_dir)}"
             case _:
                 return None
+
+    def _spike(self, details: Mapping[str, Any]) -> str:
+        """Name the text of a spike, and what is done about it."""
+        worst = details.get("worst") or [{}]
+        sample, places = worst[0].get("sample"), [place for one in worst[0].get("documents", ()) if (place := one.get("location"))]
+        text = f"; sample {sample} has the highest loss" if sample is not None else ""
+        text += f": {places[0]}" if places else ""
+        return f"{details['message']}{text}{SPIKE_ACTIONS.get(details['action'], '')}"
 
     def _loaded(self, attempt: str, step: int) -> str | None:
         """Name the checkpoint that the ranks have loaded, and those that they found damaged and skipped."""

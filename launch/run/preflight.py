@@ -49,6 +49,7 @@ def preflight(config: RunConfig, ray: Ray) -> RunPlan | None:
         config = config.model_copy(update={"data": with_absolute_paths(config.data)})
     run_dir = RunDirectory(config.run.dir.absolute())
     run_dir.check()
+    config = config.skip_also(run_dir.rolled_back())
     check_writable(run_dir, config)
     per_node = local_ranks(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
     possible, fallbacks = layouts(config.train, config.parallel), shrunk_layouts(config.train, config.parallel)

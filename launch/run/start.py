@@ -77,6 +77,7 @@ def supervise(plan: RunPlan, ray: Ray) -> Generator[Controller]:
             fallback_sizes=tuple(plan.fallback_layouts),
             environment_by_size={ranks: layout.to_environment() for ranks, layout in all_layouts.items()},
             ranks_per_node=plan.ranks_per_node,
+            rank_events=run_dir.spikes_file,
             companion=("-P", "-m", "manta.launch.track", str(run_dir.path)) if trackers else (),
             packages=(("manta", __version__), *((name, version(name)) for name in PACKAGES)),
             files={file: file.read_bytes() for file in (run_dir.config_file, run_dir.manifest_file, run_dir.tokenizer_file)},

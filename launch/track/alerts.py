@@ -60,8 +60,12 @@ class Alerts:
 def kind_of(event: Event) -> str | None:
     """Return the kind of alert that an event is for, if any."""
     match event:
+        case {"event": "rank-failed", "cause": "SPIKE"}:
+            return None  # the spike itself is an event
         case {"event": "rank-failed" | "node-lost" | "node-unfit"}:
             return "failure"
+        case {"event": "spike" | "not-finite"}:
+            return "spike"
         case {"event": "decided", "decision": str(decision)} if decision in RESTARTS:
             return "restart"
         case {"event": "run-ended"}:

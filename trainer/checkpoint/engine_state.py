@@ -8,7 +8,7 @@ Private parts of DeepSpeed that are used, and named by a contract test. ZeRO 1, 
 `_reassign_or_swap_out_partitioned_parameters`. fp16: the fields of `loss_scaler`. Offloading leaves them in place.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -61,13 +61,25 @@ def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     return shapes | {f"master/{name}": tuple(bias_E.shape) for name, bias_E in _router_biases(engine)}
 
 
-def engine_progress(engine: Engine, *, step: int, samples_consumed: int, cursors: list[dict[str, int]] | None = None) -> Progress:
-    """cursors: each data rank's position, if samples are read live."""
+def engine_progress(
+    engine: Engine,
+    *,
+    step: int,
+    samples_consumed: int,
+    cursors: list[dict[str, int]] | None = None,
+    window: Collection[tuple[float, float]] = (),
+) -> Progress:
+    """cursors: each data rank's position, if samples are read live. window: the guard's losses and gradient norms."""
     counts = {int(state["step"]) for state in _optimizer(engine).state.values() if "step" in state}
     assert len(counts) <= 1, f"groups have counted {counts} steps"
     scaler = {name: getattr(engine.zero_optimizer.loss_scaler, name) for name in LOSS_SCALER_FIELDS} if engine.precision == "fp16" else None
     return Progress(
-        step=step, samples_consumed=samples_consumed, optimizer_steps=next(iter(counts), 0), loss_scaler=scaler, cursors=cursors
+        step=step,
+        samples_consumed=samples_consumed,
+        optimizer_steps=next(iter(counts), 0),
+        loss_scaler=scaler,
+        cursors=cursors,
+        window=[(loss, norm) for loss, norm in window] or None,
     )
 
 

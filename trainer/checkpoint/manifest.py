@@ -55,6 +55,7 @@ class Progress:
         None  # of fp16: the state of the dynamic loss scale
     )
     cursors: list[dict[CursorField, Count]] | None = None  # of data.live: each data rank's position in its text
+    window: list[tuple[Finite, Finite]] | None = None  # of the guard: losses and gradient norms of the last steps
 
 
 class CheckpointFile(NamedTuple):

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +26,18 @@ class SavePolicy:
     """All ranks call `save` and `finish` together, and `has_failed` and `is_due` independently."""
 
     def __init__(
-        self, writer: CheckpointWriter, engine: Engine, loader: DataLoader, config: TrainingConfig, request_file: Path, *, step: int
+        self,
+        writer: CheckpointWriter,
+        engine: Engine,
+        loader: DataLoader,
+        config: TrainingConfig,
+        request_file: Path,
+        *,
+        step: int,
+        window: Collection[tuple[float, float]],
     ) -> None:
-        """step: where the run starts or resumes."""
+        """step: where the run starts or resumes. window: the guard's; it changes with each step."""
+        self._window = window
         self._writer, self._engine, self._loader, self._config, self._request_file = writer, engine, loader, config, request_file
         self._timeline = config.timeline()
         self.saved: int | None = step or None  # step of the newest checkpoint, or of the save in progress
@@ -68,7 +78,7 @@ class SavePolicy:
         self._last_save = time.monotonic()
         try:
             samples, cursors = self._timeline.first_sample(step), self._cursors(step)
-            progress = engine_progress(self._engine, step=step, samples_consumed=samples, cursors=cursors)
+            progress = engine_progress(self._engine, step=step, samples_consumed=samples, cursors=cursors, window=self._window)
             self._writer.save(logical_state(self._engine), progress, about=about, wait=wait)
         except SaveError as error:
             self._tolerate(error, wait=wait)

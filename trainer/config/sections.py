@@ -148,6 +148,15 @@ class CheckpointConfig(Section):
 class GuardConfig(Section):
     replica_check_every_steps: Count = Field(default=100, ge=0)
     """Steps between checks that replicas of a weight are bitwise the same; also checked before each checkpoint. 0: never."""
+    on_spike: Literal["report", "skip", "rollback", "stop"] = "report"
+    """What a loss or gradient norm far above those before does, besides an event that names the text. report: nothing, but a value that is
+    not finite stops the run; skip: the update is left out; rollback: back to the last checkpoint, and without the step's samples; stop."""
+    spike_window: Count = Field(default=128, ge=2, le=10_000)
+    """Steps that a loss and a gradient norm are compared with; fewer than half of them are not enough to compare."""
+    spike_deviations: float = Field(default=6.0, gt=0)
+    """How many standard deviations above the window's mean a loss or gradient norm is a spike."""
+    max_spikes: Count = Field(default=5, ge=1)
+    """Spikes within spike_window steps that are skipped or rolled back; one more stops the run."""
 
 
 class ValidationSet(Section):
@@ -205,8 +214,8 @@ class MlflowConfig(Section):
 class AlertConfig(Section):
     """What to do at events of a run: run a command, send a POST request, or both."""
 
-    events: tuple[Literal["failure", "restart", "end"], ...] = ("failure", "restart", "end")
-    """failure: of a rank or node; restart: of the ranks; end: of the run."""
+    events: tuple[Literal["failure", "restart", "spike", "end"], ...] = ("failure", "restart", "spike", "end")
+    """failure: of a rank or node; restart: of the ranks; spike: of the loss or the gradients; end: of the run."""
     command: tuple[str, ...] = ()
     """A program and its arguments. It reads the alert from standard input, as JSON."""
     url: str | None = None

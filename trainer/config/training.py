@@ -3,6 +3,9 @@
 Importing this imports no torch, so config errors are reported within tenths of a second.
 """
 
+from collections.abc import Sequence
+from typing import Self
+
 from pydantic import model_validator
 
 from manta.data.config import DataConfig, TokenizerConfig
@@ -56,9 +59,16 @@ class TrainingConfig(Section):
         if lengths and lengths[-1] != length:
             expected, remedy = f"data.sequence_length ({length}) in the last stage", "Change it, or add a stage."
             raise InvalidValueError("data.curriculum", expected, lengths[-1], remedy, "data.sequence_length")
+        if self.data.live and self.guard.on_spike == "rollback":
+            expected, remedy = "another one with data.live, whose samples cannot be skipped", "Use skip or stop."
+            raise InvalidValueError("guard.on_spike", expected, "rollback", remedy, "data.live")
         for error in unsupported(self.model, self.parallel, self.precision, self.train, lengths=[length, *lengths]):
             raise error
         return self
+
+    def skip_also(self, samples: Sequence[tuple[int, int]]) -> Self:
+        """Return this config with more samples excluded."""
+        return self.model_copy(update={"data": self.data.skip_also(samples)})
 
     def timeline(self) -> Timeline:
         """Return which samples each step reads, and their sequence length."""

@@ -1,6 +1,6 @@
 """Train a model under a layout with DeepSpeed, one optimizer step at a time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,11 @@ from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dist.layout import Layout
 from manta.trainer.dist.world import Mesh
 from manta.trainer.engine.compute_time import ComputeTimer
-from manta.trainer.engine.deepspeed_private import build_deepspeed, mark_sharded
+from manta.trainer.engine.deepspeed_private import build_deepspeed, global_grad_norm, mark_sharded
 from manta.trainer.engine.memory import MemoryEstimate, estimate_memory
 from manta.trainer.engine.replica_check import ReplicaCheck
 from manta.trainer.engine.token_sums import TokenSums
+from manta.trainer.engine.update_gate import UpdateGate
 from manta.trainer.hardware import device_type
 from manta.trainer.model.transformer import Transformer
 from manta.trainer.optim.optimizers import build_optimizer
@@ -28,9 +29,15 @@ from manta.trainer.parallel.sharding import is_sharded
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
     terms: Tensor  # [K]: this rank's share of each loss term; their sum over the replicas is the step's
-    grad_norm: float  # global, before clipping
+    grad_norm: float  # global, before clipping; not finite if a gradient is not
     skipped: bool  # fp16: a gradient overflowed on some rank, so the weights did not change and the loss scale was lowered
+    left_out: bool  # as the caller decided, so the weights did not change
     exhausted: bool  # fp16: skipped, and the loss scale is already the smallest
+
+
+def _none(_grad_norm: float) -> bool:
+    """Leave out no update."""
+    return False
 
 
 class Engine:
@@ -62,6 +69,7 @@ class Engine:
         self.deepspeed = build_deepspeed(model, mesh, build_optimizer(model.parameters(), optimizer), config)
         if precision == "fp16":
             self.zero_optimizer.loss_scaler.raise_error_at_min_scale = False  # the training loop does, and names the step
+        self._gate = UpdateGate(self.zero_optimizer if mesh.layout.zero == 0 else self.zero_optimizer.optimizer)
         self.replica_check = ReplicaCheck(model, mesh)
         self.compute_timer = ComputeTimer(model, mesh.layout, self.device, compiled=compile_blocks)
 
@@ -80,7 +88,7 @@ class Engine:
         return self.update(self.accumulate(micro_batches), learning_rate=learning_rate)
 
     def accumulate(self, micro_batches: Iterable[Batch], sums: TokenSums | None = None) -> Tensor:
-        """Accumulate the gradients of these micro batches. Return this rank's sums of the loss terms, terms_K.
+        """Accumulate the gradients of these micro batches. Return this rank's share of each loss term, terms_K.
 
         Every rank passes the same number of them; ranks of a tensor or sequence group pass the same ones. Since the number may change
         from step to step, DeepSpeed does not divide the loss, and the last one is marked for it. sums: the targets are added to it.
@@ -99,21 +107,24 @@ class Engine:
             total_K += terms_K.detach()
             if number < len(batches):
                 self.deepspeed.step()  # only counts before the last micro batch
-        return total_K
+        return total_K / self.layout.replicas
 
-    def update(self, terms_K: Tensor, *, learning_rate: float) -> UpdateResult:
-        """Update the weights with the accumulated gradients. terms_K: what `accumulate` returned."""
+    def update(self, terms_K: Tensor, *, learning_rate: float, leaves_out: Callable[[float], bool] = _none) -> UpdateResult:
+        """Update the weights with the accumulated gradients. terms_K: what `accumulate` returned.
+
+        leaves_out: whether to leave the update out, given the gradient norm; all ranks decide the same.
+        """
         for group in self.zero_optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._clip_gradients() if self.layout.zero == 0 else None
         is_smallest = self._has_smallest_scale()
+        self._gate.start(lambda: leaves_out(global_grad_norm(self.zero_optimizer) if norm is None else norm))
         self.deepspeed.step()
         if norm is None:
-            norm = self.deepspeed.get_global_grad_norm()
-        skipped = self.precision == "fp16" and bool(self.zero_optimizer.overflow)
-        self._update_routers(skipped=skipped)
-        terms_K = terms_K / self.layout.replicas
-        return UpdateResult(terms=terms_K, grad_norm=float(norm or 0.0), skipped=skipped, exhausted=skipped and is_smallest)
+            norm = global_grad_norm(self.zero_optimizer)
+        skipped, left_out = self.precision == "fp16" and bool(self.zero_optimizer.overflow), self._gate.left_out
+        self._update_routers(skipped=skipped or left_out)
+        return UpdateResult(terms=terms_K, grad_norm=norm, skipped=skipped, exhausted=skipped and is_smallest, left_out=left_out)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, sums: TokenSums | None = None) -> tuple[Tensor, Tensor]:

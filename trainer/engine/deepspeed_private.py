@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import warnings
+from math import nan
 from typing import Any
 
 import torch
@@ -85,3 +86,9 @@ def mark_sharded(model: Transformer, mesh: Mesh) -> None:
             marked.allreduce = False
             marked.group_name = marked.ds_zero_partition_group_name = name
             marked.ds_zero_placement_family = "autoep_expert"
+
+
+def global_grad_norm(optimizer: Any) -> float:
+    """Return the gradient norm over all ranks that a ZeRO optimizer has computed in this step; NaN if a gradient is not finite."""
+    norm = float(optimizer._global_grad_norm)  # noqa: SLF001  needed before the step is done
+    return nan if norm < 0 else norm  # in bf16, DeepSpeed's stages 1 and 2 go on with -1
