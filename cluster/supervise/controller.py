@@ -71,7 +71,7 @@ class Controller:
             contextlib.closing(self._events()) as events,
         ):
             for event in events:
-                yield from self._copy_rank_events(log)
+                yield from self._copy_rank_events(log, event.time)
                 self._state = advance(self._state, event)
                 if event.kind == POLL:
                     rank_list.write(event.details["ranks"])
@@ -102,12 +102,12 @@ class Controller:
         log.write(event)
         yield event
 
-    def _copy_rank_events(self, log: EventLog) -> Generator[Event, None, None]:
+    def _copy_rank_events(self, log: EventLog, now: float) -> Generator[Event, None, None]:
         """Copy what the ranks report to the event log. `number` counts these events: none is copied twice."""
         for line in self._rank_events.lines(parse_event) if self._rank_events else ():
             self._rank_event += 1
             if self._rank_event > self._copied and line["event"] not in TRANSITIONS:  # which are the controller's own
-                event = replace(event_of(line), time=time.time(), details=event_of(line).details | {"number": self._rank_event})
+                event = replace(event_of(line), time=now, details=event_of(line).details | {"number": self._rank_event})
                 log.write(event)
                 yield event
 

@@ -33,6 +33,7 @@ WAITING_FOR = {  # phases before an attempt's first step, in their order
     "compile": "the first step, which takes longer if it compiles",
     "step": "the first step",
 }
+MOST_PLACES = 4  # of documents
 SPIKE_ACTIONS = {"skip": "; the update is left out", "rollback": "; training goes back, and leaves the samples of this step out"}
 SMOOTHING = 0.1  # weight of the newest step in the moving average of the time per sample
 TRACEBACK_LINES = 12  # last lines of a traceback to show
@@ -184,10 +185,12 @@ class Display:
 
     def _spike(self, details: Mapping[str, Any]) -> str:
         """Name the text of a spike, and what is done about it."""
-        worst = details.get("worst") or [{}]
-        sample, places = worst[0].get("sample"), [place for one in worst[0].get("documents", ()) if (place := one.get("location"))]
-        text = f"; sample {sample} has the highest loss" if sample is not None else ""
-        text += f": {places[0]}" if places else ""
+        worst = next(iter(details.get("worst") or ()), {})
+        places = [document["location"] for document in worst.get("documents", ()) if document.get("location")]
+        text = f"; sample {worst['sample']} has the highest loss" if worst else ""
+        if places:
+            more = f" and {len(places) - MOST_PLACES} more" if len(places) > MOST_PLACES else ""
+            text += f" ({', '.join(places[:MOST_PLACES])}{more})"
         return f"{details['message']}{text}{SPIKE_ACTIONS.get(details['action'], '')}"
 
     def _loaded(self, attempt: str, step: int) -> str | None:

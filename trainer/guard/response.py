@@ -1,10 +1,11 @@
 """What happens at a spike: its text is found and recorded, and then training goes on, goes back, or stops."""
 
+import logging
 import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from manta.cluster.line_file import LineFile
+from manta.data.errors import DataError, InputError
 from manta.data.live.live_samples import LiveSamples
 from manta.data.sampling.samples import Samples
 from manta.trainer.checkpoint.agreement import on_first_rank
@@ -23,9 +25,10 @@ from manta.trainer.dataloader.batch import Batch
 from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.engine.token_sums import SourceSums, TokenSums
 from manta.trainer.guard.detection import Measured, SpikeDetector
-from manta.trainer.guard.record import Action, Kind, Ranges, SampleLoss, Spike, SpikeError, read_spikes
+from manta.trainer.guard.record import Action, Document, Kind, Ranges, SampleLoss, Spike, SpikeError, read_spikes
 
-MOST_SAMPLES = 4  # that are named
+log = logging.getLogger(__name__)
+MOST_SAMPLES, MOST_DOCUMENTS = 4, 32  # that are named, and of each sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +134,20 @@ class SpikeGuard:
     def _worst(self, losses: NDArray[np.float64], numbers: NDArray[np.int64]) -> tuple[SampleLoss, ...]:
         """Return the samples with the highest losses and their documents, the highest first."""
         order = [int(slot) for slot in np.argsort(-losses, kind="stable") if not np.isnan(losses[slot])][:MOST_SAMPLES]
-        return tuple(SampleLoss(sample=int(numbers[slot]), loss=finite(float(losses[slot]))) for slot in order)
+        return tuple(
+            SampleLoss(sample=int(numbers[slot]), loss=finite(float(losses[slot])), documents=self._documents(int(numbers[slot])))
+            for slot in order
+        )
+
+    def _documents(self, sample: int) -> tuple[Document, ...]:
+        if isinstance(self._samples, LiveSamples):
+            return ()
+        try:
+            found = self._samples.documents(sample)
+        except (OSError, InputError, DataError) as error:
+            log.warning("the documents of sample %d: %s", sample, error)
+            return ()
+        return tuple(Document(**asdict(document)) for document in found[:MOST_DOCUMENTS])
 
     def _sample_numbers(self, step: FinishedStep) -> NDArray[np.int64]:
         indices = np.arange(step.first, step.first + step.samples)
