@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -33,7 +32,6 @@ WAITING_FOR = {  # phases before an attempt's first step, in their order
     "compile": "the first step, which takes longer if it compiles",
     "step": "the first step",
 }
-MOST_PLACES = 4  # of documents
 SPIKE_ACTIONS = {"skip": "; the update is left out", "rollback": "; training goes back, and leaves the samples of this step out"}
 SMOOTHING = 0.1  # weight of the newest step in the moving average of the time per sample
 TRACEBACK_LINES = 12  # last lines of a traceback to show
@@ -135,7 +133,7 @@ class Display:
                 failure = f"rank {details['rank']} failed at step {details['step']}"
                 return f"{attempt}: {failure}: {details['message']} ({run_dir.log(event.attempt, details['rank'] or 0)})"
             case "spike" | "not-finite":
-                return self._spike(details)
+                return f"{details['message']}{SPIKE_ACTIONS.get(details['action'], '')}"
             case "rank-slow":
                 ratio = details.get("ratio") or details["times"]  # times: the name in older event logs
                 straggler = f"rank {details['rank']} on {details['node']} is {ratio:.1f}x slower than the median rank"
@@ -182,16 +180,6 @@ class Display:
                 return f"stopped; {resume_hint(run_dir)}"
             case _:
                 return None
-
-    def _spike(self, details: Mapping[str, Any]) -> str:
-        """Name the text of a spike, and what is done about it."""
-        worst = next(iter(details.get("worst") or ()), {})
-        places = [document["location"] for document in worst.get("documents", ()) if document.get("location")]
-        text = f"; sample {worst['sample']} has the highest loss" if worst else ""
-        if places:
-            more = f" and {len(places) - MOST_PLACES} more" if len(places) > MOST_PLACES else ""
-            text += f" ({', '.join(places[:MOST_PLACES])}{more})"
-        return f"{details['message']}{text}{SPIKE_ACTIONS.get(details['action'], '')}"
 
     def _loaded(self, attempt: str, step: int) -> str | None:
         """Name the checkpoint that the ranks have loaded, and those that they found damaged and skipped."""

@@ -23,13 +23,28 @@ from manta.cluster.supervise.run_state import replay
 from manta.launch.config import find_run, load
 from manta.launch.run.preflight import preflight
 from manta.launch.run.start import write_run_directory
+from manta.trainer.guard.record import Document, SampleLoss, Spike
 
 FILES = (
     *("config.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "tokenizer.json", "seal", "lock", "save-now", "stop-now"),
-    *("directory-token", "model.yaml", "source.json", "logs", "logs/attempt-0001", "checkpoints"),
+    *("spikes.jsonl", "directory-token", "model.yaml", "source.json", "logs", "logs/attempt-0001", "checkpoints"),
     *(f"logs/attempt-0001/rank-000{rank}{suffix}" for rank in (0, 1) for suffix in (".log", ".error.json")),
     *(f"checkpoints/{name}" for name in ("latest", "fence.json", "step-00000010")),
     *(f"checkpoints/step-00000010/{name}" for name in ("manifest.json", "rank-0000.safetensors")),
+)
+SPIKE = Spike(
+    time=1.0,
+    event="spike",
+    attempt=1,
+    step=9,
+    message="step 9",
+    action="rollback",
+    loss=9.0,
+    grad_norm=1.0,
+    loss_limit=5.0,
+    grad_norm_limit=2.0,
+    samples=((10**6, 10**6 + 8),),
+    worst=(SampleLoss(sample=10**6, loss=12.0, documents=(Document(source="a", location="a.jsonl: line 3", tokens=5),)),),
 )
 OFTEN = ("metrics.jsonl", "events.jsonl", "manifest.json", "config.yaml")  # they have the most to damage
 VALUES = (
@@ -235,6 +250,7 @@ def check(whole: Path, place: Path, data, *, heavy: bool) -> None:
     shutil.rmtree(place, ignore_errors=True)
     run = copy_old_run(place)
     shutil.copytree(whole / "logs", run / "logs")
+    (run / "spikes.jsonl").write_text(SPIKE.model_dump_json() + "\n")
     (run / "lock").touch()
     for _ in range(data.draw(st.sampled_from((1, 1, 1, 2, 4)), "damages")):
         damage(run, data)

@@ -82,6 +82,17 @@ def test_a_server_that_fails_twice_gets_each_alert_once(run):
         assert [alert["text"] for alert in server.received[3:]] == ["manta: mine: end: exit code 75 (saved)"]
 
 
+def test_a_spike_is_one_alert_and_no_failure(run):
+    run.event("run-started", 3)
+    run.event("spike", 3, step=70, message="step 70: expected a loss of at most 4, got 9", action="rollback", number=1)
+    run.event("rank-failed", 3, rank=0, cause="SPIKE", step=69, message="SpikeError: step 70")
+    with Server(failures=0) as server:
+        send(run, {"url": server.url})
+        assert [(alert["kind"], alert["text"]) for alert in server.received] == [
+            ("spike", "manta: mine: spike: step 70: expected a loss of at most 4, got 9")
+        ]
+
+
 def test_alerts_before_the_newest_start_are_not_sent(run):
     run.event("run-started", 3)
     with Server(failures=0) as server:

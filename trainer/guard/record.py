@@ -7,15 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from manta.cluster.protocol import open_regular, read_lines
 
 Kind = Literal["spike", "not-finite"]
 Action = Literal["report", "skip", "rollback", "stop"]
-Number = Annotated[int, Field(ge=0, le=2**62)]
+Number = Annotated[int, Field(ge=0, le=2**40)]
 Ranges = tuple[tuple[Number, Number], ...]
 """Of sample numbers: [first, end) each."""
+
+
+def _check(samples: Ranges) -> Ranges:
+    if any(first >= end for first, end in samples):
+        raise ValueError("expected ranges [first, end) with samples, got an empty one")
+    return samples
 
 
 class SpikeError(RuntimeError):
@@ -54,7 +60,7 @@ class Spike(BaseModel):
     grad_norm: float | None
     loss_limit: float | None
     grad_norm_limit: float | None
-    samples: Ranges
+    samples: Annotated[Ranges, AfterValidator(_check)]
     """All samples of the step."""
     worst: tuple[SampleLoss, ...] = ()
     """Those with the highest losses, and their text."""

@@ -28,7 +28,7 @@ from manta.trainer.guard.detection import Measured, SpikeDetector
 from manta.trainer.guard.record import Action, Document, Kind, Ranges, SampleLoss, Spike, SpikeError, read_spikes
 
 log = logging.getLogger(__name__)
-MOST_SAMPLES, MOST_DOCUMENTS = 4, 32  # that are named, and of each sample
+MOST_SAMPLES, MOST_DOCUMENTS, MOST_PLACES = 4, 32, 4  # that are named; of each sample; and in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,20 +96,20 @@ class SpikeGuard:
     def _record(self, kind: Kind, step: FinishedStep, losses: NDArray[np.float64]) -> Action:
         """On rank 0: decide what to do, and write it down. Raises SaveError if it must be written, and cannot be."""
         numbers, limits = self._sample_numbers(step), self.detector.limits()
-        samples = ranges(numbers)
+        samples, worst = ranges(numbers), self._worst(losses, numbers)
         spike = Spike(
             time=time.time(),
             event=kind,
             attempt=self._attempt,
             step=step.number,
-            message=self._message(kind, step),
+            message=f"{self._message(kind, step)}{place_of(worst)}",
             action=self._action(kind, step, samples),
             loss=finite(step.measured.loss),
             grad_norm=finite(step.measured.grad_norm),
             loss_limit=finite(limits.loss),
             grad_norm_limit=finite(limits.grad_norm),
             samples=samples,
-            worst=self._worst(losses, numbers),
+            worst=worst,
         )
         with closing(LineFile(self._file, sync=True)) as file:
             file.write(spike.model_dump_json().encode())
@@ -177,6 +177,15 @@ class SpikeGuard:
         if kind == "not-finite":
             return "Lower optimizer.learning_rate or lengthen the warmup, in a new run, or resume with guard.on_spike=rollback."
         return f"{look}; to go on without it, resume with guard.on_spike=rollback."
+
+
+def place_of(worst: Sequence[SampleLoss]) -> str:
+    """Name the sample with the highest loss and where its documents are, for a message."""
+    if not worst:
+        return ""
+    places = [document.location for document in worst[0].documents if document.location]
+    more = f" and {len(places) - MOST_PLACES} more" if len(places) > MOST_PLACES else ""
+    return f"; sample {worst[0].sample} has the highest loss" + (f" ({', '.join(places[:MOST_PLACES])}{more})" if places else "")
 
 
 def ranges(numbers: NDArray[np.int64]) -> Ranges:
