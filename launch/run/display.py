@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from manta.cluster.line_file import NO_ROOM
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import POLL, Event
+from manta.cluster.supervise.failure import Cause
 from manta.cluster.tail import Tail
 from manta.data.messages import MessageConsole
 from manta.launch.terminal import count_text, notify, resume_hint
@@ -128,6 +129,8 @@ class Display:
             case "run-started":
                 self._started = event.time
                 return None
+            case "rank-failed" if details["cause"] == Cause.SPIKE.name:
+                return None  # the spike itself was shown
             case "rank-failed":
                 self._failure = event
                 failure = f"rank {details['rank']} failed at step {details['step']}"
