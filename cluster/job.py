@@ -29,7 +29,7 @@ class Job:
     """What ranks read when they start. A file that is deleted while the job runs is written again."""
 
     rank_events: Path | None = None
-    """A file to which ranks append events of their own, in the form of the event log: the controller copies them to it."""
+    """A file to which ranks append events, in the form of the event log. The controller copies them to it."""
 
     companion: tuple[str, ...] = ()
     """Arguments of the Python interpreter for one more process, beside the controller. It is no rank, and nothing depends on it."""

@@ -130,7 +130,7 @@ class Loop:
             self.engine.replica_check.run(step + 1)
         totals = self._reduce(terms_K, digest, saves, sums)
         loss = self.engine.loss(totals.terms)
-        outcome = self.engine.update(terms_K, learning_rate=rate, leaves_out=partial(self.guard.leaves_out, loss))
+        outcome = self.engine.update(terms_K, learning_rate=rate, rejects=partial(self.guard.rejects, loss))
         seconds = time.perf_counter() - start
         self.heartbeat.work = wait + self.engine.compute_timer.take_seconds()
         self._end_step(step, loss, outcome, batches)
@@ -179,8 +179,8 @@ class Loop:
         }
         if self.engine.loss_scale is not None:
             line |= {"loss_scale": self.engine.loss_scale, "skipped": outcome.skipped}
-        if outcome.left_out:
-            line["left_out"] = True
+        if outcome.rejected:
+            line["rejected"] = True
         return line | {f"load/{name}": [round(share, 4) for share in load_E.tolist()] for name, load_E in self.engine.expert_loads.items()}
 
     def _read(self, step: int) -> tuple[list[Batch], int, float]:

@@ -24,7 +24,7 @@ class Cause(Enum):
     UNRECOVERABLE = "every other attempt would fail in the same way"
     HOPELESS = UNRECOVERABLE  # the name in older event logs
     OUT_OF_MEMORY = "a rank ran out of memory"
-    SPIKE = "the loss jumped: the ranks go back to a checkpoint, and leave the samples out"
+    SPIKE = "the loss jumped: the ranks go back to a checkpoint, and skip the samples"
     SIGNAL = "a rank was killed by a signal"
     HANG = "a rank sent no heartbeat in time"
     NODE_LOST = "a node is lost"

@@ -33,7 +33,7 @@ WAITING_FOR = {  # phases before an attempt's first step, in their order
     "compile": "the first step, which takes longer if it compiles",
     "step": "the first step",
 }
-SPIKE_ACTIONS = {"skip": "; the update is left out", "rollback": "; training goes back, and leaves the samples of this step out"}
+SPIKE_ACTIONS = {"skip": "; the update is skipped", "rollback": "; training goes back, and skips the samples of this step"}
 SMOOTHING = 0.1  # weight of the newest step in the moving average of the time per sample
 TRACEBACK_LINES = 12  # last lines of a traceback to show
 

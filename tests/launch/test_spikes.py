@@ -1,4 +1,4 @@
-"""A poisoned document makes the loss jump: the run names it, and goes on as the run that never had it, or stops. Real runs."""
+"""A poisoned document makes the loss jump: the run names it, and continues as the run that never had it, or stops. Real runs."""
 
 import json
 import random
@@ -146,21 +146,21 @@ def test_a_run_that_goes_back_ends_as_the_run_that_never_had_the_samples(workspa
     assert (spike.step, spike.action, spike.samples) == (step, "rollback", ((first, first + BATCH),))
     assert place in [document.location for document in spike.worst[0].documents]
     assert f"; sample {spike.worst[0].sample} has the highest loss ({file.parent}/documents.jsonl: line " in shown
-    assert "training goes back, and leaves the samples of this step out" in shown
+    assert "training goes back, and skips the samples of this step" in shown
     (event,) = [event for event in events(workspace, run) if event["event"] == "spike"]
     assert (event["step"], event["samples"], event["worst"][0]["sample"]) == (step, [[first, first + BATCH]], spike.worst[0].sample)
     assert_bitwise_equal(workspace, run, runs_without(layout))
     control = losses(workspace, run)
     assert len(control) == STEPS
     at = workspace.manta("data", "sample-at", run, str(step), "--json")
-    assert json.loads(at.stdout)["digest"]["matches"], "the run's own config leaves the samples out"
+    assert json.loads(at.stdout)["digest"]["matches"], "the run's own config skips the samples"
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_at_a_spike_goes_on_without_its_samples(workspace, one, runs_without):
+def test_a_run_that_stopped_at_a_spike_continues_without_its_samples(workspace, one, runs_without):
     (file, steps) = one
     stopped = train(workspace, file, "stop", "guard.on_spike=stop", code=1)
-    assert "to go on without it, resume with guard.on_spike=rollback." in stopped.stderr
+    assert "to continue without it, resume with guard.on_spike=rollback." in stopped.stderr
     assert [spike.action for spike in spikes(workspace, "stop")] == ["stop"]
     train(workspace, file, "stop", "guard.on_spike=rollback")
     assert [spike.action for spike in spikes(workspace, "stop")] == ["stop", "rollback"]
@@ -195,7 +195,7 @@ def test_an_update_that_is_skipped_is_skipped_again_after_a_resume(workspace, on
     train(workspace, file, "skip", "guard.on_spike=skip")
     train(workspace, file, "report")
     assert [spike.action for run in ("skip", "report") for spike in spikes(workspace, run)] == ["skip", "report"]
-    assert [line["step"] for line in lines(workspace, "skip") if line.get("left_out")] == [step]
+    assert [line["step"] for line in lines(workspace, "skip") if line.get("rejected")] == [step]
     skipped, reported = losses(workspace, "skip"), losses(workspace, "report")
     assert skipped[:step] == reported[:step]
     assert skipped[step] != reported[step], "the control: the update makes a difference"

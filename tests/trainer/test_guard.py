@@ -1,4 +1,4 @@
-"""The guard against loss spikes: which steps it finds, and that an update which is left out leaves no trace."""
+"""The guard against loss spikes: which steps it finds, and that a skipped update leaves no trace."""
 
 import math
 import statistics
@@ -38,7 +38,7 @@ MORE_CELLS = [
 ]
 
 
-def trained(cell, optimizer, steps, left_out=()):
+def trained(cell, optimizer, steps, rejected=()):
     """Return the masters, the biases of routers, and the gradient norms after these steps."""
     torch.nn.functional.linear = LINEAR
     world = World.from_environment()
@@ -53,13 +53,13 @@ def trained(cell, optimizer, steps, left_out=()):
         terms_K = engine.accumulate([rows(batch(cell.model, step), one) for one in numbers])
         seen = []
 
-        def leaves_out(norm, step=step, seen=seen):
+        def rejects(norm, step=step, seen=seen):
             seen.append(norm)
-            return step in left_out
+            return step in rejected
 
-        result = engine.update(terms_K, learning_rate=1e-3, leaves_out=leaves_out)
-        assert (seen, result.left_out) == ([result.grad_norm], step in left_out), "asked once, with the norm"
-        if step not in left_out:
+        result = engine.update(terms_K, learning_rate=1e-3, rejects=rejects)
+        assert (seen, result.rejected) == ([result.grad_norm], step in rejected), "asked once, with the norm"
+        if step not in rejected:
             norms.append(result.grad_norm)
     weights, drifted = gather_masters(engine)
     assert not drifted
@@ -71,7 +71,7 @@ def compare(cells, optimizer):
     results = []
     for cell in cells:
         without, norms = trained(cell, optimizer, (0, 1, 3, 4))
-        skipped, skipped_norms = trained(cell, optimizer, (0, 1, 2, 3, 4), left_out={2})
+        skipped, skipped_norms = trained(cell, optimizer, (0, 1, 2, 3, 4), rejected={2})
         all_steps, _ = trained(cell, optimizer, (0, 1, 2, 3, 4))
         same = norms == skipped_norms and all(np.array_equal(weight, skipped[name]) for name, weight in without.items())
         results.append((same, any(not np.array_equal(weight, all_steps[name]) for name, weight in without.items())))
@@ -80,7 +80,7 @@ def compare(cells, optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("cells", [CELLS, pytest.param(MORE_CELLS, marks=pytest.mark.slow)])
-def test_an_update_that_is_left_out_leaves_no_trace_under_any_layout(cells, optimizer):
+def test_a_skipped_update_leaves_no_trace_under_any_layout(cells, optimizer):
     for results in spmd(compare, 2, cells, optimizer):
         assert {str(cell): result for cell, result in zip(cells, results, strict=True)} == {str(cell): (True, True) for cell in cells}
 
@@ -97,7 +97,7 @@ def norm_of_nan(cells):
         if mesh.data_rank == 0 or cell.parallel.zero == 0:  # each rank has all gradients without ZeRO
             for part in _gradients(engine, weight):
                 part.view(-1)[0] = math.nan
-        result = engine.update(terms_K, learning_rate=1e-3, leaves_out=lambda norm: not math.isfinite(norm))
+        result = engine.update(terms_K, learning_rate=1e-3, rejects=lambda norm: not math.isfinite(norm))
         finite = all(torch.isfinite(master).all() for master in gather_masters(engine)[0].values())
         norms.append((math.isfinite(result.grad_norm), finite))
     return norms
@@ -180,7 +180,7 @@ def test_samples_that_are_skipped_also_are_none_of_those_that_are_read(skip, mor
     excluded = {number for span in (*spans, *also) for number in range(*span)}
     expected = [number for number in range(400) if number not in excluded][:100]
     assert sample_numbers(both.skip, np.arange(100)).tolist() == expected
-    assert DataConfig.model_validate(both.model_dump()).skip_also(also) == both, "valid, and the same if it is done again"
+    assert DataConfig.model_validate(both.model_dump()).skip_also(also) == both, "valid, and the same if repeated"
     assert all(sample_numbers(both.skip, np.arange(100))[np.arange(100)] >= 0)
 
 

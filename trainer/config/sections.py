@@ -149,8 +149,8 @@ class GuardConfig(Section):
     replica_check_every_steps: Count = Field(default=100, ge=0)
     """Steps between checks that replicas of a weight are bitwise the same; also checked before each checkpoint. 0: never."""
     on_spike: Literal["report", "skip", "rollback", "stop"] = "report"
-    """What a loss or gradient norm far above those before does, besides an event that names the text. report: nothing, but a value that is
-    not finite stops the run; skip: the update is left out; rollback: back to the last checkpoint, and without the step's samples; stop."""
+    """What follows a loss or gradient norm far above those before. report: an event that names the text (a value that is not finite stops
+    the run); skip: also skip the update; rollback: go back to the last checkpoint, and skip the step's samples; stop: end the run."""
     spike_window: Count = Field(default=128, ge=2, le=10_000)
     """Steps that a loss and a gradient norm are compared with; fewer than half of them are not enough to compare."""
     spike_deviations: float = Field(default=6.0, gt=0)

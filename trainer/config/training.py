@@ -60,7 +60,7 @@ class TrainingConfig(Section):
             expected, remedy = f"data.sequence_length ({length}) in the last stage", "Change it, or add a stage."
             raise InvalidValueError("data.curriculum", expected, lengths[-1], remedy, "data.sequence_length")
         if self.data.live and self.guard.on_spike == "rollback":
-            expected, remedy = "another one with data.live, whose samples cannot be skipped", "Use skip or stop."
+            expected, remedy = "report, skip or stop with data.live, which cannot skip samples", "Use one of these."
             raise InvalidValueError("guard.on_spike", expected, "rollback", remedy, "data.live")
         for error in unsupported(self.model, self.parallel, self.precision, self.train, lengths=[length, *lengths]):
             raise error

@@ -31,12 +31,12 @@ class UpdateResult:
     terms: Tensor  # [K]: this rank's share of each loss term; their sum over the replicas is the step's
     grad_norm: float  # global, before clipping; not finite if a gradient is not
     skipped: bool  # fp16: a gradient overflowed on some rank, so the weights did not change and the loss scale was lowered
-    left_out: bool  # as the caller decided, so the weights did not change
+    rejected: bool  # as the caller decided, so the weights did not change
     exhausted: bool  # fp16: skipped, and the loss scale is already the smallest
 
 
 def _none(_grad_norm: float) -> bool:
-    """Leave out no update."""
+    """Skip no update."""
     return False
 
 
@@ -109,22 +109,22 @@ class Engine:
                 self.deepspeed.step()  # only counts before the last micro batch
         return total_K / self.layout.replicas
 
-    def update(self, terms_K: Tensor, *, learning_rate: float, leaves_out: Callable[[float], bool] = _none) -> UpdateResult:
+    def update(self, terms_K: Tensor, *, learning_rate: float, rejects: Callable[[float], bool] = _none) -> UpdateResult:
         """Update the weights with the accumulated gradients. terms_K: what `accumulate` returned.
 
-        leaves_out: whether to leave the update out, given the gradient norm; all ranks decide the same.
+        rejects: whether to skip the update, given the gradient norm; all ranks decide the same.
         """
         for group in self.zero_optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._clip_gradients() if self.layout.zero == 0 else None
         is_smallest = self._has_smallest_scale()
-        self._gate.start(lambda: leaves_out(global_grad_norm(self.zero_optimizer) if norm is None else norm))
+        self._gate.start(lambda: rejects(global_grad_norm(self.zero_optimizer) if norm is None else norm))
         self.deepspeed.step()
         if norm is None:
             norm = global_grad_norm(self.zero_optimizer)
-        skipped, left_out = self.precision == "fp16" and bool(self.zero_optimizer.overflow), self._gate.left_out
-        self._update_routers(skipped=skipped or left_out)
-        return UpdateResult(terms=terms_K, grad_norm=norm, skipped=skipped, exhausted=skipped and is_smallest, left_out=left_out)
+        skipped, rejected = self.precision == "fp16" and bool(self.zero_optimizer.overflow), self._gate.rejected
+        self._update_routers(skipped=skipped or rejected)
+        return UpdateResult(terms=terms_K, grad_norm=norm, skipped=skipped, exhausted=skipped and is_smallest, rejected=rejected)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, sums: TokenSums | None = None) -> tuple[Tensor, Tensor]:

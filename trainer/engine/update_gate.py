@@ -1,4 +1,4 @@
-"""Leaves single updates out: weights and optimizer state stay as they are, whatever DeepSpeed does around the optimizer's step.
+"""Skips single updates: weights and optimizer state stay as they are, whatever DeepSpeed does around the optimizer's step.
 
 A torch optimizer does not touch a weight without a gradient. So the gradients are taken away for the step, and given back after it.
 """
@@ -12,27 +12,27 @@ from torch import Tensor
 
 class UpdateGate:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._is_left_out: Callable[[], bool] = _never
+        self._is_rejected: Callable[[], bool] = _never
         self._decision: bool | None = None
         self._gradients: list[tuple[Tensor, Tensor]] = []
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
-    def start(self, is_left_out: Callable[[], bool]) -> None:
-        """Ask `is_left_out` once, when the optimizer is about to step: DeepSpeed knows the gradient norm by then.
+    def start(self, is_rejected: Callable[[], bool]) -> None:
+        """Ask `is_rejected` once, when the optimizer is about to step: DeepSpeed knows the gradient norm by then.
 
         Under ZeRO-3, the optimizer steps once for each of several groups of weights.
         """
-        self._is_left_out, self._decision = is_left_out, None
+        self._is_rejected, self._decision = is_rejected, None
 
     @property
-    def left_out(self) -> bool:
-        """Whether the last update was left out."""
+    def rejected(self) -> bool:
+        """Whether the last update was skipped."""
         return bool(self._decision)
 
     def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         if self._decision is None:
-            self._decision = self._is_left_out()
+            self._decision = self._is_rejected()
         if self._decision:
             weights = (weight for group in optimizer.param_groups for weight in group["params"])
             self._gradients = [(weight, weight.grad) for weight in weights if weight.grad is not None]

@@ -1,1 +1,1 @@
-"""The guard against loss spikes: it finds them, names their text, and leaves them out of training."""
+"""The guard against loss spikes: it finds them, names their text, and keeps them out of training."""

@@ -33,7 +33,7 @@ class SpikeDetector:
     """The same on every rank, since loss and norm are."""
 
     def __init__(self, config: GuardConfig, window: Iterable[Sequence[float]] = ()) -> None:
-        """window: that of a checkpoint, to go on exactly as if the run had not been interrupted."""
+        """window: that of a checkpoint, so that a resumed run finds the same spikes."""
         self._config = config
         self.window = deque((Measured(*pair) for pair in window), maxlen=config.spike_window)
         """Losses and gradient norms of the last steps, oldest first."""
@@ -60,7 +60,7 @@ class SpikeDetector:
         self.window.clear()
 
     def _limit(self, values: Sequence[float]) -> float:
-        # math.fsum, whose result is exact: ranks on other processors must find the same limit.
+        # math.fsum is exact: ranks on other processors must find the same limit.
         mean = math.fsum(values) / len(values)
         variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
         return mean + self._config.spike_deviations * math.sqrt(variance)

@@ -25,7 +25,7 @@ def _check(samples: Ranges) -> Ranges:
 
 
 class SpikeError(RuntimeError):
-    """A step's samples are recorded as excluded: training goes on from the last checkpoint, without them."""
+    """A step's samples are recorded as excluded: training continues from the last checkpoint, without them."""
 
 
 class Document(BaseModel, frozen=True):
@@ -45,7 +45,7 @@ class SampleLoss(BaseModel, frozen=True):
 
 
 class Spike(BaseModel):
-    """A step whose loss or gradient norm was above the guard's limit, or not finite."""
+    """A step with a loss or gradient norm above the guard's limit, or not finite."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

@@ -1,4 +1,4 @@
-"""What happens at a spike: its text is found and recorded, and then training goes on, goes back, or stops."""
+"""What happens at a spike: its text is found and recorded, and then training continues, goes back, or stops."""
 
 import logging
 import math
@@ -56,12 +56,12 @@ class SpikeGuard:
         attempt: int,
         window: Sequence[Sequence[float]] = (),
     ) -> None:
-        """file: spikes.jsonl. window: of the checkpoint that the run goes on from."""
+        """file: spikes.jsonl. window: of the checkpoint that the run resumes from."""
         self._config, self._samples, self._engine, self._file, self._attempt = config, samples, engine, file, attempt
         self.detector = SpikeDetector(config, window)
 
-    def leaves_out(self, loss: float, grad_norm: float) -> bool:
-        """Whether a step's update is left out: if a value is not finite, and at a spike unless spikes are only reported."""
+    def rejects(self, loss: float, grad_norm: float) -> bool:
+        """Whether a step's update is skipped: if a value is not finite, and at a spike unless spikes are only reported."""
         kind = self.detector.kind(Measured(loss, grad_norm))
         return kind == "not-finite" or (kind == "spike" and self._config.on_spike != "report")
 
@@ -75,7 +75,7 @@ class SpikeGuard:
             losses = self._sample_losses(batches, step.samples)
             action = on_first_rank(partial(self._record, kind, step, losses))
             if action == "rollback":
-                raise SpikeError(f"{self._message(kind, step)}. Training goes back, and leaves its samples out.")
+                raise SpikeError(f"{self._message(kind, step)}. Training goes back, and skips its samples.")
             if action == "stop":
                 raise FloatingPointError(f"{self._message(kind, step)}. {self._remedy(kind, step)}")
         self.detector.add(step.measured)
@@ -115,7 +115,7 @@ class SpikeGuard:
             file.write(spike.model_dump_json().encode())
             problem = file.problem()
         if problem and spike.action == "rollback":
-            raise SaveError(f"the samples to leave out could not be recorded: {problem}")
+            raise SaveError(f"the samples to skip could not be recorded: {problem}")
         return spike.action
 
     def _action(self, kind: Kind, step: FinishedStep, samples: Ranges) -> Action:
@@ -176,7 +176,7 @@ class SpikeGuard:
             return f"These are more than guard.max_spikes ({config.max_spikes}) within {config.spike_window} steps. {look}."
         if kind == "not-finite":
             return "Lower optimizer.learning_rate or lengthen the warmup, in a new run, or resume with guard.on_spike=rollback."
-        return f"{look}; to go on without it, resume with guard.on_spike=rollback."
+        return f"{look}; to continue without it, resume with guard.on_spike=rollback."
 
 
 def place_of(worst: Sequence[SampleLoss]) -> str:
