@@ -5,22 +5,19 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from manta.cluster.line_file import LineFile
 from manta.cluster.protocol import HeartbeatWriter
 from manta.data.live.live_samples import LiveSamples
-from manta.data.objectives.examples import DIGEST_BITS, Examples
+from manta.data.objectives.examples import DIGEST_BITS
 from manta.data.sampling.samples import Samples
 from manta.trainer.checkpoint.save_policy import SavePolicy
 from manta.trainer.checkpoint.writer import CheckpointWriter
@@ -30,6 +27,7 @@ from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.world import World
 from manta.trainer.engine.deepspeed import Engine, UpdateResult
 from manta.trainer.engine.token_sums import SourceSums, TokenSums
+from manta.trainer.evaluation import Evaluation, by_name
 from manta.trainer.guard.detection import Measured, is_comparable
 from manta.trainer.guard.response import FinishedStep, SpikeGuard
 from manta.trainer.hardware import peak_flops
@@ -76,6 +74,7 @@ class Loop:
         self.timeline = config.timeline()
         reading = {"rank": self.engine.mesh.data_rank, "seed": config.run.seed, "steps": config.train.steps}
         self.loader = DataLoader(self.samples, self.timeline, self.engine.layout, **reading, device=device)
+        self.evaluation = Evaluation(config, self.samples, self.engine, self.loader, self.world, self.heartbeat, self.validation_sets)
         self._compiled_lengths = set[int]()  # blocks are compiled once for each sequence length
 
     def run(self, step: int) -> int:
@@ -93,7 +92,7 @@ class Loop:
             stop = totals.stop_requested
             step += 1
             self.heartbeat("step", step)
-            validation = self.evaluate(step, stop=stop)
+            validation = self.evaluation.run(step, stop=stop)
             line |= validation
             if self.metrics and math.isfinite(line["train/loss"]) and (step % self.config.track.every_steps == 0 or validation):
                 self._log(self.metrics, line)
@@ -161,7 +160,7 @@ class Loop:
             "step": step + 1,
             "tokens": self.timeline.tokens(step + 1),
             "train/loss": loss,
-            **self._named_terms("train", totals.terms),
+            **{f"train/{name}": term for name, term in self.engine.named_terms(totals.terms).items()},
             **(by_name("train/loss", self.samples.source_names, totals.by_source.mean_losses()) if totals.by_source else {}),
             "global_batch": stage.global_batch,
             "sequence_length": stage.sequence_length,
@@ -200,7 +199,7 @@ class Loop:
     def _reduce(self, terms_K: Tensor, digest: int, saves: SavePolicy, sums: TokenSums | None) -> StepTotals:
         failed, due = saves.has_failed(), saves.is_due()
         own_digest = digest if self.engine.mesh.is_first_of_sample else 0  # each sample's digest counts once
-        stop, save, failed, total_digest, *values = self._sum(
+        stop, save, failed, total_digest, *values = self.world.sum(
             [self.stop.is_made, due, failed, own_digest, *terms_K.tolist(), *([] if sums is None else sums.values.flat)]
         )
         terms, of_sources = values[: len(terms_K)], values[len(terms_K) :]
@@ -213,63 +212,8 @@ class Loop:
             by_source=SourceSums.of(of_sources) if of_sources else None,
         )
 
-    def _named_terms(self, prefix: str, terms: Sequence[float], *, exclude: frozenset[str] = frozenset()) -> Line:
-        """Return a loss of several terms term by term."""
-        names = self.engine.module.terms
-        named = dict(zip(names, terms, strict=True)) if len(names) > 1 else {}
-        return {f"{prefix}/{name}": term for name, term in named.items() if name not in {"loss"} | exclude}
-
-    def evaluate(self, step: int, *, stop: bool = False) -> Line:
-        """Evaluate what is due at this step. Return the mean losses and figures of the held-out samples and of each validation set.
-
-        stop: whether training ends here, unfinished; then only the last step is evaluated.
-        """
-        config, samples, line = self.config.evaluate, self.samples, Line()
-
-        def is_due(every: int) -> bool:
-            return step == self.config.train.steps or (step % every == 0 and not stop)
-
-        if samples.validation_windows and is_due(config.every_steps):
-            line |= self._evaluate(step, samples.validation, min(config.samples, samples.validation_windows), "eval", samples.source_names)
-        for one in config.sets:
-            if is_due(one.every_steps or config.every_steps):
-                text = self.validation_sets[one.name]
-                line |= self._evaluate(step, text.train, min(one.samples, text.train_windows), f"eval/{one.name}")
-        return line
-
-    def _evaluate(
-        self, step: int, read: Callable[[NDArray[np.integer]], Examples], count: int, prefix: str, names: Sequence[str] = ()
-    ) -> Line:
-        """Evaluate the first `count` samples of `read`, which the data ranks share. names: of its sources."""
-        layout, size, K = self.engine.layout, self.config.train.micro_batch, len(self.engine.module.terms)
-        totals_2K, sums = torch.zeros(2 * K, dtype=torch.float64, device=self.world.device), self._token_sums()
-        for micro_step in range(-(-count // (layout.data * size))):  # the same number on every rank: weights and experts may be on others
-            self.heartbeat("evaluate", step)
-            numbers = (micro_step * layout.data + self.engine.mesh.data_rank) * size + np.arange(size)
-            totals_2K += torch.cat(self.engine.evaluate(self.loader.validation(read, numbers, count), sums))
-        totals = self._sum([*totals_2K.tolist(), *sums.values.flat])
-        terms = [total / max(count, 1) for total, count in zip(totals[:K], totals[K : 2 * K], strict=True)]
-        # Auxiliary terms are of everything in a batch, also of samples that only fill it.
-        line = {f"{prefix}/loss": self.engine.loss(terms), **self._named_terms(prefix, terms, exclude=self.engine.module.auxiliary)}
-        by_source = SourceSums.of(totals[2 * K :])
-        total = by_source.total()
-        overall = {"perplexity": np.exp(total.mean_losses()), "bits_per_byte": total.bits_per_byte()}
-        if self.config.data.objective == "masked":
-            overall["accuracy"] = total.accuracy()
-        line |= by_name(prefix, list(overall), np.concatenate(list(overall.values())))
-        if len(names) > 1:
-            line |= by_name(f"{prefix}/loss", names, by_source.mean_losses())
-            line |= by_name(f"{prefix}/bits_per_byte", names, by_source.bits_per_byte())
-        return line
-
     def _token_sums(self) -> TokenSums:
         return TokenSums(max(1, len(self.samples.source_names)), self.samples.token_bytes)
-
-    def _sum(self, values: Sequence[float]) -> list[float]:
-        """Return each value summed over all ranks."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.world.device)
-        dist.all_reduce(total)
-        return total.tolist()
 
     def utilization(self, flops: float) -> float | None:
         """Return the share of a device's peak that a rank's `flops` per second are; None if the peak is unknown.
@@ -290,8 +234,3 @@ class Loop:
 def is_multiple(step: int, every: int) -> bool:
     """Whether a step is a multiple of `every`; 0: never."""
     return bool(every) and step % every == 0
-
-
-def by_name(key: str, names: Sequence[str], values: Sequence[float] | NDArray[np.float64]) -> Line:
-    """Return a part of a line: the finite ones of these values."""
-    return {f"{key}/{name}": float(value) for name, value in zip(names, values, strict=True) if np.isfinite(value)}

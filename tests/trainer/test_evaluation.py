@@ -66,7 +66,7 @@ def open_loop(config: TrainingConfig, samples: Samples, *, precise: bool = False
 
 
 def evaluated(config: TrainingConfig) -> dict:
-    return open_loop(config, open_samples(config), precise=True).evaluate(config.train.steps)
+    return open_loop(config, open_samples(config), precise=True).evaluation.run(config.train.steps)
 
 
 def trained(config: TrainingConfig) -> tuple[list[float], float, float]:

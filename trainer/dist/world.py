@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self
@@ -91,6 +91,12 @@ class World:
                 raise OSError(f"MASTER_ADDR, MASTER_PORT: {expected}, got {address}, {port}: {error.strerror}") from error
             store = TCPStore(address, port, self.size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
         return PrefixStore("default_pg", store)  # torch's name: the other ranks join by MASTER_ADDR and MASTER_PORT
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return each value summed over all ranks, in fp64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
 
     def mesh(self, layout: Layout) -> "Mesh":
         """Create the process groups of this layout. All ranks call this together, after they have joined."""

@@ -144,6 +144,12 @@ class Engine:
         excluded = self.module.auxiliary | self.module.metrics
         return sum(term for name, term in zip(self.module.terms, terms, strict=True) if name not in excluded)
 
+    def named_terms(self, terms: Sequence[float], *, exclude: frozenset[str] = frozenset()) -> dict[str, float]:
+        """Return a loss of several terms term by term; nothing if it has only one."""
+        names = self.module.terms
+        named = dict(zip(names, terms, strict=True)) if len(names) > 1 else {}
+        return {name: term for name, term in named.items() if name not in {"loss"} | exclude}
+
     @property
     def loss_scale(self) -> float | None:
         """fp16's dynamic loss scale; None in other precisions."""
