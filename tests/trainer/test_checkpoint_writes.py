@@ -192,7 +192,7 @@ def test_a_request_that_cannot_be_read_for_a_moment_is_no_failure(workspace, tmp
     try:
         request = tmp_path / "save-now"
         request.symlink_to("x" * 300)  # an error for root as well, as a network disk's would be
-        policy = SavePolicy(None, None, None, load(workspace.config_file), request, step=0)
+        policy = SavePolicy(None, None, None, load(workspace.config_file), request, step=0, window=())
         policy._last_poll -= 10
         assert not policy.is_due()
         request.unlink()

@@ -59,7 +59,7 @@ def open_loop(config: TrainingConfig, samples: Samples, *, precise: bool = False
     engine = Engine(model, mesh=world.mesh(layout), optimizer=config.optimizer, precision="fp32")
     if precise:
         engine.module.double()
-    missing = dict.fromkeys(("run_dir", "stop", "saver", "metrics"))
+    missing = dict.fromkeys(("run_dir", "stop", "saver", "guard", "metrics"))
     return Loop(
         config=config, world=world, samples=samples, engine=engine, heartbeat=HeartbeatWriter(None), flops_per_token={16: 1.0}, **missing
     )
@@ -75,7 +75,7 @@ def trained(config: TrainingConfig) -> tuple[list[float], float, float]:
     sums = TokenSums(2, loop.samples.token_bytes)
     terms_K = loop.engine.accumulate(list(loop._read(0)[0]), sums)
     terms = loop.engine.update(terms_K, learning_rate=0.0).terms
-    *terms, targets, other_targets, loss, other_loss = loop._sum([*terms.tolist(), *sums.values[:2].flat])
+    *terms, targets, other_targets, loss, other_loss = loop.world.sum([*terms.tolist(), *sums.values[:2].flat])
     return (
         [loss / targets, other_loss / other_targets],
         (loss + other_loss) / (targets + other_targets),

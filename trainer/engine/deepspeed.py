@@ -69,7 +69,8 @@ class Engine:
         self.deepspeed = build_deepspeed(model, mesh, build_optimizer(model.parameters(), optimizer), config)
         if precision == "fp16":
             self.zero_optimizer.loss_scaler.raise_error_at_min_scale = False  # the training loop does, and names the step
-        self._gate = UpdateGate(self.zero_optimizer if mesh.layout.zero == 0 else self.zero_optimizer.optimizer)
+        is_wrapped = not isinstance(self.zero_optimizer, torch.optim.Optimizer)
+        self._gate = UpdateGate(self.zero_optimizer.optimizer if is_wrapped else self.zero_optimizer)
         self.replica_check = ReplicaCheck(model, mesh)
         self.compute_timer = ComputeTimer(model, mesh.layout, self.device, compiled=compile_blocks)
 
