@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from manta.trainer.evaluation import Evaluation, by_name
 from manta.trainer.guard.detection import Measured, is_comparable
 from manta.trainer.guard.response import FinishedStep, SpikeGuard
 from manta.trainer.hardware import peak_flops
+from manta.trainer.health import Health
 from manta.trainer.metrics import Line, format_line
 from manta.trainer.optim.schedules import learning_rate
 from manta.trainer.run_directory import RunDirectory
@@ -94,7 +95,8 @@ class Loop:
             self.heartbeat("step", step)
             validation = self.evaluation.run(step, stop=stop)
             line |= validation
-            if self.metrics and math.isfinite(line["train/loss"]) and (step % self.config.track.every_steps == 0 or validation):
+            is_due = step % self.config.track.every_steps == 0 or is_multiple(step, self.config.track.health_every_steps) or bool(validation)
+            if self.metrics and is_due and math.isfinite(line["train/loss"]):
                 self._log(self.metrics, line)
                 log.info("step %d/%d  %s", step, last, format_line(line))
             if totals.save_failed:
@@ -124,16 +126,22 @@ class Loop:
         batches, digest, wait = self._read(step)
         by_source = len(self.samples.source_names) > 1 and is_multiple(step + 1, self.config.track.sources_every_steps)
         sums = self._token_sums() if by_source else None
+        health = Health(self.engine) if is_multiple(step + 1, self.config.track.health_every_steps) else None
+        if health:
+            health.measure_activations(batches)
         terms_K = self.engine.accumulate(batches, sums)
         if is_multiple(step + 1, self.config.guard.replica_check_every_steps):
             self.engine.replica_check.run(step + 1)
         totals = self._reduce(terms_K, digest, saves, sums)
         loss = self.engine.loss(totals.terms)
-        outcome = self.engine.update(terms_K, learning_rate=rate, rejects=partial(self.guard.rejects, loss))
+        with health.measure_update() if health else nullcontext():
+            outcome = self.engine.update(terms_K, learning_rate=rate, rejects=partial(self.guard.rejects, loss))
         seconds = time.perf_counter() - start
         self.heartbeat.work = wait + self.engine.compute_timer.take_seconds()
         self._end_step(step, loss, outcome, batches)
         line = self._line(step, outcome, totals, learning_rate=rate, seconds=seconds, wait=wait)
+        if health:
+            line |= health.line(outcome.grad_norm, self.config.optimizer.gradient_clipping)
         if saves.failures:
             line["checkpoint/failures"] = saves.failures
         return line, totals

@@ -56,7 +56,7 @@ def logical_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """Return the whole shape of every tensor in a checkpoint of this model, over all ranks."""
     parameters = engine.module.named_parameters()
     whole_shapes = {name: sharding.global_shape(name, _local_shape(parameter), engine.mesh.shard)[0] for name, parameter in parameters}
-    keys = ("master", *STATE_KEYS[type(_optimizer(engine))])
+    keys = ("master", *STATE_KEYS[type(torch_optimizer(engine))])
     shapes = {f"{key}/{name}": shape for name, shape in whole_shapes.items() for key in keys}
     return shapes | {f"master/{name}": tuple(bias_E.shape) for name, bias_E in _router_biases(engine)}
 
@@ -70,7 +70,7 @@ def engine_progress(
     window: Collection[tuple[float, float]] = (),
 ) -> Progress:
     """cursors: each data rank's position, if samples are read live. window: the guard's losses and gradient norms."""
-    counts = {int(state["step"]) for state in _optimizer(engine).state.values() if "step" in state}
+    counts = {int(state["step"]) for state in torch_optimizer(engine).state.values() if "step" in state}
     assert len(counts) <= 1, f"groups have counted {counts} steps"
     scaler = {name: getattr(engine.zero_optimizer.loss_scaler, name) for name in LOSS_SCALER_FIELDS} if engine.precision == "fp16" else None
     return Progress(
@@ -93,7 +93,7 @@ def restore(backend: CheckpointBackend, checkpoint: Checkpoint, engine: Engine, 
 
 def finish_restore(progress: Progress, engine: Engine) -> None:
     """Set the step counts and the loss scale, and compute the working weights from the masters."""
-    for state in _optimizer(engine).state.values():
+    for state in torch_optimizer(engine).state.values():
         if "step" in state:  # each master its own tensor: a shared one would count several times a step
             state["step"] = torch.full_like(state["step"], float(progress.optimizer_steps))
     if engine.precision == "fp16":
@@ -130,6 +130,18 @@ def _masters_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tensors.items() if key.startswith("master/")}
 
 
+def fragments(engine: Engine) -> Iterator[tuple[str, Fragment]]:
+    """Yield the name of each weight that this rank updates all or a part of, and that part."""
+    for name, parameter in engine.module.named_parameters():
+        if (fragment := _fragment(parameter, engine)) is not None:
+            yield name, fragment
+
+
+def torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """Return the optimizer that updates the masters. ZeRO calls its `step` for one group of masters at a time."""
+    return engine.zero_optimizer if engine.layout.zero == 0 else engine.zero_optimizer.optimizer
+
+
 def _fragment(parameter: Any, engine: Engine) -> Fragment | None:
     """Return this rank's fragment of a parameter, with DeepSpeed's attributes; None if other ranks hold all of it."""
     zero = engine.zero_optimizer
@@ -159,13 +171,9 @@ def _masters(engine: Engine) -> list[Tensor]:
             return engine.zero_optimizer.fp32_partitioned_groups_flat
 
 
-def _optimizer(engine: Engine) -> torch.optim.Optimizer:
-    return engine.zero_optimizer if engine.layout.zero == 0 else engine.zero_optimizer.optimizer
-
-
 def _optimizer_with_state(engine: Engine) -> torch.optim.Optimizer:
     """Return the optimizer. Before its first step it has no state: zeros are created, as the first step would."""
-    optimizer = _optimizer(engine)
+    optimizer = torch_optimizer(engine)
     for master in _masters(engine):
         state = optimizer.state[master]
         for name in STATE_KEYS[type(optimizer)]:

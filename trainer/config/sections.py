@@ -241,6 +241,8 @@ class TrackConfig(Section):
     """Steps between lines of metrics.jsonl."""
     sources_every_steps: Count = Field(default=100, ge=0)
     """Steps between lines that also have the training loss of each source. 0: never."""
+    health_every_steps: Count = Field(default=100, ge=0)
+    """Steps between lines that also have the model's health: gradients, weights and updates, activations and attention logits. 0: never."""
     tensorboard: bool = True
     """Write what TensorBoard reads to run.dir/tensorboard."""
     wandb: WandbConfig | None = None

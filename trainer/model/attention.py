@@ -20,6 +20,7 @@ from manta.trainer.hardware import require_compiler
 log = logging.getLogger(__name__)
 MATMUL_LIMIT = 256  # keys up to which plain matrix products beat SDPA's backward on CPU: +15 % at 256, a loss at 512
 FLEX_MIN_WIDTH = 16  # FlexAttention has no kernel for narrower heads
+MOST_LOGITS = 1 << 24  # in memory at once, while the largest is looked for
 
 
 class KVCache:
@@ -104,6 +105,16 @@ class AttentionMask:
             self._blocks = mask
         return self._blocks
 
+    def rows(self, sequence: int, first: int, end: int) -> Tensor:
+        """Return mask_tS of queries `first` to `end`, of T, of one sequence, without the rest. False for padding."""
+        earlier, S = self.S - self.T, torch.arange(self.S, device=self.device)
+        queries = S[earlier + first : earlier + end, None]
+        rows = self._in_reach(queries, S)
+        if self.documents is not None:
+            documents = self.documents[sequence]
+            rows = rows & (documents[queries] == documents) & (documents[queries] >= 0)
+        return rows
+
     def _in_reach(self, queries: Tensor, keys: Tensor) -> Tensor:
         distance = queries - keys
         in_reach = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
@@ -111,9 +122,20 @@ class AttentionMask:
 
 
 def attend(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: AttentionMask, *, dropout: Callable[[Tensor], Tensor] | None = None
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    mask: AttentionMask,
+    *,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+    measured: list[Tensor] | None = None,
 ) -> Tensor:
-    """Return o_BNTH. `dropout` is applied to the softmax weights_BNTS, which only the matrix-product kernel exposes."""
+    """Return o_BNTH. `dropout` is applied to the softmax weights_BNTS, which only the matrix-product kernel exposes.
+
+    measured: the largest logit of the first sequence is appended to it.
+    """
+    if measured is not None:
+        measured.append(largest_logit(q_BNTH[0], k_BKSH[0], mask))
     device = q_BNTH.device
     if dropout is not None or _prefers_matmul(mask.S, device):
         return _matmul_attention(q_BNTH, k_BKSH, v_BKSH, mask, dropout)
@@ -129,6 +151,22 @@ def attend(
     if _can_use_flex(mask) and q_BNTH.shape[3] >= FLEX_MIN_WIDTH and q_BNTH.dtype != torch.float64:
         return _flex_attention(q_BNTH, k_BKSH, v_BKSH, mask)
     return sdpa(attn_mask=mask.boolean())
+
+
+def largest_logit(q_NTH: Tensor, k_KSH: Tensor, mask: AttentionMask, *, sequence: int = 0) -> Tensor:
+    """Return the largest product of a query and a key that it attends to, scaled as before the softmax; -inf if all is padding.
+
+    No kernel returns it: it is computed from scratch, at least in fp32, for a few queries at a time. sequence: its index in the batch.
+    """
+    (N, T, H), (K, S, _) = q_NTH.shape, k_KSH.shape
+    precision = torch.promote_types(q_NTH.dtype, torch.float32)
+    q_KGTH, keys_KHS = q_NTH.to(precision).view(K, N // K, T, H) * H**-0.5, k_KSH.to(precision).transpose(1, 2)
+    largest, size = torch.full((), float("-inf"), dtype=precision, device=q_NTH.device), max(1, MOST_LOGITS // (N * S))
+    for first in range(0, T, size):
+        q_KGtH = q_KGTH[:, :, first : first + size]
+        logits_KtS = (q_KGtH.flatten(1, 2) @ keys_KHS).view(K, N // K, -1, S).amax(dim=1)
+        largest = torch.maximum(largest, logits_KtS.amax(dim=0).masked_fill(~mask.rows(sequence, first, first + size), float("-inf")).max())
+    return largest
 
 
 def _can_use_flex(mask: AttentionMask) -> bool:
@@ -183,5 +221,7 @@ def _compiled_on_gpu(function: Callable[..., Any], device: torch.device) -> Call
 
 @functools.cache  # importing this file must not load the compiler
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a kernel. It stays compiled where blocks are run without their compiled code: without it, it needs too much memory."""
     use_own_compile_cache()
-    return torch.compile(function)
+    compiled: Callable[..., Any] = torch.compiler.set_stance("default")(torch.compile(function))
+    return compiled

@@ -70,6 +70,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_width, config.norm_epsilon) if config.qk_norm else None
         self.dropout = AttentionDropout(config.attention_dropout)
         self.attend: Callable[..., Tensor] = attend  # Ulysses wraps it
+        self.measured: list[Tensor] | None = None  # a list: the largest logit of each forward pass is appended to it
 
     def forward(self, x_BTD: Tensor, context: ForwardContext, cache: KVCache | None = None) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -83,8 +84,8 @@ class Attention(nn.Module):
             q_BNTH, k_BKTH = apply_rotary(q_BNTH, context.rotary), apply_rotary(k_BKTH, context.rotary)
         if cache is not None:
             k_BKTH, v_BKTH = cache.append(k_BKTH, v_BKTH)
-        dropout = self.dropout.bind(context.dropout_keys)
-        return self.o_proj(self.attend(q_BNTH, k_BKTH, v_BKTH, context.mask, dropout=dropout).transpose(1, 2).reshape(B, T, -1))
+        options = {"dropout": self.dropout.bind(context.dropout_keys), "measured": self.measured}
+        return self.o_proj(self.attend(q_BNTH, k_BKTH, v_BKTH, context.mask, **options).transpose(1, 2).reshape(B, T, -1))
 
 
 class SwiGLU(nn.Module):
