@@ -25,6 +25,7 @@ from manta.trainer.config.training import TrainingConfig
 from manta.trainer.dataloader.batch import Batch
 from manta.trainer.dataloader.loader import DataLoader
 from manta.trainer.dist.world import World
+from manta.trainer.energy import EnergyMeter, EnergyTotals
 from manta.trainer.engine.deepspeed import Engine, UpdateResult
 from manta.trainer.engine.token_sums import SourceSums, TokenSums
 from manta.trainer.evaluation import Evaluation, by_name
@@ -49,6 +50,7 @@ class StepTotals(NamedTuple):
     save_requested: bool
     save_failed: bool
     by_source: SourceSums | None
+    energy: EnergyTotals
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Loop:
         reading = {"rank": self.engine.mesh.data_rank, "seed": config.run.seed, "steps": config.train.steps}
         self.loader = DataLoader(self.samples, self.timeline, self.engine.layout, **reading, device=device)
         self.evaluation = Evaluation(config, self.samples, self.engine, self.loader, self.world, self.heartbeat, self.validation_sets)
+        self.energy = EnergyMeter.open(config.track, self.world, self.metrics.path if self.metrics else None)
         self._compiled_lengths = set[int]()  # blocks are compiled once for each sequence length
 
     def run(self, step: int) -> int:
@@ -183,6 +186,7 @@ class Loop:
             "world_size": self.world.size,
             "layout": str(self.engine.layout),
             "attempt": self.world.attempt,
+            **self.energy.line(totals.energy),
         }
         if self.engine.loss_scale is not None:
             line |= {"loss_scale": self.engine.loss_scale, "skipped": outcome.skipped}
@@ -207,9 +211,11 @@ class Loop:
     def _reduce(self, terms_K: Tensor, digest: int, saves: SavePolicy, sums: TokenSums | None) -> StepTotals:
         failed, due = saves.has_failed(), saves.is_due()
         own_digest = digest if self.engine.mesh.is_first_of_sample else 0  # each sample's digest counts once
+        energy = self.energy.take()
         stop, save, failed, total_digest, *values = self.world.sum(
-            [self.stop.is_made, due, failed, own_digest, *terms_K.tolist(), *([] if sums is None else sums.values.flat)]
+            [self.stop.is_made, due, failed, own_digest, *energy, *terms_K.tolist(), *([] if sums is None else sums.values.flat)]
         )
+        energy, values = EnergyTotals(*values[: len(energy)]), values[len(energy) :]
         terms, of_sources = values[: len(terms_K)], values[len(terms_K) :]
         return StepTotals(
             terms=[term / self.engine.layout.tensor for term in terms],  # each tensor rank has the same value
@@ -218,6 +224,7 @@ class Loop:
             save_requested=save > 0,
             save_failed=failed > 0,
             by_source=SourceSums.of(of_sources) if of_sources else None,
+            energy=energy,
         )
 
     def _token_sums(self) -> TokenSums:

@@ -1,8 +1,9 @@
 """metrics.jsonl: one JSON object per logged step. A restart may log a step again; the last line of a step is the valid one."""
 
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,6 +108,27 @@ def loss_terms(line: Line, split: str) -> dict[str, float]:
 def format_loss(loss: float, terms: Mapping[str, float]) -> str:
     details = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in terms.items())
     return f"{loss:.4f}" + (f" ({details})" if details else "")
+
+
+def energy(lines: Sequence[Line]) -> dict[str, Any]:
+    """Return the energy that a run has used, from all its lines: `energy_kwh`, `energy_source`, and `co2_kg` if it is known.
+
+    Nothing if the run has not logged its energy.
+    """
+    found = next((line for line in reversed(lines) if is_finite(line.get("energy/kwh"))), Line())
+    keys = {"energy/kwh": "energy_kwh", "energy/source": "energy_source", "energy/co2_kg": "co2_kg"}
+    return {name: found[key] for key, name in keys.items() if isinstance(found.get(key), str) or is_finite(found.get(key))}
+
+
+def format_energy(energy: Mapping[str, Any]) -> dict[str, str]:
+    """Return what `energy` found as text: energy and CO2, with their source."""
+    source = f" ({energy.get('energy_source', 'source unknown')})"
+    parts = {"energy": ("energy_kwh", "kWh"), "CO2": ("co2_kg", "kg")}
+    return {name: f"{energy[key]:.4g} {unit}{source}" for name, (key, unit) in parts.items() if key in energy}
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def format_duration(seconds: float) -> str:

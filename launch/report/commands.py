@@ -33,18 +33,19 @@ def goodput(run: Run, *, as_json: AsJson = False) -> None:
     from manta.cluster.supervise.event_log import read_events
     from manta.launch.config import find_run
     from manta.launch.goodput import goodput
-    from manta.trainer.metrics import read_all_metrics
+    from manta.trainer.metrics import energy, read_all_metrics
 
     run_dir = find_run(run)
-    now = time.time() if run_dir.is_locked else None
-    found = goodput(read_events(run_dir.events_file), read_all_metrics(run_dir.metrics_file), now=now)
+    now, lines = time.time() if run_dir.is_locked else None, read_all_metrics(run_dir.metrics_file)
+    found = goodput(read_events(run_dir.events_file), lines, now=now)
     seconds = {category.value: round(value, 3) for category, value in found.seconds.items()}
     report = {"run": str(run_dir.path), "total": round(found.total, 3), "goodput": round(found.share, 5), "seconds": seconds}
+    report |= energy(lines)
     print_report(report, show_goodput, as_json=as_json)
 
 
 def show_goodput(report: dict[str, Any]) -> None:
-    from manta.trainer.metrics import format_duration
+    from manta.trainer.metrics import format_duration, format_energy
 
     total = report["total"] or 1.0
     table = grid(4)
@@ -53,6 +54,8 @@ def show_goodput(report: dict[str, Any]) -> None:
     out = console()
     out.print(f"goodput {percent(report['goodput'])} of {format_duration(report['total'])} since the first start")
     out.print(table)
+    for name, text in format_energy(report).items():
+        out.print(f"{name} {text}")
 
 
 @app.command(epilog="For example: manta report runs/mine --samples 2")

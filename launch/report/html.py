@@ -22,7 +22,7 @@ from manta.launch.goodput import Category
 from manta.launch.inspect.charts import percent
 from manta.launch.report.series import RunRecord, axes, charts, expert_loads, is_number, read_run, step_of, timeline
 from manta.launch.terminal import count_text
-from manta.trainer.metrics import Line, format_duration
+from manta.trainer.metrics import Line, energy, format_duration, format_energy
 
 MOST_ROWS, LONGEST_TEXT = 400, 600  # of a table, and characters of a value
 MARKED = {"rank-failed", "node-lost", "spike", "not-finite"}  # events that are shown in each chart
@@ -132,11 +132,7 @@ def results(run: RunRecord) -> dict[str, str]:
     for key, label, form, average in (("tokens_per_second", "tokens/s, median", ",.0f", median), ("mfu", "MFU, mean", ".1%", fmean)):
         if values := [line[key] for line in run.lines if is_number(line.get(key))]:
             found[label] = format(float(average(values)), form)
-    found |= {
-        key.replace("_", " ").replace("/", " "): f"{value:.4g}"
-        for key, value in last.items()
-        if key.startswith("energy/") and is_number(value)
-    }
+    found |= format_energy(energy(run.lines))
     failures = sum(event["event"] in {"rank-failed", "node-lost"} for event in run.events)
     attempts = max((event["attempt"] for event in run.events), default=0)
     found["attempts"] = f"{attempts}, {count_text(failures, 'failure')}" if failures else f"{attempts}"

@@ -104,7 +104,7 @@ def test_any_key_with_a_known_prefix_makes_a_curve(tmp_path):
     assert labels["Loss by source"] == ["web, training", "web, validation"]
     assert labels["Validation bits per byte"] == ["all", "books", "web"]
     assert list(labels)[:4] == ["Loss", "Loss by source", "Learning rate", "Gradient norm"]
-    assert "energy kwh" in page.text
+    assert "1.5 kWh (source unknown)" in page.text
 
 
 def test_strings_of_a_run_are_only_text(tmp_path):

@@ -243,6 +243,10 @@ class TrackConfig(Section):
     """Steps between lines that also have the training loss of each source. 0: never."""
     health_every_steps: Count = Field(default=100, ge=0)
     """Steps between lines that also have the model's health: gradients, weights and updates, activations and attention logits. 0: never."""
+    watts: float | None = Field(default=None, gt=0, examples=[95.0])
+    """Power in watts that a rank's device takes while it trains, to estimate energy where it cannot be measured."""
+    grid_intensity: float | None = Field(default=None, ge=0, examples=[380.0])
+    """Grams of CO2 per kWh of your electricity; unset: no CO2 is reported."""
     tensorboard: bool = True
     """Write what TensorBoard reads to run.dir/tensorboard."""
     wandb: WandbConfig | None = None
