@@ -89,7 +89,7 @@ class EnergyMeter:
             return None
         try:
             return self._counter.joules()
-        except Exception as error:  # noqa: BLE001  of a driver: training goes on without it
+        except Exception as error:  # noqa: BLE001  of a driver: training continues without it
             log.warning("energy is no longer measured by %s: %s", self._counter.name, error)
             self._counter = None
             return None
@@ -147,7 +147,7 @@ class RaplCounter:
     def joules(self) -> float:
         for index, (file, largest) in enumerate(self._zones):
             now = _number(file)
-            self._total += now - self._last[index] + (largest if now < self._last[index] else 0)  # it starts again from zero
+            self._total += now - self._last[index] + (largest if now < self._last[index] else 0)  # it has wrapped around
             self._last[index] = now
         return self._total / 1e6
 
@@ -176,7 +176,7 @@ def _number(file: Path) -> int:
 
 
 def last_kwh(metrics: Path) -> float:
-    """Return what the last line with `energy/kwh` has, 0 without one. Lines of steps that are done again count: their energy is used."""
+    """Return what the last line with `energy/kwh` has, 0 without one. Recomputed steps count twice: so did their energy."""
     try:
         with open_regular(metrics) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE))

@@ -4,8 +4,8 @@ Everything is of the whole model, whatever the layout: ranks add what they hold,
 
 - Gradient norms are of the global gradient, unscaled and before clipping: the squares of all groups add up to the square of `grad_norm`.
 - Weights are the masters, before the update that the ratio is of.
-- Activations and logits come from a forward pass of their own, without dropout, over the step's batches and with the step's weights. The
-  training step has nothing to record, so that compiled blocks and recomputed activations stay as they are.
+- Activations and logits come from a separate forward pass, without dropout, over the step's batches and with the step's weights. The
+  training step records nothing, so that compiled blocks and recomputed activations are not affected.
 
 Legend: B sequences, T tokens on this rank, D model width, G groups of weights, L blocks.
 """
@@ -84,7 +84,7 @@ class Health:
         self._activations_2L[1, block] += x_BTD.numel()
 
     def measure_update(self) -> AbstractContextManager[None]:
-        """Measure the update that is done inside. It may be left out."""
+        """Measure the update that is done inside; it may be skipped."""
         return self._update.measure()
 
     def line(self, grad_norm: float, max_grad_norm: float) -> Line:
@@ -100,7 +100,7 @@ class Health:
         groups, names = self._update.groups, [f"blocks.{number}" for number in range(blocks)]
         clipped = max(1.0, (grad_norm + 1e-6) / max_grad_norm)  # the optimizer has seen gradients divided by this
         line: Line = {}
-        if any(weights):  # the update was not left out
+        if any(weights):  # the update was not skipped
             line |= _named("grad_norm", groups, [norm * clipped for norm in gradients])
             line |= _named("weight_norm", groups, weights)
             line |= _named("update_ratio", groups, map(_ratio, updates, weights))

@@ -40,7 +40,7 @@ def test_rapl_adds_packages_and_memory_but_nothing_twice(tmp_path):
     assert counter.joules() == pytest.approx(33.0)
 
 
-def test_rapl_starts_again_from_zero_at_its_largest_value(tmp_path):
+def test_rapl_wraps_around_at_its_largest_value(tmp_path):
     file = write_zone(tmp_path, "intel-rapl:0", "package-0", LARGEST - 7_000_000)
     counter = open_rapl(tmp_path)
     assert counter is not None
@@ -163,7 +163,7 @@ def test_a_run_that_was_killed_and_resumed_counts_the_energy_of_all_attempts(wor
     written = parse_lines((workspace.directory / "energy/metrics.jsonl").read_text())
     attempts = [list(group) for _, group in groupby(written, key=lambda line: line["attempt"])]
     assert len(attempts) == 3
-    assert len(written) > 60, "no step was done again"
+    assert len(written) > 60, "no step was recomputed"
     assert [line["energy/kwh"] for line in written] == sorted(line["energy/kwh"] for line in written)
     seconds = sum(of_attempt[-1]["time"] - of_attempt[0]["time"] + of_attempt[0]["step_time"] for of_attempt in attempts)
     kwh = lines(workspace, "energy")[-1]["energy/kwh"]
