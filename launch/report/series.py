@@ -34,6 +34,16 @@ TITLES = {
     "memory": "Peak memory, bytes",
 }
 ORDER = (*TITLES, "eval", "train", "loss_scale", "energy", "health")
+LAST_TITLES = {
+    "energy/kwh": "Energy, kWh",
+    "energy/co2_kg": "CO2, kg",
+    "health/grad_norm": "Gradient norm by group",
+    "health/weight_norm": "Weight norm by group",
+    "health/update_ratio": "Update-to-weight ratio by group",
+    "health/activation_rms": "Activation RMS by block",
+    "health/attention_logit": "Largest attention logit by block",
+    "health/expert_entropy": "Entropy of expert load",
+}  # of charts that ORDER has by their group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +144,7 @@ def _chart(key: str) -> tuple[str, str]:
 
 def _title(chart: str) -> str:
     group, _, metric = chart.partition("/")
-    return TITLES.get(chart, f"{SPLITS[group]} {metric}".capitalize() if group in SPLITS else chart).replace("_", " ")
+    return (TITLES | LAST_TITLES).get(chart, f"{SPLITS[group]} {metric}".capitalize() if group in SPLITS else chart).replace("_", " ")
 
 
 def _place(key: str) -> int:
