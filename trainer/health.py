@@ -145,7 +145,8 @@ class UpdateSquares:
 
     def _end(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         for master in self._counted(optimizer):
-            self._add(UPDATE, master, self._before.pop(id(master)).sub_(master.detach()))
+            if (before := self._before.pop(id(master), None)) is not None:  # None: the guard rejects the update
+                self._add(UPDATE, master, before.sub_(master.detach()))
 
     def _counted(self, optimizer: torch.optim.Optimizer) -> list[Any]:
         """Return the masters that this call of the optimizer's step updates: ZeRO calls it for each group of masters."""

@@ -98,7 +98,8 @@ class Loop:
             self.heartbeat("step", step)
             validation = self.evaluation.run(step, stop=stop)
             line |= validation
-            is_due = step % self.config.track.every_steps == 0 or is_multiple(step, self.config.track.health_every_steps) or bool(validation)
+            every = (self.config.track.every_steps, self.config.track.health_every_steps)
+            is_due = bool(validation) or any(is_multiple(step, one) for one in every)
             if self.metrics and is_due and math.isfinite(line["train/loss"]):
                 self._log(self.metrics, line)
                 log.info("step %d/%d  %s", step, last, format_line(line))

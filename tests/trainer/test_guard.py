@@ -21,6 +21,7 @@ from manta.trainer.engine.deepspeed import Engine
 from manta.trainer.guard.detection import Measured, SpikeDetector
 from manta.trainer.guard.record import rolled_back
 from manta.trainer.guard.response import ranges
+from manta.trainer.health import Health
 
 CELLS = [
     *(Cell("gpt2", 2, parallel=ParallelConfig(zero=zero)) for zero in (0, 2, 3)),
@@ -57,7 +58,9 @@ def trained(cell, optimizer, steps, rejected=()):
             seen.append(norm)
             return step in rejected
 
-        result = engine.update(terms_K, learning_rate=1e-3, rejects=rejects)
+        with (health := Health(engine)).measure_update():
+            result = engine.update(terms_K, learning_rate=1e-3, rejects=rejects)
+        assert any(key.startswith("health/grad_norm/") for key in health.line(result.grad_norm, 1.0)) is not result.rejected
         assert (seen, result.rejected) == ([result.grad_norm], step in rejected), "asked once, with the norm"
         if step not in rejected:
             norms.append(result.grad_norm)
