@@ -165,14 +165,14 @@ def open_rapl(powercap: Path = POWERCAP) -> RaplCounter | None:
 def _is_counted(zone: Path) -> bool:
     """Whether this zone's energy is in no other one: cores are a part of their package, and psys has all packages."""
     try:
-        name = (zone / "name").read_text().strip()
+        name = (zone / "name").read_text(encoding="utf-8").strip()
     except OSError:
         return False
     return name.startswith("package") or name == "dram"
 
 
 def _number(file: Path) -> int:
-    return int(file.read_text())
+    return int(file.read_text(encoding="utf-8"))
 
 
 def last_kwh(metrics: Path) -> float:

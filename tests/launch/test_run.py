@@ -275,7 +275,7 @@ def test_a_run_survives_a_bad_checkpoint_a_moved_corpus_and_a_second_manta(works
 
 def test_status_prints_a_table(workspace, finished_run):
     output = workspace.manta("status", finished_run, COLUMNS="40").stdout
-    assert len(output.splitlines()) == 11, "a row is one line in a pipe"
+    assert len(output.splitlines()) == 12, "a row is one line in a pipe"
     assert "40 of 40" in output
     assert "done" in output
     assert "data 2, ZeRO-1" in output
