@@ -125,7 +125,7 @@ def rank(number: int, path: Path, pairs: int, steps: int) -> None:
     model.initialize(1)
     mesh = world.mesh(layout_for(config.train, config.parallel, RANKS))
     engine = Engine(model, mesh=mesh, optimizer=config.optimizer, precision=config.precision)
-    guard = SpikeGuard(config.guard, samples, engine, run_dir.spikes_file, attempt=1)
+    guard = SpikeGuard(config.guard, samples, engine, run_dir.spikes_file, HeartbeatWriter(None), attempt=1)
     metrics = LineFile(run_dir.metrics_file) if number == 0 else None
     shared: Any = {"world": world, "samples": samples, "engine": engine, "run_dir": run_dir, "saver": NotSaved(), "metrics": metrics}
     shared |= {"heartbeat": HeartbeatWriter(None), "stop": StopRequest(), "flops_per_token": {config.data.sequence_length: 1e7}}
@@ -162,7 +162,9 @@ def tracker_share(run_dir: RunDirectory) -> float:
     """Return the share of a core that the tracker takes while a step is logged ten times a second."""
     line = json.loads(run_dir.metrics_file.read_text().splitlines()[-1])
     with run_dir.lock():
-        tracker = subprocess.Popen([sys.executable, "-P", "-m", "manta.launch.track", str(run_dir.path)], stderr=subprocess.DEVNULL)
+        tracker = subprocess.Popen(
+            [sys.executable, "-P", "-m", "manta.launch.track", str(run_dir.path)], stdin=subprocess.PIPE
+        )  # its end ends it
         file, process, started, before = LineFile(run_dir.metrics_file), psutil.Process(tracker.pid), time.monotonic(), 0.0
         for number in range(int((START + WATCHED) * RATE)):
             if number == int(START * RATE):
@@ -171,6 +173,7 @@ def tracker_share(run_dir: RunDirectory) -> float:
             file.write(json.dumps(line).encode())
             time.sleep(max(0.0, started + (number + 1) / RATE - time.monotonic()))
         share = (sum(process.cpu_times()[:2]) - before) / WATCHED
+        assert tracker.poll() is None
         tracker.terminate()
         tracker.wait(10)
     return share

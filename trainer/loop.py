@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from manta.cluster.protocol import HeartbeatWriter
 from manta.data.live.live_samples import LiveSamples
 from manta.data.objectives.examples import DIGEST_BITS
 from manta.data.sampling.samples import Samples
+from manta.trainer.checkpoint.errors import SaveError
 from manta.trainer.checkpoint.save_policy import SavePolicy
 from manta.trainer.checkpoint.writer import CheckpointWriter
 from manta.trainer.config.training import TrainingConfig
@@ -30,6 +31,7 @@ from manta.trainer.engine.deepspeed import Engine, UpdateResult
 from manta.trainer.engine.token_sums import SourceSums, TokenSums
 from manta.trainer.evaluation import Evaluation, by_name
 from manta.trainer.guard.detection import Measured, is_comparable
+from manta.trainer.guard.record import SpikeError
 from manta.trainer.guard.response import FinishedStep, SpikeGuard
 from manta.trainer.hardware import peak_flops
 from manta.trainer.health import Health
@@ -92,7 +94,13 @@ class Loop:
         saves = SavePolicy(self.saver, self.engine, self.loader, self.config, request, step=step, window=window)
         stop, line = False, Line()
         while step < last and not stop:
-            line, totals = self._step(step, saves)
+            try:
+                line, totals = self._step(step, saves)
+            except SpikeError:  # on all ranks: go back no further than to the save in progress
+                self.heartbeat("save", step)
+                with suppress(SaveError):
+                    saves.finish()
+                raise
             stop = totals.stop_requested
             step += 1
             self.heartbeat("step", step)
@@ -131,8 +139,13 @@ class Loop:
         by_source = len(self.samples.source_names) > 1 and is_multiple(step + 1, self.config.track.sources_every_steps)
         sums = self._token_sums() if by_source else None
         health = Health(self.engine) if is_multiple(step + 1, self.config.track.health_every_steps) else None
+        health_start = time.perf_counter()
         if health:
+            phase = self.heartbeat.phase
+            self.heartbeat("evaluate", step)
             health.measure_activations(batches)
+            self.heartbeat(phase, step)
+        health_seconds = time.perf_counter() - health_start
         terms_K = self.engine.accumulate(batches, sums)
         if is_multiple(step + 1, self.config.guard.replica_check_every_steps):
             self.engine.replica_check.run(step + 1)
@@ -140,7 +153,7 @@ class Loop:
         loss = self.engine.loss(totals.terms)
         with health.measure_update() if health else nullcontext():
             outcome = self.engine.update(terms_K, learning_rate=rate, rejects=partial(self.guard.rejects, loss))
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - health_seconds
         self.heartbeat.work = wait + self.engine.compute_timer.take_seconds()
         self._end_step(step, loss, outcome, batches)
         line = self._line(step, outcome, totals, learning_rate=rate, seconds=seconds, wait=wait)
@@ -177,7 +190,7 @@ class Loop:
             "global_batch": stage.global_batch,
             "sequence_length": stage.sequence_length,
             "learning_rate": learning_rate,
-            "grad_norm": None if outcome.skipped else outcome.grad_norm,
+            "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) and not outcome.skipped else None,
             "tokens_per_second": round(speed, 1),
             "mfu": self.utilization(speed * self.flops_per_token[stage.sequence_length] / self.world.size),
             "data_wait": round(wait, 6),

@@ -83,7 +83,7 @@ def train(run_dir: RunDirectory, world: World, heartbeat: HeartbeatWriter, stop:
 
     metrics = LineFile(run_dir.metrics_file) if world.rank == 0 else None
     window = (progress.window if progress else None) or ()
-    guard = SpikeGuard(config.guard, samples, engine, run_dir.spikes_file, attempt=world.attempt, window=window)
+    guard = SpikeGuard(config.guard, samples, engine, run_dir.spikes_file, heartbeat, attempt=world.attempt, window=window)
     loop = Loop(config, world, samples, engine, run_dir, heartbeat, stop, flops_per_token, saver, guard, metrics, sets)
     try:
         step = loop.run(progress.step if progress else 0)

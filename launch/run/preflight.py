@@ -49,7 +49,8 @@ def preflight(config: RunConfig, ray: Ray) -> RunPlan | None:
         config = config.model_copy(update={"data": with_absolute_paths(config.data)})
     run_dir = RunDirectory(config.run.dir.absolute())
     run_dir.check()
-    config = config.skip_also(run_dir.rolled_back())
+    if run_dir.has_trained:  # else they are of an older run
+        config = config.skip_also(run_dir.rolled_back())
     check_writable(run_dir, config)
     per_node = local_ranks(config) if isinstance(ray, LocalRay) else config.cluster.ranks_per_node
     possible, fallbacks = layouts(config.train, config.parallel), shrunk_layouts(config.train, config.parallel)
@@ -126,7 +127,8 @@ def open_corpus(run_dir: RunDirectory, config: RunConfig) -> tuple[PreparedData,
     sets = prepare_sets(config, prepared, used_sets)
     samples = open_samples(prepared, config.data, config.tokenizer, seed=config.run.seed)  # raises InputError if a shard is damaged
     if isinstance(samples, Samples):
-        samples.sampler.check_epochs(config.timeline().first_sample(config.train.steps))
+        rolled_back = sum(end - first for first, end in run_dir.rolled_back()) if used is not None else 0  # they count for no epoch
+        samples.sampler.check_epochs(config.timeline().first_sample(config.train.steps) - rolled_back)
         if (batch := max(config.train.batches)) > (per_epoch := samples.train_windows):
             notify(f"train.global_batch: an epoch has only {per_epoch} samples: a step of {batch} reads samples more than once")
     if not samples.validation_windows and config.data.validation:

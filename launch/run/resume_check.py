@@ -9,6 +9,7 @@ import numpy as np
 
 from manta.cluster.protocol import ExitCode
 from manta.cluster.supervise.event_log import exit_code, read_events
+from manta.data.config import DataConfig
 from manta.data.errors import InputError
 from manta.data.live.live_samples import check_data_ranks
 from manta.data.sampling.samples import sample_numbers
@@ -33,7 +34,7 @@ def check_same_run(run_dir: RunDirectory, config: RunConfig) -> None:
     if config.train.steps < old.train.steps:
         differences.append(f"train.steps {old.train.steps} -> {config.train.steps} (may only grow)")
     next_sample = sample_numbers(old.data.skip, np.array([old.timeline().first_sample(run_dir.saved_step())]))[0]
-    before, now = ([span for span in data.skip if span[0] < next_sample] for data in (old.data, config.data))
+    before, now = (spans_before(int(next_sample), data) for data in (old.data, config.data))
     if before != now:
         spans = f"{json.dumps(old.data.skip)} -> {json.dumps(config.data.skip)}"
         differences.append(f"data.skip {spans} (may change from sample {next_sample} on)")
@@ -71,6 +72,11 @@ def _report_learning_rate(old: RunConfig, new: RunConfig, step: int) -> None:
         plans = [config.schedule.steps or config.train.steps for config in (old, new)]
         rates = f"{before:.3g} in the schedule of {plans[0]} steps, {now:.3g} in that of {plans[1]}"
         notify(f"learning rate of step {step + 1}: {rates}; to keep the first schedule: schedule.steps={plans[0]}")
+
+
+def spans_before(sample: int, data: DataConfig) -> list[tuple[int, int]]:
+    """Return what is skipped of the samples before this one, in the fewest ranges."""
+    return [(first, min(end, sample)) for first, end in data.skip_also(data.skip).skip if first < sample]
 
 
 def _text(value: object) -> str:

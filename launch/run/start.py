@@ -96,6 +96,8 @@ def write_run_directory(run_dir: RunDirectory, config: RunConfig, prepared: Prep
         "seed": config.run.seed,
     }
     manifest = run_dir.manifest().model_dump(mode="json", exclude_unset=True) if run_dir.has_trained else new
+    if not run_dir.has_trained:
+        run_dir.spikes_file.unlink(missing_ok=True)  # its samples are those of an older run
     content = {**manifest, **recorded, "corpus": prepared.model_dump(mode="json", exclude_defaults=True)}
     write_atomically(run_dir.manifest_file, json.dumps(content, indent=1).encode())
     write_atomically(run_dir.config_file, config.to_yaml().encode())

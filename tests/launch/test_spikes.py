@@ -88,6 +88,11 @@ def write_config(directory: Path, poisoned: int) -> tuple[Path, dict[int, int]]:
     return file, steps
 
 
+def configs_of(file):
+    config = yaml.safe_load(file.read_text())
+    return DataConfig.model_validate(config["data"]), TokenizerConfig.model_validate(config["tokenizer"])
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("one"), 1)
@@ -177,12 +182,15 @@ def test_a_run_that_stopped_at_a_spike_continues_without_its_samples(workspace, 
 def test_a_crash_after_the_samples_were_recorded_changes_nothing(workspace, one, runs_without):
     (file, steps), home = one, workspace.directory / "crashed"
     ((step, _),) = steps.items()
-    with workspace.start("train", str(file), "run.dir=crashed", "guard.on_spike=rollback") as running:
+    windows = Samples(RunDirectory(workspace.directory / runs_without("data 2")).prepared(), *configs_of(file), seed=0).train_windows
+    epochs = (BATCH * STEPS + 0.5) / windows  # no sample more than the run has without going back
+    once = f"data.sources=[{{path: {file.parent}/documents.jsonl, epochs: {epochs:.8f}}}]"
+    with workspace.start("train", str(file), "run.dir=crashed", "guard.on_spike=rollback", once) as running:
         until = time.monotonic() + 120
         while not (home / "spikes.jsonl").exists() and time.monotonic() < until and running.poll() is None:
             time.sleep(0.005)
         running.kill()  # the controller and, with it, Ray
-    train(workspace, file, "crashed", "guard.on_spike=rollback")
+    train(workspace, file, "crashed", "guard.on_spike=rollback", once)
     assert [spike.step for spike in spikes(workspace, "crashed")] == [step]
     assert [event["step"] for event in events(workspace, "crashed") if event["event"] == "spike"] == [step]
     assert_bitwise_equal(workspace, "crashed", runs_without("data 2"))

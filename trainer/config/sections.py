@@ -151,7 +151,7 @@ class GuardConfig(Section):
     on_spike: Literal["report", "skip", "rollback", "stop"] = "report"
     """What follows a loss or gradient norm far above those before. report: an event that names the text (a value that is not finite stops
     the run); skip: also skip the update; rollback: go back to the last checkpoint, and skip the step's samples; stop: end the run."""
-    spike_window: Count = Field(default=128, ge=2, le=10_000)
+    spike_window: Count = Field(default=128, ge=2, le=1000)
     """Steps that a loss and a gradient norm are compared with; fewer than half of them are not enough to compare."""
     spike_deviations: float = Field(default=6.0, gt=0)
     """How many standard deviations above the window's mean a loss or gradient norm is a spike."""

@@ -31,7 +31,7 @@ class UpdateResult:
     terms: Tensor  # [K]: this rank's share of each loss term; their sum over the replicas is the step's
     grad_norm: float  # global, before clipping; not finite if a gradient is not
     skipped: bool  # fp16: a gradient overflowed on some rank, so the weights did not change and the loss scale was lowered
-    rejected: bool  # as the caller decided, so the weights did not change
+    rejected: bool  # as the caller decided, or because a gradient is not finite, so the weights did not change
     exhausted: bool  # fp16: skipped, and the loss scale is already the smallest
 
 
@@ -123,7 +123,9 @@ class Engine:
         self.deepspeed.step()
         if norm is None:
             norm = global_grad_norm(self.zero_optimizer)
-        skipped, rejected = self.precision == "fp16" and bool(self.zero_optimizer.overflow), self._gate.rejected
+        overflows = self.layout.zero > 0 and bool(self.zero_optimizer.overflow)  # DeepSpeed did not call the optimizer
+        skipped = overflows and self.precision == "fp16"
+        rejected = self._gate.rejected or (overflows and not skipped)
         self._update_routers(skipped=skipped or rejected)
         return UpdateResult(terms=terms_K, grad_norm=norm, skipped=skipped, exhausted=skipped and is_smallest, rejected=rejected)
 

@@ -91,4 +91,4 @@ def mark_sharded(model: Transformer, mesh: Mesh) -> None:
 def global_grad_norm(optimizer: Any) -> float:
     """Return the gradient norm over all ranks that a ZeRO optimizer has computed in this step; NaN if a gradient is not finite."""
     norm = float(optimizer._global_grad_norm)  # noqa: SLF001  needed before the step is done
-    return nan if norm < 0 else norm  # in bf16, DeepSpeed's stages 1 and 2 continue with -1
+    return nan if norm < 0 else norm  # DeepSpeed's mark of one that is not finite

@@ -37,12 +37,14 @@ class SpikeDetector:
         self._config = config
         self.window = deque((Measured(*pair) for pair in window), maxlen=config.spike_window)
         """Losses and gradient norms of the last steps, oldest first."""
+        self._limits: Measured | None = None  # None: to be computed
 
     def limits(self) -> Measured:
         """Return the limits for the next step; infinite while the window is less than half full."""
-        if len(self.window) < max(2, self._config.spike_window // 2):
-            return NO_LIMITS
-        return Measured(*map(self._limit, zip(*self.window, strict=True)))
+        if self._limits is None:
+            is_enough = len(self.window) >= max(2, self._config.spike_window // 2)
+            self._limits = Measured(*map(self._limit, zip(*self.window, strict=True))) if is_enough else NO_LIMITS
+        return self._limits
 
     def kind(self, step: Measured) -> Kind | None:
         """Return what is wrong with a step, if anything."""
@@ -54,15 +56,17 @@ class SpikeDetector:
         """Add a finished step to the window, unless it is not finite."""
         if all(map(math.isfinite, step)):
             self.window.append(Measured(*map(min, step, self.limits())))
+            self._limits = None
 
     def clear(self) -> None:
         """Forget the steps so far, because the next ones are not comparable."""
         self.window.clear()
+        self._limits = None
 
     def _limit(self, values: Sequence[float]) -> float:
         # math.fsum is exact: ranks on other processors must find the same limit.
         mean = math.fsum(values) / len(values)
-        variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        variance = math.fsum((value - mean) * (value - mean) for value in values) / (len(values) - 1)
         return mean + self._config.spike_deviations * math.sqrt(variance)
 
 

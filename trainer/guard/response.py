@@ -15,7 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from manta.cluster.line_file import LineFile
-from manta.data.errors import DataError, InputError
+from manta.cluster.protocol import HeartbeatWriter
 from manta.data.live.live_samples import LiveSamples
 from manta.data.sampling.samples import Samples
 from manta.trainer.checkpoint.agreement import on_first_rank
@@ -52,12 +52,14 @@ class SpikeGuard:
         samples: Samples | LiveSamples,
         engine: Engine,
         file: Path,
+        heartbeat: HeartbeatWriter,
         *,
         attempt: int,
         window: Sequence[Sequence[float]] = (),
     ) -> None:
         """file: spikes.jsonl. window: of the checkpoint that the run resumes from."""
         self._config, self._samples, self._engine, self._file, self._attempt = config, samples, engine, file, attempt
+        self._heartbeat = heartbeat
         self.detector = SpikeDetector(config, window)
 
     def rejects(self, loss: float, grad_norm: float) -> bool:
@@ -72,6 +74,7 @@ class SpikeGuard:
         """
         kind = self.detector.kind(step.measured)
         if kind is not None:
+            self._heartbeat("evaluate", step.number - 1)  # to find its text may take longer than a step
             losses = self._sample_losses(batches, step.samples)
             action = on_first_rank(partial(self._record, kind, step, losses))
             if action == "rollback":
@@ -111,12 +114,20 @@ class SpikeGuard:
             samples=samples,
             worst=worst,
         )
-        with closing(LineFile(self._file, sync=True)) as file:
-            file.write(spike.model_dump_json().encode())
-            problem = file.problem()
-        if problem and spike.action == "rollback":
-            raise SaveError(f"the samples to skip could not be recorded: {problem}")
+        if problem := self._write(spike):
+            if spike.action == "rollback":
+                raise SaveError(f"the samples to skip could not be recorded: {problem}")
+            log.error("a spike could not be recorded: %s", problem)
         return spike.action
+
+    def _write(self, spike: Spike) -> str | None:
+        """Append a spike to the file, durably. Returns what went wrong, if anything."""
+        try:
+            with closing(LineFile(self._file, sync=True)) as file:
+                file.write(spike.model_dump_json().encode())
+                return file.problem()
+        except OSError as error:
+            return f"{self._file}: {error.strerror or error}"
 
     def _action(self, kind: Kind, step: FinishedStep, samples: Ranges) -> Action:
         action: Action = self._config.on_spike
@@ -124,7 +135,12 @@ class SpikeGuard:
             return "stop" if kind == "not-finite" else "report"
         if action == "stop" or step.exhausted_scale is not None:
             return "stop"
-        past = read_spikes(self._file)
+        try:
+            past = read_spikes(self._file)
+        except OSError as error:
+            raise SaveError(f"{self._file}: expected the run's spikes, got an error: {error.strerror}. Make it readable.") from None
+        if any((spike.step, spike.samples, spike.action) == (step.number, samples, "rollback") for spike in past):
+            return "stop"  # they are skipped already, and yet they were read: to go back again would not help
         near = {(spike.step, spike.samples) for spike in past if spike.action == action and self._is_near(spike.step, step.number)}
         return action if len(near | {(step.number, samples)}) <= self._config.max_spikes else "stop"
 
@@ -144,8 +160,8 @@ class SpikeGuard:
             return ()
         try:
             found = self._samples.documents(sample)
-        except (OSError, InputError, DataError) as error:
-            log.warning("the documents of sample %d: %s", sample, error)
+        except Exception as error:  # noqa: BLE001  training does not depend on it
+            log.warning("the documents of sample %d are unknown: %s: %s", sample, type(error).__name__, error)
             return ()
         return tuple(Document(**asdict(document)) for document in found[:MOST_DOCUMENTS])
 
@@ -173,10 +189,12 @@ class SpikeGuard:
         if step.exhausted_scale is not None:
             return "Use precision=bf16, or lower optimizer.learning_rate or lengthen the warmup, in a new run."
         if config.on_spike in {"skip", "rollback"}:
-            return f"These are more than guard.max_spikes ({config.max_spikes}) within {config.spike_window} steps. {look}."
+            more = f"These are more than guard.max_spikes ({config.max_spikes}) within {config.spike_window} steps"
+            return f"{more}. {look}; raise guard.max_spikes, or lower optimizer.learning_rate in a new run."
+        rollback = "" if isinstance(self._samples, LiveSamples) else "to continue without it, resume with guard.on_spike=rollback"
         if kind == "not-finite":
-            return "Lower optimizer.learning_rate or lengthen the warmup, in a new run, or resume with guard.on_spike=rollback."
-        return f"{look}; to continue without it, resume with guard.on_spike=rollback."
+            return f"Lower optimizer.learning_rate or lengthen the warmup, in a new run{rollback and f'; {rollback}'}."
+        return f"{look}{rollback and f'; {rollback}'}."
 
 
 def place_of(worst: Sequence[SampleLoss]) -> str:
