@@ -62,6 +62,7 @@ class RunDirectory:
         self.metrics_file = path / "metrics.jsonl"
         self.events_file = path / "events.jsonl"
         self.spikes_file = path / "spikes.jsonl"
+        self.samples_file = path / "samples.jsonl"  # texts generated with its checkpoints
         self.tokenizer_file = path / "tokenizer.json"  # a copy: weights are of little use without their tokenizer
         self.lock_file = path / "lock"
         self.save_request_file = path / "save-now"  # a client creates it; the run deletes it when the checkpoint is written
@@ -77,7 +78,7 @@ class RunDirectory:
         _check_kind(self.path, stat.S_IFDIR, "a run directory")
         _check_kind(self.logs, stat.S_IFDIR, "a directory")
         files = (self.config_file, self.manifest_file, self.metrics_file, self.events_file, self.spikes_file, self.tokenizer_file)
-        for file in (*files, self.lock_file, self.save_request_file, self.stop_request_file):
+        for file in (*files, self.samples_file, self.lock_file, self.save_request_file, self.stop_request_file):
             _check_kind(file, stat.S_IFREG, "a regular file")
 
     def open_checkpoints(self) -> CheckpointBackend:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from manta.launch.inspect.charts import bar, console, grid, percent
-from manta.launch.terminal import AsJson, Run, print_report, user_path, user_paths
+from manta.launch.terminal import AsJson, Run, notify, print_report, user_path, user_paths
 
 app = typer.Typer()
 
@@ -67,9 +67,15 @@ def report(
     prompt: Annotated[str, typer.Option(help="The text that they continue.")] = "",
 ) -> None:
     """Write a report of a run: one HTML file with curves, goodput, events, config and manifest. A run writes it when it ends."""
+    from manta.launch.config import find_run
     from manta.launch.report.html import write_report
+    from manta.launch.report.texts import SECONDS, add_texts
 
-    typer.echo(str(write_report(run, output, samples=samples, prompt=prompt)))
+    run_dir = find_run(run)
+    problem = add_texts(run_dir, samples, prompt=prompt, seconds=samples * SECONDS) if samples else None
+    if problem:
+        notify(f"texts are missing: {problem}")
+    typer.echo(str(write_report(run, output, problem=problem or "")))
 
 
 @app.command(epilog="For example: manta compare runs/a runs/b --html compare.html")

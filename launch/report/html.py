@@ -3,8 +3,6 @@
 import base64
 import hashlib
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -23,43 +21,32 @@ from manta.launch.inspect.charts import percent
 from manta.launch.report.series import RunRecord, axes, charts, expert_loads, is_number, read_run, step_of, timeline
 from manta.launch.terminal import count_text
 from manta.trainer.metrics import Line, energy, format_duration, format_energy
+from manta.trainer.serve.texts import GeneratedText, read_texts
 
 MOST_ROWS, LONGEST_TEXT = 400, 600  # of a table, and characters of a value
 MARKED = {"rank-failed", "node-lost", "spike", "not-finite"}  # events that are shown in each chart
 UNLISTED = {"node-ready", "first-step", "attempt-stopped"}
 UNSHOWN = {"time", "event", "attempt", "traceback", "machine", "address"}  # keys of events
-SAMPLE_SECONDS, SAMPLE_TOKENS = 120, 160
 BESIDE = Path(__file__).parent
 
 Row = tuple[str, ...]
 
 
-def write_report(directory: Path, file: Path | None = None, *, samples: int = 0, prompt: str = "") -> Path:
+def write_report(directory: Path, file: Path | None = None, *, problem: str = "") -> Path:
     """Write the report of a run to a file, by default RUN/report.html. Returns its path.
 
-    samples: how many texts to generate with the newest checkpoint. Raises InputError if it is no run, and OSError.
+    problem: why texts are missing, to show beside those of samples.jsonl. Raises InputError if it is no run, and OSError.
     """
     run = read_run(directory)
     file = file or run.path / "report.html"
-    texts = [generate(run.path, prompt, seed=seed) for seed in range(1, samples + 1)]
-    write_atomically(file, render([run], samples=texts))
+    write_atomically(file, render([run], samples=read_texts(run.path / "samples.jsonl"), problem=problem))
     return file
 
 
-def generate(run: Path, prompt: str, *, seed: int, seconds: float = SAMPLE_SECONDS) -> str:
-    """Return a text that the newest checkpoint generates, in a separate process; or why there is none."""
-    options = (f"--seed={seed}", f"--tokens={SAMPLE_TOKENS}")
-    command = [sys.executable, "-P", "-m", "manta.launch", "generate", str(run), *options, "--", prompt]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        return f"No text: it took more than {seconds:g} s."
-    output = done.stderr if done.returncode else done.stdout
-    return output.decode(errors="replace").strip()[-20_000:]
-
-
-def render(runs: Sequence[RunRecord], *, comparison: Mapping[str, Any] | None = None, samples: Sequence[str] = ()) -> bytes:
-    """Return the HTML. comparison: of `compare`, for several runs."""
+def render(
+    runs: Sequence[RunRecord], *, comparison: Mapping[str, Any] | None = None, samples: Sequence[GeneratedText] = (), problem: str = ""
+) -> bytes:
+    """Return the HTML. comparison: of `compare`, for several runs. samples: texts to show. problem: why some are missing."""
     drawn, left_out = charts(runs)
     loads = [expert_loads(run) for run in runs]
     data = {
@@ -83,6 +70,7 @@ def render(runs: Sequence[RunRecord], *, comparison: Mapping[str, Any] | None = 
         runs=[_sections(run) for run in runs],
         comparison=comparison,
         samples=samples,
+        problem=problem,
     )
     return text.encode(errors="replace")
 

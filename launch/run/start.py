@@ -34,10 +34,11 @@ POLL_INTERVAL = 0.1  # seconds
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "tokenizers")
 
 
-def train(config: RunConfig, ray: Ray, *, write_report: Callable[[Path], None], detached: Sequence[str] = ()) -> int:
+def train(config: RunConfig, ray: Ray, *, write_report: Callable[[Path, int], None], detached: Sequence[str] = ()) -> int:
     """Start the run, or resume it if it was started before. Return the exit code. Raises InputError before anything is written.
 
-    write_report: called with the run directory when the run has ended, while its trackers, which upload the report, wait for it.
+    write_report: called with the run directory when the run has ended, while its trackers, which upload the report, wait for it;
+    and with the number of texts to generate before, which is 0 unless the run is done.
     detached: the arguments of a manta that runs in the background instead of this process.
     """
     plan = preflight(config, ray)
@@ -45,21 +46,22 @@ def train(config: RunConfig, ray: Ray, *, write_report: Callable[[Path], None], 
         steps = config.train.steps
         notify(f"{config.run.dir.absolute()}: already done: step {steps} of {steps}; raise train.steps to continue")
         if not detached:
-            write_report(config.run.dir)
+            write_report(config.run.dir, 0)
         return ExitCode.DONE
     if detached:
         return _detach(plan.run_dir, detached)
     with supervise(plan, ray) as controller, closing(controller.run()) as events:
         _print_summary(plan)
-        return Display(plan.run_dir, plan.config, plan.fallback_layouts).follow(_with_report(events, plan.run_dir, write_report))
+        return Display(plan.run_dir, plan.config, plan.fallback_layouts).follow(_with_report(events, plan, write_report))
 
 
-def _with_report(events: Iterator[Event], run_dir: RunDirectory, write_report: Callable[[Path], None]) -> Iterator[Event]:
+def _with_report(events: Iterator[Event], plan: RunPlan, write_report: Callable[[Path, int], None]) -> Iterator[Event]:
     """Yield the events; write the report once the last one is shown, and only then let the trackers end."""
     for event in events:
         yield event
         if event.kind == "run-ended":
-            write_report(run_dir.path)
+            is_done = event.details["exit_code"] == ExitCode.DONE  # a stop never waits for texts
+            write_report(plan.run_dir.path, plan.config.track.texts if is_done else 0)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from manta.launch.track.follow import Event
 from manta.trainer.config.sections import AlertConfig, TrackConfig
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
+from manta.trainer.serve.texts import GeneratedText
 
 TRIES, FIRST_PAUSE = 5, 1.0  # seconds; the pause doubles each time
 URL_TIMEOUT, COMMAND_TIMEOUT = 10.0, 60.0  # seconds
@@ -52,6 +53,9 @@ class Alerts:
 
     def measure(self, _figures: Mapping[str, float]) -> None:
         """Figures are no alerts."""
+
+    def show(self, _texts: Sequence[GeneratedText]) -> None:
+        """Nor are texts."""
 
     def close(self) -> None:
         self._file.close()

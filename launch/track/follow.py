@@ -13,6 +13,7 @@ from manta.data.errors import one_line, printable
 from manta.launch.track.figures import Figures
 from manta.trainer.metrics import Line, parse_line
 from manta.trainer.run_directory import RunDirectory
+from manta.trainer.serve.texts import GeneratedText, read_texts
 
 POLL_INTERVAL = 1.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until a tracker that failed is started again; the pause doubles each time
@@ -34,6 +35,10 @@ class Tracker(Protocol):
 
     def measure(self, figures: Mapping[str, float]) -> None:
         """Take figures of the run as a whole, as of the newest line."""
+        ...
+
+    def show(self, texts: Sequence[GeneratedText]) -> None:
+        """Take the texts of samples.jsonl, once the run has ended."""
         ...
 
     def close(self) -> None: ...
@@ -91,6 +96,8 @@ def _keep(
                         tracker.measure(measured := newest)
                 if final := figures.newest(has_ended=True):
                     tracker.measure(final)
+                if texts := read_texts(run_dir.samples_file):
+                    tracker.show(texts)
         except Exception as error:  # noqa: BLE001  whatever a tracker's library raises
             problem = printable(f"{name}: {type(error).__name__}: {one_line(error)}")
         else:

@@ -14,6 +14,7 @@ from manta.launch.track.run_id import run_id
 from manta.trainer.config.sections import TrackConfig
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
+from manta.trainer.serve.texts import GeneratedText
 
 AT_ONCE = 20  # lines in a request, which may hold 1000 numbers
 MAX_PARAMS, LONGEST_PARAM = 100, 500  # in a request; characters
@@ -53,6 +54,9 @@ class Mlflow:
     def measure(self, figures: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
         self._client.log_batch(self._id, metrics=[Metric(key, value, now, self._step) for key, value in figures.items()])
+
+    def show(self, _texts: Sequence[GeneratedText]) -> None:
+        self._save("samples.jsonl")
 
     def close(self) -> None:
         self._save("events.jsonl", "report.html")

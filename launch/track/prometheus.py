@@ -9,6 +9,7 @@ from manta.launch.track.follow import Event, scalars
 from manta.trainer.config.sections import TrackConfig
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
+from manta.trainer.serve.texts import GeneratedText
 
 
 class Prometheus:
@@ -28,6 +29,9 @@ class Prometheus:
 
     def measure(self, figures: Mapping[str, float]) -> None:
         self._set(figures, "so far")
+
+    def show(self, _texts: Sequence[GeneratedText]) -> None:
+        """Prometheus takes numbers only."""
 
     def close(self) -> None:
         self._server.shutdown()

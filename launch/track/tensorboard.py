@@ -22,6 +22,7 @@ from manta.trainer.config.sections import TrackConfig
 from manta.trainer.config.yaml_file import to_yaml
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
+from manta.trainer.serve.texts import GeneratedText
 
 START = SessionLog(status=SessionLog.START)  # TensorBoard then drops what it has read of this step and later ones
 SUFFIX = ".manta"
@@ -64,6 +65,11 @@ class TensorBoard:
         self._add(step=self._step, summary=_numbers(figures))
         self._file.flush()
 
+    def show(self, texts: Sequence[GeneratedText]) -> None:
+        for step in sorted({text.step for text in texts}):
+            self._add(step=step, summary=_text("samples", *(_sample(text) for text in texts if text.step == step)))
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
 
@@ -75,12 +81,19 @@ def _numbers(values: Mapping[str, float]) -> Summary:
     return Summary(value=[Summary.Value(tag=key, simple_value=value) for key, value in values.items()])
 
 
-def _text(tag: str, markdown: str) -> Summary:
-    """Return a text of step 0, which no restart of the run drops."""
+def _text(tag: str, *markdown: str) -> Summary:
+    """Return texts that TensorBoard shows in a table. Those of step 0 are dropped by no restart of the run."""
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-    tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[markdown.encode(errors="replace")])
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(markdown))])
+    tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[text.encode(errors="replace") for text in markdown])
     return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])
+
+
+def _sample(text: GeneratedText) -> str:
+    """Return a text verbatim, below its seed and prompt."""
+    prompt = cut(text.prompt, 200).replace("`", "'")
+    title = f"seed {text.seed}, prompt: `{prompt}`" if prompt else f"seed {text.seed}"
+    return "\n".join([title, "", *(f"    {line}" for line in text.text.split("\n"))])
 
 
 def _row(event: Event) -> str:

@@ -10,6 +10,7 @@ from manta.launch.track.run_id import run_id
 from manta.trainer.config.sections import TrackConfig
 from manta.trainer.metrics import Line
 from manta.trainer.run_directory import RunDirectory
+from manta.trainer.serve.texts import GeneratedText
 
 GOOD = {ExitCode.DONE, ExitCode.SAVED, ExitCode.INTERRUPTED, ExitCode.UNSAVED}
 QUIET = wandb.Settings(
@@ -60,6 +61,9 @@ class Wandb:
     def measure(self, figures: Mapping[str, float]) -> None:
         self._figures = figures  # in the next row: the last one cannot change any more
         self._run.summary.update(dict(figures))
+
+    def show(self, _texts: Sequence[GeneratedText]) -> None:
+        self._save("samples.jsonl")
 
     def close(self) -> None:
         self._save("report.html")

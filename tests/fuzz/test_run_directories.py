@@ -24,14 +24,16 @@ from manta.launch.config import find_run, load
 from manta.launch.run.preflight import preflight
 from manta.launch.run.start import write_run_directory
 from manta.trainer.guard.record import Document, SampleLoss, Spike
+from manta.trainer.serve.texts import GeneratedText
 
 FILES = (
     *("config.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "tokenizer.json", "seal", "lock", "save-now", "stop-now"),
-    *("spikes.jsonl", "directory-token", "model.yaml", "source.json", "logs", "logs/attempt-0001", "checkpoints"),
+    *("spikes.jsonl", "samples.jsonl", "directory-token", "model.yaml", "source.json", "logs", "logs/attempt-0001", "checkpoints"),
     *(f"logs/attempt-0001/rank-000{rank}{suffix}" for rank in (0, 1) for suffix in (".log", ".error.json")),
     *(f"checkpoints/{name}" for name in ("latest", "fence.json", "step-00000010")),
     *(f"checkpoints/step-00000010/{name}" for name in ("manifest.json", "rank-0000.safetensors")),
 )
+TEXT = GeneratedText(step=10, seed=1, prompt="a", text="a text")
 SPIKE = Spike(
     time=1.0,
     event="spike",
@@ -251,6 +253,7 @@ def check(whole: Path, place: Path, data, *, heavy: bool) -> None:
     run = copy_old_run(place)
     shutil.copytree(whole / "logs", run / "logs")
     (run / "spikes.jsonl").write_text(SPIKE.model_dump_json() + "\n")
+    (run / "samples.jsonl").write_bytes(TEXT.to_json() + b"\n")
     (run / "lock").touch()
     for _ in range(data.draw(st.sampled_from((1, 1, 1, 2, 4)), "damages")):
         damage(run, data)

@@ -191,6 +191,10 @@ INVALID = {
         "data:\n  sources: null\n",
         ": data.sources: expected a list (...), got null. Set data.sources=[my-text/*.txt], for example.",
     ),
+    "texts of a model that generates none": (
+        "model:\n  preset: bert-tiny\n  layers: 2\ndata:\n  objective: masked\ntrack:\n  texts: 2\n",
+        ': model.family: expected llama or gpt2 with track.texts, got "bert". Omit track.texts.',
+    ),
     "0 ranks per node": (
         "cluster:\n  ranks_per_node: 0\n",
         ": cluster.ranks_per_node: expected a number of at least 1 (...), got 0. Omit it.",

@@ -207,29 +207,6 @@ def test_a_run_writes_its_report_when_it_ends(workspace, finished_run):
     assert "done" in page.text
 
 
-def test_a_text_that_takes_too_long_is_left_out(tmp_path):
-    assert html.generate(tmp_path, "", seed=1, seconds=0.01) == "No text: it took more than 0.01 s."
-
-
-def test_a_text_that_cannot_be_generated_says_why(tmp_path):
-    run = make_run(tmp_path / "run")
-    assert "expected a run with a checkpoint" in report(run, "--samples", "1").text
-
-
-@pytest.mark.slow
-def test_texts_are_generated_from_the_newest_checkpoint(workspace, finished_run, tmp_path):
-    run = workspace.directory / finished_run
-    outputs = [tmp_path / name for name in ("a.html", "b.html")]
-    for output in outputs:
-        written = manta("report", str(run), "--samples", "2", "--prompt", "--def", "--output", str(output), seconds=120)
-        assert written.code == 0, written.output
-    texts = [re.findall(r"<pre>(.*?)</pre>", output.read_text(), re.DOTALL) for output in outputs]
-    assert texts[0] == texts[1]
-    assert len(texts[0]) == 2
-    assert texts[0][0] != texts[0][1]
-    assert all(text.startswith("--def") for text in texts[0])
-
-
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     refused = manta("report", str(tmp_path))
     assert (refused.code, refused.stderr.count("\n")) == (2, 1)

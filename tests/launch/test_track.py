@@ -21,6 +21,7 @@ from manta.launch.goodput import Category, goodput
 from manta.launch.track import figures, follow, trackers
 from manta.launch.track.follow import scalars, track
 from manta.launch.track.trackers import open_trackers
+from manta.trainer.serve.texts import GeneratedText
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,19 @@ def test_a_tracker_that_is_started_again_and_a_resumed_run_continue_in_the_same_
         assert_complete(run)
         assert values(viewer.Reload()) == pytest.approx(run.valid("train/loss"))
     assert sorted(file.stat().st_size > 0 for file in (run.directory / "tensorboard").iterdir()) == [False, True]
+
+
+def test_texts_are_shown_at_their_step_also_those_of_steps_that_were_rolled_back(run):
+    texts = [GeneratedText(step=step, seed=seed, prompt="`a`", text=f"a {seed}\n\n* b") for step in (9, 12) for seed in (1, 2)]
+    run.to_the_kill()
+    run.to_the_end()
+    (run.directory / "samples.jsonl").write_bytes(b"damaged\n" + b"".join(text.to_json() + b"\n" for text in texts))
+    arguments = ("track", str(run.directory), "--tensorboard", "--prometheus", str(free_port()))
+    assert manta(*arguments).code == 0
+    found = EventAccumulator(str(run.directory / "tensorboard")).Reload().Tensors("samples")
+    assert [event.step for event in found] == [9, 12]
+    shown = [b"seed %d, prompt: `'a'`\n\n    a %d\n    \n    * b" % (seed, seed) for seed in (1, 2)]
+    assert [list(event.tensor_proto.string_val) for event in found] == [shown, shown]
 
 
 def test_prometheus_serves_the_newest_line_on_loopback(run):

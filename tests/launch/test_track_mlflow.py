@@ -5,6 +5,7 @@ from fuzz import manta
 from recorded_run import RecordedRun
 
 from manta.launch.goodput import goodput
+from manta.trainer.serve.texts import GeneratedText
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -36,3 +37,6 @@ def test_each_line_is_there_once_also_after_a_resume(tmp_path, store):
         assert not any(key.startswith("cluster") for key in found.data.params)
         assert {file.path for file in client.list_artifacts(found.info.run_id)} == {"manifest.json", "events.jsonl"}
         go_on()
+    (run.directory / "samples.jsonl").write_bytes(GeneratedText(step=12, seed=1, prompt="", text="a text").to_json() + b"\n")
+    assert manta("track", str(run.directory), "--mlflow", str(store), seconds=60).code == 0
+    assert "samples.jsonl" in {file.path for file in client.list_artifacts(found.info.run_id)}

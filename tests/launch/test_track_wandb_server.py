@@ -15,6 +15,7 @@ from wandb_server import TrackedRun, WandbServer
 from manta.cluster.protocol import ExitCode
 from manta.launch.goodput import goodput
 from manta.trainer.metrics import read_all_metrics
+from manta.trainer.serve.texts import GeneratedText
 
 pytestmark = pytest.mark.slow
 SETTINGS = ("train.steps=200", "evaluate.every_steps=100", "checkpoint.every_steps=50")
@@ -34,6 +35,8 @@ def rows(found: TrackedRun) -> list[tuple]:
 
 def test_the_server_has_a_row_for_each_line_over_a_rollback_and_restarts(tmp_path):
     run = RecordedRun(tmp_path / "mine")
+    text = GeneratedText(step=12, seed=1, prompt="", text="a text").to_json() + b"\n"
+    (run.directory / "samples.jsonl").write_bytes(text)
     with WandbServer() as server:
         run.to_the_kill()
         for go_on in (run.to_the_end, lambda: (run.directory / "report.html").write_text("a report"), lambda: None):
@@ -54,6 +57,7 @@ def test_the_server_has_a_row_for_each_line_over_a_rollback_and_restarts(tmp_pat
     assert found.summary["goodput/training"] == pytest.approx(goodput(run.events(), run.lines).share)
     assert found.summary["train/loss"] == run.lines[-1]["train/loss"]
     assert found.files["report.html"] == b"a report"
+    assert found.files["samples.jsonl"] == text
     assert found.exit_codes == [ExitCode.KILLED, ExitCode.DONE, ExitCode.DONE]
 
 

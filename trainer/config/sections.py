@@ -247,6 +247,8 @@ class TrackConfig(Section):
     """Power in watts that a rank's device takes while it trains, to estimate energy where it cannot be measured."""
     grid_intensity: float | None = Field(default=None, ge=0, examples=[380.0])
     """Grams of CO2 per kWh of your electricity; unset: no CO2 is reported."""
+    texts: Count = Field(default=0, ge=0, le=20)
+    """Texts to generate with the newest checkpoint when the run is done, for its report and trackers. model.family: llama or gpt2."""
     tensorboard: bool = True
     """Write what TensorBoard reads to run.dir/tensorboard."""
     wandb: WandbConfig | None = None

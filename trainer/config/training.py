@@ -62,6 +62,9 @@ class TrainingConfig(Section):
         if self.data.live and self.guard.on_spike == "rollback":
             expected, remedy = "report, skip or stop with data.live, which cannot skip samples", "Use one of these."
             raise InvalidValueError("guard.on_spike", expected, "rollback", remedy, "data.live")
+        if self.track.texts and self.model.family == "bert":  # whether a model of the user's generates text shows when it is loaded
+            remedy = "Omit track.texts."
+            raise InvalidValueError("model.family", "llama or gpt2 with track.texts", "bert", remedy, "track.texts", "model.preset")
         for error in unsupported(self.model, self.parallel, self.precision, self.train, lengths=[length, *lengths]):
             raise error
         return self

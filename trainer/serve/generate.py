@@ -3,7 +3,7 @@
 Shapes: B = 1 batch, T time, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,11 @@ from manta.data.errors import InputError
 from manta.trainer.model.attention import KVCache
 from manta.trainer.model.decoder import Decoder
 from manta.trainer.model.gpt2 import GPT2
-from manta.trainer.pretrained.load import load_pretrained
+from manta.trainer.pretrained.load import Pretrained, load_pretrained
 from manta.trainer.run_directory import RunDirectory
+from manta.trainer.serve.texts import GeneratedText
 
-__all__ = ["Sampling", "generate", "generate_text"]
+__all__ = ["Sampling", "generate", "generate_text", "generate_texts"]
 
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
 
@@ -35,11 +36,25 @@ def generate_text(run_directory: RunDirectory, prompt: str, *, count: int, sampl
 
     count: the most tokens. Raises InputError if the model is not a decoder.
     """
+    yield from _stream(load_pretrained(run_directory), prompt, count=count, sampling=sampling)
+
+
+def generate_texts(run_directory: RunDirectory, prompt: str, *, seeds: Sequence[int], count: int) -> Iterator[GeneratedText]:
+    """Yield a text for each seed, all with the newest checkpoint of a run or an imported model, which is loaded once.
+
+    count: the most tokens of each. Raises InputError if the model is not a decoder.
+    """
     pretrained = load_pretrained(run_directory)
+    for seed in seeds:
+        text = "".join(_stream(pretrained, prompt, count=count, sampling=Sampling(seed=seed)))
+        yield GeneratedText(step=pretrained.checkpoint.progress.step, seed=seed, prompt=prompt, text=text)
+
+
+def _stream(pretrained: Pretrained, prompt: str, *, count: int, sampling: Sampling) -> Iterator[str]:
     model, tokenizer = pretrained.model, pretrained.tokenizer
     if not isinstance(model, Decoder):
-        family = pretrained.config.family
-        raise InputError(f"{run_directory.path}: model.family: expected a decoder, llama or gpt2, got {family!r}. Use another run.")
+        path, family = pretrained.run_directory.path, pretrained.config.family
+        raise InputError(f"{path}: model.family: expected a decoder, llama or gpt2, got {family!r}. Use another run.")
     end = tokenizer.end_of_text
     ids = [int(token) for token in tokenizer.encode([prompt])[0]]
     yielded = prompt
