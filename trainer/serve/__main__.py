@@ -16,7 +16,7 @@ OUT_OF_MEMORY = "1000"  # the kernel kills this process before any other
 def main() -> None:
     directory, count, tokens, prompt = sys.argv[1:]
     with suppress(OSError):  # a container may not let it
-        Path("/proc/self/oom_score_adj").write_text(OUT_OF_MEMORY)
+        Path("/proc/self/oom_score_adj").write_text(OUT_OF_MEMORY, encoding="ascii")
     from manta.trainer.serve.generate import generate_texts
 
     try:
