@@ -90,7 +90,7 @@ def start_run(directory: Path) -> RunDirectory:
 
 
 class NotSaved:
-    """Takes the place of the checkpoint writer: neither block is saved."""
+    """Replaces the checkpoint writer: no block is saved."""
 
     outcome, is_busy = None, False
 
@@ -102,7 +102,7 @@ class NotSaved:
 
 
 class NoGuard:
-    """Takes the place of the guard, where it is off."""
+    """Replaces the guard in blocks without it."""
 
     def __init__(self, guard: SpikeGuard) -> None:
         self.detector = guard.detector
@@ -149,8 +149,8 @@ def rank(number: int, path: Path, pairs: int, steps: int) -> None:
             found[on] = cpu_seconds(step, on=on)
             step += steps
         ratios.append(found[True] / found[False] - 1)
-    if number == 0:
-        (path / RATIOS).write_text(json.dumps(ratios))
+        if number == 0:
+            (path / RATIOS).write_text(json.dumps(ratios))
 
 
 def used() -> float:

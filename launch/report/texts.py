@@ -29,7 +29,7 @@ def add_texts(
     arguments = [str(run_dir.path), str(count), str(TOKENS), prompt]
     command = [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid()), sys.executable, "-P", "-m", "manta.trainer.serve"]
     try:
-        # Files, because nobody would empty a pipe. Its own session, out of reach of a Ctrl-C that this process ignores.
+        # Files, because nobody would empty a pipe. A new session, because a Ctrl-C that this process ignores must not reach it.
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
                 [*command, *arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
